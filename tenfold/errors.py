@@ -1,0 +1,70 @@
+"""What can go wrong, by name. Every error is a TenfoldError and a builtin error as well."""
+
+from __future__ import annotations
+
+
+class TenfoldError(Exception):
+    """Root of every error that tenfold raises on purpose."""
+
+
+class UnknownNameError(TenfoldError, LookupError):
+    """A format, rule, task, layer path or pattern that does not exist."""
+
+
+class RankError(TenfoldError, ValueError):
+    """A rank outside of what the weight allows."""
+
+
+class WeightError(TenfoldError, ValueError):
+    """A weight that cannot be decomposed: non-finite, empty, or of a shape that the format refuses."""
+
+
+class PlanError(TenfoldError, ValueError):
+    """A plan that does not fit the model, or contradicts itself."""
+
+
+class BudgetError(TenfoldError, ValueError):
+    """A budget that cannot be read or cannot be met."""
+
+
+class ProfileError(TenfoldError, ValueError):
+    """A model whose forward does not run on the example inputs."""
+
+
+class DataError(TenfoldError, ValueError):
+    """Data that is missing, empty or of the wrong shape."""
+
+
+class CheckpointError(TenfoldError, ValueError):
+    """A checkpoint that is missing, damaged, foreign or made for another model."""
+
+
+class MissingExtraError(TenfoldError, ImportError):
+    """An optional dependency that is not installed; the message names the extra."""
+
+
+class TenfoldWarning(UserWarning):
+    """Root of every warning that tenfold emits."""
+
+
+class NumericalWarning(TenfoldWarning):
+    """A computation that went on with less accuracy than asked for."""
+
+
+class CalibrationWarning(TenfoldWarning):
+    """Too little calibration data for what is estimated from it."""
+
+
+def require(module: str, extra: str) -> object:
+    """Import and return an optional ``module``, or say in one line which extra brings it.
+
+    Raises:
+        MissingExtraError: the module is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        msg = f"{module} is not installed. Install it with: pip install 'tenfold[{extra}]'"
+        raise MissingExtraError(msg) from error

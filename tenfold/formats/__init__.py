@@ -1,0 +1,11 @@
+"""What a factorized weight is. Each module registers one format; adding a file here adds a format."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tenfold.formats.base import FORMATS, Factorization, Rank, Stage, Structure, join_groups, split_groups
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["FORMATS", "Factorization", "Rank", "Stage", "Structure", "join_groups", "split_groups"]

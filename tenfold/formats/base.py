@@ -1,0 +1,188 @@
+"""What a factorized weight is: tensors with a dense meaning and a chain of stages that runs them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from tenfold.errors import RankError, WeightError
+from tenfold.records import ContractSpec, LayerSpec, Shape, chain_macs, chain_params
+from tenfold.registry import Registry
+
+Rank = dict[str, int]
+Structure = tuple[LayerSpec | ContractSpec, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a factorized layer: a plain layer or one einsum, and its weight in torch's own layout."""
+
+    spec: LayerSpec | ContractSpec
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Factorization(abc.ABC):
+    """A weight written as a product of small tensors.
+
+    A subclass is final and adds its tensors as fields. Every tensor has the groups of the layer as its first axis
+    (of length 1 when there are none), so that a grouped convolution is nothing but a batch of small ones.
+
+    Laws: ``to_dense`` is the meaning that everything is tested against; running ``stages`` equals running the dense
+    layer; ``structure`` alone fixes parameters and MACs; ``from_stages`` inverts ``stages``.
+    """
+
+    spec: LayerSpec
+
+    rank_names: ClassVar[tuple[str, ...]]
+    default_algorithm: ClassVar[str]
+
+    @classmethod
+    @abc.abstractmethod
+    def refuses(cls, spec: LayerSpec) -> str | None:
+        """Return None if this format can serve such a layer, else the reason that the plan will show."""
+
+    @classmethod
+    @abc.abstractmethod
+    def max_rank(cls, spec: LayerSpec) -> Rank:
+        """Return the smallest ranks at which every weight of this geometry is represented exactly."""
+
+    @classmethod
+    @abc.abstractmethod
+    def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
+        """Return the stages without their weights. The bias sits on the last: before it, padding would not commute."""
+
+    @classmethod
+    @abc.abstractmethod
+    def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return, for each rank name, the matrices (groups, m, n) whose singular values tell what that rank drops.
+
+        ``weight`` has its groups apart: (groups, out/groups, in/groups, *kernel).
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
+        """Return the factorization that has this ``chain``."""
+
+    @abc.abstractmethod
+    def chain(self) -> tuple[Tensor, ...]:
+        """Return the stage weights in the order of ``structure``, groups apart.
+
+        The weight of a layer stage is (groups, out/groups, in/groups, *kernel), where trailing kernel axes of length 1
+        may be left out; that of a contraction has exactly its ``weight_shape``.
+        """
+
+    @abc.abstractmethod
+    def to_grouped(self) -> Tensor:
+        """Return the dense weight, groups apart: (groups, out/groups, in/groups, *kernel)."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> Rank:
+        """The ranks by name."""
+
+    @classmethod
+    def num_params(cls, spec: LayerSpec, rank: Rank) -> int:
+        """Return the number of parameters at ``rank``, bias included."""
+        return chain_params(cls.structure(spec, cls.check_rank(spec, rank)))
+
+    @classmethod
+    def macs(cls, spec: LayerSpec, rank: Rank, in_shape: Shape) -> int:
+        """Return the multiply-accumulates at ``rank`` for an input of shape ``in_shape``."""
+        return chain_macs(cls.structure(spec, cls.check_rank(spec, rank)), in_shape)
+
+    @classmethod
+    def check_rank(cls, spec: LayerSpec, rank: Rank) -> Rank:
+        """Return ``rank`` complete: a name left out stands for full rank.
+
+        Raises:
+            RankError: a name that the format does not know, or a number outside 1..max_rank.
+        """
+        most = cls.max_rank(spec)
+        unknown = sorted(set(rank) - set(most))
+        if unknown:
+            msg = f"{cls.name()} has the ranks {', '.join(most)}, not {', '.join(unknown)}"
+            raise RankError(msg)
+        for key, value in rank.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most[key]:
+                msg = (
+                    f"{cls.name()} rank {key}={value} is outside 1..{most[key]} for a weight of shape "
+                    f"{spec.weight_shape}. Pass at most max_rank(spec) or use a rank rule."
+                )
+                raise RankError(msg)
+        return most | rank
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name under which the format is registered."""
+        return next((n for n, c in FORMATS.loaded() if c is cls), cls.__name__)
+
+    def to_dense(self) -> Tensor:
+        """Return the dense weight in torch's own layout for this kind of layer."""
+        return join_groups(self.to_grouped(), self.spec)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return how a layer runs this factorization: one stage after the other."""
+        structure = type(self).structure(self.spec, self.rank)
+        return tuple(Stage(s, join_groups(w, s)) for s, w in zip(structure, self.chain(), strict=True))
+
+    @classmethod
+    def from_stages(cls, spec: LayerSpec, rank: Rank, weights: Sequence[Tensor]) -> Self:
+        """Return the factorization whose ``stages`` have these weights, in torch's own layout."""
+        structure = cls.structure(spec, rank)
+        return cls.from_chain(spec, rank, [split_groups(w, s) for w, s in zip(weights, structure, strict=True)])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the factors by field name; those that are absent at this rank are left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
+        return {k: v for k, v in values.items() if v is not None}
+
+    def map(self, **changes: Any) -> Self:
+        """Return the same factorization with some fields replaced."""
+        return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the factorization with every factor passed through ``Tensor.to``."""
+        return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
+
+
+def split_groups(weight: Tensor, spec: LayerSpec | ContractSpec) -> Tensor:
+    """Return a weight in torch's layout with its groups apart: (groups, out/groups, in/groups, *kernel).
+
+    Raises:
+        WeightError: the weight does not have the shape that ``spec`` says.
+    """
+    if tuple(weight.shape) != spec.weight_shape:
+        msg = f"the weight has shape {tuple(weight.shape)}, the layer {spec} needs {spec.weight_shape}"
+        raise WeightError(msg)
+    if isinstance(spec, ContractSpec):
+        return weight
+    g, o, i, *kernel = spec.group_shape
+    match spec.kind:
+        case "conv_transpose":
+            return weight.reshape(g, i, o, *kernel).transpose(1, 2)
+        case "embedding":
+            return weight.t()[None]
+        case _:
+            return weight.reshape(g, o, i, *kernel)
+
+
+def join_groups(weight: Tensor, spec: LayerSpec | ContractSpec) -> Tensor:
+    """Return a weight (groups, out/groups, in/groups, *kernel) in torch's layout; inverse of ``split_groups``."""
+    if isinstance(spec, ContractSpec):
+        return weight.reshape(spec.weight_shape)
+    match spec.kind:
+        case "conv_transpose":
+            return weight.reshape(spec.group_shape).transpose(1, 2).reshape(spec.weight_shape)
+        case "embedding":
+            return weight[0].t()
+        case _:
+            return weight.reshape(spec.weight_shape)
+
+
+FORMATS: Registry[Factorization] = Registry("format")

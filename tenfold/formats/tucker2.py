@@ -1,0 +1,97 @@
+"""A convolution as a bottleneck: 1×1 into fewer channels, k×k between those, 1×1 out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
+from tenfold.records import LayerSpec
+
+
+@FORMATS.register("tucker2")
+@dataclass(frozen=True, eq=False)
+class Tucker2(Factorization):
+    """Three convolutions: 1×1 in, a small k×k core, 1×1 out (the channel modes of the kernel are compressed).
+
+    W = core ×_out ``out_factor`` ×_in ``in_factor`` (Tucker-2; Kim et al. 2016, arXiv 1511.06530). A rank equal to its
+    mode drops that factor: partial Tucker on the other side, or at full rank the dense layer itself.
+    Parameters in·r_in + r_in·r_out·K + out·r_out.
+    """
+
+    core: Tensor  # (groups, r_out, r_in, *kernel)
+    out_factor: Tensor | None = None  # (groups, out/groups, r_out); None where r_out = out/groups
+    in_factor: Tensor | None = None  # (groups, in/groups, r_in); None where r_in = in/groups
+
+    rank_names: ClassVar[tuple[str, ...]] = ("out", "in")
+    default_algorithm: ClassVar[str] = "hooi"
+
+    @classmethod
+    def refuses(cls, spec: LayerSpec) -> str | None:
+        """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to drop."""
+        if spec.axes == 0 or spec.pointwise:
+            return "tucker2 needs a convolution with a kernel larger than 1: low_rank serves this layer"
+        _, out, inner, *_ = spec.group_shape
+        if out == inner == 1:
+            return "a depthwise convolution has no channels to drop"
+        return None
+
+    @classmethod
+    def max_rank(cls, spec: LayerSpec) -> Rank:
+        """Return the channel modes {out: out/groups, in: in/groups}."""
+        _, out, inner, *_ = spec.group_shape
+        return {"out": out, "in": inner}
+
+    @classmethod
+    def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
+        """Return up to three convolutions: those of full-rank sides are left out."""
+        most, groups = cls.max_rank(spec), spec.groups
+        r_out, r_in = rank["out"] * groups, rank["in"] * groups
+        narrow_out = rank["out"] < most["out"]
+        stages = [spec.core(r_in, r_out, bias=spec.bias and not narrow_out)]
+        if rank["in"] < most["in"]:
+            stages.insert(0, spec.mix(spec.in_channels, r_in))
+        if narrow_out:
+            stages.append(spec.mix(r_out, spec.out_channels, bias=spec.bias))
+        return tuple(stages)
+
+    @classmethod
+    def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the unfoldings along the output and the input channels."""
+        del spec
+        return {"out": weight.flatten(2), "in": weight.transpose(1, 2).flatten(2)}
+
+    @classmethod
+    def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
+        """Return the factorization from the kernels of the convolutions that are there."""
+        most, rest = cls.max_rank(spec), list(chain)
+        in_factor = rest.pop(0).flatten(2).transpose(1, 2) if rank["in"] < most["in"] else None
+        out_factor = rest.pop().flatten(2) if rank["out"] < most["out"] else None
+        (core,) = rest
+        return cls(spec, core=core, out_factor=out_factor, in_factor=in_factor)
+
+    def chain(self) -> tuple[Tensor, ...]:
+        """Return the kernels of the convolutions that are there."""
+        first = () if self.in_factor is None else (self.in_factor.transpose(1, 2),)
+        last = () if self.out_factor is None else (self.out_factor,)
+        return (*first, self.core, *last)
+
+    @property
+    def rank(self) -> Rank:
+        """The channels of the core, per group."""
+        return {"out": self.core.shape[1], "in": self.core.shape[2]}
+
+    def to_grouped(self) -> Tensor:
+        """Return core ×_out out_factor ×_in in_factor, per group."""
+        weight = self.core
+        if self.in_factor is not None:
+            weight = torch.einsum("gabx,gib->gaix", weight.flatten(3), self.in_factor)
+        if self.out_factor is not None:
+            weight = torch.einsum("gax,goa->gox", weight.flatten(2), self.out_factor)
+        groups, out = weight.shape[:2]
+        inner = self.core.shape[2] if self.in_factor is None else self.in_factor.shape[1]
+        return weight.reshape(groups, out, inner, *self.core.shape[3:])

@@ -1,0 +1,73 @@
+"""What all records share: frozen, strict, versioned, and YAML or JSON both ways. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tenfold.errors import TenfoldError
+
+
+class Record(BaseModel):
+    """A frozen value that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, validated again."""
+        return type(self).model_validate({**{k: getattr(self, k) for k in type(self).model_fields}, **changes})
+
+    def to_json(self) -> str:
+        """Return the record as indented JSON."""
+        return self.model_dump_json(indent=2)
+
+    def to_yaml(self) -> str:
+        """Return the record as YAML in the order of its fields."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+
+    @classmethod
+    def from_text(cls, text: str, *, source: str = "text") -> Self:
+        """Read a record from YAML or JSON (which is YAML).
+
+        Raises:
+            TenfoldError: the text is not YAML, or not a record of this type; the message names the field.
+        """
+        try:
+            return cls.model_validate(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            msg = f"{source} is not valid YAML: {' '.join(str(error).split())}"
+            raise TenfoldError(msg) from error
+        except ValidationError as error:
+            msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
+            raise TenfoldError(msg) from error
+
+
+def explain(error: ValidationError) -> str:
+    """Return the first problems of a validation error in one line."""
+    problems = [f"{'.'.join(str(part) for part in e['loc']) or 'top level'}: {e['msg']}" for e in error.errors()[:3]]
+    return "; ".join(problems)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all: temporary file beside it, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value stored in ``path``."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,131 @@
+"""What a model costs: per layer and in total."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
+
+from tenfold.records.base import Record
+from tenfold.records.geometry import LayerSpec, Shape
+
+SCHEMA_VERSION = 1
+
+
+class Cost(Record):
+    """Parameters and multiply-accumulates (1 MAC = 2 FLOPs)."""
+
+    params: NonNegativeInt = 0
+    macs: NonNegativeInt = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(params=self.params + other.params, macs=self.macs + other.macs)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(params=self.params - other.params, macs=self.macs - other.macs)
+
+    def below(self, other: Cost) -> bool:
+        """Whether nothing here is larger than in ``other`` and something is smaller."""
+        return self.params <= other.params and self.macs <= other.macs and self != other
+
+
+class Latency(Record):
+    """Measured milliseconds, and everything they depend on.
+
+    ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median.
+    """
+
+    median_ms: NonNegativeFloat
+    low_ms: NonNegativeFloat
+    high_ms: NonNegativeFloat
+    runs: int
+    batch_size: int | None = None
+    threads: int
+    device: str
+    dtype: str
+    memory_format: str = "contiguous"
+
+
+class Environment(Record):
+    """Where and with what a result was made."""
+
+    tenfold: str
+    python: str
+    torch: str
+    device: str
+    device_name: str = ""
+    threads: int
+    platform: str
+    versions: dict[str, str] = {}
+
+
+class Call(Record):
+    """How often a layer was called with an input of one shape."""
+
+    in_shape: Annotated[Shape, Field(description="shape of the first input, batch included")]
+    out_shape: Shape = ()
+    count: int = 1
+
+
+class LayerProfile(Record):
+    """One layer of the model: what it is, how it is used and what it costs.
+
+    ``spec`` is None when no format could ever serve the layer; ``note`` then says why. A factorized layer has the
+    ``format`` and ``rank`` that it has now, and the ``spec`` of the dense layer that it stands for.
+    """
+
+    path: str
+    aliases: tuple[str, ...] = ()
+    kind: str
+    spec: LayerSpec | None = None
+    format: str | None = None
+    rank: dict[str, int] | None = None
+    note: str = ""
+    params: NonNegativeInt
+    bytes: NonNegativeInt
+    macs: NonNegativeInt
+    calls: tuple[Call, ...] = ()
+    activation_bytes: NonNegativeInt = 0
+    latency_ms: float | None = None
+    latency_spread_ms: float | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """Parameters and MACs of the layer as it is now."""
+        return Cost(params=self.params, macs=self.macs)
+
+    @property
+    def num_calls(self) -> int:
+        """How often one forward of the model calls the layer."""
+        return sum(c.count for c in self.calls)
+
+
+class Profile(Record):
+    """What a model costs on some example inputs. Every MAC of the forward is in ``macs``.
+
+    ``uncounted`` lists operations that the flop counter has no formula for, with the number of calls.
+    """
+
+    version: int = SCHEMA_VERSION
+    model: str
+    params: NonNegativeInt
+    bytes: NonNegativeInt
+    macs: NonNegativeInt
+    input_shapes: tuple[Shape, ...] = ()
+    layers: tuple[LayerProfile, ...]
+    other_macs: NonNegativeInt = 0
+    uncounted: dict[str, int] = {}
+    latency: Latency | None = None
+    environment: Environment
+
+    @property
+    def cost(self) -> Cost:
+        """Parameters and MACs of the whole model."""
+        return Cost(params=self.params, macs=self.macs)
+
+    def layer(self, path: str) -> LayerProfile:
+        """Return the layer at ``path``; raises KeyError when there is none."""
+        for layer in self.layers:
+            if path == layer.path or path in layer.aliases:
+                return layer
+        raise KeyError(path)

@@ -1,0 +1,251 @@
+"""The geometry of a layer and of the stages that a factorized layer runs: shapes and costs, no numbers.
+
+``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is dropped when the layer is
+rebuilt. A stage of a factorized layer is again a ``LayerSpec`` (one plain torch layer) or a ``ContractSpec`` (one einsum).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from tenfold.records.base import Record
+
+LayerKind = Literal["linear", "conv", "conv_transpose", "embedding"]
+Shape = tuple[int, ...]
+
+
+class LayerSpec(Record):
+    """All that defines a layer but its weights.
+
+    ``kernel`` has one entry per spatial axis and is empty for linear and embedding layers, whose ``in_channels`` are
+    the input features or the number of rows. ``padding`` is one int per spatial axis, ``"same"`` or ``"valid"``.
+
+    Example:
+        >>> LayerSpec(kind="conv", in_channels=3, out_channels=8, kernel=(3, 3)).weight_shape
+        (8, 3, 3, 3)
+    """
+
+    type: Literal["layer"] = "layer"
+    kind: LayerKind
+    in_channels: PositiveInt
+    out_channels: PositiveInt
+    kernel: tuple[PositiveInt, ...] = ()
+    stride: tuple[PositiveInt, ...] = ()
+    padding: tuple[NonNegativeInt, ...] | Literal["same", "valid"] = ()
+    output_padding: tuple[NonNegativeInt, ...] = ()
+    dilation: tuple[PositiveInt, ...] = ()
+    groups: PositiveInt = 1
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+    bias: bool = False
+    padding_idx: int | None = None
+    sparse: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_axes(cls, values: object) -> object:
+        """Give every per-axis field its neutral value where it was left out."""
+        if not isinstance(values, dict):
+            return values
+        axes = len(values.get("kernel", ()))
+        neutral = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
+        return values | {k: (v,) * axes for k, v in neutral.items() if not values.get(k)}
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerSpec:
+        axes = len(self.kernel)
+        if (axes > 0) != (self.kind in ("conv", "conv_transpose")):
+            msg = f"a {self.kind} layer cannot have the kernel {self.kernel}"
+            raise ValueError(msg)
+        for field in ("stride", "output_padding", "dilation", "padding"):
+            value = getattr(self, field)
+            if not isinstance(value, str) and len(value) != axes:
+                msg = f"{field}={value} needs one entry for each of the {axes} spatial axes"
+                raise ValueError(msg)
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            msg = f"groups={self.groups} must divide {self.in_channels} and {self.out_channels} channels"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes: 0 for linear and embedding, 1 to 3 for convolutions."""
+        return len(self.kernel)
+
+    @property
+    def group_shape(self) -> Shape:
+        """Shape (groups, out/groups, in/groups, *kernel) of the weight with its groups apart."""
+        g = self.groups
+        return (g, self.out_channels // g, self.in_channels // g, *self.kernel)
+
+    @property
+    def weight_shape(self) -> Shape:
+        """Shape of the weight in torch's own layout for this kind of layer."""
+        o, i, g = self.out_channels, self.in_channels, self.groups
+        match self.kind:
+            case "conv_transpose":
+                return (i, o // g, *self.kernel)
+            case "embedding":
+                return (i, o)
+            case _:
+                return (o, i // g, *self.kernel)
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, the bias included."""
+        return prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every output position sees one input position only."""
+        return all(k == 1 for k in self.kernel)
+
+    def out_shape(self, in_shape: Shape) -> Shape:
+        """Return the output shape for an input of shape ``in_shape`` (batched or not)."""
+        match self.kind:
+            case "linear":
+                return (*in_shape[:-1], self.out_channels)
+            case "embedding":
+                return (*in_shape, self.out_channels)
+            case _:
+                lead = in_shape[: len(in_shape) - self.axes - 1]
+                return (*lead, self.out_channels, *self._out_size(in_shape[len(in_shape) - self.axes :]))
+
+    def macs(self, in_shape: Shape) -> int:
+        """Return the multiply-accumulates for an input of shape ``in_shape``: half of torch's flop count."""
+        match self.kind:
+            case "linear":
+                return prod(in_shape[:-1]) * prod(self.weight_shape)
+            case "embedding":
+                return 0
+            case "conv":
+                positions = prod(self.out_shape(in_shape)) // self.out_channels
+            case _:
+                positions = prod(in_shape) // self.in_channels
+        return positions * prod(self.weight_shape)
+
+    def core(self, in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
+        """Return the same layer between other numbers of channels: it keeps kernel, stride, padding and groups."""
+        return self.replace(in_channels=in_channels, out_channels=out_channels, bias=bias)
+
+    def mix(self, in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
+        """Return the layer that only mixes channels at each position: linear, or a convolution with kernel 1."""
+        if self.axes == 0:
+            return LayerSpec(kind="linear", in_channels=in_channels, out_channels=out_channels, bias=bias)
+        return LayerSpec(
+            kind="conv",
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel=(1,) * self.axes,
+            groups=self.groups,
+            bias=bias,
+        )
+
+    def along(self, axes: tuple[int, ...], in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
+        """Return the layer that acts along some spatial ``axes`` only, and passes the others through untouched."""
+
+        def keep(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
+            return tuple(v if a in axes else neutral for a, v in enumerate(values))
+
+        return self.replace(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            bias=bias,
+            kernel=keep(self.kernel, 1),
+            stride=keep(self.stride, 1),
+            dilation=keep(self.dilation, 1),
+            padding=self.padding if isinstance(self.padding, str) else keep(self.padding, 0),
+            output_padding=keep(self.output_padding, 0),
+        )
+
+    def _out_size(self, size: Shape) -> Shape:
+        sizes = []
+        for a, n in enumerate(size):
+            reach = self.dilation[a] * (self.kernel[a] - 1)
+            if self.padding == "same":
+                pads = reach
+            else:
+                pads = 0 if isinstance(self.padding, str) else 2 * self.padding[a]
+            if self.kind == "conv":
+                sizes.append((n + pads - reach - 1) // self.stride[a] + 1)
+            else:
+                sizes.append((n - 1) * self.stride[a] - pads + reach + self.output_padding[a] + 1)
+        return tuple(sizes)
+
+    def __str__(self) -> str:
+        name = {"linear": "Linear", "embedding": "Embedding", "conv": "Conv", "conv_transpose": "ConvTranspose"}[self.kind]
+        if self.axes == 0:
+            return f"{name} {self.in_channels}→{self.out_channels}"
+        text = f"{name}{self.axes}d {self.in_channels}→{self.out_channels} {'×'.join(map(str, self.kernel))}"
+        if any(s > 1 for s in self.stride):
+            text += f" /{'×'.join(map(str, self.stride))}"
+        return text + (f" g{self.groups}" if self.groups > 1 else "")
+
+
+class ContractSpec(Record):
+    """One einsum over the feature axis: unflatten it to ``modes``, contract with the weight, flatten again.
+
+    ``equation`` names the feature modes with letters and everything else with the ellipsis, as in ``"...ab,cb->...ac"``.
+    The feature axis is the last one.
+
+    Example:
+        >>> spec = ContractSpec(modes=(4, 6), equation="...ab,cb->...ac", weight_shape=(5, 6))
+        >>> spec.out_shape((7, 24))
+        (7, 20)
+    """
+
+    type: Literal["contract"] = "contract"
+    modes: tuple[PositiveInt, ...]
+    equation: str
+    weight_shape: tuple[PositiveInt, ...]
+    bias: bool = False
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        inputs, _ = self.equation.split("->")
+        features, weight = inputs.split(",")
+        return dict(zip(features.replace(".", ""), self.modes, strict=True)) | dict(
+            zip(weight, self.weight_shape, strict=True)
+        )
+
+    @property
+    def in_channels(self) -> int:
+        """Number of input features."""
+        return prod(self.modes)
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output features."""
+        return prod(self._sizes[c] for c in self.equation.split("->")[1].replace(".", ""))
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, the bias included."""
+        return prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+
+    def out_shape(self, in_shape: Shape) -> Shape:
+        """Return the output shape for an input of shape ``in_shape``."""
+        return (*in_shape[:-1], self.out_channels)
+
+    def macs(self, in_shape: Shape) -> int:
+        """Return the multiply-accumulates for an input of shape ``in_shape``."""
+        return prod(in_shape[:-1]) * prod(self._sizes.values())
+
+
+StageSpec = Annotated[LayerSpec | ContractSpec, Field(discriminator="type")]
+
+
+def chain_params(stages: tuple[LayerSpec | ContractSpec, ...]) -> int:
+    """Return the number of parameters of stages run one after another."""
+    return sum(s.num_params for s in stages)
+
+
+def chain_macs(stages: tuple[LayerSpec | ContractSpec, ...], in_shape: Shape) -> int:
+    """Return the multiply-accumulates of stages run one after another on an input of shape ``in_shape``."""
+    total, shape = 0, in_shape
+    for stage in stages:
+        total += stage.macs(shape)
+        shape = stage.out_shape(shape)
+    return total
