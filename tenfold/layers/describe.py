@@ -1,0 +1,168 @@
+"""From a torch layer to its geometry, and from geometry to a torch layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tenfold.records import ContractSpec, LayerSpec
+
+_CONVS: dict[type[nn.Module], tuple[str, int]] = {
+    nn.Conv1d: ("conv", 1),
+    nn.Conv2d: ("conv", 2),
+    nn.Conv3d: ("conv", 3),
+    nn.ConvTranspose1d: ("conv_transpose", 1),
+    nn.ConvTranspose2d: ("conv_transpose", 2),
+    nn.ConvTranspose3d: ("conv_transpose", 3),
+}
+_SERVED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *_CONVS)
+
+
+def describe(module: nn.Module) -> tuple[LayerSpec | None, str]:
+    """Return (spec, "") for a layer that a format could serve, else (None, the reason why none ever will).
+
+    Example:
+        >>> spec, _ = describe(nn.Conv2d(3, 8, 3, padding=1))
+        >>> str(spec)
+        'Conv2d 3→8 3×3'
+        >>> describe(nn.ReLU())
+        (None, 'ReLU has no weight to factorize')
+    """
+    base = next((t for t in _SERVED if isinstance(module, t)), None)
+    if base is None:
+        owns = any(True for _ in module.parameters(recurse=False))
+        what = "is not a layer that tenfold factorizes" if owns else "has no weight to factorize"
+        return None, f"{type(module).__name__} {what}"
+    reason = _unusual(module, base)
+    if reason:
+        return None, reason
+    if isinstance(module, nn.Linear):
+        return LayerSpec(
+            kind="linear",
+            in_channels=module.in_features,
+            out_channels=module.out_features,
+            bias=module.bias is not None,
+        ), ""
+    if isinstance(module, nn.Embedding):
+        return _embedding(module)
+    return _convolution(module), ""
+
+
+def _unusual(module: nn.Module, base: type[nn.Module]) -> str:
+    """Return why a layer of a known kind cannot be rebuilt from its geometry and weight, or an empty string."""
+    name = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return f"the parameters of {name} are parametrized: remove the parametrization first"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return f"the weight of {name} is computed, not a parameter of its own: remove weight_norm and the like first"
+    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        return f"{name} is lazy and has not seen an input yet: run the model once first"
+    if not weight.is_floating_point():
+        return f"the weight of {name} has dtype {weight.dtype}: only floating point weights can be factorized"
+    if weight.numel() == 0:
+        return f"the weight of {name} is empty"
+    methods = ("forward", "_conv_forward") if base in _CONVS else ("forward",)
+    if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
+        return f"{name} is a {base.__name__} with a forward of its own"
+    return ""
+
+
+def _embedding(module: nn.Embedding) -> tuple[LayerSpec | None, str]:
+    if module.max_norm is not None:
+        return None, "an embedding with max_norm renormalises rows in place, which factors cannot"
+    if module.scale_grad_by_freq:
+        return None, "an embedding with scale_grad_by_freq scales gradients by rows, which factors cannot"
+    return LayerSpec(
+        kind="embedding",
+        in_channels=module.num_embeddings,
+        out_channels=module.embedding_dim,
+        padding_idx=module.padding_idx,
+        sparse=module.sparse,
+    ), ""
+
+
+def _convolution(module: nn.Module) -> LayerSpec:
+    conv: Any = module
+    kind, _ = next(v for t, v in _CONVS.items() if isinstance(module, t))
+    return LayerSpec.model_validate(
+        {
+            "kind": kind,
+            "in_channels": conv.in_channels,
+            "out_channels": conv.out_channels,
+            "kernel": conv.kernel_size,
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "output_padding": conv.output_padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "padding_mode": conv.padding_mode,
+            "bias": conv.bias is not None,
+        }
+    )
+
+
+class Contract(nn.Module):
+    """One einsum over the last axis of its input, with one weight; see ``ContractSpec``."""
+
+    def __init__(self, spec: ContractSpec, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the contraction, its feature modes flattened into the last axis."""
+        out = torch.einsum(self.spec.equation, x.unflatten(-1, self.spec.modes), self.weight)
+        out = out.flatten(x.dim() - 1)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        """Return the modes and the equation."""
+        return f"{self.spec.modes}, {self.spec.equation!r}"
+
+
+def build(spec: LayerSpec | ContractSpec, weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+    """Return a plain torch layer with this geometry that holds just these parameters.
+
+    Args:
+        spec: the geometry.
+        weight: in torch's own layout, of shape ``spec.weight_shape``.
+        bias: of shape (out_channels,), present exactly when ``spec.bias``.
+    """
+    if isinstance(spec, ContractSpec):
+        return Contract(spec, weight, bias)
+    layer: nn.Module
+    if spec.kind == "linear":
+        layer = nn.Linear(spec.in_channels, spec.out_channels, bias=spec.bias, device="meta")
+    elif spec.kind == "embedding":
+        layer = nn.Embedding(
+            spec.in_channels, spec.out_channels, padding_idx=spec.padding_idx, sparse=spec.sparse, device="meta"
+        )
+    else:
+        layer = _build_convolution(spec)
+    layer.weight = weight
+    if spec.bias:
+        layer.bias = bias
+    return layer
+
+
+def _build_convolution(spec: LayerSpec) -> nn.Module:
+    options: dict[str, Any] = {
+        "kernel_size": spec.kernel,
+        "stride": spec.stride,
+        "padding": spec.padding,
+        "dilation": spec.dilation,
+        "groups": spec.groups,
+        "padding_mode": spec.padding_mode,
+        "bias": spec.bias,
+        "device": "meta",
+    }
+    if spec.kind == "conv_transpose":
+        options["output_padding"] = spec.output_padding
+    base: Any = next(t for t, v in _CONVS.items() if v == (spec.kind, spec.axes))
+    layer: nn.Module = base(spec.in_channels, spec.out_channels, **options)
+    return layer

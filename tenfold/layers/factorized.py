@@ -1,0 +1,152 @@
+"""The layer that stands where a dense one stood: a chain of plain torch layers with the face of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.formats import FORMATS, Factorization, Rank
+from tenfold.layers.describe import build
+from tenfold.records import ContractSpec, LayerSpec
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """How well the factors of a layer met its weight: ‖W − Ŵ‖/‖W‖, sweeps used, and what the algorithm said."""
+
+    rel_error: float
+    n_iter: int = 1
+    converged: bool = True
+    note: str = ""
+
+
+class FactorizedLayer(nn.Module):
+    """A factorized linear, convolution or embedding layer that still answers for the dense one.
+
+    Runs its ``stages`` one after the other. ``weight`` multiplies the factors out on every access (differentiable, but
+    as slow as it sounds), ``bias`` is that of the last stage, and the hyper-parameters of the dense layer
+    (``in_features``, ``kernel_size``, ``stride`` ...) are there under torch's own names, so that code that reads them,
+    like ``nn.MultiheadAttention``, goes on working.
+
+    Attributes:
+        spec: geometry of the dense layer.
+        format: name of the format.
+        rank: ranks by name.
+        fit: how the factors were found; None for a layer that was loaded.
+    """
+
+    def __init__(self, spec: LayerSpec, format: str, rank: Rank, stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.format = format
+        self.rank = dict(rank)
+        self.stages = nn.ModuleList(stages)
+        self.fit: FitSummary | None = None
+        for name, value in _face(spec).items():
+            setattr(self, name, value)
+
+    @classmethod
+    def of(
+        cls, value: Factorization, bias: Tensor | None = None, *, requires_grad: tuple[bool, bool] = (True, True)
+    ) -> FactorizedLayer:
+        """Return the layer that runs a factorization.
+
+        Args:
+            value: the factors, in the dtype and on the device that the layer is to have.
+            bias: shape (out_channels,), present exactly when the spec has one.
+            requires_grad: of the weights and of the bias.
+        """
+        stages = []
+        for stage in value.stages():
+            weight = nn.Parameter(stage.weight.detach().clone(memory_format=torch.contiguous_format), requires_grad[0])
+            own = nn.Parameter(bias.detach().clone(), requires_grad[1]) if stage.spec.bias and bias is not None else None
+            stages.append(build(stage.spec, weight, own))
+        return cls(value.spec, value.name(), value.rank, stages)
+
+    @classmethod
+    def empty(cls, spec: LayerSpec, format: str, rank: Rank, like: Tensor) -> FactorizedLayer:
+        """Return a layer with the right structure, uninitialised, in the dtype and on the device of ``like``."""
+        kind = FORMATS.get(format)
+        rank = kind.check_rank(spec, rank)
+        stages = []
+        for stage in kind.structure(spec, rank):
+            weight = nn.Parameter(like.new_empty(stage.weight_shape))
+            bias = nn.Parameter(like.new_empty(stage.out_channels)) if stage.bias else None
+            stages.append(build(stage, weight, bias))
+        return cls(spec, format, rank, stages)
+
+    def factorization(self) -> Factorization:
+        """Return the factors that the layer holds now; gradients flow through them."""
+        weights: list[Tensor] = [stage.weight for stage in self.stages]  # type: ignore[misc]
+        return FORMATS.get(self.format).from_stages(self.spec, self.rank, weights)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out on every access, in torch's own layout."""
+        return self.factorization().to_dense()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which sits on the last stage."""
+        return getattr(self.stages[-1], "bias", None)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return what the dense layer would return; ``output_size`` as in ``nn.ConvTranspose2d``."""
+        for stage in self.stages:
+            if output_size is None or not getattr(stage, "transposed", False):
+                x = stage(x)
+            else:
+                x = stage(x, _target_size(stage, x, output_size))
+        return x
+
+    def extra_repr(self) -> str:
+        """Return format, ranks and the dense layer replaced."""
+        ranks = ", ".join(f"{k}={v}" for k, v in self.rank.items())
+        return f"{self.format}({ranks}) for {self.spec}"
+
+
+def stage_specs(layer: FactorizedLayer) -> tuple[LayerSpec | ContractSpec, ...]:
+    """Return the geometry of the stages of a factorized layer, in the order in which they run."""
+    return FORMATS.get(layer.format).structure(layer.spec, layer.rank)
+
+
+def _target_size(stage: Any, x: Tensor, output_size: list[int]) -> list[int]:
+    """Return the part of a transposed convolution's output size that this stage makes; it passes other axes through."""
+    axes = len(stage.kernel_size)
+    wanted, here = list(output_size)[-axes:], list(x.shape)[-axes:]
+    acts = [k > 1 or s > 1 for k, s in zip(stage.kernel_size, stage.stride, strict=True)]
+    return [w if a else h for w, h, a in zip(wanted, here, acts, strict=True)]
+
+
+def _face(spec: LayerSpec) -> dict[str, Any]:
+    """Return the public hyper-parameters of the dense layer under torch's names."""
+    match spec.kind:
+        case "linear":
+            return {"in_features": spec.in_channels, "out_features": spec.out_channels}
+        case "embedding":
+            return {
+                "num_embeddings": spec.in_channels,
+                "embedding_dim": spec.out_channels,
+                "padding_idx": spec.padding_idx,
+                "max_norm": None,
+                "norm_type": 2.0,
+                "scale_grad_by_freq": False,
+                "sparse": spec.sparse,
+            }
+        case _:
+            return {
+                "in_channels": spec.in_channels,
+                "out_channels": spec.out_channels,
+                "kernel_size": spec.kernel,
+                "stride": spec.stride,
+                "padding": spec.padding,
+                "output_padding": spec.output_padding,
+                "dilation": spec.dilation,
+                "groups": spec.groups,
+                "padding_mode": spec.padding_mode,
+                "transposed": spec.kind == "conv_transpose",
+            }
