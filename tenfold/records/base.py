@@ -57,14 +57,15 @@ def explain(error: ValidationError) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all: temporary file beside it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        partial.chmod(0o644)
+        partial.replace(path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -1,7 +1,8 @@
 """The geometry of a layer and of the stages that a factorized layer runs: shapes and costs, no numbers.
 
 ``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is dropped when the layer is
-rebuilt. A stage of a factorized layer is again a ``LayerSpec`` (one plain torch layer) or a ``ContractSpec`` (one einsum).
+rebuilt. A stage of a factorized layer is again a ``LayerSpec`` (one plain torch layer) or a ``ContractSpec`` (one
+einsum).
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class LayerSpec(Record):
         return tuple(sizes)
 
     def __str__(self) -> str:
-        name = {"linear": "Linear", "embedding": "Embedding", "conv": "Conv", "conv_transpose": "ConvTranspose"}[self.kind]
+        name = self.kind.title().replace("_", "")
         if self.axes == 0:
             return f"{name} {self.in_channels}→{self.out_channels}"
         text = f"{name}{self.axes}d {self.in_channels}→{self.out_channels} {'×'.join(map(str, self.kernel))}"
@@ -187,8 +188,8 @@ class LayerSpec(Record):
 class ContractSpec(Record):
     """One einsum over the feature axis: unflatten it to ``modes``, contract with the weight, flatten again.
 
-    ``equation`` names the feature modes with letters and everything else with the ellipsis, as in ``"...ab,cb->...ac"``.
-    The feature axis is the last one.
+    ``equation`` names the feature modes with letters and everything else with the ellipsis, as in
+    ``"...ab,cb->...ac"``. The feature axis is the last one.
 
     Example:
         >>> spec = ContractSpec(modes=(4, 6), equation="...ab,cb->...ac", weight_shape=(5, 6))

@@ -13,8 +13,8 @@ from tenfold.records.costs import Cost, Environment, Latency
 
 PLAN_VERSION = 1
 PLAN_HEADER = """\
-# A tenfold plan: what happens to each layer. Edit ranks or actions by hand and replay it with tenfold.apply(model, plan)
-# or on the command line with --plan FILE. Ranks are numbers of kept components, by name.
+# A tenfold plan: what happens to each layer. Edit ranks or actions by hand and replay it with
+# tenfold.apply(model, plan) or on the command line with --plan FILE. Ranks are numbers of kept components, by name.
 """
 
 
