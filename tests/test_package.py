@@ -1,0 +1,141 @@
+"""The package as others receive it: light to import, typed, complete, and open to every later version of torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import tenfold
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tenfold"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+SELF = "tenfold["
+
+NOT_AT_IMPORT = {
+    *("PIL", "accelerate", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pyarrow", "sklearn"),
+    *("tensorboard", "tensorly", "timm", "torchvision", "transformers"),  # optional
+    *("scipy", "typer", "torch._dynamo", "torch._inductor", "torch.utils.tensorboard"),  # slow
+}
+
+
+def canonical(requirement: str) -> str:
+    """Return the name of a requirement as indexes spell it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ;]", requirement)[0]).lower()
+
+
+def expand(extra: str) -> set[str]:
+    """Return the names of all that an extra brings, references to other extras followed."""
+    names: set[str] = set()
+    for requirement in EXTRAS[extra]:
+        if requirement.startswith(SELF):
+            names |= set().union(*(expand(e.strip()) for e in requirement[len(SELF) : -1].split(",")))
+        else:
+            names.add(canonical(requirement))
+    return names
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the modules that a fresh interpreter holds after ``statement``."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(json.loads(done.stdout))
+
+
+def test_import_is_light_and_silent() -> None:
+    """What is optional or slow is loaded by whoever uses it; the list is what `import tenfold` adds to `import torch`."""
+    added = loaded_by("import tenfold") - loaded_by("import torch")
+    assert "tenfold" in added
+    assert added & NOT_AT_IMPORT == set()
+
+
+def test_records_load_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; sys.path.insert(0, {!r}); import types; "
+    code += "p = types.ModuleType('tenfold'); p.__path__ = [{!r}]; sys.modules['tenfold'] = p; import tenfold.records"
+    subprocess.run([sys.executable, "-c", code.format(str(ROOT), str(PACKAGE))], check=True)
+
+
+def test_version_is_said_once() -> None:
+    assert "version" in PROJECT["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.?\w+)?", tenfold.__version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{tenfold.__version__}]" in changelog
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    assert len(tenfold.__all__) == len(set(tenfold.__all__))
+    for name in tenfold.__all__:
+        entry = getattr(tenfold, name)
+        if callable(entry):
+            assert (entry.__doc__ or "").strip(), f"tenfold.{name} has no docstring"
+
+
+def test_command_is_installed() -> None:
+    (command,) = [e for e in entry_points(group="console_scripts") if e.name == "tenfold"]
+    assert callable(command.load())
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, check=True, capture_output=True, cwd=ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"tenfold-{tenfold.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {str(path.relative_to(ROOT)) for path in SOURCES} | {"tenfold/py.typed"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names} == {"tenfold", f"tenfold-{tenfold.__version__}.dist-info"}
+
+
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)])
+def test_requirements_have_lower_bounds_only(requirement: str) -> None:
+    assert requirement.startswith(SELF) or re.fullmatch(r"[\w.-]+(\[[\w,]+\])?>=[\d.]+", requirement)
+
+
+def test_tested_versions_cover_what_the_make_targets_install() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.]+", pin)] == []  # exact, no local versions
+    wanted = {canonical(r) for r in PROJECT["dependencies"]} | expand("demo") | expand("dev")
+    assert wanted - {canonical(pin) for pin in pins} == set()
+    assert [pin for pin in pins if pin.startswith(("nvidia", "cuda", "triton"))] == []
+
+
+def required_extras() -> list[tuple[str, str, str]]:
+    """Return (file, module, extra) of every ``require("module", "extra")`` in the package."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(
+                    func=ast.Name("require") | ast.Attribute(attr="require"),
+                    args=[ast.Constant(str(module)), ast.Constant(str(extra))],
+                ):
+                    found.append((str(path.relative_to(ROOT)), module, extra))
+    return found
+
+
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+
+
+@pytest.mark.parametrize(("file", "module", "extra"), required_extras())
+def test_the_extra_named_in_an_error_brings_the_module(file: str, module: str, extra: str) -> None:
+    top = module.split(".")[0]
+    assert extra in EXTRAS, f"{file} names the extra {extra}"
+    assert DISTRIBUTIONS.get(top, top) in expand(extra), f"{file}: tenfold[{extra}] does not bring {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_is_one_thought(path: Path) -> None:
+    assert path.stem not in {"utils", "helpers", "misc", "common", "manager", "engine"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
