@@ -1,0 +1,168 @@
+"""Batch-norm statistics that fit the compressed model, from unlabeled batches and without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tenfold.errors import DataError
+from tenfold.profiling.inputs import call_model
+
+M = TypeVar("M", bound=nn.Module)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def reestimate_batchnorm_(
+    model: M, batches: Iterable[Any], *, forward: Callable[[M, Any], object] | None = None
+) -> int:
+    """Return the number of batches from which the running statistics of every batch norm were estimated anew.
+
+    Only the batch norms run in training mode, so that each layer sees inputs normalized as they will be; dropout and
+    the like stay off, and no gradient is kept. The new mean and variance are those of all values seen: batches are
+    pooled exactly (Chan, Golub & LeVeque 1983), so neither their order nor unequal sizes matter. ``torch``'s own
+    cumulative average (``momentum=None``) would average the variances *within* batches instead, and lose the variance
+    *between* them, which is not small when batches are.
+
+    Train modes, momenta and everything else of the model are as before afterwards. On any error the old statistics are
+    back. Batch norms that the forward never reaches, or that do not track statistics, are left alone.
+
+    Args:
+        model: changed in place, on its own device. A model without batch norm is not run, and 0 comes back.
+        batches: inputs as ``call_model`` takes them: a tensor, tuple of arguments, dict of keywords or (args, kwargs).
+            They must lie on the device of the model. 100 to 200 batches are plenty; order and seed are the caller's.
+        forward: runs the model on one batch; ``call_model(model, batch)`` by default.
+
+    Raises:
+        DataError: no batches, a batch of one value per channel, or activations that are not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout())
+        >>> reestimate_batchnorm_(model, [torch.randn(16, 4) for _ in range(3)])
+        3
+    """
+    norms: dict[str, _BatchNorm] = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None and module.running_var is not None
+    }
+    if not norms:
+        return 0
+    pools = {path: _Pool() for path in norms}
+    seen = 0
+    with _statistics_only(model, norms, pools), torch.no_grad():
+        for seen, batch in enumerate(batches, start=1):  # noqa: B007
+            (forward or call_model)(model, batch)
+        if seen == 0:
+            msg = "there are no batches to re-estimate batch norm from. Pass an iterable with at least one batch."
+            raise DataError(msg)
+        for path, pool in pools.items():
+            if pool.calls:
+                pool.store(norms[path])
+    return seen
+
+
+@dataclass
+class _Pool:
+    """Count, mean and sum of squared deviations of all values seen by one batch norm, per channel in float64."""
+
+    count: int = 0
+    calls: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, count: int, mean: Tensor, var: Tensor) -> None:
+        """Merge ``count`` values per channel, given their mean and unbiased variance."""
+        mean, squares = mean.double(), var.double() * (count - 1)
+        total = self.count + count
+        delta = mean - self.mean.to(mean.device)
+        self.mean = self.mean.to(mean.device) + delta * (count / total)
+        self.squares = self.squares.to(mean.device) + squares + delta.square() * (self.count * count / total)
+        self.count, self.calls = total, self.calls + 1
+
+    def store(self, norm: _BatchNorm) -> None:
+        """Write mean and unbiased variance into the running statistics of ``norm``."""
+        norm.running_mean.copy_(self.mean)  # type: ignore[union-attr]
+        norm.running_var.copy_(self.squares / (self.count - 1))  # type: ignore[union-attr]
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(self.calls)
+
+
+@contextmanager
+def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict[str, _Pool]) -> Iterator[None]:
+    """Let the batch norms, and nothing else, run in training mode, and pool what each batch teaches them.
+
+    Momentum 1 makes the running statistics those of the last batch alone: a hook reads them at no cost. Flags are
+    set directly, because ``train()`` would also reach the children that some batch norms have (timm's, for one).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms.values()]
+    old = [(buffer, buffer.clone()) for norm in norms.values() for buffer in norm.buffers(recurse=False)]
+    hooks = []
+    try:
+        for module, _ in modes:
+            module.training = False
+        for path, norm in norms.items():
+            norm.training, norm.momentum = True, 1.0
+            norm.reset_running_stats()  # 0 · NaN is NaN: broken statistics must not survive a momentum of 1
+            hooks += [
+                norm.register_forward_pre_hook(_check(path)),
+                norm.register_forward_hook(_pool(path, pools[path])),
+            ]
+        yield
+        unreached = {
+            id(b) for path, norm in norms.items() if not pools[path].calls for b in norm.buffers(recurse=False)
+        }
+        _put_back([(buffer, value) for buffer, value in old if id(buffer) in unreached])
+    except BaseException:
+        _put_back(old)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+
+
+def _put_back(values: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in values:
+            buffer.copy_(value)
+
+
+def _check(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a hook that refuses an input with fewer than two values per channel, which has no variance."""
+
+    def check(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].numel() < 2 * norm.num_features:  # type: ignore[operator]
+            msg = (
+                f"batch norm {path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
+                "variance. Use larger batches and drop a last batch of one."
+            )
+            raise DataError(msg)
+
+    return check
+
+
+def _pool(path: str, pool: _Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Return a hook that pools the statistics of the batch that has just passed."""
+
+    def add(norm: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
+        mean, var = norm.running_mean, norm.running_var
+        if not (torch.isfinite(mean).all() and torch.isfinite(var).all()):
+            msg = (
+                f"the input of batch norm {path!r} is not finite in its call {pool.calls + 1}: check the batches and "
+                "the weights before it. The old statistics are kept."
+            )
+            raise DataError(msg)
+        pool.add(args[0].numel() // norm.num_features, mean, var)
+
+    return add
