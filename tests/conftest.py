@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -26,10 +27,8 @@ def supply_torchvision_ops() -> torch.library.Library | None:
         return None
     compiled = next(Path(found.origin).parent.glob("_C.*"), None)
     if compiled is not None:
-        try:
+        with contextlib.suppress(OSError):
             torch.ops.load_library(str(compiled))
-        except OSError:
-            pass
     if hasattr(torch.ops.torchvision, "nms"):
         return None
     library = torch.library.Library("torchvision", "DEF")

@@ -57,7 +57,7 @@ class Budget(Record):
         """
         if isinstance(budget, cls):
             return budget
-        values = dict(budget or {})  # type: ignore[arg-type]
+        values = dict(budget or {})
         unknown = set(values) - set(cls.model_fields)
         if unknown:
             msg = f"a budget names {' or '.join(cls.model_fields)}, not {', '.join(sorted(unknown))}"
