@@ -1,7 +1,7 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
 from tenfold.records.base import Record, explain, read_json, write_text
-from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile
+from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import ContractSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
 
@@ -21,6 +21,7 @@ __all__ = [
     "Record",
     "RunRecord",
     "Shape",
+    "Speedup",
     "StageSpec",
     "chain_macs",
     "chain_params",

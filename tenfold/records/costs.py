@@ -32,7 +32,8 @@ class Cost(Record):
 class Latency(Record):
     """Measured milliseconds, and everything they depend on.
 
-    ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median.
+    ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median. ``tf32`` tells whether
+    float32 products may have been rounded to TF32, which only some accelerators do.
     """
 
     median_ms: NonNegativeFloat
@@ -44,6 +45,21 @@ class Latency(Record):
     device: str
     dtype: str
     memory_format: str = "contiguous"
+    tf32: bool = False
+
+
+class Speedup(Record):
+    """How many times faster one model is than another, measured in turns.
+
+    ``ratio`` is the median over ``rounds`` of (time of the other / time of this one); ``low`` and ``high`` bound the
+    true median with a probability of at least ``confidence``.
+    """
+
+    ratio: NonNegativeFloat
+    low: NonNegativeFloat
+    high: NonNegativeFloat
+    rounds: int
+    confidence: float = 0.95
 
 
 class Environment(Record):
@@ -72,10 +88,16 @@ class LayerProfile(Record):
 
     ``spec`` is None when no format could ever serve the layer; ``note`` then says why. A factorized layer has the
     ``format`` and ``rank`` that it has now, and the ``spec`` of the dense layer that it stands for.
+
+    ``aliases`` are further paths of the same module. ``tied`` are paths of other modules that hold one of its
+    parameters too; that parameter is counted in the first of them only. ``bytes`` are those of parameters and buffers,
+    ``activation_bytes`` those of all its outputs in one forward. Times are the medians and interquartile ranges of one
+    forward's calls together.
     """
 
     path: str
     aliases: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
     kind: str
     spec: LayerSpec | None = None
     format: str | None = None
@@ -103,7 +125,10 @@ class LayerProfile(Record):
 class Profile(Record):
     """What a model costs on some example inputs. Every MAC of the forward is in ``macs``.
 
-    ``uncounted`` lists operations that the flop counter has no formula for, with the number of calls.
+    ``other_macs`` are those outside of all layers: ``macs`` is the sum over ``layers`` plus ``other_macs``.
+    ``fused_macs`` are those, by kernel, that torch's flop counter has no formula for while it does count the same
+    mathematics written without the fused kernel; they are part of ``macs``. ``uncounted`` lists operations that may do
+    multiply-accumulates and that nobody has a formula for, with the number of calls; they are not in ``macs``.
     """
 
     version: int = SCHEMA_VERSION
@@ -114,6 +139,7 @@ class Profile(Record):
     input_shapes: tuple[Shape, ...] = ()
     layers: tuple[LayerProfile, ...]
     other_macs: NonNegativeInt = 0
+    fused_macs: dict[str, int] = {}
     uncounted: dict[str, int] = {}
     latency: Latency | None = None
     environment: Environment

@@ -1,0 +1,22 @@
+"""What a model costs: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
+
+from tenfold.profiling.counting import MacCounter
+from tenfold.profiling.environment import environment
+from tenfold.profiling.inputs import batch_size_of, call_model, to_device
+from tenfold.profiling.latency import Comparison, compare_latency, measure_latency
+from tenfold.profiling.modes import device_of, evaluating
+from tenfold.profiling.profile import profile
+
+__all__ = [
+    "Comparison",
+    "MacCounter",
+    "batch_size_of",
+    "call_model",
+    "compare_latency",
+    "device_of",
+    "environment",
+    "evaluating",
+    "measure_latency",
+    "profile",
+    "to_device",
+]

@@ -1,0 +1,151 @@
+"""Example inputs of every shape that models take: how to read, move and pass them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tenfold.errors import ProfileError, TenfoldError
+from tenfold.records import Shape
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Return the output of the model on example inputs of any of the usual shapes.
+
+    Args:
+        model: any callable module.
+        inputs: a tensor (one argument), a tuple (the arguments; a last element that is a dict holds keyword arguments,
+            as in ``torch.export``), exactly ``((args...), {kwargs})``, or a mapping (keyword arguments). Everything
+            else, a list of tensors, a packed sequence or a named tuple for instance, is passed as one argument. To pass
+            a dict as the last positional argument, put an empty one behind it.
+
+    Raises:
+        ProfileError: the forward fails; the message names the model and the shapes.
+
+    Example:
+        >>> call_model(nn.Bilinear(3, 4, 5), (torch.ones(2, 3), {"input2": torch.ones(2, 4)})).shape
+        torch.Size([2, 5])
+    """
+    args, kwargs = arguments(inputs)
+    try:
+        return model(*args, **kwargs)
+    except TenfoldError:  # said clearly already, by a hook for instance
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no message"
+        msg = (
+            f"{type(model).__name__} does not run on inputs {describe_inputs(inputs)}: "
+            f"{type(error).__name__}: {reason[:500]}"
+        )
+        if isinstance(inputs, list):
+            msg += " (a list is passed as one argument; give a tuple to pass its elements one by one)"
+        raise ProfileError(msg) from error
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that ``call_model`` passes for these inputs."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if not isinstance(inputs, tuple) or hasattr(inputs, "_fields"):
+        return (inputs,), {}
+    if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], Mapping):
+        return (inputs[0] if not hasattr(inputs[0], "_fields") else (inputs[0],)), dict(inputs[1])
+    if inputs and isinstance(inputs[-1], Mapping):
+        return inputs[:-1], dict(inputs[-1])
+    return inputs, {}
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested tuples, lists, mappings, packed sequences and dataclasses, in their order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, PackedSequence):
+        yield tree.data
+    elif isinstance(tree, tuple | list):
+        for value in tree:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from tensors_in(getattr(tree, field.name))
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the tree with every tensor replaced by ``change(tensor)``; what is no container stays as it is."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(value, change) for key, value in tree.items()}
+    if isinstance(tree, PackedSequence):
+        return tree._replace(data=change(tree.data))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(value, change) for value in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(value, change) for value in tree)
+    return tree
+
+
+def to_device(inputs: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """Return the inputs with all tensors on ``device``, the floating point ones in ``dtype`` if one is given.
+
+    Example:
+        >>> to_device({"ids": torch.zeros(2, dtype=torch.long), "x": torch.ones(2)}, "cpu", torch.float64)["x"].dtype
+        torch.float64
+    """
+    if isinstance(inputs, PackedSequence):
+        moved: Any = inputs
+        moved = moved.to(torch.device(device))
+        return moved if dtype is None else moved.to(dtype)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    return map_tensors(inputs, move)
+
+
+def batch_size_of(inputs: Any) -> int | None:
+    """Return the size of the batch: the first axis of the first tensor, the length of a list, None if there is none.
+
+    Example:
+        >>> batch_size_of((torch.zeros(8, 3), {"mask": torch.zeros(8)}))
+        8
+    """
+    args, kwargs = arguments(inputs)
+    if len(args) == 1 and isinstance(args[0], list):
+        return len(args[0])
+    if args and isinstance(args[0], PackedSequence):
+        return int(args[0].batch_sizes[0])
+    first = next(tensors_in((*args, kwargs)), None)
+    return int(first.shape[0]) if first is not None and first.dim() else None
+
+
+def input_shapes(inputs: Any) -> tuple[Shape, ...]:
+    """Return the shapes of all tensors in the inputs, in order."""
+    return tuple(shape_of(tensor) for tensor in tensors_in(arguments(inputs)))
+
+
+def shape_of(tensor: Tensor) -> Shape:
+    """Return the shape as a plain tuple, empty for nested tensors that have none."""
+    return () if tensor.is_nested else tuple(int(n) for n in tensor.shape)
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Return the shapes and dtypes of the inputs in a few words, for messages."""
+    args, kwargs = arguments(inputs)
+    parts = [_in_words(a) for a in args] + [f"{k}={_in_words(v)}" for k, v in kwargs.items()]
+    return f"({', '.join(parts)})"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(shape_of(value))}"
+    if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
+        return f"{type(value).__name__} of {len(value)} ({', '.join(_in_words(v) for v in value[:3])})"
+    return type(value).__name__
