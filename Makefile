@@ -6,6 +6,8 @@
 #   PYTEST_ARGS="..."      more arguments for pytest, as -k tucker2
 
 SHELL := /bin/bash
+# An announcement of its makers, not a defect of the docs.
+export NO_MKDOCS_2_WARNING := 1
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
