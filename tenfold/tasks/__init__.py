@@ -1,0 +1,27 @@
+"""What the command line and the benchmarks run on: a model, its data, its score. Adding a file here adds a task."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tenfold.tasks.base import TASKS, Batches, Task, accuracy, seeded
+from tenfold.tasks.images import ImageTransform
+from tenfold.tasks.in_memory import InMemoryTask, TensorSet, Transform
+from tenfold.tasks.loading import load_task
+from tenfold.tasks.weights import load_weights
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "TASKS",
+    "Batches",
+    "ImageTransform",
+    "InMemoryTask",
+    "Task",
+    "TensorSet",
+    "Transform",
+    "accuracy",
+    "load_task",
+    "load_weights",
+    "seeded",
+]

@@ -1,0 +1,131 @@
+"""From the text of a task to the task: a registered name, or a class of the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from tenfold.errors import TenfoldError, UnknownNameError
+from tenfold.registry import did_you_mean
+from tenfold.tasks.base import TASKS, Task
+
+_FILE = re.compile(r"^(?P<file>.+\.py)(?::(?P<name>[^:]*))?(?::(?P<variant>.*))?$")
+FORMS = "Write NAME[:VARIANT], pkg.module:Class[:VARIANT] or file.py:Class[:VARIANT]."
+
+
+def load_task(text: str, *, data: Path | str | None = None, seed: int = 0) -> Task:
+    """Return the task that ``text`` names.
+
+    ``"cifar10"`` and ``"cifar10:resnet56"`` are registered names, with a variant or its default. A task of one's own is
+    a class in a module (``"pkg.module:MyTask"``) or a file (``"folder/my_task.py:MyTask"``), with a variant after one
+    more colon. The module is imported, its code runs; imports of other files beside it work at its top.
+
+    Args:
+        text: the task.
+        data: where the task looks for its data.
+        seed: fixes fresh weights and training.
+
+    Raises:
+        UnknownNameError: no such task, module, file, class or variant; the message names near ones.
+        TenfoldError: the module cannot be imported, or the class is not a whole task.
+
+    Example:
+        >>> load_task("cifar10:resnet20").id
+        'cifar10:resnet20'
+    """
+    in_file = _FILE.match(text)
+    if in_file:
+        cls = _class_in(_import_file(Path(in_file["file"])), in_file["name"] or "", in_file["file"])
+        return cls(in_file["variant"] or None, data=data, seed=seed)
+    name, _, rest = text.partition(":")
+    if name in TASKS.names():
+        return TASKS.get(name)(rest if ":" in text else None, data=data, seed=seed)
+    if rest and all(part.isidentifier() for part in name.split(".")):
+        module = _import_module(name)
+        if module is not None:
+            cls_name, _, variant = rest.partition(":")
+            return _class_in(module, cls_name, name)(variant or None, data=data, seed=seed)
+    msg = f"unknown task {name!r}. {did_you_mean(name, TASKS.names())} {FORMS}"
+    raise UnknownNameError(msg)
+
+
+def _class_in(module: ModuleType, name: str, where: str) -> type[Task]:
+    """Return the task class of that name."""
+    own = [k for k, v in vars(module).items() if _is_task(v) and v.__module__ == module.__name__]
+    found = getattr(module, name, None) if name else None
+    if found is None:
+        msg = f"{where} has no task {name!r}. {did_you_mean(name, own)} {FORMS}"
+        raise UnknownNameError(msg)
+    if not _is_task(found):
+        msg = f"{name} in {where} is not a task: it must be a class derived from tenfold.tasks.Task"
+        raise TenfoldError(msg)
+    cls: type[Task] = found
+    lacking = sorted(cls.__abstractmethods__) + [a for a in ("name",) if not hasattr(cls, a)]
+    if lacking:
+        msg = f"{name} in {where} is not a whole task: it lacks {', '.join(lacking)}"
+        raise TenfoldError(msg)
+    return cls
+
+
+def _is_task(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, Task)
+
+
+def _import_module(name: str) -> ModuleType | None:
+    """Return the module, looked for in the working folder too, or None if it does not exist."""
+    with _importing_from(Path.cwd(), name):
+        try:
+            if importlib.util.find_spec(name) is None:
+                return None
+        except ModuleNotFoundError:  # a parent package that does not exist
+            return None
+        return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Return the module of a file, run once per process."""
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
+        msg = f"there is no task file {path}. {near}".rstrip()
+        raise UnknownNameError(msg)
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        msg = f"{path} cannot be imported as a Python file"
+        raise TenfoldError(msg)
+    module = importlib.util.module_from_spec(spec)
+    with _importing_from(path.parent, str(path)):
+        sys.modules[name] = module  # dataclasses look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return module
+
+
+@contextmanager
+def _importing_from(folder: Path, what: str) -> Iterator[None]:
+    """Let imports find ``folder``, as python does for the script that it runs, and put foreign failures in one line."""
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    except TenfoldError:
+        raise
+    except Exception as error:
+        msg = f"{what} failed while being imported: {type(error).__name__}: {error}"
+        raise TenfoldError(msg) from error
+    finally:
+        sys.path.remove(entry)
