@@ -1,6 +1,6 @@
 # `make demo` and `make test` need Python >= 3.11 and nothing else: they set up .venv themselves, once.
 #
-#   PYTHON=python3.12      the interpreter to build .venv with (default: the first good one on the path)
+#   PYTHON=python3.12      the interpreter to build .venv with (default: 3.11, the tested one, or else what is there)
 #   PIP_ARGS="..."         more arguments for pip, as --extra-index-url https://download.pytorch.org/whl/cpu,
 #                          which spares Linux machines without an NVIDIA GPU the CUDA libraries
 #   PYTEST_ARGS="..."      more arguments for pytest, as -k tucker2
@@ -11,6 +11,7 @@ export NO_MKDOCS_2_WARNING := 1
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
+PYTHONS := python3.11 python3 python3.12 python3.13 python
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 # One thread per process: the tests are many and small, and run one process per core.
@@ -60,13 +61,13 @@ $(VENV)/.dev: $(VENV)/.demo
 # Sets $python to the first interpreter that is new enough and can make virtual environments, or says what is missing.
 define find_python
 python=""; \
-for name in $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python); do \
+for name in $(or $(PYTHON),$(PYTHONS)); do \
 	if "$$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
 		python="$$name"; break; \
 	fi; \
 done; \
 if [ -z "$$python" ]; then \
-	echo "tenfold needs Python 3.11 or newer with venv and pip; tried: $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python)." >&2; \
+	echo "tenfold needs Python 3.11 or newer with venv and pip; tried: $(or $(PYTHON),$(PYTHONS))." >&2; \
 	echo "Install it (Debian, Ubuntu: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
 	exit 1; \
 fi; \
