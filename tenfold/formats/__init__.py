@@ -4,8 +4,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from tenfold.formats.base import FORMATS, Factorization, Rank, Stage, Structure, join_groups, split_groups
+from tenfold.formats.matrix import MatrixFormat
+from tenfold.formats.tucker2 import Tucker2
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FORMATS", "Factorization", "Rank", "Stage", "Structure", "join_groups", "split_groups"]
+__all__ = ["FORMATS", "Factorization", "MatrixFormat", "Rank", "Stage", "Structure", "Tucker2", "join_groups", "split_groups"]

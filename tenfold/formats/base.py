@@ -146,6 +146,12 @@ class Factorization(abc.ABC):
         """Return the same factorization with some fields replaced."""
         return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
+    def scaled(self, factor: float) -> Self:
+        """Return the factorization of ``factor`` (≥ 0) times the weight, the change spread evenly over all tensors."""
+        tensors = self.tensors()
+        share = factor ** (1 / len(tensors))
+        return self.map(**{k: v * share for k, v in tensors.items()})
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the factorization with every factor passed through ``Tensor.to``."""
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})

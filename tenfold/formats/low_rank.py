@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from math import prod
+from typing import Self
 
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
+from tenfold.formats.base import FORMATS, Rank, Structure
+from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import LayerSpec
 
 
 @FORMATS.register("low_rank")
 @dataclass(frozen=True, eq=False)
-class LowRank(Factorization):
+class LowRank(MatrixFormat):
     """Two factors: the layer into R channels, then a mix of channels (k×k then 1×1 for convolutions).
 
     W reshaped to (out, in·kernel) ≈ ``left`` @ ``right`` (papers: SVD scheme 1, "channel decomposition";
@@ -24,36 +26,28 @@ class LowRank(Factorization):
     left: Tensor  # (groups, out/groups, R)
     right: Tensor  # (groups, R, in/groups, *kernel)
 
-    rank_names: ClassVar[tuple[str, ...]] = ("rank",)
-    default_algorithm: ClassVar[str] = "svd"
-
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
-        """Return a reason where a matrix of one row or column leaves nothing to drop."""
-        if cls.max_rank(spec)["rank"] == 1:
-            return "the weight has rank 1 already: there is nothing to drop"
-        return None
-
-    @classmethod
-    def max_rank(cls, spec: LayerSpec) -> Rank:
-        """Return {rank: min(out, in·kernel)}, per group."""
+    def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:
+        """Return (out, in·kernel), per group."""
         _, out, *rest = spec.group_shape
-        columns = 1
-        for n in rest:
-            columns *= n
-        return {"rank": min(out, columns)}
+        return out, prod(rest)
+
+    @classmethod
+    def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
+        """Return the matrix (out, in·kernel) of each group."""
+        del spec
+        return weight.flatten(2)
+
+    @classmethod
+    def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the factors whose product is ``left`` @ ``right``."""
+        return {"left": left, "right": right.reshape(*right.shape[:2], *spec.group_shape[2:])}
 
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the layer into R channels per group, and the mix of those into the outputs."""
         inner = rank["rank"] * spec.groups
         return (spec.core(spec.in_channels, inner), spec.mix(inner, spec.out_channels, bias=spec.bias))
-
-    @classmethod
-    def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
-        """Return the matrix (out, in·kernel) of each group."""
-        del spec
-        return {"rank": weight.flatten(2)}
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Self
 
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
+from tenfold.formats.base import FORMATS, Rank, Structure
+from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import LayerSpec
 
 
 @FORMATS.register("spatial")
 @dataclass(frozen=True, eq=False)
-class Spatial(Factorization):
+class Spatial(MatrixFormat):
     """Two convolutions, along the first spatial axis (k×1) and along the others (1×k).
 
     W[o, i, a, b] ≈ Σ_r ``second``[o, r, b] · ``first``[r, i, a] (papers: SVD scheme 2; Jaderberg et al. 2014,
@@ -25,9 +26,6 @@ class Spatial(Factorization):
     first: Tensor  # (groups, R, in/groups, k1)
     second: Tensor  # (groups, out/groups, R, k2, ...)
 
-    rank_names: ClassVar[tuple[str, ...]] = ("rank",)
-    default_algorithm: ClassVar[str] = "svd"
-
     @classmethod
     def refuses(cls, spec: LayerSpec) -> str | None:
         """Return a reason unless the kernel has extent along the first axis and along another."""
@@ -35,13 +33,21 @@ class Spatial(Factorization):
             return "spatial needs a kernel with at least two axes"
         if spec.kernel[0] == 1 or prod(spec.kernel[1:]) == 1:
             return "the kernel has extent along one axis only: low_rank serves it"
-        return None
+        return super().refuses(spec)
 
     @classmethod
-    def max_rank(cls, spec: LayerSpec) -> Rank:
-        """Return {rank: min(out·k2, in·k1)}, per group."""
+    def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:
+        """Return (out·k2, in·k1), per group."""
         _, out, inner, first, *others = spec.group_shape
-        return {"rank": min(out * prod(others), inner * first)}
+        return out * prod(others), inner * first
+
+    @classmethod
+    def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the kernels of the two convolutions whose product is ``left`` @ ``right``."""
+        _, out, inner, first, *others = spec.group_shape
+        groups, rank = right.shape[:2]
+        second = left.reshape(groups, out, *others, rank).movedim(-1, 2)
+        return {"first": right.reshape(groups, rank, inner, first), "second": second}
 
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
@@ -53,11 +59,11 @@ class Spatial(Factorization):
         )
 
     @classmethod
-    def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+    def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
         """Return the matrix (out·k2, in·k1) of each group."""
         del spec
         rows = weight.movedim(2, -1).movedim(2, -1)  # (groups, out, k2, ..., in, k1)
-        return {"rank": rows.flatten(-2).flatten(1, -2)}
+        return rows.flatten(-2).flatten(1, -2)
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:

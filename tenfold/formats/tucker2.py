@@ -95,3 +95,7 @@ class Tucker2(Factorization):
         groups, out = weight.shape[:2]
         inner = self.core.shape[2] if self.in_factor is None else self.in_factor.shape[1]
         return weight.reshape(groups, out, inner, *self.core.shape[3:])
+
+    def scaled(self, factor: float) -> Self:
+        """Return the factorization of ``factor`` times the weight; the core takes the change, the factors stay orthonormal."""
+        return self.map(core=self.core * factor)

@@ -1,0 +1,31 @@
+"""How factors are found. Each module registers algorithms; adding a file here adds one."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tenfold.decompositions.base import (
+    DECOMPOSITIONS,
+    Decomposition,
+    Factors,
+    Fit,
+    Problem,
+    decompose,
+    decompose_many,
+    default_algorithm,
+    spec_of_weight,
+)
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "Decomposition",
+    "Factors",
+    "Fit",
+    "Problem",
+    "decompose",
+    "decompose_many",
+    "default_algorithm",
+    "spec_of_weight",
+]

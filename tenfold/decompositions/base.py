@@ -1,0 +1,244 @@
+"""How factors are found: algorithms as frozen objects that are their own configuration, and ``decompose``."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tenfold.errors import RankError, TenfoldError, WeightError
+from tenfold.formats import FORMATS, Factorization, Rank, split_groups
+from tenfold.records import LayerSpec
+from tenfold.registry import Registry
+from tenfold.tensors import rel_error
+
+ComputeDtype = Literal["auto", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What an algorithm returns for a batch of weights: tensors by field name of the format, first axis the batch."""
+
+    tensors: dict[str, Tensor | None]
+    n_iter: int = 1
+    converged: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A factorization with how well it met the weight.
+
+    Attributes:
+        value: the factors, in the dtype and on the device of the weight.
+        rel_error: ‖W − Ŵ‖/‖W‖ of the factors as they are stored.
+        n_iter: sweeps used; 1 for direct methods.
+        converged: whether the stop rule was met before the sweeps ran out.
+        note: what the algorithm chose by itself, such as the SVD method.
+    """
+
+    value: Factorization
+    rel_error: float
+    n_iter: int = 1
+    converged: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Decomposition(abc.ABC):
+    """An algorithm that finds the factors of a format. Its fields are its configuration; a subclass is final.
+
+    ``dtype`` is what it computes in: ``auto`` is float64 for float64 weights and float32 for all others.
+    """
+
+    dtype: ComputeDtype = "auto"
+    seed: int = 0
+
+    @classmethod
+    @abc.abstractmethod
+    def serves(cls, format: type[Factorization]) -> bool:
+        """Whether this algorithm finds factors of that format."""
+
+    @abc.abstractmethod
+    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+        """Return the factors of a batch of weights (batch, out, in, *kernel) at a complete, valid rank.
+
+        The weights are finite, in the dtype to compute in, and scaled so that the largest entry of each is 1 (or all are
+        zero). ``spec`` tells the geometry; stride and padding do not matter here.
+        """
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name under which the algorithm is registered."""
+        return next((n for n, c in DECOMPOSITIONS.loaded() if c is cls), cls.__name__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name and configuration as plain values, for a plan."""
+        return {"name": self.name(), **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(config: Mapping[str, Any]) -> Decomposition:
+        """Return the algorithm that ``to_dict`` described.
+
+        Raises:
+            UnknownNameError: no algorithm of that name.
+            TenfoldError: a setting that the algorithm does not have.
+        """
+        settings = dict(config)
+        kind = DECOMPOSITIONS.get(str(settings.pop("name", "")))
+        known = {f.name for f in dataclasses.fields(kind)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            msg = f"{kind.name()} has the settings {', '.join(sorted(known))}, not {', '.join(unknown)}"
+            raise TenfoldError(msg)
+        return kind(**settings)
+
+
+DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One weight to decompose: into which format, at which rank, by which algorithm."""
+
+    weight: Tensor
+    spec: LayerSpec
+    format: str
+    rank: Rank
+    algorithm: Decomposition
+
+
+def default_algorithm(format: str, seed: int = 0) -> Decomposition:
+    """Return the algorithm that a format names as its default."""
+    return DECOMPOSITIONS.get(FORMATS.get(format).default_algorithm)(seed=seed)
+
+
+def decompose(
+    weight: Tensor,
+    format: str,
+    rank: Rank,
+    algorithm: Decomposition | None = None,
+    *,
+    spec: LayerSpec | None = None,
+) -> Fit:
+    """Return the best factorization of a weight that the algorithm finds at this rank.
+
+    Args:
+        weight: (out, in) or (out, in, *kernel), any floating dtype, on any device.
+        format: name of a registered format.
+        rank: ranks by name; a name left out stands for full rank.
+        algorithm: the format's default algorithm if None.
+        spec: geometry of the layer that holds the weight; needed for groups, transposed convolutions and embeddings.
+
+    Raises:
+        RankError: a rank outside of what the weight allows.
+        WeightError: a weight with NaN or infinite entries, or one that the format refuses.
+
+    Example:
+        >>> fit = decompose(torch.eye(6)[:, :, None, None].expand(6, 6, 3, 3), "tucker2", {"out": 6, "in": 4})
+        >>> round(fit.rel_error, 4)
+        0.5774
+    """
+    if spec is None:
+        spec = spec_of_weight(weight)
+    algorithm = algorithm or default_algorithm(format)
+    return decompose_many([Problem(weight, spec, format, rank, algorithm)])[0]
+
+
+def decompose_many(problems: Sequence[Problem]) -> list[Fit]:
+    """Return one fit for each problem; weights of equal shape are decomposed together, which is faster when small."""
+    prepared = [_prepare(p) for p in problems]
+    batches: dict[tuple[Any, ...], list[int]] = {}
+    for i, (problem, (weight, _)) in enumerate(zip(problems, prepared, strict=True)):
+        # Large weights fill the machine alone; stacking those would only cost memory.
+        alone = i if weight.numel() > _STACK_BELOW else -1
+        key = (weight.shape, weight.dtype, weight.device, problem.format, repr(problem.rank), problem.algorithm, alone)
+        batches.setdefault(key, []).append(i)
+    fits: dict[int, Fit] = {}
+    for members in batches.values():
+        for i, fit in zip(members, _fit_batch([problems[i] for i in members], [prepared[i] for i in members]), strict=True):
+            fits[i] = fit
+    return [fits[i] for i in range(len(problems))]
+
+
+_STACK_BELOW = 1 << 17
+_TINY = 1e-30
+
+
+def spec_of_weight(weight: Tensor) -> LayerSpec:
+    """Return the geometry of a plain linear layer or convolution with this weight."""
+    if not 2 <= weight.dim() <= 5:
+        msg = f"a weight needs 2 to 5 axes (out, in, *kernel), not the shape {tuple(weight.shape)}"
+        raise WeightError(msg)
+    if 0 in weight.shape:
+        msg = f"the weight is empty: shape {tuple(weight.shape)}"
+        raise WeightError(msg)
+    out, inner, *kernel = weight.shape
+    return LayerSpec(
+        kind="conv" if kernel else "linear", in_channels=inner, out_channels=out, kernel=tuple(kernel)
+    )
+
+
+def _prepare(problem: Problem) -> tuple[Tensor, float]:
+    """Return the weight with its groups apart, scaled to a largest entry of 1, and that scale; or refuse it."""
+    weight, spec = problem.weight.detach(), problem.spec
+    kind = FORMATS.get(problem.format)
+    refusal = kind.refuses(spec)
+    if refusal is not None:
+        msg = f"{problem.format} does not serve {spec}: {refusal}"
+        raise WeightError(msg)
+    if not problem.algorithm.serves(kind):
+        finders = [n for n, d in DECOMPOSITIONS.items() if d.serves(kind)]
+        msg = f"{problem.algorithm.name()} does not find {problem.format} factors. Use {' or '.join(finders)}."
+        raise RankError(msg)
+    kind.check_rank(spec, problem.rank)
+    if weight.is_meta:
+        msg = "the weight is on the meta device and has no values: load the model first"
+        raise WeightError(msg)
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        msg = f"the weight has {bad} NaN or infinite entries of {weight.numel()}: repair the model or keep this layer"
+        raise WeightError(msg)
+    wide = torch.float64 if _wants_float64(problem) else torch.float32
+    scale = float(weight.abs().max())
+    # Subnormal entries would overflow the reciprocal of the scale, so such weights are lifted in float64.
+    groups = split_groups(weight, spec).to(torch.float64 if 0 < scale < _TINY else wide)
+    return (groups / (scale or 1.0)).to(wide), scale
+
+
+def _wants_float64(problem: Problem) -> bool:
+    dtype = problem.algorithm.dtype
+    return dtype == "float64" or (dtype == "auto" and problem.weight.dtype == torch.float64)
+
+
+def _fit_batch(problems: Sequence[Problem], prepared: Sequence[tuple[Tensor, float]]) -> list[Fit]:
+    first = problems[0]
+    kind = FORMATS.get(first.format)
+    rank = kind.check_rank(first.spec, first.rank)
+    groups = first.spec.groups
+    stacked = prepared[0][0] if len(problems) == 1 else torch.cat([w for w, _ in prepared])
+    factors = first.algorithm.fit(stacked, first.spec, kind, rank)
+    fits = []
+    for i, (problem, (weight, scale)) in enumerate(zip(problems, prepared, strict=True)):
+        rows = slice(i * groups, (i + 1) * groups)
+        own = {k: None if v is None else v[rows] for k, v in factors.tensors.items()}
+        value = kind(problem.spec, **own).scaled(scale).to(problem.weight.dtype)
+        _refuse_overflow(value, problem)
+        stored = value.to(weight.dtype).scaled(1 / scale if scale > _TINY else 1.0)
+        error = rel_error(stored.to_grouped(), weight if scale > _TINY else weight * scale)
+        fits.append(Fit(value, error, factors.n_iter, factors.converged, factors.note))
+    return fits
+
+
+def _refuse_overflow(value: Factorization, problem: Problem) -> None:
+    if not all(torch.isfinite(t).all() for t in value.tensors().values()):
+        msg = (
+            f"the {problem.format} factors overflow {problem.weight.dtype}: the weight's largest entry is "
+            f"{float(problem.weight.abs().max()):.3g}. Convert the model to float32 first."
+        )
+        raise WeightError(msg)

@@ -1,0 +1,55 @@
+"""Formats whose weight, suitably reshaped, is the product of two matrices: one SVD serves them all."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tenfold.formats.base import Factorization, Rank
+from tenfold.records import LayerSpec
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFormat(Factorization):
+    """A weight whose one unfolding (groups, m, n) is ``left`` (groups, m, R) @ ``right`` (groups, R, n).
+
+    The unfolding must be a permutation of the weight's entries: then the truncated SVD is the best factorization.
+    """
+
+    rank_names: ClassVar[tuple[str, ...]] = ("rank",)
+    default_algorithm: ClassVar[str] = "svd"
+
+    @classmethod
+    @abc.abstractmethod
+    def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:
+        """Return (m, n), per group."""
+
+    @classmethod
+    @abc.abstractmethod
+    def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
+        """Return the matrix (groups, m, n) of a weight with its groups apart."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the tensors of the format, by field name, whose unfolding is ``left`` @ ``right``."""
+
+    @classmethod
+    def refuses(cls, spec: LayerSpec) -> str | None:
+        """Return a reason where a matrix of one row or column leaves nothing to drop."""
+        if min(cls.matrix_shape(spec)) == 1:
+            return "the weight has rank 1 already: there is nothing to drop"
+        return None
+
+    @classmethod
+    def max_rank(cls, spec: LayerSpec) -> Rank:
+        """Return {rank: min(m, n)}."""
+        return {"rank": min(cls.matrix_shape(spec))}
+
+    @classmethod
+    def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the one matrix (groups, m, n)."""
+        return {"rank": cls.unfold(weight, spec)}
