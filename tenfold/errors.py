@@ -39,6 +39,10 @@ class CheckpointError(TenfoldError, ValueError):
     """A checkpoint that is missing, damaged, foreign or made for another model."""
 
 
+class TuningError(TenfoldError, RuntimeError):
+    """Training that cannot start or go on: nothing to train, or a loss that is not finite."""
+
+
 class MissingExtraError(TenfoldError, ImportError):
     """An optional dependency that is not installed; the message names the extra."""
 

@@ -1,0 +1,21 @@
+"""Bring the accuracy back: fine-tuning that can be killed at any time and resumed to the same end.
+
+Any other training loop does as well: the result of ``apply`` is an ordinary module.
+"""
+
+from tenfold.tuning.batches import Batches
+from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
+from tenfold.tuning.finetune import finetune
+from tenfold.tuning.groups import parameter_groups
+from tenfold.tuning.progress import RichProgress, TuneProgress
+
+__all__ = [
+    "Batches",
+    "EpochRecord",
+    "RichProgress",
+    "TuneConfig",
+    "TuneProgress",
+    "TuneResult",
+    "finetune",
+    "parameter_groups",
+]

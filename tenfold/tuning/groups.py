@@ -1,0 +1,54 @@
+"""Which parameters are trained, which of them decay, and the optimizer over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.errors import TuningError
+from tenfold.layers import FactorizedLayer
+from tenfold.tuning.config import TuneConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bool = False) -> list[dict[str, Any]]:
+    """Return optimizer groups of all parameters that require grad: those that decay, and those that do not.
+
+    Biases, norms and everything else with fewer than two axes never decay. Neither do the factors of factorized layers:
+    decay of the factors of a product is a penalty on its nuclear norm, which lowers its rank, and it unbalances chains
+    of three and more. ``decay_factors`` lets them decay all the same. Groups that would be empty are left out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> [(len(g["params"]), g["weight_decay"]) for g in parameter_groups(model, 1e-4)]
+        [(1, 0.0001), (3, 0.0)]
+    """
+    factors: set[nn.Parameter] = set()
+    if not decay_factors:
+        factors = {p for m in model.modules() if isinstance(m, FactorizedLayer) for p in m.parameters()}
+    decaying: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (free if parameter.dim() < 2 or parameter in factors else decaying).append(parameter)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TuneConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over all parameters that require grad, fused into one kernel where torch has one.
+
+    Raises:
+        TuningError: no parameter requires grad.
+    """
+    groups = parameter_groups(model, config.weight_decay, decay_factors=config.decay_factors)
+    if not groups:
+        msg = "no parameter of the model requires grad: there is nothing to tune. Call model.requires_grad_() first."
+        raise TuningError(msg)
+    parameters = [p for group in groups for p in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
+    nesterov = config.momentum > 0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
