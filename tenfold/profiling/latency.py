@@ -17,7 +17,7 @@ from tenfold.errors import ProfileError
 from tenfold.profiling.entries import Entry
 from tenfold.profiling.inputs import arguments, batch_size_of, call_model, tensors_in
 from tenfold.profiling.modes import device_of, dtype_of, evaluating, same_random_numbers, synchronize
-from tenfold.profiling.observing import observing
+from tenfold.profiling.observing import Observation, observing
 from tenfold.records import Latency, Speedup
 
 BLOCK_SECONDS = 0.010
@@ -108,7 +108,7 @@ def layer_latency(
     cost falls on the model: the layers add up to more or less than the total measured without them.
     """
     device = device_of(model, inputs)
-    samples: dict[str, list[float]] = {layer.path: [] for layer in layers}
+    samples: list[dict[str, Observation]] = []
 
     def clock() -> float:
         synchronize(device)
@@ -116,16 +116,13 @@ def layer_latency(
 
     with _threads(threads), evaluating(model), same_random_numbers(device):
         deadline = time.perf_counter() + seconds
-        while len(samples[layers[0].path]) < MAX_ROUNDS if layers else False:
+        while len(samples) <= MIN_ROUNDS or (time.perf_counter() < deadline and len(samples) <= MAX_ROUNDS):
             with observing(layers, clock) as seen:
                 call_model(model, inputs)
-            for path, observation in seen.items():
-                samples[path].append(1e3 * observation.amount)
-            if time.perf_counter() > deadline and len(samples[layers[0].path]) > MIN_ROUNDS:
-                break
-    called = {path for path, observation in seen.items() if observation.calls} if layers else set()
-    # The first forward is the warm-up.
-    return {path: _layer_time(values[1:]) for path, values in samples.items() if path in called}
+            samples.append(seen)
+    called = [path for path, observation in samples[0].items() if observation.calls]
+    measured = samples[1:]  # the first forward was the warm-up
+    return {path: _layer_time([1e3 * seen[path].amount for seen in measured]) for path in called}
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -174,12 +171,12 @@ def _in_turns(blocks: Mapping[str, Callable[[int], float]], seconds: float) -> d
     numbers = {name: _calibrate(block, WARMUP_SHARE * seconds / len(blocks)) for name, block in blocks.items()}
     times: dict[str, list[float]] = {name: [] for name in blocks}
     order = list(blocks)
-    for _round in range(MAX_ROUNDS):
+    for done in range(MAX_ROUNDS):
+        if done >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
         for name in order:
             times[name].append(blocks[name](numbers[name]))
         order.reverse()
-        if time.perf_counter() > deadline and _round + 1 >= MIN_ROUNDS:
-            break
     return times
 
 
