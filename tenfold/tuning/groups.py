@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from tenfold.errors import TuningError
 from tenfold.layers import FactorizedLayer
 from tenfold.tuning.config import TuneConfig
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bool = False) -> list[dict[str, Any]]:
@@ -24,14 +27,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bo
         >>> [(len(g["params"]), g["weight_decay"]) for g in parameter_groups(model, 1e-4)]
         [(1, 0.0001), (3, 0.0)]
     """
-    factors: set[nn.Parameter] = set()
-    if not decay_factors:
-        factors = {p for m in model.modules() if isinstance(m, FactorizedLayer) for p in m.parameters()}
+    spared = NORMS if decay_factors else (*NORMS, FactorizedLayer)
+    exempt = {p for m in model.modules() if isinstance(m, spared) for p in m.parameters()}
     decaying: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (free if parameter.dim() < 2 or parameter in factors else decaying).append(parameter)
+            (free if parameter.dim() < 2 or parameter in exempt else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
