@@ -55,20 +55,20 @@ class MacCounter:
 
     def __enter__(self) -> Self:
         # The watch is entered first, hence called last: it sees composite operations after the counter took them apart.
-        self._watch.__enter__()
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
         self._flops.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._flops.__exit__(*error)
-        self._watch.__exit__(*error)
+        self._watch.__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 class _Watch(TorchDispatchMode):
     """Notes the operations without a formula."""
 
     def __init__(self, counted: set[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.missed: Counter[str] = Counter()
         self._counted = counted
 

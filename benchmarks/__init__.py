@@ -1,0 +1,1 @@
+"""Experiments: a YAML file in, JSON and Markdown results out."""
