@@ -24,9 +24,9 @@ def kept(name: str, sources: Sequence[Path]) -> TensorSet | None:
     from safetensors.torch import load_file
 
     path = _place(name, sources)
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         tensors = load_file(path)
         return TensorSet(tensors["images"], tensors["labels"])
     except (SafetensorError, OSError, KeyError, DataError) as error:
@@ -39,6 +39,7 @@ def keep(name: str, sources: Sequence[Path], decoded: TensorSet) -> TensorSet:
 
     The file appears whole or not at all.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = _place(name, sources)
@@ -50,7 +51,7 @@ def keep(name: str, sources: Sequence[Path], decoded: TensorSet) -> TensorSet:
         partial = Path(temporary)
         save_file({"images": decoded.inputs.contiguous(), "labels": decoded.labels}, partial)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         logger.warning("cannot keep decoded pictures in %s (%s): the next run decodes again", path.parent, error)
     finally:
         if partial is not None:

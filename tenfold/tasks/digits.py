@@ -15,7 +15,7 @@ from tenfold.tasks.images import ImageTransform
 from tenfold.tasks.in_memory import InMemoryTask, Split, TensorSet, Transform
 
 WIDTHS = (32, 128, 128)  # wide enough that a third of the multiplications is also measurably faster
-EPOCHS, BATCH, PEAK_LR = 5, 64, 0.01
+EPOCHS, BATCH, PEAK_LR = 4, 64, 0.01
 TEST_SHARE = 0.2
 
 logger = logging.getLogger("tenfold")

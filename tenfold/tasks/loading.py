@@ -48,12 +48,14 @@ def load_task(text: str, *, data: Path | str | None = None, seed: int = 0) -> Ta
     name, _, rest = text.partition(":")
     if name in TASKS.names():
         return TASKS.get(name)(rest if ":" in text else None, data=data, seed=seed)
+    missing = ""
     if rest and all(part.isidentifier() for part in name.split(".")):
         module = _import_module(name)
         if module is not None:
             cls_name, _, variant = rest.partition(":")
             return _class_in(module, cls_name, name)(variant or None, data=data, seed=seed)
-    msg = f"unknown task {name!r}. {did_you_mean(name, TASKS.names())} {FORMS}"
+        missing = f"There is no module {name!r} either. "
+    msg = f"unknown task {name!r}. {missing}{did_you_mean(name, TASKS.names())} {FORMS}"
     raise UnknownNameError(msg)
 
 
