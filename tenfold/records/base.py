@@ -29,7 +29,8 @@ class Record(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the record as YAML in the order of its fields."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+        values = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False, width=118, allow_unicode=True, default_flow_style=None)
 
     @classmethod
     def from_text(cls, text: str, *, source: str = "text") -> Self:

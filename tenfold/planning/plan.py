@@ -1,0 +1,220 @@
+"""From a profile to a plan: what happens to every layer, and why. Everything clever happens here; applying is dull."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold import __version__
+from tenfold.decompositions import Decomposition, default_algorithm
+from tenfold.errors import BudgetError, PlanError
+from tenfold.formats import FORMATS, split_groups
+from tenfold.layers import FactorizedLayer
+from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
+from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
+from tenfold.surgery import find
+
+DEFAULT_FORMATS = ("tucker2", "low_rank")
+
+# A first or last layer below this share of the model's cost is not worth its damage.
+_CHEAP_END = 0.02
+
+
+def plan(
+    model: nn.Module,
+    profile: Profile,
+    *,
+    rule: RankRule,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    keep: Sequence[str] = (),
+    keep_ends: bool | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    algorithms: Mapping[str, Decomposition] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Return what is to happen to every layer of the model: factorized, or kept with the reason.
+
+    Args:
+        model: the model that was profiled; it may hold factorized layers, which can be compressed further.
+        profile: what ``profile`` said of it.
+        rule: how much to keep; see ``tenfold.ranks``.
+        formats: names of the formats to use, the preferred first: each layer gets the first that serves it.
+        keep: layers to leave alone, as paths, globs or ``re:`` expressions.
+        keep_ends: leave the first and the last layer alone where both cost next to nothing; by default unless the rule
+            names layers itself.
+        budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share of its cost now, or an absolute above 1.
+        algorithms: by format, instead of the format's default algorithm.
+        seed: of every algorithm that draws random numbers.
+
+    Raises:
+        BudgetError: the budget cannot be read or cannot be met.
+        UnknownNameError: a format or a pattern that names nothing.
+
+    Example:
+        >>> from tenfold.profiling import profile
+        >>> from tenfold.ranks import rule_from
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> p = plan(net, profile(net, torch.zeros(1, 64)), rule=rule_from("ratio"), budget={"macs": 0.5})
+        >>> p.layer("0").rank, p.after.macs / p.before.macs
+        ({'rank': 16}, 0.5)
+    """
+    budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
+    for name in formats:
+        FORMATS.get(name)
+    check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
+    _check_same_model(model, profile)
+    ends = _cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
+    reasons = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
+    problems = [_problem(model, layer, formats) for layer in profile.layers if not reasons[layer.path]]
+    choices: dict[str, Choice] = {path: Keep(reason) for path, reason in reasons.items() if reason}
+    found = rule.select(problems, _limits(profile, problems, budget))
+    choices |= {problem.path: choice for problem, choice in zip(problems, found, strict=True)}
+    costs = {p.path: _cost_after(p, choices[p.path]) for p in problems}
+    layers = tuple(
+        _layer_plan(layer, choices[layer.path], costs.get(layer.path, layer.cost), algorithms or {}, seed)
+        for layer in profile.layers
+        if layer.spec is not None or layer.params or layer.macs
+    )
+    saved = sum((layer.before - layer.after for layer in layers), Cost())
+    return Plan(
+        tenfold=__version__,
+        model=profile.model,
+        seed=seed,
+        rule=rule.to_dict(),
+        budget={k: v for k, v in budget if v is not None},
+        before=profile.cost,
+        after=profile.cost - saved,
+        layers=layers,
+    )
+
+
+def recost(plan: Plan, profile: Profile) -> Plan:
+    """Return the plan with its costs computed anew, after its ranks or actions were edited by hand.
+
+    Raises:
+        PlanError: the plan has a layer that the profile does not have, or one that its format cannot serve.
+        RankError: a rank outside of what the layer allows.
+    """
+    layers = []
+    for layer in plan.layers:
+        try:
+            known = profile.layer(layer.path)
+        except KeyError as error:
+            msg = f"the plan has a layer {layer.path!r} that the model does not have: was it made for another model?"
+            raise PlanError(msg) from error
+        after = known.cost
+        if layer.action == "factorize":
+            if known.spec is None:
+                msg = f"layer {layer.path!r} cannot be factorized: {known.note}"
+                raise PlanError(msg)
+            problem = RankProblem(layer.path, known.spec, (), known.calls, known.cost, lambda: torch.empty(0))
+            FORMATS.get(str(layer.format)).check_rank(known.spec, layer.rank or {})
+            after = problem.cost_at(str(layer.format), layer.rank or {})
+        layers.append(layer.replace(before=known.cost, after=after))
+    saved_params = sum(layer.before.params - layer.after.params for layer in layers)
+    saved_macs = sum(layer.before.macs - layer.after.macs for layer in layers)
+    after = Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)
+    return plan.replace(before=profile.cost, after=after, layers=tuple(layers))
+
+
+def _check_same_model(model: nn.Module, profile: Profile) -> None:
+    for layer in profile.layers:
+        find(model, layer.path)
+
+
+def _cheap_ends(profile: Profile) -> dict[str, str]:
+    """Return the first and the last layer with a geometry, if they cost next to nothing, with the reason to keep them."""
+    used = [layer for layer in profile.layers if layer.spec is not None and layer.calls]
+    ends = {}
+    for layer, name in ((used[0], "first"), (used[-1], "last")) if len(used) > 2 else ():
+        share = max(layer.params / max(profile.params, 1), layer.macs / max(profile.macs, 1))
+        if share < _CHEAP_END:
+            ends[layer.path] = f"the {name} layer is {share:.1%} of the cost: too little to be worth damage there"
+    return ends
+
+
+def _reason_to_keep(
+    layer: LayerProfile, formats: Sequence[str], keep: Sequence[str], ends: Mapping[str, str], model: nn.Module
+) -> str:
+    """Return why no rule may touch the layer, or an empty string."""
+    pattern = first_match(keep, layer.path, layer.aliases)
+    if pattern is not None:
+        return f"kept as asked by {pattern!r}"
+    if layer.spec is None or layer.tied or not layer.calls:
+        return layer.note or "not called by the forward"
+    if layer.path in ends:
+        return ends[layer.path]
+    refusals = {name: FORMATS.get(name).refuses(layer.spec) for name in formats}
+    if all(refusals.values()):
+        return "; ".join(dict.fromkeys(str(r) for r in refusals.values())) or "no format is allowed"
+    if not torch.isfinite(_weight(model, layer.path)).all():
+        return "the weight has NaN or infinite entries: repair the model first"
+    return ""
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    module: Any = find(model, path)
+    with torch.no_grad():
+        weight: Tensor = module.weight
+    return weight.detach()
+
+
+def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> RankProblem:
+    spec = layer.spec
+    if spec is None:
+        msg = f"layer {layer.path!r} has no geometry"
+        raise PlanError(msg)
+    current = None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank))
+    return RankProblem(
+        path=layer.path,
+        spec=spec,
+        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
+        calls=layer.calls,
+        cost=layer.cost,
+        load_weight=lambda: split_groups(_weight(model, layer.path), spec),
+        current=current,
+    )
+
+
+def _limits(profile: Profile, problems: Sequence[RankProblem], budget: Budget) -> Limits | None:
+    """Return what the layers to decide on may cost together: the budget less all that stays as it is."""
+    if not budget:
+        return None
+    limits = {}
+    for name, allowed in budget.allowance(profile.cost).items():
+        total = getattr(profile.cost, name)
+        fixed = total - sum(getattr(p.cost, name) for p in problems)
+        if fixed > allowed:
+            msg = (
+                f"the budget {name}={allowed:,.0f} is below the {fixed:,} {name} of the layers that stay as they are "
+                f"(of {total:,} in all). Raise the budget, allow more formats, or keep fewer layers."
+            )
+            raise BudgetError(msg)
+        limits[name] = allowed - fixed
+    return limits
+
+
+def _cost_after(problem: RankProblem, choice: Choice) -> Cost:
+    return problem.cost if isinstance(choice, Keep) else problem.cost_at(choice.format, choice.rank)
+
+
+def _layer_plan(
+    layer: LayerProfile, choice: Choice, after: Cost, algorithms: Mapping[str, Decomposition], seed: int
+) -> LayerPlan:
+    kind = str(layer.spec) if layer.spec is not None else layer.kind
+    common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": kind, "before": layer.cost}
+    if isinstance(choice, Choose):
+        algorithm = algorithms.get(choice.format) or default_algorithm(choice.format, seed)
+        return LayerPlan(
+            **common,
+            action="factorize",
+            format=choice.format,
+            rank=choice.rank,
+            algorithm=algorithm.to_dict(),
+            reason=choice.note,
+            after=after,
+        )
+    return LayerPlan(**common, action="keep", format=layer.format, rank=layer.rank, reason=choice.reason, after=after)

@@ -1,0 +1,224 @@
+"""How much to keep: one signature for rules that look at one layer and for those that weigh all of them."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tenfold.errors import BudgetError, TenfoldError
+from tenfold.formats import FORMATS, Factorization, Rank
+from tenfold.records import Call, Cost, LayerSpec
+from tenfold.registry import Registry
+from tenfold.tensors import singular_values
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Factorize the layer: into this format, at this rank. ``note`` is shown as the reason in the plan."""
+
+    format: str
+    rank: Rank
+    note: str
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep the layer as it is, for a reason."""
+
+    reason: str
+
+
+Choice = Choose | Keep
+
+
+@dataclass(frozen=True, eq=False)
+class RankProblem:
+    """What a rule may know of one layer: geometry, use, cost now, admissible formats, and its weight on demand.
+
+    Attributes:
+        path: dotted module name.
+        spec: geometry of the (dense) layer.
+        formats: names of the formats that accept it, the preferred first.
+        calls: input shapes of one forward of the model.
+        cost: what the layer costs now.
+        load_weight: returns the dense weight, groups apart: (groups, out/groups, in/groups, *kernel).
+        current: format and rank that the layer has now, if it is factorized already.
+    """
+
+    path: str
+    spec: LayerSpec
+    formats: tuple[str, ...]
+    calls: tuple[Call, ...]
+    cost: Cost
+    load_weight: Callable[[], Tensor]
+    current: tuple[str, Rank] | None = None
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def cost_at(self, format: str, rank: Rank) -> Cost:
+        """Return what the layer would cost in this format at this rank."""
+        kind = FORMATS.get(format)
+        macs = sum(kind.macs(self.spec, rank, call.in_shape) * call.count for call in self.calls)
+        return Cost(params=kind.num_params(self.spec, rank), macs=macs)
+
+    def family(self, format: str) -> tuple[tuple[Rank, Cost], ...]:
+        """Return the ranks that a rule with one knob walks along, from small to full, with their costs."""
+        key = ("family", format)
+        if key not in self._cache:
+            ranks = FORMATS.get(format).rank_family(self.spec)
+            self._cache[key] = tuple((rank, self.cost_at(format, rank)) for rank in ranks)
+        return self._cache[key]  # type: ignore[no-any-return]
+
+    def spectra(self, format: str) -> dict[str, Tensor]:
+        """Return for each rank name the singular values (float64, descending) of its unfolding, pooled over groups."""
+        key = ("spectra", format)
+        if key not in self._cache:
+            kind: type[Factorization] = FORMATS.get(format)
+            unfoldings = kind.unfoldings(self.load_weight(), self.spec)
+            self._cache[key] = {k: singular_values(m).square().sum(0).sqrt().cpu() for k, m in unfoldings.items()}
+        return self._cache[key]  # type: ignore[no-any-return]
+
+    def finite(self) -> bool:
+        """Whether every entry of the weight is finite."""
+        return bool(torch.isfinite(self.load_weight()).all())
+
+
+Limits = Mapping[str, float]
+
+
+class RankRule(abc.ABC):
+    """A way to choose ranks. Its dataclass fields are its configuration; a subclass is final.
+
+    Laws: every choice has 1 ≤ rank ≤ max_rank and costs less than the layer does now; limits are met within one step.
+    ``by_name`` tells that the rule names the layers it wants itself, so that none is kept by default.
+    """
+
+    by_name: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
+        """Return one choice for each problem.
+
+        Args:
+            problems: the layers to decide on.
+            limits: what all of them together may cost, by name (``params``, ``macs``); None for no budget.
+
+        Raises:
+            BudgetError: the limits cannot be met, or the rule cannot aim at a budget.
+        """
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name under which the rule is registered."""
+        return next((n for n, c in RULES.loaded() if c is cls), cls.__name__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name and configuration as plain values, for a plan."""
+        return {"name": self.name(), **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+RULES: Registry[RankRule] = Registry("rank rule")
+
+
+def rule_from(name: str, **settings: Any) -> RankRule:
+    """Return the rule of that name with these settings.
+
+    Raises:
+        UnknownNameError: no rule of that name.
+        TenfoldError: a setting that the rule does not have.
+    """
+    kind = RULES.get(name)
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        msg = f"the rule {name} has the settings {', '.join(known) or 'none'}, not {', '.join(unknown)}"
+        raise TenfoldError(msg)
+    return kind(**settings)
+
+
+def total_cost(problems: Sequence[RankProblem], choices: Sequence[Choice]) -> Cost:
+    """Return what all the layers cost after these choices."""
+    total = Cost()
+    for problem, choice in zip(problems, choices, strict=True):
+        total += problem.cost if isinstance(choice, Keep) else problem.cost_at(choice.format, choice.rank)
+    return total
+
+
+def within(cost: Cost, limits: Limits) -> bool:
+    """Whether ``cost`` respects every limit."""
+    return all(getattr(cost, name) <= limit for name, limit in limits.items())
+
+
+def first_saving(problem: RankProblem, ranks: Callable[[str], Rank | None], note: str) -> Choice:
+    """Return the first admissible format whose rank, as ``ranks`` says, makes the layer cheaper; else why it is kept."""
+    formats = problem.formats
+    if problem.current is not None and problem.current[0] in formats:
+        formats = (problem.current[0],)  # a rule that looks at one layer does not trade one factorization for another
+    for format in formats:
+        rank = ranks(format)
+        if rank is not None and problem.cost_at(format, rank).below(problem.cost):
+            return Choose(format, rank, note)
+    names = " or ".join(formats)
+    if problem.current is not None:
+        return Keep(f"factorized already; no {names} rank that the rule allows is cheaper")
+    return Keep(f"no {names} rank that the rule allows is cheaper than the dense layer")
+
+
+class OneKnobRule(RankRule):
+    """A rule with a single number, the same for all layers, that trades cost for fidelity.
+
+    With limits, the knob is found by bisection: the costs are monotone in it.
+    """
+
+    @abc.abstractmethod
+    def knob(self) -> float | None:
+        """Return the number as configured, or None when a budget is to set it."""
+
+    @abc.abstractmethod
+    def choose(self, problem: RankProblem, knob: float) -> Choice:
+        """Return the choice for one layer; a knob nearer to 1 costs more, in (0, 1]."""
+
+    def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
+        """Return the choices at the configured knob, or at the largest one that respects the limits."""
+        if limits:
+            if within(sum((p.cost for p in problems), Cost()), limits):
+                return (Keep("the budget is met as it is"),) * len(problems)
+            return self._bisect(problems, limits)
+        knob = self.knob()
+        if knob is None:
+            msg = f"the rule {self.name()} needs a number of its own or a budget, such as macs=0.5"
+            raise BudgetError(msg)
+        return tuple(self.choose(p, knob) for p in problems)
+
+    def _bisect(self, problems: Sequence[RankProblem], limits: Limits) -> tuple[Choice, ...]:
+        def at(knob: float) -> tuple[Choice, ...]:
+            return tuple(self.choose(p, knob) for p in problems)
+
+        low, high = 0.0, 1.0
+        best = at(1e-9)
+        least = total_cost(problems, best)
+        if not within(least, limits):
+            raise BudgetError(_unreachable(least, limits))
+        if within(total_cost(problems, at(high)), limits):
+            return at(high)
+        for _ in range(40):
+            middle = (low + high) / 2
+            choices = at(middle)
+            if within(total_cost(problems, choices), limits):
+                low, best = middle, choices
+            else:
+                high = middle
+        return best
+
+
+def _unreachable(least: Cost, limits: Limits) -> str:
+    parts = [f"{k} {limit:,.0f} (lowest {getattr(least, k):,})" for k, limit in limits.items() if getattr(least, k) > limit]
+    return (
+        f"the budget cannot be met: the layers that can be factorized would have to fit into {', '.join(parts)}. "
+        "Raise the budget, allow more formats, or keep fewer layers."
+    )

@@ -1,0 +1,175 @@
+"""Carry out a plan, take factorized layers out again, and rebuild their structure for loading. Dull and exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.decompositions import Decomposition, Fit, Problem, decompose_many, default_algorithm
+from tenfold.errors import PlanError, TenfoldError
+from tenfold.formats import FORMATS
+from tenfold.layers import FactorizedLayer, FitSummary, build, describe
+from tenfold.profiling.entries import entries
+from tenfold.records import LayerPlan, LayerSpec, Plan
+from tenfold.surgery.modules import find, put
+
+Progress = Callable[[int, int], None]
+
+
+def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
+    """Return a new model in which the plan is carried out; ``model`` itself stays as it is.
+
+    The result is an ordinary module: train it with any loop. Each factorized layer tells in ``fit`` how well it met
+    the weight that it replaced.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: which layers to factorize, into what, at which rank.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
+    """
+    return apply_(copy.deepcopy(model), plan, progress=progress)
+
+
+def apply_(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
+    """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``."""
+    wanted = plan.factorized
+    for layer in plan.layers:
+        find(model, layer.path)
+    problems = [_problem(model, layer, plan.seed) for layer in wanted]
+    _refuse_tied(model, wanted)
+    fits = _decompose(problems, wanted, progress)
+    new = {p.path: _layer(fit, find(model, p.path)) for p, fit in zip(wanted, fits, strict=True)}
+    return put(model, new)
+
+
+def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Give the model the structure of the plan, with uninitialised factors, in place: to load weights into it.
+
+    Raises:
+        PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
+    """
+    new: dict[str, nn.Module] = {}
+    for layer in plan.factorized:
+        old = find(model, layer.path)
+        spec, weight = _geometry(old, layer.path)
+        check_format(layer)
+        try:
+            new[layer.path] = FactorizedLayer.empty(spec, str(layer.format), layer.rank or {}, like=weight)
+        except TenfoldError as error:
+            msg = f"layer {layer.path!r}: {error}"
+            raise PlanError(msg) from error
+    return put(model, new)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Return a new model with a plain dense layer in place of every factorized one."""
+    return densify_(copy.deepcopy(model))
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Put a plain dense layer in place of every factorized one, in place; return the model."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+    return put(model, {path: _dense(layer) for path, layer in layers.items()})
+
+
+def fits_of(model: nn.Module) -> dict[str, FitSummary]:
+    """Return by path how the factorized layers of a model met their weights, as far as that is known."""
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, FactorizedLayer)]
+    return {path: layer.fit for path, layer in layers if layer.fit is not None}
+
+
+def check_format(layer: LayerPlan) -> None:
+    """Raise PlanError if the format of a planned layer does not exist."""
+    if layer.format not in FORMATS.names():
+        try:
+            FORMATS.get(str(layer.format))
+        except TenfoldError as error:
+            msg = f"layer {layer.path!r}: {error}"
+            raise PlanError(msg) from error
+
+
+def _problem(model: nn.Module, layer: LayerPlan, seed: int) -> Problem:
+    spec, weight = _geometry(find(model, layer.path), layer.path)
+    check_format(layer)
+    format, rank = str(layer.format), layer.rank or {}
+    try:
+        if layer.algorithm is None:
+            algorithm = default_algorithm(format, seed)
+        else:
+            algorithm = Decomposition.from_dict(layer.algorithm)
+        FORMATS.get(format).check_rank(spec, rank)
+    except TenfoldError as error:
+        msg = f"layer {layer.path!r}: {error}"
+        raise PlanError(msg) from error
+    return Problem(weight, spec, format, rank, algorithm)
+
+
+def _geometry(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor]:
+    """Return geometry and dense weight of a layer that can be factorized."""
+    if isinstance(module, FactorizedLayer):
+        with torch.no_grad():
+            return module.spec, module.weight
+    spec, reason = describe(module)
+    if spec is None:
+        msg = f"layer {path!r} cannot be factorized: {reason}"
+        raise PlanError(msg)
+    weight: Any = module.weight
+    return spec, weight
+
+
+def _refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:
+    tied = {entry.path: entry.tied for entry in entries(model) if entry.tied}
+    for layer in wanted:
+        if layer.path in tied:
+            others = ", ".join(tied[layer.path])
+            msg = f"layer {layer.path!r} shares a parameter with {others}: factorizing it would untie them. Keep it."
+            raise PlanError(msg)
+
+
+def _decompose(problems: list[Problem], wanted: Sequence[LayerPlan], progress: Progress | None) -> list[Fit]:
+    """Decompose all layers; equal ones together. An error names its layer."""
+    fits: dict[int, Fit] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, p in enumerate(problems):
+        key = (p.weight.shape, p.weight.dtype, p.format, repr(p.rank), p.algorithm)
+        groups.setdefault(key, []).append(i)
+    for members in groups.values():
+        try:
+            found = decompose_many([problems[i] for i in members])
+        except TenfoldError:
+            found = [_decompose_one(problems[i], wanted[i]) for i in members]
+        fits.update(zip(members, found, strict=True))
+        if progress is not None:
+            progress(len(fits), len(problems))
+    return [fits[i] for i in range(len(problems))]
+
+
+def _decompose_one(problem: Problem, layer: LayerPlan) -> Fit:
+    try:
+        return decompose_many([problem])[0]
+    except TenfoldError as error:
+        msg = f"layer {layer.path!r}: {error}"
+        raise PlanError(msg) from error
+
+
+def _layer(fit: Fit, old: nn.Module) -> FactorizedLayer:
+    bias: Tensor | None = getattr(old, "bias", None)
+    weights = [p for n, p in old.named_parameters() if n.endswith("weight")]
+    grads = (any(w.requires_grad for w in weights), bias is not None and bias.requires_grad)
+    layer = FactorizedLayer.of(fit.value, bias, requires_grad=grads)
+    layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
+    return layer
+
+
+def _dense(layer: FactorizedLayer) -> nn.Module:
+    grads = any(p.requires_grad for p in layer.stages.parameters())
+    weight = nn.Parameter(layer.weight.detach().clone(memory_format=torch.contiguous_format), grads)
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+    return build(layer.spec, weight, bias)
