@@ -36,6 +36,7 @@ _NORMALISE = """
     batch_norm _batch_norm_no_update _batch_norm_with_update cudnn_batch_norm _fused_rms_norm miopen_batch_norm
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training native_dropout
     native_group_norm native_layer_norm renorm rms_norm _thnn_fused_gru_cell _thnn_fused_lstm_cell
+    _weight_norm_interface
 """
 _POOL = """
     adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
@@ -63,7 +64,7 @@ def costs_macs(op: Any) -> bool:
     if torch.Tag.pointwise in tags or torch.Tag.inplace_view in tags or getattr(op, "is_view", False):
         return False
     namespace = getattr(op, "namespace", "")
-    if namespace == "prim":
+    if namespace in ("prim", "profiler"):
         return False
     name = getattr(op, "_overloadpacket", op).__name__
     return not (namespace == "aten" and name.rstrip("_") in _NEGLIGIBLE)
