@@ -8,11 +8,13 @@ Run it as a script, or hand it to the command line:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tenfold.tasks import InMemoryTask, TensorSet
+from tenfold.tuning import TuneConfig, finetune
 
 CLASSES, LENGTH = 4, 64
 
@@ -41,15 +43,10 @@ class Waves(InMemoryTask):
 
     def pretrained(self) -> nn.Module:
         """Return the trained network: here we train it; yours may come from torchvision, timm or a file."""
-        model = self.build().train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        for epoch in range(3):
-            for inputs, labels in self.train_batches(epoch, batch_size=64, seed=self.seed):
-                loss = F.cross_entropy(model(inputs), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        return model.eval()
+        model = self.build()
+        batches = partial(self.train_batches, batch_size=64, seed=self.seed)
+        finetune(model, batches, TuneConfig(epochs=3, optimizer="adamw", lr=0.01))
+        return model
 
     def read(self, split: str) -> TensorSet:
         """Return the training or the test set, whole."""

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tenfold.tasks.base import TASKS, Batches, Task, accuracy, seeded
+from tenfold.tasks.base import TASKS, SizedBatches, Task, accuracy, seeded
 from tenfold.tasks.images import ImageTransform
 from tenfold.tasks.in_memory import InMemoryTask, TensorSet, Transform
 from tenfold.tasks.loading import load_task
@@ -14,9 +14,9 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "TASKS",
-    "Batches",
     "ImageTransform",
     "InMemoryTask",
+    "SizedBatches",
     "Task",
     "TensorSet",
     "Transform",

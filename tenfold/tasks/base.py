@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError, UnknownNameError
+from tenfold.profiling.inputs import call_model, to_device
+from tenfold.profiling.modes import device_of, dtype_of, evaluating
 from tenfold.registry import Registry, did_you_mean
 from tenfold.tasks.weights import load_weights
 
 Batch_co = TypeVar("Batch_co", covariant=True)
-Progress = Callable[[int, int], None]  # (samples done, samples in total)
+Progress = Callable[[int, int], None]  # (samples done, samples in total; 0 where that is not known)
 
 SPLITS = ("test", "validation")
 
 
-class Batches(Protocol[Batch_co]):
+class SizedBatches(Protocol[Batch_co]):
     """Batches whose number is known and that come out identically each time they are gone through."""
 
     def __len__(self) -> int:
@@ -102,24 +104,24 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def train_batches(
         self, epoch: int, *, batch_size: int, seed: int, hold_out: bool = False
-    ) -> Batches[tuple[Tensor, Tensor]]:
+    ) -> SizedBatches[tuple[Any, Tensor]]:
         """Return the (inputs, labels) of one epoch, augmented and shuffled by (seed, epoch).
 
         All training samples, unless ``hold_out`` leaves the validation part out.
         """
 
     @abc.abstractmethod
-    def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> Batches[Tensor]:
+    def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> SizedBatches[Any]:
         """Return inputs chosen by ``seed`` from the training set outside its validation part, not augmented."""
 
     @abc.abstractmethod
     def validation_batches(
         self, samples: int | None = None, *, batch_size: int, seed: int = 0
-    ) -> Batches[tuple[Tensor, Tensor]]:
+    ) -> SizedBatches[tuple[Any, Tensor]]:
         """Return (inputs, labels) of the validation part of the training set, for choices; at most ``samples``."""
 
     @abc.abstractmethod
-    def test_batches(self, samples: int | None = None, *, batch_size: int) -> Batches[tuple[Tensor, Tensor]]:
+    def test_batches(self, samples: int | None = None, *, batch_size: int) -> SizedBatches[tuple[Any, Tensor]]:
         """Return (inputs, labels) of the whole test set, or of a fixed choice of at most ``samples`` from it."""
 
     # --- the score ---
@@ -148,6 +150,7 @@ class Task(abc.ABC):
 
         Raises:
             DataError: an unknown split, or data that is missing or damaged.
+            ProfileError: the model does not run on the inputs.
         """
         if split not in SPLITS:
             msg = f"unknown split {split!r}. Known: {', '.join(SPLITS)}."
@@ -156,18 +159,8 @@ class Task(abc.ABC):
         return accuracy(model, read(limit, batch_size=batch_size), progress)
 
     def recipe(self) -> dict[str, Any]:
-        """Return the settings with which a compressed model of this task is tuned, as plain values."""
-        return {
-            "epochs": 3,
-            "batch_size": 128,
-            "optimizer": "sgd",
-            "lr": 0.01,
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "warmup_epochs": 0.1,
-            "label_smoothing": 0.0,
-            "clip_norm": 5.0,
-        }
+        """Return how a compressed model of this task is tuned: plain values for fields of ``TuneConfig``."""
+        return {}
 
     @property
     def id(self) -> str:
@@ -181,31 +174,28 @@ class Task(abc.ABC):
         return {"task": self.id, "summary": summary, "data": data, "seed": self.seed}
 
 
-def accuracy(model: nn.Module, batches: Batches[tuple[Tensor, Tensor]], progress: Progress | None = None) -> float:
-    """Return the fraction of samples whose largest output is the label; the modes of all modules are restored.
+def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progress: Progress | None = None) -> float:
+    """Return the fraction of samples whose largest output (or largest of its ``logits``) is the label.
+
+    Inputs are passed on as :func:`~tenfold.profiling.inputs.call_model` takes them, on the device and in the
+    floating-point type of the model. The modes of all modules are restored.
 
     Example:
         >>> scores, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
         >>> accuracy(nn.Identity(), [(scores, labels)])
         0.75
     """
-    modes = {module: module.training for module in model.modules()}
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    device, dtype = device_of(model), dtype_of(model)
     correct = done = 0
-    total = _count(batches) if progress is not None else 0
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for inputs, labels in batches:
-                dtype = like.dtype if inputs.is_floating_point() else inputs.dtype
-                outputs = model(inputs.to(like.device, dtype))
-                correct += int((outputs.argmax(1) == labels.to(outputs.device)).sum())
-                done += len(labels)
-                if progress is not None:
-                    progress(done, total)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    total = int(getattr(batches, "samples", 0))
+    with evaluating(model):
+        for inputs, labels in batches:
+            outputs = call_model(model, to_device(inputs, device, dtype))
+            scores: Tensor = getattr(outputs, "logits", outputs)
+            correct += int((scores.argmax(1) == labels.to(scores.device)).sum())
+            done += len(labels)
+            if progress is not None:
+                progress(done, total)
     if done == 0:
         msg = "there is no sample to evaluate on"
         raise DataError(msg)
@@ -221,11 +211,6 @@ def seeded(*seeds: int) -> torch.Generator:
     """
     mixed = np.random.SeedSequence([seed % 2**64 for seed in seeds]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed[0]))
-
-
-def _count(batches: Batches[tuple[Tensor, Tensor]]) -> int:
-    """Return the number of samples where the batches tell it, else 0."""
-    return int(getattr(batches, "samples", 0))
 
 
 TASKS: Registry[Task] = Registry("task")

@@ -50,14 +50,4 @@ class Cifar10(InMemoryTask):
 
     def recipe(self) -> dict[str, Any]:
         """Return settings for a few epochs of tuning after compression."""
-        return {
-            "epochs": 3,
-            "batch_size": 128,
-            "optimizer": "sgd",
-            "lr": 0.02,
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "warmup_epochs": 0.1,
-            "label_smoothing": 0.0,
-            "clip_norm": 5.0,
-        }
+        return {"epochs": 3, "batch_size": 128, "lr": 0.02}

@@ -5,7 +5,7 @@ import torch
 
 from tenfold.tasks import load_task
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'tenfold[digits]'")
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'tenfold[demo]'")
 
 
 def test_data_is_all_of_the_digits_split_once() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import DataError, UnknownNameError
-from tenfold.tasks import InMemoryTask, TensorSet, Transform
+from tenfold.errors import DataError, ProfileError, UnknownNameError
+from tenfold.tasks import InMemoryTask, TensorSet, Transform, accuracy
 
 
 class Noisy(Transform):
@@ -180,6 +180,21 @@ def test_evaluate_casts_inputs_to_the_models_dtype_and_knows_its_splits() -> Non
 
 def test_evaluate_restores_modes_after_a_failure() -> None:
     model = nn.Sequential(nn.Linear(3, 5)).train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ProfileError, match="does not run on inputs"):
         Numbers().evaluate(model)
     assert model.training
+
+
+def test_accuracy_takes_inputs_and_outputs_of_other_kinds() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Named(nn.Module):
+        def forward(self, ids: Tensor, mask: Tensor) -> Output:
+            return Output(nn.functional.one_hot(ids, 4) * mask[:, None])
+
+    inputs = {"ids": torch.tensor([3, 1, 2]), "mask": torch.ones(3)}
+    assert accuracy(Named(), [(inputs, torch.tensor([3, 1, 0]))]) == 2 / 3
+    with pytest.raises(DataError, match="no sample"):
+        accuracy(Named(), [])

@@ -8,6 +8,7 @@ import pytest
 
 from tenfold.errors import TenfoldError, UnknownNameError
 from tenfold.tasks import TASKS, Task, load_task
+from tenfold.tuning import TuneConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_task.py"
 
@@ -50,6 +51,7 @@ def test_registered_names_are_those_of_the_classes_and_summarised() -> None:
     for name, cls in TASKS.items():
         assert cls.name == name
         assert TASKS.summary(name).endswith(".")
+        TuneConfig(**cls().recipe())
 
 
 @pytest.mark.parametrize(("text", "id_"), [("digits", "digits"), ("cifar10", "cifar10:resnet20")])
