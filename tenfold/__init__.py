@@ -1,5 +1,97 @@
-"""tenfold makes trained PyTorch networks smaller and really faster by tensor decomposition."""
+"""tenfold makes trained PyTorch networks smaller and really faster by tensor decomposition.
+
+One natural way through::
+
+    model + example inputs ── profile ──▶ Profile ── plan ──▶ Plan ── apply ──▶ smaller model ── finetune ──▶ ── save
+
+Each arrow is a function here, each thing between two arrows a small frozen object; ``compress`` is these in a row.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "tenfold.records",
+    "Compressed": "tenfold.pipeline",
+    "Fit": "tenfold.decompositions",
+    "LayerSpec": "tenfold.records",
+    "Plan": "tenfold.records",
+    "Profile": "tenfold.records",
+    "RunRecord": "tenfold.records",
+    "Task": "tenfold.tasks",
+    "TenfoldError": "tenfold.errors",
+    "TuneConfig": "tenfold.tuning",
+    "apply": "tenfold.surgery",
+    "apply_": "tenfold.surgery",
+    "compare_latency": "tenfold.profiling",
+    "compress": "tenfold.pipeline",
+    "decompose": "tenfold.decompositions",
+    "densify": "tenfold.surgery",
+    "densify_": "tenfold.surgery",
+    "finetune": "tenfold.tuning",
+    "load": "tenfold.checkpoint",
+    "plan": "tenfold.planning",
+    "profile": "tenfold.profiling",
+    "reestimate_batchnorm_": "tenfold.surgery",
+    "rule_from": "tenfold.ranks",
+    "save": "tenfold.checkpoint",
+}
+
+__all__ = [
+    "Budget",
+    "Compressed",
+    "Fit",
+    "LayerSpec",
+    "Plan",
+    "Profile",
+    "RunRecord",
+    "Task",
+    "TenfoldError",
+    "TuneConfig",
+    "__version__",
+    "apply",
+    "apply_",
+    "compare_latency",
+    "compress",
+    "decompose",
+    "densify",
+    "densify_",
+    "finetune",
+    "load",
+    "plan",
+    "profile",
+    "reestimate_batchnorm_",
+    "rule_from",
+    "save",
+]
+
+if TYPE_CHECKING:
+    from tenfold.checkpoint import load, save
+    from tenfold.decompositions import Fit, decompose
+    from tenfold.errors import TenfoldError
+    from tenfold.pipeline import Compressed, compress
+    from tenfold.planning import plan
+    from tenfold.profiling import compare_latency, profile
+    from tenfold.ranks import rule_from
+    from tenfold.records import Budget, LayerSpec, Plan, Profile, RunRecord
+    from tenfold.surgery import apply, apply_, densify, densify_, reestimate_batchnorm_
+    from tenfold.tasks import Task
+    from tenfold.tuning import TuneConfig, finetune
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that ``import tenfold`` costs next to nothing."""
+    if name not in _HOMES:
+        msg = f"module 'tenfold' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

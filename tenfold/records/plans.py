@@ -195,7 +195,7 @@ class RunRecord(Record):
     seed: int = 0
     before: Measurement
     after: Measurement
-    stages: dict[str, Measurement] = {}
+    scores: dict[str, float] = {}
     plan: Plan
     tuning: tuple[dict[str, Any], ...] = ()
     seconds: dict[str, float] = {}

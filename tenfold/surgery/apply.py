@@ -52,11 +52,15 @@ def apply_(model: nn.Module, plan: Plan, *, progress: Progress | None = None) ->
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
     """Give the model the structure of the plan, with uninitialised factors, in place: to load weights into it.
 
+    Layers that the plan keeps in a format that they had before get that structure too.
+
     Raises:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    for layer in plan.factorized:
+    for layer in plan.layers:
+        if layer.format is None:
+            continue
         old = find(model, layer.path)
         spec, weight = _geometry(old, layer.path)
         check_format(layer)

@@ -1,0 +1,52 @@
+"""The model card: what a person should read beside the weights."""
+
+from __future__ import annotations
+
+from tenfold.records import Cost, Measurement, Plan, RunRecord
+
+
+def model_card(plan: Plan, record: RunRecord | None = None) -> str:
+    """Return Markdown that tells what the model is, what it costs before and after, and how to load it."""
+    lines = [f"# {plan.model}, compressed with tenfold {plan.tenfold}", ""]
+    lines += _measured(record) if record is not None else _planned(plan.before, plan.after)
+    lines += ["", f"{len(plan.factorized)} of {len(plan.layers)} layers are factorized.", ""]
+    lines += ["| layer | was | now | ranks | relative error |", "| --- | --- | --- | --- | --- |"]
+    for layer in plan.factorized:
+        ranks = ", ".join(f"{k}={v}" for k, v in (layer.rank or {}).items())
+        error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
+        lines.append(f"| `{layer.path}` | {layer.kind} | {layer.format} | {ranks} | {error} |")
+    lines += ["", "## Loading", "", "```python", "import tenfold", ""]
+    lines += ["model, plan = tenfold.load(skeleton, path)  # skeleton: the freshly built dense model", "```", ""]
+    lines += ["`plan.yaml` says what was done to each layer and why, with seed and rule."]
+    if record is not None:
+        e = record.environment
+        lines += ["", f"Measured on {e.device_name or e.device}, {e.threads} threads, torch {e.torch}, {e.platform}."]
+        if record.command:
+            lines += ["", "Made by:", "", "```", record.command, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _planned(before: Cost, after: Cost) -> list[str]:
+    head = ["|  | before | after | ratio |", "| --- | --- | --- | --- |"]
+    return head + [_row(name, getattr(before, name), getattr(after, name)) for name in ("params", "macs")]
+
+
+def _measured(record: RunRecord) -> list[str]:
+    before, after = record.before, record.after
+    lines = _planned(Cost(params=before.params, macs=before.macs), Cost(params=after.params, macs=after.macs))
+    if before.latency_ms and after.latency_ms:
+        ratio = before.latency_ms / after.latency_ms
+        note = _conditions(before)
+        lines.append(f"| latency{note} | {before.latency_ms:.2f} ms | {after.latency_ms:.2f} ms | {ratio:.2f}× |")
+    if before.score is not None and after.score is not None:
+        lines.append(f"| score | {before.score:.2%} | {after.score:.2%} | {after.score - before.score:+.2%} |")
+    return lines
+
+
+def _conditions(measured: Measurement) -> str:
+    latency = measured.latency
+    return "" if latency is None or latency.batch_size is None else f", batch {latency.batch_size}"
+
+
+def _row(name: str, before: int, after: int) -> str:
+    return f"| {name} | {before:,} | {after:,} | {before / max(after, 1):.2f}× |"

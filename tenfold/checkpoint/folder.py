@@ -1,0 +1,142 @@
+"""Save and load a compressed model as a folder: weights with the plan in their header, plan, record, model card."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tenfold.checkpoint.card import model_card
+from tenfold.checkpoint.weights import read_weights, write_weights
+from tenfold.errors import CheckpointError, TenfoldError
+from tenfold.layers import FactorizedLayer
+from tenfold.records import Plan, RunRecord, write_text
+from tenfold.surgery import restructure_
+
+WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
+
+
+def save(model: nn.Module, plan: Plan, path: str | Path, *, record: RunRecord | None = None) -> Path:
+    """Write a compressed model to the folder ``path`` and return it: whole, or not at all.
+
+    The folder holds ``model.safetensors`` (the plan is in its header, and is what ``load`` goes by), ``plan.yaml`` and
+    ``README.md`` to read, and ``record.json`` if there is a record. An earlier checkpoint in its place is replaced.
+
+    Raises:
+        CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
+    """
+    _check_model(model, plan)
+    path = Path(path)
+    _check_target(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    except OSError as error:
+        msg = f"cannot write to {path.parent}: {error.strerror or error}. Choose another folder."
+        raise CheckpointError(msg) from error
+    try:
+        write_weights(partial / WEIGHTS, model.state_dict(), plan)
+        write_text(partial / PLAN, plan.to_yaml())
+        write_text(partial / CARD, model_card(plan, record))
+        if record is not None:
+            write_text(partial / RECORD, record.to_json())
+        partial.chmod(0o755)
+        _swap(partial, path)
+    except OSError as error:
+        msg = f"cannot write the checkpoint {path}: {error.strerror or error}"
+        raise CheckpointError(msg) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
+    """Return the saved model, bit for bit, and its plan.
+
+    The structure is rebuilt on a copy of ``skeleton``: a freshly built dense model of the same architecture, on any
+    device (also ``meta``), whose weights do not matter. Dtypes are those that were saved; devices those of the
+    skeleton, the CPU in place of ``meta``. Every tensor must be there, with the right shape; nothing is unpickled.
+
+    Args:
+        skeleton: stays as it is.
+        path: the folder that ``save`` wrote, or the weights file in it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, foreign, newer, changed, or made for another model.
+    """
+    path = Path(path)
+    state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
+    model = copy.deepcopy(skeleton)
+    try:
+        restructure_(model, plan)
+    except TenfoldError as error:
+        msg = f"{path} was made for another model: {error}"
+        raise CheckpointError(msg) from error
+    _fill(model, state, path)
+    return model, plan
+
+
+def _check_model(model: nn.Module, plan: Plan) -> None:
+    has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+    for layer in plan.factorized:
+        if layer.path not in has:
+            msg = f"the plan factorizes {layer.path!r}, the model does not: save the model that apply(model, plan) returned"
+            raise CheckpointError(msg)
+    planned = {name for layer in plan.layers if layer.format for name in (layer.path, *layer.aliases)}
+    for name in has:
+        if name not in planned:
+            msg = f"the model has a factorized layer {name!r} that the plan does not know: save it with its own plan"
+            raise CheckpointError(msg)
+
+
+def _check_target(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        msg = f"{path} is a file: choose a folder"
+        raise CheckpointError(msg)
+    if path.is_dir() and any(path.iterdir()) and not (path / WEIGHTS).is_file():
+        msg = f"{path} holds other files: choose a new folder, or one with an earlier checkpoint"
+        raise CheckpointError(msg)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put the folder ``new`` in the place of ``path``; files there that are not of a checkpoint move along."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    for name in (PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
+        if (new / name).is_file():
+            os.replace(new / name, path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put stored tensors in the place of all parameters and buffers; those that were one stay one."""
+    slots = model.state_dict(keep_vars=True)
+    missing, unexpected = sorted(set(slots) - set(state)), sorted(set(state) - set(slots))
+    if missing or unexpected:
+        parts = [f"lacks {missing[0]!r}" if missing else "", f"has {unexpected[0]!r} too many" if unexpected else ""]
+        msg = f"{path} was made for another model: it {' and '.join(filter(None, parts))}"
+        raise CheckpointError(msg)
+    for name, slot in slots.items():
+        if slot.shape != state[name].shape:
+            msg = f"{path} was made for another model: {name} is {tuple(state[name].shape)}, not {tuple(slot.shape)}"
+            raise CheckpointError(msg)
+    renewed: dict[int, Tensor] = {}
+    for name, slot in slots.items():
+        if id(slot) not in renewed:
+            renewed[id(slot)] = _renew(slot, state[name])
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = module._parameters if leaf in module._parameters else module._buffers
+        held[leaf] = renewed[id(slot)]  # type: ignore[assignment]
+
+
+def _renew(slot: Tensor, stored: Tensor) -> Tensor:
+    device = "cpu" if slot.is_meta else slot.device
+    tensor = stored.to(device, copy=True)
+    return nn.Parameter(tensor, slot.requires_grad) if isinstance(slot, nn.Parameter) else tensor

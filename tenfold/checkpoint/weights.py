@@ -1,0 +1,103 @@
+"""The weights file: safetensors whose header carries the plan. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tenfold import __version__
+from tenfold.errors import CheckpointError, PlanError, TenfoldError
+from tenfold.records import Plan
+
+FORMAT = "tenfold"
+VERSION = 1
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
+    """Write a state dict and its plan to ``path``; tensors that are one in memory are stored once."""
+    unique, aliases = _without_aliases(state)
+    stored = {name: t.detach().contiguous().cpu() for name, t in unique.items()}
+    text = plan.to_json()
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "tenfold": __version__,
+        "plan": text,
+        "aliases": json.dumps(aliases),
+        "digest": _digest(stored, text),
+    }
+    save_file(stored, path, metadata=header)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
+    """Return the state dict and the plan stored in ``path``, each tensor exactly as it was written.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, not tenfold's, written by a newer version, or was changed.
+    """
+    if not path.is_file():
+        msg = f"there is no checkpoint at {path}"
+        raise CheckpointError(msg)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(header, path)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        msg = f"{path} is damaged or not a safetensors file: {error}"
+        raise CheckpointError(msg) from error
+    if header.get("digest") != _digest(state, header["plan"]):
+        msg = f"{path} was changed after it was written: its contents do not match its digest. Save the model again."
+        raise CheckpointError(msg)
+    try:
+        plan = Plan.from_text(header["plan"], source=f"the plan in {path}")
+        aliases: dict[str, str] = json.loads(header["aliases"])
+    except (PlanError, TenfoldError, ValueError, KeyError) as error:
+        msg = f"{path} has an unreadable header: {error}"
+        raise CheckpointError(msg) from error
+    return state | {name: state[target] for name, target in aliases.items()}, plan
+
+
+def _check_header(header: Mapping[str, str], path: Path) -> None:
+    if header.get("format") != FORMAT or "plan" not in header:
+        msg = f"{path} was not written by tenfold: it has no plan in its header. Dense weights go in as weights, not here."
+        raise CheckpointError(msg)
+    try:
+        version = int(header.get("version", ""))
+    except ValueError as error:
+        msg = f"{path} has no readable version in its header"
+        raise CheckpointError(msg) from error
+    if version > VERSION:
+        msg = f"{path} has version {version}, this tenfold reads up to {VERSION}: upgrade tenfold"
+        raise CheckpointError(msg)
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors with each one named once, and for the other names the one that is stored."""
+    first: dict[tuple[int, ...], str] = {}
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.storage_offset(), *tensor.shape, -1, *tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            unique[name] = tensor
+    return unique, aliases
+
+
+def _digest(state: Mapping[str, Tensor], plan: str) -> str:
+    digest = hashlib.blake2b(plan.encode(), digest_size=16)
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""compress(): the verbs in a row. Profile, plan, apply, re-estimate, tune, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tenfold import checkpoint
+from tenfold.decompositions import Decomposition
+from tenfold.errors import PlanError
+from tenfold.planning import DEFAULT_FORMATS, plan as make_plan, recost
+from tenfold.profiling import compare_latency, environment, profile
+from tenfold.profiling.modes import device_of
+from tenfold.ranks import RankRule, rule_from
+from tenfold.records import Budget, Latency, Measurement, Plan, Profile, RunRecord
+from tenfold.reporting import render_record
+from tenfold.surgery import apply, fits_of, reestimate_batchnorm_
+
+Observe = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What ``compress`` returns: the smaller model, the plan behind it, and the record of both.
+
+    ``model`` is an ordinary module. ``original`` is the model that was given, untouched.
+    """
+
+    model: nn.Module
+    plan: Plan
+    record: RunRecord
+    original: nn.Module = field(repr=False)
+
+    def summary(self) -> str:
+        """Return the before/after table and the plan with its reasons, as text."""
+        return render_record(self.record)
+
+    def save(self, path: str | Path) -> Path:
+        """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it."""
+        return checkpoint.save(self.model, self.plan, path, record=self.record)
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    budget: Budget | Mapping[str, float] | None = None,
+    rule: RankRule | str = "ratio",
+    plan: Plan | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    algorithms: Mapping[str, Decomposition] | None = None,
+    keep: Sequence[str] = (),
+    keep_ends: bool | None = None,
+    data: Iterable[Any] | None = None,
+    tune: Callable[[nn.Module], Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    latency: bool = True,
+    seed: int = 0,
+    observe: Observe | None = None,
+) -> Compressed:
+    """Return a smaller version of a trained model that meets a budget, with the plan and the record of what came of it.
+
+    Args:
+        model: any trained module; stays as it is.
+        example_inputs: what its forward takes: a tensor, tuple, dict or ``(args, kwargs)``. Costs and latency are those
+            of one forward on them.
+        budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share up to 1, or an absolute above 1.
+        rule: how ranks are chosen, by name or as an object; see ``tenfold.ranks``.
+        plan: carry out this plan instead of making one; budget, rule, formats and keep then do not matter.
+        formats: the decompositions to use, the preferred first.
+        algorithms: by format, instead of the format's default algorithm.
+        keep: layers to leave alone: paths, globs or ``re:`` expressions.
+        keep_ends: leave a cheap first and last layer alone; by default unless the rule names layers.
+        data: unlabeled batches to re-estimate batch norm on; nothing is re-estimated without.
+        tune: called with the compressed model, to train it in place by any loop.
+        evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
+        latency: measure original and result, interleaved.
+        seed: of every algorithm that draws random numbers.
+        observe: called with the name of each step as it begins.
+
+    Raises:
+        TenfoldError: see ``profile``, ``plan`` and ``apply``; the model is untouched in every case.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> small = compress(net, torch.zeros(1, 64), budget={"macs": 0.5}, latency=False)
+        >>> small.record.before.macs, small.record.after.macs
+        (8192, 4096)
+    """
+    steps = _Steps(observe)
+    with steps("profile"):
+        before = profile(model, example_inputs)
+    with steps("plan"):
+        if plan is None:
+            plan = make_plan(
+                model,
+                before,
+                rule=rule_from(rule) if isinstance(rule, str) else rule,
+                formats=formats,
+                keep=keep,
+                keep_ends=keep_ends,
+                budget=budget,
+                algorithms=algorithms,
+                seed=seed,
+            )
+        else:
+            plan = recost(plan, before)
+        _refuse_empty(plan)
+    with steps("apply"):
+        small = apply(model, plan)
+    fits = fits_of(small)
+    plan = plan.replace(
+        layers=tuple(
+            layer.replace(rel_error=fits[layer.path].rel_error) if layer.action == "factorize" else layer
+            for layer in plan.layers
+        )
+    )
+    scores = _recover(model, small, steps, data=data, tune=tune, evaluate=evaluate)
+    after = profile(small, example_inputs)
+    times: Mapping[str, Latency] = {}
+    if latency:
+        with steps("measure"):
+            times = compare_latency({"before": (model, example_inputs), "after": (small, example_inputs)}).latencies
+    record = RunRecord(
+        seed=seed,
+        before=_measurement(before, times.get("before"), scores.get("original")),
+        after=_measurement(after, times.get("after"), scores.get("tuned", scores.get("compressed"))),
+        scores=scores,
+        plan=plan,
+        seconds=steps.seconds,
+        environment=environment(device_of(model, example_inputs)),
+    )
+    return Compressed(small, plan, record, model)
+
+
+def _recover(
+    model: nn.Module,
+    small: nn.Module,
+    steps: _Steps,
+    *,
+    data: Iterable[Any] | None,
+    tune: Callable[[nn.Module], Any] | None,
+    evaluate: Callable[[nn.Module], float] | None,
+) -> dict[str, float]:
+    """Re-estimate and tune ``small`` in place; return the scores on the way, by step."""
+    scores: dict[str, float] = {}
+
+    def score(name: str, candidate: nn.Module) -> None:
+        if evaluate is not None:
+            with steps("evaluate"):
+                scores[name] = float(evaluate(candidate))
+
+    score("original", model)
+    if data is not None:
+        with steps("re-estimate batch norm"):
+            reestimate_batchnorm_(small, data)
+    score("compressed", small)
+    if tune is not None:
+        with steps("tune"):
+            tune(small)
+        score("tuned", small)
+    return scores
+
+
+def _refuse_empty(plan: Plan) -> None:
+    if not plan.factorized:
+        reasons = {layer.reason for layer in plan.layers if layer.before.params}
+        shown = "; ".join(sorted(reasons)[:3])
+        msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
+        raise PlanError(msg)
+
+
+def _measurement(cost: Profile, latency: Latency | None, score: float | None) -> Measurement:
+    return Measurement(
+        params=cost.params,
+        macs=cost.macs,
+        bytes=cost.bytes,
+        latency_ms=None if latency is None else latency.median_ms,
+        latency=latency,
+        score=score,
+    )
+
+
+class _Steps:
+    """Names the steps to an observer as they begin, and adds up their seconds."""
+
+    def __init__(self, observe: Observe | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._observe = observe
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self._observe is not None:
+            self._observe(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
