@@ -74,8 +74,9 @@ if TYPE_CHECKING:
     from tenfold.decompositions import Fit, decompose
     from tenfold.errors import TenfoldError
     from tenfold.pipeline import Compressed, compress
-    from tenfold.planning import plan
-    from tenfold.profiling import compare_latency, profile
+    from tenfold.planning.plan import plan
+    from tenfold.profiling.latency import compare_latency
+    from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, LayerSpec, Plan, Profile, RunRecord
     from tenfold.surgery import apply, apply_, densify, densify_, reestimate_batchnorm_

@@ -40,7 +40,8 @@ def fold(matrix: Tensor, mode: int, shape: tuple[int, ...]) -> Tensor:
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Return tensor ×_mode matrix: every fiber along ``mode`` multiplied by ``matrix`` (j, n)."""
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(matrix, tensor, dims=([1], [mode]))
+    return product.movedim(0, mode)
 
 
 def khatri_rao(a: Tensor, b: Tensor) -> Tensor:
@@ -65,21 +66,22 @@ def rel_error(approximation: Tensor, target: Tensor) -> float:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Return the singular values (..., min(m, n)) in descending order, from the smaller Gram matrix in float64.
+    """Return the singular values (..., min(m, n)), descending, from the smaller Gram matrix in float64.
 
-    Relative accuracy is 1e-8 of the largest one: enough for every decision about ranks, and many times faster than an SVD.
+    Accurate to 1e-8 of the largest one: enough for every decision about ranks, and many times faster than an SVD.
     """
     a = matrix.double()
     scale = a.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     a = a / scale
     square = gram(a) if a.shape[-2] <= a.shape[-1] else a.mT @ a
-    values = torch.linalg.eigvalsh(square).flip(-1).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(square).flip(-1).clamp_min(0).sqrt()
     return values * scale.squeeze(-1)
 
 
 def leading_eigenvectors(square: Tensor, rank: int) -> Tensor:
     """Return the eigenvectors (..., n, rank) of the largest eigenvalues of a symmetric matrix (..., n, n)."""
-    return torch.linalg.eigh(square).eigenvectors[..., -rank:].flip(-1)
+    vectors: Tensor = torch.linalg.eigh(square).eigenvectors
+    return vectors[..., -rank:].flip(-1)
 
 
 def truncated_svd(matrix: Tensor, rank: int, *, method: SVDMethod = "auto", seed: int = 0) -> TruncatedSVD:
@@ -112,7 +114,7 @@ def _choose(short_side: int, rank: int, dtype: torch.dtype) -> SVDMethod:
 
 
 def _wide(matrix: Tensor, rank: int, method: str, seed: int) -> TruncatedSVD:
-    """The left vectors decide; the rest follows from UᵀA without a division, so that zero singular values are harmless."""
+    """Find the left vectors; the rest is UᵀA, so that zero singular values are harmless."""
     u = _randomized_range(matrix, rank, seed) if method == "randomized" else _gram_range(matrix, rank)
     projected = u.mT @ matrix
     s = torch.linalg.vector_norm(projected, dim=-1)
@@ -134,4 +136,5 @@ def _randomized_range(matrix: Tensor, rank: int, seed: int, oversampling: int = 
         basis = torch.linalg.qr(matrix.mT @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
     inner = gram((basis.mT @ matrix).double())
-    return basis @ leading_eigenvectors(inner, rank).to(matrix.dtype)
+    vectors: Tensor = basis @ leading_eigenvectors(inner, rank).to(matrix.dtype)
+    return vectors

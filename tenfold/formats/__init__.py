@@ -10,4 +10,14 @@ from tenfold.formats.tucker2 import Tucker2
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FORMATS", "Factorization", "MatrixFormat", "Rank", "Stage", "Structure", "Tucker2", "join_groups", "split_groups"]
+__all__ = [
+    "FORMATS",
+    "Factorization",
+    "MatrixFormat",
+    "Rank",
+    "Stage",
+    "Structure",
+    "Tucker2",
+    "join_groups",
+    "split_groups",
+]

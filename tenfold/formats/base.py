@@ -87,6 +87,13 @@ class Factorization(abc.ABC):
         """The ranks by name."""
 
     @classmethod
+    def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
+        """Return ranks from small to full along which a rule with one knob walks: equal shares of every rank."""
+        most = cls.max_rank(spec)
+        steps = max(most.values())
+        return tuple({k: -(-v * step // steps) for k, v in most.items()} for step in range(1, steps + 1))
+
+    @classmethod
     def num_params(cls, spec: LayerSpec, rank: Rank) -> int:
         """Return the number of parameters at ``rank``, bias included."""
         return chain_params(cls.structure(spec, cls.check_rank(spec, rank)))

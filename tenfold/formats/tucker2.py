@@ -60,6 +60,19 @@ class Tucker2(Factorization):
         return tuple(stages)
 
     @classmethod
+    def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
+        """Return (⌊β·r⌋, r) for r up to in, with β = max(0.8·out/in, 1) and both clamped to their modes.
+
+        The constant-rate rule of MUSCO (Gusak et al. 2019, arXiv 1903.09973) with its clamps put right.
+        """
+        most = cls.max_rank(spec)
+        out, inner = most["out"], most["in"]
+        slope = max(0.8 * out / inner, 1.0)
+        line = [{"out": min(int(slope * r + 1e-9), out), "in": r} for r in range(1, inner + 1)]
+        top = line[-1]["out"]  # with few inputs the line ends early: the outputs alone go on
+        return (*line, *({"out": r, "in": inner} for r in range(top + 1, out + 1)))
+
+    @classmethod
     def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """Return the unfoldings along the output and the input channels."""
         del spec
@@ -97,5 +110,5 @@ class Tucker2(Factorization):
         return weight.reshape(groups, out, inner, *self.core.shape[3:])
 
     def scaled(self, factor: float) -> Self:
-        """Return the factorization of ``factor`` times the weight; the core takes the change, the factors stay orthonormal."""
+        """Return the factorization of ``factor`` times the weight: the core takes it, the factors stay orthonormal."""
         return self.map(core=self.core * factor)

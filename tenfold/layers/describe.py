@@ -59,7 +59,7 @@ def _unusual(module: nn.Module, base: type[nn.Module]) -> str:
     weight = module._parameters.get("weight")
     if weight is None:
         return f"the weight of {name} is computed, not a parameter of its own: remove weight_norm and the like first"
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         return f"{name} is lazy and has not seen an input yet: run the model once first"
     if not weight.is_floating_point():
         return f"the weight of {name} has dtype {weight.dtype}: only floating point weights can be factorized"
@@ -108,6 +108,8 @@ def _convolution(module: nn.Module) -> LayerSpec:
 class Contract(nn.Module):
     """One einsum over the last axis of its input, with one weight; see ``ContractSpec``."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, spec: ContractSpec, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.spec = spec
@@ -144,9 +146,9 @@ def build(spec: LayerSpec | ContractSpec, weight: nn.Parameter, bias: nn.Paramet
         )
     else:
         layer = _build_convolution(spec)
-    layer.weight = weight
+    layer.register_parameter("weight", weight)
     if spec.bias:
-        layer.bias = bias
+        layer.register_parameter("bias", bias)
     return layer
 
 

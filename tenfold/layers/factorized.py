@@ -63,7 +63,9 @@ class FactorizedLayer(nn.Module):
         stages = []
         for stage in value.stages():
             weight = nn.Parameter(stage.weight.detach().clone(memory_format=torch.contiguous_format), requires_grad[0])
-            own = nn.Parameter(bias.detach().clone(), requires_grad[1]) if stage.spec.bias and bias is not None else None
+            own = (
+                nn.Parameter(bias.detach().clone(), requires_grad[1]) if stage.spec.bias and bias is not None else None
+            )
             stages.append(build(stage.spec, weight, own))
         return cls(value.spec, value.name(), value.rank, stages)
 

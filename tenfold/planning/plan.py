@@ -12,7 +12,6 @@ from tenfold import __version__
 from tenfold.decompositions import Decomposition, default_algorithm
 from tenfold.errors import BudgetError, PlanError
 from tenfold.formats import FORMATS, split_groups
-from tenfold.layers import FactorizedLayer
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
 from tenfold.surgery import find
@@ -43,9 +42,9 @@ def plan(
         rule: how much to keep; see ``tenfold.ranks``.
         formats: names of the formats to use, the preferred first: each layer gets the first that serves it.
         keep: layers to leave alone, as paths, globs or ``re:`` expressions.
-        keep_ends: leave the first and the last layer alone where both cost next to nothing; by default unless the rule
-            names layers itself.
-        budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share of its cost now, or an absolute above 1.
+        keep_ends: leave a first and a last layer alone that cost next to nothing; by default unless the rule names
+            layers itself.
+        budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share up to 1, or an absolute above 1.
         algorithms: by format, instead of the format's default algorithm.
         seed: of every algorithm that draws random numbers.
 
@@ -126,7 +125,7 @@ def _check_same_model(model: nn.Module, profile: Profile) -> None:
 
 
 def _cheap_ends(profile: Profile) -> dict[str, str]:
-    """Return the first and the last layer with a geometry, if they cost next to nothing, with the reason to keep them."""
+    """Return the first and the last layer with a geometry, where they cost next to nothing, with the reason."""
     used = [layer for layer in profile.layers if layer.spec is not None and layer.calls]
     ends = {}
     for layer, name in ((used[0], "first"), (used[-1], "last")) if len(used) > 2 else ():

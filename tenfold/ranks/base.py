@@ -155,7 +155,7 @@ def within(cost: Cost, limits: Limits) -> bool:
 
 
 def first_saving(problem: RankProblem, ranks: Callable[[str], Rank | None], note: str) -> Choice:
-    """Return the first admissible format whose rank, as ``ranks`` says, makes the layer cheaper; else why it is kept."""
+    """Return the first admissible format whose rank makes the layer cheaper; else why the layer is kept."""
     formats = problem.formats
     if problem.current is not None and problem.current[0] in formats:
         formats = (problem.current[0],)  # a rule that looks at one layer does not trade one factorization for another
@@ -217,7 +217,9 @@ class OneKnobRule(RankRule):
 
 
 def _unreachable(least: Cost, limits: Limits) -> str:
-    parts = [f"{k} {limit:,.0f} (lowest {getattr(least, k):,})" for k, limit in limits.items() if getattr(least, k) > limit]
+    parts = [
+        f"{k} {limit:,.0f} (lowest {getattr(least, k):,})" for k, limit in limits.items() if getattr(least, k) > limit
+    ]
     return (
         f"the budget cannot be met: the layers that can be factorized would have to fit into {', '.join(parts)}. "
         "Raise the budget, allow more formats, or keep fewer layers."
