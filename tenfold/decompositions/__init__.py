@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from tenfold.decompositions.base import (
     DECOMPOSITIONS,
+    AwareDecomposition,
     Decomposition,
     Factors,
     Fit,
@@ -14,15 +15,18 @@ from tenfold.decompositions.base import (
     default_algorithm,
     spec_of_weight,
 )
+from tenfold.decompositions.metric import Moments
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "DECOMPOSITIONS",
+    "AwareDecomposition",
     "Decomposition",
     "Factors",
     "Fit",
+    "Moments",
     "Problem",
     "decompose",
     "decompose_many",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tenfold.decompositions.metric import Moments, ridged, roots
 from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
 from tenfold.records import LayerSpec
@@ -40,6 +41,8 @@ class Fit:
         n_iter: sweeps used; 1 for direct methods.
         converged: whether the stop rule was met before the sweeps ran out.
         note: what the algorithm chose by itself, such as the SVD method.
+        output_error: with a metric, the share √(E‖y−ŷ‖²/E‖y−ȳ‖²) of the output that is missed with the bias shifted.
+        bias_shift: with a metric, what to add to the bias (out,) so that the mean output is as it should be.
     """
 
     value: Factorization
@@ -47,6 +50,8 @@ class Fit:
     n_iter: int = 1
     converged: bool = True
     note: str = ""
+    output_error: float | None = None
+    bias_shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Decomposition(abc.ABC):
     def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
         """Return the factors of a batch of weights (batch, out, in, *kernel) at a complete, valid rank.
 
-        The weights are finite, in the dtype to compute in, and scaled so that the largest entry of each is 1 (or all are
-        zero). ``spec`` tells the geometry; stride and padding do not matter here.
+        The weights are finite, in the dtype to compute in, and scaled so that the largest entry of each is 1 (or all
+        are zero). ``spec`` tells the geometry; stride and padding do not matter here.
         """
 
     @classmethod
@@ -99,6 +104,27 @@ class Decomposition(abc.ABC):
         return kind(**settings)
 
 
+@dataclass(frozen=True)
+class AwareDecomposition(Decomposition):
+    """An algorithm that minimises the error of the layer's output, given the covariance of its input patches."""
+
+    ridge: float = 1e-5
+
+    @abc.abstractmethod
+    def fit(
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        format: type[Factorization],
+        rank: Rank,
+        covariance: Tensor | None = None,
+    ) -> Factors:
+        """Return the factors of a batch of weights with the least tr(Δ C Δᵀ), Δ = weight − approximation.
+
+        ``covariance`` C is (batch, n, n), n = in·prod(kernel); None stands for the identity.
+        """
+
+
 DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")
 
 
@@ -111,11 +137,18 @@ class Problem:
     format: str
     rank: Rank
     algorithm: Decomposition
+    metric: Moments | None = None
 
 
-def default_algorithm(format: str, seed: int = 0) -> Decomposition:
-    """Return the algorithm that a format names as its default."""
-    return DECOMPOSITIONS.get(FORMATS.get(format).default_algorithm)(seed=seed)
+def default_algorithm(format: str, seed: int = 0, *, aware: bool = False) -> Decomposition:
+    """Return the algorithm that a format names as its default, or the first that knows the data if ``aware``."""
+    kind = FORMATS.get(format)
+    if aware:
+        for name in DECOMPOSITIONS.names():
+            found = DECOMPOSITIONS.get(name)
+            if issubclass(found, AwareDecomposition) and found.serves(kind):
+                return found(seed=seed)
+    return DECOMPOSITIONS.get(kind.default_algorithm)(seed=seed)
 
 
 def decompose(
@@ -125,6 +158,7 @@ def decompose(
     algorithm: Decomposition | None = None,
     *,
     spec: LayerSpec | None = None,
+    metric: Moments | None = None,
 ) -> Fit:
     """Return the best factorization of a weight that the algorithm finds at this rank.
 
@@ -132,8 +166,10 @@ def decompose(
         weight: (out, in) or (out, in, *kernel), any floating dtype, on any device.
         format: name of a registered format.
         rank: ranks by name; a name left out stands for full rank.
-        algorithm: the format's default algorithm if None.
+        algorithm: the format's default algorithm if None; with a metric, the one that minimises the output error.
         spec: geometry of the layer that holds the weight; needed for groups, transposed convolutions and embeddings.
+        metric: moments of the layer's inputs. An algorithm that does not know the data ignores them, but the fit tells
+            its output error all the same.
 
     Raises:
         RankError: a rank outside of what the weight allows.
@@ -146,8 +182,8 @@ def decompose(
     """
     if spec is None:
         spec = spec_of_weight(weight)
-    algorithm = algorithm or default_algorithm(format)
-    return decompose_many([Problem(weight, spec, format, rank, algorithm)])[0]
+    algorithm = algorithm or default_algorithm(format, aware=metric is not None)
+    return decompose_many([Problem(weight, spec, format, rank, algorithm, metric)])[0]
 
 
 def decompose_many(problems: Sequence[Problem]) -> list[Fit]:
@@ -155,13 +191,15 @@ def decompose_many(problems: Sequence[Problem]) -> list[Fit]:
     prepared = [_prepare(p) for p in problems]
     batches: dict[tuple[Any, ...], list[int]] = {}
     for i, (problem, (weight, _)) in enumerate(zip(problems, prepared, strict=True)):
-        # Large weights fill the machine alone; stacking those would only cost memory.
-        alone = i if weight.numel() > _STACK_BELOW else -1
+        # Large weights, and those with a metric, fill the machine alone; stacking those would only cost memory.
+        alone = i if weight.numel() > _STACK_BELOW or problem.metric is not None else -1
         key = (weight.shape, weight.dtype, weight.device, problem.format, repr(problem.rank), problem.algorithm, alone)
         batches.setdefault(key, []).append(i)
     fits: dict[int, Fit] = {}
     for members in batches.values():
-        for i, fit in zip(members, _fit_batch([problems[i] for i in members], [prepared[i] for i in members]), strict=True):
+        for i, fit in zip(
+            members, _fit_batch([problems[i] for i in members], [prepared[i] for i in members]), strict=True
+        ):
             fits[i] = fit
     return [fits[i] for i in range(len(problems))]
 
@@ -179,9 +217,7 @@ def spec_of_weight(weight: Tensor) -> LayerSpec:
         msg = f"the weight is empty: shape {tuple(weight.shape)}"
         raise WeightError(msg)
     out, inner, *kernel = weight.shape
-    return LayerSpec(
-        kind="conv" if kernel else "linear", in_channels=inner, out_channels=out, kernel=tuple(kernel)
-    )
+    return LayerSpec(kind="conv" if kernel else "linear", in_channels=inner, out_channels=out, kernel=tuple(kernel))
 
 
 def _prepare(problem: Problem) -> tuple[Tensor, float]:
@@ -221,6 +257,8 @@ def _fit_batch(problems: Sequence[Problem], prepared: Sequence[tuple[Tensor, flo
     kind = FORMATS.get(first.format)
     rank = kind.check_rank(first.spec, first.rank)
     groups = first.spec.groups
+    if first.metric is not None:
+        return [_fit_metric(first, first.metric, prepared[0], kind, rank)]
     stacked = prepared[0][0] if len(problems) == 1 else torch.cat([w for w, _ in prepared])
     factors = first.algorithm.fit(stacked, first.spec, kind, rank)
     fits = []
@@ -233,6 +271,48 @@ def _fit_batch(problems: Sequence[Problem], prepared: Sequence[tuple[Tensor, flo
         error = rel_error(stored.to_grouped(), weight if scale > _TINY else weight * scale)
         fits.append(Fit(value, error, factors.n_iter, factors.converged, factors.note))
     return fits
+
+
+def _fit_metric(
+    problem: Problem, metric: Moments, prepared: tuple[Tensor, float], kind: type[Factorization], rank: Rank
+) -> Fit:
+    """Return the fit of one weight, as good for the output as its algorithm makes it, and how good that is."""
+    (weight, scale), spec, algorithm = prepared, problem.spec, problem.algorithm
+    metric.check(spec.group_shape)
+    metric = metric.to(weight.device)
+    flat = weight.double().flatten(2) * scale
+    if isinstance(algorithm, AwareDecomposition):
+        goal = metric.goal(flat, algorithm.ridge)
+        top = float(goal.abs().max()) or 1.0
+        root, inverse = (None, None) if metric.output is None else roots(ridged(metric.output, _MINDED))
+        wanted = (goal / top if root is None else root @ goal / top).view(weight.shape).to(weight.dtype)
+        factors = algorithm.fit(wanted, spec, kind, rank, covariance=metric.covariance())
+        value = kind(spec, **factors.tensors)
+        if inverse is not None:
+            *first, last = value.chain()
+            turned = (inverse.to(last.dtype) @ last.flatten(2)).view_as(last)
+            value = kind.from_chain(spec, rank, (*first, turned))
+    else:
+        factors, top = algorithm.fit(weight, spec, kind, rank), scale
+        value = kind(spec, **factors.tensors)
+    value = value.scaled(top).to(problem.weight.dtype)
+    _refuse_overflow(value, problem)
+    stored = value.to(torch.float64).to_grouped().flatten(2)
+    missed, power = metric.errors(flat, stored)
+    total = float(power.sum())
+    return Fit(
+        value,
+        rel_error(stored, flat),
+        factors.n_iter,
+        factors.converged,
+        factors.note,
+        output_error=(float(missed.sum()) / total) ** 0.5 if total > 0 else 0.0,
+        bias_shift=metric.bias_shift(flat, stored).flatten(),
+    )
+
+
+# Outputs that the network does not mind at all still count a little, so that their weights stay determined.
+_MINDED = 1e-3
 
 
 def _refuse_overflow(value: Factorization, problem: Problem) -> None:

@@ -1,0 +1,254 @@
+"""Decompositions that know the data: they minimise the error of the layer's output instead of that of its weight.
+
+With x the centred input patches, C = E[x xᵀ] and ‖A‖²_C = tr(A C Aᵀ), the expected error of the output is
+E‖(W−Ŵ)x‖² = ‖W−Ŵ‖²_C. All formats here are one problem: a kernel (out, c, k) is written as U · core ×_c V, where c are
+the input channels of Tucker-2, or the pairs of channel and first tap of the spatial format; low rank has no V.
+Given V, the best core and U come in closed form; given those, V is a linear least-squares problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions.base import DECOMPOSITIONS, AwareDecomposition, ComputeDtype, Factors
+from tenfold.decompositions.metric import ridged, roots, solve_spd
+from tenfold.formats import Factorization, Rank, Tucker2
+from tenfold.formats.low_rank import LowRank
+from tenfold.formats.spatial import Spatial
+from tenfold.records import LayerSpec
+from tenfold.tensors import gram, leading_eigenvectors
+
+
+@dataclass(frozen=True)
+class _InDoubles(AwareDecomposition):
+    """What the data-aware algorithms share: float64, because covariances are squares, and a ridge on the covariance."""
+
+    dtype: ComputeDtype = "float64"
+
+    def ridged(self, weight: Tensor, covariance: Tensor | None) -> Tensor:
+        """Return the covariance (batch, n, n) to measure with, scaled to a mean variance of 1 and never singular."""
+        width = prod(weight.shape[2:])
+        if covariance is None:
+            return torch.eye(width, dtype=weight.dtype, device=weight.device).expand(len(weight), -1, -1)
+        square = covariance.to(weight)
+        level = square.diagonal(dim1=-2, dim2=-1).mean(-1)
+        level = torch.where(level > 0, level, torch.ones_like(level))[:, None, None]
+        return ridged(square / level, max(self.ridge, 1e-9))
+
+
+@DECOMPOSITIONS.register("whitened_svd")
+@dataclass(frozen=True)
+class WhitenedSVD(_InDoubles):
+    """Truncated SVD of W C^½: the low-rank weight with the least output error, in closed form.
+
+    As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
+    eigenvectors U of the output covariance W C Wᵀ as U Uᵀ W, which needs no inverse (the linear PCA of Zhang et al.
+    2015, arXiv 1505.06798). Without a covariance this is the plain SVD. The factors have equal norms.
+
+    Attributes:
+        ridge: added to the covariance, as a share of the mean variance.
+    """
+
+    @classmethod
+    def serves(cls, format: type[Factorization]) -> bool:
+        """Whether the format is low rank."""
+        return format is LowRank
+
+    def fit(
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        format: type[Factorization],
+        rank: Rank,
+        covariance: Tensor | None = None,
+    ) -> Factors:
+        """Return the two factors."""
+        del format
+        matrix = weight.flatten(2)
+        left = leading_eigenvectors(gram_under(matrix, self.ridged(weight, covariance)), rank["rank"])
+        right = left.mT @ matrix
+        size = torch.linalg.vector_norm(right, dim=-1).sqrt()
+        share = torch.where(size > 0, size, torch.ones_like(size))
+        return Factors(dict(LowRank.from_matrices(left * share.unsqueeze(-2), right / share.unsqueeze(-1), spec)))
+
+
+@DECOMPOSITIONS.register("weighted_als")
+@dataclass(frozen=True)
+class WeightedALS(_InDoubles):
+    """Alternating least squares on the output error, for Tucker-2 and spatial; the error never grows.
+
+    The problem of Kalle et al. 2025 (arXiv 2511.04494). Core and output factor are found together, exactly, from the
+    leading eigenvectors of the output covariance that the current input factor can explain; the input factor by
+    preconditioned conjugate gradients on its normal equations, which are never formed. Starts from the HOSVD of the
+    kernel whose channels are whitened.
+
+    Attributes:
+        n_iter: sweeps at most.
+        tol: stop when the error falls by less than this share of E‖y−ȳ‖².
+        cg_steps: steps of conjugate gradients in each sweep.
+        ridge: added to the covariance, as a share of the mean variance.
+    """
+
+    n_iter: int = 20
+    tol: float = 1e-4
+    cg_steps: int = 6
+
+    @classmethod
+    def serves(cls, format: type[Factorization]) -> bool:
+        """Whether the format is Tucker-2 or spatial."""
+        return format in (Tucker2, Spatial)
+
+    def fit(
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        format: type[Factorization],
+        rank: Rank,
+        covariance: Tensor | None = None,
+    ) -> Factors:
+        """Return the factors; the outer factors are orthonormal, a full-rank side of Tucker-2 has none."""
+        square = self.ridged(weight, covariance)
+        batch, out, inner = weight.shape[:3]
+        if format is Spatial:
+            kernel = weight.reshape(batch, out, inner * spec.kernel[0], -1)
+            r_out, r_in = out, min(rank["rank"], inner * spec.kernel[0])
+        else:
+            kernel, r_out, r_in = weight.flatten(3), rank["out"], rank["in"]
+        solved = alternate(Weighted.of(kernel, square), r_out, r_in, self)
+        u, core, v = solved.u, solved.core, solved.v
+        if format is Spatial:
+            first = torch.eye(kernel.shape[2]).to(kernel).expand(batch, -1, -1) if v is None else v.mT
+            second = core.reshape(batch, out, -1, *spec.kernel[1:])
+            padded = {"first": first.reshape(batch, -1, inner, spec.kernel[0]), "second": second}
+            return Factors(dict(padded), solved.sweeps, solved.converged)
+        tensors = {"core": core.reshape(*core.shape[:3], *spec.kernel), "out_factor": u, "in_factor": v}
+        return Factors(tensors, solved.sweeps, solved.converged)
+
+
+def gram_under(matrix: Tensor, covariance: Tensor) -> Tensor:
+    """Return A C Aᵀ (batch, m, m), exactly symmetric."""
+    square = matrix @ covariance @ matrix.mT
+    return (square + square.mT) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """A kernel and the covariance under which it is approximated, with what all sweeps need of both."""
+
+    kernel: Tensor  # (batch, out, c, k)
+    covariance: Tensor  # (batch, c·k, c·k)
+    product: Tensor  # kernel · covariance: (batch, out, c, k)
+    power: Tensor  # tr(W C Wᵀ): (batch,)
+    channels: Tensor  # covariance of c alone, averaged over k: (batch, c, c)
+
+    @classmethod
+    def of(cls, kernel: Tensor, covariance: Tensor) -> Weighted:
+        """Return the problem of approximating ``kernel`` (batch, out, c, k) under ``covariance`` (batch, c·k, c·k)."""
+        taps = kernel.shape[-1]
+        product = (kernel.flatten(2) @ covariance).view_as(kernel)
+        blocks = covariance.unflatten(-1, (-1, taps)).unflatten(-3, (-1, taps))
+        channels = blocks.diagonal(dim1=-3, dim2=-1).mean(-1)
+        return cls(kernel, covariance, product, (product * kernel).flatten(1).sum(-1), channels)
+
+    def start(self, r_out: int, r_in: int) -> Tensor:
+        """Return orthonormal columns (batch, c, r_in) that span the leading inputs of the channel-whitened kernel."""
+        root, inverse = roots(self.channels)
+        white = torch.einsum("bock,bcd->bodk", self.kernel, root)
+        u = leading_eigenvectors(gram(white.flatten(2)), r_out) if r_out < white.shape[1] else None
+        inner = white if u is None else torch.einsum("bock,boa->back", white, u)
+        lead = leading_eigenvectors(gram(inner.transpose(1, 2).flatten(2)), r_in)
+        basis: Tensor = torch.linalg.qr(inverse @ lead).Q
+        return basis
+
+    def explained(self, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what is left of covariance (batch, m, m) and product (batch, out, m) seen through V, m = r_in·k."""
+        if v is None:
+            return self.covariance, self.product.flatten(2)
+        batch, width = self.covariance.shape[:2]
+        taps = self.kernel.shape[-1]
+        half = torch.einsum("bnck,bcr->bnrk", self.covariance.reshape(batch, width, -1, taps), v).flatten(2)
+        square = torch.einsum("bckm,bcr->brkm", half.reshape(batch, -1, taps, half.shape[-1]), v).flatten(1, 2)
+        return (square + square.mT) / 2, torch.einsum("bock,bcr->bork", self.product, v).flatten(2)
+
+    def outputs(self, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the best unconstrained core (batch, out, m) through V, and the output covariance that it explains."""
+        square, right = self.explained(v)
+        core = self.kernel.flatten(2) if v is None else solve_spd(square, right.mT).mT
+        explained = core @ right.mT
+        return core, (explained + explained.mT) / 2
+
+
+@dataclass
+class _Solution:
+    u: Tensor | None
+    core: Tensor
+    v: Tensor | None
+    sweeps: int
+    converged: bool
+    errors: list[float]
+
+
+def alternate(problem: Weighted, r_out: int, r_in: int, config: WeightedALS) -> _Solution:
+    """Return U, core, V of the kernel, and the squared relative error before and after each sweep."""
+    out, inner, taps = problem.kernel.shape[1:]
+    v = problem.start(r_out, r_in) if r_in < inner else None
+    total = torch.where(problem.power > 0, problem.power, torch.ones_like(problem.power))
+    u, core, captured = _core_step(problem, v, r_out if r_out < out else None)
+    errors = [float((1 - captured / total).clamp_min(0).max())]
+    sweeps, converged = 1, v is None
+    while v is not None and not converged and sweeps < config.n_iter:
+        v = torch.linalg.qr(_input_step(problem, u, core.unflatten(-1, (-1, taps)), v, config.cg_steps)).Q
+        u, core, now = _core_step(problem, v, r_out if r_out < out else None)
+        errors.append(float((1 - now / total).clamp_min(0).max()))
+        converged = bool((now - captured <= config.tol * total).all())
+        captured, sweeps = now, sweeps + 1
+    return _Solution(u, core.unflatten(-1, (-1, taps)), v, sweeps, converged, errors)
+
+
+def _core_step(problem: Weighted, v: Tensor | None, rank: int | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the best U and core given V, and the output power that they explain."""
+    core, square = problem.outputs(v)
+    if rank is None:
+        return None, core, square.diagonal(dim1=-2, dim2=-1).sum(-1)
+    values, vectors = torch.linalg.eigh(square)
+    u = vectors[..., -rank:].flip(-1)
+    return u, u.mT @ core, values[..., -rank:].sum(-1)
+
+
+def _input_step(problem: Weighted, u: Tensor | None, core: Tensor, v: Tensor, steps: int) -> Tensor:
+    """Return V (batch, c, r_in) nearer to the least-squares solution given U and core, by conjugate gradients."""
+    batch = len(core)
+    rows = problem.product if u is None else torch.einsum("bock,boa->back", problem.product, u)
+    right = torch.einsum("back,bark->bcr", rows, core)
+    weights = torch.einsum("bark,bask->brs", core, core)
+    scale = ridged(weights, 1e-6)
+
+    def normal(x: Tensor) -> Tensor:
+        dense = torch.einsum("bark,bcr->back", core, x)
+        moved = (dense.reshape(batch, core.shape[1], -1) @ problem.covariance).view_as(dense)
+        return torch.einsum("back,bark->bcr", moved, core)
+
+    lower_c = torch.linalg.cholesky(ridged(problem.channels, 1e-6))
+    lower_r = torch.linalg.cholesky(scale)
+
+    def precondition(x: Tensor) -> Tensor:
+        return torch.cholesky_solve(torch.cholesky_solve(x, lower_c).mT, lower_r).mT
+
+    x, residual = v, right - normal(v)
+    direction = z = precondition(residual)
+    rho = (residual * z).sum((1, 2))
+    for _ in range(steps):
+        image = normal(direction)
+        curvature = (direction * image).sum((1, 2))
+        alpha = torch.where(curvature > 0, rho / torch.where(curvature > 0, curvature, torch.ones_like(rho)), 0.0)
+        x = x + alpha[:, None, None] * direction
+        residual = residual - alpha[:, None, None] * image
+        z = precondition(residual)
+        new = (residual * z).sum((1, 2))
+        beta = torch.where(rho > 0, new / torch.where(rho > 0, rho, torch.ones_like(rho)), 0.0)
+        direction, rho = z + beta[:, None, None] * direction, new
+    return x
