@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from tenfold.errors import BudgetError, TenfoldError
@@ -16,6 +19,8 @@ from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.records import Call, Cost, LayerSpec
 from tenfold.registry import Registry
 from tenfold.tensors import singular_values
+
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class RankProblem:
         cost: what the layer costs now.
         load_weight: returns the dense weight, groups apart: (groups, out/groups, in/groups, *kernel).
         current: format and rank that the layer has now, if it is factorized already.
+        latency_ms: what the layer takes now in one forward; None when there is no clock.
+        latency_at: returns the milliseconds that it would take in a format, one for each of some ranks; None when there
+            is no clock.
     """
 
     path: str
@@ -58,6 +66,8 @@ class RankProblem:
     cost: Cost
     load_weight: Callable[[], Tensor]
     current: tuple[str, Rank] | None = None
+    latency_ms: float | None = None
+    latency_at: Callable[[str, Sequence[Rank]], FloatArray] | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def cost_at(self, format: str, rank: Rank) -> Cost:
@@ -65,6 +75,17 @@ class RankProblem:
         kind = FORMATS.get(format)
         macs = sum(kind.macs(self.spec, rank, call.in_shape) * call.count for call in self.calls)
         return Cost(params=kind.num_params(self.spec, rank), macs=macs)
+
+    def latency(self, choice: Choice) -> float:
+        """Return the milliseconds that the layer would take after this choice; 0 when there is no clock."""
+        if self.latency_ms is None or self.latency_at is None:
+            return 0.0
+        if isinstance(choice, Keep):
+            return self.latency_ms
+        key = ("latency", choice.format, *sorted(choice.rank.items()))
+        if key not in self._cache:
+            self._cache[key] = float(self.latency_at(choice.format, [choice.rank])[0])
+        return self._cache[key]  # type: ignore[no-any-return]
 
     def family(self, format: str) -> tuple[tuple[Rank, Cost], ...]:
         """Return the ranks that a rule with one knob walks along, from small to full, with their costs."""
@@ -106,7 +127,8 @@ class RankRule(abc.ABC):
 
         Args:
             problems: the layers to decide on.
-            limits: what all of them together may cost, by name (``params``, ``macs``); None for no budget.
+            limits: what all of them together may cost, by name (``params``, ``macs``, ``latency`` in ms); None for no
+                budget.
 
         Raises:
             BudgetError: the limits cannot be met, or the rule cannot aim at a budget.
@@ -141,12 +163,19 @@ def rule_from(name: str, **settings: Any) -> RankRule:
     return kind(**settings)
 
 
-def total_cost(problems: Sequence[RankProblem], choices: Sequence[Choice]) -> Cost:
+class Total(Cost):
+    """What several layers cost together; ``latency`` is in predicted milliseconds, 0 when there is no clock."""
+
+    latency: NonNegativeFloat = 0.0
+
+
+def total_cost(problems: Sequence[RankProblem], choices: Sequence[Choice]) -> Total:
     """Return what all the layers cost after these choices."""
-    total = Cost()
+    total, latency = Cost(), 0.0
     for problem, choice in zip(problems, choices, strict=True):
         total += problem.cost if isinstance(choice, Keep) else problem.cost_at(choice.format, choice.rank)
-    return total
+        latency += problem.latency(choice)
+    return Total(params=total.params, macs=total.macs, latency=latency)
 
 
 def within(cost: Cost, limits: Limits) -> bool:
@@ -186,7 +215,7 @@ class OneKnobRule(RankRule):
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return the choices at the configured knob, or at the largest one that respects the limits."""
         if limits:
-            if within(sum((p.cost for p in problems), Cost()), limits):
+            if within(total_cost(problems, [Keep("")] * len(problems)), limits):
                 return (Keep("the budget is met as it is"),) * len(problems)
             return self._bisect(problems, limits)
         knob = self.knob()
@@ -218,9 +247,15 @@ class OneKnobRule(RankRule):
 
 def _unreachable(least: Cost, limits: Limits) -> str:
     parts = [
-        f"{k} {limit:,.0f} (lowest {getattr(least, k):,})" for k, limit in limits.items() if getattr(least, k) > limit
+        f"{k} {_amount(limit)} (lowest {_amount(getattr(least, k))})"
+        for k, limit in limits.items()
+        if getattr(least, k) > limit
     ]
     return (
         f"the budget cannot be met: the layers that can be factorized would have to fit into {', '.join(parts)}. "
         "Raise the budget, allow more formats, or keep fewer layers."
     )
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.records.base import Record, write_text
-from tenfold.records.costs import Cost, Environment, Latency
+from tenfold.records.costs import Cost, Environment, Latency, Speedup
 
 PLAN_VERSION = 1
 PLAN_HEADER = """\
@@ -21,6 +21,9 @@ PLAN_HEADER = """\
 class Budget(Record):
     """What the whole model may cost: a share of what it costs now (up to 1), or an absolute number (above 1).
 
+    ``latency`` is measured: a share of the dense model's time in the memory format that is best for it, or above 1
+    milliseconds of one forward.
+
     Example:
         >>> Budget.parse("macs=0.5,params=0.4")
         Budget(params=0.4, macs=0.5)
@@ -28,6 +31,7 @@ class Budget(Record):
 
     params: float | None = Field(default=None, gt=0)
     macs: float | None = Field(default=None, gt=0)
+    latency: float | None = Field(default=None, gt=0)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -68,13 +72,26 @@ class Budget(Record):
             raise BudgetError(msg)
         return cls(**values)
 
-    def allowance(self, cost: Cost) -> dict[str, float]:
-        """Return the absolute limits, by name, for a model that costs ``cost`` now."""
+    def allowance(self, cost: Cost, latency_ms: float | None = None) -> dict[str, float]:
+        """Return the absolute limits, by name, for a model that costs ``cost`` and takes ``latency_ms`` now.
+
+        Raises:
+            BudgetError: a share of the latency is asked for and no latency was measured.
+
+        Example:
+            >>> Budget(macs=0.5, latency=0.5).allowance(Cost(macs=100), latency_ms=8.0)
+            {'macs': 50.0, 'latency': 4.0}
+        """
         limits = {}
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if value is not None:
-                limits[name] = value * getattr(cost, name) if value <= 1 else value
+            if value is None:
+                continue
+            whole = latency_ms if name == "latency" else getattr(cost, name)
+            if whole is None and value <= 1:
+                msg = f"latency={value} is a share of a latency that was not measured: pass a clock, or milliseconds"
+                raise BudgetError(msg)
+            limits[name] = value * whole if value <= 1 else value
         return limits
 
     def __bool__(self) -> bool:
@@ -87,7 +104,8 @@ class Budget(Record):
 class LayerPlan(Record):
     """What happens to one layer: factorize it, or keep it for a reason.
 
-    ``rel_error`` is ‖W − Ŵ‖/‖W‖; None until the layer was decomposed.
+    ``rel_error`` is ‖W − Ŵ‖/‖W‖; None until the layer was decomposed. The latencies are those of the dense layer and
+    of the factorized one, measured in turns, for all calls of one forward; None where nobody measured.
     """
 
     path: str
@@ -101,6 +119,8 @@ class LayerPlan(Record):
     before: Cost
     after: Cost
     rel_error: NonNegativeFloat | None = None
+    latency_before_ms: NonNegativeFloat | None = None
+    latency_after_ms: NonNegativeFloat | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> LayerPlan:
@@ -195,6 +215,7 @@ class RunRecord(Record):
     seed: int = 0
     before: Measurement
     after: Measurement
+    speedup: Speedup | None = None
     scores: dict[str, float] = {}
     plan: Plan
     tuning: tuple[dict[str, Any], ...] = ()
