@@ -1,0 +1,198 @@
+"""Allocations respect every limit, and their certificate holds against enumeration and dynamic programming."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tenfold.errors import BudgetError
+from tenfold.ranks.knapsack import pareto, solve
+from tests.ranks.oracles import brute_force, dp_alloc, lagrange_alloc
+
+Instance = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
+
+
+def instance(seed: int, layers: int, options: int, budgets: int, share: float, *, convex: bool = False) -> Instance:
+    """Damages that fall and costs that rise along each layer; limits at a share of the way from least to most."""
+    g = np.random.default_rng(seed)
+    damages, costs = [], []
+    for _ in range(layers):
+        n = int(g.integers(1, options + 1))
+        steps = g.exponential(size=n)
+        if convex:
+            steps = np.sort(steps)[::-1]
+        d = steps[::-1].cumsum()[::-1] - steps.min() * g.random()
+        c = g.integers(1, 40, size=(n, budgets)).cumsum(0).astype(float) * 10.0 ** np.arange(budgets) ** 3
+        damages.append(d * g.uniform(0.1, 10))
+        costs.append(c)
+    least, most = (sum(f(c, 0) for c in costs) for f in (np.min, np.max))
+    return damages, costs, least + share * (most - least)
+
+
+def check(found: object, damages: list[np.ndarray], costs: list[np.ndarray], limits: np.ndarray) -> None:
+    """What is returned is consistent with itself and within the limits."""
+    spent = sum(c[i] for c, i in zip(costs, found.choice, strict=True))
+    np.testing.assert_allclose(found.cost, spent)
+    assert (spent <= limits * (1 + 1e-9)).all()
+    assert found.damage == pytest.approx(sum(d[i] for d, i in zip(damages, found.choice, strict=True)))
+    assert found.bound <= found.damage
+    assert found.gap == pytest.approx(
+        (found.damage - found.bound) / abs(found.damage) if found.damage else 0, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+def test_optimum_is_that_of_enumeration(budgets: int, share: float) -> None:
+    for seed in range(12):
+        damages, costs, limits = instance(seed, 5, 6, budgets, share)
+        best = brute_force(damages, costs, limits)
+        found = solve(damages, costs, limits, gap=0)
+        check(found, damages, costs, limits)
+        assert found.damage == pytest.approx(best, rel=1e-9, abs=1e-12)
+        assert found.bound <= best + 1e-9 * abs(best)
+        assert found.gap <= 1e-6
+
+
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+def test_bound_holds_and_gap_is_as_asked(budgets: int) -> None:
+    methods = set()
+    for seed in range(25):
+        damages, costs, limits = instance(100 + seed, 6, 5, budgets, 0.4)
+        best = brute_force(damages, costs, limits)
+        found = solve(damages, costs, limits, gap=0.02)
+        check(found, damages, costs, limits)
+        assert found.bound <= best + 1e-9 * abs(best)
+        assert found.damage <= best * (1 + found.gap) + 1e-9
+        assert found.gap <= 0.02
+        methods.add(found.method)
+    assert methods == {"lagrangian", "milp"}  # both ways are exercised
+
+
+def test_staircase_whose_hull_leaves_out_the_best() -> None:
+    # Each layer: nothing, a middle option above the line from end to end, everything. No price ever picks the middle.
+    damages, costs = [[10.0, 6.0, 0.0]] * 3, [[0, 5, 10]] * 3
+    found = solve(damages, costs, [15], gap=0)
+    assert found.damage == pytest.approx(16)  # one whole, one middle
+    assert sorted(found.choice) == [0, 1, 2]
+    # The middles alone: greedy on the ratio would take the cheap and useless step first.
+    found = solve([[10.0, 9.0, 0.0], [10.0, 4.9]], [[0, 1, 10], [0, 5]], [10], gap=0)
+    assert found.choice == (2, 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_at_least_as_good_as_lagrange_and_dynamic_programming(seed: int) -> None:
+    g = np.random.default_rng(seed)
+    costs = [np.cumsum(g.uniform(0.5, 2, 32)) * g.uniform(1, 20) for _ in range(12)]
+    damages = [g.uniform(0.2, 5) * np.exp(-g.uniform(0.02, 0.2) * np.arange(32)) + 0.02 * g.random() for _ in range(12)]
+    damages = [np.minimum.accumulate(d + 0.02 * g.standard_normal(32)) for d in damages]
+    limit = 0.45 * sum(c[-1] for c in costs)
+    found = solve(damages, costs, [limit])
+    check(found, damages, [c[:, None] for c in costs], np.array([limit]))
+    totals = {}
+    for name, picks in (
+        ("lagrange", lagrange_alloc([-d for d in damages], costs, limit)),
+        ("dp", dp_alloc(damages, costs, limit, bins=20_000)),
+    ):
+        assert sum(c[i] for c, i in zip(costs, picks, strict=True)) <= limit * (1 + 1e-9)
+        totals[name] = sum(d[i] for d, i in zip(damages, picks, strict=True))
+    least = min(totals.values())
+    assert totals["lagrange"] <= totals["dp"] + 1e-3 * sum(d[0] for d in damages)
+    assert found.bound <= least + 1e-9
+    assert found.damage <= least + 1e-3 * abs(least)
+    assert found.gap <= 1e-3
+
+
+@pytest.mark.parametrize("budgets", [1, 2])
+def test_many_layers_and_options_are_certified(budgets: int) -> None:
+    damages, costs, limits = instance(0, 200, 32, budgets, 0.4)
+    found = solve(damages, costs, limits)
+    check(found, damages, costs, limits)
+    assert found.gap <= 1e-3
+    if budgets == 1:  # a whole network's budget is used up but for less than the smallest step
+        assert found.cost[0] >= 0.99 * limits[0]
+
+
+def test_large_and_small_units_do_not_matter() -> None:
+    damages, costs, limits = instance(3, 6, 6, 2, 0.4)
+    one = solve(damages, costs, limits, gap=0)
+    other = solve([d * 1e-9 for d in damages], [c * [1e12, 1e-6] for c in costs], limits * [1e12, 1e-6], gap=0)
+    assert one.choice == other.choice
+
+
+def test_damages_may_be_equal_noisy_or_negative() -> None:
+    found = solve([[0.0, 0.0, 0.0], [-1.0, -1.1, -1.05]], [[3, 2, 1], [1, 2, 3]], [5], gap=0)
+    assert found.choice == (2, 1)  # of equals the cheapest; never more cost for more damage
+    assert found.damage == pytest.approx(-1.1)
+    found = solve([[1.0, 1.0], [1.0, 1.0]], [[2, 2], [2, 2]], [100])
+    assert found.choice == (0, 0)  # of equals the first
+    assert (found.gap, found.method) == (0, "lagrangian")
+
+
+def test_same_input_same_answer() -> None:
+    damages, costs, limits = instance(5, 30, 20, 3, 0.35)
+    assert solve(damages, costs, limits) == solve(damages, costs, limits)
+
+
+def test_ample_limits_take_the_least_damage() -> None:
+    damages, costs, limits = instance(1, 8, 8, 2, 1.0)
+    found = solve(damages, costs, limits * 10)
+    assert found.damage == pytest.approx(sum(d.min() for d in damages))
+    assert found.gap == 0
+
+
+def test_no_layers_is_no_problem() -> None:
+    assert solve([], [], [5.0]).choice == ()
+
+
+def test_limit_at_the_very_least() -> None:
+    damages, costs, limits = instance(2, 6, 5, 1, 0.0)
+    found = solve(damages, costs, limits)
+    assert found.cost[0] == limits[0]
+
+
+def test_out_of_reach_says_the_lowest() -> None:
+    with pytest.raises(BudgetError, match=r"asked for macs 7, params 50, lowest macs 8, params 30"):
+        solve([[1.0, 0.0]] * 2, [[[4, 15], [9, 20]]] * 2, [7, 50], names=["macs", "params"])
+
+
+def test_budgets_that_exclude_each_other() -> None:
+    either = [[0, 10], [10, 0]]  # cheap in one or in the other
+    with pytest.raises(BudgetError, match="not all of them together"):
+        solve([[0.0, 0.0]], [either], [5, 5], names=["a", "b"])
+    with pytest.raises(BudgetError, match="together"):  # half of each would do, so that only integrality fails
+        solve([[0.0, 0.0]] * 3, [either] * 3, [15, 15])
+    assert sorted(solve([[0.0, 0.0]] * 2, [either] * 2, [10, 10]).choice) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("damages", "costs", "limits"),
+    [
+        ([[1.0, 2.0]], [[1.0]], [1.0]),
+        ([[1.0]], [[[1.0, 2.0]]], [1.0]),
+        ([[]], [[]], [1.0]),
+        ([[1.0]], [], [1.0]),
+        ([[float("nan")]], [[1.0]], [1.0]),
+        ([[1.0]], [[float("inf")]], [1.0]),
+    ],
+)
+def test_inputs_that_do_not_fit(damages: list[list[float]], costs: list[list[float]], limits: list[float]) -> None:
+    with pytest.raises(BudgetError):
+        solve(damages, costs, limits)
+
+
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+def test_pareto_front_is_what_nothing_beats(budgets: int) -> None:
+    g = np.random.default_rng(0)
+    damage, costs = g.integers(0, 12, 120).astype(float), g.integers(0, 12, (120, budgets)).astype(float)
+    every = np.column_stack([damage, costs])
+
+    def beaten(i: int) -> bool:
+        no_worse = (every <= every[i]).all(1)
+        better = no_worse & (every < every[i]).any(1)
+        earlier_twin = no_worse & ~better & (np.arange(120) < i)
+        return bool((better | earlier_twin).any())
+
+    kept = pareto(damage, costs)
+    assert sorted(kept.tolist()) == [i for i in range(120) if not beaten(i)]
+    assert (np.diff(damage[kept]) <= 0).all()
