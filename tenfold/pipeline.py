@@ -15,12 +15,12 @@ from tenfold import checkpoint
 from tenfold.decompositions import Decomposition
 from tenfold.errors import PlanError
 from tenfold.planning import DEFAULT_FORMATS, plan as make_plan, recost
-from tenfold.profiling import compare_latency, environment, profile
-from tenfold.profiling.modes import device_of
+from tenfold.profiling import Comparison, compare_latency, device_of, environment, profile
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Budget, Latency, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
 from tenfold.surgery import apply, fits_of, reestimate_batchnorm_
+from tenfold.tuning import TuneResult
 
 Observe = Callable[[str], None]
 
@@ -46,7 +46,7 @@ class Compressed:
         return checkpoint.save(self.model, self.plan, path, record=self.record)
 
 
-def compress(
+def compress(  # noqa: PLR0913 - the one call that has every choice
     model: nn.Module,
     example_inputs: Any,
     *,
@@ -61,6 +61,7 @@ def compress(
     tune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     latency: bool = True,
+    latency_inputs: Any = None,
     seed: int = 0,
     observe: Observe | None = None,
 ) -> Compressed:
@@ -78,9 +79,11 @@ def compress(
         keep: layers to leave alone: paths, globs or ``re:`` expressions.
         keep_ends: leave a cheap first and last layer alone; by default unless the rule names layers.
         data: unlabeled batches to re-estimate batch norm on; nothing is re-estimated without.
-        tune: called with the compressed model, to train it in place by any loop.
+        tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
+            it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
         latency: measure original and result, interleaved.
+        latency_inputs: what to measure latency on, such as a larger batch; the example inputs if left out.
         seed: of every algorithm that draws random numbers.
         observe: called with the name of each step as it begins.
 
@@ -98,11 +101,14 @@ def compress(
     with steps("profile"):
         before = profile(model, example_inputs)
     with steps("plan"):
-        if plan is None:
+        if plan is not None:
+            plan = recost(plan, before)
+        else:
+            rule = rule_from(rule) if isinstance(rule, str) else rule
             plan = make_plan(
                 model,
                 before,
-                rule=rule_from(rule) if isinstance(rule, str) else rule,
+                rule=rule,
                 formats=formats,
                 keep=keep,
                 keep_ends=keep_ends,
@@ -110,34 +116,51 @@ def compress(
                 algorithms=algorithms,
                 seed=seed,
             )
-        else:
-            plan = recost(plan, before)
         _refuse_empty(plan)
     with steps("apply"):
         small = apply(model, plan)
-    fits = fits_of(small)
-    plan = plan.replace(
-        layers=tuple(
-            layer.replace(rel_error=fits[layer.path].rel_error) if layer.action == "factorize" else layer
-            for layer in plan.layers
-        )
-    )
-    scores = _recover(model, small, steps, data=data, tune=tune, evaluate=evaluate)
+    plan = _with_errors(plan, small)
+    scores, tuning = _recover(model, small, steps, data=data, tune=tune, evaluate=evaluate)
     after = profile(small, example_inputs)
-    times: Mapping[str, Latency] = {}
+    times = Comparison({}, {})
     if latency:
         with steps("measure"):
-            times = compare_latency({"before": (model, example_inputs), "after": (small, example_inputs)}).latencies
+            inputs = example_inputs if latency_inputs is None else latency_inputs
+            times = compare_latency({"before": (model, inputs), "after": (small, inputs)})
     record = RunRecord(
-        seed=seed,
-        before=_measurement(before, times.get("before"), scores.get("original")),
-        after=_measurement(after, times.get("after"), scores.get("tuned", scores.get("compressed"))),
+        seed=plan.seed,
+        before=measurement(before, times.latencies.get("before"), scores.get("original")),
+        after=measurement(after, times.latencies.get("after"), scores.get("tuned", scores.get("compressed"))),
+        speedup=times.speedups.get("after"),
         scores=scores,
         plan=plan,
+        tuning=tuning,
         seconds=steps.seconds,
         environment=environment(device_of(model, example_inputs)),
     )
     return Compressed(small, plan, record, model)
+
+
+def measurement(cost: Profile, latency: Latency | None = None, score: float | None = None) -> Measurement:
+    """Return what was measured of a model, for its record."""
+    return Measurement(
+        params=cost.params,
+        macs=cost.macs,
+        bytes=cost.bytes,
+        latency_ms=None if latency is None else latency.median_ms,
+        latency=latency,
+        score=score,
+    )
+
+
+def _with_errors(plan: Plan, small: nn.Module) -> Plan:
+    """Return the plan with the relative errors of the layers that were factorized."""
+    fits = fits_of(small)
+    layers = (
+        layer.replace(rel_error=fits[layer.path].rel_error) if layer.action == "factorize" else layer
+        for layer in plan.layers
+    )
+    return plan.replace(layers=tuple(layers))
 
 
 def _recover(
@@ -148,8 +171,8 @@ def _recover(
     data: Iterable[Any] | None,
     tune: Callable[[nn.Module], Any] | None,
     evaluate: Callable[[nn.Module], float] | None,
-) -> dict[str, float]:
-    """Re-estimate and tune ``small`` in place; return the scores on the way, by step."""
+) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
+    """Re-estimate and tune ``small`` in place; return the scores on the way, by step, and the epochs of tuning."""
     scores: dict[str, float] = {}
 
     def score(name: str, candidate: nn.Module) -> None:
@@ -164,9 +187,11 @@ def _recover(
     score("compressed", small)
     if tune is not None:
         with steps("tune"):
-            tune(small)
+            told = tune(small)
         score("tuned", small)
-    return scores
+        if isinstance(told, TuneResult):
+            return scores, tuple(epoch.model_dump() for epoch in told.history)
+    return scores, ()
 
 
 def _refuse_empty(plan: Plan) -> None:
@@ -175,17 +200,6 @@ def _refuse_empty(plan: Plan) -> None:
         shown = "; ".join(sorted(reasons)[:3])
         msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
         raise PlanError(msg)
-
-
-def _measurement(cost: Profile, latency: Latency | None, score: float | None) -> Measurement:
-    return Measurement(
-        params=cost.params,
-        macs=cost.macs,
-        bytes=cost.bytes,
-        latency_ms=None if latency is None else latency.median_ms,
-        latency=latency,
-        score=score,
-    )
 
 
 class _Steps:

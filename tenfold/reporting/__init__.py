@@ -1,0 +1,17 @@
+"""Tables for people, from records only: no model, no torch."""
+
+from tenfold.reporting.plans import plan_tables
+from tenfold.reporting.profiles import profile_tables
+from tenfold.reporting.runs import cost_table, record_tables
+from tenfold.reporting.text import as_text, render_plan, render_profile, render_record
+
+__all__ = [
+    "as_text",
+    "cost_table",
+    "plan_tables",
+    "profile_tables",
+    "record_tables",
+    "render_plan",
+    "render_profile",
+    "render_record",
+]

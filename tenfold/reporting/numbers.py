@@ -1,0 +1,125 @@
+"""Numbers as people read them: three or four digits and a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+def count(number: float) -> str:
+    """Return a number with a metric prefix, four digits at most.
+
+    Example:
+        >>> count(126_480_000), count(1_100), count(12)
+        ('126.5 M', '1.1 k', '12')
+    """
+    return _scaled(number, 1000, _PREFIXES).rstrip()
+
+
+def size(number: float) -> str:
+    """Return bytes with a binary prefix.
+
+    Example:
+        >>> size(3_500_000), size(12)
+        ('3.3 MiB', '12 B')
+    """
+    return _scaled(number, 1024, ("B", *(f"{prefix}iB" for prefix in ("K", *_PREFIXES[2:]))))
+
+
+def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while abs(number) >= base - 0.05 and power < len(units) - 1:
+        number /= base
+        power += 1
+    digits = f"{number:,.0f}" if power == 0 else f"{number:,.1f}"
+    return f"{digits} {units[power]}"
+
+
+def factor(before: float, after: float) -> str:
+    """Return how many times smaller ``after`` is; a dash where that means nothing.
+
+    Example:
+        >>> factor(10, 5), factor(101, 100), factor(10, 0)
+        ('2.0×', '1×', '—')
+    """
+    if after <= 0 or before <= 0:
+        return "—"
+    ratio = before / after
+    return f"{ratio:.1f}×" if abs(ratio - 1) >= 0.05 and ratio >= 0.1 else f"{ratio:.2g}×"
+
+
+def percent(fraction: float) -> str:
+    """Return a fraction in percent with two decimals.
+
+    Example:
+        >>> percent(0.9339)
+        '93.39 %'
+    """
+    return f"{100 * fraction:.2f} %"
+
+
+def points(before: float, after: float) -> str:
+    """Return the change between two fractions in percentage points.
+
+    Example:
+        >>> points(0.9339, 0.9283), points(0.5, 0.5)
+        ('−0.56 points', '±0.00 points')
+    """
+    change = round(100 * (after - before), 2)
+    sign = "±" if change == 0 else "+" if change > 0 else "−"
+    return f"{sign}{abs(change):.2f} points"
+
+
+def milliseconds(value: float) -> str:
+    """Return milliseconds with three significant digits.
+
+    Example:
+        >>> milliseconds(0.01234), milliseconds(4.5678), milliseconds(1234.5)
+        ('0.0123 ms', '4.57 ms', '1,234 ms')
+    """
+    return f"{three_digits(value)} ms"
+
+
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits, and no fewer than it has before the point.
+
+    Example:
+        >>> three_digits(1.5), three_digits(120.4)
+        ('1.50', '120')
+    """
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def speed(ratio: float) -> str:
+    """Return how many times faster or slower.
+
+    Example:
+        >>> speed(1.8), speed(0.5)
+        ('1.80× faster', '2.00× slower')
+    """
+    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.2f}× slower"
+
+
+def seconds(value: float) -> str:
+    """Return a duration in the largest units that it fills.
+
+    Example:
+        >>> seconds(0.42), seconds(75), seconds(7384)
+        ('0.4 s', '1 min 15 s', '2 h 3 min')
+    """
+    if value < 59.95:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def ranks(rank: Mapping[str, int] | None) -> str:
+    """Return ranks by name.
+
+    Example:
+        >>> ranks({"out": 24, "in": 20}), ranks({"rank": 7})
+        ('out=24 in=20', 'rank=7')
+    """
+    return " ".join(f"{name}={value}" for name, value in (rank or {}).items())
