@@ -214,6 +214,7 @@ def _layer_plan(
             rank=choice.rank,
             algorithm=algorithm.to_dict(),
             reason=choice.note,
+            damage=choice.damage,
             after=after,
         )
     return LayerPlan(**common, action="keep", format=layer.format, rank=layer.rank, reason=choice.reason, after=after)

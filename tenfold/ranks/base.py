@@ -25,11 +25,15 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choose:
-    """Factorize the layer: into this format, at this rank. ``note`` is shown as the reason in the plan."""
+    """Factorize the layer: into this format, at this rank.
+
+    ``note`` is shown as the reason in the plan; ``damage`` is what the rule predicts that it does to the network.
+    """
 
     format: str
     rank: Rank
     note: str
+    damage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class RankProblem:
         latency_ms: what the layer takes now in one forward; None when there is no clock.
         latency_at: returns the milliseconds that it would take in a format, one for each of some ranks; None when there
             is no clock.
+        damage_at: returns for a format the function from ranks (n, names) to the damage (n,) that the network takes, on
+            one scale for all layers; None where nothing is known of the data.
     """
 
     path: str
@@ -68,6 +74,7 @@ class RankProblem:
     current: tuple[str, Rank] | None = None
     latency_ms: float | None = None
     latency_at: Callable[[str, Sequence[Rank]], FloatArray] | None = None
+    damage_at: Callable[[str], Callable[[NDArray[np.int64]], FloatArray]] | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def cost_at(self, format: str, rank: Rank) -> Cost:

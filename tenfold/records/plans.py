@@ -119,6 +119,7 @@ class LayerPlan(Record):
     before: Cost
     after: Cost
     rel_error: NonNegativeFloat | None = None
+    damage: float | None = None
     latency_before_ms: NonNegativeFloat | None = None
     latency_after_ms: NonNegativeFloat | None = None
 
