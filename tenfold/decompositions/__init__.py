@@ -16,6 +16,7 @@ from tenfold.decompositions.base import (
     spec_of_weight,
 )
 from tenfold.decompositions.metric import Moments
+from tenfold.decompositions.recompress import recompress, reduce
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -31,5 +32,7 @@ __all__ = [
     "decompose",
     "decompose_many",
     "default_algorithm",
+    "recompress",
+    "reduce",
     "spec_of_weight",
 ]

@@ -266,7 +266,7 @@ def _fit_batch(problems: Sequence[Problem], prepared: Sequence[tuple[Tensor, flo
         rows = slice(i * groups, (i + 1) * groups)
         own = {k: None if v is None else v[rows] for k, v in factors.tensors.items()}
         value = kind(problem.spec, **own).scaled(scale).to(problem.weight.dtype)
-        _refuse_overflow(value, problem)
+        refuse_overflow(value, problem.weight)
         stored = value.to(weight.dtype).scaled(1 / scale if scale > _TINY else 1.0)
         error = rel_error(stored.to_grouped(), weight if scale > _TINY else weight * scale)
         fits.append(Fit(value, error, factors.n_iter, factors.converged, factors.note))
@@ -296,7 +296,7 @@ def _fit_metric(
         factors, top = algorithm.fit(weight, spec, kind, rank), scale
         value = kind(spec, **factors.tensors)
     value = value.scaled(top).to(problem.weight.dtype)
-    _refuse_overflow(value, problem)
+    refuse_overflow(value, problem.weight)
     stored = value.to(torch.float64).to_grouped().flatten(2)
     missed, power = metric.errors(flat, stored)
     total = float(power.sum())
@@ -315,10 +315,12 @@ def _fit_metric(
 _MINDED = 1e-3
 
 
-def _refuse_overflow(value: Factorization, problem: Problem) -> None:
+def refuse_overflow(value: Factorization, weight: Tensor) -> None:
+    """Raise WeightError if the factors of ``weight`` do not fit into their dtype."""
     if not all(torch.isfinite(t).all() for t in value.tensors().values()):
+        dtype = next(iter(value.tensors().values())).dtype
         msg = (
-            f"the {problem.format} factors overflow {problem.weight.dtype}: the weight's largest entry is "
-            f"{float(problem.weight.abs().max()):.3g}. Convert the model to float32 first."
+            f"the {value.name()} factors overflow {dtype}: the weight's largest entry is "
+            f"{float(weight.abs().max()):.3g}. Convert the model to float32 first."
         )
         raise WeightError(msg)

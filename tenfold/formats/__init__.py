@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Stage, Structure, join_groups, split_groups
+from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Stage, Structure, join_groups, split_groups
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.formats.tucker2 import Tucker2
 
@@ -15,6 +15,7 @@ __all__ = [
     "Factorization",
     "MatrixFormat",
     "Rank",
+    "Reduced",
     "Stage",
     "Structure",
     "Tucker2",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -23,6 +23,26 @@ class Stage:
 
     spec: LayerSpec | ContractSpec
     weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """The weight of a factorization seen in orthonormal frames of its own factors: small, and as good to decompose.
+
+    Frames change no norm, and a best factorization never leaves the range of the weight; so the best one of the small
+    weight, put back into the frames by ``lift``, is the best one of the large weight, with the same relative error.
+
+    Attributes:
+        weight: the small weight, in torch's own layout for ``spec``.
+        spec: its geometry.
+        format: name of the format in which to decompose it, with ranks of the same names.
+        lift: returns the factorization of the large weight from one of the small.
+    """
+
+    weight: Tensor
+    spec: LayerSpec
+    format: str
+    lift: Callable[[Factorization], Factorization]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +168,13 @@ class Factorization(abc.ABC):
         """Return the factors by field name; those that are absent at this rank are left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
         return {k: v for k, v in values.items() if v is not None}
+
+    def reduced(self) -> Reduced | None:
+        """Return a small weight to decompose instead of the dense one; None where the format knows none.
+
+        The factors are float32 or float64.
+        """
+        return None
 
     def map(self, **changes: Any) -> Self:
         """Return the same factorization with some fields replaced."""

@@ -43,6 +43,10 @@ class LowRank(MatrixFormat):
         """Return the factors whose product is ``left`` @ ``right``."""
         return {"left": left, "right": right.reshape(*right.shape[:2], *spec.group_shape[2:])}
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return (out, R) and (R, in·kernel) of each group."""
+        return self.left, self.right.flatten(2)
+
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the layer into R channels per group, and the mix of those into the outputs."""

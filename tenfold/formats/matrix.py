@@ -6,9 +6,10 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from tenfold.formats.base import Factorization, Rank
+from tenfold.formats.base import Factorization, Rank, Reduced, join_groups
 from tenfold.records import LayerSpec
 
 
@@ -36,6 +37,33 @@ class MatrixFormat(Factorization):
     @abc.abstractmethod
     def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """Return the tensors of the format, by field name, whose unfolding is ``left`` @ ``right``."""
+
+    @abc.abstractmethod
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return the two matrices (groups, m, R) and (groups, R, n), the inverse of ``from_matrices``."""
+
+    def reduced(self) -> Reduced | None:
+        """Return the R×R product of the triangles of both matrices; None where the short side is no larger than that.
+
+        With left = Q₁R₁ and rightᵀ = Q₂R₂ the weight is Q₁ (R₁R₂ᵀ) Q₂ᵀ.
+        """
+        left, right = self.matrices()
+        size = right.shape[1]
+        if size >= min(self.matrix_shape(self.spec)):
+            return None
+        frame, first = torch.linalg.qr(left)
+        across, second = torch.linalg.qr(right.mT)
+        channels, groups = size * self.spec.groups, self.spec.groups
+        spec = LayerSpec(kind="linear", in_channels=channels, out_channels=channels, groups=groups)
+
+        def lift(small: Factorization) -> Factorization:
+            if not isinstance(small, MatrixFormat):
+                msg = f"a product of two matrices is lifted, not {small.name()}"
+                raise TypeError(msg)
+            u, v = small.matrices()
+            return type(self)(self.spec, **self.from_matrices(frame @ u, v @ across.mT, self.spec))
+
+        return Reduced(join_groups(first @ second.mT, spec), spec, "low_rank", lift)
 
     @classmethod
     def refuses(cls, spec: LayerSpec) -> str | None:

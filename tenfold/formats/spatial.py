@@ -49,6 +49,10 @@ class Spatial(MatrixFormat):
         second = left.reshape(groups, out, *others, rank).movedim(-1, 2)
         return {"first": right.reshape(groups, rank, inner, first), "second": second}
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return (out·k2, R) and (R, in·k1) of each group."""
+        return self.second.movedim(2, -1).flatten(1, -2), self.first.flatten(2)
+
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the convolution along the first axis and the one along the others."""
@@ -85,5 +89,6 @@ class Spatial(MatrixFormat):
         """Return Σ_r second ⊗ first, per group."""
         groups, _, inner, size = self.first.shape
         out, others = self.second.shape[1], self.second.shape[3:]
-        flat = self.second.movedim(2, -1).flatten(1, -2) @ self.first.flatten(2)  # (groups, out·k2, in·k1)
+        left, right = self.matrices()
+        flat = left @ right  # (groups, out·k2, in·k1)
         return flat.reshape(groups, out, *others, inner, size).movedim(-1, 2).movedim(-1, 2)

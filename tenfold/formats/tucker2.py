@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
+from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Structure, join_groups
 from tenfold.records import LayerSpec
 
 
@@ -109,6 +109,36 @@ class Tucker2(Factorization):
         inner = self.core.shape[2] if self.in_factor is None else self.in_factor.shape[1]
         return weight.reshape(groups, out, inner, *self.core.shape[3:])
 
+    def reduced(self) -> Reduced | None:
+        """Return the core in orthonormal frames of the factors, (r_out, r_in, *kernel); None without factors."""
+        if self.in_factor is None and self.out_factor is None:
+            return None
+        core, inner, outer = self.core, None, None
+        if self.in_factor is not None:
+            inner, triangle = torch.linalg.qr(self.in_factor)
+            core = torch.einsum("gaix,gbi->gabx", core.flatten(3), triangle)
+        if self.out_factor is not None:
+            outer, triangle = torch.linalg.qr(self.out_factor)
+            core = torch.einsum("gba,gax->gbx", triangle, core.flatten(2))
+        groups = self.spec.groups
+        r_out, r_in = self.rank["out"] * groups, self.rank["in"] * groups
+        spec = LayerSpec(kind="conv", in_channels=r_in, out_channels=r_out, kernel=self.spec.kernel, groups=groups)
+
+        def lift(small: Factorization) -> Factorization:
+            if not isinstance(small, Tucker2):
+                msg = f"a Tucker-2 core is lifted, not {small.name()}"
+                raise TypeError(msg)
+            return Tucker2(self.spec, small.core, _absorbed(outer, small.out_factor), _absorbed(inner, small.in_factor))
+
+        return Reduced(join_groups(core.reshape(spec.group_shape), spec), spec, "tucker2", lift)
+
     def scaled(self, factor: float) -> Self:
         """Return the factorization of ``factor`` times the weight: the core takes it, the factors stay orthonormal."""
         return self.map(core=self.core * factor)
+
+
+def _absorbed(frame: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """Return the factor in terms of the full channels; None where the side is at full rank."""
+    if frame is None or factor is None:
+        return factor if frame is None else frame
+    return frame @ factor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.decompositions import Decomposition, Fit, Problem, decompose_many, default_algorithm
+from tenfold.decompositions import Decomposition, Fit, Problem, decompose_many, default_algorithm, reduce
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build, describe
@@ -18,6 +18,7 @@ from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.modules import find, put
 
 Progress = Callable[[int, int], None]
+Job = tuple[Problem, Callable[[Fit], Fit]]
 
 
 def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
@@ -42,9 +43,9 @@ def apply_(model: nn.Module, plan: Plan, *, progress: Progress | None = None) ->
     wanted = plan.factorized
     for layer in plan.layers:
         find(model, layer.path)
-    problems = [_problem(model, layer, plan.seed) for layer in wanted]
+    jobs = [_job(model, layer, plan.seed) for layer in wanted]
     _refuse_tied(model, wanted)
-    fits = _decompose(problems, wanted, progress)
+    fits = _decompose(jobs, wanted, progress)
     new = {p.path: _layer(fit, find(model, p.path)) for p, fit in zip(wanted, fits, strict=True)}
     return put(model, new)
 
@@ -99,8 +100,10 @@ def check_format(layer: LayerPlan) -> None:
             raise PlanError(msg) from error
 
 
-def _problem(model: nn.Module, layer: LayerPlan, seed: int) -> Problem:
-    spec, weight = _geometry(find(model, layer.path), layer.path)
+def _job(model: nn.Module, layer: LayerPlan, seed: int) -> Job:
+    """Return what to decompose for a layer, and what makes of the fit one of the layer's own weight."""
+    module = find(model, layer.path)
+    spec = module.spec if isinstance(module, FactorizedLayer) else _geometry(module, layer.path)[0]
     check_format(layer)
     format, rank = str(layer.format), layer.rank or {}
     try:
@@ -109,10 +112,13 @@ def _problem(model: nn.Module, layer: LayerPlan, seed: int) -> Problem:
         else:
             algorithm = Decomposition.from_dict(layer.algorithm)
         FORMATS.get(format).check_rank(spec, rank)
+        if isinstance(module, FactorizedLayer):
+            with torch.no_grad():
+                return reduce(module.factorization(), format, rank, algorithm)
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
-    return Problem(weight, spec, format, rank, algorithm)
+    return Problem(_geometry(module, layer.path)[1], spec, format, rank, algorithm), lambda fit: fit
 
 
 def _geometry(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor]:
@@ -137,27 +143,30 @@ def _refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:
             raise PlanError(msg)
 
 
-def _decompose(problems: list[Problem], wanted: Sequence[LayerPlan], progress: Progress | None) -> list[Fit]:
+def _decompose(jobs: Sequence[Job], wanted: Sequence[LayerPlan], progress: Progress | None) -> list[Fit]:
     """Decompose all layers; equal ones together. An error names its layer."""
     fits: dict[int, Fit] = {}
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, p in enumerate(problems):
+    for i, (p, _) in enumerate(jobs):
         key = (p.weight.shape, p.weight.dtype, p.format, repr(p.rank), p.algorithm)
         groups.setdefault(key, []).append(i)
     for members in groups.values():
+        found: Sequence[Fit | None]
         try:
-            found = decompose_many([problems[i] for i in members])
+            found = decompose_many([jobs[i][0] for i in members])
         except TenfoldError:
-            found = [_decompose_one(problems[i], wanted[i]) for i in members]
-        fits.update(zip(members, found, strict=True))
+            found = [None] * len(members)
+        fits.update({i: _finish(jobs[i], wanted[i], fit) for i, fit in zip(members, found, strict=True)})
         if progress is not None:
-            progress(len(fits), len(problems))
-    return [fits[i] for i in range(len(problems))]
+            progress(len(fits), len(jobs))
+    return [fits[i] for i in range(len(jobs))]
 
 
-def _decompose_one(problem: Problem, layer: LayerPlan) -> Fit:
+def _finish(job: Job, layer: LayerPlan, fit: Fit | None) -> Fit:
+    """Return the fit of the layer's own weight; decomposed alone where there is none yet."""
+    problem, lift = job
     try:
-        return decompose_many([problem])[0]
+        return lift(decompose_many([problem])[0] if fit is None else fit)
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
