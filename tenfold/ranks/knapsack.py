@@ -15,6 +15,7 @@ Array = NDArray[np.float64]
 Picks = NDArray[np.intp]
 
 _ROUND = 1e-12  # what sums of costs may exceed a limit by, as a share of it: rounding of the sums
+_BLOCK = 128  # options compared with all others at once
 _SOLVER_LIMIT = 1e4  # limits as the solver sees them, whose tolerance is an absolute 1e-6
 
 
@@ -51,9 +52,9 @@ def solve(
     """Return the options with the least total damage whose total costs stay within the limits.
 
     Options that another one beats on all counts are dropped first. The Lagrangian dual then gives a lower bound (that
-    of the linear relaxation: Sinha & Zoltners 1979) and, filled up greedily, an allocation; it reaches the convex hull
-    of the options only, so that where the two are further apart than ``gap``, branch and bound (HiGHS) decides among the
-    options that the bound has not ruled out. The better of both is returned. Ties go to the cheaper, then the earlier.
+    of the linear relaxation: Sinha & Zoltners 1979) and, filled up greedily, an allocation. It reaches the convex hull
+    of the options only: where the two are further apart than ``gap``, branch and bound (HiGHS) decides among those that
+    the bound has not ruled out, and the better of both is returned. Ties go to the cheaper, then the earlier.
 
     Args:
         damages: for each layer the damage of each option (n,): any finite numbers, comparable between layers.
@@ -105,12 +106,18 @@ def pareto(damage: ArrayLike, costs: ArrayLike) -> Picks:
     """
     damage, costs = np.asarray(damage, dtype=np.float64), _columns(costs)
     order = np.lexsort((np.arange(len(damage)), *costs.T[::-1], damage))  # a beaten option comes after what beats it
-    kept = []
+    kept: list[Picks] = []
     while len(order):
-        first, order = order[0], order[1:]
-        kept.append(first)
-        order = order[(costs[order] < costs[first]).any(1)]
-    return np.array(kept[::-1], dtype=np.intp)
+        head, order = order[:_BLOCK], order[_BLOCK:]
+        head = head[~np.triu(_beats(costs, head, head), 1).any(0)]
+        order = order[~_beats(costs, head, order).any(0)]
+        kept.append(head)
+    return np.concatenate(kept)[::-1] if kept else order
+
+
+def _beats(costs: Array, these: Picks, those: Picks) -> NDArray[np.bool_]:
+    """Return a table (these, those) of which cost nothing more than which."""
+    return np.asarray((costs[these][:, None] <= costs[those]).all(2))
 
 
 def _columns(costs: ArrayLike) -> Array:
