@@ -90,7 +90,7 @@ def compare_latency(
     if not variants:
         msg = "there is nothing to compare: pass at least one model with its inputs"
         raise ProfileError(msg)
-    with _threads(threads):
+    with using_threads(threads):
         blocks = {name: _block(model, inputs) for name, (model, inputs) in variants.items()}
         times = _in_turns(blocks, seconds)
         latencies = {name: _latency(times[name], *variants[name]) for name in variants}
@@ -114,7 +114,7 @@ def layer_latency(
         synchronize(device)
         return time.perf_counter()
 
-    with _threads(threads), evaluating(model), same_random_numbers(device):
+    with using_threads(threads), evaluating(model), same_random_numbers(device):
         deadline = time.perf_counter() + seconds
         while len(samples) <= MIN_ROUNDS or (time.perf_counter() < deadline and len(samples) <= MAX_ROUNDS):
             with observing(layers, clock) as seen:
@@ -246,7 +246,7 @@ def _speedup(reference: list[float], own: list[float]) -> Speedup:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def using_threads(number: int | None) -> Iterator[None]:
     """Let torch use this many CPU threads; as many as before if None."""
     before = torch.get_num_threads()
     if number is not None:

@@ -1,0 +1,81 @@
+"""Keep measured times on disk: one JSON file for each device, version, dtype, thread count and memory format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tenfold.records import read_json, write_text
+
+_VERSION = 1
+_LOG = logging.getLogger("tenfold")
+
+Samples = dict[str, list[float]]
+
+
+class LatencyCache:
+    """Samples by point, in a file that is named after the conditions that they were taken under.
+
+    A file that cannot be read counts as empty, one that cannot be written is given up: each says so once, as a warning
+    of the log, and nothing fails. Files are replaced whole; what another process wrote in between is kept.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> LatencyCache(folder, {"device": "cpu"}).save({"conv 8->8": [1.5]})
+        >>> LatencyCache(folder, {"device": "cpu"}).load(), LatencyCache(folder, {"device": "tpu"}).load()
+        ({'conv 8->8': [1.5]}, {})
+    """
+
+    def __init__(self, folder: Path | str | None, conditions: Mapping[str, Any]) -> None:
+        self.conditions = dict(conditions)
+        self.path = None if folder is None else Path(folder).expanduser() / _file_name(self.conditions)
+        self._warned: set[str] = set()
+
+    def load(self) -> Samples:
+        """Return all samples that are stored for these conditions."""
+        if self.path is None or not self.path.is_file():
+            return {}
+        try:
+            held = read_json(self.path)
+            if held["version"] != _VERSION or held["conditions"] != self.conditions:
+                return {}
+            return {str(key): [_positive(v) for v in values] for key, values in held["points"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._warn("read", f"cannot read the latency cache {self.path}: {error}. It is measured anew.")
+            return {}
+
+    def save(self, samples: Mapping[str, list[float]]) -> None:
+        """Store these samples, and keep those of other points that are there."""
+        if self.path is None:
+            return
+        points = {**self.load(), **samples}
+        text = json.dumps({"version": _VERSION, "conditions": self.conditions, "points": points}, indent=0)
+        try:
+            write_text(self.path, text)
+        except OSError as error:
+            self._warn("write", f"cannot write the latency cache {self.path}: {error}. Times are not kept.")
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            _LOG.warning(message)
+
+
+def _file_name(conditions: dict[str, Any]) -> str:
+    text = json.dumps(conditions, sort_keys=True)
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(str(v) for v in conditions.values())).strip("-").lower()
+    return f"{words[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        msg = f"{value!r} is no time"
+        raise ValueError(msg)
+    return number

@@ -1,0 +1,200 @@
+"""Which stage geometries to time so that every rank of a factorized layer can be told from a few: lines and planes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+from tenfold.formats import FORMATS, Rank
+from tenfold.records import ContractSpec, LayerSpec, Shape
+
+LEVELS = 3
+_MOST_COMBINATIONS = 400
+
+
+@dataclass(frozen=True)
+class Point:
+    """One stage on one input shape. Points of a ``family`` differ in their channels alone."""
+
+    spec: LayerSpec | ContractSpec
+    in_shape: Shape
+
+    @property
+    def family(self) -> str:
+        """All but the channels, in one line."""
+        spec, shape = self.spec, self.in_shape
+        if isinstance(spec, ContractSpec):
+            return f"contract {spec.equation} @{_times(shape[:-1])}x*"
+        if spec.axes == 0:
+            return f"{spec.kind} @{_times(shape if spec.kind == 'embedding' else (*shape[:-1], '*'))}"
+        lead, sides = shape[: -spec.axes - 1], shape[-spec.axes :]
+        padding = spec.padding if isinstance(spec.padding, str) else _times(spec.padding)
+        extra = "" if spec.padding_mode == "zeros" else f" {spec.padding_mode}"
+        extra += f" o{_times(spec.output_padding)}" if any(spec.output_padding) else ""
+        return (
+            f"{spec.kind} k{_times(spec.kernel)} s{_times(spec.stride)} p{padding} d{_times(spec.dilation)}"
+            f" g{spec.groups}{extra} @{_times((*lead, '*', *sides))}"
+        )
+
+    @property
+    def at(self) -> tuple[int, int]:
+        """Input and output channels; of a contraction 1 and its multiply-accumulates per position."""
+        if isinstance(self.spec, ContractSpec):
+            return 1, self.spec.macs(self.in_shape) // prod(self.in_shape[:-1])
+        return self.spec.in_channels, self.spec.out_channels
+
+    @property
+    def key(self) -> str:
+        """Family and channels, in one line."""
+        x, y = self.at
+        return f"{self.family} {x}->{y}"
+
+    @classmethod
+    def of(cls, spec: LayerSpec | ContractSpec, in_shape: Shape) -> Point:
+        """Return the point of a stage; its bias, which takes no time of its own, is left out."""
+        return cls(spec.replace(bias=False) if spec.bias else spec, in_shape)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line or a plane through the points of one family: those with input channels in xs, output channels in ys."""
+
+    family: str
+    xs: tuple[int, ...]
+    ys: tuple[int, ...]
+
+    def holds(self, x: int, y: int) -> bool:
+        """Whether a stage with these channels lies on it."""
+        return (len(self.xs) > 1 or x == self.xs[0]) and (len(self.ys) > 1 or y == self.ys[0])
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What to time for one layer geometry in one format, the coarse points first, and the curves through them."""
+
+    levels: tuple[tuple[Point, ...], ...]
+    curves: tuple[Curve, ...]
+
+    def curve(self, point: Point) -> Curve | None:
+        """Return the curve that a stage lies on; None for one that no useful rank of the format leads to."""
+        family, at = point.family, point.at
+        return next((c for c in self.curves if c.family == family and c.holds(*at)), None)
+
+
+def chart(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> Chart:
+    """Return what to time for a layer geometry in a format.
+
+    Args:
+        format: name of the format.
+        spec: the dense layer.
+        in_shape: its input, batch included.
+        step: multiple of channels that the device likes; small layers get a finer one.
+
+    Example:
+        >>> dense = LayerSpec(kind="linear", in_channels=256, out_channels=128)
+        >>> found = chart("low_rank", dense, (1, 256))
+        >>> [c.ys for c in found.curves if c.xs == (256,)]
+        [(8, 16, 24, 32, 48, 64, 96, 128)]
+        >>> [p.at[1] for p in found.levels[0] if p.at[0] == 256]
+        [8, 32]
+    """
+    levels: list[tuple[Point, ...]] = []
+    for level in range(LEVELS):
+        roles = _roles(format, spec, in_shape, sample_ranks(format, spec, in_shape, level=level, step=step))
+        levels.append(tuple(sorted({p for role in roles for p in role}, key=lambda p: (p.family, p.at))))
+    # The curves reach one step further, for the ranks between the last that is timed and the first that is too dear.
+    reach = sample_ranks(format, spec, in_shape, level=LEVELS - 1, step=step, share=2.2)
+    return Chart(tuple(levels), _curves(_roles(format, spec, in_shape, reach)))
+
+
+def stage_points(format: str, spec: LayerSpec, in_shape: Shape, rank: Rank) -> tuple[Point, ...]:
+    """Return the stages that a layer runs in this format at this rank, each with its input."""
+    points, shape = [], in_shape
+    for stage in FORMATS.get(format).structure(spec, rank):
+        points.append(Point.of(stage, shape))
+        shape = stage.out_shape(shape)
+    return tuple(points)
+
+
+def sample_ranks(
+    format: str, spec: LayerSpec, in_shape: Shape, *, level: int, step: int = 8, share: float = 1.0
+) -> list[Rank]:
+    """Return ranks spread over all that multiply at most ``share`` of what the dense layer does; else the smallest."""
+    kind = FORMATS.get(format)
+    most = kind.max_rank(spec)
+    ladders = {name: ladder(top, level=level, step=step) for name, top in most.items()}
+    combinations: Iterable[Rank]
+    if prod(len(v) for v in ladders.values()) <= _MOST_COMBINATIONS:
+        combinations = (dict(zip(ladders, values, strict=True)) for values in itertools.product(*ladders.values()))
+    else:
+        family = kind.rank_family(spec)
+        combinations = [family[n - 1] for n in ladder(len(family), level=level, step=1)]
+    dense = spec.macs(in_shape)
+    ranks = list(combinations)
+    useful = [r for r in ranks if not dense or kind.macs(spec, r, in_shape) <= share * dense]
+    return useful or ranks[:1]
+
+
+def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
+    """Return numbers up to ``top``: multiples of the step, and ``top`` itself, in ever wider gaps.
+
+    At level 0 a factor of 4 apart, at level 1 of 2, at level 2 of about √2.
+
+    Example:
+        >>> ladder(64, level=0), ladder(64, level=1), ladder(64, level=2)
+        ((8, 32, 64), (8, 16, 32, 64), (8, 16, 24, 32, 48, 64))
+    """
+    step = max(1, min(step, top // 8))
+    found = {top}
+    power = step
+    while power < top:
+        found.add(power)
+        if level > 1 and power % (2 * step) == 0 and power * 3 // 2 < top:
+            found.add(power * 3 // 2)
+        power *= 4 if level == 0 else 2
+    return tuple(sorted(found))
+
+
+def _roles(format: str, spec: LayerSpec, in_shape: Shape, ranks: Iterable[Rank]) -> list[set[Point]]:
+    """Return the stages that play the same part at these ranks: the i-th of n."""
+    roles: dict[tuple[int, int], set[Point]] = {}
+    for rank in ranks:
+        stages = stage_points(format, spec, in_shape, rank)
+        for index, point in enumerate(stages):
+            roles.setdefault((len(stages), index), set()).add(point)
+    return list(roles.values())
+
+
+def _curves(roles: Iterable[set[Point]]) -> tuple[Curve, ...]:
+    """Return lines for the stages in which one channel count varies and planes for those in which both do.
+
+    A plane takes in what else there is of its family, such as the core of a partial Tucker: the edge of the plane.
+    """
+    found: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for role in roles:
+        for family, group in itertools.groupby(sorted(role, key=lambda p: p.family), key=lambda p: p.family):
+            at = {p.at for p in group}
+            found.setdefault((family, _direction(at)), set()).update(at)
+    planes = {family for family, direction in found if direction == "plane"}
+    merged: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    for (family, direction), at in found.items():
+        merged.setdefault((family, "plane" if family in planes else direction), set()).update(at)
+    return tuple(_as_curves(merged))
+
+
+def _direction(at: set[tuple[int, int]]) -> str:
+    xs, ys = {x for x, _ in at}, {y for _, y in at}
+    if len(xs) == 1:
+        return f"in {min(xs)}"
+    return f"out {min(ys)}" if len(ys) == 1 else "plane"
+
+
+def _as_curves(merged: dict[tuple[str, str], set[tuple[int, int]]]) -> Iterator[Curve]:
+    for (family, _), at in merged.items():
+        yield Curve(family, tuple(sorted({x for x, _ in at})), tuple(sorted({y for _, y in at})))
+
+
+def _times(numbers: Iterable[int | str]) -> str:
+    return "x".join(map(str, numbers))
