@@ -201,8 +201,13 @@ def alternate(problem: Weighted, r_out: int, r_in: int, config: WeightedALS) -> 
     errors = [float((1 - captured / total).clamp_min(0).max())]
     sweeps, converged = 1, v is None
     while v is not None and not converged and sweeps < config.n_iter:
-        v = torch.linalg.qr(_input_step(problem, u, core.unflatten(-1, (-1, taps)), v, config.cg_steps)).Q
-        u, core, now = _core_step(problem, v, r_out if r_out < out else None)
+        moved = torch.linalg.qr(_input_step(problem, u, core.unflatten(-1, (-1, taps)), v, config.cg_steps)).Q
+        u, core, now = _core_step(problem, moved, r_out if r_out < out else None)
+        worse = now < captured  # a weight of lower rank is met already: what is left to step along is rounding
+        if bool(worse.any()):
+            moved = torch.where(worse[:, None, None], v, moved)
+            u, core, now = _core_step(problem, moved, r_out if r_out < out else None)
+        v = moved
         errors.append(float((1 - now / total).clamp_min(0).max()))
         converged = bool((now - captured <= config.tol * total).all())
         captured, sweeps = now, sweeps + 1

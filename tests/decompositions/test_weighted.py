@@ -239,3 +239,12 @@ def test_fits_are_deterministic_and_in_the_dtype_of_the_weight(case):
     for a, b in zip(*(f.tensors().values() for f in fits), strict=True):
         assert a.dtype == torch.float16
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_a_weight_of_lower_rank_stays_met_where_only_rounding_is_left(taps):
+    weight = torch.full((1, 1, 18, taps), 1.0, dtype=F64)
+    problem = Weighted.of(weight, torch.eye(18 * taps, dtype=F64)[None])
+    for rank in (1, 2, 3, 5):
+        solved = alternate(problem, 1, rank, WeightedALS(n_iter=5, tol=-1))
+        assert max(solved.errors) < 1e-14
