@@ -12,6 +12,7 @@ from tenfold import __version__
 from tenfold.decompositions import Decomposition, default_algorithm
 from tenfold.errors import BudgetError, PlanError
 from tenfold.formats import FORMATS, split_groups
+from tenfold.planning.timing import Timing
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
 from tenfold.surgery import find
@@ -22,7 +23,7 @@ DEFAULT_FORMATS = ("tucker2", "low_rank")
 _CHEAP_END = 0.02
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the one verb that decides everything
     model: nn.Module,
     profile: Profile,
     *,
@@ -32,6 +33,8 @@ def plan(
     keep_ends: bool | None = None,
     budget: Budget | Mapping[str, float] | None = None,
     algorithms: Mapping[str, Decomposition] | None = None,
+    timing: Timing | None = None,
+    reasons: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Plan:
     """Return what is to happen to every layer of the model: factorized, or kept with the reason.
@@ -46,6 +49,8 @@ def plan(
             layers itself.
         budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share up to 1, or an absolute above 1.
         algorithms: by format, instead of the format's default algorithm.
+        timing: how long the model and its layers take, for a budget of latency.
+        reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
         seed: of every algorithm that draws random numbers.
 
     Raises:
@@ -66,10 +71,13 @@ def plan(
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
     _check_same_model(model, profile)
     ends = _cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
-    reasons = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
-    problems = [_problem(model, layer, formats) for layer in profile.layers if not reasons[layer.path]]
-    choices: dict[str, Choice] = {path: Keep(reason) for path, reason in reasons.items() if reason}
-    found = rule.select(problems, _limits(profile, problems, budget))
+    kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
+    kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
+    problems = [_problem(model, layer, formats) for layer in profile.layers if not kept[layer.path]]
+    if timing is not None:
+        problems = timing.time(problems)
+    choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
+    found = rule.select(problems, _limits(profile, problems, budget, timing))
     choices |= {problem.path: choice for problem, choice in zip(problems, found, strict=True)}
     costs = {p.path: _cost_after(p, choices[p.path]) for p in problems}
     layers = tuple(
@@ -178,12 +186,17 @@ def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> R
     )
 
 
-def _limits(profile: Profile, problems: Sequence[RankProblem], budget: Budget) -> Limits | None:
+def _limits(profile: Profile, problems: Sequence[RankProblem], budget: Budget, timing: Timing | None) -> Limits | None:
     """Return what the layers to decide on may cost together: the budget less all that stays as it is."""
     if not budget:
         return None
-    limits = {}
-    for name, allowed in budget.allowance(profile.cost).items():
+    limits: dict[str, float] = {}
+    if budget.latency is not None:
+        if timing is None:
+            msg = f"the budget latency={budget.latency:g} needs a clock: pass timing=Timing.of(model, inputs, Clock())"
+            raise BudgetError(msg)
+        limits["latency"] = timing.allowance(budget, profile.cost, problems)
+    for name, allowed in budget.replace(latency=None).allowance(profile.cost).items():
         total = getattr(profile.cost, name)
         fixed = total - sum(getattr(p.cost, name) for p in problems)
         if fixed > allowed:
