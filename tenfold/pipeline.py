@@ -14,7 +14,8 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition
 from tenfold.errors import PlanError
-from tenfold.planning import DEFAULT_FORMATS, plan as make_plan, recost
+from tenfold.planning import DEFAULT_FORMATS, recost
+from tenfold.planning import plan as make_plan
 from tenfold.profiling import Comparison, compare_latency, device_of, environment, profile
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Budget, Latency, Measurement, Plan, Profile, RunRecord

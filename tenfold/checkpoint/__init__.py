@@ -1,6 +1,6 @@
 """Save and load without pickle: a folder that is whole or not there."""
 
-from tenfold.checkpoint.folder import load, save
-from tenfold.checkpoint.weights import read_weights, write_weights
+from tenfold.checkpoint.folder import check_target, load, read_record, save
+from tenfold.checkpoint.weights import digest, read_weights, write_weights
 
-__all__ = ["load", "read_weights", "save", "write_weights"]
+__all__ = ["check_target", "digest", "load", "read_record", "read_weights", "save", "write_weights"]

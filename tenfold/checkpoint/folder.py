@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,7 +30,7 @@ def save(model: nn.Module, plan: Plan, path: str | Path, *, record: RunRecord | 
     """
     _check_model(model, plan)
     path = Path(path)
-    _check_target(path)
+    check_target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
@@ -40,6 +39,7 @@ def save(model: nn.Module, plan: Plan, path: str | Path, *, record: RunRecord | 
         raise CheckpointError(msg) from error
     try:
         write_weights(partial / WEIGHTS, model.state_dict(), plan)
+        (partial / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
         write_text(partial / PLAN, plan.to_yaml())
         write_text(partial / CARD, model_card(plan, record))
         if record is not None:
@@ -80,11 +80,47 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
     return model, plan
 
 
+def read_record(path: str | Path) -> RunRecord | None:
+    """Return the record that lies in a checkpoint folder; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = Path(path) / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return RunRecord.from_text(file.read_text(encoding="utf-8"), source=str(file))
+    except (TenfoldError, UnicodeDecodeError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def check_target(path: str | Path) -> None:
+    """Raise CheckpointError if ``save`` could not write to the folder ``path``: better known early.
+
+    A folder that holds an earlier checkpoint will do, and so will an empty one or none.
+    """
+    path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        msg = f"{there} is a file: choose a folder" if there == path else f"cannot write to {path}: {there} is a file"
+        raise CheckpointError(msg)
+    if there == path and any(path.iterdir()) and not all((path / name).is_file() for name in (WEIGHTS, PLAN)):
+        msg = f"{path} holds other files: choose a new folder, or one with an earlier checkpoint"
+        raise CheckpointError(msg)
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.", suffix=".partial"):
+            pass
+    except OSError as error:
+        msg = f"cannot write to {there}: {error.strerror or error}. Choose another folder."
+        raise CheckpointError(msg) from error
+
+
 def _check_model(model: nn.Module, plan: Plan) -> None:
     has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
     for layer in plan.factorized:
         if layer.path not in has:
-            msg = f"the plan factorizes {layer.path!r}, the model does not: save the model that apply(model, plan) returned"
+            msg = f"the plan factorizes {layer.path!r}, the model does not: save what apply(model, plan) returned"
             raise CheckpointError(msg)
     planned = {name for layer in plan.layers if layer.format for name in (layer.path, *layer.aliases)}
     for name in has:
@@ -93,23 +129,14 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
             raise CheckpointError(msg)
 
 
-def _check_target(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        msg = f"{path} is a file: choose a folder"
-        raise CheckpointError(msg)
-    if path.is_dir() and any(path.iterdir()) and not (path / WEIGHTS).is_file():
-        msg = f"{path} holds other files: choose a new folder, or one with an earlier checkpoint"
-        raise CheckpointError(msg)
-
-
 def _swap(new: Path, path: Path) -> None:
     """Put the folder ``new`` in the place of ``path``; files there that are not of a checkpoint move along."""
     if not path.exists():
-        os.replace(new, path)
+        new.rename(path)
         return
     for name in (PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
         if (new / name).is_file():
-            os.replace(new / name, path / name)
+            (new / name).replace(path / name)
         else:
             (path / name).unlink(missing_ok=True)
 

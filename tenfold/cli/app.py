@@ -1,0 +1,68 @@
+"""All commands as one application; adding a file to ``commands`` adds a command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Annotated
+
+import typer
+
+from tenfold import __version__
+from tenfold.cli import commands
+from tenfold.cli.groups import flattened
+from tenfold.cli.terminal import UsageProblem, complain, end_on_sigterm
+
+ABOUT = """\
+Make trained PyTorch networks smaller and really faster by tensor decomposition.
+
+One natural way through: profile (what does it cost?), plan (what to do with each layer?), compress (do it, recover,
+measure, save), tune (train on), eval. Start with `tenfold demo`.
+"""
+
+
+def build() -> typer.Typer:
+    """Return the application with every command of the folder ``commands``, in their order."""
+    app = typer.Typer(
+        help=ABOUT,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    modules = [import_module(f"{commands.__name__}.{found.name}") for found in iter_modules(commands.__path__)]
+    for module in sorted(modules, key=lambda m: m.ORDER):
+        app.command(module.__name__.rpartition(".")[2], help=module.run.__doc__)(flattened(module.run))
+    return app
+
+
+def run(args: list[str]) -> int:
+    """Return the exit code of a command line."""
+    end_on_sigterm()
+    try:
+        code = build()(args, prog_name="tenfold", standalone_mode=False, obj=shlex.join(["tenfold", *args]))
+    except UsageProblem as problem:
+        message = getattr(problem, "format_message", problem.__str__)()
+        context = getattr(problem, "ctx", None)
+        help_of = context.command_path if context is not None else "tenfold"
+        complain(f"{message} See {help_of} --help." if message else f"a command is missing. See {help_of} --help.")
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+    if wanted:
+        sys.stdout.write(f"tenfold {__version__}\n")
+        raise typer.Exit
+
+
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    del version

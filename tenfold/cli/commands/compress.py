@@ -1,0 +1,158 @@
+"""tenfold compress: the main job."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from tenfold.cli.options import Decide, Machine, Recover, Source, Timing, Training, Writing
+from tenfold.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from tenfold.cli.recovering import Tuner
+    from tenfold.cli.sources import Opened
+    from tenfold.pipeline import Compressed
+    from tenfold.records import Plan, RunRecord
+
+ORDER = 30
+
+
+def run(
+    ctx: typer.Context,
+    source: Source,
+    decide: Decide,
+    recover: Recover,
+    training: Training,
+    timing: Timing,
+    machine: Machine,
+    writing: Writing,
+    terminal: Terminal,
+) -> None:
+    """Make a trained model smaller: plan, apply, recover, measure, save.
+
+    tenfold compress --task cifar10:resnet56 --weights resnet56.safetensors --budget macs=0.5 --out half
+
+    Writes model.safetensors, plan.yaml, record.json and README.md to the folder --out. A run that was killed while
+    tuning goes on where it was when the same command is given again.
+
+    With --json, one object: `before` and `after`, each with `params`, `macs`, `bytes`, `latency_ms`, `latency` and
+    `score` (a fraction); `speedup`; `scores` by step; `plan`; `tuning` by epoch; `seconds` by step; `environment`;
+    `settings`; `task`; `command`; `seed`; `out`. What was not measured is null.
+    """
+    with terminal.session():
+        from tenfold.cli.recovering import wanted_epochs
+        from tenfold.cli.sources import default_folder, open_source
+
+        epochs = wanted_epochs(recover)
+        terminal.step("open the model")
+        opened = open_source(source, machine)
+        if writing.dry_run:
+            show_decision(opened, decide, machine.seed, terminal)
+            return
+        out = writing.out or default_folder(opened)
+        job = _Job(opened, decide, recover, training, timing, machine.seed, out, epochs)
+        result, tuner = job.run(terminal)
+        record = result.record.replace(task=opened.name, command=ctx.obj, settings=job.settings(tuner))
+        dataclasses.replace(result, record=record).save(out)
+        if tuner is not None:
+            tuner.clean()
+        show_outcome(record, out, terminal)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """What is to be done, all options read."""
+
+    opened: Opened
+    decide: Decide
+    recover: Recover
+    training: Training
+    timing: Timing
+    seed: int
+    out: Path
+    epochs: int | None
+
+    def run(self, terminal: Terminal) -> tuple[Compressed, Tuner | None]:
+        """Return the outcome, not yet saved, and what tuned it."""
+        from tenfold.checkpoint import check_target
+        from tenfold.cli.deciding import plan_choices, refuse_choices
+        from tenfold.cli.recovering import calibration
+        from tenfold.pipeline import compress
+        from tenfold.records import Plan
+
+        check_target(self.out)  # now, and not after hours of tuning
+        plan, choices = None, {}
+        if self.decide.plan is not None:
+            refuse_choices(self.decide)
+            plan = Plan.load(self.decide.plan)
+        else:
+            choices = plan_choices(self.decide, self.seed)
+        tuner = self._tuner(terminal)
+        result = compress(
+            self.opened.model,
+            self.opened.inputs(),
+            plan=plan,
+            data=calibration(self.opened, self.recover, self.seed),
+            tune=tuner,
+            evaluate=self.opened.task.evaluate if self.recover.evaluate else None,
+            latency=self.timing.latency,
+            latency_inputs=self.opened.inputs(self.timing.latency_batch),
+            observe=terminal.step,
+            **choices,
+        )
+        return result, tuner
+
+    def settings(self, tuner: Tuner | None) -> dict[str, Any]:
+        """Return what the record should say besides the plan."""
+        return {
+            "calibration": self.recover.calibration,
+            "tuning": None if tuner is None else tuner.config.model_dump(),
+            "latency_batch": self.timing.latency_batch,
+        }
+
+    def _tuner(self, terminal: Terminal) -> Tuner | None:
+        from tenfold.cli.recovering import Tuner, identity_of, tune_config
+
+        config = tune_config(self.opened, self.training, self.epochs, self.seed)
+        if config.epochs == 0:
+            return None
+        plan = self.decide.plan.read_bytes() if self.decide.plan is not None and self.decide.plan.is_file() else b""
+        identity = identity_of(self.opened, self.decide, plan, self.recover.calibration, self.seed)
+        return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet)
+
+
+def show_decision(opened: Opened, decide: Decide, seed: int, terminal: Terminal) -> Plan:
+    """Return the plan that the options give, after showing it."""
+    import time
+
+    from tenfold.cli.deciding import plan_of
+    from tenfold.profiling import environment, profile
+    from tenfold.records import Measurement, RunRecord
+    from tenfold.reporting import plan_tables
+
+    start = time.perf_counter()
+    plan = plan_of(decide, opened, profile(opened.model, opened.inputs()), seed)
+    record = RunRecord(
+        task=opened.name,
+        seed=seed,
+        before=Measurement(**plan.before.model_dump()),
+        after=Measurement(**plan.after.model_dump()),
+        plan=plan,
+        seconds={"plan": time.perf_counter() - start},
+        environment=environment(opened.device),
+    )
+    terminal.show(*plan_tables(plan))
+    terminal.result(record.model_dump(mode="json") | {"out": None})
+    return plan
+
+
+def show_outcome(record: RunRecord, out: Path, terminal: Terminal) -> None:
+    """Show the tables and where the files are."""
+    from tenfold.reporting import record_tables
+
+    terminal.show(*record_tables(record))
+    terminal.say(f"Saved in {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    terminal.result(record.model_dump(mode="json") | {"out": str(out)})

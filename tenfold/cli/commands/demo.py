@@ -1,0 +1,99 @@
+"""tenfold demo: the main job on the embedded task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tenfold.cli.options import Machine, Recover, Source, Training
+from tenfold.cli.terminal import Terminal
+from tenfold.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tenfold.cli.sources import Opened
+    from tenfold.pipeline import Compressed
+
+ORDER = 70
+FORMATS = ("spatial",)  # of those that serve these layers the fastest on CPUs at this size
+RULE = "energy"
+BUDGET = {"macs": 1 / 3}
+BATCH = 64  # for the latency
+
+Out = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where to write the model.", rich_help_panel="Output")
+]
+
+
+def run(ctx: typer.Context, machine: Machine, terminal: Terminal, out: Out = Path("demo-out")) -> None:
+    """Show the whole way in less than a minute, on a small network for handwritten digits.
+
+    Trains it, profiles it, compresses it to a third of its MACs, tunes it, saves it, loads it again, shows the outcome.
+    """
+    with terminal.session():
+        from tenfold.checkpoint import check_target
+        from tenfold.cli.commands.compress import show_outcome
+        from tenfold.cli.sources import open_source
+        from tenfold.profiling import profile
+        from tenfold.reporting import profile_tables
+
+        check_target(out)
+        terminal.say("1. Train a small network on handwritten digits, and see what it costs.\n")
+        opened = open_source(Source(task="digits"), machine)
+        terminal.show(*profile_tables(profile(opened.model, opened.inputs())))
+        terminal.say("2. Compress it to a third of its MACs, re-estimate batch norm, tune it, measure it, save it.\n")
+        result = _compress(opened, machine.seed, terminal)
+        record = result.record.replace(task=opened.name, command=ctx.obj)
+        dataclasses.replace(result, record=record).save(out)
+        show_outcome(record, out, terminal)
+        terminal.say("\n3. Load it again onto a freshly built network.\n")
+        _check_loaded(opened, result, out)
+        terminal.say("The loaded model gives the same outputs, bit for bit. In Python:\n")
+        terminal.say(f'    model, plan = tenfold.load(skeleton, "{out}")\n')
+        terminal.say(f"Read {out / 'README.md'} for the model card, {out / 'plan.yaml'} for what was done and why.")
+
+
+def _compress(opened: Opened, seed: int, terminal: Terminal) -> Compressed:
+    from functools import partial
+
+    from tenfold.cli.recovering import calibration, tune_config
+    from tenfold.pipeline import compress
+    from tenfold.tuning import RichProgress, TuneResult, finetune
+
+    config = tune_config(opened, Training(), None, seed)
+    batches = partial(opened.task.train_batches, batch_size=config.batch_size, seed=seed)
+
+    def tune(model: object) -> TuneResult:
+        return finetune(model, batches, config, progress=None if terminal.quiet else RichProgress())  # type: ignore[arg-type]
+
+    return compress(
+        opened.model,
+        opened.inputs(),
+        budget=BUDGET,
+        rule=RULE,
+        formats=FORMATS,
+        data=calibration(opened, Recover(), seed),
+        tune=tune,
+        evaluate=opened.task.evaluate,
+        latency_inputs=opened.inputs(BATCH),
+        seed=seed,
+        observe=terminal.step,
+    )
+
+
+def _check_loaded(opened: Opened, result: Compressed, out: Path) -> None:
+    """Raise CheckpointError unless the saved model gives the very same outputs as the one in memory."""
+    import torch
+
+    from tenfold.checkpoint import load
+
+    loaded, _ = load(opened.task.build(), out)
+    loaded = loaded.to(opened.device)
+    inputs = opened.inputs(BATCH)
+    with torch.no_grad():
+        same = torch.equal(result.model.eval()(inputs), loaded.eval()(inputs))
+    if not same:
+        msg = f"the model in {out} gives other outputs than the one that was saved"
+        raise CheckpointError(msg)

@@ -1,0 +1,112 @@
+"""From options to a rule, formats, and a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tenfold.cli.terminal import Misuse
+from tenfold.errors import TenfoldError
+
+if TYPE_CHECKING:
+    from tenfold.cli.options import Decide
+    from tenfold.cli.sources import Opened
+    from tenfold.ranks import RankRule
+    from tenfold.records import Plan, Profile
+
+
+def plan_choices(decide: Decide, seed: int) -> dict[str, Any]:
+    """Return the arguments for ``planning.plan`` and ``compress`` that the options stand for."""
+    from tenfold.planning import DEFAULT_FORMATS
+    from tenfold.records import Budget
+
+    return {
+        "rule": rule_of(decide),
+        "budget": Budget.parse(decide.budget or ""),
+        "formats": tuple(_names(decide.format)) or DEFAULT_FORMATS,
+        "keep": tuple(decide.keep or ()),
+        "keep_ends": decide.keep_ends,
+        "seed": seed,
+    }
+
+
+def plan_of(decide: Decide, opened: Opened, profile: Profile, seed: int) -> Plan:
+    """Return the plan that is read from a file, with its costs computed anew, or made as the options say."""
+    from tenfold.planning import plan, recost
+    from tenfold.records import Plan
+
+    if decide.plan is not None:
+        refuse_choices(decide)
+        return recost(Plan.load(decide.plan), profile)
+    return plan(opened.model, profile, **plan_choices(decide, seed))
+
+
+def refuse_choices(decide: Decide) -> None:
+    """Raise a usage error if a plan from a file is to be carried out and choices are made as well."""
+    given = [
+        name
+        for name, value in (
+            ("--budget", decide.budget),
+            ("--rule", decide.rule),
+            ("--set", decide.settings),
+            ("--rank", decide.rank),
+            ("--format", decide.format),
+            ("--keep", decide.keep),
+            ("--keep-ends", decide.keep_ends),
+        )
+        if value not in (None, [])
+    ]
+    if given:
+        msg = f"--plan decides everything; leave {', '.join(given)} out, or edit the plan."
+        raise Misuse(msg)
+
+
+def rule_of(decide: Decide) -> RankRule:
+    """Return the rank rule with its settings.
+
+    Raises:
+        TenfoldError: no such rule or setting, or a value that it does not take.
+    """
+    from tenfold.ranks import rule_from
+
+    name = decide.rule or ("fixed" if decide.rank else "ratio")
+    settings = dict(_setting(text) for text in decide.settings or ())
+    if decide.rank:
+        settings["ranks"] = dict(_rank(text) for text in decide.rank)
+    try:
+        return rule_from(name, **settings)
+    except TypeError as error:
+        msg = f"the rule {name} does not take {', '.join(f'{k}={v!r}' for k, v in settings.items())}: {error}"
+        raise TenfoldError(msg) from error
+
+
+def _names(texts: list[str] | None) -> list[str]:
+    return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Return name and value of ``NAME=VALUE``, the value read as YAML."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        msg = f"cannot read --set {text!r}: write NAME=VALUE, such as rel_error=0.3."
+        raise Misuse(msg)
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name.strip(), value
+
+
+def _rank(text: str) -> tuple[str, int | dict[str, int]]:
+    """Return pattern and rank of ``PATTERN=24`` or ``PATTERN=out:24,in:20``."""
+    pattern, equals, value = text.rpartition("=")
+    try:
+        if not equals or not pattern:
+            raise ValueError
+        if ":" not in value:
+            return pattern, int(value)
+        pairs = (part.split(":") for part in value.split(","))
+        return pattern, {name.strip(): int(number) for name, number in pairs}
+    except ValueError:
+        msg = f"cannot read --rank {text!r}: write PATTERN=24, or PATTERN=out:24,in:20 for ranks by name."
+        raise Misuse(msg) from None

@@ -1,0 +1,212 @@
+"""The groups of options that commands share: the model, what to do with it, how to recover, what to time and write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_MODEL, _DECIDE, _RECOVER, _MACHINE = "Model and data", "What to do with the layers", "Recovery", "Machine"
+TASK_FORMS = "NAME[:VARIANT], pkg.module:Class or file.py:Class; see `tenfold list tasks`."
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model, with which weights, and where its data is."""
+
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="TASK",
+            help=f"A model, its data, its score: {TASK_FORMS} May be left out with a --checkpoint that knows it.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of the dense model, as .safetensors.", rich_help_panel=_MODEL),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A compressed model, as `compress` wrote it.", rich_help_panel=_MODEL),
+    ] = None
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the data is; else $TENFOLD_DATA, else ~/.cache/tenfold/datasets.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to compute, and with which seed."""
+
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of everything that draws random numbers.", rich_help_panel=_MACHINE)
+    ] = 0
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps ...", rich_help_panel=_MACHINE)
+    ] = "cpu"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; as many as torch chooses.", rich_help_panel=_MACHINE)
+    ] = None
+
+
+@dataclass(frozen=True)
+class Decide:
+    """How much of which layer to keep."""
+
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="macs=0.5,params=0.4",
+            help="What the whole model may cost: shares up to 1, absolute numbers above.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="How ranks are chosen: ratio (the default), energy, fixed ...; see `tenfold list rules`.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of the rule, such as rel_error=0.3. Repeatable.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+    rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=RANK",
+            help="A rank by hand (rule fixed): 'layer1.*=24' or 'conv1=out:24,in:20'. Repeatable; the first match wins.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help="What layers may turn into, the preferred first: tucker2,low_rank; `tenfold list formats`.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave these layers alone: a path, a glob or re:EXPRESSION. Repeatable.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+    keep_ends: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-ends/--no-keep-ends",
+            help="Leave a cheap first and last layer alone; by default unless the rule names layers.",
+            rich_help_panel=_DECIDE,
+            show_default=False,
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Carry out this plan, edited or not, instead of making one.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Recover:
+    """What to do for the accuracy after the layers were replaced."""
+
+    calibration: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Training samples to re-estimate batch norm from, without labels; 0 for none. "
+            "Default: 2000, or as many as there are.",
+            rich_help_panel=_RECOVER,
+            show_default=False,
+        ),
+    ] = None
+    tune_epochs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Epochs of fine-tuning; by default what the task recommends.",
+            rich_help_panel=_RECOVER,
+            show_default=False,
+        ),
+    ] = None
+    no_tune: Annotated[bool, typer.Option("--no-tune", help="No fine-tuning.", rich_help_panel=_RECOVER)] = False
+    evaluate: Annotated[
+        bool, typer.Option("--eval/--no-eval", help="Score the model on the test set.", rich_help_panel=_RECOVER)
+    ] = True
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the fine-tuning; what is left out comes from the task."""
+
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate.", rich_help_panel=_RECOVER, show_default=False),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples per step of tuning.", rich_help_panel=_RECOVER, show_default=False),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Whether and on what to measure milliseconds."""
+
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Measure milliseconds too.", rich_help_panel=_MACHINE)
+    ] = True
+    latency_batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Batch size to measure with.", rich_help_panel=_MACHINE)
+    ] = 1
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Whether and where to write."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Where to write the model, replacing an earlier checkpoint. Default: compressed-TASK.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Decide and show the plan; write nothing.", rich_help_panel="Output")
+    ] = False

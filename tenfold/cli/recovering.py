@@ -1,0 +1,143 @@
+"""From options to batches for calibration, and to a fine-tuning run that can be killed and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenfold.cli.terminal import Misuse
+from tenfold.errors import TuningError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tenfold.cli.options import Recover, Training
+    from tenfold.cli.sources import Opened
+    from tenfold.tuning import EpochRecord, TuneConfig, TuneResult
+
+DEFAULT_CALIBRATION = 2000
+CALIBRATION_BATCH = 100
+
+logger = logging.getLogger("tenfold")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Batches of training inputs on the device of the model; no data is read before they are gone through."""
+
+    opened: Opened
+    samples: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Any]:
+        from tenfold.profiling import to_device
+        from tenfold.profiling.modes import dtype_of
+
+        dtype, task = dtype_of(self.opened.model), self.opened.task
+        for batch in task.calibration_batches(self.samples, batch_size=CALIBRATION_BATCH, seed=self.seed):
+            yield to_device(batch, self.opened.device, dtype)
+
+
+def calibration(opened: Opened, recover: Recover, seed: int) -> Calibration | None:
+    """Return the samples to re-estimate batch norm from; None where there is no batch norm, or none are wanted."""
+    from tenfold.surgery.batchnorm import BATCH_NORMS
+
+    if recover.calibration == 0 or not any(isinstance(m, BATCH_NORMS) for m in opened.model.modules()):
+        return None
+    if recover.calibration is not None:
+        return Calibration(opened, recover.calibration, seed)
+    there = len(opened.task.train_batches(0, batch_size=1, seed=seed, hold_out=True))
+    return Calibration(opened, min(DEFAULT_CALIBRATION, there), seed)
+
+
+def tune_config(opened: Opened, training: Training, epochs: int | None, seed: int) -> TuneConfig:
+    """Return how to tune: what the task recommends, and over it what the options say.
+
+    Raises:
+        TuningError: a value that cannot be.
+    """
+    from pydantic import ValidationError
+
+    from tenfold.records import explain
+    from tenfold.tuning import TuneConfig
+
+    given = {"epochs": epochs, "lr": training.lr, "batch_size": training.batch_size}
+    settings = {"seed": seed, **opened.task.recipe(), **{k: v for k, v in given.items() if v is not None}}
+    try:
+        return TuneConfig(**settings)
+    except ValidationError as error:
+        msg = f"cannot tune like this: {explain(error)}"
+        raise TuningError(msg) from error
+
+
+def wanted_epochs(recover: Recover) -> int | None:
+    """Return the epochs asked for; None to let the task say."""
+    if recover.no_tune and recover.tune_epochs:
+        msg = "give --tune-epochs or --no-tune, not both."
+        raise Misuse(msg)
+    return 0 if recover.no_tune else recover.tune_epochs
+
+
+@dataclass(frozen=True, eq=False)
+class Tuner:
+    """Fine-tunes a model of the task in place, keeping every complete epoch in a folder beside the output.
+
+    ``identity`` names all that the outcome depends on besides the configuration. Another identity or configuration has
+    another folder, so that only the very same command goes on where it was cut off.
+    """
+
+    opened: Opened
+    config: TuneConfig
+    out: Path
+    identity: str
+    quiet: bool = False
+
+    @property
+    def _root(self) -> Path:
+        return self.out.parent / f".{self.out.name}.tuning"
+
+    @property
+    def folder(self) -> Path:
+        """Where the epochs are kept."""
+        text = f"{self.identity}\n{self.config.to_json()}"
+        return self._root / hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+    def __call__(self, model: nn.Module) -> TuneResult:
+        """Return the history of tuning the model."""
+        from tenfold.tuning import RichProgress, finetune
+
+        batches = partial(self.opened.task.train_batches, batch_size=self.config.batch_size, seed=self.config.seed)
+        try:
+            return finetune(
+                model,
+                batches,
+                self.config,
+                folder=self.folder,
+                identity=self.identity,
+                on_epoch=self._log,
+                progress=None if self.quiet else RichProgress(),
+            )
+        except KeyboardInterrupt:
+            msg = "interrupted; the same command goes on after the last complete epoch"
+            raise KeyboardInterrupt(msg) from None
+
+    def clean(self) -> None:
+        """Remove the kept epochs, when the outcome is saved."""
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def _log(self, epoch: EpochRecord) -> None:
+        place = f"{epoch.epoch}/{self.config.epochs}"
+        logger.info("epoch %s: loss %.4f, %.1f s", place, epoch.loss, epoch.seconds)
+
+
+def identity_of(opened: Opened, *facts: object) -> str:
+    """Return a digest of the model as it is now and of the facts that an outcome depends on."""
+    from tenfold.checkpoint import digest
+
+    return digest(opened.model.state_dict(), "\n".join(map(str, (opened.name, *facts))))
