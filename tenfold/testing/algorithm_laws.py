@@ -1,0 +1,215 @@
+"""Laws that an algorithm obeys on every format that it serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions import Decomposition, Fit, Problem, decompose, decompose_many
+from tenfold.errors import WeightError
+from tenfold.formats import Factorization, Rank, split_groups
+from tenfold.tensors import rel_error
+from tenfold.testing.geometries import GEOMETRIES, Geometry, served
+from tenfold.testing.laws import expect, law
+from tenfold.testing.weights import (
+    DTYPES,
+    broken_weights,
+    lowest_error,
+    odd_weights,
+    random_factors,
+    random_weight,
+    some_ranks,
+)
+
+# What an iterative algorithm may miss because it stops, as a share of the error.
+_SLACK = 2e-3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An algorithm, a format that it serves and a geometry that the format serves."""
+
+    algorithm: Decomposition
+    format: type[Factorization]
+    at: Geometry
+
+    def fit(self, weight: Tensor, rank: Rank) -> Fit:
+        """Return what the algorithm finds at this rank."""
+        return decompose(weight, self.format.name(), rank, self.algorithm, spec=self.at.spec)
+
+    def __str__(self) -> str:
+        return f"{self.algorithm.name()} for {self.format.name()}, {self.at}"
+
+
+def check_exact(trial: Trial) -> None:
+    """Raise LawBroken unless full rank reproduces the weight to rounding."""
+    spec = trial.at.spec
+    for dtype in (torch.float64, torch.float32):
+        weight = random_weight(spec, dtype)
+        with law(1, trial, dtype):
+            fit = trial.fit(weight, trial.format.max_rank(spec))
+            seen = rel_error(fit.value.to_dense().double(), weight.double())
+            expect(seen <= lowest_error(dtype), f"relative error {seen:.3g} at full rank")
+
+
+def check_monotone(trial: Trial) -> None:
+    """Raise LawBroken if a larger rank has a larger error, or if a fit tells another error than it has."""
+    spec = trial.at.spec
+    weight = random_weight(spec, seed=2)
+    last = math.inf
+    for rank in some_ranks(trial.format, spec, 5):
+        with law(2, trial, rank):
+            fit = trial.fit(weight, rank)
+            seen = rel_error(fit.value.to_dense(), weight)
+            expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit tells the error {fit.rel_error:.6g}, it is {seen:.6g}")
+            expect(fit.value.rank == rank, f"the factors have rank {fit.value.rank}")
+            expect(seen <= last * (1 + _SLACK) + 1e-6, f"the error rises from {last:.6g} to {seen:.6g}")
+            last = seen
+
+
+def check_bounds(trial: Trial) -> None:
+    """Raise LawBroken unless the squared error lies between the largest dropped tail and the sum of all of them.
+
+    No approximation whose unfolding has rank r is nearer than that unfolding's best one (Eckart & Young 1936); cutting
+    all unfoldings one after the other adds up their tails at most (De Lathauwer et al. 2000; Oseledets 2011).
+    """
+    spec = trial.at.spec
+    weight = random_weight(spec, seed=3)
+    total = float(weight.square().sum())
+    spectra = {
+        name: torch.linalg.svdvals(matrix)
+        for name, matrix in trial.format.unfoldings(split_groups(weight, spec), spec).items()
+    }
+    for rank in some_ranks(trial.format, spec):
+        tails = [float(values[:, rank[name] :].square().sum()) for name, values in spectra.items()]
+        with law(6, trial, rank):
+            square = trial.fit(weight, rank).rel_error ** 2 * total
+            slack = 1e-9 * total
+            expect(square >= max(tails) * (1 - 1e-6) - slack, f"{square:.6g} is below the lower bound {max(tails):.6g}")
+            above = sum(tails) * (1 + _SLACK) + slack
+            expect(square <= above, f"the squared error {square:.6g} is above the bound {sum(tails):.6g}")
+
+
+def check_recovery(trial: Trial) -> None:
+    """Raise LawBroken unless a weight that has a rank is found at that rank, exactly, and at the next ones too."""
+    spec = trial.at.spec
+    ranks = some_ranks(trial.format, spec)
+    own = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
+    for dtype in DTYPES:
+        weight = random_factors(trial.format, spec, own).to_dense().to(dtype)
+        for rank in (r for r in ranks if all(r[k] >= own[k] for k in own)):
+            with law(6, trial, rank, f"a {dtype} weight of rank {own}"):
+                fit = trial.fit(weight, rank)
+                expect(fit.rel_error <= 2 * lowest_error(dtype), f"relative error {fit.rel_error:.3g}")
+
+
+def check_deterministic(trial: Trial) -> None:
+    """Raise LawBroken unless the same seed gives the same bytes, whatever torch's own generator did, and leaves it."""
+    weight = random_weight(trial.at.spec, torch.float32, seed=4)
+    rank = some_ranks(trial.format, trial.at.spec)[0]
+    with law(7, trial, rank), torch.random.fork_rng(devices=[]):
+        first = trial.fit(weight, rank)
+        torch.manual_seed(12345)
+        before = torch.get_rng_state()
+        second = trial.fit(weight.clone(), rank)
+        expect(torch.equal(before, torch.get_rng_state()), "torch's own generator was used")
+        for name, tensor in first.value.tensors().items():
+            expect(torch.equal(tensor, second.value.tensors()[name]), f"{name} differs from run to run")
+        again = Decomposition.from_dict(trial.algorithm.to_dict())
+        expect(again == trial.algorithm, f"from_dict(to_dict()) gives {again}, not {trial.algorithm}")
+
+
+def check_batched(trial: Trial) -> None:
+    """Raise LawBroken unless weights decomposed together come out as they do alone."""
+    spec, name = trial.at.spec, trial.format.name()
+    ranks = some_ranks(trial.format, spec)
+    rank = ranks[len(ranks) // 2]
+    weights = [random_weight(spec, seed=seed) * scale for seed, scale in ((5, 1.0), (6, 1e-3), (7, 50.0))]
+    with law(7, trial, rank, "three at once"):
+        together = decompose_many([Problem(w, spec, name, rank, trial.algorithm) for w in weights])
+        for weight, fit in zip(weights, together, strict=True):
+            alone = trial.fit(weight, rank)
+            # Together they stop together, so each may be better than alone, but never worse.
+            expect(fit.rel_error <= alone.rel_error * (1 + _SLACK) + 1e-9, f"{fit.rel_error} > {alone.rel_error} alone")
+
+
+def check_odd_weights(trial: Trial) -> None:
+    """Raise LawBroken unless zero, constant, tiny, huge and spiked weights come out right, or are refused clearly."""
+    spec = trial.at.spec
+    ranks = some_ranks(trial.format, spec)
+    for dtype in DTYPES:
+        for name, weight in odd_weights(spec, dtype).items():
+            for rank in (ranks[len(ranks) // 2], ranks[-1]):
+                with law(14, trial, rank, f"a {name} weight in {dtype}"):
+                    _expect_right(trial, weight, rank, may_overflow=name == "huge")
+    with law(14, trial, "the weight that was given"):
+        weight = random_weight(spec)
+        before = weight.clone()
+        trial.fit(weight, ranks[0])
+        expect(torch.equal(weight, before), "the weight was written to")
+
+
+def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: bool) -> None:
+    try:
+        fit = trial.fit(weight, rank)
+    except WeightError as error:
+        expect(may_overflow and "overflow" in str(error), f"refused: {error}")
+        return
+    dense = fit.value.to_dense()
+    expect(dense.dtype == weight.dtype, f"the factors have dtype {dense.dtype}")
+    expect(bool(torch.isfinite(dense).all()), "the factors are not finite")
+    exact = fit.value.to(torch.float64).to_dense()
+    scale = float(weight.abs().max().double()) or 1.0
+    seen = rel_error(exact / scale, weight.double() / scale)
+    noise = lowest_error(weight.dtype)
+    expect(abs(seen - fit.rel_error) <= 2 * noise, f"the fit tells the error {fit.rel_error:.3g}, it is {seen:.3g}")
+    full = rank == trial.format.max_rank(trial.at.spec)
+    flat = not bool((weight - weight.view(-1)[0]).any())
+    expect(seen <= (2 * noise if full or flat else 1 + noise), f"relative error {seen:.3g}")
+
+
+def check_broken_weights(trial: Trial) -> None:
+    """Raise LawBroken unless weights with NaN or infinite entries are refused."""
+    rank = some_ranks(trial.format, trial.at.spec)[0]
+    for dtype in DTYPES:
+        for name, weight in broken_weights(trial.at.spec, dtype).items():
+            with law(14, trial, f"a {name} entry in {dtype}"):
+                try:
+                    fit = trial.fit(weight, rank)
+                except WeightError:
+                    continue
+                expect(kept=False, seen=f"decomposed without an error, to {fit.rel_error}")
+
+
+ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
+    "exact": check_exact,
+    "monotone": check_monotone,
+    "bounds": check_bounds,
+    "recovery": check_recovery,
+    "deterministic": check_deterministic,
+    "batched": check_batched,
+    "odd_weights": check_odd_weights,
+    "broken_weights": check_broken_weights,
+}
+
+
+def check_algorithm_laws(
+    algorithm: Decomposition,
+    format: type[Factorization],
+    name: str,
+    geometries: tuple[Geometry, ...] = GEOMETRIES,
+) -> None:
+    """Raise LawBroken unless an algorithm obeys one of ``ALGORITHM_LAWS`` on a format, wherever that serves.
+
+    Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried.
+    """
+    seen = set()
+    for at in served(format, geometries):
+        key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", at.spec.group_shape)
+        if key not in seen:
+            seen.add(key)
+            ALGORITHM_LAWS[name](Trial(algorithm, format, at))

@@ -1,0 +1,61 @@
+"""The laws over everything that is registered, without naming any of it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from tenfold.decompositions import DECOMPOSITIONS
+from tenfold.formats import FORMATS
+from tenfold.ranks import RULES
+from tenfold.testing import (
+    ALGORITHM_LAWS,
+    FORMAT_LAWS,
+    MODEL_LAWS,
+    RULE_LAWS,
+    check_algorithm_laws,
+    check_format_laws,
+    check_model_laws,
+)
+from tenfold.testing.model_laws import check_replanned
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+PAIRS = [(d, f) for d, kind in DECOMPOSITIONS.items() for f, format in FORMATS.items() if kind.serves(format)]
+
+
+@pytest.mark.parametrize("law", FORMAT_LAWS)
+@pytest.mark.parametrize("format", FORMATS.names())
+def test_format(format: str, law: str) -> None:
+    check_format_laws(FORMATS.get(format), law)
+
+
+@pytest.mark.parametrize("law", MODEL_LAWS)
+@pytest.mark.parametrize("format", FORMATS.names())
+def test_model(format: str, law: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export deprecates parts of itself
+        check_model_laws(FORMATS.get(format), law)
+
+
+@pytest.mark.parametrize("law", ALGORITHM_LAWS)
+@pytest.mark.parametrize(("algorithm", "format"), PAIRS)
+def test_algorithm(algorithm: str, format: str, law: str) -> None:
+    check_algorithm_laws(DECOMPOSITIONS.get(algorithm)(), FORMATS.get(format), law)
+
+
+@pytest.mark.parametrize("law", RULE_LAWS)
+@pytest.mark.parametrize("rule", RULES.names())
+def test_rule(rule: str, law: str) -> None:
+    RULE_LAWS[law](RULES.get(rule)())
+
+
+@pytest.mark.parametrize("rule", RULES.names())
+def test_replanning(rule: str) -> None:
+    check_replanned(RULES.get(rule)())
+
+
+def test_every_entry_is_tried() -> None:
+    assert {f for _, f in PAIRS} == set(FORMATS.names())
+    assert {d for d, _ in PAIRS} == set(DECOMPOSITIONS.names())
