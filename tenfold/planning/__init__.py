@@ -1,6 +1,20 @@
 """Decide first, then do: everything that is decided about a model ends up in a Plan."""
 
+from tenfold.planning.fast import FastPlan, plan_fast
+from tenfold.planning.gate import LayerBench, LayerTiming, plan_never_slower
 from tenfold.planning.plan import DEFAULT_FORMATS, plan, recost
+from tenfold.planning.sensitivity import Sensitivity
 from tenfold.planning.timing import Timing
 
-__all__ = ["DEFAULT_FORMATS", "Timing", "plan", "recost"]
+__all__ = [
+    "DEFAULT_FORMATS",
+    "FastPlan",
+    "LayerBench",
+    "LayerTiming",
+    "Sensitivity",
+    "Timing",
+    "plan",
+    "plan_fast",
+    "plan_never_slower",
+    "recost",
+]
