@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.decompositions import Decomposition, Fit, Problem, decompose, decompose_many
+from tenfold.decompositions import Decomposition, Fit, Problem, decompose, decompose_many, recompress
 from tenfold.errors import WeightError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.tensors import rel_error
@@ -107,6 +107,23 @@ def check_recovery(trial: Trial) -> None:
                 expect(fit.rel_error <= 2 * lowest_error(dtype), f"relative error {fit.rel_error:.3g}")
 
 
+def check_recompressed(trial: Trial) -> None:
+    """Raise LawBroken unless factors are compressed further as well as the dense weight that they stand for."""
+    spec, name = trial.at.spec, trial.format.name()
+    ranks = some_ranks(trial.format, spec)
+    own = ranks[len(ranks) // 2]
+    value = random_factors(trial.format, spec, own)
+    for rank in (r for r in ranks if r != own and all(r[k] <= own[k] for k in own)):
+        with law(12, trial, f"from {own} to {rank}"):
+            again = recompress(value, name, rank, trial.algorithm)
+            wanted = trial.fit(value.to_dense(), rank)
+            seen = rel_error(again.value.to_dense(), value.to_dense())
+            expect(again.value.rank == rank, f"the factors have rank {again.value.rank}")
+            expect(abs(seen - again.rel_error) <= 1e-7, f"the fit tells the error {again.rel_error}, it is {seen}")
+            same = abs(seen - wanted.rel_error) <= _SLACK * wanted.rel_error + 1e-7
+            expect(same, f"relative error {seen:.6g}, from the dense weight {wanted.rel_error:.6g}")
+
+
 def check_deterministic(trial: Trial) -> None:
     """Raise LawBroken unless the same seed gives the same bytes, whatever torch's own generator did, and leaves it."""
     weight = random_weight(trial.at.spec, torch.float32, seed=4)
@@ -190,6 +207,7 @@ ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
     "monotone": check_monotone,
     "bounds": check_bounds,
     "recovery": check_recovery,
+    "recompressed": check_recompressed,
     "deterministic": check_deterministic,
     "batched": check_batched,
     "odd_weights": check_odd_weights,
