@@ -112,6 +112,7 @@ class Clock:
         self._reference = 0.0  # its milliseconds when first measured
         self._last = 0.0  # and a moment ago
         self._charts: dict[Place, Chart] = {}
+        self._prepared: set[Place] = set()
         self._fits: dict[Curve, MonotoneFit] = {}
         self._known: dict[Point, None] = {}
         self._chains: dict[Place, list[float]] = {}
@@ -156,6 +157,7 @@ class Clock:
         )
         dense = list(dict.fromkeys(Point.of(p.spec, call.in_shape) for p in problems for call in p.calls))
         self._measure(dense, 1, bounded=False)
+        self._prepared.update(places)
         for level in range(LEVELS):
             points = list(dict.fromkeys(p for place in places for p in self._chart(place).levels[level]))
             if not self._measure([*dense, *points], 1 if level == 0 else self.repeats):
@@ -196,7 +198,8 @@ class Clock:
     def _sum_of_stages(self, place: Place, ranks: Sequence[Rank]) -> Array:
         format, spec, in_shape = place
         found = self._chart(place)
-        if Point.of(spec, in_shape).key not in self._samples:
+        if place not in self._prepared:
+            self._prepared.add(place)
             self._measure([Point.of(spec, in_shape)], 1, bounded=False)
             self._measure(found.levels[0], 1)
         wanted: dict[Curve, list[tuple[int, int, int]]] = {}
@@ -220,12 +223,14 @@ class Clock:
 
     def _fit(self, curve: Curve, dense: Point) -> MonotoneFit:
         if curve not in self._fits:
-            near = [p for p in self._known if p.family == curve.family and p.key in self._samples]
+            family = [p for p in self._known if p.family == curve.family]
+            near = [p for p in family if p.key in self._samples]
             points = {p.at: self._ms(p) for p in near if curve.holds(*p.at)} or {p.at: self._ms(p) for p in near}
-            if not points:  # there was no time for any: as fast per multiplication as the dense layer
-                _LOG.warning("nothing was timed for %s: taken in proportion to the dense layer", curve.family)
-                x, y = curve.xs[-1], curve.ys[-1]
-                points = {(x, y): self._ms(dense) * x * y / (dense.at[0] * dense.at[1])}
+            if len(points) < 2:
+                _LOG.warning("there was no time for %s: taken in proportion to the dense layer", curve.family)
+                share = self._ms(dense) / max(1, dense.spec.macs(dense.in_shape))
+                guessed = {p.at: share * max(1, p.spec.macs(p.in_shape)) for p in family if curve.holds(*p.at)}
+                points = guessed | points
             self._fits[curve] = MonotoneFit.through(curve.xs, curve.ys, points)
         return self._fits[curve]
 

@@ -96,7 +96,7 @@ def chart(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> Ch
         >>> dense = LayerSpec(kind="linear", in_channels=256, out_channels=128)
         >>> found = chart("low_rank", dense, (1, 256))
         >>> [c.ys for c in found.curves if c.xs == (256,)]
-        [(8, 16, 24, 32, 48, 64, 96, 128)]
+        [(1, 4, 8, 16, 24, 32, 48, 64, 96, 127, 128)]
         >>> [p.at[1] for p in found.levels[0] if p.at[0] == 256]
         [8, 32]
     """
@@ -104,8 +104,8 @@ def chart(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> Ch
     for level in range(LEVELS):
         roles = _roles(format, spec, in_shape, sample_ranks(format, spec, in_shape, level=level, step=step))
         levels.append(tuple(sorted({p for role in roles for p in role}, key=lambda p: (p.family, p.at))))
-    # The curves reach one step further, for the ranks between the last that is timed and the first that is too dear.
-    reach = sample_ranks(format, spec, in_shape, level=LEVELS - 1, step=step, share=2.2)
+    # The curves reach further than what is timed, so that every useful rank lies between two of their nodes.
+    reach = sample_ranks(format, spec, in_shape, level=LEVELS, step=step, share=2.2)
     return Chart(tuple(levels), _curves(_roles(format, spec, in_shape, reach)))
 
 
@@ -140,11 +140,11 @@ def sample_ranks(
 def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
     """Return numbers up to ``top``: multiples of the step, and ``top`` itself, in ever wider gaps.
 
-    At level 0 a factor of 4 apart, at level 1 of 2, at level 2 of about √2.
+    At level 0 a factor of 4 apart, at level 1 of 2, at level 2 of about √2; at level 3 with both ends: 1 and top - 1.
 
     Example:
         >>> ladder(64, level=0), ladder(64, level=1), ladder(64, level=2)
-        ((8, 32, 64), (8, 16, 32, 64), (8, 16, 24, 32, 48, 64))
+        ((8, 32, 64), (8, 16, 32, 64), (4, 8, 16, 24, 32, 48, 64))
     """
     step = max(1, min(step, top // 8))
     found = {top}
@@ -154,6 +154,10 @@ def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
         if level > 1 and power % (2 * step) == 0 and power * 3 // 2 < top:
             found.add(power * 3 // 2)
         power *= 4 if level == 0 else 2
+    if level > 1:
+        found.add(max(1, step // 2))
+    if level > 2:
+        found |= {1, max(1, top - 1)}
     return tuple(sorted(found))
 
 
