@@ -4,6 +4,14 @@ from tenfold.records.base import Record, explain, read_json, write_text
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import ContractSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
+from tenfold.records.sensitivity import (
+    LayerSensitivity,
+    SensitivityKey,
+    SensitivityPoint,
+    SensitivityTable,
+    TradeOff,
+    TradeOffPoint,
+)
 
 __all__ = [
     "Budget",
@@ -14,15 +22,21 @@ __all__ = [
     "Latency",
     "LayerPlan",
     "LayerProfile",
+    "LayerSensitivity",
     "LayerSpec",
     "Measurement",
     "Plan",
     "Profile",
     "Record",
     "RunRecord",
+    "SensitivityKey",
+    "SensitivityPoint",
+    "SensitivityTable",
     "Shape",
     "Speedup",
     "StageSpec",
+    "TradeOff",
+    "TradeOffPoint",
     "chain_macs",
     "chain_params",
     "explain",

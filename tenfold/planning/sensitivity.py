@@ -1,0 +1,368 @@
+"""How much a model minds that a layer is factorized: measured on demand, kept on disk, never measured twice."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tenfold import __version__
+from tenfold.decompositions import Decomposition, Moments
+from tenfold.errors import DataError, PlanError
+from tenfold.formats import FORMATS, Rank, split_groups
+from tenfold.layers import FactorizedLayer
+from tenfold.planning.outputs import output_errors
+from tenfold.planning.plan import DEFAULT_FORMATS
+from tenfold.planning.substituting import digest, replaced, substitute
+from tenfold.profiling.inputs import batch_size_of
+from tenfold.profiling.monotone import isotonic
+from tenfold.ranks import RankProblem, check_patterns, first_match
+from tenfold.ranks.candidates import tail_damage
+from tenfold.records import (
+    Cost,
+    LayerProfile,
+    LayerSensitivity,
+    Profile,
+    SensitivityKey,
+    SensitivityPoint,
+    SensitivityTable,
+)
+from tenfold.surgery import find
+
+Array = NDArray[np.float64]
+Progress = Callable[[int, int], None]
+Spot = tuple[str, str, tuple[tuple[str, int], ...]]  # path, format, rank
+
+# The untouched layer has the score of the untouched model, without noise.
+_CERTAIN = 1e6
+
+
+class Sensitivity:
+    """What each layer minds: error of its output and score of the model, when it alone is factorized.
+
+    Everything is measured when it is asked for, then kept in ``table``; with a ``path`` the table is written there
+    after every measurement, and a later run under the same conditions takes it over. The model given is never changed.
+
+    Args:
+        model: that was profiled; it may hold factorized layers.
+        profile: what ``profile`` said of it.
+        formats: the formats of interest, the preferred first.
+        evaluate: returns the score of a model, larger is better; on data held out from training, not on the test set.
+        calibration: unlabeled batches on the device of the model, to go through repeatedly; without these the output
+            error is the relative error of the weight.
+        moments: of the layers' inputs, by path: layers that have them are decomposed for the data.
+        algorithms: by format, instead of the default.
+        batchnorm: estimate batch norm anew on the calibration batches before every score.
+        keep: layers not to touch, as paths, globs or ``re:`` expressions.
+        seed: of algorithms that draw random numbers.
+        about: what else the measurements depend on, as plain values: the task, the number of images.
+        path: JSON file to take measurements over from, and to write them to.
+
+    Raises:
+        DataError: the file at ``path`` was measured under other conditions, or is damaged.
+
+    Example:
+        >>> from tenfold.profiling import profile
+        >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        >>> found = Sensitivity(net, profile(net, torch.zeros(1, 16)), evaluate=lambda m: 0.9)
+        >>> found.baseline, found.score("0", "low_rank", {"rank": 4})
+        (0.9, 0.9)
+    """
+
+    def __init__(  # noqa: PLR0913 - the conditions of a measurement
+        self,
+        model: nn.Module,
+        profile: Profile,
+        *,
+        formats: Sequence[str] = DEFAULT_FORMATS,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        calibration: Iterable[Any] | None = None,
+        moments: Mapping[str, Moments] | None = None,
+        algorithms: Mapping[str, Decomposition] | None = None,
+        batchnorm: bool = False,
+        keep: Sequence[str] = (),
+        seed: int = 0,
+        about: Mapping[str, str | int | float | None] | None = None,
+        path: str | Path | None = None,
+    ) -> None:
+        if isinstance(calibration, Iterator):
+            msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
+            raise DataError(msg)
+        if batchnorm and calibration is None:
+            msg = "batch norm is estimated anew from calibration batches: give some, or batchnorm=False"
+            raise DataError(msg)
+        check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
+        self._model = copy.deepcopy(model)
+        self._name = profile.model
+        self._evaluate, self._batches, self._moments = evaluate, calibration, dict(moments or {})
+        self._algorithms, self._batchnorm, self._seed = dict(algorithms or {}), batchnorm, seed
+        self._path = None if path is None else Path(path)
+        self._layers = {layer.path: layer for layer in profile.layers if layer.params or layer.macs}
+        self._reasons = {p: _why_not(layer, formats, keep) for p, layer in self._layers.items()}
+        self._problems = {
+            p: _problem(self._model, layer, formats) for p, layer in self._layers.items() if not self._reasons[p]
+        }
+        for name, problem in self._problems.items():
+            if not any(self.candidates(name, format) for format in problem.formats):
+                self._reasons[name] = f"no {' or '.join(problem.formats)} rank makes the layer cheaper"
+        self._key = SensitivityKey(
+            model=digest(model),
+            samples=_samples(calibration),
+            seed=seed,
+            batchnorm=batchnorm,
+            moments=bool(moments),
+            algorithms={name: algorithm.to_dict() for name, algorithm in self._algorithms.items()},
+            about=dict(about or {}),
+        )
+        self._baseline: float | None = None
+        self._points: dict[Spot, SensitivityPoint] = {}
+        if self._path is not None and self._path.exists():
+            self._take_over(SensitivityTable.load(self._path))
+
+    @property
+    def compressible(self) -> dict[str, tuple[str, ...]]:
+        """The formats by path of the layers that can be compressed."""
+        return {path: p.formats for path, p in self._problems.items() if not self._reasons[path]}
+
+    @property
+    def table(self) -> SensitivityTable:
+        """What was measured so far, every layer of the model named."""
+        points: dict[str, list[SensitivityPoint]] = {path: [] for path in self._layers}
+        for spot in sorted(self._points):
+            points.setdefault(spot[0], []).append(self._points[spot])
+        layers = tuple(
+            LayerSensitivity(
+                path=path,
+                kind=layer.kind if layer.spec is None else str(layer.spec),
+                before=layer.cost,
+                state="not compressible" if self._reasons[path] else "compressible",
+                reason=self._reasons[path],
+                points=tuple(points[path]),
+            )
+            for path, layer in self._layers.items()
+        )
+        return SensitivityTable(
+            tenfold=__version__, model=self._name, key=self._key, baseline=self._baseline, layers=layers
+        )
+
+    @property
+    def baseline(self) -> float:
+        """The score of the model as it is."""
+        if self._baseline is None:
+            self._baseline = self._score_of(self._model)
+            self._save()
+        return self._baseline
+
+    def candidates(self, path: str, format: str, number: int | None = None) -> tuple[Rank, ...]:
+        """Return ranks along the format's family that make the layer cheaper, from small to large.
+
+        ``number`` of them evenly spread, the smallest and the largest included; all of them if None.
+        """
+        problem = self._problem_at(path)
+        ranks = [rank for rank, cost in problem.family(format) if cost.below(problem.cost)]
+        if number is None or number >= len(ranks):
+            return tuple(ranks)
+        chosen = np.unique(np.linspace(0, len(ranks) - 1, max(number, 1)).round().astype(int))
+        return tuple(ranks[i] for i in chosen)
+
+    def error(self, path: str, format: str, rank: Rank) -> float:
+        """Return the relative error of the layer's output, cheap to measure; see ``output_errors``."""
+        return self.errors(path, format, [rank])[0]
+
+    def errors(self, path: str, format: str, ranks: Sequence[Rank]) -> list[float]:
+        """Return the relative errors at several ranks; one pass over the calibration batches finds all new ones."""
+        points = [self._point(path, format, rank) for rank in ranks]
+        new = [point for point in points if point.output_error is None]
+        if new:
+            layers = [self._substitute(path, point.format, point.rank) for point in new]
+            if self._batches is None:
+                found = [layer.fit.rel_error if layer.fit is not None else 0.0 for layer in layers]
+            else:
+                found = output_errors(self._model, path, layers, self._batches)
+            for point, error in zip(new, found, strict=True):
+                self._store(path, point.replace(output_error=error))
+            self._save()
+        return [float(self._point(path, format, rank).output_error or 0.0) for rank in ranks]
+
+    def score(self, path: str, format: str, rank: Rank) -> float:
+        """Return the score of the model with only this layer replaced."""
+        point = self._point(path, format, rank)
+        if point.score is None:
+            _ = self.baseline  # measured first, so that every table has it
+            layer = self._substitute(path, format, rank)
+            with replaced(self._model, path, layer, batchnorm=self._batches if self._batchnorm else None) as changed:
+                point = point.replace(score=self._score_of(changed))
+            self._store(path, point)
+            self._save()
+        return float(point.score or 0.0)
+
+    def measure(self, ranks: int = 8, *, scores: bool = False, progress: Progress | None = None) -> SensitivityTable:
+        """Return the table with this many ranks of every layer and format measured.
+
+        Args:
+            ranks: per layer and format, evenly spread along the format's family of ranks.
+            scores: measure the scores as well, not the errors of the outputs alone.
+            progress: called with (done, in all).
+        """
+        spots = [(path, f, self.candidates(path, f, ranks)) for path, fs in self.compressible.items() for f in fs]
+        total, done = sum(len(s[2]) for s in spots) * (2 if scores else 1), 0
+        for path, format, chosen in spots:
+            self.errors(path, format, chosen)
+            done += len(chosen)
+            if progress is not None:
+                progress(done, total)
+        for path, format, chosen in spots if scores else ():
+            for rank in chosen:
+                self.score(path, format, rank)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        self._save()
+        return self.table
+
+    def curve(self, path: str, format: str, ranks: Sequence[Rank], *, measured: int = 6) -> list[float]:
+        """Return scores at some ranks, interpolated through the measured ones, that never fall with cost.
+
+        Scores on few images are noisy: what was measured is replaced by the nearest non-decreasing sequence, which
+        ends at the baseline. Where nothing is measured yet, ``measured`` ranks are.
+        """
+        problem = self._problem_at(path)
+
+        def size(cost: Cost) -> int:
+            return cost.macs if problem.cost.macs else cost.params
+
+        points = self._scored(path, format, measured)
+        x = np.array([*(size(p.cost) for p in points), size(problem.cost)], dtype=np.float64)
+        y = [*(float(p.score or 0.0) for p in points), self.baseline]
+        fitted = isotonic(y, [1.0] * len(points) + [_CERTAIN])
+        wanted = [float(size(problem.cost_at(format, rank))) for rank in ranks]
+        return [float(v) for v in np.interp(wanted, x, fitted)]
+
+    def damage_at(self, path: str, format: str, *, measured: int = 6) -> Callable[[NDArray[np.int64]], Array]:
+        """Return a function from ranks (n, names) to the loss of score (n,), monotone in the weight's error there.
+
+        The measured ranks lie along one family; others are compared with these by what their unfoldings drop.
+        """
+        tails = tail_damage(self._problem_at(path), format)
+        names = FORMATS.get(format).rank_names
+        points = self._scored(path, format, measured)
+        at = np.array([[p.rank[name] for name in names] for p in points], dtype=np.int64).reshape(-1, len(names))
+        lost = self.baseline - np.array([float(p.score or 0.0) for p in points])
+        errors, group, weights = np.unique(tails(at), return_inverse=True, return_counts=True)
+        mean = np.bincount(group.ravel(), lost) / weights
+        fitted = np.maximum(isotonic([0.0, *mean], [_CERTAIN, *weights]), 0.0)
+        errors = np.concatenate([[0.0], errors])
+        return lambda ranks: np.interp(tails(ranks), errors, fitted)
+
+    def _scored(self, path: str, format: str, number: int) -> list[SensitivityPoint]:
+        """Return the points of a layer that have a score, the cheapest first; measure some where there are none."""
+
+        def known() -> list[SensitivityPoint]:
+            own = [p for s, p in self._points.items() if s[:2] == (path, format) and p.score is not None]
+            return sorted(own, key=lambda p: (p.cost.macs, p.cost.params))
+
+        chosen = self.candidates(path, format, number)
+        if len(known()) < len(chosen):
+            for rank in chosen:
+                self.score(path, format, rank)
+        return known()
+
+    def _score_of(self, model: nn.Module) -> float:
+        if self._evaluate is None:
+            msg = "scores are wanted and there is nothing to score with: pass evaluate=, a function of a model"
+            raise DataError(msg)
+        score = float(self._evaluate(model))
+        if not math.isfinite(score):
+            msg = f"evaluate returned {score}: a score must be a finite number"
+            raise DataError(msg)
+        return score
+
+    def _substitute(self, path: str, format: str, rank: Rank) -> FactorizedLayer:
+        module, algorithm = find(self._model, path), self._algorithms.get(format)
+        made = substitute(module, format, rank, algorithm=algorithm, metric=self._moments.get(path), seed=self._seed)
+        return made.train(module.training)
+
+    def _problem_at(self, path: str) -> RankProblem:
+        if path not in self._problems:
+            reason = self._reasons.get(path, "the model has no such layer")
+            msg = f"layer {path!r} cannot be compressed: {reason}"
+            raise PlanError(msg)
+        return self._problems[path]
+
+    def _point(self, path: str, format: str, rank: Rank) -> SensitivityPoint:
+        problem = self._problem_at(path)
+        rank = FORMATS.get(format).check_rank(problem.spec, rank)
+        known = self._points.get(_spot(path, format, rank))
+        return known or SensitivityPoint(format=format, rank=rank, cost=problem.cost_at(format, rank))
+
+    def _store(self, path: str, point: SensitivityPoint) -> None:
+        self._points[_spot(path, point.format, point.rank)] = point
+
+    def _save(self) -> None:
+        if self._path is not None:
+            self.table.save(self._path)
+
+    def _take_over(self, table: SensitivityTable) -> None:
+        differences = table.key.differences(self._key)
+        if differences:
+            msg = (
+                f"{self._path} was measured under other conditions: {'; '.join(differences)}. "
+                "Choose another file, or delete this one."
+            )
+            raise DataError(msg)
+        self._baseline = table.baseline
+        for layer in table.layers:
+            for point in layer.points:
+                self._store(layer.path, point)
+
+
+def _spot(path: str, format: str, rank: Rank) -> Spot:
+    return path, format, tuple(sorted(rank.items()))
+
+
+def _samples(batches: Iterable[Any] | None) -> int:
+    """Return how many calibration samples there are."""
+    if batches is None:
+        return 0
+    known = getattr(batches, "samples", None)
+    return int(known) if known is not None else sum(batch_size_of(batch) or 0 for batch in batches)
+
+
+def _why_not(layer: LayerProfile, formats: Sequence[str], keep: Sequence[str]) -> str:
+    """Return why a layer cannot be compressed, or an empty string."""
+    pattern = first_match(keep, layer.path, layer.aliases)
+    if pattern is not None:
+        return f"kept as asked by {pattern!r}"
+    if layer.spec is None or layer.tied or not layer.calls:
+        return layer.note or "not called by the forward"
+    refusals = [FORMATS.get(name).refuses(layer.spec) for name in formats]
+    return "; ".join(dict.fromkeys(map(str, refusals))) if all(refusals) else ""
+
+
+def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> RankProblem:
+    spec = layer.spec
+    if spec is None:
+        msg = f"layer {layer.path!r} has no geometry"
+        raise PlanError(msg)
+
+    def weight() -> torch.Tensor:
+        module: Any = find(model, layer.path)
+        with torch.no_grad():
+            return split_groups(module.weight.detach(), spec)
+
+    return RankProblem(
+        path=layer.path,
+        spec=spec,
+        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
+        calls=layer.calls,
+        cost=layer.cost,
+        load_weight=weight,
+        current=None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank)),
+    )

@@ -1,0 +1,108 @@
+"""One layer of a model replaced for a while, and the model told apart from others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.decompositions import Decomposition, Fit, Moments, decompose, default_algorithm, recompress
+from tenfold.errors import PlanError
+from tenfold.formats import Rank
+from tenfold.layers import FactorizedLayer, FitSummary, describe
+from tenfold.surgery import find, put, reestimate_batchnorm_
+
+
+def substitute(
+    module: nn.Module,
+    format: str,
+    rank: Rank,
+    *,
+    algorithm: Decomposition | None = None,
+    metric: Moments | None = None,
+    seed: int = 0,
+) -> FactorizedLayer:
+    """Return the factorized layer that would stand in for a dense one, or for one that is factorized already.
+
+    Args:
+        module: the layer; stays as it is.
+        format: name of the format.
+        rank: ranks by name.
+        algorithm: the format's default algorithm if None.
+        metric: moments of the layer's inputs; the bias then makes up for the mean of what is missed.
+        seed: of the default algorithm.
+
+    Raises:
+        PlanError: the layer is of a kind that no format serves.
+        RankError: a rank outside of what the layer allows.
+    """
+    algorithm = algorithm or default_algorithm(format, seed, aware=metric is not None)
+    fit = _fit(module, format, rank, algorithm, metric)
+    bias: torch.Tensor | None = getattr(module, "bias", None)
+    if bias is not None and fit.bias_shift is not None:
+        bias = bias.detach() + fit.bias_shift.to(bias)
+    layer = FactorizedLayer.of(fit.value, bias, requires_grad=(False, False))
+    layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
+    return layer
+
+
+@contextmanager
+def replaced(
+    model: nn.Module, path: str, layer: nn.Module, *, batchnorm: Iterable[Any] | None = None
+) -> Iterator[nn.Module]:
+    """Yield the model with this layer at ``path``; afterwards it is as before, its buffers included.
+
+    Args:
+        model: changed in place meanwhile.
+        path: of the layer to replace.
+        layer: what stands there meanwhile.
+        batchnorm: batches on which batch norm is estimated anew meanwhile; None to leave it alone.
+    """
+    old = find(model, path)
+    kept = {name: b.detach().clone() for name, b in model.named_buffers()} if batchnorm is not None else {}
+    changed = put(model, {path: layer})
+    try:
+        if batchnorm is not None:
+            reestimate_batchnorm_(changed, batchnorm)
+        yield changed
+    finally:
+        put(changed, {path: old})
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in kept:
+                    buffer.copy_(kept[name])
+
+
+def digest(model: nn.Module) -> str:
+    """Return a text that tells models with other weights, names or dtypes apart.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> before = digest(net)
+        >>> _ = nn.init.zeros_(net.weight)
+        >>> before == digest(net)
+        False
+    """
+    found = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    state: Mapping[str, torch.Tensor] = model.state_dict()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _fit(module: nn.Module, format: str, rank: Rank, algorithm: Decomposition, metric: Moments | None) -> Fit:
+    with torch.no_grad():
+        if isinstance(module, FactorizedLayer):
+            return recompress(module.factorization(), format, rank, algorithm, metric=metric)
+        spec, reason = describe(module)
+        if spec is None:
+            msg = f"the layer cannot be factorized: {reason}"
+            raise PlanError(msg)
+        weight: Any = module.weight
+        return decompose(weight, format, rank, algorithm, spec=spec, metric=metric)

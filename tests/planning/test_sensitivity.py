@@ -1,0 +1,269 @@
+"""The sensitivity table: right numbers, never measured twice, resumed after a kill, monotone where scores are noisy."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tenfold.decompositions import decompose
+from tenfold.errors import DataError, PlanError, UnknownNameError
+from tenfold.layers import FactorizedLayer
+from tenfold.planning import Sensitivity
+from tenfold.planning.outputs import output_errors
+from tenfold.planning.substituting import digest, replaced, substitute
+from tenfold.profiling.moments import collect_moments
+from tenfold.records import SensitivityTable
+from tests.planning.fakes import BASELINE, Scorer, costs, inputs, net
+
+FORMATS = ("tucker2", "low_rank")
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return net()
+
+
+def made(model: nn.Module, **options: object) -> Sensitivity:
+    return Sensitivity(model, costs(model), **options)  # type: ignore[arg-type]
+
+
+def test_output_errors_are_those_of_the_outputs(model: nn.Sequential) -> None:
+    batches = [inputs(1), inputs(2, samples=3)]
+    found = made(model, calibration=batches)
+    error = found.error("3", "tucker2", {"out": 6, "in": 5})
+    dense = decompose(model[3].weight, "tucker2", {"out": 6, "in": 5}).value.to_dense()
+    with torch.no_grad():
+        y = torch.cat([model[3](model[:3](x)) for x in batches]).double()
+        z = torch.cat([F.conv2d(model[:3](x), dense, model[3].bias, padding=1) for x in batches]).double()
+    missed = float((y - z).square().sum())
+    power = float((y - y.mean((0, 2, 3), keepdim=True)).square().sum())
+    assert error == pytest.approx((missed / power) ** 0.5, rel=1e-5)
+    assert 0.05 < error < 1.5
+
+
+def test_errors_without_data_are_those_of_the_weight(model: nn.Sequential) -> None:
+    wanted = decompose(model[7].weight, "low_rank", {"rank": 5}).rel_error
+    assert made(model).error("7", "low_rank", {"rank": 5}) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::tenfold.errors.CalibrationWarning")
+def test_moments_make_the_error_smaller_by_their_bias(model: nn.Sequential) -> None:
+    batches = [inputs(seed, samples=40) for seed in range(4)]
+    moments = collect_moments(model, batches)
+    plain, aware = made(model, calibration=batches), made(model, calibration=batches, moments=moments)
+    rank = {"out": 5, "in": 5}
+    assert aware.error("3", "tucker2", rank) < 0.9 * plain.error("3", "tucker2", rank)
+
+
+def test_scores_are_of_one_layer_at_a_time_and_leave_the_model_alone(model: nn.Sequential) -> None:
+    scorer, before = Scorer({"3": 0.5, "7": 0.2}), digest(model)
+    found = made(model, evaluate=scorer)
+    assert found.score("3", "tucker2", {"out": 8, "in": 8}) == pytest.approx(BASELINE - 0.25)
+    assert found.score("7", "low_rank", {"rank": 8}) == pytest.approx(BASELINE - 0.15)
+    assert scorer.calls == [{}, {"3": 8}, {"7": 8}]
+    assert digest(model) == digest(found._model) == before
+    assert not any(isinstance(m, FactorizedLayer) for m in found._model.modules())
+
+
+def test_nothing_is_measured_twice(model: nn.Sequential, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    scorer = Scorer({"3": 0.5})
+    first = made(model, evaluate=scorer, calibration=[inputs()], path=file).measure(3, scores=True)
+    count = len(scorer.calls)
+    assert count == 1 + sum(len(layer.points) for layer in first.layers)
+    again = made(model, evaluate=Scorer({}, stop=0), calibration=[inputs()], path=file).measure(3, scores=True)
+    assert again == first == SensitivityTable.load(file)
+
+
+def test_goes_on_where_it_was_interrupted(model: nn.Sequential, tmp_path: Path) -> None:
+    file, weights = tmp_path / "table.json", {"3": 0.5, "7": 0.2}
+    whole = made(model, evaluate=Scorer(weights), calibration=[inputs()]).measure(4, scores=True)
+    calls = 0
+    for stop in (1, 4, 3, None):
+        scorer = Scorer(weights, stop=stop)
+        found = made(model, evaluate=scorer, calibration=[inputs()], path=file)
+        if stop is None:
+            assert found.measure(4, scores=True) == whole
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                found.measure(4, scores=True)
+        calls += len(scorer.calls)
+    assert calls == 1 + sum(len(layer.points) for layer in whole.layers)
+
+
+def test_a_killed_process_loses_one_measurement_at_most(tmp_path: Path) -> None:
+    file, log = tmp_path / "table.json", tmp_path / "log"
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from tests.planning.fakes import Scorer, costs, net
+from tenfold.planning import Sensitivity
+scorer = Scorer({{"3": 0.5}})
+def slow(model):
+    with open({str(log)!r}, "a") as file:
+        file.write("x")
+    time.sleep(float(sys.argv[1]))
+    return scorer(model)
+model = net()
+Sensitivity(model, costs(model), evaluate=slow, path={str(file)!r}).measure(6, scores=True)
+"""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script, "0.1"], env=env)
+    deadline = time.monotonic() + 60
+    while (not log.exists() or log.stat().st_size < 5) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    started = log.stat().st_size
+    kept = SensitivityTable.load(file)
+    scored = sum(p.score is not None for layer in kept.layers for p in layer.points) + (kept.baseline is not None)
+    assert started - 1 <= scored <= started
+    assert started >= 5
+    subprocess.run([sys.executable, "-c", script, "0"], env=env, check=True)
+    whole = SensitivityTable.load(file)
+    total = 1 + sum(len(layer.points) for layer in whole.layers)
+    assert log.stat().st_size == total + (started - scored)
+    assert list(tmp_path.glob("*.partial")) == []
+    assert whole == made(net(), evaluate=Scorer({"3": 0.5})).measure(6, scores=True)
+
+
+def test_other_conditions_are_refused_and_other_formats_added(model: nn.Sequential, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    made(model, formats=["low_rank"], path=file, about={"task": "x"}).measure(2)
+    added = made(model, formats=FORMATS, path=file, about={"task": "x"}).measure(2)
+    assert added.layer("3").formats == ("low_rank", "tucker2")
+    for options, word in (
+        ({"seed": 3}, "seed"),
+        ({"about": {"task": "y"}}, "task"),
+        ({"calibration": [inputs()]}, "s"),
+    ):
+        with pytest.raises(DataError, match=f"other conditions.*{word}"):
+            made(model, path=file, **({"about": {"task": "x"}} | options))
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] += 1  # type: ignore[union-attr, index, operator]
+    with pytest.raises(DataError, match="other conditions: model"):
+        made(model, path=file, about={"task": "x"})
+    file.write_text(json.dumps({"version": 1}))
+    with pytest.raises(DataError, match="not a sensitivity table"):
+        made(model, path=file)
+
+
+def test_layers_that_cannot_be_compressed_say_so(model: nn.Sequential) -> None:
+    found = made(model, formats=["tucker2"], keep=["3"], evaluate=Scorer({}))
+    table = found.measure(2, scores=True)
+    assert table.layer("3").state == "not compressible"
+    assert "kept as asked" in table.layer("3").reason
+    assert "low_rank serves" in table.layer("7").reason
+    assert table.layer("1").state == "not compressible"
+    assert [layer.path for layer in table.compressible] == ["0"]
+    assert all(not layer.points for layer in table.layers if layer.state == "not compressible")
+    with pytest.raises(PlanError, match="cannot be compressed: kept as asked"):
+        found.score("3", "tucker2", {"out": 2, "in": 2})
+    with pytest.raises(UnknownNameError):
+        made(model, keep=["nothing"])
+
+
+def test_noisy_scores_are_fitted_monotone(model: nn.Sequential) -> None:
+    noise = {("7", 3): -0.06, ("7", 9): 0.05, ("7", 28): -0.04}
+    found = made(model, evaluate=Scorer({"7": 0.4}, noise), formats=["low_rank"])
+    ranks = [{"rank": r} for r in (1, 3, 9, 15, 22, 28)]
+    raw = [found.score("7", "low_rank", rank) for rank in ranks]
+    assert raw != sorted(raw)
+    fitted = found.curve("7", "low_rank", found.candidates("7", "low_rank"), measured=2)
+    assert fitted == sorted(fitted)
+    assert max(fitted) <= BASELINE + 1e-6
+    exact = made(model, evaluate=Scorer({"7": 0.4}), formats=["low_rank"])
+    straight = exact.curve("7", "low_rank", [{"rank": 11}], measured=6)
+    assert straight[0] == pytest.approx(BASELINE - 0.4 * (1 - 11 / 32), abs=1e-3)
+
+
+def test_damage_follows_what_the_ranks_drop(model: nn.Sequential) -> None:
+    with torch.no_grad():  # otherwise the small ranks of a random weight all drop "everything"
+        model[3].weight *= (0.7 ** torch.arange(16.0)).view(-1, 1, 1, 1) * (0.7 ** torch.arange(16.0)).view(1, -1, 1, 1)
+    found = made(model, evaluate=Scorer({"3": 0.5}))
+    damage = found.damage_at("3", "tucker2")
+    full, some, little = damage(np.array([[16, 16], [8, 8], [2, 2]]))
+    assert full == 0
+    assert 0 < some < little <= 0.5
+    along = found.candidates("3", "tucker2", 6)
+    at = np.array([[r["out"], r["in"]] for r in along])
+    assert damage(at) == pytest.approx([0.5 * (1 - r["in"] / 16) for r in along], abs=1e-6)
+
+
+def test_candidates_are_spread_from_the_smallest_to_the_largest(model: nn.Sequential) -> None:
+    found = made(model)
+    ranks = [r["rank"] for r in found.candidates("7", "low_rank", 4)]
+    assert ranks[0] == 1
+    assert ranks == sorted(set(ranks))
+    assert len(ranks) == 4
+    every = found.candidates("7", "low_rank")
+    assert every[-1]["rank"] == ranks[-1] == 28  # 28·(256 + 32) < 256·32 ≤ 29·(256 + 32)
+
+
+def test_batch_norm_is_estimated_for_the_score_and_put_back(model: nn.Sequential) -> None:
+    means: list[torch.Tensor] = []
+
+    def evaluate(candidate: nn.Module) -> float:
+        means.append(candidate[1].running_mean.clone())  # type: ignore[index]
+        return 0.5
+
+    found = made(model, evaluate=evaluate, batchnorm=True, calibration=[inputs(3, samples=20)], formats=["low_rank"])
+    before = digest(found._model)
+    found.score("0", "low_rank", {"rank": 4})
+    assert torch.equal(means[0], torch.zeros(16))  # the baseline is the model as it is
+    assert float(means[1].abs().max()) > 0
+    assert digest(found._model) == before
+    with pytest.raises(DataError, match="calibration batches"):
+        made(model, batchnorm=True)
+
+
+def test_wrong_scores_and_batches_are_refused(model: nn.Sequential) -> None:
+    with pytest.raises(DataError, match="nothing to score with"):
+        made(model).score("7", "low_rank", {"rank": 2})
+    with pytest.raises(DataError, match="finite"):
+        _ = made(model, evaluate=lambda m: float("nan")).baseline
+    with pytest.raises(DataError, match="not an iterator"):
+        made(model, calibration=iter([inputs()]))
+    with pytest.raises(DataError, match="no calibration batches"):
+        output_errors(model, "3", [], [])
+
+
+def test_a_failing_score_puts_the_layer_back(model: nn.Sequential) -> None:
+    layer = substitute(model[7], "low_rank", {"rank": 3})
+    old = model[7]
+
+    def fail() -> None:
+        with replaced(model, "7", layer):
+            assert model[7] is layer
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        fail()
+    assert model[7] is old
+
+
+def test_progress_is_told(model: nn.Sequential) -> None:
+    seen: list[tuple[int, int]] = []
+    made(model, evaluate=Scorer({})).measure(2, scores=True, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_factorized_layers_go_further(model: nn.Sequential) -> None:
+    model[7] = substitute(model[7], "low_rank", {"rank": 12})
+    found = made(model, evaluate=Scorer({"7": 0.4}), formats=["low_rank"])
+    assert [r["rank"] for r in found.candidates("7", "low_rank")] == list(range(1, 12))
+    error = found.error("7", "low_rank", {"rank": 6})
+    wanted = decompose(model[7].weight, "low_rank", {"rank": 6}).rel_error  # type: ignore[arg-type]
+    assert error == pytest.approx(wanted, rel=1e-4)
