@@ -90,10 +90,10 @@ def plan_fast(
     bench = LayerBench(
         profile, clock.device, clock.dtype, clock.memory_format, clock.threads, layer_seconds, compare=compare
     )
-    timing = Timing.of(model, inputs, clock, seconds=seconds)
     search = _Search(model, profile, inputs, clock, budget, seconds, compare, bench, planning)
     if budget.latency is None:
-        return search.attempt(timing, 1)
+        return search.attempt(None, 1)
+    timing = Timing.of(model, inputs, clock, seconds=seconds)
     wanted = budget.allowance(profile.cost, timing.dense_ms)["latency"] / timing.dense_ms
     best: FastPlan | None = None
     for number in range(1, rounds + 1):
@@ -129,9 +129,9 @@ class _Search:
     bench: LayerBench
     planning: dict[str, Any]
 
-    def attempt(self, timing: Timing, number: int) -> FastPlan:
+    def attempt(self, timing: Timing | None, number: int) -> FastPlan:
         """Return a plan without slower layers, and its model measured as a whole."""
-        gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner(timing))
+        gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
         variants, before, after = self._variants(gated)
         result = self.compare(variants, seconds=self.seconds, threads=self.clock.threads)
         first = min(before, key=lambda name: result.latencies[name].median_ms)
@@ -149,10 +149,10 @@ class _Search:
             rounds=number,
         )
 
-    def _plan(self, timing: Timing, reasons: Mapping[str, str]) -> Plan:
+    def _plan(self, timing: Timing | None, reasons: Mapping[str, str]) -> Plan:
         return make_plan(self.model, self.profile, budget=self.budget, timing=timing, reasons=reasons, **self.planning)
 
-    def _learner(self, timing: Timing) -> Callable[[LayerPlan, LayerTiming], None] | None:
+    def _learner(self) -> Callable[[LayerPlan, LayerTiming], None] | None:
         if self.budget.latency is None:
             return None  # the plan does not look at the clock: it would choose the same again
 
@@ -160,7 +160,7 @@ class _Search:
             known = self.profile.layer(layer.path)
             if known.spec is not None and len(known.calls) == 1:
                 in_shape = known.calls[0].in_shape
-                timing.clock.learn(str(layer.format), known.spec, in_shape, layer.rank or {}, 1 / measured.ratio)
+                self.clock.learn(str(layer.format), known.spec, in_shape, layer.rank or {}, 1 / measured.ratio)
 
         return learn
 
@@ -172,8 +172,8 @@ class _Search:
             variants[f"after {name}"] = to_memory_format(small, self.inputs, name)
         return variants, [n for n in variants if n.startswith("before")], [n for n in variants if n.startswith("after")]
 
-    def _met(self, speedup: Speedup, timing: Timing) -> bool:
-        if self.budget.latency is None:
+    def _met(self, speedup: Speedup, timing: Timing | None) -> bool:
+        if timing is None:
             return True
         allowed = self.budget.allowance(self.profile.cost, timing.dense_ms)["latency"]
         return timing.dense_ms / speedup.ratio <= allowed

@@ -74,7 +74,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
     kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
     problems = [_problem(model, layer, formats) for layer in profile.layers if not kept[layer.path]]
-    if timing is not None:
+    if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
     found = rule.select(problems, _limits(profile, problems, budget, timing))

@@ -44,7 +44,7 @@ class Timing:
         Example:
             >>> import torch
             >>> clock = Clock(cache=None, timer=lambda spec, shape: 1.0, model_timer=lambda model, inputs: 5.0)
-            >>> Timing.of(nn.Linear(4, 4), torch.zeros(2, 4), clock).dense_ms
+            >>> Timing.of(nn.Linear(4, 4), torch.zeros(2, 4), clock, seconds=0.1).dense_ms
             5.0
         """
         own = clock.model_ms(*to_memory_format(model, inputs, clock.memory_format), seconds=seconds / 2)
