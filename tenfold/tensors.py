@@ -78,10 +78,15 @@ def singular_values(matrix: Tensor) -> Tensor:
     return values * scale.squeeze(-1)
 
 
+def leading_eigenpairs(square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the ``rank`` largest eigenvalues' vectors (..., n, rank) and the values, of symmetric (..., n, n)."""
+    values, vectors = torch.linalg.eigh(square)
+    return vectors[..., -rank:].flip(-1), values[..., -rank:].flip(-1)
+
+
 def leading_eigenvectors(square: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors (..., n, rank) of the largest eigenvalues of a symmetric matrix (..., n, n)."""
-    vectors: Tensor = torch.linalg.eigh(square).eigenvectors
-    return vectors[..., -rank:].flip(-1)
+    """Return the eigenvectors (..., n, rank) of the largest eigenvalues of symmetric matrices (..., n, n)."""
+    return leading_eigenpairs(square, rank)[0]
 
 
 def truncated_svd(matrix: Tensor, rank: int, *, method: SVDMethod = "auto", seed: int = 0) -> TruncatedSVD:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
 from tenfold.formats import Factorization, Rank, Tucker2
 from tenfold.records import LayerSpec
-from tenfold.tensors import gram, leading_eigenvectors
+from tenfold.tensors import gram, leading_eigenpairs, leading_eigenvectors
 
 
 @DECOMPOSITIONS.register("hosvd")
@@ -61,17 +60,22 @@ class HOOI(Decomposition):
         del format
         sides = _Sides.of(weight)
         out, inner = sides.start(rank)
-        sweeps, converged = 0, out is None or inner is None  # one side alone is solved by its SVD
-        total, captured = weight.flatten(1).square().sum(-1), torch.zeros(len(weight), device=weight.device)
-        while out is not None and inner is not None and not converged and sweeps < self.n_iter:
-            out = leading_eigenvectors(gram(sides.project_inputs(inner)), rank["out"])
-            half = sides.project_outputs(out)
-            inner = leading_eigenvectors(gram(half), rank["in"])
-            now = (inner.mT @ half).flatten(1).square().sum(-1)
+        if out is None or inner is None:  # one side alone is solved by its own eigenvectors
+            return Factors(sides.finish(out, inner, spec))
+        total = weight.flatten(1).square().sum(-1)
+        square = gram(sides.project_inputs(inner))
+        captured = (out * (square @ out)).flatten(1).sum(-1)
+        sweeps, converged = 0, False
+        while not converged and sweeps < self.n_iter:
+            if sweeps:
+                square = gram(sides.project_inputs(inner))
+            out, _ = leading_eigenpairs(square, rank["out"])
+            inner, values = leading_eigenpairs(gram(sides.project_outputs(out)), rank["in"])
+            now = values.sum(-1)  # ‖core‖² is what the leading eigenvalues add up to
             sweeps += 1
             converged = bool((now - captured <= self.tol * total).all())
             captured = now
-        return Factors(sides.finish(out, inner, spec), max(sweeps, 1), converged)
+        return Factors(sides.finish(out, inner, spec), sweeps, converged)
 
 
 @dataclass(frozen=True)
