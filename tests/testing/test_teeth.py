@@ -207,9 +207,9 @@ def test_wrong_rules_are_caught(registered, how, number):
 
 
 def test_a_broken_law_names_law_entry_and_place(registered):
-    registered(FORMATS, BiasFirst)
-    with pytest.raises(LawBroken, match=r"^law 5 \(.*\), wrong, conv2d, \{'rank': 1\}: the output is off by"):
-        check_format_laws(BiasFirst, "equals_dense", geometries=_only("conv2d"))
+    registered(FORMATS, WrongMeaning)
+    with pytest.raises(LawBroken, match=r"^law 5 \(.*\), wrong, conv2d, \{'out': 1, 'in': 1\}: the output is off by"):
+        check_format_laws(WrongMeaning, "equals_dense", geometries=_only("conv2d"))
 
 
 def _only(name):
