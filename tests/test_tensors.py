@@ -58,7 +58,7 @@ def test_truncated_svd_attains_the_eckart_young_optimum(method, shape, dtype):
     a = (torch.randn(shape, dtype=F64) * 0.8 ** torch.arange(shape[-1])).to(dtype)
     rank = 5
     u, s, vh, named = tensors.truncated_svd(a, rank, method=method)
-    assert named == method or method == "auto"
+    assert method in (named, "auto")
     assert u.dtype == s.dtype == vh.dtype == dtype
     assert (u.shape[-1], s.shape[-1], vh.shape[-2]) == (rank, rank, rank)
     values = np.linalg.svd(a.double().numpy(), compute_uv=False)

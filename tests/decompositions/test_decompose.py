@@ -131,7 +131,7 @@ def test_what_cannot_be_decomposed_is_refused_in_words():
         decompose(weight, "low_rank", {"rank": 99})
     with pytest.raises(UnknownNameError, match="Did you mean tucker2"):
         decompose(weight, "tuker2", {})
-    with pytest.raises(RankError, match="svd does not find tucker2 factors. Use .*hooi.*hosvd"):
+    with pytest.raises(RankError, match=r"svd does not find tucker2 factors. Use .*hooi.*hosvd"):
         decompose(weight, "tucker2", {}, SVD())
     with pytest.raises(WeightError, match="tucker2 does not serve Linear 6→8: tucker2 needs a convolution"):
         decompose(weight[:, :, 0, 0], "tucker2", {})
@@ -152,7 +152,7 @@ def test_algorithms_are_their_own_configuration():
         assert algorithm.to_dict()["name"] == name
         assert Decomposition.from_dict(algorithm.to_dict()) == algorithm
     assert Decomposition.from_dict({"name": "hooi", "n_iter": 3}) == HOOI(n_iter=3)
-    with pytest.raises(TenfoldError, match="hooi has the settings .*n_iter.*, not sweeps"):
+    with pytest.raises(TenfoldError, match=r"hooi has the settings .*n_iter.*, not sweeps"):
         Decomposition.from_dict({"name": "hooi", "sweeps": 3})
     for name in FORMATS.names():
         assert default_algorithm(name, seed=5).seed == 5
