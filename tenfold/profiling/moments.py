@@ -105,7 +105,7 @@ def collect_moments(
     specs = dict(specs) if specs is not None else measurable(model)
     size = moment_bytes(specs, targets=dense is not None)
     logger.info("moments of %d layers take %.1f MiB", len(specs), size / 2**20)
-    sums = {path: _Sums() for path in specs}
+    sums = {path: MomentSums() for path in specs}
     draw = _Draw(positions, seed)
     run = forward or call_model
     seen = 0
@@ -136,50 +136,56 @@ class _Draw:
         return {"positions": self.positions, "seed": self.seed * 1_000_003 + self.step}
 
 
-class _Sums:
-    """Running sums of one layer in float64, and the outputs of the dense layer that wait for their inputs."""
+class MomentSums:
+    """Running sums of one layer in float64, to which batches are added one by one."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: dict[str, Tensor] = {}
-        self.waiting: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}
 
-    def add(self, x: Tensor, spec: LayerSpec, options: dict[str, Any]) -> None:
-        y = self.waiting.pop(0) if self.waiting else None
-        for part in _chunks(x, spec, options):
-            patches = input_patches(x[part], spec, **options)
+    def add(
+        self, x: Tensor, spec: LayerSpec, y: Tensor | None = None, *, positions: int | None = None, seed: int = 0
+    ) -> None:
+        """Add the inputs of one call, and what the layer should put out there, without its bias."""
+        for part in _chunks(x, spec, positions):
+            patches = input_patches(x[part], spec, positions=positions, seed=seed)
             patches = patches if patches.dtype == torch.float64 else patches.float()
             self.count += patches.shape[-1]
             self._sum("second", patches @ patches.mT)
             self._sum("mean", patches.sum(-1))
             if y is not None:
-                rows = output_rows(y[part], spec, **options).to(patches.dtype)
+                rows = output_rows(y[part], spec, positions=positions, seed=seed).to(patches.dtype)
                 self._sum("cross", rows @ patches.mT)
                 self._sum("target_mean", rows.sum(-1))
                 self._sum("target_power", rows.square().sum(-1))
 
     def _sum(self, name: str, value: Tensor) -> None:
         value = value.double()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def moments(self, path: str) -> Moments:
+        """Return the moments of all that was added; ``path`` names the layer in errors.
+
+        Raises:
+            DataError: nothing was added, or it is not finite.
+        """
         if self.count == 0:
             msg = f"the forward never reaches layer {path!r}: leave it out, or give batches that use it"
             raise DataError(msg)
-        found = Moments(count=self.count, **{k: v / self.count for k, v in self.sums.items()})
+        found = Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
         if not bool(torch.isfinite(found.second).all()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
             raise DataError(msg)
         return found
 
 
-def _chunks(x: Tensor, spec: LayerSpec, options: dict[str, Any]) -> Iterator[slice]:
+def _chunks(x: Tensor, spec: LayerSpec, positions: int | None) -> Iterator[slice]:
     """Iterate over slices of the batch whose patches are not too large at a time."""
     if spec.kind == "linear" or x.dim() == spec.axes + 1:
         yield slice(None)
         return
     places = prod(spec.out_shape(tuple(x.shape))) // (spec.out_channels * x.shape[0])
-    taken = min(places, options["positions"] or places)
+    taken = min(places, positions or places)
     step = max(1, _CHUNK_BYTES // (4 * taken * spec.in_channels * prod(spec.kernel)))
     for start in range(0, x.shape[0], step):
         yield slice(start, start + step)
@@ -187,14 +193,16 @@ def _chunks(x: Tensor, spec: LayerSpec, options: dict[str, Any]) -> Iterator[sli
 
 @contextmanager
 def _watching(
-    model: nn.Module, dense: nn.Module | None, specs: Mapping[str, LayerSpec], sums: dict[str, _Sums], draw: _Draw
+    model: nn.Module, dense: nn.Module | None, specs: Mapping[str, LayerSpec], sums: dict[str, MomentSums], draw: _Draw
 ) -> Iterator[None]:
     """Let the inputs of the layers, and the outputs of those of the dense model, add to the sums."""
+    waiting: dict[str, list[Tensor]] = {path: [] for path in specs}  # outputs of the dense model, which runs first
 
     def entering(path: str) -> Callable[..., None]:
         def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             x = next(tensors_in((args, kwargs))).detach()
-            sums[path].add(x, specs[path], draw.options())
+            y = waiting[path].pop(0) if waiting[path] else None
+            sums[path].add(x, specs[path], y, **draw.options())
 
         return enter
 
@@ -203,7 +211,7 @@ def _watching(
             y = output.detach().clone()  # an activation in place may follow
             if module.bias is not None:
                 y -= module.bias.view(-1, *[1] * specs[path].axes)
-            sums[path].waiting.append(y)
+            waiting[path].append(y)
 
         return leave
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +52,8 @@ def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, see
         y = y[None]
     values: Tensor = y.unflatten(1, (spec.groups, -1)).movedim(0, 2)
     if positions is not None:
-        values = values[:, :, :, *_drawn(tuple(values.shape[3:]), positions, seed, y.device)]
+        drawn: Any = (..., *_drawn(tuple(values.shape[3:]), positions, seed, y.device))
+        values = values[drawn]
     return values.flatten(2)
 
 

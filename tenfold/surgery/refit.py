@@ -1,0 +1,148 @@
+"""Carry out a plan front to back, every layer making up for what the compressed ones before it have changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
+from tenfold.errors import DataError, PlanError, TenfoldError
+from tenfold.layers import FactorizedLayer, FitSummary, describe
+from tenfold.profiling.entries import entries
+from tenfold.profiling.moments import MomentSums, collect_moments
+from tenfold.profiling.replay import Forward, Replay
+from tenfold.records import LayerPlan, LayerSpec, Plan
+from tenfold.surgery.apply import check_format
+from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.surgery.modules import find, put
+
+Progress = Callable[[int, int], None]
+
+
+def apply_in_order(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    outputs: Mapping[str, Tensor] | None = None,
+    positions: int | None = 64,
+    ridge: float = 1e-4,
+    seed: int = 0,
+    forward: Forward | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Return a new model in which the plan is carried out front to back, fitted to unlabeled batches; no training.
+
+    Each layer is fitted in closed form to what the layer of ``model`` puts out, given what now enters it from the
+    layers compressed before (asymmetric reconstruction: Zhang et al. 2015, arXiv 1505.06798). So errors do not pile up.
+    The shift of its mean goes into the bias, or into the mean of the batch norm that follows; the other statistics of
+    batch norms stay, because the outputs are drawn to those of the dense model.
+
+    Args:
+        model: the dense model; stays as it is.
+        plan: which layers to factorize, into what, at which rank.
+        batches: unlabeled inputs as ``call_model`` takes them, on the device of the model. They are gone through many
+            times: a list, not an iterator.
+        outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output``.
+        positions: output positions taken from each map of a convolution and batch; None for all.
+        ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance.
+        seed: of the draw of positions.
+        forward: runs the model on one batch; ``call_model`` by default.
+        progress: called with (layers done, layers in all).
+
+    Raises:
+        PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
+        DataError: no batches, or a layer that the forward never reaches.
+    """
+    if not isinstance(batches, Sequence) or not batches:
+        msg = "the calibration batches are gone through many times: pass a list with at least one batch"
+        raise DataError(msg)
+    _check(model, plan)
+    dense, new = Replay(model, batches, forward=forward), copy.deepcopy(model)
+    changing = Replay(new, batches, forward=forward)
+    wanted = {layer.path: layer for layer in plan.factorized}
+    ordered = sorted(wanted, key=changing.start)
+    for done, path in enumerate(ordered):
+        spec, weight, bias = _dense(find(model, path), path)
+        if changing.calls[path] == 1:
+            sums = MomentSums()
+            for i, (x, y) in enumerate(zip(changing.inputs(path), dense.outputs(path), strict=True)):
+                target = y if bias is None else y - bias.view(-1, *[1] * spec.axes)
+                sums.add(x, spec, target, positions=positions, seed=seed * 1_000_003 + done * 1009 + i)
+            metric = sums.moments(path)
+        else:  # it runs several times: what enters it depends on itself
+            metric = collect_moments(
+                new, batches, {path: spec}, dense=model, positions=positions, seed=seed, forward=forward
+            )[path]
+        follower = changing.follower(path)
+        norm = None if follower is None else new.get_submodule(follower)
+        if bias is None and not _takes_mean(norm):
+            metric = _without_bias(metric)
+        metric = metric.replace(output=(outputs or {}).get(path))
+        _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
+        if progress is not None:
+            progress(done + 1, len(ordered))
+    return new
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    for layer in plan.layers:
+        find(model, layer.path)
+    tied = {entry.path: entry.tied for entry in entries(model) if entry.tied}
+    for layer in plan.factorized:
+        check_format(layer)
+        if layer.path in tied:
+            msg = f"layer {layer.path!r} shares a parameter with {', '.join(tied[layer.path])}: keep it"
+            raise PlanError(msg)
+
+
+def _dense(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor, Tensor | None]:
+    """Return geometry, dense weight and bias of a layer."""
+    spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else describe(module)
+    if spec is None or spec.kind == "embedding":
+        msg = f"layer {path!r} cannot be fitted to its inputs: {reason or 'an embedding has none but indices'}"
+        raise PlanError(msg)
+    found: Any = module
+    with torch.no_grad():
+        return spec, found.weight.detach(), None if found.bias is None else found.bias.detach()
+
+
+def _takes_mean(norm: nn.Module | None) -> bool:
+    return isinstance(norm, BATCH_NORMS) and norm.running_mean is not None
+
+
+def _without_bias(metric: Moments) -> Moments:
+    """Return moments about zero instead of the mean, for a layer whose mean nothing can make up for."""
+    none = None if metric.target_mean is None else torch.zeros_like(metric.target_mean)
+    return metric.replace(mean=torch.zeros_like(metric.mean), target_mean=none)
+
+
+def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> Fit:
+    format = str(layer.format)
+    try:
+        given = Decomposition.from_dict(layer.algorithm) if layer.algorithm else None
+        if not isinstance(given, AwareDecomposition):
+            aware = default_algorithm(format, seed, aware=True)
+            given = type(aware)(seed=seed, ridge=ridge) if isinstance(aware, AwareDecomposition) else aware
+        return decompose(weight, format, layer.rank or {}, given, spec=spec, metric=metric)
+    except TenfoldError as error:
+        msg = f"layer {layer.path!r}: {error}"
+        raise PlanError(msg) from error
+
+
+def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, norm: Any) -> None:
+    """Put the factorized layer in place, and the shift of its mean where it belongs."""
+    old = find(model, layer.path)
+    shift = fit.bias_shift
+    if bias is not None and shift is not None:
+        bias = (bias.double() + shift).to(bias.dtype)
+    grads = tuple(any(p.requires_grad for n, p in old.named_parameters() if n.endswith(k)) for k in ("weight", "bias"))
+    new = FactorizedLayer.of(fit.value, bias, requires_grad=(grads[0], grads[1]))
+    new.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
+    put(model, {layer.path: new})
+    if bias is None and shift is not None and _takes_mean(norm):
+        norm.running_mean.sub_(shift.to(norm.running_mean))
