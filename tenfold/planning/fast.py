@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -128,6 +128,7 @@ class _Search:
     compare: Compare
     bench: LayerBench
     planning: dict[str, Any]
+    memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     def attempt(self, timing: Timing | None, number: int) -> FastPlan:
         """Return a plan without slower layers, and its model measured as a whole."""
@@ -150,7 +151,15 @@ class _Search:
         )
 
     def _plan(self, timing: Timing | None, reasons: Mapping[str, str]) -> Plan:
-        return make_plan(self.model, self.profile, budget=self.budget, timing=timing, reasons=reasons, **self.planning)
+        return make_plan(
+            self.model,
+            self.profile,
+            budget=self.budget,
+            timing=timing,
+            reasons=reasons,
+            memory=self.memory,
+            **self.planning,
+        )
 
     def _learner(self) -> Callable[[LayerPlan, LayerTiming], None] | None:
         if self.budget.latency is None:

@@ -17,6 +17,8 @@ from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, c
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
 from tenfold.surgery import find
 
+Memory = dict[str, dict[Any, Any]]  # by path
+
 DEFAULT_FORMATS = ("tucker2", "low_rank")
 
 # A first or last layer below this share of the model's cost is not worth its damage.
@@ -35,6 +37,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     algorithms: Mapping[str, Decomposition] | None = None,
     timing: Timing | None = None,
     reasons: Mapping[str, str] | None = None,
+    memory: Memory | None = None,
     seed: int = 0,
 ) -> Plan:
     """Return what is to happen to every layer of the model: factorized, or kept with the reason.
@@ -51,6 +54,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         algorithms: by format, instead of the format's default algorithm.
         timing: how long the model and its layers take, for a budget of latency.
         reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
+        memory: what earlier plans for the same weights computed of them (spectra), to be used and added to.
         seed: of every algorithm that draws random numbers.
 
     Raises:
@@ -73,7 +77,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     ends = _cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
     kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
     kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
-    problems = [_problem(model, layer, formats) for layer in profile.layers if not kept[layer.path]]
+    problems = [_problem(model, layer, formats, memory) for layer in profile.layers if not kept[layer.path]]
     if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
@@ -169,7 +173,7 @@ def _weight(model: nn.Module, path: str) -> Tensor:
     return weight.detach()
 
 
-def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> RankProblem:
+def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str], memory: Memory | None) -> RankProblem:
     spec = layer.spec
     if spec is None:
         msg = f"layer {layer.path!r} has no geometry"
@@ -183,6 +187,7 @@ def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> R
         cost=layer.cost,
         load_weight=lambda: split_groups(_weight(model, layer.path), spec),
         current=current,
+        _cache={} if memory is None else memory.setdefault(layer.path, {}),
     )
 
 

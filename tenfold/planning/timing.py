@@ -79,8 +79,13 @@ class Timing:
         return replace(self, tighten=self.tighten * factor)
 
     def _timed(self, problem: RankProblem) -> RankProblem:
+        known: dict[tuple[Any, ...], NDArray[np.float64]] = {}  # rules with one knob ask for the same again and again
+
         def at(format: str, ranks: Sequence[Rank]) -> NDArray[np.float64]:
-            return self.clock.predict(format, problem.spec, problem.calls, ranks)
+            key = (format, *(tuple(sorted(rank.items())) for rank in ranks))
+            if key not in known:
+                known[key] = self.clock.predict(format, problem.spec, problem.calls, ranks)
+            return known[key]
 
         if problem.current is None:
             now = self.clock.layer_ms(problem.spec, problem.calls)

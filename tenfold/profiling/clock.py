@@ -20,7 +20,7 @@ from tenfold.profiling.environment import device_name
 from tenfold.profiling.latency import measure_latency, using_threads
 from tenfold.profiling.latency_cache import LatencyCache
 from tenfold.profiling.monotone import MonotoneFit
-from tenfold.profiling.stage_charts import LEVELS, Chart, Curve, Point, chart, stage_points
+from tenfold.profiling.stage_charts import LEVELS, Chart, Curve, Point, chart, stage_columns
 from tenfold.profiling.stage_timing import StageTimer, Timer
 from tenfold.records import Call, LayerSpec, Shape
 
@@ -202,17 +202,12 @@ class Clock:
             self._prepared.add(place)
             self._measure([Point.of(spec, in_shape)], 1, bounded=False)
             self._measure(found.levels[0], 1)
-        wanted: dict[Curve, list[tuple[int, int, int]]] = {}
         total = np.zeros(len(ranks))
-        for index, rank in enumerate(ranks):
-            for point in stage_points(format, spec, in_shape, rank):
-                curve = found.curve(point)
-                if curve is None:  # no sampled rank led there: it costs more than the dense layer
-                    curve = Curve(point.family, (point.at[0],), (point.at[1],))
-                wanted.setdefault(curve, []).append((index, *point.at))
-        for curve, rows in wanted.items():
-            indices, x, y = np.array(rows).T
-            np.add.at(total, indices, self._fit(curve, Point.of(spec, in_shape))(x, y))
+        for point, rows, x, y in stage_columns(format, spec, in_shape, ranks):
+            curve = found.curve(point)
+            if curve is None:  # no sampled rank led there: it costs more than the dense layer
+                curve = Curve(point.family, tuple(np.unique(x).tolist()), tuple(np.unique(y).tolist()))
+            np.add.at(total, rows, self._fit(curve, Point.of(spec, in_shape))(x, y))
         return total
 
     def _chart(self, place: Place) -> Chart:

@@ -89,10 +89,7 @@ class RankProblem:
             return 0.0
         if isinstance(choice, Keep):
             return self.latency_ms
-        key = ("latency", choice.format, *sorted(choice.rank.items()))
-        if key not in self._cache:
-            self._cache[key] = float(self.latency_at(choice.format, [choice.rank])[0])
-        return self._cache[key]  # type: ignore[no-any-return]
+        return float(self.latency_at(choice.format, [choice.rank])[0])
 
     def family(self, format: str) -> tuple[tuple[Rank, Cost], ...]:
         """Return the ranks that a rule with one knob walks along, from small to full, with their costs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tenfold.formats import FORMATS
-from tenfold.profiling.stage_charts import LEVELS, Point, chart, ladder, sample_ranks, stage_points
+from tenfold.profiling.stage_charts import LEVELS, Point, chart, ladder, sample_ranks, stage_columns, stage_points
 from tenfold.records import LayerSpec
 
 CONV = LayerSpec(kind="conv", in_channels=64, out_channels=128, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)
@@ -74,3 +74,20 @@ def test_sampled_ranks_save_and_there_is_always_one():
     assert all(kind.macs(CONV, r, SHAPE) <= CONV.macs(SHAPE) for r in ranks)
     tiny = LayerSpec(kind="conv", in_channels=2, out_channels=2, kernel=(2, 2))
     assert sample_ranks("tucker2", tiny, (1, 2, 4, 4), level=0)
+
+
+@pytest.mark.parametrize("format", ["tucker2", "spatial", "low_rank"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_columns_are_the_stages_rank_by_rank(format, groups):
+    spec = CONV.replace(groups=groups)
+    if FORMATS.get(format).refuses(spec):
+        pytest.skip("the format refuses groups")
+    most = FORMATS.get(format).max_rank(spec)
+    ranks = [{k: max(1, v * n // 7) for k, v in most.items()} for n in range(8)]
+    ranks += [{k: v if k == name else 1 for k, v in most.items()} for name in most]
+    ranks += [{k: v if k == name else 5 for k, v in most.items()} for name in most]
+    expected = sorted((i, p.key) for i, r in enumerate(ranks) for p in stage_points(format, spec, SHAPE, r))
+    found = []
+    for point, rows, xs, ys in stage_columns(format, spec, SHAPE, ranks):
+        found += [(int(i), f"{point.family} {x}->{y}") for i, x, y in zip(rows, xs, ys, strict=True)]
+    assert sorted(found) == expected
