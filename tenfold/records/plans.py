@@ -43,11 +43,12 @@ class Budget(Record):
         values: dict[str, float] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, equals, number = part.partition("=")
+            twice = name.strip() in values
             try:
                 values[name.strip()] = float(number)
             except ValueError:
                 equals = ""
-            if not equals or name.strip() in list(values)[:-1]:
+            if not equals or twice:
                 msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once"
                 raise BudgetError(msg)
         return cls.of(values)

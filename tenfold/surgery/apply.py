@@ -182,7 +182,7 @@ def _layer(fit: Fit, old: nn.Module) -> FactorizedLayer:
 
 
 def _dense(layer: FactorizedLayer) -> nn.Module:
-    grads = any(p.requires_grad for p in layer.stages.parameters())
+    grads = any(p.requires_grad for n, p in layer.named_parameters() if n.endswith("weight"))
     weight = nn.Parameter(layer.weight.detach().clone(memory_format=torch.contiguous_format), grads)
     bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     return build(layer.spec, weight, bias)

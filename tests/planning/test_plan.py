@@ -1,0 +1,241 @@
+"""Plans: a reason for every layer, costs that come true, and files that people edit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from tenfold.decompositions.tucker import HOSVD
+from tenfold.errors import BudgetError, PlanError, RankError, UnknownNameError
+from tenfold.planning import plan, recost
+from tenfold.profiling import profile
+from tenfold.ranks import rule_from
+from tenfold.records import Plan
+from tenfold.surgery import apply
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Zoo(nn.Module):
+    """One layer of every kind that is kept, and two that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 1)
+        self.body = nn.Conv2d(4, 32, 3, padding=1)
+        self.deep = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.norm = nn.BatchNorm2d(32)
+        self.flat = nn.Flatten()
+        self.fc = nn.Linear(32 * 16, 64)
+        self.own = OwnForward(64, 64)
+        self.ortho = parametrizations.orthogonal(nn.Linear(64, 64))
+        self.nans = nn.Linear(64, 64)
+        self.asked = nn.Linear(64, 64)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+        self.unused = nn.Linear(64, 64)
+        self.tie_a = nn.Linear(64, 64)
+        self.tie_b = nn.Linear(64, 64)
+        self.tie_b.weight = self.tie_a.weight
+        self.thin = nn.Linear(64, 1)
+        self.head = nn.Linear(1, 3)
+        with torch.no_grad():
+            self.nans.weight[3, 4] = float("nan")
+
+    def forward(self, x):
+        x = self.fc(self.flat(self.norm(self.deep(self.body(self.stem(x))))))
+        x = self.asked(self.nans(self.ortho(self.own(x))))
+        x = self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
+        return self.head(self.thin(self.tie_b(self.tie_a(x))))
+
+
+X = torch.randn(2, 2, 4, 4)
+
+
+@pytest.fixture
+def zoo():
+    return Zoo().eval()
+
+
+def planned(model, x=X, rule="ratio", settings=None, **options):
+    return plan(model, profile(model, x), rule=rule_from(rule, **(settings or {"share": 0.5})), **options)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("stem", "the first layer is 0.1% of the cost"),
+        ("head", "the last layer is 0.0% of the cost"),
+        ("deep", "depthwise convolution has no channels to drop; the weight has rank 1 already"),
+        ("norm", "BatchNorm2d is not a layer that tenfold factorizes"),
+        ("own", "OwnForward is a Linear with a forward of its own"),
+        ("ortho", "parametrized: remove the parametrization first"),
+        ("nans", "the weight has NaN or infinite entries: repair the model first"),
+        ("asked", "kept as asked by 'ask*'"),
+        ("attention.out_proj", "never called by this forward (its weight may be read by its parent)"),
+        ("unused", "never called by this forward"),
+        ("tie_a", "shares a parameter with tie_b"),
+        ("tie_b", "shares a parameter with tie_a"),
+        ("thin", "rank 1 already: there is nothing to drop"),
+    ],
+)
+def test_every_kept_layer_has_its_reason(zoo, path, reason):
+    layer = planned(zoo, keep=["ask*"]).layer(path)
+    assert layer.action == "keep"
+    assert reason in layer.reason
+    assert layer.before == layer.after
+
+
+def test_every_layer_is_in_the_plan_once(zoo):
+    made = planned(zoo)
+    paths = [layer.path for layer in made.layers]
+    assert len(paths) == len(set(paths))
+    owners = {name.rpartition(".")[0] for name, _ in zoo.named_parameters()}
+    owners = {"ortho" if o.startswith("ortho") else o for o in owners}
+    assert owners <= set(paths)
+    assert "flat" not in paths  # nothing to say of what has neither weights nor MACs
+    assert {layer.path for layer in made.factorized} == {"body", "fc", "asked"}
+    assert all(layer.reason for layer in made.layers)
+
+
+def test_costs_come_true(zoo):
+    made = planned(zoo)
+    assert made.before == profile(zoo, X).cost
+    assert made.after == profile(apply(zoo, made), X).cost
+    assert made.after.below(made.before)
+
+
+def test_a_budget_of_the_whole_model_is_met(zoo):
+    made = planned(zoo, settings={"share": None}, budget={"params": 0.6})
+    assert 0.5 * made.before.params < made.after.params <= 0.6 * made.before.params
+    assert made.budget == {"params": 0.6}
+    absolute = planned(zoo, settings={"share": None}, budget={"params": 0.6 * made.before.params})
+    assert [layer.rank for layer in absolute.layers] == [layer.rank for layer in made.layers]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"macs": 0.001}, "below the .* macs of the layers that stay as they are"),
+        ({"flops": 0.5}, "a budget names params or macs"),
+        ({"macs": -1}, "must be a positive number"),
+        ({"macs": float("nan")}, "must be a positive number"),
+    ],
+)
+def test_impossible_budgets_say_why(zoo, budget, message):
+    with pytest.raises(BudgetError, match=message):
+        planned(zoo, settings={"share": None}, budget=budget)
+
+
+def test_names_that_mean_nothing_are_errors_with_near_ones(zoo):
+    with pytest.raises(UnknownNameError, match=r"no layer matches 'boody'\. Did you mean body"):
+        planned(zoo, keep=["boody"])
+    with pytest.raises(UnknownNameError, match=r"unknown format 'tuker2'\. Did you mean tucker2"):
+        planned(zoo, formats=["tuker2"])
+
+
+def test_the_first_format_that_serves_a_layer_is_preferred(zoo):
+    assert planned(zoo).layer("body").format == "tucker2"
+    assert planned(zoo, formats=["low_rank", "tucker2"]).layer("body").format == "low_rank"
+    assert planned(zoo, formats=["spatial"]).layer("body").format == "spatial"
+    assert planned(zoo, formats=["spatial"]).layer("fc").action == "keep"
+
+
+def test_ends_are_kept_by_default_unless_asked_otherwise(zoo):
+    assert planned(zoo, keep_ends=False).layer("stem").reason != planned(zoo).layer("stem").reason
+    fixed = planned(zoo, rule="fixed", settings={"ranks": {"stem": 1}})
+    assert fixed.layer("stem").action == "factorize"
+
+
+def test_the_algorithm_is_part_of_the_plan(zoo):
+    made = planned(zoo, algorithms={"tucker2": HOSVD(seed=7)}, seed=3)
+    assert made.layer("body").algorithm == {"name": "hosvd", "dtype": "auto", "seed": 7}
+    assert made.layer("fc").algorithm["seed"] == 3
+    assert made.rule["name"] == "ratio"
+
+
+def test_a_plan_of_another_model_is_an_error(zoo):
+    with pytest.raises(PlanError, match="has no layer"):
+        plan(nn.Sequential(nn.Linear(2, 2)), profile(zoo, X), rule=rule_from("ratio", share=0.5))
+
+
+# ---- files
+
+
+def test_yaml_is_commented_and_comes_back(zoo, tmp_path):
+    made = planned(zoo)
+    made.save(tmp_path / "deep" / "plan.yaml")
+    text = (tmp_path / "deep" / "plan.yaml").read_text()
+    assert text.startswith("# A tenfold plan")
+    assert Plan.load(tmp_path / "deep" / "plan.yaml") == made
+    (tmp_path / "plan.json").write_text(made.to_json())
+    assert Plan.load(tmp_path / "plan.json") == made
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["plan.yaml"]
+
+
+def test_a_plan_edited_by_hand_is_carried_out(zoo, tmp_path):
+    made = planned(zoo)
+    rank = made.layer("body").rank
+    text = made.to_yaml().replace(f"{{out: {rank['out']}, in: {rank['in']}}}", "{out: 3, in: 2}")
+    assert text != made.to_yaml()
+    edited = Plan.from_text(text)
+    assert edited.layer("body").rank == {"out": 3, "in": 2}
+    small = apply(zoo, edited)
+    assert small.body.rank == {"out": 3, "in": 2}
+    again = recost(edited, profile(zoo, X))
+    assert again.after == profile(small, X).cost
+    assert again.after != made.after
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rank: {out", "rnak: {out"), "rnak: Extra inputs are not permitted"),
+        (("action: factorize", "action: shrink"), "action: Input should be 'factorize' or 'keep'"),
+        (("version: 1", "version: 99"), "version 99, this tenfold reads up to 1: upgrade tenfold"),
+        (("path: stem", "path: body"), "layers appear twice: body"),
+        (("layers:", "layers: ]["), "is not valid YAML"),
+        (("rank: {out: ", "rank: {out: -"), "greater than 0"),
+    ],
+)
+def test_broken_files_are_refused_in_one_line(zoo, tmp_path, change, message):
+    text = planned(zoo).to_yaml()
+    assert change[0] in text
+    path = tmp_path / "plan.yaml"
+    path.write_text(text.replace(*change, 1))
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_an_impossible_edit(zoo, tmp_path):
+    with pytest.raises(PlanError, match="there is no plan at"):
+        Plan.load(tmp_path / "no.yaml")
+    made = planned(zoo)
+    layer = made.layer("body").replace(rank={"out": 99, "in": 1})
+    wrong = made.replace(layers=tuple(layer if old.path == "body" else old for old in made.layers))
+    with pytest.raises(RankError, match=r"out=99 is outside 1\.\.32"):
+        recost(wrong, profile(zoo, X))
+
+
+def test_a_factorized_model_is_planned_further_in_its_own_format():
+    model, x = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)), torch.randn(1, 16, 6, 6)
+    first = planned(model, x, settings={"share": None}, budget={"macs": 0.5})
+    small = apply(model, first)
+    cost = profile(small, x)
+    assert cost.cost == first.after
+    same = planned(small, x, settings={"share": None}, budget={"macs": float(first.after.macs)})
+    assert not same.factorized
+    assert same.layer("0").format == "tucker2"
+    assert same.layer("0").rank == first.layer("0").rank
+    further = planned(small, x, settings={"share": None}, budget={"macs": 0.5}, formats=["low_rank", "tucker2"])
+    assert {layer.format for layer in further.factorized} == {"tucker2"}
+    smaller = apply(small, further)
+    assert profile(smaller, x).macs <= 0.5 * first.after.macs
+    for layer in further.factorized:
+        assert all(v <= first.layer(layer.path).rank[k] for k, v in layer.rank.items())

@@ -1,0 +1,113 @@
+"""Records: strict, frozen, right about shapes and costs, and written whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from tenfold.errors import BudgetError, TenfoldError
+from tenfold.layers import describe
+from tenfold.records import Budget, ContractSpec, Cost, LayerPlan, LayerSpec, chain_macs, chain_params, write_text
+from tenfold.testing import GEOMETRIES
+
+
+@pytest.mark.parametrize("at", GEOMETRIES, ids=str)
+def test_specs_survive_json_and_yaml(at):
+    assert LayerSpec.from_text(at.spec.to_json()) == at.spec
+    assert LayerSpec.from_text(at.spec.to_yaml()) == at.spec
+
+
+def test_specs_are_strict_and_frozen():
+    spec = LayerSpec(kind="conv", in_channels=4, out_channels=6, kernel=(3, 5))
+    assert (spec.stride, spec.padding, spec.dilation, spec.output_padding) == ((1, 1), (0, 0), (1, 1), (0, 0))
+    with pytest.raises(ValidationError):
+        spec.stride = (2, 2)
+    for wrong in (
+        {"kind": "linear", "kernel": (3,)},
+        {"kind": "conv"},
+        {"kind": "conv", "kernel": (3, 3), "stride": (1,)},
+        {"kind": "conv", "kernel": (3,), "groups": 3},
+        {"kind": "conv", "kernel": (3,), "padding_mode": "wrap"},
+        {"kind": "linear", "colour": "red"},
+    ):
+        with pytest.raises(ValidationError):
+            LayerSpec(in_channels=4, out_channels=6, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (nn.Conv2d(3, 8, 3, stride=2), "Conv2d 3→8 3×3 /2×2"),
+        (nn.Conv1d(4, 8, 3, groups=2), "Conv1d 4→8 3 g2"),
+        (nn.ConvTranspose2d(3, 8, (3, 4)), "ConvTranspose2d 3→8 3×4"),
+        (nn.Linear(3, 8), "Linear 3→8"),
+        (nn.Embedding(30, 8), "Embedding 30→8"),
+    ],
+)
+def test_specs_read_like_layers(layer, text):
+    assert str(describe(layer)[0]) == text
+
+
+def test_costs_add_and_compare():
+    assert Cost(params=1, macs=2) + Cost(params=3, macs=4) == Cost(params=4, macs=6)
+    assert Cost(params=1, macs=4).below(Cost(params=2, macs=4))
+    assert not Cost(params=2, macs=4).below(Cost(params=2, macs=4))
+    assert not Cost(params=1, macs=5).below(Cost(params=2, macs=4))
+    with pytest.raises(ValidationError):
+        Cost(params=-1)
+
+
+def test_chains_run_one_after_the_other():
+    conv = LayerSpec(kind="conv", in_channels=4, out_channels=2, kernel=(3, 3), stride=(2, 2))
+    mix = conv.mix(2, 8, bias=True)
+    assert chain_params((conv, mix)) == 4 * 2 * 9 + 2 * 8 + 8
+    assert chain_macs((conv, mix), (1, 4, 9, 9)) == 16 * (4 * 2 * 9 + 2 * 8)
+    contract = ContractSpec(modes=(2, 3), equation="...ab,cb->...ca", weight_shape=(5, 3))
+    assert contract.out_channels == 10
+    assert contract.macs((7, 6)) == 7 * 2 * 3 * 5
+
+
+def test_budgets_are_shares_or_absolutes():
+    cost = Cost(params=1000, macs=50)
+    assert Budget.parse("macs=0.5, params=400").allowance(cost) == {"params": 400.0, "macs": 25.0}
+    assert Budget.of({"macs": 1}).allowance(cost) == {"macs": 50.0}
+    assert not Budget()
+    assert Budget(macs=0.5)
+    assert repr(Budget(macs=0.5)) == "Budget(macs=0.5)"
+
+
+@pytest.mark.parametrize(
+    "text", ["macs", "macs=", "macs=half", "macs=0.5,macs=0.4", "flops=0.5", "macs=0", "macs=-1", "macs=inf"]
+)
+def test_budgets_that_cannot_be_read(text):
+    with pytest.raises(BudgetError):
+        Budget.parse(text)
+
+
+def test_a_layer_to_factorize_needs_a_format_and_a_rank():
+    common = {"path": "a", "kind": "Linear", "reason": "x", "before": Cost(), "after": Cost()}
+    assert LayerPlan(action="keep", **common).format is None
+    with pytest.raises(ValidationError, match="has no format or no rank"):
+        LayerPlan(action="factorize", format="low_rank", **common)
+
+
+def test_text_names_its_source_and_the_field():
+    with pytest.raises(TenfoldError, match=r"mine.yaml is not a valid Cost: params: Input should be a valid integer"):
+        Cost.from_text("params: many", source="mine.yaml")
+
+
+def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "sub" / "file.txt"
+    write_text(path, "old")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert torch.get_num_threads() == 1
