@@ -5,6 +5,7 @@ from tenfold.planning.gate import LayerBench, LayerTiming, plan_never_slower
 from tenfold.planning.plan import DEFAULT_FORMATS, plan, recost
 from tenfold.planning.sensitivity import Sensitivity
 from tenfold.planning.timing import Timing
+from tenfold.planning.tradeoff import tradeoff
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -17,4 +18,5 @@ __all__ = [
     "plan_fast",
     "plan_never_slower",
     "recost",
+    "tradeoff",
 ]

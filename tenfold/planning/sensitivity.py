@@ -107,7 +107,7 @@ class Sensitivity:
         self._layers = {layer.path: layer for layer in profile.layers if layer.params or layer.macs}
         self._reasons = {p: _why_not(layer, formats, keep) for p, layer in self._layers.items()}
         self._problems = {
-            p: _problem(self._model, layer, formats) for p, layer in self._layers.items() if not self._reasons[p]
+            p: problem_of(self._model, layer, formats) for p, layer in self._layers.items() if not self._reasons[p]
         }
         for name, problem in self._problems.items():
             if not any(self.candidates(name, format) for format in problem.formats):
@@ -346,7 +346,12 @@ def _why_not(layer: LayerProfile, formats: Sequence[str], keep: Sequence[str]) -
     return "; ".join(dict.fromkeys(map(str, refusals))) if all(refusals) else ""
 
 
-def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> RankProblem:
+def problem_of(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> RankProblem:
+    """Return what there is to know of a layer, in those of the formats that serve it.
+
+    Raises:
+        PlanError: the layer has no geometry.
+    """
     spec = layer.spec
     if spec is None:
         msg = f"layer {layer.path!r} has no geometry"

@@ -1,0 +1,111 @@
+"""The trade-off curve of a model: plans for a row of budgets, what they predict, and what comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+from tenfold.errors import BudgetError
+from tenfold.formats import FORMATS
+from tenfold.planning.sensitivity import problem_of
+from tenfold.ranks import RankProblem
+from tenfold.ranks.candidates import tail_damage
+from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
+
+SHARES = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))
+BY_RULE = "predicted damage of the rule"
+BY_WEIGHT = "sum of the layers' squared relative weight errors"
+
+Progress = Callable[[int, int], None]
+
+
+def tradeoff(
+    model: nn.Module,
+    profile: Profile,
+    make: Callable[[Mapping[str, float]], Plan],
+    *,
+    budget: str = "macs",
+    shares: Sequence[float] = SHARES,
+    score: Callable[[Plan], float] | None = None,
+    baseline: float | None = None,
+    progress: Progress | None = None,
+) -> TradeOff:
+    """Return what budgets from small to large lead to, so that a person can choose one by looking.
+
+    The predicted damage is the sum of what the rule says of each layer; for a rule that says nothing, the sum of the
+    squared relative errors of the weights, as the tails of their spectra bound them.
+
+    Args:
+        model: that was profiled.
+        profile: what ``profile`` said of it.
+        make: returns the plan for a budget, such as ``lambda b: plan(model, profile, rule=rule, budget=b)``.
+        budget: ``params``, ``macs`` or ``latency``.
+        shares: the budgets.
+        score: returns the score of the model after a plan; nothing is carried out without.
+        baseline: the score of the model as it is.
+        progress: called with (done, in all).
+
+    Example:
+        >>> import torch
+        >>> from tenfold.planning import plan
+        >>> from tenfold.profiling import profile
+        >>> from tenfold.ranks import rule_from
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> cost, rule = profile(net, torch.zeros(1, 64)), rule_from("ratio")
+        >>> curve = tradeoff(net, cost, lambda b: plan(net, cost, rule=rule, budget=b), shares=[0.001, 0.25, 0.5])
+        >>> [point.budget for point in curve.points], curve.unreachable
+        ([0.25, 0.5], (0.001,))
+    """
+    plans: dict[float, Plan] = {}
+    scores: dict[float, float] = {}
+    unreachable = []
+    for done, share in enumerate(sorted(shares), start=1):
+        try:
+            plans[share] = make({budget: share})
+        except BudgetError:
+            unreachable.append(share)
+        if score is not None and share in plans:
+            scores[share] = score(plans[share])
+        if progress is not None:
+            progress(done, len(shares))
+    told = all(layer.damage is not None for made in plans.values() for layer in made.factorized)
+    damage = _by_rule if told and any(made.factorized for made in plans.values()) else _Weights(model, profile)
+    return TradeOff(
+        model=profile.model,
+        budget=budget,
+        rule=next((made.rule for made in plans.values()), {}),
+        damage=BY_RULE if damage is _by_rule else BY_WEIGHT,
+        before=profile.cost,
+        baseline=baseline,
+        points=tuple(
+            TradeOffPoint(budget=share, cost=made.after, damage=damage(made), score=scores.get(share))
+            for share, made in plans.items()
+        ),
+        unreachable=tuple(unreachable),
+    )
+
+
+def _by_rule(made: Plan) -> float:
+    return sum(layer.damage or 0.0 for layer in made.factorized)
+
+
+class _Weights:
+    """Sums the squared relative errors of the weights that a plan would leave; spectra are found once."""
+
+    def __init__(self, model: nn.Module, profile: Profile) -> None:
+        self._model, self._profile = model, profile
+        self._problems: dict[tuple[str, str], RankProblem] = {}
+
+    def __call__(self, made: Plan) -> float:
+        return sum(self._layer(layer) for layer in made.factorized)
+
+    def _layer(self, layer: LayerPlan) -> float:
+        format = str(layer.format)
+        key = (layer.path, format)
+        if key not in self._problems:
+            self._problems[key] = problem_of(self._model, self._profile.layer(layer.path), [format])
+        rank = layer.rank or {}
+        row = np.array([[rank[name] for name in FORMATS.get(format).rank_names]])
+        return float(tail_damage(self._problems[key], format)(row)[0])
