@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, stage_specs
-from tenfold.planning.gate import Compare, Gated, LayerBench, LayerTiming, fill_neutral_, plan_never_slower
+from tenfold.planning.gate import Compare, LayerBench, LayerTiming, fill_neutral_, plan_never_slower
 from tenfold.planning.plan import plan as make_plan
 from tenfold.planning.timing import Timing
-from tenfold.profiling import Clock, compare_latency, to_memory_format
+from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
 from tenfold.profiling.memory_format import candidates_for
 from tenfold.records import Budget, Latency, LayerPlan, Plan, Profile, Speedup
 from tenfold.surgery import restructure_
 
 _LOG = logging.getLogger("tenfold")
 _SLACK = 0.06  # a plan may stay this far below the allowance before it is made anew with more
+_AIM = 0.985  # of the allowance: measurements scatter
 _RELAX = 1.1
+_OTHER_FORMAT = 1.05  # how much faster another memory format must be
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class FastPlan:
     Attributes:
         plan: what to do; its layers have their measured times.
         before: the model as it is, in its best memory format.
-        after: the smaller model, in its best memory format.
+        after: the smaller model, in the memory format that it is to run in.
         speedup: how many times faster, measured in turns.
         layers: timing of every factorized layer.
         returned: timing of the layers that stay dense because they were not faster.
@@ -48,6 +51,11 @@ class FastPlan:
     returned: dict[str, LayerTiming]
     met: bool
     rounds: int
+
+    @property
+    def share(self) -> float:
+        """The measured time, as a share of what it was."""
+        return 1 / self.speedup.ratio
 
 
 def plan_fast(
@@ -74,7 +82,8 @@ def plan_fast(
         model: the model that was profiled, on its device.
         profile: what ``profile`` said of it on these inputs.
         inputs: example inputs.
-        clock: times layers, in the memory format in which the smaller model is to run.
+        clock: times layers, in the memory format in which the smaller model is to run; where the first plan runs
+            faster in another one, a clock like it for that format takes over.
         budget: of the whole model; ``latency`` is a share of the model's time in its best memory format.
         strict: raise if the latency cannot be met; otherwise come as near as the layers allow.
         rounds: how many plans to measure as a whole, at most.
@@ -87,59 +96,96 @@ def plan_fast(
         BudgetError: the budget cannot be met.
     """
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    bench = LayerBench(
-        profile, clock.device, clock.dtype, clock.memory_format, clock.threads, layer_seconds, compare=compare
-    )
-    search = _Search(model, profile, inputs, clock, budget, seconds, compare, bench, planning)
+    search = _Search(model, profile, inputs, clock, budget, (seconds, layer_seconds), compare, planning)
     if budget.latency is None:
-        return search.attempt(None, 1)
-    timing = Timing.of(model, inputs, clock, seconds=seconds)
+        found, better = search.attempt(None, 1)
+        return found if better is None else search.in_format(better).attempt(None, 2)[0]
+    timing = search.timing()
     wanted = budget.allowance(profile.cost, timing.dense_ms)["latency"] / timing.dense_ms
-    best: FastPlan | None = None
+    tried: list[tuple[float, FastPlan]] = []  # the factor on the allowance, and what came of it
     for number in range(1, rounds + 1):
         try:
-            found = search.attempt(timing, number)
+            found, better = search.attempt(timing, number)
         except BudgetError:
-            if best is not None and (best.met or not strict):
-                return best
+            if tried:
+                break
             if strict or number == rounds:
                 raise
             timing = timing.tightened(_RELAX)
             continue
-        share = 1 / found.speedup.ratio
-        _LOG.info("plan %d runs in %.3f of the time, allowed are %.3f", number, share, wanted)
-        best = _better(best, found, wanted)
-        if (1 - _SLACK) * wanted <= share <= wanted:
+        if better is not None and number == 1:
+            search = search.in_format(better)
+            timing = search.timing()
+            continue
+        _LOG.info("plan %d runs in %.3f of the time, allowed are %.3f", number, found.share, wanted)
+        tried.append((timing.tighten, found))
+        if (1 - _SLACK) * wanted <= found.share <= wanted:
             break
-        timing = timing.tightened(0.985 * wanted / share)
-    return _settled(best, wanted, strict=strict)
+        timing = timing.tightened(next_factor([(t, f.share) for t, f in tried], wanted) / timing.tighten)
+    return _settled([f for _, f in tried], wanted, strict=strict)
+
+
+def next_factor(tried: list[tuple[float, float]], wanted: float) -> float:
+    """Return the factor on the allowance to try next, from (factor, measured share of the time) so far.
+
+    In proportion at first; between the nearest two once there are some on both sides of what is wanted.
+
+    Example:
+        >>> round(next_factor([(1.0, 0.6)], 0.5), 3), round(next_factor([(1.0, 0.6), (0.8, 0.4)], 0.5), 3)
+        (0.821, 0.893)
+    """
+    aim = _AIM * wanted
+    below = max(((t, s) for t, s in tried if s <= wanted), key=lambda p: p[1], default=None)
+    above = min(((t, s) for t, s in tried if s > wanted), key=lambda p: p[1], default=None)
+    if below is None or above is None or below[0] >= above[0]:
+        factor, share = tried[-1]
+        return factor * aim / share
+    part = min(0.9, max(0.1, (aim - below[1]) / (above[1] - below[1])))
+    return below[0] + part * (above[0] - below[0])
 
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """What stays the same from round to round."""
+    """What stays the same from round to round. ``seconds`` are those for a model and those for a layer."""
 
     model: nn.Module
     profile: Profile
     inputs: Any
     clock: Clock
     budget: Budget
-    seconds: float
+    seconds: tuple[float, float]
     compare: Compare
-    bench: LayerBench
     planning: dict[str, Any]
     memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
-    def attempt(self, timing: Timing | None, number: int) -> FastPlan:
-        """Return a plan without slower layers, and its model measured as a whole."""
+    @cached_property
+    def bench(self) -> LayerBench:
+        """Times layers as the clock does, each geometry once."""
+        c = self.clock
+        return LayerBench(
+            self.profile, c.device, c.dtype, c.memory_format, c.threads, self.seconds[1], compare=self.compare
+        )
+
+    def timing(self) -> Timing:
+        """Return the timing of the model as it is."""
+        return Timing.of(self.model, self.inputs, self.clock, seconds=self.seconds[0])
+
+    def in_format(self, name: str) -> _Search:
+        """Return the same search for a smaller model that runs in another memory format."""
+        return replace(self, clock=self.clock.in_format(name))
+
+    def attempt(self, timing: Timing | None, number: int) -> tuple[FastPlan, str | None]:
+        """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
         gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
-        variants, before, after = self._variants(gated)
-        result = self.compare(variants, seconds=self.seconds, threads=self.clock.threads)
-        first = min(before, key=lambda name: result.latencies[name].median_ms)
-        last = min(after, key=lambda name: result.latencies[name].median_ms)
-        pair = {"before": variants[first], "after": variants[last]}
-        final = self.compare(pair, seconds=self.seconds, threads=self.clock.threads)
-        return FastPlan(
+        small = with_structure(self.model, gated.plan)
+        names = candidates_for(self.inputs)
+        before = {f"before {name}": to_memory_format(self.model, self.inputs, name) for name in names}
+        after = {f"after {name}": to_memory_format(small, self.inputs, name) for name in names}
+        times = self._compared(before | after).latencies
+        best = {kind: min(kinds, key=lambda n: times[n].median_ms) for kind, kinds in (("b", before), ("a", after))}
+        own = f"after {self.clock.memory_format}"
+        final = self._compared({"before": before[best["b"]], "after": after[own]})
+        found = FastPlan(
             plan=gated.plan,
             before=final.latencies["before"],
             after=final.latencies["after"],
@@ -149,6 +195,11 @@ class _Search:
             met=self._met(final.speedups["after"], timing),
             rounds=number,
         )
+        better = times[own].median_ms > _OTHER_FORMAT * times[best["a"]].median_ms
+        return found, best["a"].removeprefix("after ") if better else None
+
+    def _compared(self, variants: dict[str, tuple[nn.Module, Any]]) -> Comparison:
+        return self.compare(variants, seconds=self.seconds[0], threads=self.clock.threads)
 
     def _plan(self, timing: Timing | None, reasons: Mapping[str, str]) -> Plan:
         return make_plan(
@@ -172,14 +223,6 @@ class _Search:
                 self.clock.learn(str(layer.format), known.spec, in_shape, layer.rank or {}, 1 / measured.ratio)
 
         return learn
-
-    def _variants(self, gated: Gated) -> tuple[dict[str, tuple[nn.Module, Any]], list[str], list[str]]:
-        small = with_structure(self.model, gated.plan)
-        variants: dict[str, tuple[nn.Module, Any]] = {}
-        for name in candidates_for(self.inputs):
-            variants[f"before {name}"] = to_memory_format(self.model, self.inputs, name)
-            variants[f"after {name}"] = to_memory_format(small, self.inputs, name)
-        return variants, [n for n in variants if n.startswith("before")], [n for n in variants if n.startswith("after")]
 
     def _met(self, speedup: Speedup, timing: Timing | None) -> bool:
         if timing is None:
@@ -206,25 +249,15 @@ def _fill(layer: FactorizedLayer) -> None:
                 parameter.data.zero_()
 
 
-def _better(best: FastPlan | None, found: FastPlan, wanted: float) -> FastPlan:
-    """Return the plan that meets the budget with the least to spare; failing that, the faster one."""
-    if best is None:
-        return found
-
-    def rank(plan: FastPlan) -> tuple[bool, float]:
-        share = 1 / plan.speedup.ratio
-        return (share <= wanted, share if share <= wanted else -share)
-
-    return max(best, found, key=rank)
-
-
-def _settled(best: FastPlan | None, wanted: float, *, strict: bool) -> FastPlan:
-    if best is None:
+def _settled(found: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
+    """Return the plan that meets the budget with the least to spare; failing that, the fastest."""
+    if not found:
         msg = f"no plan runs in {wanted:.0%} of the time: raise the latency budget or allow more formats"
         raise BudgetError(msg)
+    best = max(found, key=lambda plan: (plan.met, plan.share if plan.met else -plan.share))
     if strict and not best.met:
         msg = (
-            f"the latency budget of {wanted:.0%} is not met: the best plan measures {1 / best.speedup.ratio:.1%}. "
+            f"the latency budget of {wanted:.0%} is not met: the best plan measures {best.share:.1%}. "
             "Raise the budget, or allow more formats or layers."
         )
         raise BudgetError(msg)

@@ -105,6 +105,7 @@ class Clock:
         self._timer = StageTimer(self.device, dtype, memory_format) if timer is None else timer
         self._model_timer = model_timer
         self._progress = progress
+        self._folder = cache
         self._cache = LatencyCache(cache, self.conditions)
         self._samples = self._cache.load()
         self._unsaved: set[str] = set()
@@ -128,6 +129,23 @@ class Clock:
             "threads": self.threads,
             "memory_format": self.memory_format,
         }
+
+    def in_format(self, memory_format: str) -> Clock:
+        """Return a clock with the same settings for another memory format."""
+        fake = not isinstance(self._timer, StageTimer)
+        return Clock(
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            memory_format=memory_format,
+            cache=self._folder,
+            seconds=self.seconds,
+            repeats=self.repeats,
+            step=self.step,
+            timer=self._timer if fake else None,
+            model_timer=self._model_timer,
+            progress=self._progress,
+        )
 
     def layer_ms(self, spec: LayerSpec, calls: Sequence[Call]) -> float:
         """Return the milliseconds that the dense layer takes in one forward, all its calls together."""

@@ -62,6 +62,7 @@ class FakeCompare:
     """Stands in for ``compare_latency``: every model takes ``model_ms``, times ``bias`` when it is factorized."""
 
     bias: float = 1.0
+    channels_last: float = 1.0  # factor on models in that memory format
     asked: int = 0
 
     def __call__(self, variants, *, seconds, threads):
@@ -69,7 +70,12 @@ class FakeCompare:
         times = {}
         for name, (model, inputs) in variants.items():
             ms = model_ms(model, inputs) - (OVERHEAD_MS if name in ("dense", "factorized") else 0.0)
-            times[name] = ms * (self.bias if name.startswith(("after", "factorized")) else 1.0)
+            last = inputs.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
+            times[name] = (
+                (self.channels_last if last else 1.0)
+                * ms
+                * (self.bias if name.startswith(("after", "factorized")) else 1.0)
+            )
         latencies = {
             n: Latency(median_ms=t, low_ms=t, high_ms=t, runs=9, threads=1, device="cpu", dtype="float32")
             for n, t in times.items()
@@ -272,3 +278,23 @@ def test_made_up_layers_keep_values_in_range(spec):
         out = layer(torch.ones(shape))
     assert out.min() >= 0.1
     assert out.max() <= 1 + 1e-6
+
+
+def test_the_memory_format_that_is_faster_takes_over(net, costs, monkeypatch):
+    compare = FakeCompare(channels_last=0.5)
+    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    formats = []
+
+    def watch(variants, **options):
+        formats.extend(n for n in variants if n == "after")
+        layouts = [v[1].is_contiguous(memory_format=torch.channels_last) for n, v in variants.items() if n == "after"]
+        formats.extend(layouts)
+        return compare(variants, **options)
+
+    result = plan_fast(
+        net, costs, X, clock=clock(), budget={"latency": 0.6}, rule=rule_from("ratio"), keep_ends=False, compare=watch
+    )
+    assert formats[:2] == ["after", False]
+    assert formats[-1] is True
+    assert result.met
+    assert result.share == pytest.approx(0.6, rel=0.1)
