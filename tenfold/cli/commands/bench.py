@@ -1,0 +1,155 @@
+"""tenfold bench: two saved models, timed in turns."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tenfold.cli.options import TASK_FORMS, Machine, Source
+from tenfold.cli.terminal import Misuse, Terminal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tenfold.cli.sources import Opened
+    from tenfold.profiling import Comparison
+    from tenfold.records import Latency
+
+ORDER = 55
+
+
+class Layout(StrEnum):
+    """How tensors lie in memory; ``best`` tries all and takes for each model the one that is fastest."""
+
+    best = "best"
+    contiguous = "contiguous"
+    channels_last = "channels_last"
+
+
+_MODEL_HELP = "A checkpoint folder, dense weights as .safetensors, or `dense` for the task's own."
+ModelA = Annotated[str, typer.Argument(metavar="A", help=_MODEL_HELP, show_default=False)]
+ModelB = Annotated[str, typer.Argument(metavar="B", help="The same; is it faster than A?", show_default=False)]
+TaskName = Annotated[
+    str | None, typer.Option("--task", "-t", metavar="TASK", help=f"{TASK_FORMS} Known to most checkpoints.")
+]
+Data = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the data of the task is.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Samples in a forward.")]
+Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="About how long to measure.")]
+Format = Annotated[Layout, typer.Option("--memory-format", help="How tensors lie in memory.")]
+
+
+def run(
+    machine: Machine,
+    terminal: Terminal,
+    a: ModelA,
+    b: ModelB,
+    task: TaskName = None,
+    data: Data = None,
+    batch: Batch = 1,
+    seconds: Seconds = 10.0,
+    memory_format: Format = Layout.best,
+) -> None:
+    """Tell how many times faster model B is than model A: in turns, with spread and a 95 % interval.
+
+    tenfold bench dense runs/half --task cifar10:resnet56 --batch 8
+
+    With --json, one object: `a` and `b`, each with `model`, `params` and `latency`; `speedup` with `ratio`, `low` and
+    `high`; `faster` (true, false, or null where the interval holds 1); `environment`.
+    """
+    with terminal.session():
+        from tenfold.profiling import environment
+
+        terminal.step("open the models")
+        pair = _open_both((a, b), task, data, machine)
+        terminal.step("measure")
+        result = _compared(pair, batch, seconds, memory_format)
+        params = [sum(p.numel() for p in opened.model.parameters()) for opened in pair]
+        models = {
+            name: {"model": text, "params": number, "latency": result.latencies[name].model_dump(mode="json")}
+            for name, text, number in zip("ab", (a, b), params, strict=True)
+        }
+        made = environment(pair[0].device)
+        speedup = result.speedups["b"]
+        faster = None if speedup.low <= 1 <= speedup.high else speedup.ratio > 1
+        terminal.show(_table(dict(zip("ab", zip((a, b), params, strict=True), strict=True)), result))
+        terminal.say(_verdict(result, f"{made.device_name or made.device}, torch {made.torch}"))
+        terminal.result(
+            models
+            | {
+                "speedup": speedup.model_dump(mode="json"),
+                "faster": faster,
+                "environment": made.model_dump(mode="json"),
+            }
+        )
+
+
+def _open_both(names: tuple[str, str], task: str | None, data: Path | None, machine: Machine) -> list[Opened]:
+    """Return both models; a task that a checkpoint is known to be for is that of the other model too."""
+    from tenfold.cli.sources import open_source
+
+    found: dict[str, Opened] = {}
+    for name in sorted(set(names), key=lambda n: not Path(n).is_dir()):  # checkpoints first: they know their task
+        found[name] = open_source(_source(name, task, data), machine)
+        task = found[name].name
+    return [found[name] for name in names]
+
+
+def _source(name: str, task: str | None, data: Path | None) -> Source:
+    if name == "dense":
+        return Source(task=task, data=data)
+    path = Path(name)
+    if path.is_dir():
+        return Source(task=task, checkpoint=path, data=data)
+    if path.suffix == ".safetensors":
+        return Source(task=task, weights=path, data=data)
+    msg = f"there is no model {name!r}: name a checkpoint folder, weights as .safetensors, or `dense`."
+    raise Misuse(msg)
+
+
+def _compared(pair: list[Opened], batch: int, seconds: float, layout: Layout) -> Comparison:
+    """Return the measurement of the models as ``a`` and ``b``, each in its memory format."""
+    from tenfold.profiling import best_memory_format, compare_latency, to_memory_format
+
+    variants: dict[str, tuple[Any, Any]] = {}
+    for name, opened in zip("ab", pair, strict=True):
+        inputs = opened.inputs(batch)
+        chosen = layout.value
+        if layout is Layout.best:
+            chosen, _ = best_memory_format(opened.model, inputs, seconds=seconds / 4)
+        variants[name] = to_memory_format(opened.model, inputs, chosen)
+    return compare_latency(variants, seconds=seconds / 2 if layout is Layout.best else seconds)
+
+
+def _table(models: dict[str, tuple[str, int]], result: Comparison) -> RenderableType:
+    from tenfold.reporting.numbers import count, milliseconds, three_digits
+    from tenfold.reporting.style import grid
+
+    table = grid()
+    for title in ("", "model", "parameters", "median", "quartiles", "memory format", "times faster"):
+        table.add_column(title, no_wrap=title != "model", justify="left" if title in ("", "model") else "right")
+    for name, (model, params) in models.items():
+        latency, speedup = result.latencies[name], result.speedups[name]
+        faster = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}]" if name == "b" else ""
+        quartiles = f"{three_digits(latency.low_ms)}–{three_digits(latency.high_ms)}"
+        row = (name, model, count(params), milliseconds(latency.median_ms), quartiles, latency.memory_format, faster)
+        table.add_row(*row)
+    return table
+
+
+def _verdict(result: Comparison, machine: str) -> str:
+    speedup, latency = result.speedups["b"], result.latencies["b"]
+    if speedup.low <= 1 <= speedup.high:
+        found = "no difference that this measurement can tell"
+    elif speedup.ratio > 1:
+        found = f"b is {speedup.ratio:.3g} times faster than a"
+    else:
+        found = f"b is {1 / speedup.ratio:.3g} times slower than a"
+    return f"{found[0].upper()}{found[1:]} ({_conditions(latency)}, {speedup.rounds} rounds in turns; {machine})."
+
+
+def _conditions(latency: Latency) -> str:
+    threads = f"{latency.threads} {'thread' if latency.threads == 1 else 'threads'}"
+    return f"batch {latency.batch_size}, {latency.dtype}, {threads}"
