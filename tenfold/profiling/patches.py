@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
 
 import torch
 from torch import Tensor
@@ -35,12 +35,17 @@ def input_patches(x: Tensor, spec: LayerSpec, *, positions: int | None = None, s
         return rows.t()[None]
     if x.dim() == spec.axes + 1:
         x = x[None]
-    windows = _windows(_padded(x, spec), spec)  # (batch, in, *kernel, *out)
-    windows = windows.unflatten(1, (spec.groups, -1)).movedim(0, -spec.axes - 1)  # (groups, in, *kernel, batch, *out)
-    if positions is not None:
-        windows = windows[(..., *_drawn(tuple(windows.shape[-spec.axes :]), positions, seed, x.device))]
-    taken = 1 if positions is not None else spec.axes
-    patches: Tensor = windows.reshape(spec.groups, -1, windows.shape[-taken - 1 :].numel())
+    wide = _padded(x, spec)
+    size = _places(tuple(wide.shape[2:]), spec)
+    drawn = _drawn(size, positions, seed)
+    if drawn is None:
+        windows = _windows(wide, spec)  # (batch, in, *kernel, *out)
+        windows = windows.unflatten(1, (spec.groups, -1)).movedim(0, -spec.axes - 1)
+        everywhere: Tensor = windows.reshape(spec.groups, -1, x.shape[0] * prod(size))
+        return everywhere
+    index = _sources(tuple(wide.shape[2:]), spec, drawn).to(x.device)  # (taps, places)
+    taken = wide.flatten(2).index_select(2, index.flatten()).unflatten(2, index.shape)  # (batch, in, taps, places)
+    patches: Tensor = taken.permute(1, 2, 0, 3).reshape(spec.groups, -1, x.shape[0] * index.shape[1])
     return patches
 
 
@@ -51,17 +56,43 @@ def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, see
     if y.dim() == spec.axes + 1:
         y = y[None]
     values: Tensor = y.unflatten(1, (spec.groups, -1)).movedim(0, 2)
-    if positions is not None:
-        drawn: Any = (..., *_drawn(tuple(values.shape[3:]), positions, seed, y.device))
-        values = values[drawn]
+    drawn = _drawn(tuple(values.shape[3:]), positions, seed)
+    if drawn is not None:
+        values = values.flatten(3).index_select(3, _flat(drawn, tuple(values.shape[3:])).to(y.device))
     return values.flatten(2)
 
 
-def _drawn(size: tuple[int, ...], positions: int, seed: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Return coordinates, one tensor for each spatial axis, of distinct positions in a map of this size."""
-    total = torch.Size(size).numel()
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: min(positions, total)]
-    return torch.unravel_index(order.to(device), size)
+def _drawn(size: tuple[int, ...], positions: int | None, seed: int) -> Tensor | None:
+    """Return the coordinates (places, axes) of distinct positions in a map of this size; None for all of them."""
+    total = prod(size)
+    if positions is None or positions >= total:
+        return None
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:positions]
+    return torch.stack(torch.unravel_index(order, size), dim=1)
+
+
+def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return the index of each row of coordinates (..., axes) in the flattened map of this size."""
+    index = torch.zeros(coordinates.shape[:-1], dtype=torch.long)
+    for axis, length in enumerate(size):
+        index = index * length + coordinates[..., axis]
+    return index
+
+
+def _sources(size: tuple[int, ...], spec: LayerSpec, places: Tensor) -> Tensor:
+    """Return the index (taps, places) into the flattened padded map of what each tap sees at some output positions."""
+    taps = torch.cartesian_prod(*(torch.arange(k) for k in spec.kernel)).reshape(-1, spec.axes)
+    stride, dilation = torch.tensor(spec.stride), torch.tensor(spec.dilation)
+    if spec.kind == "conv_transpose":
+        taps, stride = torch.tensor(spec.kernel) - 1 - taps, torch.ones_like(stride)
+    return _flat((taps * dilation)[:, None] + places * stride, size)
+
+
+def _places(size: tuple[int, ...], spec: LayerSpec) -> tuple[int, ...]:
+    """Return the size of the output map for a padded input map."""
+    strides = (1,) * spec.axes if spec.kind == "conv_transpose" else spec.stride
+    axes = zip(size, spec.kernel, strides, spec.dilation, strict=True)
+    return tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in axes)
 
 
 def _padded(x: Tensor, spec: LayerSpec) -> Tensor:
