@@ -35,7 +35,7 @@ def _measured(record: RunRecord) -> list[str]:
     before, after = record.before, record.after
     lines = _planned(Cost(params=before.params, macs=before.macs), Cost(params=after.params, macs=after.macs))
     if before.latency_ms and after.latency_ms:
-        ratio = before.latency_ms / after.latency_ms
+        ratio = before.latency_ms / after.latency_ms if record.speedup is None else record.speedup.ratio
         note = _conditions(before)
         lines.append(f"| latency{note} | {before.latency_ms:.2f} ms | {after.latency_ms:.2f} ms | {ratio:.2f}× |")
     if before.score is not None and after.score is not None:

@@ -24,14 +24,14 @@ def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
     """Write a state dict and its plan to ``path``; tensors that are one in memory are stored once."""
     unique, aliases = _without_aliases(state)
     stored = {name: t.detach().contiguous().cpu() for name, t in unique.items()}
-    text = plan.to_json()
+    text, shared = plan.to_json(), json.dumps(aliases)
     header = {
         "format": FORMAT,
         "version": str(VERSION),
         "tenfold": __version__,
         "plan": text,
-        "aliases": json.dumps(aliases),
-        "digest": digest(stored, text),
+        "aliases": shared,
+        "digest": digest(stored, text + shared),
     }
     save_file(stored, path, metadata=header)
 
@@ -53,7 +53,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
     except (SafetensorError, OSError) as error:
         msg = f"{path} is damaged or not a safetensors file: {error}"
         raise CheckpointError(msg) from error
-    if header.get("digest") != digest(state, header["plan"]):
+    if header.get("digest") != digest(state, header["plan"] + header.get("aliases", "")):
         msg = f"{path} was changed after it was written: its contents do not match its digest. Save the model again."
         raise CheckpointError(msg)
     try:

@@ -48,7 +48,7 @@ def run(args: list[str]) -> int:
         message = getattr(problem, "format_message", problem.__str__)()
         context = getattr(problem, "ctx", None)
         help_of = context.command_path if context is not None else "tenfold"
-        complain(f"{message} See {help_of} --help." if message else f"a command is missing. See {help_of} --help.")
+        complain(f"{(message or 'a command is missing').rstrip('.')}. See {help_of} --help.")
         return 2
     return code if isinstance(code, int) else 0
 

@@ -92,13 +92,13 @@ def three_digits(value: float) -> str:
 
 
 def speed(ratio: float) -> str:
-    """Return how many times faster or slower.
+    """Return how many times faster, or as fast where it is slower.
 
     Example:
         >>> speed(1.8), speed(0.5)
-        ('1.80× faster', '2.00× slower')
+        ('1.80× faster', '0.50× as fast')
     """
-    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.2f}× slower"
+    return f"{ratio:.2f}× {'faster' if ratio >= 1 else 'as fast'}"
 
 
 def seconds(value: float) -> str:

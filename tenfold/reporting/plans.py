@@ -13,6 +13,8 @@ from tenfold.reporting.folding import grouped, kind_name, kinds_in_short, paths_
 from tenfold.reporting.numbers import count, factor, ranks
 from tenfold.reporting.style import grid
 
+WHOLE_PATH = 28  # paths up to this length are not broken, however narrow the page
+
 
 def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     """Return what a person wants to see of a plan: the layers to factorize, then the layers to keep, with reasons.
@@ -49,13 +51,14 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
     title = f"Factorized: {len(layers)} {_layers(len(layers))}" + (f" — {shared}" if shared else "")
     table = grid(title)
     fitted = any(layer.rel_error is not None for layer in layers)
-    table.add_column("layer", overflow="fold")
+    longest = max(len(layer.path) for layer in layers)
+    table.add_column("layer", overflow="fold", min_width=min(longest, WHOLE_PATH))
     table.add_column("was")
     table.add_column("now")
-    table.add_column("params", justify="right", no_wrap=True)
-    table.add_column("MACs", justify="right", no_wrap=True)
+    table.add_column("params", justify="right")
+    table.add_column("MACs", justify="right")
     if fitted:
-        table.add_column("error", justify="right", no_wrap=True)
+        table.add_column("error", justify="right", no_wrap=True, min_width=5)
     if not shared:
         table.add_column("why", ratio=1)
     for layer in layers:

@@ -37,6 +37,9 @@ def load_weights(model: M, path: Path | str) -> M:
                 f"the model needs {tuple(wanted[key].shape)}"
             )
             raise CheckpointError(msg)
+        if value.is_floating_point() != wanted[key].is_floating_point():
+            msg = f"{path} does not fit this model: {key} is {_dtype(value)}, the model needs {_dtype(wanted[key])}"
+            raise CheckpointError(msg)
     with torch.no_grad():
         for key, value in found.items():
             wanted[key].copy_(value)
@@ -60,6 +63,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         hint = " Pickled files are not read: save the state dict with safetensors." if path.suffix in PICKLED else ""
         msg = f"{path} is not a readable .safetensors file ({error}).{hint}"
         raise CheckpointError(msg) from error
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _first(what: str, keys: list[str]) -> str:

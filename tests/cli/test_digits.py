@@ -1,0 +1,32 @@
+"""The main job on the embedded task, through the command line, as a user gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenfold.checkpoint import load
+from tenfold.tasks import load_task
+
+Run = Callable[..., Any]
+
+
+def test_compress_digits(tenfold: Run) -> None:
+    task = load_task("digits")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    dense = task.dense()
+    save_file(dense.state_dict(), "dense.safetensors")
+    args = ("--task", "digits", "--weights", "dense.safetensors", "--budget", "macs=0.4", "--format", "low_rank")
+    found = tenfold("compress", *args, "--tune-epochs", "1", "--no-latency", "--json", "--out", "small").json
+    assert found["after"]["macs"] <= 0.4 * found["before"]["macs"]
+    assert found["after"]["score"] > found["before"]["score"] - 0.03
+    small, plan = load(task.build(), Path("small"))
+    assert task.evaluate(small) == found["after"]["score"]
+    assert len(plan.factorized) == 2
+    shown = tenfold("eval", "--checkpoint", "small")  # the checkpoint knows its task
+    assert f"{100 * found['after']['score']:.2f} %" in shown.out

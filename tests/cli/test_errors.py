@@ -1,0 +1,188 @@
+"""Bad input of every kind: one clear line, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+Run = Callable[..., Any]
+Weights = Callable[..., Path]
+
+HALF = ("--budget", "macs=0.5", "--no-latency", "--out", "out")
+
+
+def left() -> set[str]:
+    """Return the names of what lies in the working folder, hidden files too."""
+    return {path.name for path in Path().iterdir()}
+
+
+def test_missing_file(tenfold: Run, tiny: str) -> None:
+    outcome = tenfold("compress", "--task", tiny, "--weights", "none.safetensors", *HALF)
+    assert outcome.is_error("none.safetensors")
+    assert left() == set()
+
+
+def test_weights_of_another_shape(tenfold: Run, tiny: str, weights: Weights) -> None:
+    file = weights(**{"3__weight": torch.zeros(24, 23)})
+    outcome = tenfold("compress", "--task", tiny, "--weights", file, *HALF)
+    assert outcome.is_error("3.weight", "(24, 23)", "(24, 24)")
+    assert left() == {file.name}
+
+
+def test_weights_of_another_dtype(tenfold: Run, tiny: str, weights: Weights) -> None:
+    file = weights(**{"3__weight": torch.ones(24, 24, dtype=torch.int8)})
+    outcome = tenfold("eval", "--task", tiny, "--weights", file)
+    assert outcome.is_error("3.weight", "int8")
+
+
+def test_nan_weights(tenfold: Run, tiny: str, weights: Weights) -> None:
+    bad = torch.ones(24, 24)
+    bad[0, :2] = float("nan")
+    file = weights(**{"3__weight": bad})
+    outcome = tenfold("compress", "--task", tiny, "--weights", file, *HALF)
+    assert outcome.is_error("3.weight", "2 of the 576")
+    assert left() == {file.name}
+
+
+def test_unknown_layer_to_keep(tenfold: Run, tiny: str) -> None:
+    outcome = tenfold("compress", "--task", tiny, "--keep", "layer3", *HALF)
+    assert outcome.is_error("layer3")
+    assert left() == set()
+
+
+def test_unknown_layer_in_a_plan(tenfold: Run, tiny: str) -> None:
+    assert tenfold("plan", "--task", tiny, "--budget", "macs=0.5", "--out", "plan.yaml").code == 0
+    plan = yaml.safe_load(Path("plan.yaml").read_text())
+    plan["layers"][0]["path"] = "nowhere"
+    Path("plan.yaml").write_text(yaml.safe_dump(plan))
+    outcome = tenfold("compress", "--task", tiny, "--plan", "plan.yaml", "--out", "out")
+    assert outcome.is_error("nowhere")
+    assert left() == {"plan.yaml"}
+
+
+@pytest.mark.parametrize("rank", ["3=99", "3=0", "3=rank:99", "3=out:4"])
+def test_impossible_rank(tenfold: Run, tiny: str, rank: str) -> None:
+    outcome = tenfold("compress", "--task", tiny, "--rank", rank, "--out", "out")
+    assert outcome.is_error("rank")
+    assert left() == set()
+
+
+def test_impossible_rank_in_a_plan(tenfold: Run, tiny: str) -> None:
+    assert tenfold("plan", "--task", tiny, "--rank", "3=4", "--out", "plan.yaml").code == 0
+    text = Path("plan.yaml").read_text()
+    assert "rank: 4" in text
+    Path("plan.yaml").write_text(text.replace("rank: 4", "rank: 400"))
+    assert tenfold("compress", "--task", tiny, "--plan", "plan.yaml", "--out", "out").is_error("400", "1..24")
+    assert left() == {"plan.yaml"}
+
+
+def test_truncated_checkpoint(tenfold: Run, tiny: str) -> None:
+    assert tenfold("compress", "--task", tiny, "--no-tune", *HALF).code == 0
+    file = Path("out/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    outcome = tenfold("eval", "--task", tiny, "--checkpoint", "out")
+    assert outcome.is_error("model.safetensors", "damaged")
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/tenfold/out"])
+def test_unwritable_folder(tenfold: Run, tiny: str, out: str) -> None:
+    Path("file").write_text("not a folder")
+    outcome = tenfold("compress", "--task", tiny, "--budget", "macs=0.5", "--out", out)
+    assert outcome.is_error("/proc" if out.startswith("/") else "file")
+    assert left() == {"file"}
+    assert Path("file").read_text() == "not a folder"
+
+
+def test_a_folder_of_other_files_is_left_alone(tenfold: Run, tiny: str) -> None:
+    Path("out").mkdir()
+    Path("out/model.safetensors").write_text("somebody's own")
+    assert tenfold("compress", "--task", tiny, *HALF).is_error("out holds other files")
+    assert Path("out/model.safetensors").read_text() == "somebody's own"
+
+
+@pytest.mark.parametrize("command", ["eval", "compress"])
+def test_empty_data(tenfold: Run, tiny: str, command: str) -> None:
+    outcome = tenfold(command, "--task", f"{tiny}:empty", *(HALF if command == "compress" else ()))
+    assert outcome.is_error("0 samples")
+    assert left() == set()
+
+
+def test_missing_data(tenfold: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    from tenfold.tasks import load_task
+
+    save_file(load_task("cifar10:resnet20").build().state_dict(), "w.safetensors")
+    outcome = tenfold("eval", "--task", "cifar10:resnet20", "--weights", "w.safetensors", "--data", tmp_path / "no")
+    assert outcome.is_error("cifar10")
+
+
+def test_interrupt(tenfold: Run, tiny: str) -> None:
+    Path("armed").touch()
+    outcome = tenfold("compress", "--task", f"{tiny}:interrupted", *HALF)
+    assert outcome.is_error("interrupted", "the same command goes on", code=130)
+    assert left() == {"armed", ".out.tuning"}
+
+
+def test_an_error_of_the_task_itself_is_one_line_and_debug_shows_where(tenfold: Run, tiny: str) -> None:
+    Path("armed").touch()
+    outcome = tenfold("compress", "--task", f"{tiny}:broken", *HALF)
+    assert outcome.is_error("ZeroDivisionError: by the task itself", "--debug")
+    outcome = tenfold("compress", "--task", f"{tiny}:broken", "--debug", *HALF)
+    assert outcome.code == 1
+    assert "_go_wrong" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("nonsense",), ("nonsense",)),
+        (("compress", "--frobnicate"), ("--frobnicate",)),
+        (("compress",), ("--task",)),
+        (("tune", "--task", "digits"), ("--checkpoint", "--out")),
+        (("compress", "--task", "digits", "--tune-epochs", "2", "--no-tune"), ("--no-tune",)),
+        (("compress", "--task", "digits", "--seed", "many"), ("--seed", "integer")),
+        (("eval", "--task", "digits", "--weights", "a", "--checkpoint", "b"), ("--weights", "--checkpoint")),
+        (("list", "colours"), ("colours",)),
+    ],
+)
+def test_wrong_usage(tenfold: Run, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert tenfold(*args).is_error(*words, "--help", code=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--budget", "macs=half"), ("macs=half", "macs=0.5")),
+        (("--budget", "flops=0.5"), ("flops",)),
+        (("--budget", "macs=0.0001"), ("budget",)),
+        ((), ("budget",)),
+        (("--rule", "enrgy"), ("enrgy", "energy")),
+        (("--rule", "ratio", "--set", "shape=0.5"), ("shape",)),
+        (("--rule", "ratio", "--set", "share=most"), ("share",)),
+        (("--format", "tuker2", "--budget", "macs=0.5"), ("tuker2", "tucker2")),
+        (("--budget", "macs=0.5", "--device", "abacus"), ("abacus",)),
+        (("--budget", "macs=0.5", "--lr", "-1"), ("lr",)),
+        (("--budget", "macs=0.5", "--calibration", "9999"), ("9999",)),
+        (("--plan", "nowhere.yaml"), ("nowhere.yaml",)),
+    ],
+)
+def test_choices_that_cannot_be(tenfold: Run, tiny: str, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert tenfold("compress", "--task", tiny, "--out", "out", *args).is_error(*words)
+    assert left() == set()
+
+
+def test_plan_decides_alone(tenfold: Run, tiny: str) -> None:
+    Path("plan.yaml").write_text("")
+    outcome = tenfold("compress", "--task", tiny, "--plan", "plan.yaml", "--budget", "macs=0.5")
+    assert outcome.is_error("--budget", code=2)
+
+
+@pytest.mark.parametrize("task", ["digts", "no.module:Task", "nowhere.py:Task", "digits:big"])
+def test_unknown_task(tenfold: Run, task: str) -> None:
+    assert tenfold("eval", "--task", task).is_error(task.split(":", maxsplit=1)[0])

@@ -1,0 +1,62 @@
+"""A task that is trained, compressed and scored in a fraction of a second; and ways for it to go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.tasks import InMemoryTask, TensorSet
+
+
+class Tiny(InMemoryTask):
+    """Points in 8 dimensions, told apart by a small network with batch norm.
+
+    The variants end the second epoch of training in the ways that they are called, while a file ``armed`` is there.
+    """
+
+    name: ClassVar[str] = "tiny"
+    variants: ClassVar[tuple[str, ...]] = ("plain", "empty", "killed", "interrupted", "broken")
+    input_shape: ClassVar[tuple[int, ...]] = (8,)
+
+    def architecture(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(8, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)
+        )
+
+    def pretrained(self) -> nn.Module:
+        return self.build()
+
+    def read(self, split: str) -> TensorSet:
+        samples = 0 if self.variant == "empty" else {"train": 240, "test": 60}[split]
+        inputs = torch.randn(samples, 8, generator=torch.Generator().manual_seed(len(split)))
+        return TensorSet(inputs, inputs[:, :3].argmax(1))
+
+    def train_batches(self, epoch: int, *, batch_size: int, seed: int, hold_out: bool = False):
+        if epoch == 1 and not hold_out and Path("armed").exists():
+            self._go_wrong()
+        return super().train_batches(epoch, batch_size=batch_size, seed=seed, hold_out=hold_out)
+
+    def recipe(self) -> dict[str, object]:
+        return {"epochs": 3, "batch_size": 40, "lr": 0.05}
+
+    def _go_wrong(self) -> None:
+        match self.variant:
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(10)
+            case "interrupted":
+                raise KeyboardInterrupt
+            case "broken":
+                msg = "by the task\nitself"
+                raise ZeroDivisionError(msg)
+
+
+def inputs() -> Tensor:
+    """Return a few inputs to compare outputs on."""
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
