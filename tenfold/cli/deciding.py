@@ -22,22 +22,26 @@ def plan_choices(decide: Decide, seed: int) -> dict[str, Any]:
     return {
         "rule": rule_of(decide),
         "budget": Budget.parse(decide.budget or ""),
-        "formats": tuple(_names(decide.format)) or DEFAULT_FORMATS,
+        "formats": tuple(names_in(decide.format)) or DEFAULT_FORMATS,
         "keep": tuple(decide.keep or ()),
         "keep_ends": decide.keep_ends,
         "seed": seed,
     }
 
 
-def plan_of(decide: Decide, opened: Opened, profile: Profile, seed: int) -> Plan:
-    """Return the plan that is read from a file, with its costs computed anew, or made as the options say."""
+def plan_of(decide: Decide, opened: Opened, profile: Profile, seed: int, *, rule: RankRule | None = None) -> Plan:
+    """Return the plan that is read from a file, with its costs computed anew, or made as the options say.
+
+    ``rule`` is the rule of the options with what it needs besides.
+    """
     from tenfold.planning import plan, recost
     from tenfold.records import Plan
 
     if decide.plan is not None:
         refuse_choices(decide)
         return recost(Plan.load(decide.plan), profile)
-    return plan(opened.model, profile, **plan_choices(decide, seed))
+    choices = plan_choices(decide, seed)
+    return plan(opened.model, profile, **(choices if rule is None else choices | {"rule": rule}))
 
 
 def refuse_choices(decide: Decide) -> None:
@@ -79,7 +83,8 @@ def rule_of(decide: Decide) -> RankRule:
         raise TenfoldError(msg) from error
 
 
-def _names(texts: list[str] | None) -> list[str]:
+def names_in(texts: list[str] | None) -> list[str]:
+    """Return the names in options that may be repeated or hold several, divided by commas."""
     return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
 
 

@@ -62,7 +62,7 @@ class Sensitivity:
         batchnorm: estimate batch norm anew on the calibration batches before every score.
         keep: layers not to touch, as paths, globs or ``re:`` expressions.
         seed: of algorithms that draw random numbers.
-        about: what else the measurements depend on, as plain values: the task, the number of images.
+        about: what the scores depend on, as plain values: the task, the number of images.
         path: JSON file to take measurements over from, and to write them to.
 
     Raises:
@@ -310,7 +310,13 @@ class Sensitivity:
             self.table.save(self._path)
 
     def _take_over(self, table: SensitivityTable) -> None:
-        differences = table.key.differences(self._key)
+        own, there = self._key, table.key
+        scored = table.baseline is not None or any(p.score is not None for layer in table.layers for p in layer.points)
+        if not scored:
+            there = there.replace(about=own.about)
+        elif self._evaluate is None:
+            own = self._key = own.replace(about=there.about)
+        differences = there.differences(own)
         if differences:
             msg = (
                 f"{self._path} was measured under other conditions: {'; '.join(differences)}. "

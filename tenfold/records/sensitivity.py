@@ -56,7 +56,7 @@ class SensitivityKey(Record):
     """All that the measurements depend on; only with the same key are they taken over.
 
     ``model`` is a digest of all weights. ``algorithms`` are those that differ from the default of their format.
-    ``about`` is what the caller adds: task, split, number of images.
+    ``about`` is what the caller says of the scores: task, split, number of images.
     """
 
     model: str

@@ -140,23 +140,29 @@ Sensitivity(model, costs(model), evaluate=slow, path={str(file)!r}).measure(6, s
 
 def test_other_conditions_are_refused_and_other_formats_added(model: nn.Sequential, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
-    made(model, formats=["low_rank"], path=file, about={"task": "x"}).measure(2)
-    added = made(model, formats=FORMATS, path=file, about={"task": "x"}).measure(2)
+    made(model, formats=["low_rank"], path=file).measure(2)
+    added = made(model, formats=FORMATS, path=file).measure(2)
     assert added.layer("3").formats == ("low_rank", "tucker2")
-    for options, word in (
-        ({"seed": 3}, "seed"),
-        ({"about": {"task": "y"}}, "task"),
-        ({"calibration": [inputs()]}, "s"),
-    ):
-        with pytest.raises(DataError, match=f"other conditions.*{word}"):
-            made(model, path=file, **({"about": {"task": "x"}} | options))
+    for options, word in (({"seed": 3}, "seed"), ({"calibration": [inputs()]}, "samples")):
+        with pytest.raises(DataError, match=f"other conditions: {word}"):
+            made(model, path=file, **options)
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] += 1  # type: ignore[union-attr, index, operator]
     with pytest.raises(DataError, match="other conditions: model"):
-        made(model, path=file, about={"task": "x"})
+        made(model, path=file)
     file.write_text(json.dumps({"version": 1}))
     with pytest.raises(DataError, match="not a sensitivity table"):
         made(model, path=file)
+
+
+def test_what_scores_depend_on_matters_once_there_are_some(model: nn.Sequential, tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    errors = made(model, path=file).measure(2)
+    scored = made(model, path=file, evaluate=Scorer({"3": 0.5}), about={"images": 100}).measure(2, scores=True)
+    assert scored.layer("3").points[0].output_error == errors.layer("3").points[0].output_error
+    with pytest.raises(DataError, match=r"other conditions: about .*100.* now .*200"):
+        made(model, path=file, evaluate=Scorer({}), about={"images": 200})
+    assert made(model, path=file).measure(2) == scored
 
 
 def test_layers_that_cannot_be_compressed_say_so(model: nn.Sequential) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tenfold.cli.recovering import Tuner
     from tenfold.cli.sources import Opened
     from tenfold.pipeline import Compressed
-    from tenfold.records import Plan, RunRecord
+    from tenfold.ranks import RankRule
+    from tenfold.records import Plan, Profile, RunRecord
 
 ORDER = 30
 
@@ -124,8 +125,16 @@ class _Job:
         return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet)
 
 
-def show_decision(opened: Opened, decide: Decide, seed: int, terminal: Terminal) -> Plan:
-    """Return the plan that the options give, after showing it."""
+def show_decision(
+    opened: Opened,
+    decide: Decide,
+    seed: int,
+    terminal: Terminal,
+    *,
+    cost: Profile | None = None,
+    rule: RankRule | None = None,
+) -> Plan:
+    """Return the plan that the options give, after showing it; ``cost`` is the model's profile if it is known."""
     import time
 
     from tenfold.cli.deciding import plan_of
@@ -134,7 +143,7 @@ def show_decision(opened: Opened, decide: Decide, seed: int, terminal: Terminal)
     from tenfold.reporting import plan_tables
 
     start = time.perf_counter()
-    plan = plan_of(decide, opened, profile(opened.model, opened.inputs()), seed)
+    plan = plan_of(decide, opened, cost or profile(opened.model, opened.inputs()), seed, rule=rule)
     record = RunRecord(
         task=opened.name,
         seed=seed,

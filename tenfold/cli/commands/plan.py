@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from tenfold.cli.options import Decide, Machine, Source
-from tenfold.cli.terminal import Terminal
+from tenfold.cli.sensing import DEFAULT_SAMPLES, Samples, Table
+from tenfold.cli.terminal import Misuse, Terminal
 
 ORDER = 20
 
@@ -18,28 +19,60 @@ Out = Annotated[
 ]
 
 
-def run(source: Source, decide: Decide, machine: Machine, terminal: Terminal, out: Out = None) -> None:
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw what other budgets would cost, this plan marked, as a PNG, with the numbers in a CSV beside it.",
+        rich_help_panel="Output",
+    ),
+]
+
+
+def run(
+    source: Source,
+    decide: Decide,
+    machine: Machine,
+    terminal: Terminal,
+    samples: Samples = DEFAULT_SAMPLES,
+    table: Table = None,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
     """Decide what to do with each layer, as a YAML file that you can edit.
 
-    tenfold plan --task digits --budget macs=0.5 --out plan.yaml
+    tenfold plan --task digits --budget macs=0.5 --out plan.yaml --plot budgets.png
 
     Without --out the YAML goes to stdout. Edit ranks and actions, then: tenfold compress --plan plan.yaml ...
     """
     with terminal.session():
         from tenfold.cli.commands.compress import show_decision
+        from tenfold.cli.deciding import plan_choices, plan_of
+        from tenfold.cli.sensing import draw_tradeoff, with_scores
         from tenfold.cli.sources import open_source
+        from tenfold.profiling import profile
 
+        if plot is not None and decide.plan is not None:
+            msg = "--plot shows what other budgets lead to, and --plan FILE has decided: leave one out."
+            raise Misuse(msg)
         terminal.step("open the model")
         opened = open_source(source, machine)
+        cost = profile(opened.model, opened.inputs())
+        choices, rule = {}, None
+        if decide.plan is None:
+            choices = plan_choices(decide, machine.seed)
+            rule = with_scores(choices["rule"], opened, cost, decide, samples=samples, seed=machine.seed, table=table)
         if out is None and not terminal.json:
-            from tenfold.cli.deciding import plan_of
-            from tenfold.profiling import profile
-
-            plan = plan_of(decide, opened, profile(opened.model, opened.inputs()), machine.seed)
+            plan = plan_of(decide, opened, cost, machine.seed, rule=rule)
             terminal.say(plan.to_yaml().rstrip())
-            return
-        plan = show_decision(opened, decide, machine.seed, terminal)
+        else:
+            plan = show_decision(opened, decide, machine.seed, terminal, cost=cost, rule=rule)
         if out is not None:
             out = out / "plan.yaml" if out.is_dir() else out
             plan.save(out)
             terminal.say(f"Written to {out}. Carry it out with: tenfold compress --plan {out} ...")
+        if plot is not None:
+            terminal.step("other budgets")
+            files = draw_tradeoff(opened, cost, choices | {"rule": rule}, plan, plot, terminal)
+            if out is not None:
+                terminal.say(f"Drawn in {', '.join(map(str, files))}")

@@ -1,0 +1,165 @@
+"""From options to measurements of what each layer minds, and to the trade-off of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tenfold.cli.options import Decide
+    from tenfold.cli.sources import Opened
+    from tenfold.cli.terminal import Terminal
+    from tenfold.planning import Sensitivity
+    from tenfold.ranks import RankRule
+    from tenfold.records import Plan, Profile
+
+_PANEL = "Measurement"
+DEFAULT_SAMPLES = 1000
+DEFAULT_CALIBRATION = 256
+
+Samples = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Score on so many labelled samples held out from training, or on all there are; 0 for no scores.",
+        rich_help_panel=_PANEL,
+    ),
+]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        metavar="FILE",
+        help="Sensitivity table to take measurements over from and to keep them in, for rules that need scores.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which conditions to measure."""
+
+    calibration: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Training samples, without labels, for the errors of outputs; 0 for the errors of weights.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = DEFAULT_CALIBRATION
+    batchnorm: Annotated[
+        bool,
+        typer.Option(
+            "--batchnorm/--no-batchnorm",
+            help="Estimate batch norm anew on the calibration samples before every score.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False
+
+
+def open_sensitivity(
+    opened: Opened,
+    profile: Profile,
+    conditions: Conditions,
+    *,
+    samples: int,
+    formats: tuple[str, ...],
+    keep: tuple[str, ...],
+    seed: int,
+    path: Path | None,
+) -> Sensitivity:
+    """Return what measures the layers of a task's model, with what ``path`` holds already.
+
+    Raises:
+        TenfoldError: the file at ``path`` was measured under other conditions; a format or pattern that names nothing.
+    """
+    from tenfold.cli.recovering import Calibration
+    from tenfold.planning import Sensitivity
+
+    task = opened.task
+    batches = None
+    if conditions.calibration:
+        there = len(task.train_batches(0, batch_size=1, seed=seed, hold_out=True))
+        batches = Calibration(opened, min(conditions.calibration, there), seed)
+    return Sensitivity(
+        opened.model,
+        profile,
+        formats=formats,
+        evaluate=(lambda model: task.evaluate(model, split="validation", limit=samples)) if samples else None,
+        calibration=batches,
+        batchnorm=conditions.batchnorm,
+        keep=keep,
+        seed=seed,
+        about={"task": opened.name, "scored": samples} if samples else None,
+        path=path,
+    )
+
+
+def with_scores(
+    rule: RankRule, opened: Opened, profile: Profile, decide: Decide, *, samples: int, seed: int, table: Path | None
+) -> RankRule:
+    """Return the rule with scores of the task's model, if it is one that asks for them and can have them.
+
+    A table that exists decides under which conditions more is measured.
+    """
+    from tenfold.cli.deciding import plan_choices
+    from tenfold.ranks.accuracy_drop import AccuracyDrop
+    from tenfold.records import SensitivityTable
+
+    if not isinstance(rule, AccuracyDrop):
+        return rule
+    formats, conditions = plan_choices(decide, seed)["formats"], Conditions()
+    if table is not None and table.exists():
+        key = SensitivityTable.load(table).key
+        conditions = Conditions(key.samples, key.batchnorm)
+        samples = int(key.about.get("scored") or samples)
+    if not samples:
+        return rule
+    scores = open_sensitivity(
+        opened, profile, conditions, samples=samples, formats=formats, keep=(), seed=seed, path=table
+    )
+    return dataclasses.replace(rule, scores=scores)
+
+
+def draw_tradeoff(
+    opened: Opened, profile: Profile, choices: Mapping[str, Any], plan: Plan, path: Path, terminal: Terminal
+) -> tuple[Path, ...]:
+    """Write the trade-off curve of the rule with the plan marked, and return the files written."""
+    from tenfold.planning import plan as make_plan
+    from tenfold.planning import tradeoff
+    from tenfold.reporting.plots import plot_tradeoff
+
+    budget = next(iter(plan.budget), "macs")
+    with bar(terminal, "budgets") as advance:
+        curve = tradeoff(
+            opened.model,
+            profile,
+            lambda wanted: make_plan(opened.model, profile, **{**choices, "budget": wanted}),
+            budget=budget,
+            progress=advance,
+        )
+    return plot_tradeoff(curve, path, cost=plan.after)
+
+
+@contextmanager
+def bar(terminal: Terminal, name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what to call with (done, in all): a progress bar on stderr if somebody watches, else nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=terminal.quiet or not console.is_terminal
+    ) as shown:
+        job = shown.add_task(name, total=None)
+        yield lambda done, total: shown.update(job, completed=done, total=total)
