@@ -52,13 +52,13 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
     table = grid(title)
     fitted = any(layer.rel_error is not None for layer in layers)
     longest = max(len(layer.path) for layer in layers)
-    table.add_column("layer", overflow="fold", min_width=min(longest, WHOLE_PATH))
+    table.add_column("layer", overflow="fold", no_wrap=longest <= WHOLE_PATH)
     table.add_column("was")
     table.add_column("now")
-    table.add_column("params", justify="right")
-    table.add_column("MACs", justify="right")
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
     if fitted:
-        table.add_column("error", justify="right", no_wrap=True, min_width=5)
+        table.add_column("error", justify="right", no_wrap=True)
     if not shared:
         table.add_column("why", ratio=1)
     for layer in layers:
@@ -88,7 +88,15 @@ def _kept(layers: Sequence[LayerPlan]) -> Table:
 
 
 def _change(before: int, after: int) -> str:
-    return f"{count(before)} → {count(after)}"
+    """Return both numbers, a unit that they share once.
+
+    Example:
+        >>> _change(37_700_000, 7_300_000), _change(1_200_000, 552_400)
+        ('37.7 → 7.3 M', '1.2 M → 552.4 k')
+    """
+    old, new = count(before), count(after)
+    unit = new.partition(" ")[2]
+    return f"{old.removesuffix(f' {unit}') if unit else old} → {new}"
 
 
 def _layers(number: int) -> str:

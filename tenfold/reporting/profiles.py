@@ -45,10 +45,10 @@ def _layers(profile: Profile) -> Table:
     timed = profile.latency is not None
     table = grid()
     table.add_column("layer", overflow="fold", max_width=36)
-    table.add_column("is", overflow="fold", min_width=11)
+    table.add_column("is", overflow="fold")
     for name in ("calls", "params", "MACs", "share", "outputs", *(["time"] if timed else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note", ratio=1, overflow="fold", min_width=11)
+    table.add_column("note", overflow="fold")
     seen = [layer for layer in profile.layers if layer.params or layer.macs]
     for group in grouped(seen, lambda layer: layer.path if layer.spec else (layer.kind, layer.note)):
         table.add_row(*_row(group, profile.macs, timed=timed))

@@ -134,7 +134,7 @@ def test_differing_reasons_stand_beside_their_layers() -> None:
     assert "at most 48.0%" in line(text, "layer1.0.conv1")
     assert "rank given for" in line(text, "layer1.1.conv1")
     assert "tucker2 out=24 in=20" in line(text, "layer1.0.conv1")
-    assert "36.9 k → 7.1 k" in line(text, "layer1.0.conv1")
+    assert "36.9 → 7.1 k" in line(text, "layer1.0.conv1")
     assert "0.432" in line(text, "layer1.0.conv1")
 
 
