@@ -7,23 +7,36 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition
 from tenfold.errors import PlanError
-from tenfold.planning import DEFAULT_FORMATS, recost
+from tenfold.planning import DEFAULT_FORMATS, FastPlan, plan_fast, recost
 from tenfold.planning import plan as make_plan
-from tenfold.profiling import Comparison, compare_latency, device_of, environment, profile
+from tenfold.profiling import (
+    Clock,
+    Comparison,
+    calibrate,
+    called_layers,
+    compare_latency,
+    device_of,
+    environment,
+    profile,
+    to_device,
+    to_memory_format,
+)
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Budget, Latency, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
-from tenfold.surgery import apply, fits_of, reestimate_batchnorm_
+from tenfold.surgery import apply, apply_in_order, fits_of, reestimate_batchnorm_
 from tenfold.tuning import TuneResult
 
 Observe = Callable[[str], None]
+UseData = Literal["sequential", "layers", "norms"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +65,19 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     example_inputs: Any,
     *,
     budget: Budget | Mapping[str, float] | None = None,
-    rule: RankRule | str = "ratio",
+    rule: RankRule | str = "global",
     plan: Plan | None = None,
     formats: Sequence[str] = DEFAULT_FORMATS,
     algorithms: Mapping[str, Decomposition] | None = None,
     keep: Sequence[str] = (),
     keep_ends: bool | None = None,
     data: Iterable[Any] | None = None,
+    use_data: UseData = "sequential",
     tune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     latency: bool = True,
     latency_inputs: Any = None,
+    clock: Clock | None = None,
     seed: int = 0,
     observe: Observe | None = None,
 ) -> Compressed:
@@ -73,19 +88,25 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         example_inputs: what its forward takes: a tensor, tuple, dict or ``(args, kwargs)``. Costs and latency are those
             of one forward on them.
         budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share up to 1, or an absolute above 1.
+            ``latency`` is a share of the measured time of the model, in its best memory format, or milliseconds.
         rule: how ranks are chosen, by name or as an object; see ``tenfold.ranks``.
         plan: carry out this plan instead of making one; budget, rule, formats and keep then do not matter.
         formats: the decompositions to use, the preferred first.
         algorithms: by format, instead of the format's default algorithm.
         keep: layers to leave alone: paths, globs or ``re:`` expressions.
         keep_ends: leave a cheap first and last layer alone; by default unless the rule names layers.
-        data: unlabeled batches to re-estimate batch norm on; nothing is re-estimated without.
+        data: unlabeled batches as the forward takes them; a few thousand samples are plenty. Without, weights alone
+            decide, and batch norm keeps its statistics.
+        use_data: what the data are for. ``sequential``: plan by what the network's output loses, and fit each layer in
+            closed form to the original's output, given what the layers compressed before it put out. ``layers``: the
+            same plan, each layer fitted on its own. ``norms``: batch norm only. The last two re-estimate batch norm.
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
         latency: measure original and result, interleaved.
         latency_inputs: what to measure latency on, such as a larger batch; the example inputs if left out.
-        seed: of every algorithm that draws random numbers.
+        clock: times layers for a latency budget; one for the model's device and dtype if None.
+        seed: of everything that draws random numbers.
         observe: called with the name of each step as it begins.
 
     Raises:
@@ -99,35 +120,50 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         (8192, 4096)
     """
     steps = _Steps(observe)
+    inputs = example_inputs if latency_inputs is None else latency_inputs
+    device = device_of(model, example_inputs)
     with steps("profile"):
         before = profile(model, example_inputs)
+    batches = [to_device(batch, device) for batch in data] if data is not None else []
+    moments = None
+    if batches and use_data != "norms":
+        with steps("calibrate"):
+            moments = calibrate(model, batches, called_layers(before), seed=seed)
+    fast = None
     with steps("plan"):
-        if plan is not None:
-            plan = recost(plan, before)
+        if plan is None:
+            choices: dict[str, Any] = {
+                "rule": rule_from(rule) if isinstance(rule, str) else rule,
+                "formats": formats,
+                "keep": keep,
+                "keep_ends": keep_ends,
+                "algorithms": algorithms,
+                "moments": moments,
+                "seed": seed,
+            }
+            budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
+            if budget.latency is None:
+                plan = make_plan(model, before, budget=budget, **choices)
+            else:
+                fast = _plan_by_clock(model, before, inputs, clock, budget, choices)
+                plan = recost(fast.plan, before)
         else:
-            rule = rule_from(rule) if isinstance(rule, str) else rule
-            plan = make_plan(
-                model,
-                before,
-                rule=rule,
-                formats=formats,
-                keep=keep,
-                keep_ends=keep_ends,
-                budget=budget,
-                algorithms=algorithms,
-                seed=seed,
-            )
+            plan = recost(plan, before)
         _refuse_empty(plan)
     with steps("apply"):
-        small = apply(model, plan)
+        if moments is not None and use_data == "sequential":
+            minded = {path: own.output for path, own in moments.items() if own.output is not None}
+            small = apply_in_order(model, plan, batches, outputs=minded, seed=seed)
+        else:
+            small = apply(model, plan, moments=moments)
     plan = _with_errors(plan, small)
-    scores, tuning = _recover(model, small, steps, data=data, tune=tune, evaluate=evaluate)
+    stale = batches if moments is None or use_data != "sequential" else []
+    scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
     after = profile(small, example_inputs)
     times = Comparison({}, {})
     if latency:
         with steps("measure"):
-            inputs = example_inputs if latency_inputs is None else latency_inputs
-            times = compare_latency({"before": (model, inputs), "after": (small, inputs)})
+            times = _compare(model, small, inputs, fast)
     record = RunRecord(
         seed=plan.seed,
         before=measurement(before, times.latencies.get("before"), scores.get("original")),
@@ -137,9 +173,33 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         plan=plan,
         tuning=tuning,
         seconds=steps.seconds,
-        environment=environment(device_of(model, example_inputs)),
+        environment=environment(device),
     )
     return Compressed(small, plan, record, model)
+
+
+def _plan_by_clock(
+    model: nn.Module, before: Profile, inputs: Any, clock: Clock | None, budget: Budget, choices: Mapping[str, Any]
+) -> FastPlan:
+    """Return a plan that meets its latency as measured, on the inputs that latency is measured on."""
+    timed = profile(model, inputs)
+    shares = {
+        name: limit / getattr(before.cost, name)
+        for name, limit in budget.replace(latency=None).allowance(before.cost).items()
+    }
+    budget = Budget.of({**{k: min(v, 1.0) for k, v in shares.items()}, "latency": float(budget.latency or 1.0)})
+    if clock is None:
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        clock = Clock(device=device_of(model, inputs), dtype=torch.float32 if first is None else first.dtype)
+    return plan_fast(model, timed, inputs, clock=clock, budget=budget, **choices)
+
+
+def _compare(model: nn.Module, small: nn.Module, inputs: Any, fast: FastPlan | None) -> Comparison:
+    """Return original and result measured in turns; where the plan is by the clock, in the memory formats it chose."""
+    if fast is None:
+        return compare_latency({"before": (model, inputs), "after": (small, inputs)})
+    formats = {"before": (model, fast.before.memory_format), "after": (small, fast.after.memory_format)}
+    return compare_latency({name: to_memory_format(m, inputs, f) for name, (m, f) in formats.items()})
 
 
 def measurement(cost: Profile, latency: Latency | None = None, score: float | None = None) -> Measurement:
@@ -169,7 +229,7 @@ def _recover(
     small: nn.Module,
     steps: _Steps,
     *,
-    data: Iterable[Any] | None,
+    data: Sequence[Any],
     tune: Callable[[nn.Module], Any] | None,
     evaluate: Callable[[nn.Module], float] | None,
 ) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
@@ -182,7 +242,7 @@ def _recover(
                 scores[name] = float(evaluate(candidate))
 
     score("original", model)
-    if data is not None:
+    if data:
         with steps("re-estimate batch norm"):
             reestimate_batchnorm_(small, data)
     score("compressed", small)

@@ -112,6 +112,11 @@ class Moments:
         averaged: Tensor = square.diagonal(dim1=-3, dim2=-1).mean(-1)
         return averaged
 
+    def about_zero(self) -> Self:
+        """Return moments about zero instead of the mean, for a layer without a bias to take the shift of the mean."""
+        none = None if self.target_mean is None else torch.zeros_like(self.target_mean)
+        return self.replace(mean=torch.zeros_like(self.mean), target_mean=none)
+
     def goal(self, weight: Tensor, ridge: float = 0.0) -> Tensor:
         """Return the best unconstrained weights (groups, out/groups, n): the given ones, unless there are targets.
 

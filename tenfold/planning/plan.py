@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tenfold import __version__
-from tenfold.decompositions import Decomposition, default_algorithm
+from tenfold.decompositions import Decomposition, Moments, default_algorithm
 from tenfold.errors import BudgetError, PlanError
 from tenfold.formats import FORMATS, split_groups
+from tenfold.planning.damage import with_damage
 from tenfold.planning.timing import Timing
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
@@ -19,10 +20,11 @@ from tenfold.surgery import find
 
 Memory = dict[str, dict[Any, Any]]  # by path
 
-DEFAULT_FORMATS = ("tucker2", "low_rank")
+DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
 
 # A first or last layer below this share of the model's cost is not worth its damage.
 _CHEAP_END = 0.02
+_UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
 
 
 def plan(  # noqa: PLR0913 - the one verb that decides everything
@@ -35,6 +37,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     keep_ends: bool | None = None,
     budget: Budget | Mapping[str, float] | None = None,
     algorithms: Mapping[str, Decomposition] | None = None,
+    moments: Mapping[str, Moments] | None = None,
     timing: Timing | None = None,
     reasons: Mapping[str, str] | None = None,
     memory: Memory | None = None,
@@ -52,6 +55,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
             layers itself.
         budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share up to 1, or an absolute above 1.
         algorithms: by format, instead of the format's default algorithm.
+        moments: of the inputs of the layers, by path (see ``calibrate``): damage is then what the network's output
+            loses instead of what the weights lose, and the algorithms are those that know the data.
         timing: how long the model and its layers take, for a budget of latency.
         reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
         memory: what earlier plans for the same weights computed of them (spectra), to be used and added to.
@@ -77,15 +82,24 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     ends = _cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
     kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
     kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
+    if moments is not None:
+        kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
     problems = [_problem(model, layer, formats, memory) for layer in profile.layers if not kept[layer.path]]
+    if moments is not None:
+        problems = with_damage(problems, moments)
     if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
     found = rule.select(problems, _limits(profile, problems, budget, timing))
     choices |= {problem.path: choice for problem, choice in zip(problems, found, strict=True)}
+
+    def find_algorithm(format: str) -> Decomposition:
+        given = (algorithms or {}).get(format)
+        return given or default_algorithm(format, seed, aware=moments is not None)
+
     costs = {p.path: _cost_after(p, choices[p.path]) for p in problems}
     layers = tuple(
-        _layer_plan(layer, choices[layer.path], costs.get(layer.path, layer.cost), algorithms or {}, seed)
+        _layer_plan(layer, choices[layer.path], costs.get(layer.path, layer.cost), find_algorithm)
         for layer in profile.layers
         if layer.spec is not None or layer.params or layer.macs
     )
@@ -219,18 +233,17 @@ def _cost_after(problem: RankProblem, choice: Choice) -> Cost:
 
 
 def _layer_plan(
-    layer: LayerProfile, choice: Choice, after: Cost, algorithms: Mapping[str, Decomposition], seed: int
+    layer: LayerProfile, choice: Choice, after: Cost, find_algorithm: Callable[[str], Decomposition]
 ) -> LayerPlan:
     kind = str(layer.spec) if layer.spec is not None else layer.kind
     common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": kind, "before": layer.cost}
     if isinstance(choice, Choose):
-        algorithm = algorithms.get(choice.format) or default_algorithm(choice.format, seed)
         return LayerPlan(
             **common,
             action="factorize",
             format=choice.format,
             rank=choice.rank,
-            algorithm=algorithm.to_dict(),
+            algorithm=find_algorithm(choice.format).to_dict(),
             reason=choice.note,
             damage=choice.damage,
             after=after,

@@ -1,5 +1,6 @@
 """What a model costs: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
 
+from tenfold.profiling.calibration import calibrate, called_layers
 from tenfold.profiling.clock import Clock
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
@@ -15,7 +16,9 @@ __all__ = [
     "MacCounter",
     "batch_size_of",
     "best_memory_format",
+    "calibrate",
     "call_model",
+    "called_layers",
     "compare_latency",
     "device_of",
     "environment",

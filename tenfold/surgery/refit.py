@@ -81,7 +81,7 @@ def apply_in_order(
         follower = changing.follower(path)
         norm = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
-            metric = _without_bias(metric)
+            metric = metric.about_zero()  # nothing could take the shift of the mean
         metric = metric.replace(output=(outputs or {}).get(path))
         _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
         if progress is not None:
@@ -113,12 +113,6 @@ def _dense(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor, Tensor | No
 
 def _takes_mean(norm: nn.Module | None) -> bool:
     return isinstance(norm, BATCH_NORMS) and norm.running_mean is not None
-
-
-def _without_bias(metric: Moments) -> Moments:
-    """Return moments about zero instead of the mean, for a layer whose mean nothing can make up for."""
-    none = None if metric.target_mean is None else torch.zeros_like(metric.target_mean)
-    return metric.replace(mean=torch.zeros_like(metric.mean), target_mean=none)
 
 
 def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> Fit:
