@@ -168,7 +168,7 @@ class _Search:
 
     def timing(self) -> Timing:
         """Return the timing of the model as it is."""
-        return Timing.of(self.model, self.inputs, self.clock, seconds=self.seconds[0])
+        return Timing.of(self.model, self.inputs, self.clock, profile=self.profile, seconds=self.seconds[0])
 
     def in_format(self, name: str) -> _Search:
         """Return the same search for a smaller model that runs in another memory format."""

@@ -1,4 +1,4 @@
-"""What planning knows of time: a clock for layers, and how long the whole model takes."""
+"""What planning knows of time: a clock for layers, and what part of a forward they are."""
 
 from __future__ import annotations
 
@@ -12,46 +12,55 @@ from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.formats import Rank
-from tenfold.profiling import Clock, best_memory_format
-from tenfold.profiling.memory_format import to_memory_format
+from tenfold.profiling import Clock, best_memory_format, to_memory_format
+from tenfold.profiling import profile as make_profile
 from tenfold.ranks import RankProblem
-from tenfold.records import Budget, Cost
+from tenfold.records import Budget, Cost, LayerProfile, Profile
 
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """The milliseconds that a latency budget is reckoned in, all in units of one clock.
+    """What a latency budget is reckoned with: a clock for layers, and what part of a forward layers are.
 
-    What no layer accounts for (activations, pooling, the interpreter) is the whole model less its layers; a plan does
-    not change it.
+    All is in milliseconds of the clock, in which layers are timed one by one. A whole model differs from their sum
+    (cold caches, activations between them); so of the model only ratios are taken, each from measurements in turns or
+    within one forward. What is spent outside of layers is what no plan changes.
 
     Attributes:
         clock: times layers in the memory format that the smaller model is to run in.
-        model_ms: one forward of the model as it is, in the clock's memory format.
-        dense_ms: one forward in the memory format that is best for the model as it is: what a share is a share of.
+        profile: of the model as it is.
+        layer_share: the part of a forward spent in layers with a geometry, in (0, 1].
+        dense_ms: one forward of the model as it is, in the memory format that is best for it.
+        best_share: that time as a share of the one in the clock's memory format, at most 1.
         tighten: factor on what is allowed, below 1 when earlier plans measured slower than predicted.
     """
 
     clock: Clock
-    model_ms: float
+    profile: Profile
+    layer_share: float
     dense_ms: float
+    best_share: float = 1.0
     tighten: float = 1.0
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Any, clock: Clock, *, seconds: float = 4.0) -> Timing:
+    def of(
+        cls, model: nn.Module, inputs: Any, clock: Clock, *, profile: Profile | None = None, seconds: float = 4.0
+    ) -> Timing:
         """Return the timing of a model, measured in every memory format that matters for these inputs.
 
         Example:
             >>> import torch
             >>> clock = Clock(cache=None, timer=lambda spec, shape: 1.0, model_timer=lambda model, inputs: 5.0)
-            >>> Timing.of(nn.Linear(4, 4), torch.zeros(2, 4), clock, seconds=0.1).dense_ms
-            5.0
+            >>> Timing.of(nn.Linear(4, 4), torch.zeros(2, 4), clock, seconds=0.1).layer_share
+            0.2
         """
-        own = clock.model_ms(*to_memory_format(model, inputs, clock.memory_format), seconds=seconds / 2)
+        profile = make_profile(model, inputs) if profile is None else profile
         _, result = best_memory_format(model, inputs, seconds=seconds, threads=clock.threads)
         times = {name: latency.median_ms for name, latency in result.latencies.items()}
-        best = own * min(times.values()) / times[clock.memory_format]
-        return cls(clock, own, min(own, best))
+        own, own_inputs = to_memory_format(model, inputs, clock.memory_format)
+        share = clock.share_of_layers(own, own_inputs, [x for x in profile.layers if x.calls], seconds=seconds / 2)
+        best = min(times.values())
+        return cls(clock, profile, share, best, best / times.get(clock.memory_format, best))
 
     def time(self, problems: Sequence[RankProblem]) -> list[RankProblem]:
         """Return the problems with what their layers take now and at other ranks; measures what is missing."""
@@ -64,12 +73,15 @@ class Timing:
         Raises:
             BudgetError: the rest of the model takes longer than all of it may.
         """
-        allowed = budget.allowance(cost, self.dense_ms)["latency"] * self.tighten
-        fixed = max(0.0, self.model_ms - sum(p.latency_ms or 0.0 for p in problems))
+        share = budget.allowance(cost, self.dense_ms)["latency"] / self.dense_ms
+        whole = sum(self._now(layer) for layer in self.profile.layers) / self.layer_share
+        allowed = share * self.best_share * self.tighten * whole
+        fixed = whole - sum(p.latency_ms or 0.0 for p in problems)
         if fixed >= allowed:
             msg = (
-                f"the budget allows {allowed:.3g} ms, and what no plan changes (layers that stay, activations, the "
-                f"interpreter) takes {fixed:.3g} of the {self.model_ms:.3g} ms. Raise the budget or keep fewer layers."
+                f"the budget allows {share * self.tighten:.1%} of the time, and what no plan changes (layers that "
+                f"stay, activations, the interpreter) takes {fixed / whole / self.best_share:.1%}. Raise the budget or "
+                "keep fewer layers."
             )
             raise BudgetError(msg)
         return allowed - fixed
@@ -87,8 +99,13 @@ class Timing:
                 known[key] = self.clock.predict(format, problem.spec, problem.calls, ranks)
             return known[key]
 
-        if problem.current is None:
-            now = self.clock.layer_ms(problem.spec, problem.calls)
-        else:
-            now = float(at(problem.current[0], [problem.current[1]])[0])
+        now = self._now(self.profile.layer(problem.path))
         return replace(problem, latency_ms=now, latency_at=at)
+
+    def _now(self, layer: LayerProfile) -> float:
+        """Return what a layer takes as it is."""
+        if layer.spec is None or not layer.calls:
+            return 0.0
+        if layer.format is None or layer.rank is None:
+            return self.clock.layer_ms(layer.spec, layer.calls)
+        return float(self.clock.predict(layer.format, layer.spec, layer.calls, [layer.rank])[0])

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tenfold.formats import Rank
+from tenfold.profiling.entries import Entry, entries
 from tenfold.profiling.environment import device_name
-from tenfold.profiling.latency import measure_latency, using_threads
+from tenfold.profiling.latency import layer_latency, using_threads
 from tenfold.profiling.latency_cache import LatencyCache
 from tenfold.profiling.monotone import MonotoneFit
 from tenfold.profiling.stage_charts import LEVELS, Chart, Curve, Point, chart, stage_columns
@@ -29,6 +30,8 @@ CACHE = "~/.cache/tenfold/latency"
 REFERENCE = Point(
     LayerSpec(kind="conv", in_channels=64, out_channels=64, kernel=(3, 3), padding=(1, 1)), (1, 64, 28, 28)
 )
+
+_MOST_CORRECTION = 2.0
 
 Array = NDArray[np.float64]
 Place = tuple[str, LayerSpec, Shape]  # a format for a layer on an input shape
@@ -46,6 +49,18 @@ class Timed(Protocol):
     @property
     def formats(self) -> tuple[str, ...]:
         """Names of the formats that it may get."""
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Its inputs in one forward."""
+
+
+class Used(Protocol):
+    """A layer of a profile: its geometry, if it has one, and its inputs in one forward."""
+
+    @property
+    def spec(self) -> LayerSpec | None:
+        """Geometry of the dense layer."""
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -191,16 +206,26 @@ class Clock:
         place = (format, spec, in_shape)
         predicted = self._sum_of_stages(place, [rank])[0]
         wanted = measured * self._ms(Point.of(spec, in_shape))
-        self._chains.setdefault(place, []).append(log(wanted / predicted))
+        factor = min(_MOST_CORRECTION, max(1 / _MOST_CORRECTION, wanted / predicted))
+        self._chains.setdefault(place, []).append(log(factor))
 
-    def model_ms(self, model: nn.Module, inputs: Any, *, seconds: float = 2.0) -> float:
-        """Return the milliseconds of one forward of a model, in the same units as those of the layers."""
-        before = self._pulse()
+    def share_of_layers(self, model: nn.Module, inputs: Any, layers: Sequence[Used], *, seconds: float = 2.0) -> float:
+        """Return the part of a forward, in (0, 1], that is spent in layers with a geometry.
+
+        From within single forwards, so that a busy machine, caches and all that differs from layers timed alone hits
+        both sides of the ratio.
+        """
         if self._model_timer is not None:
-            measured = self._model_timer(model, inputs)
-        else:
-            measured = measure_latency(model, inputs, seconds=seconds, threads=self.threads).median_ms
-        return measured * self._reference / ((before + self._pulse()) / 2)
+            alone = sum(self.layer_ms(layer.spec, layer.calls) for layer in layers if layer.spec is not None)
+            return min(1.0, alone / self._model_timer(model, inputs))
+        found = [entry for entry in entries(model) if entry.spec is not None and entry.path]
+        if not found:
+            return 1.0
+        whole = Entry(path="", aliases=(), tied=(), module=model, spec=None, reason="", params=0, bytes=0)
+        times = layer_latency(model, inputs, [whole, *found], seconds=seconds, threads=self.threads)
+        rest = times.pop("").median_ms
+        inside = sum(time.median_ms for time in times.values())
+        return max(inside / (inside + rest), 1e-3)
 
     def save(self) -> None:
         """Write what was measured to the cache."""

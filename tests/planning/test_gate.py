@@ -246,7 +246,8 @@ def test_a_latency_budget_needs_a_clock(net, costs):
 
 def test_what_is_no_layer_is_set_apart(net, costs, fake):
     timing = Timing.of(net, X, clock())
-    assert timing.model_ms == pytest.approx(model_ms(net, X))
+    assert timing.layer_share == pytest.approx(1 - OVERHEAD_MS / model_ms(net, X))
+    assert timing.dense_ms == pytest.approx(model_ms(net, X))
     everything = plan(net, costs, rule=rule_from("ratio"), keep_ends=False, budget={"latency": 1.0}, timing=timing)
     assert everything.factorized == ()
     assert everything.layer("0").reason == "the budget is met as it is"

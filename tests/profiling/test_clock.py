@@ -219,12 +219,34 @@ def test_learned_factors_correct_all_ranks_of_the_geometry():
     )
 
 
-def test_models_are_in_the_units_of_the_layers():
-    timer = FakeTimer()
-    subject = clock(timer, model_timer=lambda model, inputs: 7.0 * timer.speed)
-    subject.layer_ms(CONV, CALLS)
-    timer.speed = 3.0  # a busy machine: everything takes three times as long
-    assert subject.model_ms(nn.Linear(1, 1), torch.zeros(1)) == pytest.approx(7.0)
+def test_corrections_have_a_limit():
+    subject = clock()
+    rank = {"out": 16, "in": 16}
+    before = subject.predict("tucker2", CONV, CALLS, [rank])
+    subject.learn("tucker2", CONV, CALLS[0].in_shape, rank, 1000.0)
+    np.testing.assert_allclose(subject.predict("tucker2", CONV, CALLS, [rank]), 2 * before)
+
+
+class Sleeper(nn.Module):
+    """A convolution with a geometry, and time spent outside of it; a fake clock that both move on."""
+
+    def __init__(self, now: list[float]) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(2, 2, 1)
+        self.inner.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 3.0))
+        self.now = now
+
+    def forward(self, x):
+        x = self.inner(x)
+        self.now[0] += 1.0
+        return x
+
+
+def test_the_share_of_layers_is_taken_within_forwards(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("tenfold.profiling.latency.time.perf_counter", lambda: now[0])
+    share = clock().share_of_layers(Sleeper(now), torch.zeros(1, 2, 3, 3), [], seconds=50)
+    assert share == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

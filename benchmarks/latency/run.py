@@ -1,0 +1,219 @@
+"""Plan well-known networks for a latency budget and measure what comes of it: the models, and every layer.
+
+    python -m benchmarks.latency.run [--config FILE] [--out FOLDER] [--threads N] [--only TEXT] [--keep]
+
+Needs a machine that does nothing else: the load before each run is in the result. Writes ``latency.json`` and
+``latency.md`` after each run; ``--only resnet18`` does the runs whose name has that text, ``--keep`` keeps the other
+rows of an earlier result. Fails if a run misses what its line of the configuration demands, or any layer is slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from benchmarks.zoo import Subject, build
+from tenfold.planning import FastPlan, plan_fast
+from tenfold.profiling import Clock, best_memory_format, compare_latency, environment, profile, to_memory_format
+from tenfold.ranks import rule_from
+from tenfold.records import LayerPlan, Profile
+from tenfold.surgery import apply
+
+HERE = Path(__file__).parent
+HEAD = """\
+# Latency budgets, measured
+
+`python -m benchmarks.latency.run` on {device}, torch {torch}, Python {python}, {threads} threads, float32. Weights
+random with a decaying spectrum; the time does not depend on them. Dense models run in the memory format that is best
+for them, so do the small ones. *Budget*: share of the dense model's time. *Speed-up*: median of the ratios of rounds in
+turns, with its 95 % interval. *Per MACs*: speed-up divided by the reduction of multiply-accumulates. *Layers*: how many
+are factorized, and how many were sent back because they measured no faster.
+
+| network | batch | budget | dense ms | small ms | speed-up | MACs | per MACs | layers | load | demanded |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
+"""
+LAYERS = """
+## {name}, batch {batch}: layers
+
+| layer | geometry | now | dense ms | factorized ms | speed-up |
+|---|---|---|---:|---:|---:|
+"""
+
+
+def main() -> None:
+    """Do all runs, write the results after each, and fail if one misses its demands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "latency.yaml")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="text in the names of the runs to do")
+    parser.add_argument("--keep", action="store_true", help="keep the other rows of an earlier result")
+    options = parser.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    torch.set_num_threads(options.threads)
+    config = yaml.safe_load(options.config.read_text())
+    target = options.out / "latency.json"
+    rows: list[dict[str, Any]] = json.loads(target.read_text())["rows"] if options.keep and target.is_file() else []
+    options.out.mkdir(parents=True, exist_ok=True)
+    for wanted in config["runs"]:
+        if options.only not in wanted["name"]:
+            continue
+        row = measure(wanted, config)
+        rows = [r for r in rows if (r["name"], r["batch"]) != (row["name"], row["batch"])] + [row]
+        made = json.loads(environment().to_json())
+        result = {"benchmark": "latency", "config": config, "rows": rows, "environment": made}
+        target.write_text(json.dumps(result, indent=2) + "\n")
+        (options.out / "latency.md").write_text(table(result))
+        print(line(row), flush=True)
+    if not all(row["as_demanded"] for row in rows):
+        raise SystemExit(1)
+
+
+def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return one row: the plan for a network, the model that it makes measured against the dense one, its layers."""
+    load, start = os.getloadavg()[0], time.perf_counter()
+    subject = build(wanted["name"], batch=wanted["batch"], seed=config["seed"])
+    decay_(subject.model, config["decay"])
+    cost = profile(subject.model, subject.inputs)
+    found = planned(subject, cost, wanted, config)
+    small = apply(subject.model, found.plan)
+    result = compare_latency(
+        {
+            "dense": to_memory_format(subject.model, subject.inputs, found.before.memory_format),
+            "small": to_memory_format(small, subject.inputs, found.after.memory_format),
+        },
+        seconds=config["final_seconds"],
+    )
+    speedup = result.speedups["small"]
+    after = profile(small, subject.inputs)
+    per_macs = speedup.ratio * after.macs / cost.macs
+    as_demanded = (
+        speedup.ratio >= wanted.get("speedup", 1.0)
+        and speedup.low >= 1.0
+        and per_macs >= wanted.get("per_macs", 0.0)
+        and all(timing.faster() for timing in found.layers.values())
+    )
+    return {
+        "name": subject.name,
+        "batch": wanted["batch"],
+        "budget": wanted["latency"],
+        "demanded": {k: wanted[k] for k in ("speedup", "per_macs") if k in wanted},
+        "as_demanded": as_demanded,
+        "met": found.met,
+        "dense": result.latencies["dense"].model_dump(),
+        "small": result.latencies["small"].model_dump(),
+        "speedup": speedup.model_dump(),
+        "macs": [cost.macs, after.macs],
+        "params": [cost.params, after.params],
+        "per_macs": per_macs,
+        "rounds": found.rounds,
+        "layers": [layer_row(layer, cost, found) for layer in found.plan.layers if cost.layer(layer.path).spec],
+        "load": load,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dict[str, Any]) -> FastPlan:
+    """Return the plan for the latency budget, as near to it as the layers allow."""
+    layout, _ = best_memory_format(subject.model, subject.inputs, seconds=config["model_seconds"] / 2)
+    return plan_fast(
+        subject.model,
+        cost,
+        subject.inputs,
+        clock=Clock(memory_format=layout, seconds=config["clock_seconds"]),
+        budget={"latency": wanted["latency"]},
+        strict=False,
+        rounds=config["rounds"],
+        seconds=config["model_seconds"],
+        layer_seconds=config["layer_seconds"],
+        rule=rule_from(config["rule"]),
+        formats=config["formats"],
+        seed=config["seed"],
+    )
+
+
+def decay_(model: nn.Module, decay: float) -> None:
+    """Give all weights a spectrum that falls in both channel modes, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight.data
+            for axis in (0, 1):
+                shape = [1] * weight.dim()
+                shape[axis] = -1
+                weight.mul_(torch.arange(1.0, weight.shape[axis] + 1).pow(-decay).reshape(shape))
+
+
+def layer_row(layer: LayerPlan, cost: Profile, found: FastPlan) -> dict[str, Any]:
+    """Return what happens to one layer, with both times where it is factorized or was sent back."""
+    timing = found.layers.get(layer.path) or found.returned.get(layer.path)
+    rank = ",".join(f"{k}={v}" for k, v in (layer.rank or {}).items())
+    return {
+        "path": layer.path,
+        "kind": layer.kind,
+        "now": f"{layer.format} {rank}" if layer.action == "factorize" else f"dense: {layer.reason}",
+        "factorized": layer.action == "factorize",
+        "sent_back": layer.path in found.returned,
+        "macs": [layer.before.macs, layer.after.macs],
+        "in_shape": [list(call.in_shape) for call in cost.layer(layer.path).calls],
+        "timing": None if timing is None else vars(timing),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the rows, and the layers of each, as Markdown."""
+    env = result["environment"]
+    text = HEAD.format(
+        device=env["device_name"] or env["device"], torch=env["torch"], python=env["python"], threads=env["threads"]
+    )
+    text += "".join(line(row) + "\n" for row in result["rows"])
+    slower = [
+        lay for row in result["rows"] for lay in row["layers"] if lay["factorized"] and lay["timing"]["ratio"] < 1
+    ]
+    total = sum(lay["factorized"] for row in result["rows"] for lay in row["layers"])
+    text += f"\nOf {total} factorized layers in these plans, {len(slower)} measure slower than their dense originals.\n"
+    for row in result["rows"]:
+        text += LAYERS.format(**row) + "".join(layer_line(layer) for layer in row["layers"])
+    return text
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return one network as a line of the table."""
+    speedup, layers = row["speedup"], row["layers"]
+    demanded = ", ".join(f"{k} ≥ {v}" for k, v in row["demanded"].items()) or "not slower"
+    cells = [
+        row["name"].partition(":")[2],
+        row["batch"],
+        f"{row['budget']:.0%}",
+        f"{row['dense']['median_ms']:.1f} ({row['dense']['memory_format']})",
+        f"{row['small']['median_ms']:.1f} ({row['small']['memory_format']})",
+        f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]",
+        f"÷ {row['macs'][0] / row['macs'][1]:.2f}",
+        f"{row['per_macs']:.2f}",
+        f"{sum(lay['factorized'] for lay in layers)}, {sum(lay['sent_back'] for lay in layers)} of {len(layers)}",
+        f"{row['load']:.1f}",
+        f"{demanded}: {'yes' if row['as_demanded'] else '**no**'}",
+    ]
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def layer_line(layer: dict[str, Any]) -> str:
+    """Return one layer as a line of its table."""
+    timing = layer["timing"]
+    times = ["", "", ""]
+    if timing is not None:
+        interval = f"{timing['ratio']:.2f} [{timing['low']:.2f}–{timing['high']:.2f}]"
+        times = [f"{timing['before_ms']:.3f}", f"{timing['after_ms']:.3f}", interval]
+    return f"| {layer['path']} | {layer['kind']} | {layer['now']} | {' | '.join(times)} |\n"
+
+
+if __name__ == "__main__":
+    main()
