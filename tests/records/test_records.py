@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -110,4 +109,3 @@ def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    assert torch.get_num_threads() == 1
