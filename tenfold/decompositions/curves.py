@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tenfold.decompositions.base import decompose, default_algorithm
 from tenfold.decompositions.metric import Moments, ridged, roots
 from tenfold.decompositions.weighted import Weighted, WeightedALS, alternate, gram_under
-from tenfold.formats import Factorization
+from tenfold.formats import Factorization, Rank, join_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.formats.tucker2 import Tucker2
@@ -33,17 +35,15 @@ def damage_curve(
     C is the covariance of the input patches and G = ``moments.output`` how much the network minds (the identity if
     None: then the damage is the output error E‖y−ŷ‖²). Low rank is exact: a tail of eigenvalues. For Tucker-2 each
     input rank takes one input factor, for which all output ranks follow from one spectrum; for spatial each rank takes
-    a fit. All are attained, so upper bounds of the optimum. Only what is asked for is computed, and once.
+    a fit; a dozen are made, and the rest lies between them. Those are attained, so upper bounds of the optimum. Only
+    what is asked for is computed, and once. Other formats are fitted rank by rank with their own algorithm.
 
     Args:
         weight: groups apart: (groups, out/groups, in/groups, *kernel).
         spec: geometry of the layer.
-        format: low rank, Tucker-2 or spatial.
+        format: any format.
         moments: of the inputs of the layer.
         ridge: added to the covariance, as a share of the mean variance.
-
-    Raises:
-        TypeError: another format.
 
     Example:
         >>> x = torch.randn(200, 12).double() * torch.arange(1, 13)
@@ -64,8 +64,7 @@ def damage_curve(
     if format is Spatial:
         groups, out, inner, first = kernel.shape[:4]
         return _SpatialCurve(Weighted.of(kernel.reshape(groups, out, inner * first, prod(spec.kernel[1:])), square))
-    msg = f"there is no curve of output errors for {format.__name__}"
-    raise TypeError(msg)
+    return _FittedCurve(weight.detach(), spec, format, moments)
 
 
 def _tails(values: Tensor, power: float | None = None) -> NDArray[np.float64]:
@@ -81,9 +80,10 @@ class _Tucker2Curve:
         self._known: dict[int, NDArray[np.float64]] = {}
 
     def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.array([self._at(inner)[out] for out, inner in ranks.tolist()], dtype=np.float64)
+        return between(self._at, ranks[:, 1])[np.arange(len(ranks)), ranks[:, 0]]
 
     def _at(self, inner: int) -> NDArray[np.float64]:
+        """Return the damage (out + 1,) at every output rank."""
         if inner not in self._known:
             problem = self._problem
             out, most = problem.kernel.shape[1:3]
@@ -97,17 +97,64 @@ class _Tucker2Curve:
 class _SpatialCurve:
     def __init__(self, problem: Weighted) -> None:
         self._problem = problem
-        self._known: dict[int, float] = {}
+        self._known: dict[int, NDArray[np.float64]] = {}
 
     def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.array([self._at(rank) for rank in ranks[:, 0].tolist()], dtype=np.float64)
+        return between(self._at, ranks[:, 0])[:, 0]
 
-    def _at(self, rank: int) -> float:
+    def _at(self, rank: int) -> NDArray[np.float64]:
         if rank not in self._known:
             problem = self._problem
             out, most = problem.kernel.shape[1:3]
             v = None if rank >= most else alternate(problem, out, rank, _QUICK).v
             _, explained = problem.outputs(v)
             kept = float(explained.diagonal(dim1=-2, dim2=-1).sum())
-            self._known[rank] = max(float(problem.power.sum()) - kept, 0.0)
+            self._known[rank] = np.array([max(float(problem.power.sum()) - kept, 0.0)])
         return self._known[rank]
+
+
+def between(at: Callable[[int], NDArray[np.float64]], ranks: NDArray[np.int64], most: int = 12) -> NDArray[np.float64]:
+    """Return ``at`` (k,) of every rank (m,), as (m, k): asked for at ``most`` ranks at most, geometric in between.
+
+    Example:
+        >>> ranks = np.arange(1, 41)
+        >>> found = between(lambda r: np.array([0.5**r]), ranks)
+        >>> bool(np.allclose(found[:, 0], 0.5**ranks))
+        True
+    """
+    asked, place = np.unique(ranks, return_inverse=True)
+    knots = asked[np.unique(np.linspace(0, len(asked) - 1, min(most, len(asked))).round().astype(int))]
+    values = np.stack([at(int(rank)) for rank in knots])
+    floor = 1e-12 * values.max(initial=0.0) + np.finfo(np.float64).tiny
+    logs = np.log(np.maximum(values, floor))
+    upper = np.clip(np.searchsorted(knots, asked), 1, max(len(knots) - 1, 1))
+    if len(knots) == 1:
+        return np.repeat(values, len(ranks), axis=0)
+    part = ((asked - knots[upper - 1]) / (knots[upper] - knots[upper - 1]))[:, None]
+    found = np.exp((1 - part) * logs[upper - 1] + part * logs[upper])
+    exact = np.isin(asked, knots)
+    found[exact] = values
+    return np.asarray(found[place.reshape(-1)])
+
+
+@dataclass(frozen=True, eq=False)
+class _FittedCurve:
+    """Any format: a fit with its own algorithm at every rank."""
+
+    weight: Tensor
+    spec: LayerSpec
+    format: type[Factorization]
+    moments: Moments
+
+    def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        names = self.format.rank_names
+        if len(names) == 1:
+            return between(lambda rank: self._at({names[0]: rank}), ranks[:, 0])[:, 0]
+        return np.concatenate([self._at(dict(zip(names, row, strict=True))) for row in ranks.tolist()])
+
+    def _at(self, rank: Rank) -> NDArray[np.float64]:
+        name = self.format.name()
+        algorithm = default_algorithm(name, aware=True)
+        fit = decompose(join_groups(self.weight, self.spec), name, rank, algorithm, spec=self.spec, metric=self.moments)
+        found = fit.value.to(torch.float64).to_grouped().flatten(2)
+        return np.array([self.moments.damage(self.weight.double().flatten(2), found)])

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tenfold.decompositions import Moments, decompose
-from tenfold.decompositions.curves import damage_curve
+from tenfold.decompositions.curves import _FittedCurve, between, damage_curve
 from tenfold.formats import FORMATS
+from tenfold.formats.low_rank import LowRank
 from tenfold.records import LayerSpec
 
 SPEC = LayerSpec(kind="conv", in_channels=12, out_channels=16, kernel=(3, 3), groups=2)
@@ -46,6 +47,28 @@ def test_the_curve_is_the_damage_of_the_fits(format, ranks, minded):
         )
 
 
-def test_formats_without_a_curve_are_refused():
-    with pytest.raises(TypeError, match="no curve"):
-        damage_curve(torch.randn(2, 8, 6, 3, 3), SPEC, object, moments(minded=False))
+class Mirrored(LowRank):
+    """A format that no curve knows: it is fitted rank by rank."""
+
+
+def test_any_other_format_is_fitted_with_its_own_algorithm():
+    weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded=False)
+    generic = _FittedCurve(weight, SPEC, FORMATS.get("low_rank"), metric)
+    ranks = np.array([[1], [4], [8]])
+    assert generic(ranks) == pytest.approx(damage_curve(weight, SPEC, FORMATS.get("low_rank"), metric)(ranks), rel=0.01)
+    assert isinstance(damage_curve(weight, SPEC, Mirrored, metric), _FittedCurve)
+
+
+def test_curves_ask_for_a_dozen_ranks_and_lie_between():
+    asked = []
+
+    def at(rank):
+        asked.append(rank)
+        return np.array([2.0**-rank, 3.0**-rank])
+
+    ranks = np.array([5, 40, 1, 17, 5, *range(1, 41)])
+    found = between(at, ranks)
+    assert len(asked) == 12
+    assert found[:, 0] == pytest.approx(2.0**-ranks, rel=1e-6)
+    assert found[:, 1] == pytest.approx(3.0**-ranks, rel=1e-6, abs=1e-12)
+    assert between(at, np.array([3])).shape == (1, 2)
