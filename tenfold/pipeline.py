@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tenfold import checkpoint
-from tenfold.decompositions import Decomposition
+from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError
 from tenfold.planning import DEFAULT_FORMATS, FastPlan, plan_fast, recost
 from tenfold.planning import plan as make_plan
@@ -124,29 +124,20 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     device = device_of(model, example_inputs)
     with steps("profile"):
         before = profile(model, example_inputs)
-    batches = [to_device(batch, device) for batch in data] if data is not None else []
+    batches: list[Any] = []
     moments = None
-    if batches and use_data != "norms":
+    if data is not None:
         with steps("calibrate"):
-            moments = calibrate(model, batches, called_layers(before), seed=seed)
-    fast = None
+            batches = [to_device(batch, device) for batch in data]
+            if batches and use_data != "norms":
+                moments = calibrate(model, batches, called_layers(before), seed=seed)
     with steps("plan"):
+        fast = None
         if plan is None:
-            choices: dict[str, Any] = {
-                "rule": rule_from(rule) if isinstance(rule, str) else rule,
-                "formats": formats,
-                "keep": keep,
-                "keep_ends": keep_ends,
-                "algorithms": algorithms,
-                "moments": moments,
-                "seed": seed,
-            }
-            budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-            if budget.latency is None:
-                plan = make_plan(model, before, budget=budget, **choices)
-            else:
-                fast = _plan_by_clock(model, before, inputs, clock, budget, choices)
-                plan = recost(fast.plan, before)
+            choices = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "algorithms": algorithms, "seed": seed}
+            plan, fast = decide(
+                model, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, **choices
+            )
         else:
             plan = recost(plan, before)
         _refuse_empty(plan)
@@ -178,20 +169,49 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     return Compressed(small, plan, record, model)
 
 
-def _plan_by_clock(
-    model: nn.Module, before: Profile, inputs: Any, clock: Clock | None, budget: Budget, choices: Mapping[str, Any]
-) -> FastPlan:
-    """Return a plan that meets its latency as measured, on the inputs that latency is measured on."""
-    timed = profile(model, inputs)
-    shares = {
-        name: limit / getattr(before.cost, name)
-        for name, limit in budget.replace(latency=None).allowance(before.cost).items()
-    }
-    budget = Budget.of({**{k: min(v, 1.0) for k, v in shares.items()}, "latency": float(budget.latency or 1.0)})
+def decide(
+    model: nn.Module,
+    before: Profile,
+    latency_inputs: Any,
+    *,
+    budget: Budget | Mapping[str, float] | None = None,
+    rule: RankRule | str = "global",
+    moments: Mapping[str, Moments] | None = None,
+    clock: Clock | None = None,
+    **choices: Any,
+) -> tuple[Plan, FastPlan | None]:
+    """Return a plan, and the measurements behind it where the budget names a latency.
+
+    Args:
+        model: the model that was profiled.
+        before: its profile, whose costs are in the plan.
+        latency_inputs: what a latency is measured on; may be of another batch size than the profile's.
+        budget: what the whole model may cost; see ``compress``.
+        rule: how ranks are chosen.
+        moments: what data say of the layers; see ``calibrate``.
+        clock: times layers; one for the model's device and dtype if None.
+        choices: all else that ``plan`` takes.
+    """
+    rule = rule_from(rule) if isinstance(rule, str) else rule
+    budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
+    if budget.latency is None:
+        return make_plan(model, before, rule=rule, budget=budget, moments=moments, **choices), None
+    limits = budget.replace(latency=None).allowance(before.cost)
+    shares = {name: min(1.0, limit / getattr(before.cost, name)) for name, limit in limits.items()}
     if clock is None:
-        first = next((p for p in model.parameters() if p.is_floating_point()), None)
-        clock = Clock(device=device_of(model, inputs), dtype=torch.float32 if first is None else first.dtype)
-    return plan_fast(model, timed, inputs, clock=clock, budget=budget, **choices)
+        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        clock = Clock(device=device_of(model, latency_inputs), dtype=weight.dtype)
+    fast = plan_fast(
+        model,
+        profile(model, latency_inputs),
+        latency_inputs,
+        clock=clock,
+        budget=Budget(**shares, latency=budget.latency),
+        rule=rule,
+        moments=moments,
+        **choices,
+    )
+    return recost(fast.plan, before).replace(budget={k: v for k, v in budget if v is not None}), fast
 
 
 def _compare(model: nn.Module, small: nn.Module, inputs: Any, fast: FastPlan | None) -> Comparison:
