@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
+
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
 from tenfold.ranks.base import RULES, Choice, Keep, Limits, OneKnobRule, RankProblem, first_saving
@@ -25,8 +27,8 @@ class Scores(Protocol):
         """Return the score with this layer alone in this format at this rank."""
         ...
 
-    def error(self, path: str, format: str, rank: Rank) -> float:
-        """Return the relative error of the layer's output: what is cheap to know."""
+    def errors(self, path: str, format: str, ranks: Sequence[Rank]) -> Sequence[float]:
+        """Return the relative errors of the layer's output at some ranks: what is cheap to know, all in one pass."""
         ...
 
     def curve(self, path: str, format: str, ranks: Sequence[Rank]) -> Sequence[float]:
@@ -95,16 +97,17 @@ class AccuracyDrop(OneKnobRule):
     def _search(self, problem: RankProblem, scores: Scores, least: float, crossed: list[float]) -> Choice:
         def smallest(format: str) -> Rank | None:
             ranks = self._ranks(problem, format)
+            if not ranks:
+                return None
             place = (problem.path, format)
-            errors = _Remembered(lambda i: scores.error(*place, ranks[i]))
-            guess = len(ranks) // 2
-            if crossed and ranks:
-                target = median(crossed)
-                guess = _bisect(lambda i: errors(i) <= target, 0, len(ranks))
+            asked = np.unique(np.linspace(0, len(ranks) - 1, _ERRORS).round().astype(int))
+            known = np.minimum.accumulate(scores.errors(*place, [ranks[i] for i in asked]))
+            errors = np.interp(np.arange(len(ranks)), asked, known)
+            guess = int((errors > median(crossed)).sum()) if crossed else len(ranks) // 2
             found = _gallop(lambda i: scores.score(*place, ranks[i]) >= least, guess, len(ranks))
             if found == len(ranks):
                 return None
-            crossed.append(errors(found))
+            crossed.append(float(errors[found]))
             return ranks[found]
 
         drop = _points(self.drop or 0.0)
@@ -130,19 +133,8 @@ class AccuracyDrop(OneKnobRule):
 
 # Scores are counts of images over images: what is lost in rounding must not decide.
 _ROUND = 1e-9
-
-
-class _Remembered:
-    """A function of an index that is asked at most once for each."""
-
-    def __init__(self, ask: Callable[[int], float]) -> None:
-        self._ask = ask
-        self._known: dict[int, float] = {}
-
-    def __call__(self, index: int) -> float:
-        if index not in self._known:
-            self._known[index] = self._ask(index)
-        return self._known[index]
+# Errors of the output are measured at so many ranks of a layer, and interpolated between.
+_ERRORS = 8
 
 
 def _bisect(good: Callable[[int], bool], low: int, high: int) -> int:

@@ -35,7 +35,7 @@ def model() -> nn.Sequential:
 
 
 def made(model: nn.Module, **options: object) -> Sensitivity:
-    return Sensitivity(model, costs(model), **options)  # type: ignore[arg-type]
+    return Sensitivity(model, costs(model), **({"formats": FORMATS} | options))  # type: ignore[arg-type]
 
 
 def test_output_errors_are_those_of_the_outputs(model: nn.Sequential) -> None:
@@ -116,7 +116,7 @@ def slow(model):
     time.sleep(float(sys.argv[1]))
     return scorer(model)
 model = net()
-Sensitivity(model, costs(model), evaluate=slow, path={str(file)!r}).measure(6, scores=True)
+Sensitivity(model, costs(model), formats={FORMATS!r}, evaluate=slow, path={str(file)!r}).measure(6, scores=True)
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", script, "0.1"], env=env)
