@@ -44,7 +44,8 @@ def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments])
 
 
 def _damage_at(problem: RankProblem, moments: Moments) -> Callable[[str], Curve]:
-    known: dict[str, Curve] = {}
+    # With the problem's spectra, so that plans made anew for the same weights and data do not fit the curves again.
+    known: dict[str, Curve] = problem._cache.setdefault(("damage", id(moments)), {})  # noqa: SLF001
 
     def damage_at(format: str) -> Curve:
         if format not in known:
