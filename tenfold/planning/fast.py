@@ -85,7 +85,8 @@ def plan_fast(
         clock: times layers, in the memory format in which the smaller model is to run; where the first plan runs
             faster in another one, a clock like it for that format takes over.
         budget: of the whole model; ``latency`` is a share of the model's time in its best memory format.
-        strict: raise if the latency cannot be met; otherwise come as near as the layers allow.
+        strict: raise if the latency cannot be met; otherwise come as near as the layers allow, as long as the model
+            measures faster at all.
         rounds: how many plans to measure as a whole, at most.
         seconds: about how long to time the models in a round.
         layer_seconds: about how long to time a layer.
@@ -107,13 +108,12 @@ def plan_fast(
         try:
             found, better = search.attempt(timing, number)
         except BudgetError:
-            if tried:
-                break
-            if strict or number == rounds:
+            if not tried and (strict or number == rounds):
                 raise
-            timing = timing.tightened(_RELAX)
+            last = tried[-1][0] if tried else timing.tighten * _RELAX**2
+            timing = timing.tightened((last / timing.tighten) ** 0.5)
             continue
-        if better is not None and number == 1:
+        if better is not None and number == 1 < rounds:
             search = search.in_format(better)
             timing = search.timing()
             continue
@@ -255,6 +255,11 @@ def _settled(found: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
         msg = f"no plan runs in {wanted:.0%} of the time: raise the latency budget or allow more formats"
         raise BudgetError(msg)
     best = max(found, key=lambda plan: (plan.met, plan.share if plan.met else -plan.share))
+    if best.speedup.ratio <= 1:
+        msg = (
+            f"no plan makes the model faster: the best measures {best.share:.1%} of its time. Keep the model as it is."
+        )
+        raise BudgetError(msg)
     if strict and not best.met:
         msg = (
             f"the latency budget of {wanted:.0%} is not met: the best plan measures {best.share:.1%}. "

@@ -299,3 +299,22 @@ def test_the_memory_format_that_is_faster_takes_over(net, costs, monkeypatch):
     assert formats[-1] is True
     assert result.met
     assert result.share == pytest.approx(0.6, rel=0.1)
+
+
+def test_a_model_that_is_not_faster_as_a_whole_is_never_handed_back(net, costs, monkeypatch):
+    def compare(variants, **options):
+        return FakeCompare(bias=1.0 if "factorized" in variants else 50.0)(variants, **options)
+
+    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    with pytest.raises(BudgetError, match="no plan makes the model faster"):
+        plan_fast(
+            net,
+            costs,
+            X,
+            clock=clock(),
+            budget={"latency": 0.5},
+            rule=rule_from("ratio"),
+            keep_ends=False,
+            strict=False,
+            compare=compare,
+        )
