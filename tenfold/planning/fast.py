@@ -157,6 +157,7 @@ class _Search:
     compare: Compare
     planning: dict[str, Any]
     memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    formats: dict[str, tuple[str, str]] = field(default_factory=dict)  # the best, by that of the clock
 
     @cached_property
     def bench(self) -> LayerBench:
@@ -178,13 +179,16 @@ class _Search:
         """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
         gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
         small = with_structure(self.model, gated.plan)
-        names = candidates_for(self.inputs)
-        before = {f"before {name}": to_memory_format(self.model, self.inputs, name) for name in names}
-        after = {f"after {name}": to_memory_format(small, self.inputs, name) for name in names}
-        times = self._compared(before | after).latencies
-        best = {kind: min(kinds, key=lambda n: times[n].median_ms) for kind, kinds in (("b", before), ("a", after))}
-        own = f"after {self.clock.memory_format}"
-        final = self._compared({"before": before[best["b"]], "after": after[own]})
+        own = self.clock.memory_format
+        if own not in self.formats:
+            self.formats[own] = self._best_formats(small)
+        dense, best = self.formats[own]
+        final = self._compared(
+            {
+                "before": to_memory_format(self.model, self.inputs, dense),
+                "after": to_memory_format(small, self.inputs, own),
+            }
+        )
         found = FastPlan(
             plan=gated.plan,
             before=final.latencies["before"],
@@ -195,8 +199,18 @@ class _Search:
             met=self._met(final.speedups["after"], timing),
             rounds=number,
         )
-        better = times[own].median_ms > _OTHER_FORMAT * times[best["a"]].median_ms
-        return found, best["a"].removeprefix("after ") if better else None
+        return found, None if best == own else best
+
+    def _best_formats(self, small: nn.Module) -> tuple[str, str]:
+        """Return the memory formats for the model as it is and the smaller one, which moves only for a good gain."""
+        names = candidates_for(self.inputs)
+        models = {"before": self.model, "after": small}
+        variants = {(kind, n): to_memory_format(model, self.inputs, n) for kind, model in models.items() for n in names}
+        times = self._compared({f"{kind} {n}": variant for (kind, n), variant in variants.items()}).latencies
+        dense, best = (min(names, key=lambda n: times[f"{kind} {n}"].median_ms) for kind in models)
+        own = self.clock.memory_format
+        gain = times[f"after {own}"].median_ms / times[f"after {best}"].median_ms
+        return dense, best if gain > _OTHER_FORMAT else own
 
     def _compared(self, variants: dict[str, tuple[nn.Module, Any]]) -> Comparison:
         return self.compare(variants, seconds=self.seconds[0], threads=self.clock.threads)
