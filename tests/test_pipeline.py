@@ -61,7 +61,7 @@ def test_the_original_is_untouched_and_the_result_shares_nothing_with_it() -> No
 
 def test_batch_norm_is_re_estimated_from_the_data() -> None:
     model = network()
-    result = compress(model, X, budget={"macs": 0.5}, data=DATA, latency=False)
+    result = compress(model, X, budget={"macs": 0.5}, data=DATA, use_data="norms", latency=False)
     mean = torch.cat([result.model[0](x) for x in DATA]).mean((0, 2, 3))
     torch.testing.assert_close(result.model[1].running_mean, mean, atol=1e-5, rtol=1e-4)
     without = compress(model, X, budget={"macs": 0.5}, latency=False).model
@@ -145,7 +145,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_summary_shows_numbers_and_reasons() -> None:
-    text = compress(network(), X, budget={"macs": 0.5}, evaluate=lambda m: 0.875, latency=False).summary()
+    text = compress(network(), X, budget={"macs": 0.5}, rule="ratio", evaluate=lambda m: 0.875, latency=False).summary()
     assert "87.50 %" in text
     assert "BatchNorm2d" in text
     assert "tucker2 out=" in text

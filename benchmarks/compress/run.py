@@ -2,8 +2,8 @@
 
     python -m benchmarks.compress.run benchmarks/compress/resnet56_tucker2.yaml --weights-dir FOLDER [--only NAME]
 
-Every run is a command line of its own; its JSON goes to ``benchmarks/results/EXPERIMENT.json`` together with the command,
-and a table of all of them beside it. Runs that are in the result already are not repeated unless ``--again``.
+Every run is a command line of its own; its JSON goes to ``benchmarks/results/EXPERIMENT.json`` together with the
+command, and a table of all of them beside it. Runs that are in the result already are not repeated unless ``--again``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from tenfold.cli.terminal import Misuse
 from tenfold.errors import TenfoldError
 
 if TYPE_CHECKING:
-    from tenfold.cli.options import Decide
+    from tenfold.cli.options import Data, Decide
     from tenfold.cli.sources import Opened
     from tenfold.ranks import RankRule
     from tenfold.records import Plan, Profile
@@ -29,19 +29,36 @@ def plan_choices(decide: Decide, seed: int) -> dict[str, Any]:
     }
 
 
-def plan_of(decide: Decide, opened: Opened, profile: Profile, seed: int, *, rule: RankRule | None = None) -> Plan:
+def plan_of(
+    decide: Decide,
+    opened: Opened,
+    profile: Profile,
+    seed: int,
+    data: Data,
+    *,
+    latency_batch: int = 1,
+    rule: RankRule | None = None,
+) -> Plan:
     """Return the plan that is read from a file, with its costs computed anew, or made as the options say.
 
     ``rule`` is the rule of the options with what it needs besides.
     """
-    from tenfold.planning import plan, recost
+    from tenfold.cli.recovering import calibration
+    from tenfold.pipeline import decide as make
+    from tenfold.planning import recost
+    from tenfold.profiling import calibrate, called_layers
     from tenfold.records import Plan
 
     if decide.plan is not None:
         refuse_choices(decide)
         return recost(Plan.load(decide.plan), profile)
     choices = plan_choices(decide, seed)
-    return plan(opened.model, profile, **(choices if rule is None else choices | {"rule": rule}))
+    choices["rule"] = choices["rule"] if rule is None else rule
+    batches = calibration(opened, data, seed)
+    moments = None
+    if batches is not None and choices["rule"].by_damage and data.use_data != "norms":
+        moments = calibrate(opened.model, list(batches), called_layers(profile), seed=seed)
+    return make(opened.model, profile, opened.inputs(latency_batch), moments=moments, **choices)[0]
 
 
 def refuse_choices(decide: Decide) -> None:
@@ -72,7 +89,7 @@ def rule_of(decide: Decide) -> RankRule:
     """
     from tenfold.ranks import rule_from
 
-    name = decide.rule or ("fixed" if decide.rank else "ratio")
+    name = decide.rule or ("fixed" if decide.rank else "global")
     settings = dict(_setting(text) for text in decide.settings or ())
     if decide.rank:
         settings["ranks"] = dict(_rank(text) for text in decide.rank)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 _MODEL, _DECIDE, _RECOVER, _MACHINE = "Model and data", "What to do with the layers", "Recovery", "Machine"
+UseData = Literal["sequential", "layers", "norms"]
 TASK_FORMS = "NAME[:VARIANT], pkg.module:Class or file.py:Class; see `tenfold list tasks`."
 
 
@@ -68,8 +69,8 @@ class Decide:
         typer.Option(
             "--budget",
             "-b",
-            metavar="macs=0.5,params=0.4",
-            help="What the whole model may cost: shares up to 1, absolute numbers above.",
+            metavar="macs=0.5,latency=0.6",
+            help="What the whole model may cost in params, macs, latency: shares up to 1, absolute numbers (ms) above.",
             rich_help_panel=_DECIDE,
         ),
     ] = None
@@ -77,7 +78,7 @@ class Decide:
         str | None,
         typer.Option(
             metavar="RULE",
-            help="How ranks are chosen: ratio (the default), energy, fixed ...; see `tenfold list rules`.",
+            help="How ranks are chosen: global (the default), ratio, energy, fixed ...; see `tenfold list rules`.",
             rich_help_panel=_DECIDE,
         ),
     ] = None
@@ -94,7 +95,7 @@ class Decide:
         list[str] | None,
         typer.Option(
             metavar="PATTERN=RANK",
-            help="A rank by hand (rule fixed): 'layer1.*=24' or 'conv1=out:24,in:20'. Repeatable; the first match wins.",
+            help="A rank by hand (rule fixed): 'layer1.*=24' or 'conv1=out:24,in:20'. The first match wins.",
             rich_help_panel=_DECIDE,
         ),
     ] = None
@@ -104,7 +105,7 @@ class Decide:
             "--format",
             "-f",
             metavar="FORMAT",
-            help="What layers may turn into, the preferred first: tucker2,low_rank; `tenfold list formats`.",
+            help="What layers may turn into, the preferred first: tucker2,low_rank,spatial; see `list formats`.",
             rich_help_panel=_DECIDE,
         ),
     ] = None
@@ -136,20 +137,33 @@ class Decide:
 
 
 @dataclass(frozen=True)
-class Recover:
-    """What to do for the accuracy after the layers were replaced."""
+class Data:
+    """Which data to look at, and what for."""
 
     calibration: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=0,
-            help="Training samples to re-estimate batch norm from, without labels; 0 for none. "
-            "Default: 2000, or as many as there are.",
+            help="Training samples to look at, without labels; 0 for none. Default: 2000, or as many as there are.",
             rich_help_panel=_RECOVER,
             show_default=False,
         ),
     ] = None
+    use_data: Annotated[
+        UseData,
+        typer.Option(
+            help="What they are for. sequential: ranks by what the output loses, layers fitted front to back to the "
+            "outputs of the original. layers: each layer on its own, then batch norm. norms: batch norm only.",
+            rich_help_panel=_RECOVER,
+        ),
+    ] = "sequential"
+
+
+@dataclass(frozen=True)
+class Recover:
+    """What to do for the accuracy after the layers were replaced."""
+
     tune_epochs: Annotated[
         int | None,
         typer.Option(

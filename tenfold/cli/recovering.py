@@ -17,7 +17,7 @@ from tenfold.errors import TuningError
 if TYPE_CHECKING:
     from torch import nn
 
-    from tenfold.cli.options import Recover, Training
+    from tenfold.cli.options import Data, Recover, Training
     from tenfold.cli.sources import Opened
     from tenfold.tuning import EpochRecord, TuneConfig, TuneResult
 
@@ -44,14 +44,16 @@ class Calibration:
             yield to_device(batch, self.opened.device, dtype)
 
 
-def calibration(opened: Opened, recover: Recover, seed: int) -> Calibration | None:
-    """Return the samples to re-estimate batch norm from; None where there is no batch norm, or none are wanted."""
+def calibration(opened: Opened, data: Data, seed: int) -> Calibration | None:
+    """Return the samples to look at; None where none are wanted, or they are for batch norm and there is none."""
     from tenfold.surgery.batchnorm import BATCH_NORMS
 
-    if recover.calibration == 0 or not any(isinstance(m, BATCH_NORMS) for m in opened.model.modules()):
+    if data.calibration == 0:
         return None
-    if recover.calibration is not None:
-        return Calibration(opened, recover.calibration, seed)
+    if data.use_data == "norms" and not any(isinstance(m, BATCH_NORMS) for m in opened.model.modules()):
+        return None
+    if data.calibration is not None:
+        return Calibration(opened, data.calibration, seed)
     there = len(opened.task.train_batches(0, batch_size=1, seed=seed, hold_out=True))
     return Calibration(opened, min(DEFAULT_CALIBRATION, there), seed)
 

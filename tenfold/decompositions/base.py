@@ -197,10 +197,8 @@ def decompose_many(problems: Sequence[Problem]) -> list[Fit]:
         batches.setdefault(key, []).append(i)
     fits: dict[int, Fit] = {}
     for members in batches.values():
-        for i, fit in zip(
-            members, _fit_batch([problems[i] for i in members], [prepared[i] for i in members]), strict=True
-        ):
-            fits[i] = fit
+        found = _fit_batch([problems[i] for i in members], [prepared[i] for i in members])
+        fits.update(zip(members, found, strict=True))
     return [fits[i] for i in range(len(problems))]
 
 

@@ -120,10 +120,12 @@ class RankRule(abc.ABC):
     """A way to choose ranks. Its dataclass fields are its configuration; a subclass is final.
 
     Laws: every choice has 1 ≤ rank ≤ max_rank and costs less than the layer does now; limits are met within one step.
-    ``by_name`` tells that the rule names the layers it wants itself, so that none is kept by default.
+    ``by_name`` tells that the rule names the layers it wants itself, so that none is kept by default; ``by_damage``
+    that it weighs what data say of the damage.
     """
 
     by_name: ClassVar[bool] = False
+    by_damage: ClassVar[bool] = False
 
     @abc.abstractmethod
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:

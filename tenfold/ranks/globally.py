@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ class Global(RankRule):
     step: int | None = None
     gap: float = 1e-3
     time_limit: float = 20.0
+
+    by_damage: ClassVar[bool] = True
 
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return the optimum within the limits."""

@@ -27,6 +27,6 @@ def test_compress_digits(tenfold: Run) -> None:
     assert found["after"]["score"] > found["before"]["score"] - 0.03
     small, plan = load(task.build(), Path("small"))
     assert task.evaluate(small) == found["after"]["score"]
-    assert len(plan.factorized) == 2
+    assert plan.factorized
     shown = tenfold("eval", "--checkpoint", "small")  # the checkpoint knows its task
     assert f"{100 * found['after']['score']:.2f} %" in shown.out

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tenfold.cli.options import Decide, Machine, Recover, Source, Timing, Training, Writing
+from tenfold.cli.options import Data, Decide, Machine, Recover, Source, Timing, Training, Writing
 from tenfold.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def run(
     ctx: typer.Context,
     source: Source,
     decide: Decide,
+    data: Data,
     recover: Recover,
     training: Training,
     timing: Timing,
@@ -51,10 +52,10 @@ def run(
         terminal.step("open the model")
         opened = open_source(source, machine)
         if writing.dry_run:
-            show_decision(opened, decide, machine.seed, terminal)
+            show_decision(opened, decide, machine.seed, data, terminal, latency_batch=timing.latency_batch)
             return
         out = writing.out or default_folder(opened)
-        job = _Job(opened, decide, recover, training, timing, machine.seed, out, epochs)
+        job = _Job(opened, decide, data, recover, training, timing, machine.seed, out, epochs)
         result, tuner = job.run(terminal)
         record = result.record.replace(task=opened.name, command=ctx.obj, settings=job.settings(tuner))
         dataclasses.replace(result, record=record).save(out)
@@ -69,6 +70,7 @@ class _Job:
 
     opened: Opened
     decide: Decide
+    data: Data
     recover: Recover
     training: Training
     timing: Timing
@@ -96,7 +98,8 @@ class _Job:
             self.opened.model,
             self.opened.inputs(),
             plan=plan,
-            data=calibration(self.opened, self.recover, self.seed),
+            data=calibration(self.opened, self.data, self.seed),
+            use_data=self.data.use_data,
             tune=tuner,
             evaluate=self.opened.task.evaluate if self.recover.evaluate else None,
             latency=self.timing.latency,
@@ -109,7 +112,8 @@ class _Job:
     def settings(self, tuner: Tuner | None) -> dict[str, Any]:
         """Return what the record should say besides the plan."""
         return {
-            "calibration": self.recover.calibration,
+            "calibration": self.data.calibration,
+            "use_data": self.data.use_data,
             "tuning": None if tuner is None else tuner.config.model_dump(),
             "latency_batch": self.timing.latency_batch,
         }
@@ -121,7 +125,8 @@ class _Job:
         if config.epochs == 0:
             return None
         plan = self.decide.plan.read_bytes() if self.decide.plan is not None and self.decide.plan.is_file() else b""
-        identity = identity_of(self.opened, self.decide, plan, self.recover.calibration, self.seed)
+        looked_at = (self.data.calibration, self.data.use_data)
+        identity = identity_of(self.opened, self.decide, plan, looked_at, self.seed)
         return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet)
 
 
@@ -129,8 +134,10 @@ def show_decision(
     opened: Opened,
     decide: Decide,
     seed: int,
+    data: Data,
     terminal: Terminal,
     *,
+    latency_batch: int = 1,
     cost: Profile | None = None,
     rule: RankRule | None = None,
 ) -> Plan:
@@ -143,7 +150,8 @@ def show_decision(
     from tenfold.reporting import plan_tables
 
     start = time.perf_counter()
-    plan = plan_of(decide, opened, cost or profile(opened.model, opened.inputs()), seed, rule=rule)
+    cost = cost or profile(opened.model, opened.inputs())
+    plan = plan_of(decide, opened, cost, seed, data, latency_batch=latency_batch, rule=rule)
     record = RunRecord(
         task=opened.name,
         seed=seed,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tenfold.cli.options import Decide, Machine, Source
+from tenfold.cli.options import Data, Decide, Machine, Source
 from tenfold.cli.sensing import DEFAULT_SAMPLES, Samples, Table
 from tenfold.cli.terminal import Misuse, Terminal
 
@@ -19,6 +19,7 @@ Out = Annotated[
 ]
 
 
+LatencyBatch = Annotated[int, typer.Option(min=1, metavar="N", help="Batch size that a latency budget is for.")]
 Plot = Annotated[
     Path | None,
     typer.Option(
@@ -32,8 +33,10 @@ Plot = Annotated[
 def run(
     source: Source,
     decide: Decide,
+    data: Data,
     machine: Machine,
     terminal: Terminal,
+    latency_batch: LatencyBatch = 1,
     samples: Samples = DEFAULT_SAMPLES,
     table: Table = None,
     out: Out = None,
@@ -63,10 +66,12 @@ def run(
             choices = plan_choices(decide, machine.seed)
             rule = with_scores(choices["rule"], opened, cost, decide, samples=samples, seed=machine.seed, table=table)
         if out is None and not terminal.json:
-            plan = plan_of(decide, opened, cost, machine.seed, rule=rule)
+            plan = plan_of(decide, opened, cost, machine.seed, data, latency_batch=latency_batch, rule=rule)
             terminal.say(plan.to_yaml().rstrip())
         else:
-            plan = show_decision(opened, decide, machine.seed, terminal, cost=cost, rule=rule)
+            plan = show_decision(
+                opened, decide, machine.seed, data, terminal, latency_batch=latency_batch, cost=cost, rule=rule
+            )
         if out is not None:
             out = out / "plan.yaml" if out.is_dir() else out
             plan.save(out)
