@@ -20,7 +20,7 @@ def check_format(name: str) -> None:
         UnknownNameError: no format of that name is registered.
 
     Example:
-        >>> check_format("low_rank")  # doctest: +SKIP - some seconds, and the tests do it anyway
+        >>> check_format("low_rank")  # doctest: +SKIP
     """
     kind = FORMATS.get(name)
     for each in FORMAT_LAWS:

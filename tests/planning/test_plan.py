@@ -61,8 +61,9 @@ def zoo():
     return Zoo().eval()
 
 
-def planned(model, x=X, rule="ratio", settings=None, **options):
-    return plan(model, profile(model, x), rule=rule_from(rule, **(settings or {"share": 0.5})), **options)
+def planned(model, x=X, rule="ratio", settings=None, formats=("tucker2", "low_rank"), **options):
+    chosen = rule_from(rule, **(settings or {"share": 0.5}))
+    return plan(model, profile(model, x), rule=chosen, formats=formats, **options)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,10 @@ def test_every_kept_layer_has_its_reason(zoo, path, reason):
     assert layer.action == "keep"
     assert reason in layer.reason
     assert layer.before == layer.after
+
+
+def test_a_depthwise_layer_is_served_by_the_spatial_format(zoo):
+    assert planned(zoo, formats=("tucker2", "low_rank", "spatial")).layer("deep").format == "spatial"
 
 
 def test_every_layer_is_in_the_plan_once(zoo):
