@@ -72,8 +72,8 @@ def singular_values(matrix: Tensor) -> Tensor:
     """Return the singular values (..., min(m, n)), float64, descending, from the smaller Gram matrix.
 
     The Gram matrix is accumulated in float64, which makes them accurate to 1e-8 of the largest one: enough for every
-    decision about ranks, and many times faster than an SVD. Above 1024 rows (of the shorter side) it is float32 and they
-    are accurate to 1e-4 of the largest.
+    decision about ranks, and many times faster than an SVD. Above 1024 rows (of the shorter side) it is float32, and
+    they are accurate to 1e-4 of the largest.
     """
     short = min(matrix.shape[-2:])
     a = matrix.double() if short <= _DOUBLE_UP_TO or matrix.dtype == torch.float64 else matrix.float()
