@@ -10,6 +10,7 @@ Draw the curves with ``python -m benchmarks.curves.plot``.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -45,17 +46,22 @@ HEAD = """\
 CIFAR-10, top-1 on the whole test set, once per row; nothing was chosen on it. Data: {samples:,} training images without
 labels.
 
-* *weight-only*: Tucker-2, the same share of MACs in every layer, factors by HOOI; batch norm re-estimated.
-* *data-aware*: the same ranks, factors with the least error of the layer's output ({layers}); batch norm re-estimated.
-* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted damage; then as
-  data-aware.
+* *weight-only*: Tucker-2, the same share of MACs in every layer, by HOOI. {weight-only}.
+* *data-aware*: Tucker-2, the same share of MACs in every layer, factors by the data. {data-aware}.
+* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted damage. {global}.
 * *sequential*: the same plan, each layer fitted to the dense layer's output given what now enters it; batch norm keeps
   its statistics but for the shift of the means.
 
+How the first three fit layers and treat batch norm was chosen on held-out training images: `curves_pilot.json`.
 *Seconds*: plan, factors and batch norm of the row. The first plan of a network computes the curves of damage for all
 that follow. Calibration is once per network: {calibrations}.
 """
-FITTED = {"centred": "moments about the mean, which batch norm takes", "about zero": "moments about zero"}
+FITTED = {
+    "weight": "least error of the weight",
+    "about zero": "least error of the layer's output",
+    "centred": "least error of the layer's output about its mean, which batch norm takes",
+}
+NORMS = {"kept": "batch norm stays as it was", "re-estimated": "batch norm re-estimated from the data"}
 
 
 def main() -> None:
@@ -139,7 +145,7 @@ class Network:
             self.model,
             self.profile,
             rule=rule_from("global" if method in ("global", "sequential") else "ratio"),
-            formats=self.config["formats"][method],
+            formats=self.config["methods"][method]["formats"],
             budget={"macs": share},
             moments=None if method == "weight-only" else self.moments,
             memory=self.memory,
@@ -151,24 +157,33 @@ class Network:
         if method == "sequential":
             minded = {path: own.output for path, own in self.moments.items() if own.output is not None}
             return apply_in_order(self.model, plan, self.batches, outputs=minded, seed=self.seed)
-        about = self.config["layers"]
-        small = apply(self.model, plan, moments=None if method == "weight-only" else self.fitted(about))
-        reestimate_batchnorm_(small, self.batches)
+        how = self.config["methods"][method]
+        small = apply(self.model, plan, moments=self.fitted(how["fit"]))
+        if how["norms"] == "re-estimated":
+            reestimate_batchnorm_(small, self.batches)
         return small
 
-    def fitted(self, about: str) -> dict[str, Moments]:
-        """Return moments by which ``apply`` fits: as they come, or centred for layers without a bias, too.
+    def fitted(self, how: str) -> dict[str, Moments] | None:
+        """Return moments by which ``apply`` fits: none, as they come, or centred for layers without a bias, too.
 
-        Without a bias ``apply`` counts the mean of the output's error, which nothing in the layer could take.
-        Re-estimated batch norm does take it: moments with the mean already subtracted say so.
+        Without a bias ``apply`` counts the mean of the output's error, which nothing in the layer could take. A batch
+        norm that is estimated anew does take it: moments with the mean already subtracted say so.
         """
-        if about == "about zero":
-            return self.moments
+        if how != "centred":
+            return None if how == "weight" else self.moments
         bare = {path for path in self.moments if getattr(self.model.get_submodule(path), "bias", None) is None}
         return {
             path: own.replace(second=own.covariance(), mean=torch.zeros_like(own.mean)) if path in bare else own
             for path, own in self.moments.items()
         }
+
+    def shift_means_(self, small: nn.Module, plan: Plan) -> None:
+        """Let each batch norm take the shift of the mean of the factorized layer before it (``bn1`` of ``conv1``)."""
+        for layer in plan.factorized:
+            layers: list[Any] = [m.get_submodule(layer.path) for m in (self.model, small)]
+            old, new = (found.weight.detach().double().flatten(1)[None] for found in layers)
+            norm: Any = small.get_submodule(layer.path.replace("conv", "bn"))
+            norm.running_mean.sub_(self.moments[layer.path].bias_shift(old, new)[0].float())
 
 
 def formats_in(plan: Plan) -> dict[str, int]:
@@ -183,19 +198,20 @@ def write_pilot(config: dict[str, Any], weights_dir: Path, target: Path) -> None
     held = list(network.task.validation_batches(batch_size=125))
     dense = logits(network.model, held)
     rows = []
-    for method in ("global", "data-aware"):
+    for method, how in ((m, f) for m in METHODS[:3] for f in FITTED if (m == "weight-only") == (f == "weight")):
         plan = network.plan(method, config["pilot"]["share"])
-        for about in FITTED:
-            small = apply(network.model, plan, moments=network.fitted(about))
-            for norms in ("kept", "re-estimated"):
-                if norms == "re-estimated":
-                    reestimate_batchnorm_(small, network.batches)
-                found = logits(small, held)
-                kl = F.kl_div(found.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean")
-                same = float((found.argmax(1) == dense.argmax(1)).double().mean())
-                row = {"method": method, "layers": about, "batch_norm": norms, "kl": float(kl), "same_class": same}
-                rows.append(row)
-                print(row, flush=True)
+        plain = apply(network.model, plan, moments=network.fitted(how))
+        for norms in ("kept", "means shifted", "re-estimated"):
+            small = copy.deepcopy(plain)
+            if norms == "means shifted":
+                network.shift_means_(small, plan)
+            elif norms == "re-estimated":
+                reestimate_batchnorm_(small, network.batches)
+            found = logits(small, held)
+            kl = F.kl_div(found.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean")
+            same = float((found.argmax(1) == dense.argmax(1)).double().mean())
+            rows.append({"method": method, "fit": how, "batch_norm": norms, "kl": float(kl), "same_class": same})
+            print(rows[-1], flush=True)
     made = json.loads(environment().to_json())
     result = {"benchmark": "curves_pilot", **config["pilot"], "samples": len(dense), "rows": rows, "environment": made}
     target.write_text(json.dumps(result, indent=1) + "\n")
@@ -211,6 +227,7 @@ def table(result: dict[str, Any]) -> str:
     """Return all rows as Markdown, by network, share and method."""
     config, env = result["config"], result["environment"]
     times = ", ".join(f"{name} {found['calibration_seconds']:.0f} s" for name, found in result["networks"].items())
+    treated = {name: how for name, how in config["methods"].items() if "fit" in how}
     head = HEAD.format(
         device=env["device_name"] or env["device"],
         torch=env["torch"],
@@ -218,8 +235,8 @@ def table(result: dict[str, Any]) -> str:
         threads=env["threads"],
         seed=config["seed"],
         samples=config["calibration"]["samples"],
-        layers=FITTED[config["layers"]],
         calibrations=times,
+        **{name: f"{FITTED[how['fit']]}; {NORMS[how['norms']]}".capitalize() for name, how in treated.items()},
     )
     lines = [head.rstrip()]
     for name, dense in result["networks"].items():

@@ -86,6 +86,7 @@ class RandomRanks(OneKnobRule):
 
     seed: int
     spread: float
+    dense: float
 
     def knob(self) -> float | None:
         """Return None: a budget sets it."""
@@ -94,9 +95,9 @@ class RandomRanks(OneKnobRule):
     def choose(self, problem: RankProblem, knob: float) -> Choice:
         """Return the largest rank of the drawn format within the drawn part."""
         rng = np.random.default_rng([self.seed, *problem.path.encode()])
-        format = rng.choice([*problem.formats, "dense"])
+        stays, format = rng.random() < self.dense, rng.choice(problem.formats)
         part = knob ** math.exp(self.spread * rng.standard_normal())
-        if format == "dense":
+        if stays:
             return Keep("drawn")
         family = [(rank, cost) for rank, cost in problem.family(format) if cost.below(problem.cost)]
         fitting = [rank for rank, cost in family if cost.macs <= part * problem.cost.macs]
@@ -151,7 +152,7 @@ class Trial:
         """Return a random plan within the budget, and how many were drawn that cannot meet it before."""
         fixed = self.profile.macs - sum(p.cost.macs for p in self.problems)
         for drawn in range(100):
-            rule = RandomRanks(self.seed + seed + 100_000 * drawn, self.config["spread"])
+            rule = RandomRanks(self.seed + seed + 100_000 * drawn, self.config["spread"], self.config["dense"])
             try:
                 return rule.select(self.problems, {"macs": share * self.profile.macs - fixed}), drawn
             except BudgetError:
@@ -243,7 +244,8 @@ def cell(rows: list[dict[str, Any]], model: str, actual: str) -> str:
 def correlation(x: Any, y: Any) -> Any:
     """Return Spearman's rank correlations along the last axis."""
     x, y = (rankdata(v, axis=-1) - (v.shape[-1] + 1) / 2 for v in (x, y))
-    return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    with np.errstate(invalid="ignore"):  # samples of one plan only, while there are few
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
 if __name__ == "__main__":
