@@ -96,8 +96,9 @@ class FactorizedLayer(nn.Module):
         """The bias, which sits on the last stage."""
         return getattr(self.stages[-1], "bias", None)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - torch's own name
         """Return what the dense layer would return; ``output_size`` as in ``nn.ConvTranspose2d``."""
+        x = input
         for stage in self.stages:
             if output_size is None or not getattr(stage, "transposed", False):
                 x = stage(x)

@@ -156,3 +156,9 @@ def test_old_weight_norm_is_seen():
 
 def test_a_subclass_that_changes_nothing_is_served():
     assert describe(OnlyRenamed(4, 3))[0] == LayerSpec(kind="linear", in_channels=4, out_channels=3, bias=True)
+
+
+def test_the_input_may_be_given_by_torchs_name():
+    layer = factorized(nn.Linear(8, 6), "low_rank", {"rank": 2})
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(input=x), layer(x))
