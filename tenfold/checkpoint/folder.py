@@ -72,7 +72,7 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
     state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
     model = copy.deepcopy(skeleton)
     try:
-        restructure_(model, plan)
+        model = restructure_(model, plan)  # another module where the model is one layer itself
     except TenfoldError as error:
         msg = f"{path} was made for another model: {error}"
         raise CheckpointError(msg) from error

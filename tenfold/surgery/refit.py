@@ -83,7 +83,7 @@ def apply_in_order(
         if bias is None and not _takes_mean(norm):
             metric = metric.about_zero()  # nothing could take the shift of the mean
         metric = metric.replace(output=(outputs or {}).get(path))
-        _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
+        new = _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
         if progress is not None:
             progress(done + 1, len(ordered))
     return new
@@ -128,8 +128,8 @@ def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, rid
         raise PlanError(msg) from error
 
 
-def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, norm: Any) -> None:
-    """Put the factorized layer in place, and the shift of its mean where it belongs."""
+def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, norm: Any) -> nn.Module:
+    """Put the factorized layer in place, and the shift of its mean where it belongs; return the model."""
     old = find(model, layer.path)
     shift = fit.bias_shift
     if bias is not None and shift is not None:
@@ -137,6 +137,6 @@ def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, no
     grads = tuple(any(p.requires_grad for n, p in old.named_parameters() if n.endswith(k)) for k in ("weight", "bias"))
     new = FactorizedLayer.of(fit.value, bias, requires_grad=(grads[0], grads[1]))
     new.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
-    put(model, {layer.path: new})
     if bias is None and shift is not None and _takes_mean(norm):
         norm.running_mean.sub_(shift.to(norm.running_mean))
+    return put(model, {layer.path: new})

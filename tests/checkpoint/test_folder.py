@@ -290,3 +290,9 @@ def test_plan_and_model_must_belong_together(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not know"):
         save(made, nothing, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
+    made, plan = small(nn.Linear(16, 16), torch.randn(3, 16))
+    loaded, _ = load(nn.Linear(16, 16), save(made, plan, tmp_path / "out"))
+    assert same_bits(made, loaded)

@@ -104,6 +104,14 @@ def test_layers_that_run_twice_are_fitted_too():
     assert isinstance(apply_in_order(model, todo, batches).fc, FactorizedLayer)
 
 
+def test_a_model_that_is_one_layer_is_fitted_too():
+    model, batches = nn.Linear(16, 16), [torch.randn(64, 16)]
+    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    new = apply_in_order(model, todo, batches)
+    assert isinstance(new, FactorizedLayer)
+    assert new.rank == todo.factorized[0].rank
+
+
 def test_what_cannot_be_done_is_said():
     model, todo = network(), halved(network())
     with pytest.raises(DataError, match="pass a list"):
