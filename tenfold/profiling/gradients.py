@@ -101,7 +101,7 @@ def _catching(model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, 
     def leaving(path: str, spec: LayerSpec) -> Callable[..., None]:
         def add(gradient: Tensor) -> None:
             axis = -1 - spec.axes
-            rows = gradient.detach().float().movedim(axis, 0).flatten(1).unflatten(0, (spec.groups, -1))
+            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
             square = (rows @ rows.mT).double()
             sums[path] = sums[path] + square if path in sums else square
 

@@ -55,3 +55,9 @@ def test_nothing_to_learn_from_is_refused():
         collect_gradients(model, [], measurable(model))
     with pytest.raises(DataError, match="frozen"):
         collect_gradients(model.requires_grad_(requires_grad=False), [torch.randn(2, 5)], measurable(model))
+
+
+def test_a_single_vector_without_a_batch_axis():
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(1, 5)
+    alone, batched = (collect_gradients(model, [v], measurable(model))["0"] for v in (x[0], x))
+    torch.testing.assert_close(alone * 5, batched)  # without a batch axis, the features pass for the samples
