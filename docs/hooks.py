@@ -1,20 +1,29 @@
-"""Puts whatever is registered into the reference, so that a new format or rule is documented by being there.
+"""Puts into the pages what is kept elsewhere, so that it is written once.
 
-A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of every entry of that registry.
+A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of every entry of that registry: a
+new format or rule is documented by being there. A line that is nothing but a link to a result, such as
+`[benchmarks/results/hooi.md](../benchmarks/results/hooi.md)`, is replaced by that result, or by the news that there is
+none yet.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"^<!-- registered: (\S+) (\S+) -->$", re.MULTILINE)
+RESULT = re.compile(r"^\[[^\]]*\]\(\.\./(benchmarks/results/[^)]+\.md)\)$", re.MULTILINE)
+PICTURE = re.compile(r"!\[([^\]]*)\]\((?!\w+:)([^)]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Return the page with every mark expanded."""
-    return MARK.sub(lambda match: entries(*match.groups()), markdown)
+    markdown = MARK.sub(lambda match: entries(*match.groups()), markdown)
+    return RESULT.sub(lambda match: result(ROOT / match[1]), markdown)
 
 
 def entries(module: str, registry: str) -> str:
@@ -24,3 +33,18 @@ def entries(module: str, registry: str) -> str:
         f"### {name}\n\n::: {entry.__module__}.{entry.__qualname__}\n    options:\n      heading_level: 4"
         for name, entry in registered
     )
+
+
+def result(path: Path) -> str:
+    """Return a committed result without its title, its other headings below those of the page, its pictures inside."""
+    if not path.is_file():
+        return "No result is committed yet."
+    text = path.read_text(encoding="utf-8")
+    body = re.sub(r"\A# [^\n]*\n", "", text)
+    lowered = re.sub(r"^(#+ )", r"##\1", body, flags=re.MULTILINE)
+    return PICTURE.sub(lambda match: f"![{match[1]}]({_inline(path.parent / match[2])})", lowered).strip()
+
+
+def _inline(picture: Path) -> str:
+    kind = {".svg": "svg+xml"}.get(picture.suffix, picture.suffix.removeprefix("."))
+    return f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
