@@ -30,35 +30,28 @@ def plan_choices(decide: Decide, seed: int) -> dict[str, Any]:
 
 
 def plan_of(
-    decide: Decide,
-    opened: Opened,
-    profile: Profile,
-    seed: int,
-    data: Data,
-    *,
-    latency_batch: int = 1,
-    rule: RankRule | None = None,
+    decide: Decide, opened: Opened, profile: Profile, choices: dict[str, Any], *, latency_batch: int = 1
 ) -> Plan:
-    """Return the plan that is read from a file, with its costs computed anew, or made as the options say.
-
-    ``rule`` is the rule of the options with what it needs besides.
-    """
-    from tenfold.cli.recovering import calibration
+    """Return the plan that is read from a file, with its costs computed anew, or made by these ``choices``."""
     from tenfold.pipeline import decide as make
     from tenfold.planning import recost
-    from tenfold.profiling import calibrate, called_layers
     from tenfold.records import Plan
 
     if decide.plan is not None:
         refuse_choices(decide)
         return recost(Plan.load(decide.plan), profile)
-    choices = plan_choices(decide, seed)
-    choices["rule"] = choices["rule"] if rule is None else rule
+    return make(opened.model, profile, opened.inputs(latency_batch), **choices)[0]
+
+
+def with_data(choices: dict[str, Any], opened: Opened, profile: Profile, data: Data, seed: int) -> dict[str, Any]:
+    """Return the choices with what unlabeled data say of the layers, if the rule weighs that and knows nothing else."""
+    from tenfold.cli.recovering import calibration
+    from tenfold.profiling import calibrate, called_layers
+
     batches = calibration(opened, data, seed)
-    moments = None
-    if batches is not None and choices["rule"].by_damage and data.use_data != "norms":
-        moments = calibrate(opened.model, list(batches), called_layers(profile), seed=seed)
-    return make(opened.model, profile, opened.inputs(latency_batch), moments=moments, **choices)[0]
+    if batches is None or not choices["rule"].by_damage or data.use_data == "norms" or "damages" in choices:
+        return choices
+    return choices | {"moments": calibrate(opened.model, list(batches), called_layers(profile), seed=seed)}
 
 
 def refuse_choices(decide: Decide) -> None:

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tenfold.cli.options import Decide
     from tenfold.cli.sources import Opened
     from tenfold.cli.terminal import Terminal
     from tenfold.planning import Sensitivity
-    from tenfold.ranks import RankRule
     from tenfold.records import Plan, Profile
 
 _PANEL = "Measurement"
@@ -105,29 +103,38 @@ def open_sensitivity(
 
 
 def with_scores(
-    rule: RankRule, opened: Opened, profile: Profile, decide: Decide, *, samples: int, seed: int, table: Path | None
-) -> RankRule:
-    """Return the rule with scores of the task's model, if it is one that asks for them and can have them.
+    choices: dict[str, Any],
+    opened: Opened,
+    profile: Profile,
+    *,
+    samples: int,
+    seed: int,
+    table: Path | None,
+) -> dict[str, Any]:
+    """Return the choices with scores of the task's model for the rule to weigh, if it asks for them and can have them.
 
-    A table that exists decides under which conditions more is measured.
+    The rule accuracy_drop always asks for them, the rule global where a table is given. A table that exists decides
+    under which conditions more is measured.
     """
-    from tenfold.cli.deciding import plan_choices
     from tenfold.ranks.accuracy_drop import AccuracyDrop
     from tenfold.records import SensitivityTable
 
-    if not isinstance(rule, AccuracyDrop):
-        return rule
-    formats, conditions = plan_choices(decide, seed)["formats"], Conditions()
+    rule = choices["rule"]
+    if not isinstance(rule, AccuracyDrop) and not (rule.by_damage and table is not None):
+        return choices
+    conditions = Conditions()
     if table is not None and table.exists():
         key = SensitivityTable.load(table).key
         conditions = Conditions(key.samples, key.batchnorm)
         samples = int(key.about.get("scored") or samples)
     if not samples:
-        return rule
+        return choices
     scores = open_sensitivity(
-        opened, profile, conditions, samples=samples, formats=formats, keep=(), seed=seed, path=table
+        opened, profile, conditions, samples=samples, formats=choices["formats"], keep=(), seed=seed, path=table
     )
-    return dataclasses.replace(rule, scores=scores)
+    if isinstance(rule, AccuracyDrop):
+        return choices | {"rule": dataclasses.replace(rule, scores=scores)}
+    return choices | {"damages": scores.damage_at}
 
 
 def draw_tradeoff(
@@ -138,7 +145,7 @@ def draw_tradeoff(
     from tenfold.planning import tradeoff
     from tenfold.reporting.plots import plot_tradeoff
 
-    budget = next(iter(plan.budget), "macs")
+    budget = next((name for name in plan.budget if name != "latency"), "macs")
     with bar(terminal, "budgets") as advance:
         curve = tradeoff(
             opened.model,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,9 @@ from torch import Tensor, nn
 
 from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments, default_algorithm
-from tenfold.errors import BudgetError, PlanError
+from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.formats import FORMATS, split_groups
-from tenfold.planning.damage import with_damage
+from tenfold.planning.damage import Curve, with_damage
 from tenfold.planning.timing import Timing
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
@@ -38,6 +40,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     budget: Budget | Mapping[str, float] | None = None,
     algorithms: Mapping[str, Decomposition] | None = None,
     moments: Mapping[str, Moments] | None = None,
+    damages: Callable[[str, str], Curve] | None = None,
     timing: Timing | None = None,
     reasons: Mapping[str, str] | None = None,
     memory: Memory | None = None,
@@ -57,6 +60,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         algorithms: by format, instead of the format's default algorithm.
         moments: of the inputs of the layers, by path (see ``calibrate``): damage is then what the network's output
             loses instead of what the weights lose, and the algorithms are those that know the data.
+        damages: returns for a path and a format the function from ranks (n, names) to the damage (n,) that the rule
+            is to weigh, instead of what moments or weights say: ``Sensitivity.damage_at`` for one.
         timing: how long the model and its layers take, for a budget of latency.
         reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
         memory: what earlier plans for the same weights computed of them (spectra), to be used and added to.
@@ -87,6 +92,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     problems = [_problem(model, layer, formats, memory) for layer in profile.layers if not kept[layer.path]]
     if moments is not None:
         problems = with_damage(problems, moments)
+    if damages is not None:
+        problems = [dataclasses.replace(p, damage_at=partial(damages, p.path)) for p in problems]
     if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
@@ -119,12 +126,15 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
 def recost(plan: Plan, profile: Profile) -> Plan:
     """Return the plan with its costs computed anew, after its ranks or actions were edited by hand.
 
+    Layers whose parameters are others than the plan says were edited: what was measured or predicted of them goes.
+
     Raises:
-        PlanError: the plan has a layer that the profile does not have, or one that its format cannot serve.
-        RankError: a rank outside of what the layer allows.
+        PlanError: the plan has a layer that the profile does not have, or has with another geometry, or one that its
+            format cannot serve at its rank.
     """
     layers = []
-    for layer in plan.layers:
+    for planned in plan.layers:
+        layer = planned
         try:
             known = profile.layer(layer.path)
         except KeyError as error:
@@ -132,17 +142,39 @@ def recost(plan: Plan, profile: Profile) -> Plan:
             raise PlanError(msg) from error
         after = known.cost
         if layer.action == "factorize":
-            if known.spec is None:
-                msg = f"layer {layer.path!r} cannot be factorized: {known.note}"
-                raise PlanError(msg)
-            problem = RankProblem(layer.path, known.spec, (), known.calls, known.cost, lambda: torch.empty(0))
-            FORMATS.get(str(layer.format)).check_rank(known.spec, layer.rank or {})
-            after = problem.cost_at(str(layer.format), layer.rank or {})
-        layers.append(layer.replace(before=known.cost, after=after))
+            after = _cost_planned(layer, known)
+        else:  # in the format that the layer has, whatever was planned before somebody decided to keep it
+            layer = layer.replace(format=known.format, rank=known.rank, algorithm=None)
+        layers.append(_relabeled(layer, after).replace(before=known.cost, after=after))
     saved_params = sum(layer.before.params - layer.after.params for layer in layers)
     saved_macs = sum(layer.before.macs - layer.after.macs for layer in layers)
     after = Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)
     return plan.replace(before=profile.cost, after=after, layers=tuple(layers))
+
+
+def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
+    """Return what a layer will cost when it is factorized as planned."""
+    if known.spec is None:
+        msg = f"layer {layer.path!r} cannot be factorized: {known.note}"
+        raise PlanError(msg)
+    if layer.kind != str(known.spec):
+        msg = f"layer {layer.path!r} is {layer.kind} in the plan and {known.spec} in the model: it is another model's plan"
+        raise PlanError(msg)
+    problem = RankProblem(layer.path, known.spec, (), known.calls, known.cost, lambda: torch.empty(0))
+    try:
+        FORMATS.get(str(layer.format)).check_rank(known.spec, layer.rank or {})
+    except TenfoldError as error:
+        msg = f"layer {layer.path!r}: {error}"
+        raise PlanError(msg) from error
+    return problem.cost_at(str(layer.format), layer.rank or {})
+
+
+def _relabeled(layer: LayerPlan, after: Cost) -> LayerPlan:
+    """Return a layer without what was said of it before somebody edited it; as it is if nobody did."""
+    if after.params == layer.after.params:
+        return layer
+    gone = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
+    return layer.replace(reason="edited after it was planned", **gone)
 
 
 def _check_same_model(model: nn.Module, profile: Profile) -> None:

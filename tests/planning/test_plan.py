@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from tenfold.decompositions.tucker import HOSVD
-from tenfold.errors import BudgetError, PlanError, RankError, UnknownNameError
+from tenfold.errors import BudgetError, PlanError, UnknownNameError
 from tenfold.planning import plan, recost
 from tenfold.profiling import profile
 from tenfold.ranks import rule_from
@@ -224,8 +225,34 @@ def test_a_missing_file_and_an_impossible_edit(zoo, tmp_path):
     made = planned(zoo)
     layer = made.layer("body").replace(rank={"out": 99, "in": 1})
     wrong = made.replace(layers=tuple(layer if old.path == "body" else old for old in made.layers))
-    with pytest.raises(RankError, match=r"out=99 is outside 1\.\.32"):
+    with pytest.raises(PlanError, match=r"layer 'body'.*out=99 is outside 1\.\.32"):
         recost(wrong, profile(zoo, X))
+
+
+def edit(made: Plan, path: str, **changes: object) -> Plan:
+    return made.replace(layers=tuple(p.replace(**changes) if p.path == path else p for p in made.layers))
+
+
+def test_what_was_said_of_a_layer_goes_when_it_is_edited(zoo):
+    cost = profile(zoo, X)
+    made = edit(planned(zoo), "body", damage=0.1, rel_error=0.2, latency_before_ms=1.0, latency_after_ms=0.5)
+    assert recost(made, cost) == made
+    layer = recost(edit(made, "body", rank={"out": 3, "in": 2}), cost).layer("body")
+    assert (layer.damage, layer.rel_error, layer.latency_before_ms, layer.latency_after_ms) == (None,) * 4
+    assert "edited" in layer.reason
+    kept = recost(edit(made, "body", action="keep"), cost).layer("body")
+    assert (kept.format, kept.rank, kept.algorithm, kept.after) == (None, None, None, kept.before)
+    assert "edited" in kept.reason
+
+
+def test_the_plan_of_another_model_is_refused():
+    def pair(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(16, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3))
+
+    x = torch.randn(1, 16, 8, 8)
+    made = planned(pair(16), x, budget={"macs": 0.5}, settings={"share": None})
+    with pytest.raises(PlanError, match="16→16.*in the plan and.*16→24.*another model"):
+        recost(made, profile(pair(24), x))
 
 
 def test_a_factorized_model_is_planned_further_in_its_own_format():
@@ -244,3 +271,12 @@ def test_a_factorized_model_is_planned_further_in_its_own_format():
     assert profile(smaller, x).macs <= 0.5 * first.after.macs
     for layer in further.factorized:
         assert all(v <= first.layer(layer.path).rank[k] for k, v in layer.rank.items())
+
+
+def test_damages_from_elsewhere_decide_for_the_global_rule(zoo):
+    def damages(path, format):
+        del format
+        return lambda ranks: np.full(len(ranks), 0.0 if path == "body" else 1.0)
+
+    made = planned(zoo, rule="global", settings={"step": None}, budget={"macs": 0.9}, damages=damages)
+    assert {layer.path: layer.damage for layer in made.factorized} == {"body": 0.0, "fc": 1.0}

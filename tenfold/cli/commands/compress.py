@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from tenfold.cli.recovering import Tuner
     from tenfold.cli.sources import Opened
     from tenfold.pipeline import Compressed
-    from tenfold.ranks import RankRule
-    from tenfold.records import Plan, Profile, RunRecord
+    from tenfold.records import Plan, RunRecord
 
 ORDER = 30
 
@@ -52,7 +51,7 @@ def run(
         terminal.step("open the model")
         opened = open_source(source, machine)
         if writing.dry_run:
-            show_decision(opened, decide, machine.seed, data, terminal, latency_batch=timing.latency_batch)
+            _decide_only(opened, decide, data, timing, machine.seed, terminal)
             return
         out = writing.out or default_folder(opened)
         job = _Job(opened, decide, data, recover, training, timing, machine.seed, out, epochs)
@@ -130,40 +129,32 @@ class _Job:
         return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet)
 
 
-def show_decision(
-    opened: Opened,
-    decide: Decide,
-    seed: int,
-    data: Data,
-    terminal: Terminal,
-    *,
-    latency_batch: int = 1,
-    cost: Profile | None = None,
-    rule: RankRule | None = None,
-) -> Plan:
-    """Return the plan that the options give, after showing it; ``cost`` is the model's profile if it is known."""
-    import time
+def _decide_only(opened: Opened, decide: Decide, data: Data, timing: Timing, seed: int, terminal: Terminal) -> None:
+    from tenfold.cli.deciding import plan_choices, plan_of, with_data
+    from tenfold.profiling import profile
 
-    from tenfold.cli.deciding import plan_of
-    from tenfold.profiling import environment, profile
+    cost = profile(opened.model, opened.inputs())
+    choices = {} if decide.plan is not None else with_data(plan_choices(decide, seed), opened, cost, data, seed)
+    plan = plan_of(decide, opened, cost, choices, latency_batch=timing.latency_batch)
+    show_decision(plan, opened, terminal)
+
+
+def show_decision(plan: Plan, opened: Opened, terminal: Terminal) -> None:
+    """Show a plan that is not carried out."""
+    from tenfold.profiling import environment
     from tenfold.records import Measurement, RunRecord
     from tenfold.reporting import plan_tables
 
-    start = time.perf_counter()
-    cost = cost or profile(opened.model, opened.inputs())
-    plan = plan_of(decide, opened, cost, seed, data, latency_batch=latency_batch, rule=rule)
     record = RunRecord(
         task=opened.name,
-        seed=seed,
+        seed=plan.seed,
         before=Measurement(**plan.before.model_dump()),
         after=Measurement(**plan.after.model_dump()),
         plan=plan,
-        seconds={"plan": time.perf_counter() - start},
         environment=environment(opened.device),
     )
     terminal.show(*plan_tables(plan))
     terminal.result(record.model_dump(mode="json") | {"out": None})
-    return plan
 
 
 def show_outcome(record: RunRecord, out: Path, terminal: Terminal) -> None:

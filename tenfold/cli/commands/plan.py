@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def run(
     """
     with terminal.session():
         from tenfold.cli.commands.compress import show_decision
-        from tenfold.cli.deciding import plan_choices, plan_of
+        from tenfold.cli.deciding import plan_choices, plan_of, with_data
         from tenfold.cli.sensing import draw_tradeoff, with_scores
         from tenfold.cli.sources import open_source
         from tenfold.profiling import profile
@@ -61,23 +61,22 @@ def run(
         terminal.step("open the model")
         opened = open_source(source, machine)
         cost = profile(opened.model, opened.inputs())
-        choices, rule = {}, None
+        choices: dict[str, Any] = {}
         if decide.plan is None:
             choices = plan_choices(decide, machine.seed)
-            rule = with_scores(choices["rule"], opened, cost, decide, samples=samples, seed=machine.seed, table=table)
+            choices = with_scores(choices, opened, cost, samples=samples, seed=machine.seed, table=table)
+            choices = with_data(choices, opened, cost, data, machine.seed)
+        plan = plan_of(decide, opened, cost, choices, latency_batch=latency_batch)
         if out is None and not terminal.json:
-            plan = plan_of(decide, opened, cost, machine.seed, data, latency_batch=latency_batch, rule=rule)
             terminal.say(plan.to_yaml().rstrip())
         else:
-            plan = show_decision(
-                opened, decide, machine.seed, data, terminal, latency_batch=latency_batch, cost=cost, rule=rule
-            )
+            show_decision(plan, opened, terminal)
         if out is not None:
             out = out / "plan.yaml" if out.is_dir() else out
             plan.save(out)
             terminal.say(f"Written to {out}. Carry it out with: tenfold compress --plan {out} ...")
         if plot is not None:
             terminal.step("other budgets")
-            files = draw_tradeoff(opened, cost, choices | {"rule": rule}, plan, plot, terminal)
+            files = draw_tradeoff(opened, cost, choices, plan, plot, terminal)
             if out is not None:
                 terminal.say(f"Drawn in {', '.join(map(str, files))}")
