@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -310,13 +312,14 @@ def _branch_and_bound(
     # The gap that the solver stops at is relative to the damage: its scale must be that of the real one.
     unit = 1000 / (abs(known if picks is not None else bound) or float(np.abs(damages).max()) or 1.0)
     rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(capacity * _SOLVER_LIMIT, -np.inf, _SOLVER_LIMIT)]
-    found = milp(
-        damages * unit,
-        integrality=np.ones(len(damages), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=rules,
-        options={"mip_rel_gap": gap, "time_limit": seconds},
-    )
+    with _quiet():
+        found = milp(
+            damages * unit,
+            integrality=np.ones(len(damages), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=rules,
+            options={"mip_rel_gap": gap, "time_limit": seconds},
+        )
     # What was ruled out does not lie below the known damage, so the true optimum is at least the lesser of both.
     proven = -np.inf if found.mip_dual_bound is None else min(found.mip_dual_bound / unit, known)
     if found.status == 2:  # proven infeasible
@@ -326,6 +329,23 @@ def _branch_and_bound(
     values = np.zeros(options.damages.shape)
     values[chosen] = found.x
     return options.repaired(values.argmax(1)), proven
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what HiGHS itself writes to stdout nowhere: some of its lines heed no option, and stdout is for results."""
+    try:
+        own = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
 
 
 def _not_together(names: Sequence[str]) -> str:

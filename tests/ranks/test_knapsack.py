@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy.optimize
 
 from tenfold.errors import BudgetError
 from tenfold.ranks.knapsack import pareto, solve
@@ -196,3 +200,21 @@ def test_pareto_front_is_what_nothing_beats(budgets: int) -> None:
     kept = pareto(damage, costs)
     assert sorted(kept.tolist()) == [i for i in range(120) if not beaten(i)]
     assert (np.diff(damage[kept]) <= 0).all()
+
+
+def test_the_solver_keeps_quiet_on_stdout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints a line of its own now and then, whatever its options say; stdout is for the results of a command."""
+    calls = []
+
+    def noisy(*args: Any, **kwargs: Any) -> Any:
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n")
+        calls.append(1)
+        return milp(*args, **kwargs)
+
+    milp = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", noisy)
+    for seed in range(20):
+        solve(*instance(seed, 6, 12, 2, 0.4))
+    os.write(1, b"heard\n")
+    assert calls
+    assert capfd.readouterr().out == "heard\n"
