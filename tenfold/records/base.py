@@ -58,7 +58,10 @@ def explain(error: ValidationError) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all: temporary file beside it, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    except OSError as error:  # names the temporary file, of which nobody has heard
+        raise OSError(error.errno, error.strerror, str(path)) from error
     partial = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

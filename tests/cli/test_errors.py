@@ -98,6 +98,16 @@ def test_unwritable_folder(tenfold: Run, tiny: str, out: str) -> None:
     assert Path("file").read_text() == "not a folder"
 
 
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_plan_that_cannot_be_written(tenfold: Run, tiny: str, how: tuple[str, ...]) -> None:
+    Path("file").write_text("not a folder")
+    outcome = tenfold("plan", "--task", tiny, "--budget", "macs=0.5", "--out", "file/plan.yaml", *how)
+    assert outcome.is_error("file")
+    outcome = tenfold("plan", "--task", tiny, "--budget", "macs=0.5", "--out", "/proc/plan.yaml", *how)
+    assert outcome.is_error("/proc/plan.yaml")
+    assert left() == {"file"}
+
+
 def test_a_folder_of_other_files_is_left_alone(tenfold: Run, tiny: str) -> None:
     Path("out").mkdir()
     Path("out/model.safetensors").write_text("somebody's own")

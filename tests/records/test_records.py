@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from torch import nn
@@ -109,3 +111,13 @@ def test_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_text_that_cannot_be_written_names_the_file_asked_for(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    before = set(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"/proc/plan\.yaml"):
+        write_text(Path("/proc/plan.yaml"), "text")
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "folder.yaml", "text")
+    assert set(tmp_path.iterdir()) == before

@@ -139,8 +139,8 @@ def _decide_only(opened: Opened, decide: Decide, data: Data, timing: Timing, see
     show_decision(plan, opened, terminal)
 
 
-def show_decision(plan: Plan, opened: Opened, terminal: Terminal) -> None:
-    """Show a plan that is not carried out."""
+def show_decision(plan: Plan, opened: Opened, terminal: Terminal, *, out: Path | None = None) -> None:
+    """Show a plan that is not carried out; ``out`` is where it was written."""
     from tenfold.profiling import environment
     from tenfold.records import Measurement, RunRecord
     from tenfold.reporting import plan_tables
@@ -154,7 +154,7 @@ def show_decision(plan: Plan, opened: Opened, terminal: Terminal) -> None:
         environment=environment(opened.device),
     )
     terminal.show(*plan_tables(plan))
-    terminal.result(record.model_dump(mode="json") | {"out": None})
+    terminal.result(record.model_dump(mode="json") | {"out": None if out is None else str(out)})
 
 
 def show_outcome(record: RunRecord, out: Path, terminal: Terminal) -> None:

@@ -67,13 +67,14 @@ def run(
             choices = with_scores(choices, opened, cost, samples=samples, seed=machine.seed, table=table)
             choices = with_data(choices, opened, cost, data, machine.seed)
         plan = plan_of(decide, opened, cost, choices, latency_batch=latency_batch)
+        if out is not None:  # before anything is said: if it cannot be written, that is an error and nothing else
+            out = out / "plan.yaml" if out.is_dir() else out
+            plan.save(out)
         if out is None and not terminal.json:
             terminal.say(plan.to_yaml().rstrip())
         else:
-            show_decision(plan, opened, terminal)
+            show_decision(plan, opened, terminal, out=out)
         if out is not None:
-            out = out / "plan.yaml" if out.is_dir() else out
-            plan.save(out)
             terminal.say(f"Written to {out}. Carry it out with: tenfold compress --plan {out} ...")
         if plot is not None:
             terminal.step("other budgets")
