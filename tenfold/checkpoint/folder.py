@@ -118,9 +118,9 @@ def check_target(path: str | Path) -> None:
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
     has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
-    for layer in plan.factorized:
-        if layer.path not in has:
-            msg = f"the plan factorizes {layer.path!r}, the model does not: save what apply(model, plan) returned"
+    for layer in plan.layers:
+        if layer.format and layer.path not in has:
+            msg = f"the plan has {layer.path!r} factorized, the model does not: save what apply(model, plan) returned"
             raise CheckpointError(msg)
     planned = {name for layer in plan.layers if layer.format for name in (layer.path, *layer.aliases)}
     for name in has:

@@ -158,7 +158,7 @@ def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
         msg = f"layer {layer.path!r} cannot be factorized: {known.note}"
         raise PlanError(msg)
     if layer.kind != str(known.spec):
-        msg = f"layer {layer.path!r} is {layer.kind} in the plan and {known.spec} in the model: it is another model's plan"
+        msg = f"layer {layer.path!r} is {layer.kind} in the plan and {known.spec} in the model: another model's plan"
         raise PlanError(msg)
     problem = RankProblem(layer.path, known.spec, (), known.calls, known.cost, lambda: torch.empty(0))
     try:

@@ -286,6 +286,9 @@ def test_plan_and_model_must_belong_together(tmp_path: Path) -> None:
     made, plan = small(model, x)
     with pytest.raises(CheckpointError, match="the model does not"):
         save(model, plan, tmp_path / "out")
+    kept = plan.replace(layers=tuple(layer.replace(action="keep") for layer in plan.layers))
+    with pytest.raises(CheckpointError, match="the model does not"):  # load would build what the model does not have
+        save(model, kept, tmp_path / "out")
     nothing = plan.replace(layers=())
     with pytest.raises(CheckpointError, match="does not know"):
         save(made, nothing, tmp_path / "out")

@@ -251,7 +251,7 @@ def test_the_plan_of_another_model_is_refused():
 
     x = torch.randn(1, 16, 8, 8)
     made = planned(pair(16), x, budget={"macs": 0.5}, settings={"share": None})
-    with pytest.raises(PlanError, match="16→16.*in the plan and.*16→24.*another model"):
+    with pytest.raises(PlanError, match=r"16→16.*in the plan and.*16→24.*another model"):
         recost(made, profile(pair(24), x))
 
 
