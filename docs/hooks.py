@@ -1,6 +1,6 @@
 """Puts into the pages what is kept elsewhere, so that it is written once.
 
-A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of every entry of that registry: a
+A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of all entries of it: a
 new format or rule is documented by being there. A line that is nothing but a link to a result, such as
 `[benchmarks/results/hooi.md](../benchmarks/results/hooi.md)`, is replaced by that result, or by the news that there is
 none yet.
