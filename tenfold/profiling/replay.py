@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.errors import DataError
 from tenfold.profiling.inputs import call_model, tensors_in
@@ -75,7 +76,10 @@ class Replay:
         return self._span[path][0]
 
     def follower(self, path: str) -> str | None:
-        """Return the module that took the output of this one, unchanged, as its first input; None if none did."""
+        """Return the module that took the output of this one, and that nothing else took; None if there is none.
+
+        It runs once, like this one, and nothing has changed the output in place before.
+        """
         return self._follows.get(path)
 
     def inputs(self, path: str) -> Iterator[Tensor]:
@@ -106,8 +110,11 @@ class Replay:
             return found
         finally:
             handle.remove()
-        msg = f"the forward did not reach {path!r} on batch {number}"
-        raise RuntimeError(msg)
+        msg = (
+            f"the forward reached layer {path!r} on the first batch, but not on batch {number + 1}: layers can be "
+            "fitted in order only on batches that all take the same way through the model"
+        )
+        raise DataError(msg)
 
     @contextmanager
     def _settled(self, path: str, number: int) -> Iterator[None]:
@@ -128,7 +135,10 @@ class Replay:
             known = self._kept.get((name, number))
             if known is not None:
                 return known.clone()  # an operation in place may follow
+            versions = _versions((args, kwargs))
             output = forward(*args, **kwargs)
+            if versions != _versions((args, kwargs)):
+                return output  # it changed its input, for whoever uses that after it: it must run every time
             if isinstance(output, Tensor) and self._bytes + _size(output) <= self._limit:
                 self._kept[name, number] = output.detach().clone()
                 self._bytes += _size(output)
@@ -146,6 +156,7 @@ class Replay:
         """Run one batch, to see when each module starts and ends, and what follows what."""
         clock = iter(range(1 << 62))
         outputs: dict[int, tuple[str, Any]] = {}
+        uses = _Uses()
         handles = []
 
         def entering(path: str) -> Callable[..., None]:
@@ -162,8 +173,9 @@ class Replay:
         def leaving(path: str) -> Callable[..., None]:
             def leave(_module: nn.Module, _args: Any, output: Any) -> None:
                 self._span[path] = (self._span[path][0], next(clock))
-                if isinstance(output, Tensor):
-                    outputs.setdefault(id(output), (path, output))  # held, so that its id stays its own
+                if isinstance(output, Tensor) and id(output) not in outputs:
+                    outputs[id(output)] = (path, output)  # held, so that its id stays its own
+                    uses.of[id(output)] = 0
 
             return leave
 
@@ -171,12 +183,28 @@ class Replay:
             handles.append(module.register_forward_pre_hook(entering(path), with_kwargs=True))
             handles.append(module.register_forward_hook(leaving(path)))
         try:
-            with evaluating(self._model), layer_by_layer():
+            with evaluating(self._model), layer_by_layer(), uses:
                 self._forward(self._model, self._batches[0])
         finally:
             for handle in handles:
                 handle.remove()
         self._single = {path for path in self._span if self._once(path)}
+        alone = {path for key, (path, _) in outputs.items() if uses.of[key] == 1}
+        alone = {path for path in alone if self.calls[path] == 1 == self.calls[self._follows.get(path, path)]}
+        self._follows = {path: after for path, after in self._follows.items() if path in alone}
+
+
+class _Uses(TorchDispatchMode):
+    """Counts the operations that take each of the tensors whose ids are in ``of``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.of: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for key in {id(t) for t in tensors_in((args, kwargs or {}))} & self.of.keys():
+            self.of[key] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -197,6 +225,11 @@ def _ancestors(path: str) -> Iterator[str]:
     parts = path.split(".")
     for n in range(1, len(parts)):
         yield ".".join(parts[:n])
+
+
+def _versions(tree: Any) -> list[int]:
+    """Return how often each of the tensors was changed in place, as far as torch counts it."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_in(tree)]  # noqa: SLF001
 
 
 def _size(tensor: Tensor) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,13 @@ from tenfold.errors import DataError, PlanError, TenfoldError
 from tenfold.layers import FactorizedLayer, FitSummary, describe
 from tenfold.profiling.entries import entries
 from tenfold.profiling.moments import MomentSums, collect_moments
-from tenfold.profiling.replay import Forward, Replay
+from tenfold.profiling.replay import Forward
+from tenfold.profiling.residual import ResidualReplay
 from tenfold.records import LayerPlan, LayerSpec, Plan
-from tenfold.surgery.apply import check_format
+from tenfold.surgery.apply import apply, check_format
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.repair import branch_of, targets
 
 Progress = Callable[[int, int], None]
 
@@ -31,6 +32,7 @@ def apply_in_order(
     outputs: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
     ridge: float = 1e-4,
+    repair: bool = True,
     seed: int = 0,
     forward: Forward | None = None,
     progress: Progress | None = None,
@@ -39,8 +41,12 @@ def apply_in_order(
 
     Each layer is fitted in closed form to what the layer of ``model`` puts out, given what now enters it from the
     layers compressed before (asymmetric reconstruction: Zhang et al. 2015, arXiv 1505.06798). So errors do not pile up.
-    The shift of its mean goes into the bias, or into the mean of the batch norm that follows; the other statistics of
-    batch norms stay, because the outputs are drawn to those of the dense model.
+    The shift of its mean goes into the bias, or into the mean of the batch norm that alone follows; the other
+    statistics of batch norms stay, because the outputs are drawn to those of the dense model. Embeddings, whose inputs
+    are but indices, are decomposed by their weights.
+
+    Where the output of a layer, or of the batch norm after it, is added to a shortcut, the sum is what is fitted: the
+    layer also makes up for what the shortcut has lost in the blocks before.
 
     Args:
         model: the dense model; stays as it is.
@@ -50,6 +56,7 @@ def apply_in_order(
         outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output``.
         positions: output positions taken from each map of a convolution and batch; None for all.
         ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance.
+        repair: let layers at the end of a residual branch make up for their shortcuts.
         seed: of the draw of positions.
         forward: runs the model on one batch; ``call_model`` by default.
         progress: called with (layers done, layers in all).
@@ -62,15 +69,17 @@ def apply_in_order(
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
     _check(model, plan)
-    dense, new = Replay(model, batches, forward=forward), copy.deepcopy(model)
-    changing = Replay(new, batches, forward=forward)
-    wanted = {layer.path: layer for layer in plan.factorized}
+    blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
+    dense, new = ResidualReplay(model, batches, forward=forward), apply(model, plan.replace(layers=blind))
+    changing = ResidualReplay(new, batches, forward=forward)
+    wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
         spec, weight, bias = _dense(find(model, path), path)
+        branch = branch_of(new, changing, path) if repair else None
         if changing.calls[path] == 1:
             sums = MomentSums()
-            for i, (x, y) in enumerate(zip(changing.inputs(path), dense.outputs(path), strict=True)):
+            for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 target = y if bias is None else y - bias.view(-1, *[1] * spec.axes)
                 sums.add(x, spec, target, positions=positions, seed=seed * 1_000_003 + done * 1009 + i)
             metric = sums.moments(path)
@@ -82,7 +91,10 @@ def apply_in_order(
         norm = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.about_zero()  # nothing could take the shift of the mean
-        metric = metric.replace(output=(outputs or {}).get(path))
+        minded = (outputs or {}).get(path)
+        if minded is None and branch is not None:
+            minded = branch.importance(spec)
+        metric = metric.replace(output=minded)
         new = _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
         if progress is not None:
             progress(done + 1, len(ordered))
@@ -103,12 +115,18 @@ def _check(model: nn.Module, plan: Plan) -> None:
 def _dense(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor, Tensor | None]:
     """Return geometry, dense weight and bias of a layer."""
     spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else describe(module)
-    if spec is None or spec.kind == "embedding":
-        msg = f"layer {path!r} cannot be fitted to its inputs: {reason or 'an embedding has none but indices'}"
+    if spec is None:
+        msg = f"layer {path!r} cannot be fitted to its inputs: {reason}"
         raise PlanError(msg)
     found: Any = module
     with torch.no_grad():
         return spec, found.weight.detach(), None if found.bias is None else found.bias.detach()
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether a layer takes indices, to which nothing can be fitted."""
+    spec = module.spec if isinstance(module, FactorizedLayer) else describe(module)[0]
+    return spec is not None and spec.kind == "embedding"
 
 
 def _takes_mean(norm: nn.Module | None) -> bool:

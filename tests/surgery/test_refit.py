@@ -112,12 +112,86 @@ def test_a_model_that_is_one_layer_is_fitted_too():
     assert new.rank == todo.factorized[0].rank
 
 
+def test_embeddings_are_decomposed_by_their_weights_and_what_follows_is_fitted():
+    model = nn.Sequential(nn.Embedding(60, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [torch.randint(0, 60, (64, 3))]
+    todo = plan(model, profile(model, batches[0]), rule=rule_from("fixed", ranks={"1": 6}), keep_ends=False)
+    table = todo.layers[0].replace(action="factorize", format="low_rank", rank={"rank": 5})
+    new = apply_in_order(model, todo.replace(layers=(table, *todo.layers[1:])), batches)
+    left, values, right = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
+    torch.testing.assert_close(new[0].weight, left[:, :5] * values[:5] @ right[:5], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        errors = [(m(batches[0]) - model(batches[0])).square().mean() for m in (new, apply(model, todo))]
+    assert isinstance(new[1], FactorizedLayer)
+    assert errors[0] < 1
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Preactivated(nn.Module):
+    """Convolutions whose outputs batch norm takes, in ways in which it must not take the mean alone."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv, self.conv2 = nn.Conv2d(3, 12, 3, bias=False), nn.Conv2d(12, 12, 3, padding=1, bias=False)
+        self.bn, self.bn2 = nn.BatchNorm2d(12), nn.BatchNorm2d(12)
+
+    def forward(self, x):
+        x = self.conv(x)
+        match self.way:
+            case "alone":
+                return self.bn2(self.conv2(torch.relu(self.bn(x))))
+            case "shared":
+                return self.bn(self.conv2(torch.relu(self.bn(x))))
+            case "residual":
+                return self.conv2(torch.relu(self.bn(x))) + x
+            case "in place":
+                return self.bn2(self.conv2(torch.relu(self.bn(torch.relu_(x)))))
+
+
+@pytest.mark.parametrize(
+    ("way", "follower"), [("alone", "bn"), ("shared", None), ("residual", None), ("in place", None)]
+)
+def test_batch_norm_takes_a_mean_only_where_it_alone_takes_the_output(way, follower):
+    model = Preactivated(way).eval()
+    replay = Replay(model, images(1))
+    assert replay.follower("conv") == follower
+    assert replay.follower("conv2") == {"alone": "bn2", "in place": "bn2"}.get(way)
+
+
+def test_replay_keeps_what_a_module_does_to_its_input():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.one, self.two = nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = x + 0
+            return self.one(self.relu(x)) + self.two(x)  # of what the activation left
+
+    x = torch.randn(8, 6)
+    replay = Replay(InPlace(), [x])
+    for path in ("one", "two", "two"):
+        assert torch.equal(next(replay.inputs(path)), x.relu())
+
+
 def test_what_cannot_be_done_is_said():
     model, todo = network(), halved(network())
     with pytest.raises(DataError, match="pass a list"):
         apply_in_order(model, todo, iter(images(1)))
     with pytest.raises(PlanError, match="no layer"):
         apply_in_order(nn.Sequential(nn.Linear(2, 2)), todo, images(1))
+    replay = Replay(nn.Sequential(nn.Identity(), Branch()), [torch.ones(2, 8), -torch.ones(2, 8)])
+    with pytest.raises(DataError, match=r"'1\.fc' on the first batch, but not on batch 2"):
+        list(replay.inputs("1.fc"))
 
 
 @pytest.mark.parametrize("limit", [4 << 30, 0, 100_000])
