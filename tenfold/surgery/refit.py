@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from tenfold.surgery.modules import find, put
 from tenfold.surgery.repair import branch_of, targets
 
 Progress = Callable[[int, int], None]
+
+_FEW = 0.1  # ridge where there is a row for each unknown
 
 
 def apply_in_order(
@@ -55,7 +58,8 @@ def apply_in_order(
             times: a list, not an iterator.
         outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output``.
         positions: output positions taken from each map of a convolution and batch; None for all.
-        ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance.
+        ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance; of
+            algorithms that the plan does not name. Few rows get more than that in any case.
         repair: let layers at the end of a residual branch make up for their shortcuts.
         seed: of the draw of positions.
         forward: runs the model on one batch; ``call_model`` by default.
@@ -140,10 +144,21 @@ def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, rid
         if not isinstance(given, AwareDecomposition):
             aware = default_algorithm(format, seed, aware=True)
             given = type(aware)(seed=seed, ridge=ridge) if isinstance(aware, AwareDecomposition) else aware
+        if isinstance(given, AwareDecomposition):
+            given = dataclasses.replace(given, ridge=max(given.ridge, _ridge_of_few(metric)))
         return decompose(weight, format, layer.rank or {}, given, spec=spec, metric=metric)
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
+
+
+def _ridge_of_few(metric: Moments) -> float:
+    """Return the ridge that few rows need.
+
+    A regression on about as many rows as it has unknowns follows their noise, and errs more the nearer it is to fitting
+    them all; on many rows this is below any ridge that is used.
+    """
+    return _FEW * min(1.0, metric.width / metric.count) ** 2
 
 
 def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, norm: Any) -> nn.Module:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from tenfold.decompositions import Moments, decompose
+from tenfold.decompositions import Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
@@ -71,11 +73,12 @@ def test_the_last_layer_alone_is_the_closed_form():
     model, batches = network(), images(3)
     todo = halved(model)
     todo = todo.replace(layers=tuple(layer for layer in todo.layers if layer.path == "5"))
-    new = apply_in_order(model, todo, batches, ridge=1e-5)
+    new = apply_in_order(model, todo, batches)
     with torch.no_grad():
         x = torch.cat([model[:5](b) for b in batches])
         y = x @ model[5].weight.T
-    fit = decompose(model[5].weight, "low_rank", todo.layer("5").rank, metric=Moments.of(x, y))
+    few = replace(default_algorithm("low_rank", 0, aware=True), ridge=0.1 * (48 / 96) ** 2)  # 96 rows, 48 wide
+    fit = decompose(model[5].weight, "low_rank", todo.layer("5").rank, few, metric=Moments.of(x, y))
     torch.testing.assert_close(new[5].weight, fit.value.to_dense(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(new[5].bias, model[5].bias + fit.bias_shift.float(), rtol=1e-3, atol=1e-4)
 
@@ -110,6 +113,20 @@ def test_a_model_that_is_one_layer_is_fitted_too():
     new = apply_in_order(model, todo, batches)
     assert isinstance(new, FactorizedLayer)
     assert new.rank == todo.factorized[0].rank
+
+
+@pytest.mark.parametrize("rows", [16, 48, 64, 96])
+def test_few_rows_do_no_harm(rows):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 8))
+    batch, held = (torch.randn(n, 64, generator=generator) for n in (rows, 2000))
+    todo = plan(model, profile(model, held[:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    with torch.no_grad():
+        wanted = model(held)
+        new = apply_in_order(model, todo, [batch])
+        own, plain = ((m(held) - wanted).square().mean() for m in (new, apply(model, todo)))
+    assert own < plain
 
 
 def test_embeddings_are_decomposed_by_their_weights_and_what_follows_is_fitted():
