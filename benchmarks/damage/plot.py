@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy.stats import spearmanr
 
 from benchmarks.damage.run import MODELS, RESULTS
 
-LOOKS = (("#0072B2", "o"), ("#D55E00", "^"))
+LOOKS = (("#0072B2", "o"), ("#D55E00", "^"), ("#999999", "x"))
 
 
 def main() -> None:
@@ -36,10 +37,13 @@ def draw(result: dict[str, Any]) -> Figure:
     for panel, (name, title) in zip(panels, MODELS.items(), strict=True):
         for (colour, marker), wanted in zip(LOOKS, result["config"]["sets"], strict=True):
             rows = [row for row in result["rows"] if row["set"] == wanted["name"]]
+            if not rows:
+                continue
             x, y = [row[name] for row in rows], [row["kl"] for row in rows]
             label = f"{wanted['name']}: ρ = {spearmanr(x, y)[0]:.3f}"
             panel.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8, label=label)
         panel.set(xscale="log", yscale="log", xlabel="predicted damage, summed over layers")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(title.replace(": ", "\n").replace(", G of", ",\nG of"), fontsize=9)
         panel.grid(visible=True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
