@@ -17,6 +17,7 @@ from tenfold.decompositions.base import (
 )
 from tenfold.decompositions.metric import Moments
 from tenfold.decompositions.recompress import recompress, reduce
+from tenfold.decompositions.sketch import Sketch
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -29,6 +30,7 @@ __all__ = [
     "Fit",
     "Moments",
     "Problem",
+    "Sketch",
     "decompose",
     "decompose_many",
     "default_algorithm",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.metric import Moments, ridged, roots
+from tenfold.decompositions.metric import Moments, Square, ridged, roots
 from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
 from tenfold.records import LayerSpec
@@ -117,11 +117,12 @@ class AwareDecomposition(Decomposition):
         spec: LayerSpec,
         format: type[Factorization],
         rank: Rank,
-        covariance: Tensor | None = None,
+        covariance: Square | None = None,
     ) -> Factors:
         """Return the factors of a batch of weights with the least tr(Δ C Δᵀ), Δ = weight − approximation.
 
-        ``covariance`` C is (batch, n, n), n = in·prod(kernel); None stands for the identity.
+        ``covariance`` C is (batch, n, n), n = in·prod(kernel); None stands for the identity. Of very wide layers it is
+        a ``Sketch``: ``A @ covariance`` is the product with it as with a tensor, ``dense()`` makes the tensor.
         """
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS, AwareDecomposition, ComputeDtype, Factors
-from tenfold.decompositions.metric import ridged, roots, solve_spd
+from tenfold.decompositions.metric import Square, channel_blocks, mean_variance, ridged, roots, sandwich, solve_spd
+from tenfold.decompositions.sketch import Sketch
 from tenfold.formats import Factorization, Rank, Tucker2
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
@@ -29,15 +30,17 @@ class _InDoubles(AwareDecomposition):
 
     dtype: ComputeDtype = "float64"
 
-    def ridged(self, weight: Tensor, covariance: Tensor | None) -> Tensor:
+    def ridged(self, weight: Tensor, covariance: Square | None) -> Square:
         """Return the covariance (batch, n, n) to measure with, scaled to a mean variance of 1 and never singular."""
         width = prod(weight.shape[2:])
         if covariance is None:
             return torch.eye(width, dtype=weight.dtype, device=weight.device).expand(len(weight), -1, -1)
         square = covariance.to(weight)
-        level = square.diagonal(dim1=-2, dim2=-1).mean(-1)
-        level = torch.where(level > 0, level, torch.ones_like(level))[:, None, None]
-        return ridged(square / level, max(self.ridge, 1e-9))
+        level = mean_variance(square)
+        level = torch.where(level > 0, level, torch.ones_like(level))
+        if isinstance(square, Sketch):
+            return ridged(square.scaled(1 / level), max(self.ridge, 1e-9))
+        return ridged(square / level[:, None, None], max(self.ridge, 1e-9))
 
 
 @DECOMPOSITIONS.register("whitened_svd")
@@ -64,7 +67,7 @@ class WhitenedSVD(_InDoubles):
         spec: LayerSpec,
         format: type[Factorization],
         rank: Rank,
-        covariance: Tensor | None = None,
+        covariance: Square | None = None,
     ) -> Factors:
         """Return the two factors."""
         del format
@@ -108,7 +111,7 @@ class WeightedALS(_InDoubles):
         spec: LayerSpec,
         format: type[Factorization],
         rank: Rank,
-        covariance: Tensor | None = None,
+        covariance: Square | None = None,
     ) -> Factors:
         """Return the factors; the outer factors are orthonormal, a full-rank side of Tucker-2 has none."""
         square = self.ridged(weight, covariance)
@@ -129,9 +132,9 @@ class WeightedALS(_InDoubles):
         return Factors(tensors, solved.sweeps, solved.converged)
 
 
-def gram_under(matrix: Tensor, covariance: Tensor) -> Tensor:
+def gram_under(matrix: Tensor, covariance: Square) -> Tensor:
     """Return A C Aᵀ (batch, m, m), exactly symmetric."""
-    square = matrix @ covariance @ matrix.mT
+    square = sandwich(matrix, covariance)
     return (square + square.mT) / 2
 
 
@@ -140,19 +143,18 @@ class Weighted:
     """A kernel and the covariance under which it is approximated, with what all sweeps need of both."""
 
     kernel: Tensor  # (batch, out, c, k)
-    covariance: Tensor  # (batch, c·k, c·k)
+    covariance: Square  # (batch, c·k, c·k)
     product: Tensor  # kernel · covariance: (batch, out, c, k)
     power: Tensor  # tr(W C Wᵀ): (batch,)
     channels: Tensor  # covariance of c alone, averaged over k: (batch, c, c)
 
     @classmethod
-    def of(cls, kernel: Tensor, covariance: Tensor) -> Weighted:
+    def of(cls, kernel: Tensor, covariance: Square) -> Weighted:
         """Return the problem of approximating ``kernel`` (batch, out, c, k) under ``covariance`` (batch, c·k, c·k)."""
         taps = kernel.shape[-1]
         product = (kernel.flatten(2) @ covariance).view_as(kernel)
-        blocks = covariance.unflatten(-1, (-1, taps)).unflatten(-3, (-1, taps))
-        channels = blocks.diagonal(dim1=-3, dim2=-1).mean(-1)
-        return cls(kernel, covariance, product, (product * kernel).flatten(1).sum(-1), channels)
+        power = (product * kernel).flatten(1).sum(-1)
+        return cls(kernel, covariance, product, power, channel_blocks(covariance, taps))
 
     def start(self, r_out: int, r_in: int) -> Tensor:
         """Return orthonormal columns (batch, c, r_in) that span the leading inputs of the channel-whitened kernel."""
@@ -164,20 +166,24 @@ class Weighted:
         basis: Tensor = torch.linalg.qr(inverse @ lead).Q
         return basis
 
-    def explained(self, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def explained(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is left of covariance (batch, m, m) and product (batch, out, m) seen through V, m = r_in·k."""
-        if v is None:
-            return self.covariance, self.product.flatten(2)
+        product = torch.einsum("bock,bcr->bork", self.product, v).flatten(2)
+        if isinstance(self.covariance, Sketch):
+            return self.covariance.through(v), product
         batch, width = self.covariance.shape[:2]
         taps = self.kernel.shape[-1]
         half = torch.einsum("bnck,bcr->bnrk", self.covariance.reshape(batch, width, -1, taps), v).flatten(2)
         square = torch.einsum("bckm,bcr->brkm", half.reshape(batch, -1, taps, half.shape[-1]), v).flatten(1, 2)
-        return (square + square.mT) / 2, torch.einsum("bock,bcr->bork", self.product, v).flatten(2)
+        return (square + square.mT) / 2, product
 
     def outputs(self, v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the best unconstrained core (batch, out, m) through V, and the output covariance that it explains."""
-        square, right = self.explained(v)
-        core = self.kernel.flatten(2) if v is None else solve_spd(square, right.mT).mT
+        if v is None:
+            core, right = self.kernel.flatten(2), self.product.flatten(2)
+        else:
+            square, right = self.explained(v)
+            core = solve_spd(square, right.mT).mT
         explained = core @ right.mT
         return core, (explained + explained.mT) / 2
 

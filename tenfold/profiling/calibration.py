@@ -23,6 +23,7 @@ def calibrate(
     positions: int | None = 64,
     draws: int = 1,
     seed: int = 0,
+    widest: int | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of the inputs of all linear layers and convolutions, by path, with the output metric.
 
@@ -36,6 +37,7 @@ def calibrate(
         positions: output positions taken from each map of a convolution and batch; None for all.
         draws: random projections of the outputs for each batch.
         seed: of the positions and projections.
+        widest: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
 
     Raises:
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
@@ -51,7 +53,7 @@ def calibrate(
         torch.Size([1, 3, 3])
     """
     specs = measurable(model) if specs is None else specs
-    moments = collect_moments(model, batches, specs, positions=positions, seed=seed)
+    moments = collect_moments(model, batches, specs, positions=positions, seed=seed, widest=widest)
     try:
         minded = collect_gradients(model, batches, specs, draws=draws, seed=seed)
     except DataError as error:

@@ -19,29 +19,54 @@ from tenfold.layers import FactorizedLayer, describe
 from tenfold.profiling.inputs import call_model, tensors_in
 from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.profiling.patches import input_patches, output_rows
+from tenfold.profiling.sketching import SketchSums, sketch_size
 from tenfold.records import LayerSpec
 
 logger = logging.getLogger("tenfold")
 
 Forward = Callable[[nn.Module, Any], object]
 
+# Second moments of wider patches are sketched: that of this width takes 512 MiB, as does a sketch at most.
+WIDEST = 8192
+
 # Patches are gathered for as many samples at a time as fit into this many bytes.
 _CHUNK_BYTES = 1 << 27
 
 
-def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False) -> int:
-    """Return the bytes that the moments of these layers take, in float64; with the cross moments if ``targets``.
+def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, widest: int | None = None) -> int:
+    """Return the bytes that the moments of these layers take at most, in float64; with those of ``targets`` if so.
+
+    Patches of n ≤ ``widest`` entries take 8·n² and a little; wider ones 8·k·n for a sketch of k·n ≤ ``widest``²
+    entries, and while it is made 4·k·n for its projection.
+
+    Args:
+        specs: the layers.
+        targets: with what the layers of a dense model put out.
+        widest: width beyond which there is a sketch; 8192 by default. It is √(bytes/8) for a limit of bytes a layer.
 
     Example:
         >>> moment_bytes({"fc": LayerSpec(kind="linear", in_channels=100, out_channels=10)})
         80800
+        >>> moment_bytes({"fc": LayerSpec(kind="linear", in_channels=25088, out_channels=4096)}) // 2**20  # MiB
+        768
     """
     total = 0
     for spec in specs.values():
         groups, out, *rest = spec.group_shape
         width = prod(rest)
-        total += 8 * groups * (width * width + width + (out * (width + 2) if targets else 0))
+        rows = _sketch_rows(spec, widest)
+        if rows is None:
+            total += 8 * groups * (width * width + width + (out * (width + 2) if targets else 0))
+        else:
+            total += 8 * groups * ((rows + 1) * (width + 1) + 2 * width + (out * (rows + 3) if targets else 0))
+            total += 4 * width * rows
     return total
+
+
+def _sketch_rows(spec: LayerSpec, widest: int | None) -> int | None:
+    """Return how many rows the sketch of a layer has, or None where the full second moment is taken."""
+    limit, width = WIDEST if widest is None else widest, prod(spec.group_shape[2:])
+    return None if width <= limit else sketch_size(width, limit)
 
 
 def measurable(model: nn.Module) -> dict[str, LayerSpec]:
@@ -71,6 +96,7 @@ def collect_moments(
     dense: nn.Module | None = None,
     positions: int | None = None,
     seed: int = 0,
+    widest: int | None = None,
     forward: Forward | None = None,
 ) -> dict[str, Moments]:
     """Return the moments of the input patches of layers, by path, from one pass over unlabeled batches.
@@ -87,7 +113,8 @@ def collect_moments(
             layers of the dense model put out on the same batches, so that each layer can make up for those before it.
         positions: output positions taken from each map of a convolution, drawn anew for every batch; None for all. A
             few dozen are enough, because neighbours resemble each other.
-        seed: of that draw.
+        seed: of that draw, and of the sketches.
+        widest: second moments of patches wider than this are sketched, see ``moment_bytes``; 8192 by default.
         forward: runs the model on one batch; ``call_model`` by default.
 
     Raises:
@@ -103,9 +130,8 @@ def collect_moments(
         (144, 27)
     """
     specs = dict(specs) if specs is not None else measurable(model)
-    size = moment_bytes(specs, targets=dense is not None)
-    logger.info("moments of %d layers take %.1f MiB", len(specs), size / 2**20)
-    sums = {path: MomentSums() for path in specs}
+    _announce(specs, targets=dense is not None, widest=widest)
+    sums = {path: MomentSums(widest, seed) for path in specs}
     draw = _Draw(positions, seed)
     run = forward or call_model
     seen = 0
@@ -124,6 +150,16 @@ def collect_moments(
     return found
 
 
+def _announce(specs: Mapping[str, LayerSpec], *, targets: bool, widest: int | None) -> None:
+    size = moment_bytes(specs, targets=targets, widest=widest)
+    logger.info("moments of %d layers take %.1f MiB", len(specs), size / 2**20)
+    for path, spec in specs.items():
+        rows = _sketch_rows(spec, widest)
+        if rows is not None:
+            width = prod(spec.group_shape[2:])
+            logger.info("layer %r: inputs %d wide, of which a sketch of %d rows is kept", path, width, rows)
+
+
 @dataclass
 class _Draw:
     """Which positions to take: the same in both models, others in each batch."""
@@ -137,31 +173,51 @@ class _Draw:
 
 
 class MomentSums:
-    """Running sums of one layer in float64, to which batches are added one by one."""
+    """Running sums of one layer in float64, to which batches are added one by one.
 
-    def __init__(self) -> None:
+    Args:
+        widest: second moments of patches wider than this are sketched, see ``moment_bytes``; 8192 by default.
+        seed: of the sketch.
+    """
+
+    def __init__(self, widest: int | None = None, seed: int = 0) -> None:
         self.count = 0
+        self._widest, self._seed = widest, seed
         self._sums: dict[str, Tensor] = {}
+        self._sketch: SketchSums | None = None
 
     def add(
         self, x: Tensor, spec: LayerSpec, y: Tensor | None = None, *, positions: int | None = None, seed: int = 0
     ) -> None:
         """Add the inputs of one call, and what the layer should put out there, without its bias."""
+        size = _sketch_rows(spec, self._widest)
+        if size is not None and self._sketch is None:
+            self._sketch = SketchSums(size, self._seed)
         for part in _chunks(x, spec, positions):
             patches = input_patches(x[part], spec, positions=positions, seed=seed)
             patches = patches if patches.dtype == torch.float64 else patches.float()
             self.count += patches.shape[-1]
-            self._sum("second", patches @ patches.mT)
-            self._sum("mean", patches.sum(-1))
+            rows = None
             if y is not None:
                 rows = output_rows(y[part], spec, positions=positions, seed=seed).to(patches.dtype)
-                self._sum("cross", rows @ patches.mT)
-                self._sum("target_mean", rows.sum(-1))
-                self._sum("target_power", rows.square().sum(-1))
+            if self._sketch is None:
+                self._add(patches, rows)
+            else:
+                self._sketch.add(patches, rows)
+
+    def _add(self, patches: Tensor, rows: Tensor | None) -> None:
+        self._sum("second", patches @ patches.mT)
+        self._sum("mean", patches.sum(-1))
+        if rows is not None:
+            self._sum("cross", rows @ patches.mT)
+            self._sum("target_mean", rows.sum(-1))
+            self._sum("target_power", rows.square().sum(-1))
 
     def _sum(self, name: str, value: Tensor) -> None:
-        value = value.double()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if name in self._sums:
+            self._sums[name].add_(value)
+        else:
+            self._sums[name] = value.double()
 
     def moments(self, path: str) -> Moments:
         """Return the moments of all that was added; ``path`` names the layer in errors.
@@ -172,11 +228,13 @@ class MomentSums:
         if self.count == 0:
             msg = f"the forward never reaches layer {path!r}: leave it out, or give batches that use it"
             raise DataError(msg)
-        found = Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
-        if not bool(torch.isfinite(found.second).all()):
+        sketch = self._sketch
+        if not (bool(torch.isfinite(self._sums["second"]).all()) if sketch is None else sketch.finite()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
             raise DataError(msg)
-        return found
+        if sketch is not None:
+            return sketch.moments()
+        return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
 
 
 def _chunks(x: Tensor, spec: LayerSpec, positions: int | None) -> Iterator[slice]:

@@ -1,0 +1,147 @@
+"""The sketch of a layer's input moments, from one pass: the rows themselves, or where they are many, a projection.
+
+Up to k rows are held, which is exact. Where there are more, z = [1, Ωᵀx] for a seeded Gaussian Ω (n, k) stands for the
+row; the sums of z xᵀ and z yᵀ are all that is kept: the single-pass Nyström approximation of Tropp, Yurtsever, Udell
+and Cevher 2017 (arXiv 1706.05736). It is near the best one of rank k, does not depend on the order of the rows, and
+costs 2·k·n multiply-adds a row. The diagonal is summed on its own, so what is missed has the right variances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions import Moments, Sketch
+
+_CHUNK = 1 << 22  # entries of the sums that are turned at a time
+
+
+def sketch_size(width: int, widest: int) -> int:
+    """Return how many rows the sketch of inputs of this width has: no more entries than a matrix ``widest`` wide.
+
+    Example:
+        >>> sketch_size(25088, 8192), sketch_size(8193, 8192)
+        (2674, 4096)
+    """
+    return max(1, min(widest * widest // width, width // 2))
+
+
+class SketchSums:
+    """Rows of one layer that are held, or the sums of their projections, in float64.
+
+    Args:
+        size: rows k of the sketch.
+        seed: of the projection.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        self.size = size
+        self.count = 0
+        self._seed = seed
+        self._held: list[tuple[Tensor, Tensor | None]] = []
+        self._probe: Tensor | None = None
+        self._eps = 0.0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add rows x (groups, n, rows), float32 or float64, with their targets y (groups, out/groups, rows)."""
+        self.count += x.shape[-1]
+        self._eps = max(self._eps, torch.finfo(x.dtype).eps)
+        if self.count <= self.size:
+            self._held.append((x.clone(), None if y is None else y.clone()))  # views of what may change in place
+            return
+        while self._held:
+            self._project(*self._held.pop(0))
+        self._project(x, y)
+
+    def _project(self, x: Tensor, y: Tensor | None) -> None:
+        if self._probe is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            self._probe = torch.randn(x.shape[1], self.size, generator=generator).to(x.device)
+        z = torch.cat([x.new_ones(len(x), 1, x.shape[-1]), self._probe.to(x.dtype).mT @ x], dim=1)
+        if "rows" not in self._sums:
+            self._sums["rows"] = x.new_zeros(*z.shape[:2], x.shape[1], dtype=torch.float64)
+        for part in _parts(x.shape[1], self.size):
+            self._sums["rows"][:, :, part] += z @ x[:, part].mT
+        self._sum("power", x.square().sum(-1))
+        if y is not None:
+            self._sum("targets", z @ y.mT)
+            self._sum("target_power", y.square().sum(-1))
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name].add_(value)
+        else:
+            self._sums[name] = value.double()
+
+    def finite(self) -> bool:
+        """Whether all inputs that were added are finite, and so are their products."""
+        stored = [x for x, _ in self._held] if self._probe is None else [self._sums["rows"], self._sums["power"]]
+        return all(bool(torch.isfinite(t.sum(-1)).all()) for t in stored)  # of the sums, which are small
+
+    def moments(self) -> Moments:
+        """Return the moments of all that was added, of which the second is a sketch; nothing more can be added then."""
+        return self._exact() if self._probe is None else self._approximate()
+
+    def _exact(self) -> Moments:
+        held, self._held = self._held, []
+        targets = [y.mT for _, y in held if y is not None]
+        sketch = Sketch.of(torch.cat([x.mT for x, _ in held], dim=1), torch.cat(targets, dim=1) if targets else None)
+        mean = sketch.rows.mean(1) * self.count**0.5
+        if sketch.targets is None:
+            return Moments(sketch, mean, self.count)
+        target_mean = sketch.targets.mean(1) * self.count**0.5
+        return Moments(sketch, mean, self.count, None, target_mean, _squares(sketch.targets))
+
+    def _approximate(self) -> Moments:
+        """Return moments whose sketch has the mean as its first row, and then rows about it."""
+        found = {name: self._sums.pop(name).div_(self.count) for name in list(self._sums)}
+        rows, targets = found["rows"], found.get("targets")
+        mean, target_mean = rows[:, 0].clone(), None if targets is None else targets[:, 0].clone()
+        turn = self._whitening(rows, targets)
+        for part in _parts(rows.shape[-1], self.size):
+            rows[:, 1:, part] = turn @ rows[:, 1:, part]
+        if targets is not None:
+            targets[:, 1:] = turn @ targets[:, 1:]
+        constant = torch.zeros_like(rows[:, :, 0])
+        constant[:, 0] = 1
+        sketch = Sketch(rows, (found["power"] - _squares(rows)).clamp_min(0), constant, targets)
+        return Moments(sketch, mean, self.count, None, target_mean, found.get("target_power"))
+
+    def _whitening(self, rows: Tensor, targets: Tensor | None) -> Tensor:
+        """Centre Ωᵀ E[x xᵀ] and Ωᵀ E[x yᵀ] in place; return the (Ωᵀ C Ω)^-½ (groups, k, k) that makes rows of them."""
+        shift = torch.zeros_like(rows[:, 1:, :1])
+        square = torch.zeros_like(shift).expand(-1, -1, self.size).clone()
+        for part, probe in self._probes():
+            shift += probe.mT @ rows[:, 0, part, None]
+        rows[:, 1:].addcmul_(shift, rows[:, :1], value=-1)
+        if targets is not None:
+            targets[:, 1:].addcmul_(shift, targets[:, :1], value=-1)
+        for part, probe in self._probes():
+            square += rows[:, 1:, part] @ probe
+        values, vectors = torch.linalg.eigh((square + square.mT) / 2)
+        # Beyond this there is only rounding, of the products that were summed.
+        kept = values > 10 * self._eps * values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny)
+        inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept
+        turn: Tensor = inverse.unsqueeze(-1) * vectors.mT
+        return turn
+
+    def _probes(self) -> Iterator[tuple[slice, Tensor]]:
+        """Iterate over Ω (n, k) in float64, some rows at a time."""
+        if self._probe is not None:
+            for part in _parts(len(self._probe), self.size):
+                yield part, self._probe[part].double()
+
+
+def _parts(width: int, height: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // height)
+    for start in range(0, width, step):
+        yield slice(start, start + step)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Return the sums of squares of the columns of (groups, k, n), without a copy of them."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-2)
+    return norms.square()
