@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 _FEW = 0.1  # ridge where there is a row for each unknown
 
 
-def apply_in_order(
+def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     model: nn.Module,
     plan: Plan,
     batches: Sequence[Any],
@@ -37,6 +37,7 @@ def apply_in_order(
     ridge: float = 1e-4,
     repair: bool = True,
     seed: int = 0,
+    widest: int | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -62,6 +63,7 @@ def apply_in_order(
             algorithms that the plan does not name. Few rows get more than that in any case.
         repair: let layers at the end of a residual branch make up for their shortcuts.
         seed: of the draw of positions.
+        widest: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
         forward: runs the model on one batch; ``call_model`` by default.
         progress: called with (layers done, layers in all).
 
@@ -82,14 +84,15 @@ def apply_in_order(
         spec, weight, bias = _dense(find(model, path), path)
         branch = branch_of(new, changing, path) if repair else None
         if changing.calls[path] == 1:
-            sums = MomentSums()
+            sums = MomentSums(widest, seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 target = y if bias is None else y - bias.view(-1, *[1] * spec.axes)
                 sums.add(x, spec, target, positions=positions, seed=seed * 1_000_003 + done * 1009 + i)
             metric = sums.moments(path)
         else:  # it runs several times: what enters it depends on itself
+            own = {path: spec}
             metric = collect_moments(
-                new, batches, {path: spec}, dense=model, positions=positions, seed=seed, forward=forward
+                new, batches, own, dense=model, positions=positions, seed=seed, widest=widest, forward=forward
             )[path]
         follower = changing.follower(path)
         norm = None if follower is None else new.get_submodule(follower)

@@ -15,9 +15,13 @@ from tenfold import compress
 from tenfold.decompositions import Sketch, decompose
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer
-from tenfold.profiling import calibrate
+from tenfold.planning import plan
+from tenfold.profiling import calibrate, profile
 from tenfold.profiling.moments import MomentSums, collect_moments, measurable, moment_bytes
+from tenfold.ranks import rule_from
 from tenfold.records import LayerSpec
+from tenfold.surgery import apply
+from tenfold.surgery.refit import apply_in_order
 
 WIDTH, OUT = 400, 60
 SPEC = LayerSpec(kind="linear", in_channels=WIDTH, out_channels=OUT)
@@ -195,6 +199,21 @@ def test_a_wide_model_is_compressed_without_a_square_of_its_width(use_data, monk
         power = model(held).var(0).sum()
         lost, least = (float((m(held) - model(held)).square().sum(1).mean() / power) for m in (own, exact))
     assert lost < 1.1 * least + 0.002
+
+
+def test_fitting_in_order_by_sketches_is_as_good_and_makes_no_square():
+    model, batches = wide()
+    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.3}, keep_ends=False)
+    held = torch.cat(batches[4:])
+    exact = apply_in_order(model, todo, batches[:4])
+    with Largest() as seen:
+        own = apply_in_order(model, todo, batches[:4], widest=250)
+    assert seen.entries < 1200 * 300
+    assert isinstance(own[0], FactorizedLayer)
+    with torch.no_grad():
+        lost, least, blind = (float((m(held) - model(held)).square().mean()) for m in (own, exact, apply(model, todo)))
+    assert lost < 1.2 * least
+    assert lost < 0.5 * blind
 
 
 def test_calibrate_passes_the_limit_on():
