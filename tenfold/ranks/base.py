@@ -238,7 +238,7 @@ class OneKnobRule(RankRule):
         best = at(1e-9)
         least = total_cost(problems, best)
         if not within(least, limits):
-            raise BudgetError(_unreachable(least, limits))
+            raise BudgetError(unreachable(least, limits))
         if within(total_cost(problems, at(high)), limits):
             return at(high)
         for _ in range(40):
@@ -251,7 +251,8 @@ class OneKnobRule(RankRule):
         return best
 
 
-def _unreachable(least: Cost, limits: Limits) -> str:
+def unreachable(least: Cost, limits: Limits) -> str:
+    """Return the message for limits that are below what the layers cost at the very least."""
     parts = [
         f"{k} {_amount(limit)} (lowest {_amount(getattr(least, k))})"
         for k, limit in limits.items()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenfold.errors import BudgetError
-from tenfold.ranks.base import RULES, Choice, Choose, Keep, Limits, RankProblem, RankRule
+from tenfold.ranks.base import RULES, Choice, Choose, Keep, Limits, RankProblem, RankRule, Total, unreachable
 from tenfold.ranks.candidates import Grid, grids, tail_damage
 from tenfold.ranks.knapsack import solve
 
@@ -45,6 +45,10 @@ class Global(RankRule):
             raise BudgetError(msg)
         names = list(limits)
         options = [_Options.of(p, self.step, names) for p in problems]
+        least = [sum(float(o.costs[:, k].min()) for o in options) for k in range(len(names))]
+        if any(low > limits[name] * (1 + 1e-9) for name, low in zip(names, least, strict=True)):
+            total = Total.model_validate(dict(zip(names, least, strict=True)))
+            raise BudgetError(unreachable(total, limits))
         best = solve(
             [o.damages for o in options],
             [o.costs for o in options],

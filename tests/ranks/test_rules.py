@@ -11,6 +11,7 @@ import torch
 from tenfold.errors import BudgetError, PlanError, RankError, TenfoldError, UnknownNameError
 from tenfold.formats import FORMATS, split_groups
 from tenfold.ranks import Choose, Keep, RankProblem, check_patterns, first_match, matches, rule_from, total_cost
+from tenfold.ranks.candidates import grids
 from tenfold.ranks.energy import Energy
 from tenfold.ranks.fixed import Fixed
 from tenfold.ranks.ratio import Ratio
@@ -98,6 +99,13 @@ def test_impossible_budgets_name_the_lowest_cost():
         Ratio().select([layer], {"macs": 10.0})
     with pytest.raises(BudgetError, match="needs a number of its own or a budget"):
         Ratio().select([layer])
+
+
+def test_the_global_rule_names_the_lowest_cost_too():
+    layer = problem(16, 16)
+    least = min(int(grid.macs.min()) for grid in grids(layer))
+    with pytest.raises(BudgetError, match=rf"layers that can be factorized .* macs 10 \(lowest {least:,}\)\. Raise"):
+        rule_from("global").select([layer], {"macs": 10.0})
 
 
 def test_a_budget_that_is_met_keeps_everything():
