@@ -36,10 +36,6 @@ class ResidualReplay(Replay):
         self._sums: Counter[str] = Counter()
         self._count()
 
-    def uses(self, path: str) -> int:
-        """Return how many functions and modules make something else of the output of this module."""
-        return self._uses[path]
-
     def is_added(self, path: str) -> bool:
         """Return whether one single thing is made of this module's output: its sum with another tensor of its shape."""
         return self.calls[path] == self._uses[path] == self._sums[path] == 1
@@ -57,7 +53,7 @@ class ResidualReplay(Replay):
             seen["input"] = next(tensors_in((args, kwargs))).detach().clone()  # an operation in place may follow
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen["output"] = next(tensors_in(output)).detach().clone()
+            seen["output"] = next(tensors_in(output)).detach()
 
         def met(shortcut: Tensor) -> None:
             raise _Reached(shortcut.detach())

@@ -51,7 +51,7 @@ def branch_of(model: nn.Module, replay: ResidualReplay, path: str) -> Branch | N
     norm = None if follower is None else model.get_submodule(follower)
     if follower is None or not isinstance(norm, BATCH_NORMS) or norm.running_var is None:
         return None
-    if replay.uses(path) != 1 or not replay.is_added(follower):
+    if not replay.is_added(follower):
         return None
     with torch.no_grad():
         scale = (norm.running_var + norm.eps).rsqrt()

@@ -219,6 +219,49 @@ def test_other_norms_and_batch_norm_without_statistics_are_left_alone():
         assert branch_of(model, ResidualReplay(model, batches), "branch") is None
 
 
+class Odd(Two):
+    """A branch whose input is overwritten before the sum, or whose output does not only go into batch norm."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(operator.add, norm=True)
+        self.kind = kind
+
+    def forward(self, x):
+        h = self.short(x)
+        y = self.branch(h)
+        if self.kind == "overwritten":
+            h.zero_()
+            return x + self.norm(y)
+        return x + self.norm(y) + y.mean()
+
+
+def test_inputs_are_seen_as_they_were_when_the_layer_took_them():
+    model, batches = Odd("overwritten").eval(), rows()
+    replay = ResidualReplay(model, batches)
+    assert branch_of(model, replay, "branch").last == "norm"
+    for (x, y, shortcut), batch in zip(replay.branches("branch", "norm"), batches, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close((x, y), (model.short(batch), model.branch(model.short(batch))))
+        assert torch.equal(shortcut, batch)
+
+
+def test_a_layer_whose_output_goes_elsewhere_too_is_no_end_of_a_branch():
+    model, batches = Odd("shared").eval(), rows()
+    assert branch_of(model, ResidualReplay(model, batches), "branch") is None
+
+
+def test_of_two_branches_that_meet_the_last_repairs_the_first():
+    class Joint(Two):
+        def forward(self, x):
+            main = self.branch(x)
+            return main + self.short(x)
+
+    torch.manual_seed(0)
+    model, batches = Joint(operator.add).eval(), rows()
+    todo = ranks(model, batches[0], short=4, branch=1)  # 3 + what is missing of 2
+    assert error(model, apply_in_order(model, todo, batches, ridge=1e-9), batches) < 1e-6
+
+
 def test_dead_channels_are_not_corrected():
     lost = torch.ones(2, 4, 3, 3)
     found = Branch("bn", torch.tensor([2.0, 0.0, 1e-9, -0.5])).correction(lost)
