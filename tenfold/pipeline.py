@@ -99,7 +99,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
             decide, and batch norm keeps its statistics.
         use_data: what the data are for. ``sequential``: plan by what the network's output loses, and fit each layer in
             closed form to the original's output, given what the layers compressed before it put out. ``layers``: the
-            same plan, each layer fitted on its own. ``norms``: batch norm only. The last two re-estimate batch norm.
+            same plan, each layer fitted on its own. ``norms``: only to re-estimate batch norm.
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
@@ -148,7 +148,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         else:
             small = apply(model, plan, moments=moments)
     plan = _with_errors(plan, small)
-    stale = batches if moments is None or use_data != "sequential" else []
+    stale = batches if moments is None else []  # layers fitted to data leave the statistics right as they are
     scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
     after = profile(small, example_inputs)
     times = Comparison({}, {})

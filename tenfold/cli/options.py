@@ -154,7 +154,7 @@ class Data:
         UseData,
         typer.Option(
             help="What they are for. sequential: ranks by what the output loses, layers fitted front to back to the "
-            "outputs of the original. layers: each layer on its own, then batch norm. norms: batch norm only.",
+            "outputs of the original. layers: each layer on its own. norms: batch norm only, estimated anew.",
             rich_help_panel=_RECOVER,
         ),
     ] = "sequential"
