@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import nn
 
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
-from tenfold.errors import PlanError
+from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.planning import DEFAULT_FORMATS, FastPlan, plan_fast, recost
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import (
@@ -155,6 +156,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     if latency:
         with steps("measure"):
             times = _compare(model, small, inputs, fast)
+            if fast is not None:
+                _warn_if_late(fast, times)
     record = RunRecord(
         seed=plan.seed,
         before=measurement(before, times.latencies.get("before"), scores.get("original")),
@@ -212,6 +215,18 @@ def decide(
         **choices,
     )
     return recost(fast.plan, before).replace(budget={k: v for k, v in budget if v is not None}), fast
+
+
+def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
+    """Warn where the finished model measures slower than the plan did when it met its budget."""
+    found, planned = times.speedups["after"], fast.speedup
+    if not fast.met or found.high < planned.low:
+        msg = (
+            f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
+            f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "
+            "a quiet machine, or lower the budget."
+        )
+        warnings.warn(msg, TenfoldWarning, stacklevel=3)
 
 
 def _compare(model: nn.Module, small: nn.Module, inputs: Any, fast: FastPlan | None) -> Comparison:

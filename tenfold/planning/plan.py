@@ -110,7 +110,6 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         for layer in profile.layers
         if layer.spec is not None or layer.params or layer.macs
     )
-    saved = sum((layer.before - layer.after for layer in layers), Cost())
     return Plan(
         tenfold=__version__,
         model=profile.model,
@@ -118,7 +117,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         rule=rule.to_dict(),
         budget={k: v for k, v in budget if v is not None},
         before=profile.cost,
-        after=profile.cost - saved,
+        after=_total(profile, layers),
         layers=layers,
     )
 
@@ -146,10 +145,14 @@ def recost(plan: Plan, profile: Profile) -> Plan:
         else:  # in the format that the layer has, whatever was planned before somebody decided to keep it
             layer = layer.replace(format=known.format, rank=known.rank, algorithm=None)
         layers.append(_relabeled(layer, after).replace(before=known.cost, after=after))
-    saved_params = sum(layer.before.params - layer.after.params for layer in layers)
-    saved_macs = sum(layer.before.macs - layer.after.macs for layer in layers)
-    after = Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)
-    return plan.replace(before=profile.cost, after=after, layers=tuple(layers))
+    after = _total(profile, layers)
+    # An edit may have left the budget behind: then the plan no longer claims it.
+    limits = {
+        k: v
+        for k, v in plan.budget.items()
+        if k == "latency" or getattr(after, k) <= Budget.of({k: v}).allowance(profile.cost)[k]
+    }
+    return plan.replace(before=profile.cost, after=after, layers=tuple(layers), budget=limits)
 
 
 def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
@@ -175,6 +178,13 @@ def _relabeled(layer: LayerPlan, after: Cost) -> LayerPlan:
         return layer
     gone = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
     return layer.replace(reason="edited after it was planned", **gone)
+
+
+def _total(profile: Profile, layers: Sequence[LayerPlan]) -> Cost:
+    """Return what the whole model costs once the layers cost what they are planned to."""
+    saved_params = sum(layer.before.params - layer.after.params for layer in layers)
+    saved_macs = sum(layer.before.macs - layer.after.macs for layer in layers)
+    return Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)
 
 
 def _check_same_model(model: nn.Module, profile: Profile) -> None:

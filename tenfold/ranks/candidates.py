@@ -150,7 +150,8 @@ def _grid(problem: RankProblem, format: str, step: int | None) -> Grid:
         ranks = np.array(family[stride - 1 :: stride] or family[-1:], dtype=np.int64)
     params, macs = costs_at(problem, format, ranks)
     now = problem.cost
-    cheaper = (params <= now.params) & (macs <= now.macs) & ((params < now.params) | (macs < now.macs))
+    counted = macs if now.macs else np.zeros_like(macs)  # a lookup is judged by its parameters
+    cheaper = (params <= now.params) & (counted <= now.macs) & ((params < now.params) | (counted < now.macs))
     return Grid(format, names, ranks[cheaper], params[cheaper], macs[cheaper])
 
 

@@ -42,6 +42,8 @@ class Ratio(OneKnobRule):
         """Return the largest rank within the share; the smallest there is when even that costs more."""
         if knob >= 1:
             return Keep("all of the layer was asked for")
+        if not getattr(problem.cost, self.of):
+            return Keep(f"the layer has no {self.of} to save")
         allowed = knob * getattr(problem.cost, self.of)
 
         def largest(format: str) -> Rank | None:

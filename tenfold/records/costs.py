@@ -25,8 +25,13 @@ class Cost(Record):
         return Cost(params=self.params - other.params, macs=self.macs - other.macs)
 
     def below(self, other: Cost) -> bool:
-        """Whether nothing here is larger than in ``other`` and something is smaller."""
-        return self.params <= other.params and self.macs <= other.macs and self != other
+        """Whether nothing here is larger than in ``other`` and something is smaller.
+
+        What has no MACs at all, a lookup in an embedding, is judged by its parameters.
+        """
+        macs = self.macs if other.macs else 0
+        smaller = self.params < other.params or macs < other.macs
+        return self.params <= other.params and macs <= other.macs and smaller
 
 
 class Latency(Record):

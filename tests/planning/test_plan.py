@@ -280,3 +280,17 @@ def test_damages_from_elsewhere_decide_for_the_global_rule(zoo):
 
     made = planned(zoo, rule="global", settings={"step": None}, budget={"macs": 0.9}, damages=damages)
     assert {layer.path: layer.damage for layer in made.factorized} == {"body": 0.0, "fc": 1.0}
+
+
+def test_an_embedding_has_no_macs_and_is_judged_by_its_parameters():
+    net = nn.Sequential(nn.Embedding(500, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    cost = profile(net, torch.zeros(1, 4, dtype=torch.long))
+    for rule, options in (("fixed", {"ranks": {"0": 4}}), ("ratio", {"share": 0.5, "of": "params"})):
+        made = plan(net, cost, rule=rule_from(rule, **options), keep_ends=False)
+        assert made.layer("0").format == "low_rank"
+        assert made.after.params < made.before.params
+    made = plan(net, cost, rule=rule_from("global"), budget={"params": 0.4}, keep_ends=False)
+    assert made.layer("0").action == "factorize"
+    assert made.after.params <= 0.4 * made.before.params
+    assert profile(apply(net, made), torch.zeros(1, 4, dtype=torch.long)).cost == made.after
+    assert plan(net, cost, rule=rule_from("ratio", share=0.5), keep_ends=False).layer("0").action == "keep"
