@@ -35,7 +35,7 @@ def draw(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(3.1 * len(MODELS), 3.7), layout="constrained", dpi=130)
     panels = figure.subplots(1, len(MODELS), sharey=True)
     for panel, (name, title) in zip(panels, MODELS.items(), strict=True):
-        for (colour, marker), wanted in zip(LOOKS, result["config"]["sets"], strict=True):
+        for (colour, marker), wanted in zip(LOOKS, result["config"]["sets"], strict=False):
             rows = [row for row in result["rows"] if row["set"] == wanted["name"]]
             if not rows:
                 continue

@@ -52,8 +52,8 @@ loss on. Each layer is factorized on its own (least damage to the network's outp
 the batch norm that follows. Spearman's rank correlation between the predicted damage, summed over layers, and what
 came; with the 95 % interval of 2,000 bootstrap samples. No model of damage has a say in the plans: each layer gets a
 format at random, or stays (chance {dense:.0%}), and keeps knob^exp({spread}·normal) of its cost, with one knob for the
-budget. *Wilder* plans are as they were drawn at first (25 % stay, spread 1.0): a dozen of these showed networks at
-chance, where more damage makes no difference, so the draw was narrowed.
+budget. Plans were drawn wilder at first (25 % stay, spread 1.0): a dozen of these showed networks at chance, where more
+damage makes no difference, so the draw was narrowed. The configuration has the wilder ones as a set of their own.
 """
 
 
