@@ -51,10 +51,6 @@ class TenfoldWarning(UserWarning):
     """Root of every warning that tenfold emits."""
 
 
-class NumericalWarning(TenfoldWarning):
-    """A computation that went on with less accuracy than asked for."""
-
-
 class CalibrationWarning(TenfoldWarning):
     """Too little calibration data for what is estimated from it."""
 

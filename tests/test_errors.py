@@ -22,7 +22,7 @@ def test_every_error_is_tenfolds_and_a_builtins_and_says_what_it_means(error):
     assert error.__doc__.strip().endswith(".")
 
 
-@pytest.mark.parametrize("warning", [errors.NumericalWarning, errors.CalibrationWarning])
+@pytest.mark.parametrize("warning", [errors.CalibrationWarning])
 def test_warnings_can_be_filtered_together(warning):
     assert issubclass(warning, errors.TenfoldWarning)
     assert issubclass(warning, UserWarning)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import NonNegativeFloat
 from torch import Tensor
@@ -107,10 +106,6 @@ class RankProblem:
             unfoldings = kind.unfoldings(self.load_weight(), self.spec)
             self._cache[key] = {k: singular_values(m).square().sum(0).sqrt().cpu() for k, m in unfoldings.items()}
         return self._cache[key]  # type: ignore[no-any-return]
-
-    def finite(self) -> bool:
-        """Whether every entry of the weight is finite."""
-        return bool(torch.isfinite(self.load_weight()).all())
 
 
 Limits = Mapping[str, float]
