@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tenfold import tensors
+from tenfold.tensors import algebra
 
 F64 = torch.float64
 
@@ -80,10 +81,10 @@ def test_randomized_svd_is_seeded_and_leaves_torchs_generator_alone():
 
 
 def test_auto_takes_the_randomized_method_for_few_triplets_of_large_matrices():
-    assert tensors._choose(4096, 100, torch.float32) == "randomized"
-    assert tensors._choose(4096, 2000, torch.float32) == "gram"
-    assert tensors._choose(64, 8, torch.float32) == "gram"
-    assert tensors._choose(64, 8, torch.float64) == "full"
+    assert algebra._choose(4096, 100, torch.float32) == "randomized"
+    assert algebra._choose(4096, 2000, torch.float32) == "gram"
+    assert algebra._choose(64, 8, torch.float32) == "gram"
+    assert algebra._choose(64, 8, torch.float64) == "full"
 
 
 def test_svd_of_zero_is_zero_and_finite():
