@@ -1,5 +1,6 @@
 """Pure functions of tensors, without formats, layers or models."""
 
+from tenfold.tensors import kruskal
 from tenfold.tensors.algebra import (
     SVDMethod,
     TruncatedSVD,
@@ -21,6 +22,7 @@ __all__ = [
     "fold",
     "gram",
     "khatri_rao",
+    "kruskal",
     "leading_eigenpairs",
     "leading_eigenvectors",
     "mode_product",
