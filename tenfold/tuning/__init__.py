@@ -3,16 +3,20 @@
 Any other training loop does as well: the result of ``apply`` is an ordinary module.
 """
 
+from tenfold.tuning.answers import StoredAnswers
 from tenfold.tuning.batches import Batches
 from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
+from tenfold.tuning.distillation import Distillation
 from tenfold.tuning.finetune import finetune
 from tenfold.tuning.groups import parameter_groups
 from tenfold.tuning.progress import RichProgress, TuneProgress
 
 __all__ = [
     "Batches",
+    "Distillation",
     "EpochRecord",
     "RichProgress",
+    "StoredAnswers",
     "TuneConfig",
     "TuneProgress",
     "TuneResult",

@@ -1,0 +1,187 @@
+"""CIFAR-10 after recovery: compress by data, train on by distillation, keep the checkpoint.
+
+    python -m benchmarks.recovery.run --weights-dir FOLDER [--config FILE] [--only NAME] [--work FOLDER] [--threads N]
+
+Weights are ``FOLDER/NETWORK.safetensors``. A row that was killed goes on after its last complete epoch, from ``--work``;
+rows that are in the result already are not repeated. Writes ``RESULTS/CONFIG.json`` and ``.md`` after each row, and the
+checkpoint of a row that names one to ``benchmarks/checkpoints``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import tenfold
+from tenfold.pipeline import measurement
+from tenfold.profiling import environment, profile
+from tenfold.records import Plan, RunRecord
+from tenfold.tasks import load_task
+from tenfold.tasks.base import Task
+from tenfold.tuning import Distillation, EpochRecord, StoredAnswers, TuneConfig, TuneResult, finetune
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+CHECKPOINTS = HERE.parent / "checkpoints"
+
+
+def main() -> None:
+    """Make the rows that are missing, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights-dir", type=Path, required=True, help="folder with NETWORK.safetensors")
+    parser.add_argument("--config", type=Path, default=HERE / "recovery.yaml")
+    parser.add_argument("--only", action="append", help="run only these rows")
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="where epochs and answers are kept")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = yaml.safe_load(options.config.read_text())
+    target = RESULTS / f"{options.config.stem}.json"
+    for name, own in config["rows"].items():
+        if (options.only and name not in options.only) or name in read(target).get("rows", {}):
+            continue
+        row = Row(name, config["defaults"] | own, options.weights_dir, options.work)
+        add(target, config, name, row.run())
+
+
+class Row:
+    """One network, compressed and trained on as the configuration says."""
+
+    def __init__(self, name: str, config: dict[str, Any], weights_dir: Path, work: Path) -> None:
+        self.name, self.config, self.weights_dir, self.work = name, config, weights_dir, work
+        self.seed = int(config["seed"])
+        self.task: Task = load_task(f"cifar10:{config['network']}", seed=self.seed)
+        self.model = self.dense(config["network"])
+
+    def dense(self, network: str) -> nn.Module:
+        """Return a trained network in the memory format in which it runs fastest."""
+        task = load_task(f"cifar10:{network}", seed=self.seed)
+        return task.dense(self.weights_dir / f"{network}.safetensors").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def run(self) -> dict[str, Any]:
+        """Return what came of the row."""
+        start = time.perf_counter()
+        model, plan = self.start()
+        scores = {"dense": self.task.evaluate(self.model), "compressed": self.task.evaluate(model)}
+        print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
+        history = self.train(model)
+        scores["tuned"] = self.task.evaluate(model)
+        before, after = (profile(m, self.task.example_inputs()) for m in (self.model, model))
+        print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
+        if plan is not None and self.config.get("checkpoint"):
+            record = RunRecord(
+                seed=self.seed,
+                before=measurement(before, score=scores["dense"]),
+                after=measurement(after, score=scores["tuned"]),
+                scores=scores,
+                plan=plan,
+                tuning=tuple(epoch.model_dump() for epoch in history.history),
+                seconds={"all": time.perf_counter() - start},
+                environment=environment(torch.device("cpu")),
+                task=self.task.id,
+                command=f"python -m benchmarks.recovery.run --only {self.name} --weights-dir FOLDER",
+            )
+            tenfold.save(model, plan, CHECKPOINTS / self.config["checkpoint"], record=record)
+        return {
+            "network": self.config["network"],
+            "macs": after.macs / before.macs,
+            "params": after.params / before.params,
+            **scores,
+            "config": self.config,
+            "history": [epoch.model_dump() for epoch in history.history],
+        }
+
+    def start(self) -> tuple[nn.Module, Plan | None]:
+        """Return the network as it goes into training: fitted by data, from a checkpoint, or dense as a control."""
+        model = copy.deepcopy(self.model)
+        if self.config.get("start"):  # goes on where another run ended
+            return tenfold.load(model, CHECKPOINTS / self.config["start"])
+        if self.config["budget"] is None:
+            return model, None
+        folder = self.work / self.name / "compressed"
+        if not folder.is_dir():
+            data = self.task.calibration_batches(self.config["calibration"], batch_size=125, seed=self.seed)
+            tenfold.compress(
+                model,
+                self.task.example_inputs(),
+                budget=self.config["budget"],
+                formats=self.config["formats"],
+                data=data,
+                latency=False,
+                seed=self.seed,
+            ).save(folder)
+        return tenfold.load(model, folder)
+
+    def train(self, model: nn.Module) -> TuneResult:
+        """Return the history of training the model in place, on all training images."""
+        config = TuneConfig(seed=self.seed, **self.config["train"])
+        batches, loss = self.taught(config)
+        path = self.work / self.name
+        return finetune(
+            model, batches, config, loss=loss, folder=path / "tuning", identity=self.name, on_epoch=self.report
+        )
+
+    def taught(self, config: TuneConfig) -> tuple[Callable[[int], Any], Distillation | None]:
+        """Return batches and loss: with the stored answers of the teachers, or with labels alone."""
+
+        def batches(epoch: int) -> Any:
+            return self.task.train_batches(epoch, batch_size=config.batch_size, seed=0)
+
+        taught = self.config["distillation"]
+        if taught is None:
+            return batches, None
+        teachers = [self.dense(name) for name in taught["teachers"]]
+        views, about = taught["views"], f"cifar10 train, batches of {config.batch_size}, seed 0"
+        answers = StoredAnswers(teachers, batches, self.work / "answers", views=views, about=about)
+        return answers, Distillation(None, share=taught["share"], temperature=taught["temperature"])
+
+    def report(self, epoch: EpochRecord) -> None:
+        """Say that an epoch is complete."""
+        print(f"{self.name} epoch {epoch.epoch}: loss {epoch.loss:.4f}, {epoch.seconds:.0f} s", flush=True)
+
+
+def read(target: Path) -> dict[str, Any]:
+    """Return the result so far."""
+    found: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {}
+    return found
+
+
+def add(target: Path, config: dict[str, Any], name: str, row: dict[str, Any]) -> None:
+    """Add a row to the result; other processes may be adding theirs."""
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = {"benchmark": "recovery", "rows": {}} | read(target)
+        result["rows"][name] = row
+        result["environment"] = json.loads(environment().to_json())
+        target.write_text(json.dumps(result, indent=1) + "\n")
+        target.with_suffix(".md").write_text(table(config, result))
+    target.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def table(config: dict[str, Any], result: dict[str, Any]) -> str:
+    """Return all rows as Markdown."""
+    env = result["environment"]
+    lines = [f"# {config['title']}", "", config["text"].strip(), ""]
+    lines += ["| row | network | MACs | params | dense | compressed | tuned | epochs |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for name, row in result["rows"].items():
+        shares = (f"{100 * row[key]:.1f} %" for key in ("macs", "params"))
+        scores = (f"{100 * row[key]:.2f}" for key in ("dense", "compressed", "tuned"))
+        lines.append(f"| {name} | {row['network']} | {' | '.join((*shares, *scores))} | {len(row['history'])} |")
+    lines += ["", f"On {env['device_name'] or env['device']}, torch {env['torch']}, Python {env['python']}."]
+    lines += ["", "`python -m benchmarks.recovery.run --weights-dir FOLDER [--only ROW]`"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
