@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Stage, Structure, join_groups, split_groups
+from tenfold.formats.kruskal import Kruskal
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.formats.tucker2 import Tucker2
 
@@ -13,6 +14,7 @@ for _module in iter_modules(__path__):
 __all__ = [
     "FORMATS",
     "Factorization",
+    "Kruskal",
     "MatrixFormat",
     "Rank",
     "Reduced",

@@ -37,12 +37,15 @@ class Reduced:
         spec: its geometry.
         format: name of the format in which to decompose it, with ranks of the same names.
         lift: returns the factorization of the large weight from one of the small.
+        start: the factors themselves seen in the frames, for algorithms that go on from there; None where no algorithm
+            of the format needs them.
     """
 
     weight: Tensor
     spec: LayerSpec
     format: str
     lift: Callable[[Factorization], Factorization]
+    start: Factorization | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +57,17 @@ class Factorization(abc.ABC):
 
     Laws: ``to_dense`` is the meaning that everything is tested against; running ``stages`` equals running the dense
     layer; ``structure`` alone fixes parameters and MACs; ``from_stages`` inverts ``stages``.
+
+    ``tails_bound`` tells whether a rank can always be met with an error of at most what the unfoldings drop, as
+    truncated SVDs meet it. Where it cannot (sums of rank-one tensors, for which a best approximation need not exist),
+    the tails are a lower bound only, and what an algorithm finds depends on where it starts.
     """
 
     spec: LayerSpec
 
     rank_names: ClassVar[tuple[str, ...]]
     default_algorithm: ClassVar[str]
+    tails_bound: ClassVar[bool] = True
 
     @classmethod
     @abc.abstractmethod
