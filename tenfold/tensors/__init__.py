@@ -1,6 +1,6 @@
 """Pure functions of tensors, without formats, layers or models."""
 
-from tenfold.tensors import kruskal
+from tenfold.tensors import kruskal, trains
 from tenfold.tensors.algebra import (
     SVDMethod,
     TruncatedSVD,
@@ -15,8 +15,10 @@ from tenfold.tensors.algebra import (
     truncated_svd,
     unfold,
 )
+from tenfold.tensors.modes import Modes, mode_factors
 
 __all__ = [
+    "Modes",
     "SVDMethod",
     "TruncatedSVD",
     "fold",
@@ -25,9 +27,11 @@ __all__ = [
     "kruskal",
     "leading_eigenpairs",
     "leading_eigenvectors",
+    "mode_factors",
     "mode_product",
     "rel_error",
     "singular_values",
+    "trains",
     "truncated_svd",
     "unfold",
 ]
