@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "tenfold.records",
     "Compressed": "tenfold.pipeline",
+    "Distillation": "tenfold.tuning",
     "Fit": "tenfold.decompositions",
     "LayerSpec": "tenfold.records",
     "Plan": "tenfold.records",
@@ -44,6 +45,7 @@ _HOMES = {
 __all__ = [
     "Budget",
     "Compressed",
+    "Distillation",
     "Fit",
     "LayerSpec",
     "Plan",
@@ -81,7 +83,7 @@ if TYPE_CHECKING:
     from tenfold.records import Budget, LayerSpec, Plan, Profile, RunRecord
     from tenfold.surgery import apply, apply_, densify, densify_, reestimate_batchnorm_
     from tenfold.tasks import Task
-    from tenfold.tuning import TuneConfig, finetune
+    from tenfold.tuning import Distillation, TuneConfig, finetune
 
 
 def __getattr__(name: str) -> Any:

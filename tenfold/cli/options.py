@@ -175,6 +175,14 @@ class Recover:
         ),
     ] = None
     no_tune: Annotated[bool, typer.Option("--no-tune", help="No fine-tuning.", rich_help_panel=_RECOVER)] = False
+    label_free: Annotated[
+        bool,
+        typer.Option(
+            "--label-free",
+            help="Tune on the --calibration samples by the dense model's answers alone; labels are never read.",
+            rich_help_panel=_RECOVER,
+        ),
+    ] = False
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Score the model on the test set.", rich_help_panel=_RECOVER)
     ] = True
@@ -192,6 +200,20 @@ class Training:
         int | None,
         typer.Option(min=1, help="Samples per step of tuning.", rich_help_panel=_RECOVER, show_default=False),
     ] = None
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of the dense model's answers in the loss; the labels have the rest. Left out: labels alone.",
+            rich_help_panel=_RECOVER,
+            show_default=False,
+        ),
+    ] = None
+    temperature: Annotated[
+        float, typer.Option(min=1, help="Temperature of the distillation.", rich_help_panel=_RECOVER)
+    ] = 4.0
 
 
 @dataclass(frozen=True)

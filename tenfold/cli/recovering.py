@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tenfold.cli.options import Data, Recover, Training
     from tenfold.cli.sources import Opened
-    from tenfold.tuning import EpochRecord, TuneConfig, TuneResult
+    from tenfold.tuning import Distillation, EpochRecord, TuneConfig, TuneResult
 
 DEFAULT_CALIBRATION = 2000
 CALIBRATION_BATCH = 100
@@ -86,6 +86,35 @@ def wanted_epochs(recover: Recover) -> int | None:
     return 0 if recover.no_tune else recover.tune_epochs
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """How much the dense model teaches the small one; with ``samples``, so many and no labels."""
+
+    share: float
+    temperature: float
+    samples: int | None = None
+
+    @classmethod
+    def of(cls, recover: Recover, training: Training, data: Data) -> Teaching | None:
+        """Return what the options say; None for labels alone."""
+        if not recover.label_free:
+            return None if training.distill is None else cls(training.distill, training.temperature)
+        if training.distill is not None:
+            msg = "give --distill or --label-free, not both: without labels the dense model's answers are all there is."
+            raise Misuse(msg)
+        if data.calibration == 0:
+            msg = "--label-free trains on the calibration samples: give --calibration N with N > 0, or leave it out."
+            raise Misuse(msg)
+        return cls(1.0, training.temperature, DEFAULT_CALIBRATION if data.calibration is None else data.calibration)
+
+    def loss(self, teacher: nn.Module, config: TuneConfig) -> Distillation:
+        """Return the loss with the dense model as the teacher."""
+        from tenfold.tuning import Distillation
+
+        smoothing = config.label_smoothing
+        return Distillation(teacher, share=self.share, temperature=self.temperature, label_smoothing=smoothing)
+
+
 @dataclass(frozen=True, eq=False)
 class Tuner:
     """Fine-tunes a model of the task in place, keeping every complete epoch in a folder beside the output.
@@ -99,6 +128,8 @@ class Tuner:
     out: Path
     identity: str
     quiet: bool = False
+    teaching: Teaching | None = None
+    teacher: nn.Module | None = None  # the opened model if None
 
     @property
     def _root(self) -> Path:
@@ -114,12 +145,16 @@ class Tuner:
         """Return the history of tuning the model."""
         from tenfold.tuning import RichProgress, finetune
 
-        batches = partial(self.opened.task.train_batches, batch_size=self.config.batch_size, seed=self.config.seed)
+        task, size, seed = self.opened.task, self.config.batch_size, self.config.seed
+        batches: Any = partial(task.train_batches, batch_size=size, seed=seed)
+        if self.teaching is not None and self.teaching.samples is not None:
+            batches = partial(task.unlabeled_batches, samples=self.teaching.samples, batch_size=size, seed=seed)
         try:
             return finetune(
                 model,
                 batches,
                 self.config,
+                loss=None if self.teaching is None else self.teaching.loss(self._teacher(), self.config),
                 folder=self.folder,
                 identity=self.identity,
                 on_epoch=self._log,
@@ -128,6 +163,9 @@ class Tuner:
         except KeyboardInterrupt:
             msg = "interrupted; the same command goes on after the last complete epoch"
             raise KeyboardInterrupt(msg) from None
+
+    def _teacher(self) -> nn.Module:
+        return self.opened.model if self.teacher is None else self.teacher
 
     def clean(self) -> None:
         """Remove the kept epochs, when the outcome is saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -114,6 +115,16 @@ class Task(abc.ABC):
     def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> SizedBatches[Any]:
         """Return inputs chosen by ``seed`` from the training set outside its validation part, not augmented."""
 
+    def unlabeled_batches(
+        self, epoch: int, samples: int, *, batch_size: int, seed: int
+    ) -> SizedBatches[tuple[Any, None]]:
+        """Return one epoch of the calibration samples as (inputs, None), to train on by a teacher's answers alone.
+
+        Augmented and shuffled by (seed, epoch) where the task knows how; here as ``calibration_batches`` gives them.
+        """
+        del epoch
+        return _WithoutLabels(self.calibration_batches(samples, batch_size=batch_size, seed=seed))
+
     @abc.abstractmethod
     def validation_batches(
         self, samples: int | None = None, *, batch_size: int, seed: int = 0
@@ -172,6 +183,19 @@ class Task(abc.ABC):
         summary = (type(self).__doc__ or "").strip().split("\n", 1)[0]
         data = None if self.data is None else str(self.data)
         return {"task": self.id, "summary": summary, "data": data, "seed": self.seed}
+
+
+@dataclass(frozen=True, eq=False)
+class _WithoutLabels:
+    """Inputs, each with None in the place of the labels."""
+
+    inputs: SizedBatches[Any]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __iter__(self) -> Iterator[tuple[Any, None]]:
+        return ((inputs, None) for inputs in self.inputs)
 
 
 def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progress: Progress | None = None) -> float:

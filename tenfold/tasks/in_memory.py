@@ -116,6 +116,24 @@ class InputBatches:
         return (inputs for inputs, _ in self.labelled)
 
 
+@dataclass(frozen=True, eq=False)
+class UnlabeledBatches:
+    """The same batches with None in the place of their labels."""
+
+    labelled: LabelledBatches
+
+    @property
+    def samples(self) -> int:
+        """The number of samples in all batches together."""
+        return self.labelled.samples
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        return ((inputs, None) for inputs, _ in self.labelled)
+
+
 class InMemoryTask(Task):
     """A task whose training and test sets are tensors. A subclass says what the model is and how to read a set.
 
@@ -146,8 +164,16 @@ class InMemoryTask(Task):
 
     def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> InputBatches:
         """Return inputs chosen by ``seed`` from the training set outside its validation part."""
-        chosen = _choose(self._parts.fitting, samples, seed, f"the part of {self.name} for calibration")
-        return InputBatches(LabelledBatches(self.train_set, chosen, batch_size, self.transform))
+        return InputBatches(LabelledBatches(self.train_set, self._unlabeled(samples, seed), batch_size, self.transform))
+
+    def unlabeled_batches(self, epoch: int, samples: int, *, batch_size: int, seed: int) -> UnlabeledBatches:
+        """Return one epoch of the calibration samples without labels, shuffled and augmented by (seed, epoch)."""
+        chosen = self._unlabeled(samples, seed)
+        order = chosen[torch.randperm(len(chosen), generator=seeded(seed, epoch, _SHUFFLE))]
+        return UnlabeledBatches(LabelledBatches(self.train_set, order, batch_size, self.transform, (seed, epoch)))
+
+    def _unlabeled(self, samples: int, seed: int) -> Tensor:
+        return _choose(self._parts.fitting, samples, seed, f"the part of {self.name} for calibration")
 
     def validation_batches(self, samples: int | None = None, *, batch_size: int, seed: int = 0) -> LabelledBatches:
         """Return (inputs, labels) of the validation part, or of at most ``samples`` from it, chosen by ``seed``."""

@@ -134,6 +134,30 @@ def test_a_compressed_model_is_compressed_further_and_tuned_on(tenfold: Run, tin
     assert tenfold("eval", "--task", tiny, "--checkpoint", "tuned", "--json").json["score"] == tuned["after"]["score"]
 
 
+def test_the_dense_model_teaches(tenfold: Run, tiny: str, weights: Callable[..., Path]) -> None:
+    args = ("--task", tiny, "--rank", "3=6", "--no-latency", "--tune-epochs", "1", "--json")
+    runs = [
+        (),
+        ("--distill", "0.9"),
+        ("--distill", "0.9", "--temperature", "1"),
+        ("--label-free", "--calibration", "64"),
+    ]
+    found = [tenfold("compress", *args, *how, "--out", f"out{i}").json for i, how in enumerate(runs)]
+    assert len({run["tuning"][0]["loss"] for run in found}) == len(runs)
+    assert found[1]["settings"]["distillation"] == {"share": 0.9, "temperature": 4.0, "samples": None}
+    assert found[3]["settings"]["distillation"] == {"share": 1.0, "temperature": 4.0, "samples": 64}
+    again = ("tune", "--task", tiny, "--checkpoint", "out0", "--epochs", "1", "--out", "taught", "--distill", "0.5")
+    assert tenfold(*again).is_error("--teacher", code=2)
+    assert tenfold(*again, "--teacher", weights()).code == 0
+
+
+def test_what_cannot_be_taught_together(tenfold: Run, tiny: str) -> None:
+    args = ("compress", "--task", tiny, "--rank", "3=6", "--no-latency", "--tune-epochs", "1", "--label-free")
+    assert tenfold(*args, "--distill", "0.5").is_error("not both", code=2)
+    assert tenfold(*args, "--calibration", "0").is_error("--calibration", code=2)
+    assert list(Path().iterdir()) == []
+
+
 def test_a_checkpoint_of_a_task_with_code_of_its_own_does_not_run_it(tenfold: Run, tiny: str) -> None:
     assert tenfold("compress", "--task", tiny, "--rank", "3=8", *QUICK).code == 0
     assert tenfold("eval", "--checkpoint", "out").is_error("--task", "tiny_task.py")

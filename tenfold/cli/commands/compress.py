@@ -114,19 +114,21 @@ class _Job:
             "calibration": self.data.calibration,
             "use_data": self.data.use_data,
             "tuning": None if tuner is None else tuner.config.model_dump(),
+            "distillation": None if tuner is None or not tuner.teaching else dataclasses.asdict(tuner.teaching),
             "latency_batch": self.timing.latency_batch,
         }
 
     def _tuner(self, terminal: Terminal) -> Tuner | None:
-        from tenfold.cli.recovering import Tuner, identity_of, tune_config
+        from tenfold.cli.recovering import Teaching, Tuner, identity_of, tune_config
 
         config = tune_config(self.opened, self.training, self.epochs, self.seed)
         if config.epochs == 0:
             return None
         plan = self.decide.plan.read_bytes() if self.decide.plan is not None and self.decide.plan.is_file() else b""
-        looked_at = (self.data.calibration, self.data.use_data)
+        teaching = Teaching.of(self.recover, self.training, self.data)
+        looked_at = (self.data.calibration, self.data.use_data, teaching)
         identity = identity_of(self.opened, self.decide, plan, looked_at, self.seed)
-        return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet)
+        return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet, teaching=teaching)
 
 
 def _decide_only(opened: Opened, decide: Decide, data: Data, timing: Timing, seed: int, terminal: Terminal) -> None:

@@ -24,6 +24,16 @@ Out = Annotated[
     typer.Option("--out", "-o", metavar="FOLDER", help="Where to write the tuned model.", rich_help_panel="Output"),
 ]
 
+TeacherFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--teacher",
+        metavar="FILE",
+        help="Weights (.safetensors) of the dense model that teaches; needed with --distill.",
+        rich_help_panel="Recovery",
+    ),
+]
+
 Epochs = Annotated[
     int | None,
     typer.Option(
@@ -45,6 +55,7 @@ def run(
     machine: Machine,
     terminal: Terminal,
     epochs: Epochs = None,
+    teacher: TeacherFile = None,
     out: Out = None,
 ) -> None:
     """Train a compressed model on, and save it to another folder.
@@ -58,10 +69,13 @@ def run(
     if source.checkpoint is None or out is None:
         msg = "give the compressed model as --checkpoint FOLDER, and where to write the new one as --out FOLDER."
         raise Misuse(msg)
+    if (teacher is None) != (training.distill is None):
+        msg = "give --distill SHARE and --teacher FILE together: how much the dense model teaches, and its weights."
+        raise Misuse(msg)
     with terminal.session():
         from tenfold.checkpoint import check_target, save
         from tenfold.cli.commands.compress import show_outcome
-        from tenfold.cli.recovering import Tuner, identity_of, tune_config
+        from tenfold.cli.recovering import Teaching, Tuner, identity_of, tune_config
         from tenfold.cli.sources import open_source, required_plan
 
         check_target(out)
@@ -69,7 +83,10 @@ def run(
         opened = open_source(source, machine)
         plan = required_plan(opened)
         config = tune_config(opened, training, epochs, machine.seed)
-        tuner = Tuner(opened, config, out, identity_of(opened), quiet=terminal.quiet)
+        teaching = None if training.distill is None else Teaching(training.distill, training.temperature)
+        identity = identity_of(opened, teaching, "" if teacher is None else teacher.resolve())
+        dense = None if teacher is None else opened.task.dense(teacher).to(opened.device)
+        tuner = Tuner(opened, config, out, identity, quiet=terminal.quiet, teaching=teaching, teacher=dense)
         record = _tune(opened, plan, tuner, terminal)
         record = record.replace(command=ctx.obj, settings={**record.settings, "tuning": config.model_dump()})
         save(opened.model, plan, out, record=record)
