@@ -1,10 +1,11 @@
-"""CIFAR-10 after recovery: compress by data, train on by distillation, keep the checkpoint.
+"""CIFAR-10 after recovery: compress in one of many ways, train on, keep the checkpoint.
 
-    python -m benchmarks.recovery.run --weights-dir FOLDER [--config FILE] [--only NAME] [--work FOLDER] [--threads N]
+    python -m benchmarks.recovery.run --weights-dir FOLDER [--config FILE] [--only ROW] [--work FOLDER] [--threads N]
 
-Weights are ``FOLDER/NETWORK.safetensors``. A row that was killed goes on after its last complete epoch, from ``--work``;
-rows that are in the result already are not repeated. Writes ``RESULTS/CONFIG.json`` and ``.md`` after each row, and the
-checkpoint of a row that names one to ``benchmarks/checkpoints``.
+Weights are ``FOLDER/NETWORK.safetensors``. A row of several seeds is several runs, ``ROW/SEED``. A run that was killed
+goes on after its last complete epoch, from ``--work``; runs that are in the result already are not repeated. Writes
+``benchmarks/results/CONFIG.json`` and ``.md`` after each run, and the checkpoint of a row that names one to
+``benchmarks/checkpoints``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import copy
 import fcntl
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ import yaml
 from torch import nn
 
 import tenfold
+from tenfold.decompositions import Decomposition
+from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
 from tenfold.profiling import environment, profile
 from tenfold.records import Plan, RunRecord
@@ -47,11 +51,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     config = yaml.safe_load(options.config.read_text())
     target = RESULTS / f"{options.config.stem}.json"
-    for name, own in config["rows"].items():
-        if (options.only and name not in options.only) or name in read(target).get("rows", {}):
+    for name, own in runs(config):
+        if (options.only and name.split("/")[0] not in options.only) or name in read(target).get("rows", {}):
             continue
-        row = Row(name, config["defaults"] | own, options.weights_dir, options.work)
+        row = Row(name, own, options.weights_dir, options.work / options.config.stem)
         add(target, config, name, row.run())
+
+
+def runs(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and configuration of all runs: one for each seed of each row, all rows at one seed first."""
+    rows = {name: config["defaults"] | own for name, own in config["rows"].items()}
+    for seed in sorted({seed for row in rows.values() for seed in row["seeds"]}):
+        for name, row in rows.items():
+            if seed in row["seeds"]:
+                yield (name if len(row["seeds"]) == 1 else f"{name}/{seed}"), row | {"seed": seed}
 
 
 class Row:
@@ -74,7 +87,11 @@ class Row:
         model, plan = self.start()
         scores = {"dense": self.task.evaluate(self.model), "compressed": self.task.evaluate(model)}
         print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
-        history = self.train(model)
+        try:
+            history = self.train(model)
+        except TuningError as error:  # the loss or the weights are no longer finite
+            print(self.name, error, flush=True)
+            return self.outcome(model, scores, TuneResult(config=TuneConfig()), diverged=True)
         scores["tuned"] = self.task.evaluate(model)
         before, after = (profile(m, self.task.example_inputs()) for m in (self.model, model))
         print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
@@ -92,11 +109,19 @@ class Row:
                 command=f"python -m benchmarks.recovery.run --only {self.name} --weights-dir FOLDER",
             )
             tenfold.save(model, plan, CHECKPOINTS / self.config["checkpoint"], record=record)
+        return self.outcome(model, scores, history)
+
+    def outcome(
+        self, model: nn.Module, scores: dict[str, float], history: TuneResult, *, diverged: bool = False
+    ) -> dict[str, Any]:
+        """Return what goes into the result."""
+        before, after = (profile(m, self.task.example_inputs()) for m in (self.model, model))
         return {
             "network": self.config["network"],
             "macs": after.macs / before.macs,
             "params": after.params / before.params,
             **scores,
+            "diverged": diverged,
             "config": self.config,
             "history": [epoch.model_dump() for epoch in history.history],
         }
@@ -110,13 +135,19 @@ class Row:
             return model, None
         folder = self.work / self.name / "compressed"
         if not folder.is_dir():
-            data = self.task.calibration_batches(self.config["calibration"], batch_size=125, seed=self.seed)
+            own = self.config
+            data = self.task.calibration_batches(own["calibration"], batch_size=125, seed=self.seed)
+            algorithms = {k: Decomposition.from_dict(v | {"seed": self.seed}) for k, v in own["algorithms"].items()}
             tenfold.compress(
                 model,
                 self.task.example_inputs(),
-                budget=self.config["budget"],
-                formats=self.config["formats"],
+                budget=own["budget"],
+                rule=own["rule"],
+                formats=own["formats"],
+                algorithms=algorithms,
+                keep=own["keep"],
                 data=data,
+                use_data=own["use_data"],
                 latency=False,
                 seed=self.seed,
             ).save(folder)
@@ -142,7 +173,7 @@ class Row:
             return batches, None
         teachers = [self.dense(name) for name in taught["teachers"]]
         views, about = taught["views"], f"cifar10 train, batches of {config.batch_size}, seed 0"
-        answers = StoredAnswers(teachers, batches, self.work / "answers", views=views, about=about)
+        answers = StoredAnswers(teachers, batches, self.work.parent / "answers", views=views, about=about)
         return answers, Distillation(None, share=taught["share"], temperature=taught["temperature"])
 
     def report(self, epoch: EpochRecord) -> None:
@@ -172,15 +203,27 @@ def table(config: dict[str, Any], result: dict[str, Any]) -> str:
     """Return all rows as Markdown."""
     env = result["environment"]
     lines = [f"# {config['title']}", "", config["text"].strip(), ""]
-    lines += ["| row | network | MACs | params | dense | compressed | tuned | epochs |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for name, row in result["rows"].items():
-        shares = (f"{100 * row[key]:.1f} %" for key in ("macs", "params"))
-        scores = (f"{100 * row[key]:.2f}" for key in ("dense", "compressed", "tuned"))
-        lines.append(f"| {name} | {row['network']} | {' | '.join((*shares, *scores))} | {len(row['history'])} |")
+    lines += ["| row | network | MACs | params | dense | compressed | tuned | epochs | runs |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for name in config["rows"]:
+        found = [row for key, row in result["rows"].items() if key.split("/")[0] == name]
+        if found:
+            lines.append(f"| {name} | {found[0]['network']} | {' | '.join(cells(found))} |")
     lines += ["", f"On {env['device_name'] or env['device']}, torch {env['torch']}, Python {env['python']}."]
     lines += ["", "`python -m benchmarks.recovery.run --weights-dir FOLDER [--only ROW]`"]
     return "\n".join(lines) + "\n"
+
+
+def cells(found: list[dict[str, Any]]) -> list[str]:
+    """Return shares, scores and epochs of the runs of a row: means, with the standard deviation of several."""
+    shares = [f"{100 * mean(row[key] for row in found):.1f} %" for key in ("macs", "params")]
+    scores = []
+    for key in ("dense", "compressed", "tuned"):
+        values = [100 * row[key] for row in found if key in row]
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 and key != "dense" else ""
+        scores.append(f"{mean(values):.2f}{spread}" if values else "diverged")
+    lost = sum(row["diverged"] for row in found)
+    return [*shares, *scores, str(len(found[0]["history"])), f"{len(found)}{f', {lost} diverged' if lost else ''}"]
 
 
 if __name__ == "__main__":
