@@ -168,9 +168,15 @@ class Row:
         def batches(epoch: int) -> Any:
             return self.task.train_batches(epoch, batch_size=config.batch_size, seed=0)
 
+        def unlabeled(epoch: int) -> Any:
+            size, samples = config.batch_size, self.config["calibration"]
+            return self.task.unlabeled_batches(epoch, samples, batch_size=size, seed=self.seed)
+
         taught = self.config["distillation"]
         if taught is None:
             return batches, None
+        if taught == "label-free":
+            return unlabeled, Distillation(self.model, share=1.0)
         teachers = [self.dense(name) for name in taught["teachers"]]
         views, about = taught["views"], f"cifar10 train, batches of {config.batch_size}, seed 0"
         answers = StoredAnswers(teachers, batches, self.work.parent / "answers", views=views, about=about)
