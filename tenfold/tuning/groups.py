@@ -20,7 +20,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bo
 
     Biases, norms and everything else with fewer than two axes never decay. Neither do the factors of factorized layers:
     decay of the factors of a product is a penalty on its nuclear norm, which lowers its rank, and it unbalances chains
-    of three and more. ``decay_factors`` lets them decay all the same. Groups that would be empty are left out.
+    of three and more. ``decay_factors`` lets them decay all the same. A module that has ``no_weight_decay()``, as timm's
+    models do, names parameters of its own that never decay. Groups that would be empty are left out.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -28,7 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bo
         [(1, 0.0001), (3, 0.0)]
     """
     spared = NORMS if decay_factors else (*NORMS, FactorizedLayer)
-    exempt = {p for m in model.modules() if isinstance(m, spared) for p in m.parameters()}
+    exempt = {p for m in model.modules() if isinstance(m, spared) for p in m.parameters()} | _declared(model)
     decaying: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -36,6 +37,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bo
             (free if parameter.dim() < 2 or parameter in exempt else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _declared(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that modules themselves name in ``no_weight_decay()``."""
+    found: set[nn.Parameter] = set()
+    for module in model.modules():
+        names = getattr(module, "no_weight_decay", None)
+        if callable(names):
+            own = dict(module.named_parameters(remove_duplicate=False))
+            found |= {own[name] for name in names() if name in own}
+    return found
 
 
 def build_optimizer(model: nn.Module, config: TuneConfig) -> torch.optim.Optimizer:
