@@ -34,6 +34,8 @@ _HOMES = {
     "densify": "tenfold.surgery",
     "densify_": "tenfold.surgery",
     "finetune": "tenfold.tuning",
+    "fold": "tenfold.surgery",
+    "fold_": "tenfold.surgery",
     "load": "tenfold.checkpoint",
     "plan": "tenfold.planning",
     "profile": "tenfold.profiling",
@@ -63,6 +65,8 @@ __all__ = [
     "densify",
     "densify_",
     "finetune",
+    "fold",
+    "fold_",
     "load",
     "plan",
     "profile",
@@ -81,7 +85,7 @@ if TYPE_CHECKING:
     from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, LayerSpec, Plan, Profile, RunRecord
-    from tenfold.surgery import apply, apply_, densify, densify_, reestimate_batchnorm_
+    from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
     from tenfold.tasks import Task
     from tenfold.tuning import Distillation, TuneConfig, finetune
 

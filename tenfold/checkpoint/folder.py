@@ -14,7 +14,7 @@ from tenfold.checkpoint.weights import read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Plan, RunRecord, write_text
-from tenfold.surgery import restructure_
+from tenfold.surgery import folds_of, restructure_
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
 
@@ -24,11 +24,13 @@ def save(model: nn.Module, plan: Plan, path: str | Path, *, record: RunRecord | 
 
     The folder holds ``model.safetensors`` (the plan is in its header, and is what ``load`` goes by), ``plan.yaml`` and
     ``README.md`` to read, and ``record.json`` if there is a record. An earlier checkpoint in its place is replaced.
+    Which batch norms were folded is read off the model, and is in the plan that is written.
 
     Raises:
         CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
     """
     _check_model(model, plan)
+    plan = plan.replace(folded=folds_of(model))
     path = Path(path)
     check_target(path)
     try:
@@ -117,6 +119,12 @@ def check_target(path: str | Path) -> None:
 
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
+    gone = sorted(set(plan.folded) - set(folds_of(model)))
+    if gone:
+        msg = (
+            f"the plan has the batch norm {gone[0]!r} folded, the model does not: fold it, or take that out of the plan"
+        )
+        raise CheckpointError(msg)
     has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
     for layer in plan.layers:
         if layer.format and layer.path not in has:

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.records.base import Record, write_text
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
+from tenfold.records.stages import StageRecord
 
 PLAN_VERSION = 1
 PLAN_HEADER = """\
@@ -135,7 +136,8 @@ class LayerPlan(Record):
 class Plan(Record):
     """What happens to every layer of a model. An editable YAML file; ``apply`` carries it out.
 
-    ``before`` and ``after`` are costs of the whole model as the planner computed them.
+    ``before`` and ``after`` are costs of the whole model as the planner computed them. ``folded`` are the paths of
+    batch norms that are merged into a layer once all else is done, for inference, each with the path of that layer.
     """
 
     version: int = PLAN_VERSION
@@ -147,6 +149,7 @@ class Plan(Record):
     before: Cost
     after: Cost
     layers: tuple[LayerPlan, ...]
+    folded: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -221,6 +224,7 @@ class RunRecord(Record):
     scores: dict[str, float] = {}
     plan: Plan
     tuning: tuple[dict[str, Any], ...] = ()
+    stages: tuple[StageRecord, ...] = ()
     seconds: dict[str, float] = {}
     settings: dict[str, Any] = {}
     environment: Environment

@@ -2,17 +2,26 @@
 
 from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
+from tenfold.surgery.fold import FoldedNorm, fold, fold_, fold_pairs_, folds_of
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.pairs import Folds, find_folds
 from tenfold.surgery.refit import apply_in_order
 
 __all__ = [
+    "FoldedNorm",
+    "Folds",
     "apply",
     "apply_",
     "apply_in_order",
     "densify",
     "densify_",
     "find",
+    "find_folds",
     "fits_of",
+    "fold",
+    "fold_",
+    "fold_pairs_",
+    "folds_of",
     "paths_of",
     "put",
     "reestimate_batchnorm_",

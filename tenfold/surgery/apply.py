@@ -15,6 +15,7 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build, describe
 from tenfold.profiling.entries import entries
 from tenfold.records import LayerPlan, LayerSpec, Plan
+from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
 
 Progress = Callable[[int, int], None]
@@ -49,11 +50,12 @@ def apply_(
     wanted = plan.factorized
     for layer in plan.layers:
         find(model, layer.path)
+    check_pairs(model, plan.folded)
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
     _refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress)
     new = {p.path: _layer(fit, find(model, p.path)) for p, fit in zip(wanted, fits, strict=True)}
-    return put(model, new)
+    return fold_pairs_(put(model, new), plan.folded)
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -65,6 +67,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
+    fold_pairs_(model, plan.folded)
     for layer in plan.layers:
         if layer.format is None:
             continue

@@ -9,7 +9,7 @@ from torch import nn
 from tenfold.errors import PlanError
 from tenfold.registry import did_you_mean
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -47,7 +47,7 @@ def put(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
     places = [(path, find(model, path), new) for path, new in replacements.items()]
     for _, old, new in places:
         new.train(old.training)
-        for name in _HOOKS:
+        for name in HOOKS:
             if name in old.__dict__:
                 new.__dict__[name] = old.__dict__[name]
     for path, old, new in places:

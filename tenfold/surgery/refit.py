@@ -19,6 +19,7 @@ from tenfold.profiling.residual import ResidualReplay
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply, check_format
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.repair import branch_of, targets
 
@@ -32,6 +33,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     plan: Plan,
     batches: Sequence[Any],
     *,
+    original: nn.Module | None = None,
     outputs: Mapping[str, Tensor] | None = None,
     positions: int | None = 64,
     ridge: float = 1e-4,
@@ -53,10 +55,12 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     layer also makes up for what the shortcut has lost in the blocks before.
 
     Args:
-        model: the dense model; stays as it is.
+        model: the dense model, or one that is factorized in part; stays as it is.
         plan: which layers to factorize, into what, at which rank.
         batches: unlabeled inputs as ``call_model`` takes them, on the device of the model. They are gone through many
             times: a list, not an iterator.
+        original: whose outputs are to be met, where ``model`` was compressed from it before: a model with layers of the
+            same shapes at the same paths. ``model`` itself if None.
         outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output``.
         positions: output positions taken from each map of a convolution and batch; None for all.
         ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance; of
@@ -76,7 +80,8 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         raise DataError(msg)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    dense, new = ResidualReplay(model, batches, forward=forward), apply(model, plan.replace(layers=blind))
+    original = model if original is None else original
+    dense, new = ResidualReplay(original, batches, forward=forward), apply(model, plan.replace(layers=blind, folded={}))
     changing = ResidualReplay(new, batches, forward=forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
@@ -92,7 +97,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         else:  # it runs several times: what enters it depends on itself
             own = {path: spec}
             metric = collect_moments(
-                new, batches, own, dense=model, positions=positions, seed=seed, widest=widest, forward=forward
+                new, batches, own, dense=original, positions=positions, seed=seed, widest=widest, forward=forward
             )[path]
         follower = changing.follower(path)
         norm = None if follower is None else new.get_submodule(follower)
@@ -105,12 +110,13 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         new = _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
         if progress is not None:
             progress(done + 1, len(ordered))
-    return new
+    return fold_pairs_(new, plan.folded)
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         find(model, layer.path)
+    check_pairs(model, plan.folded)
     tied = {entry.path: entry.tied for entry in entries(model) if entry.tied}
     for layer in plan.factorized:
         check_format(layer)
