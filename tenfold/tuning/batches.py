@@ -1,12 +1,17 @@
-"""Labeled batches as a function of the epoch."""
+"""Labeled batches as a function of the epoch, and each process's share of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from tenfold.errors import DataError
+
+T = TypeVar("T")
 
 Batch = tuple[Any, Any]
 Batches = Callable[[int], Iterable[Batch]] | Iterable[Batch]
@@ -33,6 +38,85 @@ def count_steps(batches: Batches) -> int:
     """Return the number of batches in an epoch: ``len`` where there is one, else by going through epoch 0 once."""
     data = at_epoch(batches, 0)
     return len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+
+
+def share(data: Iterable[Batch], index: int, count: int) -> Iterator[Batch]:
+    """Return every ``count``-th batch from ``index`` on, as many for each process; the first ones fill the last round.
+
+    So all processes must be given the same batches in the same order. These are drawn in a random state of their own,
+    the one in which this is called: what training draws in one process does not change what it is given. A DataLoader
+    reads the samples of the share alone; of other iterables all batches are made, and those of others left out.
+
+    Raises:
+        DataError: batches that somebody has divided up already.
+    """
+    if isinstance(data, DataLoader) and (
+        isinstance(data.sampler, DistributedSampler) or getattr(data, "_is_accelerate_prepared", False)
+    ):
+        msg = "the DataLoader is divided up among the processes already: pass a plain one, and leave that to finetune"
+        raise DataError(msg)
+    if type(data) is DataLoader and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
+        return _in_own_state(_loader_of(data, index, count))
+    return _in_own_state(_every(data, index, count))
+
+
+def grouped(data: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Iterate over lists of ``size`` elements; the last may be shorter."""
+    iterator = iter(data)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _every(data: Iterable[T], index: int, count: int) -> Iterator[T]:
+    first: list[T] = []
+    number = -1
+    for number, batch in enumerate(data):
+        if number < count:
+            first.append(batch)
+        if number % count == index:
+            yield batch
+    rest = (number + 1) % count
+    if rest and index >= rest:
+        yield first[(index - rest) % len(first)]
+
+
+class _Every:
+    """Every so-manyth list of indices of a batch sampler."""
+
+    def __init__(self, sampler: Iterable[list[int]], index: int, count: int) -> None:
+        self._sampler, self._index, self._count = sampler, index, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return _every(self._sampler, self._index, self._count)
+
+
+def _loader_of(loader: DataLoader[Any], index: int, count: int) -> DataLoader[Any]:
+    """Return a loader like this one that reads a share of the batches."""
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+    settings: dict[str, Any] = {name: getattr(loader, name) for name in (*names, "generator", "prefetch_factor")}
+    sampler: Any = _Every(loader.batch_sampler, index, count)  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, batch_sampler=sampler, **settings)
+
+
+def _in_own_state(data: Iterable[T]) -> Iterator[T]:
+    """Return an iterator that draws from torch's global generator as it is now, and leaves that as it is."""
+    return _swapping(data, torch.get_rng_state())
+
+
+def _swapping(data: Iterable[T], state: torch.Tensor) -> Iterator[T]:
+    iterator: Iterator[T] | None = None
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(state)
+        try:
+            iterator = iter(data) if iterator is None else iterator
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            state = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield item
 
 
 def peek(data: Iterable[Batch]) -> tuple[Any, Iterable[Batch]]:

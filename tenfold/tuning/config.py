@@ -25,6 +25,9 @@ class TuneConfig(Record):
         autocast: "bf16", "off", or "auto": bf16 for float32 models where the hardware computes in it.
         channels_last: True, False, or "auto": where the model has 2-d convolutions and runs with such inputs.
         batch_size: samples per batch, for those who make the batches; the loop takes them as they come.
+        accumulate: batches per step, their gradients averaged: a larger batch than the memory holds.
+        ema: decay of the exponential moving average of the weights, such as 0.999, which is then what is scored after
+            each epoch and what the model ends with; None for none.
         seed: of everything random in an epoch, together with the number of the epoch.
 
     Example:
@@ -44,6 +47,8 @@ class TuneConfig(Record):
     autocast: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
     batch_size: PositiveInt = 128
+    accumulate: PositiveInt = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: NonNegativeInt = 0
 
 
@@ -52,7 +57,7 @@ class EpochRecord(Record):
 
     Attributes:
         epoch: counted from 1.
-        loss: mean over the steps.
+        loss: mean over the batches, of all processes.
         lr: learning rate of the last step.
         score: what ``evaluate`` said after the epoch; None without it.
         seconds: training, without evaluation.

@@ -32,9 +32,9 @@ def forked_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
-def seed_epoch(device: torch.device, seed: int, epoch: int) -> None:
+def seed_epoch(device: torch.device, seed: int, epoch: int, process: int = 0) -> None:
     """Make all randomness of an epoch a function of the seed and its number, so that no state need be stored."""
-    value = (seed * 1_000_003 + epoch) % 2**63
+    value = (seed * 1_000_003 + epoch + process * 7_368_787_001) % 2**63
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -1,7 +1,8 @@
 """The last complete epoch on disk: one safetensors file, replaced whole or not at all, and never unpickled.
 
-Everything that the next epoch depends on is in it: parameters, buffers and optimizer state as tensors; epoch, history
-and configuration as JSON in the header. Random states are not: they are a function of the seed and the epoch.
+Everything that the next epoch depends on is in it: parameters, buffers, their average and the state of the optimizer as
+tensors; epoch, history and configuration as JSON in the header. Random states are not: they are a function of the seed
+and the epoch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.records import Record
+from tenfold.tuning.average import Average
 from tenfold.tuning.config import EpochRecord, TuneConfig
 
 FILE_NAME = "tuning.safetensors"
@@ -33,6 +35,7 @@ class TuneState(Record):
     config: TuneConfig
     identity: str = ""
     steps: int
+    processes: PositiveInt = 1
     history: tuple[EpochRecord, ...] = ()
 
 
@@ -43,16 +46,18 @@ class Snapshot:
         folder: made if it does not exist.
         config: of the run; a folder of a run with another one is refused.
         identity: of the run, in the words of the caller; likewise.
+        processes: that train together; likewise.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: str | Path, config: TuneConfig, identity: str = "") -> None:
+    def __init__(self, folder: str | Path, config: TuneConfig, identity: str = "", processes: int = 1) -> None:
         self.folder = Path(folder)
         self.path = self.folder / FILE_NAME
         self.config = config
         self.identity = identity
+        self.processes = processes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob(f".{FILE_NAME}.*"):
@@ -84,8 +89,12 @@ class Snapshot:
         self._refuse_others(state)
         return state
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write the stored tensors into the model, and into the optimizer if one is given.
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: Average | None = None
+    ) -> None:
+        """Write the stored tensors into the model, and into optimizer and average if training goes on with these.
+
+        Without an optimizer the run is over: where there is an average, it is what the model gets.
 
         Raises:
             CheckpointError: the model has other tensors than the stored one; it is then as it was.
@@ -109,11 +118,22 @@ class Snapshot:
             raise CheckpointError(msg)
         if optimizer is not None:
             self._restore_optimizer(model, optimizer, stored)
+        averages = {n.removeprefix("average/"): t for n, t in stored.items() if n.startswith("average/")}
+        if average is not None:
+            _same_names(averages, average.tensors, self.path)
         with torch.no_grad():
             for name, tensor in here.items():
                 tensor.copy_(there[name])
+            if optimizer is None:
+                for name, value in averages.items():
+                    here[f"model/{name}"].copy_(value)
+            elif average is not None:
+                for name, tensor in average.tensors.items():
+                    tensor.copy_(averages[name])
 
-    def write(self, state: TuneState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def write(
+        self, state: TuneState, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+    ) -> None:
         """Replace the file by one that holds the run as it is now.
 
         Raises:
@@ -121,6 +141,8 @@ class Snapshot:
         """
         tensors = {f"model/{name}": tensor for name, tensor in _model_tensors(model)}
         tensors |= dict(_optimizer_tensors(model, optimizer))
+        if average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in average.tensors.items()}
         tensors = {
             n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
         }
@@ -145,6 +167,8 @@ class Snapshot:
         changes = [f"{k} was {theirs[k]}, is {ours[k]}" for k in ours if theirs[k] != ours[k]]
         if state.identity != self.identity:
             changes.append(f"identity was {state.identity!r}, is {self.identity!r}")
+        if state.processes != self.processes:
+            changes.append(f"processes were {state.processes}, are {self.processes}")
         if changes:
             msg = f"{self.folder} holds another training run: {'; '.join(changes)}. Use another folder."
             raise CheckpointError(msg)
@@ -180,9 +204,11 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> It
                 yield f"optimizer/{name}/{entry}", value
 
 
-def _own_copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU: safetensors refuses other layouts, and tensors that share memory."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _same_names(stored: dict[str, Tensor], here: dict[str, Tensor], path: Path) -> None:
+    if stored.keys() != here.keys():
+        odd = min(stored.keys() ^ here.keys())
+        msg = f"{path} averaged other tensors than are trained now, such as {odd!r}. Use another folder."
+        raise CheckpointError(msg)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
