@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from tenfold.profiling import (
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Budget, Latency, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
-from tenfold.surgery import apply, apply_in_order, fits_of, reestimate_batchnorm_
+from tenfold.surgery import apply, apply_in_order, fits_of, fold_, folds_of, reestimate_batchnorm_
 from tenfold.tuning import TuneResult
 
 Observe = Callable[[str], None]
@@ -76,6 +77,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     use_data: UseData = "sequential",
     tune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    fold: bool = False,
     latency: bool = True,
     latency_inputs: Any = None,
     clock: Clock | None = None,
@@ -104,6 +106,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
+        fold: for inference: merge batch norms into the layers before them once all else is done (see ``fold``).
+            Latencies, and the budget of latency, are then those of both models with batch norm folded.
         latency: measure original and result, interleaved.
         latency_inputs: what to measure latency on, such as a larger batch; the example inputs if left out.
         clock: times layers for a latency budget; one for the model's device and dtype if None.
@@ -137,11 +141,12 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         if plan is None:
             choices = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "algorithms": algorithms, "seed": seed}
             plan, fast = decide(
-                model, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, **choices
+                model, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, fold=fold, **choices
             )
         else:
             plan = recost(plan, before)
         _refuse_empty(plan)
+    fold, plan = fold or bool(plan.folded), plan.replace(folded={})  # at the end: what is folded cannot be tuned
     with steps("apply"):
         if moments is not None and use_data == "sequential":
             minded = {path: own.output for path, own in moments.items() if own.output is not None}
@@ -151,11 +156,15 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     plan = _with_errors(plan, small)
     stale = batches if moments is None else []  # layers fitted to data leave the statistics right as they are
     scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
+    if fold:
+        with steps("fold"):
+            fold_(small.eval(), example_inputs)
+            plan = plan.replace(folded=folds_of(small))
     after = profile(small, example_inputs)
     times = Comparison({}, {})
     if latency:
         with steps("measure"):
-            times = _compare(model, small, inputs, fast)
+            times = _compare(_folded(model, example_inputs) if fold else model, small, inputs, fast)
             if fast is not None:
                 _warn_if_late(fast, times)
     record = RunRecord(
@@ -181,6 +190,7 @@ def decide(
     rule: RankRule | str = "global",
     moments: Mapping[str, Moments] | None = None,
     clock: Clock | None = None,
+    fold: bool = False,
     **choices: Any,
 ) -> tuple[Plan, FastPlan | None]:
     """Return a plan, and the measurements behind it where the budget names a latency.
@@ -193,12 +203,14 @@ def decide(
         rule: how ranks are chosen.
         moments: what data say of the layers; see ``calibrate``.
         clock: times layers; one for the model's device and dtype if None.
+        fold: plan for models whose batch norms are folded; which ones then is in the plan.
         choices: all else that ``plan`` takes.
     """
     rule = rule_from(rule) if isinstance(rule, str) else rule
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
     if budget.latency is None:
-        return make_plan(model, before, rule=rule, budget=budget, moments=moments, **choices), None
+        plan = make_plan(model, before, rule=rule, budget=budget, moments=moments, **choices)
+        return plan.replace(folded=folds_of(_folded(model, latency_inputs)) if fold else {}), None
     limits = budget.replace(latency=None).allowance(before.cost)
     shares = {name: min(1.0, limit / getattr(before.cost, name)) for name, limit in limits.items()}
     if clock is None:
@@ -212,9 +224,17 @@ def decide(
         budget=Budget(**shares, latency=budget.latency),
         rule=rule,
         moments=moments,
+        fold=fold,
         **choices,
     )
     return recost(fast.plan, before).replace(budget={k: v for k, v in budget if v is not None}), fast
+
+
+def _folded(model: nn.Module, inputs: Any) -> nn.Module:
+    """Return a copy in evaluation mode with its batch norms folded."""
+    copied = copy.deepcopy(model).eval()
+    fold_(copied, inputs)
+    return copied
 
 
 def _warn_if_late(fast: FastPlan, times: Comparison) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tenfold.checkpoint import load
 from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.pipeline import compress
 from tenfold.planning import plan as make_plan
@@ -107,6 +108,34 @@ def test_the_history_of_finetune_goes_into_the_record() -> None:
         latency=False,
     )
     assert [epoch["epoch"] for epoch in result.record.tuning] == [1, 2]
+
+
+def test_batch_norm_is_folded_last_and_the_checkpoint_loads(tmp_path) -> None:
+    model = network()
+    tuned = []
+    options = {"budget": {"macs": 0.5}, "data": DATA, "tune": lambda m: tuned.append(len(norms_of(m)))}
+    plain = compress(model, X, latency=False, **options)
+    folded = compress(model, X, fold=True, **options)
+    assert tuned == [len(norms_of(model))] * 2
+    assert norms_of(model)
+    assert not norms_of(folded.model)
+    assert folded.plan.folded
+    assert not plain.plan.folded
+    with torch.no_grad():
+        torch.testing.assert_close(folded.model(X), plain.model.eval()(X), rtol=1e-4, atol=1e-5)
+    assert folded.record.after.macs == plain.record.after.macs
+    assert folded.record.after.params < plain.record.after.params
+    assert folded.record.before.params == plain.record.before.params
+    loaded, plan = load(network(), folded.save(tmp_path / "folded"))
+    assert plan == folded.plan
+    assert torch.equal(loaded.eval()(X), folded.model(X))
+    again = compress(model, X, plan=plan, latency=False)
+    assert again.plan.folded == plan.folded
+    assert not norms_of(again.model)
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 def test_latency_is_measured_on_its_own_inputs() -> None:

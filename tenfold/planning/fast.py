@@ -19,11 +19,11 @@ from tenfold.planning.timing import Timing
 from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
 from tenfold.profiling.memory_format import candidates_for
 from tenfold.records import Budget, Latency, LayerPlan, Plan, Profile, Speedup
-from tenfold.surgery import restructure_
+from tenfold.surgery import fold_, folds_of, restructure_
 
 _LOG = logging.getLogger("tenfold")
-_SLACK = 0.06  # a plan may stay this far below the allowance before it is made anew with more
-_AIM = 0.985  # of the allowance: measurements scatter
+_SLACK = 0.02  # a plan may stay this far below the allowance before it is made anew with more
+_AIM = 0.99  # of the allowance: measurements scatter
 _RELAX = 1.1
 _OTHER_FORMAT = 1.05  # how much faster another memory format must be
 
@@ -58,7 +58,7 @@ class FastPlan:
         return 1 / self.speedup.ratio
 
 
-def plan_fast(
+def plan_fast(  # noqa: PLR0913 - all choices of one search
     model: nn.Module,
     profile: Profile,
     inputs: Any,
@@ -66,6 +66,7 @@ def plan_fast(
     clock: Clock,
     budget: Budget | Mapping[str, float] | None = None,
     strict: bool = True,
+    fold: bool = False,
     rounds: int = 5,
     seconds: float = 4.0,
     layer_seconds: float = 0.4,
@@ -87,6 +88,8 @@ def plan_fast(
         budget: of the whole model; ``latency`` is a share of the model's time in its best memory format.
         strict: raise if the latency cannot be met; otherwise come as near as the layers allow, as long as the model
             measures faster at all.
+        fold: both models are to run with batch norm folded, so they are measured with it folded: shares of time and
+            the speed-up are those of the folded dense model, and ``plan.folded`` says what to fold.
         rounds: how many plans to measure as a whole, at most.
         seconds: about how long to time the models in a round.
         layer_seconds: about how long to time a layer.
@@ -97,7 +100,11 @@ def plan_fast(
         BudgetError: the budget cannot be met.
     """
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    search = _Search(model, profile, inputs, clock, budget, (seconds, layer_seconds), compare, planning)
+    runs = model
+    if fold:
+        runs = copy.deepcopy(model).eval()
+        fold_(runs, inputs)
+    search = _Search(model, runs, profile, inputs, clock, budget, (seconds, layer_seconds), compare, planning)
     if budget.latency is None:
         found, better = search.attempt(None, 1)
         return found if better is None else search.in_format(better).attempt(None, 2)[0]
@@ -146,9 +153,13 @@ def next_factor(tried: list[tuple[float, float]], wanted: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """What stays the same from round to round. ``seconds`` are those for a model and those for a layer."""
+    """What stays the same from round to round. ``seconds`` are those for a model and those for a layer.
+
+    Decided is by the weights of ``model``; what ``runs`` is timed, with its batch norms folded where that is asked for.
+    """
 
     model: nn.Module
+    runs: nn.Module
     profile: Profile
     inputs: Any
     clock: Clock
@@ -169,7 +180,7 @@ class _Search:
 
     def timing(self) -> Timing:
         """Return the timing of the model as it is."""
-        return Timing.of(self.model, self.inputs, self.clock, profile=self.profile, seconds=self.seconds[0])
+        return Timing.of(self.runs, self.inputs, self.clock, profile=self.profile, seconds=self.seconds[0])
 
     def in_format(self, name: str) -> _Search:
         """Return the same search for a smaller model that runs in another memory format."""
@@ -178,19 +189,20 @@ class _Search:
     def attempt(self, timing: Timing | None, number: int) -> tuple[FastPlan, str | None]:
         """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
         gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
-        small = with_structure(self.model, gated.plan)
+        plan = gated.plan.replace(folded=folds_of(self.runs))
+        small = with_structure(self.runs, plan)
         own = self.clock.memory_format
         if own not in self.formats:
             self.formats[own] = self._best_formats(small)
         dense, best = self.formats[own]
         final = self._compared(
             {
-                "before": to_memory_format(self.model, self.inputs, dense),
+                "before": to_memory_format(self.runs, self.inputs, dense),
                 "after": to_memory_format(small, self.inputs, own),
             }
         )
         found = FastPlan(
-            plan=gated.plan,
+            plan=plan,
             before=final.latencies["before"],
             after=final.latencies["after"],
             speedup=final.speedups["after"],
@@ -204,7 +216,7 @@ class _Search:
     def _best_formats(self, small: nn.Module) -> tuple[str, str]:
         """Return the memory formats for the model as it is and the smaller one, which moves only for a good gain."""
         names = candidates_for(self.inputs)
-        models = {"before": self.model, "after": small}
+        models = {"before": self.runs, "after": small}
         variants = {(kind, n): to_memory_format(model, self.inputs, n) for kind, model in models.items() for n in names}
         times = self._compared({f"{kind} {n}": variant for (kind, n), variant in variants.items()}).latencies
         dense, best = (min(names, key=lambda n: times[f"{kind} {n}"].median_ms) for kind in models)

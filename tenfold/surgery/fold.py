@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tenfold.errors import PlanError
 from tenfold.formats import join_groups, split_groups
 from tenfold.layers import FactorizedLayer, describe
-from tenfold.records import ContractSpec, LayerSpec
+from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.pairs import AFTER, Folds, find_folds, last_spec, plain
@@ -135,8 +135,8 @@ def _last(layer: nn.Module) -> tuple[Any, LayerSpec]:
             raise PlanError(reason)
         return layer, spec
     last = last_spec(layer)
-    if isinstance(last, ContractSpec):
-        msg = f"a {layer.format} layer ends with a contraction, into which no batch norm can be folded"
+    if not isinstance(last, LayerSpec):
+        msg = f"a {layer.format} layer does not end with a plain torch layer: no batch norm can be folded into it"
         raise PlanError(msg)
     return layer.stages[-1], last
 

@@ -19,7 +19,7 @@ from tenfold.layers import FactorizedLayer, stage_specs
 from tenfold.profiling.entries import Entry, entries
 from tenfold.profiling.inputs import call_model, tensors_in
 from tenfold.profiling.modes import evaluating, layer_by_layer
-from tenfold.records import ContractSpec
+from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.modules import HOOKS
 
@@ -118,9 +118,9 @@ def _reason_of_layer(layer: Entry | None, norm: Any, hooked: set[str]) -> str:
         return f"layer {layer.path!r} has hooks, which would see another output"
     if layer.spec.out_channels != norm.num_features:
         return f"layer {layer.path!r} has {layer.spec.out_channels} outputs, it has {norm.num_features} channels"
-    if isinstance(layer.module, FactorizedLayer) and isinstance(last_spec(layer.module), ContractSpec):
+    if isinstance(layer.module, FactorizedLayer) and not isinstance(last_spec(layer.module), LayerSpec):
         return (
-            f"layer {layer.path!r} ends with a contraction of several modes, whose outputs have no weights of their own"
+            f"layer {layer.path!r} does not end with a plain torch layer"
         )
     return ""
 

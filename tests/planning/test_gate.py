@@ -16,6 +16,7 @@ from tenfold.planning.gate import neutral_layer, together
 from tenfold.profiling import Clock, Comparison, profile
 from tenfold.ranks import rule_from
 from tenfold.records import ContractSpec, Latency, LayerSpec, Speedup
+from tenfold.surgery import apply, fold
 
 FAST, SLOW = LayerTiming(2.0, 1.0, 2.0, 1.9, 2.1), LayerTiming(1.0, 1.25, 0.8, 0.7, 0.9)
 OVERHEAD_MS = 0.3  # of everything that is no layer
@@ -237,6 +238,27 @@ def test_what_cannot_be_met_is_an_error_or_comes_as_near_as_it_can(net, costs, f
         plan_fast(net, costs, X, budget=impossible, **arguments)
     keep = plan_fast(net, costs, X, budget={"latency": 0.5}, strict=False, keep=["0"], rounds=12, **arguments)
     assert keep.speedup.ratio > 1
+
+
+def test_folded_models_are_planned_and_measured_against_the_folded_dense_one(fake):
+    torch.manual_seed(0)
+    blocks = [(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()) for _ in range(3)]
+    net = nn.Sequential(*(module for block in blocks for module in block)).eval()
+    asked = []
+
+    def compare(variants, **how):
+        asked.extend(sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) for model, _ in variants.values())
+        return fake(variants, **how)
+
+    options = {"clock": clock(), "budget": {"latency": 0.5}, "rule": rule_from("ratio"), "keep_ends": False}
+    result = plan_fast(net, profile(net, X), X, fold=True, compare=compare, **options)
+    assert set(asked) == {0}
+    assert result.met
+    assert result.plan.folded == {"1": "0", "4": "3", "7": "6"}
+    small = apply(net, result.plan)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
+    assert model_ms(small, X) <= 0.5 * model_ms(fold(net, X), X)
+    assert plan_fast(net, profile(net, X), X, compare=compare, **options).plan.folded == {}
 
 
 def test_a_latency_budget_needs_a_clock(net, costs):
