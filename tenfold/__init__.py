@@ -23,6 +23,7 @@ _HOMES = {
     "Plan": "tenfold.records",
     "Profile": "tenfold.records",
     "RunRecord": "tenfold.records",
+    "Schedule": "tenfold.staging",
     "Task": "tenfold.tasks",
     "TenfoldError": "tenfold.errors",
     "TuneConfig": "tenfold.tuning",
@@ -41,7 +42,9 @@ _HOMES = {
     "profile": "tenfold.profiling",
     "reestimate_batchnorm_": "tenfold.surgery",
     "rule_from": "tenfold.ranks",
+    "run_stages": "tenfold.staging",
     "save": "tenfold.checkpoint",
+    "stages": "tenfold.staging",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "Plan",
     "Profile",
     "RunRecord",
+    "Schedule",
     "Task",
     "TenfoldError",
     "TuneConfig",
@@ -72,7 +76,9 @@ __all__ = [
     "profile",
     "reestimate_batchnorm_",
     "rule_from",
+    "run_stages",
     "save",
+    "stages",
 ]
 
 if TYPE_CHECKING:
@@ -85,6 +91,7 @@ if TYPE_CHECKING:
     from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, LayerSpec, Plan, Profile, RunRecord
+    from tenfold.staging import Schedule, run_stages, stages
     from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
     from tenfold.tasks import Task
     from tenfold.tuning import Distillation, TuneConfig, finetune

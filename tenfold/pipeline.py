@@ -148,12 +148,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         _refuse_empty(plan)
     fold, plan = fold or bool(plan.folded), plan.replace(folded={})  # at the end: what is folded cannot be tuned
     with steps("apply"):
-        if moments is not None and use_data == "sequential":
-            minded = {path: own.output for path, own in moments.items() if own.output is not None}
-            small = apply_in_order(model, plan, batches, outputs=minded, seed=seed)
-        else:
-            small = apply(model, plan, moments=moments)
-    plan = _with_errors(plan, small)
+        small, plan = replace_layers(model, plan, batches, moments, use_data, seed=seed)
     stale = batches if moments is None else []  # layers fitted to data leave the statistics right as they are
     scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
     if fold:
@@ -228,6 +223,35 @@ def decide(
         **choices,
     )
     return recost(fast.plan, before).replace(budget={k: v for k, v in budget if v is not None}), fast
+
+
+def replace_layers(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    moments: Mapping[str, Moments] | None,
+    use_data: UseData,
+    *,
+    original: nn.Module | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, Plan]:
+    """Return a model in which the plan is carried out as the data are to be used, and the plan with its errors.
+
+    Args:
+        model: stays as it is.
+        plan: what to do with its layers.
+        batches: unlabeled inputs on the device of the model; may be empty where there are no moments.
+        moments: what they say of the layers; None to go by the weights alone.
+        use_data: see ``compress``.
+        original: whose outputs the fits in order are to meet; those of ``model`` if None.
+        seed: of the draw of positions.
+    """
+    if moments is not None and use_data == "sequential":
+        minded = {path: own.output for path, own in moments.items() if own.output is not None}
+        small = apply_in_order(model, plan, batches, original=original, outputs=minded, seed=seed)
+    else:
+        small = apply(model, plan, moments=moments)
+    return small, _with_errors(plan, small)
 
 
 def _folded(model: nn.Module, inputs: Any) -> nn.Module:

@@ -23,10 +23,18 @@ from torch import nn
 
 from benchmarks.zoo import Subject, build
 from tenfold.planning import FastPlan, plan_fast
-from tenfold.profiling import Clock, best_memory_format, compare_latency, environment, profile, to_memory_format
+from tenfold.profiling import (
+    Clock,
+    Comparison,
+    best_memory_format,
+    compare_latency,
+    environment,
+    profile,
+    to_memory_format,
+)
 from tenfold.ranks import rule_from
 from tenfold.records import LayerPlan, Profile
-from tenfold.surgery import apply
+from tenfold.surgery import apply, fold
 
 HERE = Path(__file__).parent
 HEAD = """\
@@ -34,15 +42,17 @@ HEAD = """\
 
 `python -m benchmarks.latency.run` on {device}, torch {torch}, Python {python}, {threads} threads, float32. Weights
 random with a decaying spectrum; the time does not depend on them. Dense models run in the memory format that is best
-for them, so do the small ones. *Budget*: share of the dense model's time. *Speed-up*: median of the ratios of rounds in
-turns, with its 95 % interval. *Per MACs*: speed-up divided by the reduction of multiply-accumulates. *Layers*: how many
-are factorized, and how many were sent back because they measured no faster.
+for them, so do the small ones. *Budget*: share of the dense model's time; *folded*: planned and demanded of both models
+with batch norm folded into the layers, the dense one too. *Speed-up*: median of the ratios of rounds in turns, with its
+95 % interval. *Per MACs*: speed-up divided by the reduction of multiply-accumulates. *Layers*: how many are factorized,
+and how many were sent back because they measured no faster. A plan for folded models has two rows: the models as they
+run then, and the same two with batch norm left in place.
 
 | network | batch | budget | dense ms | small ms | speed-up | MACs | per MACs | layers | load | demanded |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
 """
 LAYERS = """
-## {name}, batch {batch}: layers
+## {name}, batch {batch}{folded}: layers
 
 | layer | geometry | now | dense ms | factorized ms | speed-up |
 |---|---|---|---:|---:|---:|
@@ -68,14 +78,18 @@ def main() -> None:
         if options.only not in wanted["name"]:
             continue
         row = measure(wanted, config)
-        rows = [r for r in rows if (r["name"], r["batch"]) != (row["name"], row["batch"])] + [row]
+        rows = [r for r in rows if _place(r) != _place(row)] + [row]
         made = json.loads(environment().to_json())
         result = {"benchmark": "latency", "config": config, "rows": rows, "environment": made}
         target.write_text(json.dumps(result, indent=2) + "\n")
         (options.out / "latency.md").write_text(table(result))
-        print(line(row), flush=True)
+        print(*lines(row), sep="\n", flush=True)
     if not all(row["as_demanded"] for row in rows):
         raise SystemExit(1)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["name"], row["batch"], row.get("fold", False)
 
 
 def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -85,16 +99,14 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     decay_(subject.model, config["decay"])
     cost = profile(subject.model, subject.inputs)
     found = planned(subject, cost, wanted, config)
-    small = apply(subject.model, found.plan)
-    result = compare_latency(
-        {
-            "dense": to_memory_format(subject.model, subject.inputs, found.before.memory_format),
-            "small": to_memory_format(small, subject.inputs, found.after.memory_format),
-        },
-        seconds=config["final_seconds"],
-    )
-    speedup = result.speedups["small"]
+    small = apply(subject.model, found.plan.replace(folded={}))
     after = profile(small, subject.inputs)
+    plain = compared(subject.model, small, subject.inputs, found, config)
+    ran = plain
+    if wanted.get("fold"):
+        models = (fold(model, subject.inputs) for model in (subject.model, small))
+        ran = compared(*models, subject.inputs, found, config)
+    speedup = ran.speedups["small"]
     per_macs = speedup.ratio * after.macs / cost.macs
     as_demanded = (
         speedup.ratio >= wanted.get("speedup", 1.0)
@@ -105,13 +117,14 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": subject.name,
         "batch": wanted["batch"],
+        "fold": wanted.get("fold", False),
+        "folded_norms": len(found.plan.folded),
         "budget": wanted["latency"],
         "demanded": {k: wanted[k] for k in ("speedup", "per_macs") if k in wanted},
         "as_demanded": as_demanded,
         "met": found.met,
-        "dense": result.latencies["dense"].model_dump(),
-        "small": result.latencies["small"].model_dump(),
-        "speedup": speedup.model_dump(),
+        **figures(ran),
+        "unfolded": figures(plain) if wanted.get("fold") else None,
         "macs": [cost.macs, after.macs],
         "params": [cost.params, after.params],
         "per_macs": per_macs,
@@ -122,9 +135,23 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def compared(dense: nn.Module, small: nn.Module, inputs: Any, found: FastPlan, config: dict[str, Any]) -> Comparison:
+    """Return two models measured in turns, each in the memory format that was chosen for it."""
+    models = {"dense": (dense, found.before.memory_format), "small": (small, found.after.memory_format)}
+    variants = {name: to_memory_format(model, inputs, layout) for name, (model, layout) in models.items()}
+    return compare_latency(variants, seconds=config["final_seconds"])
+
+
+def figures(result: Comparison) -> dict[str, Any]:
+    """Return what was measured, as plain values."""
+    times = {name: latency.model_dump() for name, latency in result.latencies.items()}
+    return times | {"speedup": result.speedups["small"].model_dump()}
+
+
 def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dict[str, Any]) -> FastPlan:
     """Return the plan for the latency budget, as near to it as the layers allow."""
-    layout, _ = best_memory_format(subject.model, subject.inputs, seconds=config["model_seconds"] / 2)
+    runs = fold(subject.model, subject.inputs) if wanted.get("fold") else subject.model
+    layout, _ = best_memory_format(runs, subject.inputs, seconds=config["model_seconds"] / 2)
     return plan_fast(
         subject.model,
         cost,
@@ -132,6 +159,7 @@ def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dic
         clock=Clock(memory_format=layout, seconds=config["clock_seconds"]),
         budget={"latency": wanted["latency"]},
         strict=False,
+        fold=wanted.get("fold", False),
         rounds=config["rounds"],
         seconds=config["model_seconds"],
         layer_seconds=config["layer_seconds"],
@@ -174,33 +202,42 @@ def table(result: dict[str, Any]) -> str:
     text = HEAD.format(
         device=env["device_name"] or env["device"], torch=env["torch"], python=env["python"], threads=env["threads"]
     )
-    text += "".join(line(row) + "\n" for row in result["rows"])
+    text += "".join(f"{line}\n" for row in result["rows"] for line in lines(row))
     slower = [
         lay for row in result["rows"] for lay in row["layers"] if lay["factorized"] and lay["timing"]["ratio"] < 1
     ]
     total = sum(lay["factorized"] for row in result["rows"] for lay in row["layers"])
     text += f"\nOf {total} factorized layers in these plans, {len(slower)} measure slower than their dense originals.\n"
     for row in result["rows"]:
-        text += LAYERS.format(**row) + "".join(layer_line(layer) for layer in row["layers"])
+        folded = ", folded" if row.get("fold") else ""
+        text += LAYERS.format(name=row["name"], batch=row["batch"], folded=folded) + "".join(layer_line(layer) for layer in row["layers"])
     return text
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return one network as a line of the table."""
-    speedup, layers = row["speedup"], row["layers"]
+def lines(row: dict[str, Any]) -> list[str]:
+    """Return one network as a line of the table; two where its plan is for folded models."""
     demanded = ", ".join(f"{k} ≥ {v}" for k, v in row["demanded"].items()) or "not slower"
+    verdict = f"{demanded}: {'yes' if row['as_demanded'] else '**no**'}"
+    if not row.get("fold"):
+        return [line(row, f"{row['budget']:.0%}", verdict)]
+    return [line(row, f"{row['budget']:.0%} folded", verdict), line(row | row["unfolded"], "the same, not folded", "")]
+
+
+def line(row: dict[str, Any], budget: str, verdict: str) -> str:
+    """Return measured figures as a line of the table."""
+    speedup, layers = row["speedup"], row["layers"]
     cells = [
         row["name"].partition(":")[2],
         row["batch"],
-        f"{row['budget']:.0%}",
+        budget,
         f"{row['dense']['median_ms']:.1f} ({row['dense']['memory_format']})",
         f"{row['small']['median_ms']:.1f} ({row['small']['memory_format']})",
         f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]",
         f"÷ {row['macs'][0] / row['macs'][1]:.2f}",
-        f"{row['per_macs']:.2f}",
+        f"{speedup['ratio'] * row['macs'][1] / row['macs'][0]:.2f}",
         f"{sum(lay['factorized'] for lay in layers)}, {sum(lay['sent_back'] for lay in layers)} of {len(layers)}",
         f"{row['load']:.1f}",
-        f"{demanded}: {'yes' if row['as_demanded'] else '**no**'}",
+        verdict,
     ]
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 

@@ -34,6 +34,22 @@ def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
         "digest": digest(stored, text + shared),
     }
     save_file(stored, path, metadata=header)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: it is written in another one each time.
+
+    With that, equal models have equal files, byte for byte.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # it is the same text in another order, unless something was escaped in another way
+            file.seek(8)
+            file.write(text)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:

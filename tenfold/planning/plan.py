@@ -84,7 +84,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         FORMATS.get(name)
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
     _check_same_model(model, profile)
-    ends = _cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
+    ends = cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
     kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
     kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
     if moments is not None:
@@ -192,7 +192,7 @@ def _check_same_model(model: nn.Module, profile: Profile) -> None:
         find(model, layer.path)
 
 
-def _cheap_ends(profile: Profile) -> dict[str, str]:
+def cheap_ends(profile: Profile) -> dict[str, str]:
     """Return the first and the last layer with a geometry, where they cost next to nothing, with the reason."""
     used = [layer for layer in profile.layers if layer.spec is not None and layer.calls]
     ends = {}

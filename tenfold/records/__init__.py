@@ -12,6 +12,7 @@ from tenfold.records.sensitivity import (
     TradeOff,
     TradeOffPoint,
 )
+from tenfold.records.stages import StageLayer, StageRecord
 
 __all__ = [
     "Budget",
@@ -34,6 +35,8 @@ __all__ = [
     "SensitivityTable",
     "Shape",
     "Speedup",
+    "StageLayer",
+    "StageRecord",
     "StageSpec",
     "TradeOff",
     "TradeOffPoint",
