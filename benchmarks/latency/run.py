@@ -104,8 +104,8 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     plain = compared(subject.model, small, subject.inputs, found, config)
     ran = plain
     if wanted.get("fold"):
-        models = (fold(model, subject.inputs) for model in (subject.model, small))
-        ran = compared(*models, subject.inputs, found, config)
+        dense, slim = (fold(model, subject.inputs) for model in (subject.model, small))
+        ran = compared(dense, slim, subject.inputs, found, config)
     speedup = ran.speedups["small"]
     per_macs = speedup.ratio * after.macs / cost.macs
     as_demanded = (
@@ -210,7 +210,9 @@ def table(result: dict[str, Any]) -> str:
     text += f"\nOf {total} factorized layers in these plans, {len(slower)} measure slower than their dense originals.\n"
     for row in result["rows"]:
         folded = ", folded" if row.get("fold") else ""
-        text += LAYERS.format(name=row["name"], batch=row["batch"], folded=folded) + "".join(layer_line(layer) for layer in row["layers"])
+        text += LAYERS.format(name=row["name"], batch=row["batch"], folded=folded) + "".join(
+            layer_line(layer) for layer in row["layers"]
+        )
     return text
 
 
