@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.decompositions import Decomposition, Fit, Moments, Problem, decompose_many, default_algorithm, reduce
+from tenfold.decompositions.spreading import fit_pieces, together
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build, describe
+from tenfold.parallel import Workers
 from tenfold.profiling.entries import entries
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.fold import check_pairs, fold_pairs_
@@ -23,7 +25,12 @@ Job = tuple[Problem, Callable[[Fit], Fit]]
 
 
 def apply(
-    model: nn.Module, plan: Plan, *, moments: Mapping[str, Moments] | None = None, progress: Progress | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> nn.Module:
     """Return a new model in which the plan is carried out; ``model`` itself stays as it is.
 
@@ -36,15 +43,21 @@ def apply(
         moments: of the inputs of the layers, by path: then the factors minimise the error of the output instead of
             that of the weight, and the bias takes the shift of the mean. ``apply_in_order`` gets more from the data.
         progress: called with (layers done, layers in all).
+        workers: who decomposes the layers of a model on the CPU; this process if None.
 
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    return apply_(copy.deepcopy(model), plan, moments=moments, progress=progress)
+    return apply_(copy.deepcopy(model), plan, moments=moments, progress=progress, workers=workers)
 
 
 def apply_(
-    model: nn.Module, plan: Plan, *, moments: Mapping[str, Moments] | None = None, progress: Progress | None = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``."""
     wanted = plan.factorized
@@ -53,7 +66,7 @@ def apply_(
     check_pairs(model, plan.folded)
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
     _refuse_tied(model, wanted)
-    fits = _decompose(jobs, wanted, progress)
+    fits = _decompose(jobs, wanted, progress, workers)
     new = {p.path: _layer(fit, find(model, p.path)) for p, fit in zip(wanted, fits, strict=True)}
     return fold_pairs_(put(model, new), plan.folded)
 
@@ -154,20 +167,16 @@ def _refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:
             raise PlanError(msg)
 
 
-def _decompose(jobs: Sequence[Job], wanted: Sequence[LayerPlan], progress: Progress | None) -> list[Fit]:
+def _decompose(
+    jobs: Sequence[Job], wanted: Sequence[LayerPlan], progress: Progress | None, workers: Workers | None
+) -> list[Fit]:
     """Decompose all layers; equal ones together. An error names its layer."""
     fits: dict[int, Fit] = {}
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, (p, _) in enumerate(jobs):
-        key = (p.weight.shape, p.weight.dtype, p.format, repr(p.rank), p.algorithm)
-        groups.setdefault(key, []).append(i)
-    for members in groups.values():
-        found: Sequence[Fit | None]
-        try:
-            found = decompose_many([jobs[i][0] for i in members])
-        except TenfoldError:
-            found = [None] * len(members)
-        fits.update({i: _finish(jobs[i], wanted[i], fit) for i, fit in zip(members, found, strict=True)})
+    groups = together([problem for problem, _ in jobs])
+    pieces = [[jobs[i][0] for i in members] for members in groups]
+    for members, found in zip(groups, fit_pieces(pieces, workers), strict=True):
+        known: Sequence[Fit | None] = [None] * len(members) if isinstance(found, TenfoldError) else found
+        fits.update({i: _finish(jobs[i], wanted[i], fit) for i, fit in zip(members, known, strict=True)})
         if progress is not None:
             progress(len(fits), len(jobs))
     return [fits[i] for i in range(len(jobs))]

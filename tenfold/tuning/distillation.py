@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from tenfold.errors import TuningError
 from tenfold.profiling.inputs import call_model
@@ -158,6 +159,8 @@ def _answered(targets: Any) -> tuple[Any, Tensor]:
 
 
 def _module(model: nn.Module, path: str, who: str) -> nn.Module:
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     try:
         return model.get_submodule(path)
     except AttributeError:

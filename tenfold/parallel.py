@@ -1,0 +1,189 @@
+"""Independent work in other processes of this machine or on a Ray cluster: the same results, in the same order."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from uuid import uuid4
+
+from tenfold.errors import TenfoldError, require
+
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does work that falls into independent pieces.
+
+    Each piece is a function of what all share and of an item of its own. Results come in the order of the items and do
+    not depend on the number of workers. They are those of this process to the last bit where it computes with as many
+    ``threads`` as a worker does (``torch.set_num_threads``); other numbers of threads add up in another order.
+
+    Functions and data travel as cloudpickle writes them, from this process to workers that it has started and back.
+    What a script has registered by itself, such as a format, workers know only if it is installed as a plugin.
+
+    Attributes:
+        jobs: pieces in work at a time. 1: one after the other in this process, unless the backend is Ray.
+        backend: "loky", processes of this machine by joblib; or "ray": the Ray instance that this process is connected
+            to, else the one that is running (or that RAY_ADDRESS names), else a new one of this machine.
+        threads: of torch in each worker.
+
+    Example:
+        >>> list(Workers().map(pow, 2, [1, 2, 3]))
+        [2, 4, 8]
+    """
+
+    jobs: int = 1
+    backend: Literal["loky", "ray"] = "loky"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1 or self.threads < 1:
+            msg = f"jobs={self.jobs} and threads={self.threads} must be at least 1"
+            raise TenfoldError(msg)
+        if self.backend not in ("loky", "ray"):
+            msg = f"unknown backend {self.backend!r}. Known: loky, ray."
+            raise TenfoldError(msg)
+
+    @property
+    def here(self) -> bool:
+        """Whether all work is done in this process."""
+        return self.backend == "loky" and self.jobs == 1
+
+    def map(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
+        """Iterate over ``function(shared, item)`` in the order of the items, as they become ready.
+
+        Args:
+            function: of what is shared and an item; depends on nothing else, and changes neither.
+            shared: sent once to each worker.
+            items: one for each piece of work.
+
+        Raises:
+            MissingExtraError: joblib or Ray is not installed.
+            TenfoldError: as the function raises it.
+        """
+        if self.here:
+            return (function(shared, item) for item in items)
+        return self._ray(function, shared, items) if self.backend == "ray" else self._loky(function, shared, items)
+
+    def _loky(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
+        joblib: Any = require("joblib", "scale")
+        with tempfile.TemporaryDirectory(prefix="tenfold-") as folder:
+            file = Path(folder) / "shared"
+            file.write_bytes(_dump((function, shared)))
+            calls = (joblib.delayed(_from_file)(str(file), _dump(item), self.threads) for item in items)
+            parallel = joblib.Parallel(n_jobs=self.jobs, backend="loky", return_as="generator", batch_size=1)
+            yield from map(_opened, parallel(calls))
+
+    def _ray(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
+        ray: Any = require("ray", "ray")
+        connect_to_ray(self.jobs * self.threads)
+        work = ray.remote(num_cpus=self.threads)(_from_store)
+        common, token = ray.put(_dump((function, shared))), uuid4().hex
+        calls = (work.remote(common, token, _dump(item), self.threads) for item in items)
+        waiting = deque(islice(calls, self.jobs))
+        while waiting:
+            found = ray.get(waiting.popleft())
+            waiting.extend(islice(calls, 1))
+            yield _opened(found)
+
+
+def connect_to_ray(cpus: int) -> None:
+    """Connect to a Ray instance unless this process is connected: to a running one, else to a new one of this machine.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
+    ray: Any = require("ray", "ray")
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": "warning"}
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def spread(workers: Workers | None, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
+    """Iterate over ``function(shared, item)`` in the order of the items: by the workers, or here if there are none."""
+    return (workers or Workers()).map(function, shared, items)
+
+
+def _from_file(file: str, item: bytes, threads: int) -> bytes:
+    return _done(_read(file), item, threads)
+
+
+def _from_store(common: bytes, token: str, item: bytes, threads: int) -> bytes:
+    return _done(_kept(token, _Payload(common)), item, threads)
+
+
+class _Payload:
+    """Bytes that are all alike to a cache: their token tells them apart."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Payload)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=1)  # a worker serves many items: what they share is read once
+def _read(file: str) -> Any:
+    return _load(Path(file).read_bytes())
+
+
+@lru_cache(maxsize=1)
+def _kept(token: str, payload: _Payload) -> Any:
+    del token
+    return _load(payload.content)
+
+
+def _done(common: tuple[Callable[[Any, Any], Any], Any], item: bytes, threads: int) -> bytes:
+    """Return the pickled result of a piece of work, or the error that it ends with."""
+    import torch
+
+    torch.set_num_threads(threads)
+    function, shared = common
+    try:
+        return _dump((True, function(shared, _load(item))))
+    except TenfoldError as error:
+        return _dump((False, error))
+
+
+def _opened(content: bytes) -> Any:
+    """Return a result in this process; raises what its worker raised."""
+    well, value = _load(content)
+    if not well:
+        raise value
+    return value
+
+
+def _dump(value: Any) -> bytes:
+    return _pickler().dumps(value)  # type: ignore[no-any-return]
+
+
+def _load(content: bytes) -> Any:
+    return _pickler().loads(content)
+
+
+def _pickler() -> Any:
+    """Return the cloudpickle that joblib or Ray brings: what one writes the other reads."""
+    try:
+        return import_module("joblib.externals.cloudpickle")
+    except ImportError:
+        return require("ray.cloudpickle", "ray")
