@@ -10,18 +10,21 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from tenfold.errors import RankError, WeightError
-from tenfold.records import ContractSpec, LayerSpec, Shape, chain_macs, chain_params
+from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.registry import Registry
 
 Rank = dict[str, int]
-Structure = tuple[LayerSpec | ContractSpec, ...]
+Structure = tuple[StageSpec, ...]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a factorized layer: a plain layer or one einsum, and its weight in torch's own layout."""
+    """One step of a factorized layer: a plain layer, one for many slices, or one einsum, and its weight.
 
-    spec: LayerSpec | ContractSpec
+    The weight is in torch's own layout.
+    """
+
+    spec: StageSpec
     weight: Tensor
 
 
@@ -199,7 +202,7 @@ class Factorization(abc.ABC):
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
 
 
-def split_groups(weight: Tensor, spec: LayerSpec | ContractSpec) -> Tensor:
+def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
     """Return a weight in torch's layout with its groups apart: (groups, out/groups, in/groups, *kernel).
 
     Raises:
@@ -210,6 +213,8 @@ def split_groups(weight: Tensor, spec: LayerSpec | ContractSpec) -> Tensor:
         raise WeightError(msg)
     if isinstance(spec, ContractSpec):
         return weight
+    if isinstance(spec, FoldedSpec):
+        spec = spec.layer
     g, o, i, *kernel = spec.group_shape
     match spec.kind:
         case "conv_transpose":
@@ -220,10 +225,12 @@ def split_groups(weight: Tensor, spec: LayerSpec | ContractSpec) -> Tensor:
             return weight.reshape(g, o, i, *kernel)
 
 
-def join_groups(weight: Tensor, spec: LayerSpec | ContractSpec) -> Tensor:
+def join_groups(weight: Tensor, spec: StageSpec) -> Tensor:
     """Return a weight (groups, out/groups, in/groups, *kernel) in torch's layout; inverse of ``split_groups``."""
     if isinstance(spec, ContractSpec):
         return weight.reshape(spec.weight_shape)
+    if isinstance(spec, FoldedSpec):
+        spec = spec.layer
     match spec.kind:
         case "conv_transpose":
             return weight.reshape(spec.group_shape).transpose(1, 2).reshape(spec.weight_shape)

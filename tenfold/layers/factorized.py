@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.describe import build
-from tenfold.records import ContractSpec, LayerSpec
+from tenfold.records import LayerSpec, StageSpec
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class FactorizedLayer(nn.Module):
         return f"{self.format}({ranks}) for {self.spec}"
 
 
-def stage_specs(layer: FactorizedLayer) -> tuple[LayerSpec | ContractSpec, ...]:
+def stage_specs(layer: FactorizedLayer) -> tuple[StageSpec, ...]:
     """Return the geometry of the stages of a factorized layer, in the order in which they run."""
     return FORMATS.get(layer.format).structure(layer.spec, layer.rank)
 

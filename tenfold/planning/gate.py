@@ -15,7 +15,7 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, build
 from tenfold.profiling import Comparison, compare_latency, to_memory_format
 from tenfold.profiling.stage_timing import constant_input
-from tenfold.records import ContractSpec, LayerPlan, LayerSpec, Plan, Profile, Shape
+from tenfold.records import ContractSpec, FoldedSpec, LayerPlan, LayerSpec, Plan, Profile, Shape, StageSpec
 
 MARGIN = 0.02
 _RETRY = 4.0
@@ -115,11 +115,11 @@ class LayerBench:
         before, after = (result.latencies[name].median_ms for name in variants)
         return LayerTiming(before, after, speedup.ratio, speedup.low, speedup.high)
 
-    def _neutral(self, spec: LayerSpec | ContractSpec) -> nn.Module:
+    def _neutral(self, spec: StageSpec) -> nn.Module:
         return neutral_layer(spec, torch.empty(0, device=self.device, dtype=self.dtype))
 
 
-def neutral_layer(spec: LayerSpec | ContractSpec, like: Tensor) -> nn.Module:
+def neutral_layer(spec: StageSpec, like: Tensor) -> nn.Module:
     """Return a layer that averages its inputs: through any number of these, values neither vanish nor overflow."""
     weight = like.new_empty(spec.weight_shape)
     fill_neutral_(weight, spec)
@@ -127,11 +127,14 @@ def neutral_layer(spec: LayerSpec | ContractSpec, like: Tensor) -> nn.Module:
     return build(spec, nn.Parameter(weight), bias).eval()
 
 
-def fill_neutral_(weight: Tensor, spec: LayerSpec | ContractSpec) -> None:
+def fill_neutral_(weight: Tensor, spec: StageSpec) -> None:
     """Set all entries of a weight to one over the number of inputs that an output sees, in place."""
-    positions = prod(spec.kernel) if isinstance(spec, LayerSpec) else 1
-    groups = spec.groups if isinstance(spec, LayerSpec) else 1
-    seen = 1 if isinstance(spec, LayerSpec) and spec.kind == "embedding" else spec.in_channels // groups * positions
+    if isinstance(spec, FoldedSpec):
+        spec = spec.layer
+    if isinstance(spec, ContractSpec):
+        seen = spec.fan_in
+    else:
+        seen = 1 if spec.kind == "embedding" else spec.in_channels // spec.groups * prod(spec.kernel)
     with torch.no_grad():
         weight.fill_(1.0 / seen)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenfold.formats import FORMATS, Rank
-from tenfold.records import ContractSpec, LayerSpec, Shape
+from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec
 
 Indices = NDArray[np.int64]
 
@@ -23,15 +23,19 @@ _MOST_COMBINATIONS = 400
 class Point:
     """One stage on one input shape. Points of a ``family`` differ in their channels alone."""
 
-    spec: LayerSpec | ContractSpec
+    spec: StageSpec
     in_shape: Shape
 
     @property
     def family(self) -> str:
         """All but the channels, in one line."""
         spec, shape = self.spec, self.in_shape
+        if isinstance(spec, FoldedSpec):
+            return f"{spec.copies} folded {Point(spec.layer, shape).family}"
         if isinstance(spec, ContractSpec):
-            return f"contract {spec.equation} @{_times(shape[:-1])}x*"
+            carried = f" of {spec.modes[0]}x*x{spec.modes[2]}" if spec.is_middle else ""
+            place = len(shape) - 1 - spec.axes
+            return f"contract {spec.equation}{carried} @{_times((*shape[:place], '*', *shape[place + 1 :]))}"
         if spec.axes == 0:
             return f"{spec.kind} @{_times(shape if spec.kind == 'embedding' else (*shape[:-1], '*'))}"
         lead, sides = shape[: -spec.axes - 1], shape[-spec.axes :]
@@ -45,10 +49,17 @@ class Point:
 
     @property
     def at(self) -> tuple[int, int]:
-        """Input and output channels; of a contraction 1 and its multiply-accumulates per position."""
-        if isinstance(self.spec, ContractSpec):
-            return 1, self.spec.macs(self.in_shape) // prod(self.in_shape[:-1])
-        return self.spec.in_channels, self.spec.out_channels
+        """Input and output channels: of the matrix or the layer, not of the features that go past it.
+
+        Of other contractions 1 and the multiply-accumulates per position.
+        """
+        if isinstance(self.spec, FoldedSpec):
+            return self.spec.layer.in_channels, self.spec.layer.out_channels
+        if not isinstance(self.spec, ContractSpec):
+            return self.spec.in_channels, self.spec.out_channels
+        if self.spec.is_middle:
+            return self.spec.weight_shape[1], self.spec.weight_shape[0]
+        return 1, self.spec.macs(self.in_shape) * self.spec.in_channels // prod(self.in_shape)
 
     @property
     def key(self) -> str:
@@ -57,7 +68,7 @@ class Point:
         return f"{self.family} {x}->{y}"
 
     @classmethod
-    def of(cls, spec: LayerSpec | ContractSpec, in_shape: Shape) -> Point:
+    def of(cls, spec: StageSpec, in_shape: Shape) -> Point:
         """Return the point of a stage; its bias, which takes no time of its own, is left out."""
         return cls(spec.replace(bias=False) if spec.bias else spec, in_shape)
 

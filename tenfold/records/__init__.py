@@ -2,7 +2,7 @@
 
 from tenfold.records.base import Record, explain, read_json, write_text
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
-from tenfold.records.geometry import ContractSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
+from tenfold.records.geometry import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
 from tenfold.records.sensitivity import (
     LayerSensitivity,
@@ -20,6 +20,7 @@ __all__ = [
     "ContractSpec",
     "Cost",
     "Environment",
+    "FoldedSpec",
     "Latency",
     "LayerPlan",
     "LayerProfile",

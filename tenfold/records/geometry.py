@@ -1,8 +1,8 @@
 """The geometry of a layer and of the stages that a factorized layer runs: shapes and costs, no numbers.
 
 ``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is dropped when the layer is
-rebuilt. A stage of a factorized layer is again a ``LayerSpec`` (one plain torch layer) or a ``ContractSpec`` (one
-einsum).
+rebuilt. A stage of a factorized layer is again a ``LayerSpec`` (one plain torch layer), a ``ContractSpec`` (one einsum)
+or a ``FoldedSpec`` (one layer for many slices of the channels).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tenfold.records.base import Record
 
 LayerKind = Literal["linear", "conv", "conv_transpose", "embedding"]
 Shape = tuple[int, ...]
+
+_MIDDLE = "...abc,db->...adc"
 
 
 class LayerSpec(Record):
@@ -189,7 +191,7 @@ class ContractSpec(Record):
     """One einsum over the feature axis: unflatten it to ``modes``, contract with the weight, flatten again.
 
     ``equation`` names the feature modes with letters and everything else with the ellipsis, as in
-    ``"...ab,cb->...ac"``. The feature axis is the last one.
+    ``"...ab,cb->...ac"``. The feature axis is the last one, or has ``axes`` spatial axes behind it, as channels have.
 
     Example:
         >>> spec = ContractSpec(modes=(4, 6), equation="...ab,cb->...ac", weight_shape=(5, 6))
@@ -202,6 +204,32 @@ class ContractSpec(Record):
     equation: str
     weight_shape: tuple[PositiveInt, ...]
     bias: bool = False
+    axes: NonNegativeInt = 0
+
+    @classmethod
+    def middle(
+        cls, before: int, in_modes: int, after: int, out_modes: int, *, axes: int = 0, bias: bool = False
+    ) -> ContractSpec:
+        """Return the product of a matrix (out_modes, in_modes) with the middle one of three feature modes.
+
+        Every step of a tensor train is one of these: what stands before and after in the features is carried along.
+
+        Example:
+            >>> ContractSpec.middle(2, 5, 3, 4).out_shape((7, 30))
+            (7, 24)
+        """
+        return cls(
+            modes=(before, in_modes, after),
+            equation=_MIDDLE,
+            weight_shape=(out_modes, in_modes),
+            bias=bias,
+            axes=axes,
+        )
+
+    @property
+    def is_middle(self) -> bool:
+        """Whether this is a matrix product with the middle one of three feature modes."""
+        return self.equation == _MIDDLE
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -222,28 +250,100 @@ class ContractSpec(Record):
         return prod(self._sizes[c] for c in self.equation.split("->")[1].replace(".", ""))
 
     @property
+    def fan_in(self) -> int:
+        """How many products are summed for one output."""
+        _, output = self.equation.split("->")
+        return prod(n for c, n in self._sizes.items() if c not in output)
+
+    @property
     def num_params(self) -> int:
         """Number of weights, the bias included."""
         return prod(self.weight_shape) + (self.out_channels if self.bias else 0)
 
     def out_shape(self, in_shape: Shape) -> Shape:
         """Return the output shape for an input of shape ``in_shape``."""
-        return (*in_shape[:-1], self.out_channels)
+        place = len(in_shape) - 1 - self.axes
+        return (*in_shape[:place], self.out_channels, *in_shape[place + 1 :])
 
     def macs(self, in_shape: Shape) -> int:
         """Return the multiply-accumulates for an input of shape ``in_shape``."""
-        return prod(in_shape[:-1]) * prod(self._sizes.values())
+        return prod(in_shape) // self.in_channels * prod(self._sizes.values())
+
+    def __str__(self) -> str:
+        return f"Contract {'×'.join(map(str, self.modes))}→{self.out_channels}"
 
 
-StageSpec = Annotated[LayerSpec | ContractSpec, Field(discriminator="type")]
+class FoldedSpec(Record):
+    """One layer that every slice of the channels goes through alike: ``copies`` slices, folded into the batch.
+
+    Slice c of the output is what the ``layer`` makes of slice c of the input, with the same weight for all.
+
+    Example:
+        >>> one = LayerSpec(kind="conv", in_channels=1, out_channels=4, kernel=(3, 3), padding=(1, 1))
+        >>> FoldedSpec(layer=one, copies=16).out_shape((2, 16, 8, 8))
+        (2, 64, 8, 8)
+    """
+
+    type: Literal["folded"] = "folded"
+    layer: LayerSpec
+    copies: PositiveInt
+
+    @property
+    def bias(self) -> bool:
+        """Whether there is a bias: the same for all slices, which no layer wants."""
+        return self.layer.bias
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return self.layer.axes
+
+    @property
+    def in_channels(self) -> int:
+        """Number of input channels, of all slices."""
+        return self.copies * self.layer.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels, of all slices."""
+        return self.copies * self.layer.out_channels
+
+    @property
+    def weight_shape(self) -> Shape:
+        """Shape of the one weight."""
+        return self.layer.weight_shape
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights."""
+        return self.layer.num_params
+
+    def out_shape(self, in_shape: Shape) -> Shape:
+        """Return the output shape for an input of shape ``in_shape`` (batched or not)."""
+        lead = in_shape[: len(in_shape) - self.axes - 1]
+        return (*lead, self.out_channels, *self.layer.out_shape(self._folded(in_shape))[2:])
+
+    def macs(self, in_shape: Shape) -> int:
+        """Return the multiply-accumulates for an input of shape ``in_shape``."""
+        return self.layer.macs(self._folded(in_shape))
+
+    def _folded(self, in_shape: Shape) -> Shape:
+        place = len(in_shape) - self.axes - 1
+        return (prod(in_shape[:place]) * self.copies, self.layer.in_channels, *in_shape[place + 1 :])
+
+    def __str__(self) -> str:
+        return f"{self.copies} × {self.layer}"
 
 
-def chain_params(stages: tuple[LayerSpec | ContractSpec, ...]) -> int:
+StageSpec = Annotated[LayerSpec | ContractSpec | FoldedSpec, Field(discriminator="type")]
+
+
+def chain_params(stages: tuple[StageSpec, ...]) -> int:
     """Return the number of parameters of stages run one after another."""
     return sum(s.num_params for s in stages)
 
 
-def chain_macs(stages: tuple[LayerSpec | ContractSpec, ...], in_shape: Shape) -> int:
+def chain_macs(stages: tuple[StageSpec, ...], in_shape: Shape) -> int:
     """Return the multiply-accumulates of stages run one after another on an input of shape ``in_shape``."""
     total, shape = 0, in_shape
     for stage in stages:

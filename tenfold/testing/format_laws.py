@@ -147,7 +147,8 @@ def _compare(layer: FactorizedLayer, at: Geometry) -> None:
         tensor.requires_grad_()
     own = dict(layer.named_parameters())
     mirror = {k: p.detach().clone().requires_grad_() for k, p in own.items()}
-    weights = [mirror[f"stages.{i}.weight"] for i in range(len(layer.stages))]
+    names = {id(p): k for k, p in own.items()}
+    weights = [mirror[names[id(stage.weight)]] for stage in layer.stages]
     tensors = {"weight": type(layer.factorization()).from_stages(layer.spec, layer.rank, weights).to_dense()}
     if spec.bias:
         tensors["bias"] = next(p for k, p in mirror.items() if k.endswith(".bias"))

@@ -1,0 +1,148 @@
+"""Formats whose weight, its entries put in another order, is a tensor train: one TT-SVD serves them all."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from tenfold.formats.base import Factorization, Rank
+from tenfold.records import LayerSpec, Shape
+from tenfold.tensors import trains
+
+Runs = tuple[tuple[int, int], ...]
+
+
+class TrainFormat(Factorization):
+    """A weight that is a tensor train of ``modes``: the cores core1, core2, ... (groups, r, n, r') by name.
+
+    The ranks r1, r2, ... are those of the bonds. A rank that a train cannot use is lowered to what it can
+    (``check_rank``): neither neighbour lets a bond carry more than their own other rank times their mode.
+
+    **Where a bond carries all that a neighbour lets it, the two cores are one.** The neighbour is a square matrix then,
+    which costs parameters and multiplications and adds nothing. So such cores are merged: the name of the merged one is
+    that of the first, its mode their modes' product. At full rank a single core is left, which is the dense weight.
+    """
+
+    default_algorithm: ClassVar[str] = "tt_svd"
+
+    def __init__(self, spec: LayerSpec, **cores: Tensor) -> None:
+        object.__setattr__(self, "spec", spec)
+        object.__setattr__(self, "_cores", dict(sorted(cores.items())))
+
+    @classmethod
+    @abc.abstractmethod
+    def modes(cls, spec: LayerSpec) -> Shape:
+        """Return the modes of the train, from the first core to the last."""
+
+    @classmethod
+    @abc.abstractmethod
+    def to_tensor(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
+        """Return the tensor (groups, *modes) with the entries of a weight that has its groups apart."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_tensor(cls, tensor: Tensor, spec: LayerSpec) -> Tensor:
+        """Return the weight, groups apart, with the entries of a tensor (groups, *modes); undoes ``to_tensor``."""
+
+    @classmethod
+    def max_rank(cls, spec: LayerSpec) -> Rank:
+        """Return for each bond the smaller one of what the modes on its two sides multiply to."""
+        return cls._named(trains.max_ranks(cls.modes(spec)))
+
+    @classmethod
+    def check_rank(cls, spec: LayerSpec, rank: Rank) -> Rank:
+        """Return ``rank`` complete (a name left out stands for full rank), lowered to what the train can use.
+
+        Raises:
+            RankError: a name that the format does not know, or a number outside 1..max_rank.
+        """
+        full = super().check_rank(spec, rank)
+        return cls._named(trains.fit_ranks(cls.modes(spec), [full[name] for name in cls.rank_names]))
+
+    @classmethod
+    def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
+        """Return equal shares of every rank, from small to full, without those that a larger rank undercuts."""
+        return cls.undominated(spec, (cls.check_rank(spec, rank) for rank in super().rank_family(spec)))
+
+    @classmethod
+    def undominated(cls, spec: LayerSpec, ranks: Any) -> tuple[Rank, ...]:
+        """Return those of some rising ranks that have fewer parameters than all that follow, and the full rank."""
+        kept: list[Rank] = []
+        least = 0
+        for rank in reversed((*ranks, cls.max_rank(spec))):
+            params = cls.num_params(spec, rank)
+            if not kept or (params < least and rank != kept[-1]):
+                kept.append(rank)
+                least = params
+        return tuple(reversed(kept))
+
+    @classmethod
+    def runs(cls, spec: LayerSpec, rank: Rank) -> Runs:
+        """Return which cores are one at this rank, as (first, last) of each run, counted from 0."""
+        modes, ranks = cls.modes(spec), [rank[name] for name in cls.rank_names]
+        found = [(0, 0)]
+        left, size = 1, modes[0]  # of the run so far
+        for k, r in enumerate(ranks):
+            after = ranks[k + 1] if k + 1 < len(ranks) else 1
+            if r >= min(left * size, modes[k + 1] * after):
+                found[-1] = (found[-1][0], k + 1)
+                size *= modes[k + 1]
+            else:
+                found.append((k + 1, k + 1))
+                left, size = r, modes[k + 1]
+        return tuple(found)
+
+    @classmethod
+    def merged(cls, spec: LayerSpec, rank: Rank) -> tuple[Shape, Shape]:
+        """Return the modes of the runs and the ranks between them."""
+        runs, modes, ranks = cls.runs(spec, rank), cls.modes(spec), [rank[name] for name in cls.rank_names]
+        sizes = tuple(prod(modes[first : last + 1]) for first, last in runs)
+        return sizes, tuple(ranks[last] for _, last in runs[:-1])
+
+    @classmethod
+    def named_cores(cls, spec: LayerSpec, rank: Rank, cores: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the cores (groups, r, n, r') of the runs by the names that they have in the format."""
+        return {f"core{first + 1}": core for (first, _), core in zip(cls.runs(spec, rank), cores, strict=True)}
+
+    @classmethod
+    def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return for each bond the matrix of what stands before it by what stands after it."""
+        tensor = cls.to_tensor(weight, spec)
+        return {name: tensor.flatten(1, k + 1).flatten(2) for k, name in enumerate(cls.rank_names)}
+
+    @property
+    def cores(self) -> tuple[Tensor, ...]:
+        """The cores (groups, r, n, r') of the runs, in order."""
+        return tuple(self.tensors().values())
+
+    @property
+    def rank(self) -> Rank:
+        """The ranks of all bonds; of those inside a run what the run lets them carry."""
+        starts = [int(name.removeprefix("core")) - 1 for name in self.tensors()]
+        wanted = list(self.max_rank(self.spec).values())
+        for (_, first), core in zip(pairwise(starts), self.cores, strict=False):
+            wanted[first - 1] = core.shape[-1]
+        return self._named(trains.fit_ranks(self.modes(self.spec), wanted))
+
+    def to_grouped(self) -> Tensor:
+        """Return the tensor of the train, its entries in the order of the weight."""
+        dense = trains.tt_to_dense(self.cores)
+        return self.from_tensor(dense.reshape(len(dense), *self.modes(self.spec)), self.spec)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the cores by name."""
+        found: dict[str, Tensor] = vars(self)["_cores"]
+        return dict(found)
+
+    def map(self, **changes: Any) -> Self:
+        """Return the same factorization with some cores, or the spec, replaced."""
+        return type(self)(**{"spec": self.spec, **self.tensors(), **changes})
+
+    @classmethod
+    def _named(cls, ranks: Sequence[int]) -> Rank:
+        return dict(zip(cls.rank_names, ranks, strict=True))
