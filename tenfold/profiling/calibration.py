@@ -25,7 +25,7 @@ def calibrate(
     seed: int = 0,
     widest: int | None = None,
 ) -> dict[str, Moments]:
-    """Return the moments of the inputs of all linear layers and convolutions, by path, with the output metric.
+    """Return the moments of what enters linear layers, convolutions and embeddings, by path, with the output metric.
 
     Two passes over the batches: one forward for the moments, one forward and backward for how much the model's outputs
     change with those of each layer. The model is as before afterwards. Labels are not needed.
@@ -64,8 +64,4 @@ def calibrate(
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:
     """Return the geometry, by path, of the layers whose inputs can be measured: those that the forward calls."""
-    return {
-        layer.path: layer.spec
-        for layer in profile.layers
-        if layer.spec is not None and layer.spec.kind != "embedding" and layer.calls
-    }
+    return {layer.path: layer.spec for layer in profile.layers if layer.spec is not None and layer.calls}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer, describe
+from tenfold.profiling.frequencies import id_counts, moments_of_ids
 from tenfold.profiling.inputs import call_model, tensors_in
 from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.profiling.patches import input_patches, output_rows
@@ -37,7 +38,7 @@ def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, wides
     """Return the bytes that the moments of these layers take at most, in float64; with those of ``targets`` if so.
 
     Patches of n ≤ ``widest`` entries take 8·n² and a little; wider ones 8·k·n for a sketch of k·n ≤ ``widest``²
-    entries, and while it is made 4·k·n for its projection.
+    entries, and while it is made 4·k·n for its projection. An embedding of n rows takes 24·n: counts and frequencies.
 
     Args:
         specs: the layers.
@@ -54,6 +55,9 @@ def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, wides
     for spec in specs.values():
         groups, out, *rest = spec.group_shape
         width = prod(rest)
+        if spec.kind == "embedding":
+            total += 24 * width
+            continue
         rows = _sketch_rows(spec, widest)
         if rows is None:
             total += 8 * groups * (width * width + width + (out * (width + 2) if targets else 0))
@@ -64,13 +68,15 @@ def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, wides
 
 
 def _sketch_rows(spec: LayerSpec, widest: int | None) -> int | None:
-    """Return how many rows the sketch of a layer has, or None where the full second moment is taken."""
+    """Return how many rows the sketch of a layer has, or None where the second moment is exact."""
+    if spec.kind == "embedding":
+        return None
     limit, width = WIDEST if widest is None else widest, prod(spec.group_shape[2:])
     return None if width <= limit else sketch_size(width, limit)
 
 
 def measurable(model: nn.Module) -> dict[str, LayerSpec]:
-    """Return the geometry, by path, of all layers whose moments can be taken: linear layers and convolutions.
+    """Return the geometry, by path, of all layers whose moments can be taken: linear layers, convolutions, embeddings.
 
     A factorized layer counts as the dense one that it stands for. Modules that appear twice are listed once.
     """
@@ -83,7 +89,7 @@ def measurable(model: nn.Module) -> dict[str, LayerSpec]:
             found[path], inside = module.spec, (*inside, f"{path}.")
             continue
         spec, _ = describe(module)
-        if spec is not None and spec.kind != "embedding":
+        if spec is not None:
             found[path] = spec
     return found
 
@@ -103,7 +109,7 @@ def collect_moments(
 
     The model runs in evaluation mode, without gradients, and is as before afterwards. Products are taken in the dtype
     of the activations (float32 at least) and summed over batches in float64. A layer that is called several times, or
-    at every position of a sequence, gives a row for each.
+    at every position of a sequence, gives a row for each. Of an embedding the ids are counted: see ``MomentSums.add``.
 
     Args:
         model: whose inputs are measured.
@@ -146,7 +152,7 @@ def collect_moments(
         msg = "there are no calibration batches. Pass an iterable with at least one."
         raise DataError(msg)
     found = {path: own.moments(path) for path, own in sums.items()}
-    _warn_if_few(found)
+    _warn_if_few({path: own for path, own in found.items() if specs[path].kind != "embedding"})
     return found
 
 
@@ -185,11 +191,20 @@ class MomentSums:
         self._widest, self._seed = widest, seed
         self._sums: dict[str, Tensor] = {}
         self._sketch: SketchSums | None = None
+        self._counts: Tensor | None = None
 
     def add(
         self, x: Tensor, spec: LayerSpec, y: Tensor | None = None, *, positions: int | None = None, seed: int = 0
     ) -> None:
-        """Add the inputs of one call, and what the layer should put out there, without its bias."""
+        """Add the inputs of one call, and what the layer should put out there, without its bias.
+
+        Of an embedding these are ids, which stand for one-hot rows: their second moment is diagonal, and says how often
+        each came. What a row is to put out does not depend on other layers, so ``y`` does not matter there.
+        """
+        if spec.kind == "embedding":
+            self._counts = id_counts(x, spec.in_channels, self._counts)
+            self.count += x.numel()
+            return
         size = _sketch_rows(spec, self._widest)
         if size is not None and self._sketch is None:
             self._sketch = SketchSums(size, self._seed)
@@ -228,6 +243,8 @@ class MomentSums:
         if self.count == 0:
             msg = f"the forward never reaches layer {path!r}: leave it out, or give batches that use it"
             raise DataError(msg)
+        if self._counts is not None:
+            return moments_of_ids(self._counts)
         sketch = self._sketch
         if not (bool(torch.isfinite(self._sums["second"]).all()) if sketch is None else sketch.finite()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
@@ -267,7 +284,7 @@ def _watching(
     def leaving(path: str) -> Callable[..., None]:
         def leave(module: Any, _args: Any, output: Tensor) -> None:
             y = output.detach().clone()  # an activation in place may follow
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:
                 y -= module.bias.view(-1, *[1] * specs[path].axes)
             waiting[path].append(y)
 

@@ -48,8 +48,8 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     Each layer is fitted in closed form to what the layer of ``model`` puts out, given what now enters it from the
     layers compressed before (asymmetric reconstruction: Zhang et al. 2015, arXiv 1505.06798). So errors do not pile up.
     The shift of its mean goes into the bias, or into the mean of the batch norm that alone follows; the other
-    statistics of batch norms stay, because the outputs are drawn to those of the dense model. Embeddings, whose inputs
-    are but indices, are decomposed by their weights.
+    statistics of batch norms stay, because the outputs are drawn to those of the dense model. Embeddings come first,
+    each on its own: what they look up is the same in both models, and how often, so there is nothing to make up for.
 
     Where the output of a layer, or of the batch norm after it, is added to a shortcut, the sum is what is fitted: the
     layer also makes up for what the shortcut has lost in the blocks before.
@@ -81,7 +81,10 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if original is None else original
-    dense, new = ResidualReplay(original, batches, forward=forward), apply(model, plan.replace(layers=blind, folded={}))
+    dense, new = (
+        ResidualReplay(original, batches, forward=forward),
+        _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
+    )
     changing = ResidualReplay(new, batches, forward=forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
@@ -132,14 +135,24 @@ def _dense(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor, Tensor | No
         msg = f"layer {path!r} cannot be fitted to its inputs: {reason}"
         raise PlanError(msg)
     found: Any = module
+    bias = getattr(found, "bias", None)
     with torch.no_grad():
-        return spec, found.weight.detach(), None if found.bias is None else found.bias.detach()
+        return spec, found.weight.detach(), None if bias is None else bias.detach()
 
 
 def _looks_up(module: nn.Module) -> bool:
-    """Whether a layer takes indices, to which nothing can be fitted."""
+    """Whether a layer takes indices."""
     spec = module.spec if isinstance(module, FactorizedLayer) else describe(module)[0]
     return spec is not None and spec.kind == "embedding"
+
+
+def _with_looked_up(
+    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
+) -> nn.Module:
+    """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
+    specs = {layer.path: _dense(find(model, layer.path), layer.path)[0] for layer in plan.layers}
+    found = collect_moments(model, batches, specs, forward=forward) if specs else {}
+    return apply(model, plan, moments={path: own.replace(output=outputs.get(path)) for path, own in found.items()})
 
 
 def _takes_mean(norm: nn.Module | None) -> bool:
