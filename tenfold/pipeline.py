@@ -17,6 +17,7 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError, TenfoldWarning
+from tenfold.parallel import Workers
 from tenfold.planning import DEFAULT_FORMATS, FastPlan, plan_fast, recost
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import (
@@ -82,6 +83,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     latency_inputs: Any = None,
     clock: Clock | None = None,
     seed: int = 0,
+    workers: Workers | None = None,
     observe: Observe | None = None,
 ) -> Compressed:
     """Return a smaller version of a trained model that meets a budget, with the plan and the record of what came of it.
@@ -112,6 +114,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         latency_inputs: what to measure latency on, such as a larger batch; the example inputs if left out.
         clock: times layers for a latency budget; one for the model's device and dtype if None.
         seed: of everything that draws random numbers.
+        workers: who does what falls into independent layers - weighing their ranks, decomposing them, except where each
+            is fitted to those before it; this process if None. The outcome is the same.
         observe: called with the name of each step as it begins.
 
     Raises:
@@ -139,7 +143,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     with steps("plan"):
         fast = None
         if plan is None:
-            choices = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "algorithms": algorithms, "seed": seed}
+            choices: dict[str, Any] = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "seed": seed}
+            choices |= {"algorithms": algorithms, "workers": workers}
             plan, fast = decide(
                 model, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, fold=fold, **choices
             )
@@ -148,7 +153,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         _refuse_empty(plan)
     fold, plan = fold or bool(plan.folded), plan.replace(folded={})  # at the end: what is folded cannot be tuned
     with steps("apply"):
-        small, plan = replace_layers(model, plan, batches, moments, use_data, seed=seed)
+        small, plan = replace_layers(model, plan, batches, moments, use_data, seed=seed, workers=workers)
     stale = batches if moments is None else []  # layers fitted to data leave the statistics right as they are
     scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
     if fold:
@@ -234,6 +239,7 @@ def replace_layers(
     *,
     original: nn.Module | None = None,
     seed: int = 0,
+    workers: Workers | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Return a model in which the plan is carried out as the data are to be used, and the plan with its errors.
 
@@ -245,12 +251,13 @@ def replace_layers(
         use_data: see ``compress``.
         original: whose outputs the fits in order are to meet; those of ``model`` if None.
         seed: of the draw of positions.
+        workers: who decomposes layers that do not wait for others; this process if None.
     """
     if moments is not None and use_data == "sequential":
         minded = {path: own.output for path, own in moments.items() if own.output is not None}
         small = apply_in_order(model, plan, batches, original=original, outputs=minded, seed=seed)
     else:
-        small = apply(model, plan, moments=moments)
+        small = apply(model, plan, moments=moments, workers=workers)
     return small, _with_errors(plan, small)
 
 

@@ -45,17 +45,23 @@ def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments])
 
 def _damage_at(problem: RankProblem, moments: Moments) -> Callable[[str], Curve]:
     # With the problem's spectra, so that plans made anew for the same weights and data do not fit the curves again.
-    known: dict[str, Curve] = problem._cache.setdefault(("damage", id(moments)), {})  # noqa: SLF001
+    known: dict[str, Curve] = problem._cache.setdefault(damage_key(moments), {})  # noqa: SLF001
 
     def damage_at(format: str) -> Curve:
         if format not in known:
-            known[format] = _curve(problem, format, moments)
+            known[format] = layer_curve(problem, format, moments)
         return known[format]
 
     return damage_at
 
 
-def _curve(problem: RankProblem, format: str, moments: Moments) -> Curve:
+def damage_key(moments: Moments) -> tuple[str, int]:
+    """Return under which key a problem remembers its curves, by format."""
+    return "damage", id(moments)
+
+
+def layer_curve(problem: RankProblem, format: str, moments: Moments) -> Curve:
+    """Return the function from ranks (n, names) to the damage (n,) of a layer; see ``with_damage``."""
     weight = problem.load_weight()
     curve = damage_curve(weight, problem.spec, FORMATS.get(format), moments)
     if moments.output is not None:

@@ -14,6 +14,8 @@ from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments, default_algorithm
 from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.formats import FORMATS, split_groups
+from tenfold.parallel import Workers
+from tenfold.planning.ahead import compute_ahead
 from tenfold.planning.damage import Curve, with_damage
 from tenfold.planning.timing import Timing
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
@@ -44,6 +46,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     timing: Timing | None = None,
     reasons: Mapping[str, str] | None = None,
     memory: Memory | None = None,
+    workers: Workers | None = None,
     seed: int = 0,
 ) -> Plan:
     """Return what is to happen to every layer of the model: factorized, or kept with the reason.
@@ -65,6 +68,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         timing: how long the model and its layers take, for a budget of latency.
         reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
         memory: what earlier plans for the same weights computed of them (spectra), to be used and added to.
+        workers: who computes what the rule weighs, layer by layer; this process if None.
         seed: of every algorithm that draws random numbers.
 
     Raises:
@@ -92,6 +96,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     problems = [_problem(model, layer, formats, memory) for layer in profile.layers if not kept[layer.path]]
     if moments is not None:
         problems = with_damage(problems, moments)
+    if workers is not None and damages is None and rule.by_damage:
+        compute_ahead(problems, moments, workers)
     if damages is not None:
         problems = [dataclasses.replace(p, damage_at=partial(damages, p.path)) for p in problems]
     if timing is not None and budget.latency is not None:

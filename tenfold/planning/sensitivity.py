@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
-from tenfold.layers import FactorizedLayer
-from tenfold.planning.outputs import output_errors
+from tenfold.parallel import Workers
+from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
-from tenfold.planning.substituting import digest, replaced, substitute
+from tenfold.planning.substituting import digest
 from tenfold.profiling.inputs import batch_size_of
 from tenfold.profiling.monotone import isotonic
 from tenfold.ranks import RankProblem, check_patterns, first_match
@@ -36,6 +35,8 @@ from tenfold.records import (
 )
 from tenfold.surgery import find
 
+T = TypeVar("T")
+R = TypeVar("R")
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
 Spot = tuple[str, str, tuple[tuple[str, int], ...]]  # path, format, rank
@@ -64,6 +65,7 @@ class Sensitivity:
         seed: of algorithms that draw random numbers.
         about: what the scores depend on, as plain values: the task, the number of images.
         path: JSON file to take measurements over from, and to write them to.
+        workers: who measures where several measurements are wanted at once; this process if None.
 
     Raises:
         DataError: the file at ``path`` was measured under other conditions, or is damaged.
@@ -91,6 +93,7 @@ class Sensitivity:
         seed: int = 0,
         about: Mapping[str, str | int | float | None] | None = None,
         path: str | Path | None = None,
+        workers: Workers | None = None,
     ) -> None:
         if isinstance(calibration, Iterator):
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
@@ -101,9 +104,10 @@ class Sensitivity:
         check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         self._model = copy.deepcopy(model)
         self._name = profile.model
-        self._evaluate, self._batches, self._moments = evaluate, calibration, dict(moments or {})
-        self._algorithms, self._batchnorm, self._seed = dict(algorithms or {}), batchnorm, seed
+        self._workers = workers or Workers()
         self._path = None if path is None else Path(path)
+        algorithms = dict(algorithms or {})
+        self._bench = Bench(self._model, calibration, dict(moments or {}), algorithms, batchnorm, seed, evaluate)
         self._layers = {layer.path: layer for layer in profile.layers if layer.params or layer.macs}
         self._reasons = {p: _why_not(layer, formats, keep) for p, layer in self._layers.items()}
         self._problems = {
@@ -118,7 +122,7 @@ class Sensitivity:
             seed=seed,
             batchnorm=batchnorm,
             moments=bool(moments),
-            algorithms={name: algorithm.to_dict() for name, algorithm in self._algorithms.items()},
+            algorithms={name: algorithm.to_dict() for name, algorithm in algorithms.items()},
             about=dict(about or {}),
         )
         self._baseline: float | None = None
@@ -156,7 +160,7 @@ class Sensitivity:
     def baseline(self) -> float:
         """The score of the model as it is."""
         if self._baseline is None:
-            self._baseline = self._score_of(self._model)
+            self._baseline = self._bench.score_of(self._model)
             self._save()
         return self._baseline
 
@@ -178,52 +182,39 @@ class Sensitivity:
 
     def errors(self, path: str, format: str, ranks: Sequence[Rank]) -> list[float]:
         """Return the relative errors at several ranks; one pass over the calibration batches finds all new ones."""
-        points = [self._point(path, format, rank) for rank in ranks]
-        new = [point for point in points if point.output_error is None]
-        if new:
-            layers = [self._substitute(path, point.format, point.rank) for point in new]
-            if self._batches is None:
-                found = [layer.fit.rel_error if layer.fit is not None else 0.0 for layer in layers]
-            else:
-                found = output_errors(self._model, path, layers, self._batches)
-            for point, error in zip(new, found, strict=True):
-                self._store(path, point.replace(output_error=error))
-            self._save()
+        self._measure_errors([((path, format), ranks)])
         return [float(self._point(path, format, rank).output_error or 0.0) for rank in ranks]
 
     def score(self, path: str, format: str, rank: Rank) -> float:
         """Return the score of the model with only this layer replaced."""
-        point = self._point(path, format, rank)
-        if point.score is None:
-            _ = self.baseline  # measured first, so that every table has it
-            layer = self._substitute(path, format, rank)
-            with replaced(self._model, path, layer, batchnorm=self._batches if self._batchnorm else None) as changed:
-                point = point.replace(score=self._score_of(changed))
-            self._store(path, point)
-            self._save()
-        return float(point.score or 0.0)
+        self._measure_scores([((path, format), rank)])
+        return float(self._point(path, format, rank).score or 0.0)
 
-    def measure(self, ranks: int = 8, *, scores: bool = False, progress: Progress | None = None) -> SensitivityTable:
+    def measure(
+        self, ranks: int = 8, *, errors: bool = True, scores: bool = False, progress: Progress | None = None
+    ) -> SensitivityTable:
         """Return the table with this many ranks of every layer and format measured.
 
         Args:
             ranks: per layer and format, evenly spread along the format's family of ranks.
-            scores: measure the scores as well, not the errors of the outputs alone.
+            errors: measure the errors of the outputs.
+            scores: measure the scores.
             progress: called with (done, in all).
         """
-        spots = [(path, f, self.candidates(path, f, ranks)) for path, fs in self.compressible.items() for f in fs]
-        total, done = sum(len(s[2]) for s in spots) * (2 if scores else 1), 0
-        for path, format, chosen in spots:
-            self.errors(path, format, chosen)
-            done += len(chosen)
+        places = [(path, format) for path, formats in self.compressible.items() for format in formats]
+        chosen = [(place, self.candidates(*place, ranks)) for place in places]
+        total, done = sum(len(spots) for _, spots in chosen) * (errors + scores), 0
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
             if progress is not None:
                 progress(done, total)
-        for path, format, chosen in spots if scores else ():
-            for rank in chosen:
-                self.score(path, format, rank)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+
+        if errors:
+            self._measure_errors(chosen, advance)
+        if scores:
+            self._measure_scores([(place, rank) for place, spots in chosen for rank in spots], advance)
         self._save()
         return self.table
 
@@ -270,24 +261,40 @@ class Sensitivity:
 
         chosen = self.candidates(path, format, number)
         if len(known()) < len(chosen):
-            for rank in chosen:
-                self.score(path, format, rank)
+            self._measure_scores([((path, format), rank) for rank in chosen])
         return known()
 
-    def _score_of(self, model: nn.Module) -> float:
-        if self._evaluate is None:
-            msg = "scores are wanted and there is nothing to score with: pass evaluate=, a function of a model"
-            raise DataError(msg)
-        score = float(self._evaluate(model))
-        if not math.isfinite(score):
-            msg = f"evaluate returned {score}: a score must be a finite number"
-            raise DataError(msg)
-        return score
+    def _measure_errors(
+        self, wanted: Sequence[tuple[Place, Sequence[Rank]]], advance: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Measure the errors that are not known yet; each piece of work is a layer in one format."""
+        points = [(place, [self._point(*place, rank) for rank in ranks]) for place, ranks in wanted]
+        new = [(place, [p for p in found if p.output_error is None]) for place, found in points]
+        advance(sum(len(found) for _, found in points) - sum(len(found) for _, found in new))
+        pieces = [(place, [p.rank for p in found]) for place, found in new if found]
+        measured = self._by_workers(errors_of, pieces)
+        for (place, ranks), found in zip(pieces, measured, strict=True):
+            for rank, error in zip(ranks, found, strict=True):
+                self._store(place[0], self._point(*place, rank).replace(output_error=error))
+            self._save()
+            advance(len(ranks))
 
-    def _substitute(self, path: str, format: str, rank: Rank) -> FactorizedLayer:
-        module, algorithm = find(self._model, path), self._algorithms.get(format)
-        made = substitute(module, format, rank, algorithm=algorithm, metric=self._moments.get(path), seed=self._seed)
-        return made.train(module.training)
+    def _measure_scores(
+        self, wanted: Sequence[tuple[Place, Rank]], advance: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Measure the scores that are not known yet; each is a piece of work."""
+        pieces = [(place, rank) for place, rank in wanted if self._point(*place, rank).score is None]
+        advance(len(wanted) - len(pieces))
+        if pieces:
+            _ = self.baseline  # measured first, so that every table has it
+        for (place, rank), score in zip(pieces, self._by_workers(score_of, pieces), strict=True):
+            self._store(place[0], self._point(*place, rank).replace(score=score))
+            self._save()
+            advance(1)
+
+    def _by_workers(self, work: Callable[[Bench, T], R], pieces: Sequence[T]) -> Iterator[R]:
+        workers = self._workers if len(pieces) > 1 else Workers()
+        return workers.map(work, self._bench, pieces)
 
     def _problem_at(self, path: str) -> RankProblem:
         if path not in self._problems:
@@ -314,7 +321,7 @@ class Sensitivity:
         scored = table.baseline is not None or any(p.score is not None for layer in table.layers for p in layer.points)
         if not scored:
             there = there.replace(about=own.about)
-        elif self._evaluate is None:
+        elif self._bench.evaluate is None:
             own = self._key = own.replace(about=there.about)
         differences = there.differences(own)
         if differences:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import BudgetError
+from tenfold.parallel import Workers
 from tenfold.pipeline import decide
 from tenfold.planning import plan as make_plan
 from tenfold.planning import recost
@@ -44,6 +45,7 @@ class Decider:
         latency_inputs: what latencies are measured on.
         clock: times layers for a budget of latency.
         seed: of every algorithm that draws random numbers.
+        workers: who computes what the rule weighs; this process if None.
     """
 
     schedule: Schedule
@@ -52,6 +54,7 @@ class Decider:
     algorithms: Mapping[str, Decomposition] | None = None
     clock: Clock | None = None
     seed: int = 0
+    workers: Workers | None = None
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict, repr=False)  # of the original weights
 
     def next(
@@ -143,6 +146,7 @@ class Decider:
             keep=self.schedule.keep,
             keep_ends=self.schedule.keep_ends,
             algorithms=self.algorithms,
+            workers=self.workers,
             seed=self.seed,
         )
         return Step(number, plan, limits, so_far if fast is None else so_far * fast.share)
@@ -169,6 +173,7 @@ class Decider:
             keep_ends=False,
             moments=moments,
             algorithms=self.algorithms,
+            workers=self.workers,
             seed=self.seed,
             **more,
         )

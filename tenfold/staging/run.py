@@ -18,6 +18,7 @@ from tenfold import __version__
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Decomposition
 from tenfold.errors import PlanError
+from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, measurement, replace_layers
 from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile, to_device
 from tenfold.profiling.inputs import arguments, tensors_in
@@ -50,6 +51,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
     latency_inputs: Any = None,
     clock: Clock | None = None,
     seed: int = 0,
+    workers: Workers | None = None,
     observe: Callable[[str], None] | None = None,
 ) -> Stages:
     """Yield one stage after the other, each with a model that is compressed a little further and is to be trained.
@@ -78,6 +80,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
         latency_inputs: what to measure latency on, for a budget of it; the example inputs if left out.
         clock: times layers for a latency budget.
         seed: of everything that draws random numbers.
+        workers: who does what falls into independent layers, see ``compress``; the outcome is the same.
         observe: called with the name of each step as it begins.
 
     Raises:
@@ -100,7 +103,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
     batches = None if data is None else [to_device(batch, device) for batch in data]
     original = profile(model, example_inputs)
     inputs = example_inputs if latency_inputs is None else latency_inputs
-    decider = Decider(schedule, original, inputs, algorithms, clock, seed)
+    decider = Decider(schedule, original, inputs, algorithms, clock, seed, workers)
     kept = None
     if folder is not None:
         kept = RunFolder(folder, _identify(model, example_inputs, schedule, batches, locals()))
@@ -225,6 +228,7 @@ class _Run:
                 self.use_data,
                 original=self.original if self.fit_to == "original" else None,
                 seed=self.decider.seed,
+                workers=self.decider.workers,
             )
         if moments is None and self.batches:
             with self.watch("re-estimate batch norm"):
