@@ -1,6 +1,26 @@
-"""How a factorized weight runs: geometry of torch layers, and the layer that stands in for a dense one."""
+"""How a factorized weight runs: the layer that stands in for a dense one, and layers that are trains from the start."""
 
 from tenfold.layers.describe import Contract, build, describe
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
+from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
+from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
+from tenfold.layers.tt_linear import TTLinear
+from tenfold.layers.tt_recurrent import TTGRU, TTLSTM
 
-__all__ = ["Contract", "FactorizedLayer", "FitSummary", "build", "describe", "stage_specs"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "TTGRU",
+    "TTLSTM",
+    "Contract",
+    "FactorizedLayer",
+    "FitSummary",
+    "Recurrent",
+    "TTEmbedding",
+    "TTEmbeddingBag",
+    "TTLinear",
+    "build",
+    "describe",
+    "open_recurrent",
+    "stage_specs",
+]

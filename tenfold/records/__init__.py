@@ -2,6 +2,7 @@
 
 from tenfold.records.base import Record, explain, read_json, write_text
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
+from tenfold.records.gather import GatherSpec, TrainShape
 from tenfold.records.geometry import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
 from tenfold.records.sensitivity import (
@@ -21,6 +22,7 @@ __all__ = [
     "Cost",
     "Environment",
     "FoldedSpec",
+    "GatherSpec",
     "Latency",
     "LayerPlan",
     "LayerProfile",
@@ -41,6 +43,7 @@ __all__ = [
     "StageSpec",
     "TradeOff",
     "TradeOffPoint",
+    "TrainShape",
     "chain_macs",
     "chain_params",
     "explain",

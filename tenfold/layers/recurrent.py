@@ -1,0 +1,267 @@
+"""GRU and LSTM whose matrices are layers of their own, so that each can be factorized: the recurrence, in the open."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tenfold.errors import WeightError
+
+State = tuple[Tensor, ...]
+MakeLayer = Callable[[int, int], nn.Module]
+
+
+class Cell(nn.Module):
+    """One layer in one direction: ``ih`` from inputs to all gates, ``hh`` from hidden states to all gates."""
+
+    def __init__(self, ih: nn.Module, hh: nn.Module) -> None:
+        super().__init__()
+        self.ih = ih
+        self.hh = hh
+
+
+class Recurrent(nn.Module, abc.ABC):
+    """A recurrent network with the face of torch's, whose weights are layers: linear ones, or whatever stands for them.
+
+    The gates are stacked, as in torch: ``cells[k].ih`` maps inputs to (gates · hidden) numbers, for the whole sequence
+    at once before the recurrence begins, and ``cells[k].hh`` maps hidden states, step by step. Cells are ordered by
+    layer and then by direction. The recurrence itself runs in Python: slower per step than torch's own, and worth it
+    where the input matrices are large.
+    """
+
+    mode: ClassVar[str]
+    gates: ClassVar[int]
+    states: ClassVar[int]
+    dense: ClassVar[type[nn.GRU | nn.LSTM]]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        make_ih: Callable[[int], nn.Module],
+        make_hh: Callable[[], nn.Module],
+        *,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+    ) -> None:
+        super().__init__()
+        if proj_size:
+            msg = f"proj_size={proj_size}: a projection is a low-rank recurrent matrix already; leave it out"
+            raise WeightError(msg)
+        if not 0 <= dropout <= 1 or num_layers < 1:
+            msg = f"dropout={dropout} is in 0..1 and num_layers={num_layers} at least 1"
+            raise WeightError(msg)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
+        self.proj_size = 0
+        directions = 2 if bidirectional else 1
+        sizes = [input_size] + [hidden_size * directions] * (num_layers - 1)
+        self.cells = nn.ModuleList(Cell(make_ih(size), make_hh()) for size in sizes for _ in range(directions))
+
+    @property
+    def directions(self) -> int:
+        """2 where it is bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    def matrices(self) -> list[Any]:
+        """Return the layers of all cells: each cell's inputs first, then its hidden states."""
+        return [layer for cell in self.cells for layer in (cell.ih, cell.hh)]
+
+    def close(self) -> nn.RNNBase:
+        """Return torch's own network with these weights, factorized ones multiplied out."""
+        like: Any = self.matrices()[0].weight
+        made = self.dense(self.input_size, self.hidden_size, device=like.device, dtype=like.dtype, **_options(self))
+        with torch.no_grad():
+            for (weight, bias), layer in zip(_names(made), self.matrices(), strict=True):
+                made.get_parameter(weight).copy_(layer.weight)
+                if self.bias:
+                    made.get_parameter(bias).copy_(layer.bias)
+        return made.train(self.training)
+
+    @abc.abstractmethod
+    def _step(self, projected: Tensor, recurrent: Tensor, state: State) -> State:
+        """Return the next state, the hidden state first, from both products of a step."""
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002 - torch's name
+        """Return (output, last state), as torch's network does: packed, batched or of one sequence."""
+        if isinstance(input, PackedSequence):
+            data, sizes, order, back = input
+            first = self._first(hx, data, int(sizes[0]), order)
+            out, last = self._run(data, sizes.tolist(), first)
+            return PackedSequence(out, sizes, order, back), self._handed(last, back)
+        single = input.dim() == 2
+        x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
+        if single and hx is not None:
+            hx = tuple(h.unsqueeze(1) for h in hx) if self.states > 1 else hx.unsqueeze(1)
+        steps, batch, _ = x.shape
+        out, last = self._run(x.reshape(steps * batch, -1), [batch] * steps, self._first(hx, x, batch, None))
+        out = out.view(steps, batch, -1)
+        out = out.squeeze(1) if single else out.transpose(0, 1) if self.batch_first else out
+        if single:
+            last = [tuple(h.squeeze(0) for h in state) for state in last]
+        return out, self._handed(last, None)
+
+    def _first(self, hx: Any, like: Tensor, batch: int, order: Tensor | None) -> list[State]:
+        """Return the first state of each cell."""
+        if hx is None:
+            zero = like.new_zeros(batch, self.hidden_size)
+            return [(zero,) * self.states for _ in self.cells]
+        given: State = (hx,) if self.states == 1 else tuple(hx)
+        wanted = (len(self.cells), batch, self.hidden_size)
+        for h in given:
+            if tuple(h.shape) != wanted:
+                msg = f"hx has the shape {tuple(h.shape)}, it must be {wanted}"
+                raise WeightError(msg)
+        if order is not None:
+            given = tuple(h.index_select(1, order) for h in given)
+        return [tuple(h[k] for h in given) for k in range(len(self.cells))]
+
+    def _handed(self, last: list[State], back: Tensor | None) -> Any:
+        stacked = tuple(torch.stack(h) for h in zip(*last, strict=True))
+        if back is not None:
+            stacked = tuple(h.index_select(1, back) for h in stacked)
+        return stacked[0] if self.states == 1 else stacked
+
+    def _run(self, x: Tensor, sizes: list[int], first: list[State]) -> tuple[Tensor, list[State]]:
+        """Return outputs and last states of all layers for packed inputs (Σ sizes, features)."""
+        last: list[State] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            outs = []
+            for direction in range(self.directions):
+                k = layer * self.directions + direction
+                out, state = self._along(self.cells[k], x, sizes, first[k], backwards=direction == 1)  # type: ignore[arg-type]
+                outs.append(out)
+                last.append(state)
+            x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
+        return x, last
+
+    def _along(self, cell: Cell, x: Tensor, sizes: list[int], state: State, *, backwards: bool) -> tuple[Tensor, State]:
+        """Return outputs (Σ sizes, hidden) and the last state of one cell; sequences end where the sizes fall."""
+        projected = cell.ih(x).split(sizes)
+        outs: list[Tensor] = []
+        start = state
+        ended: list[State] = []  # of sequences that are over, the shortest first
+        now = tuple(h[: sizes[-1] if backwards else sizes[0]] for h in start)
+        for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
+            have, size = len(now[0]), sizes[t]
+            if size > have:  # backwards: longer sequences run already, these begin
+                now = tuple(torch.cat([h, s[have:size]]) for h, s in zip(now, start, strict=True))
+            elif size < have:
+                ended.append(tuple(h[size:] for h in now))
+                now = tuple(h[:size] for h in now)
+            now = self._step(projected[t], cell.hh(now[0]), now)
+            outs.append(now[0])
+        if ended:
+            now = tuple(torch.cat([h, *(e[k] for e in reversed(ended))]) for k, h in enumerate(now))
+        return torch.cat(outs[::-1] if backwards else outs), now
+
+    def extra_repr(self) -> str:
+        """Return sizes and the options that are not torch's defaults."""
+        text = f"{self.input_size}, {self.hidden_size}"
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        changed = [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
+        return ", ".join([text, *changed])
+
+
+class GRU(Recurrent):
+    """A GRU in the open; gates r, z, n stacked in this order, n = tanh(x + r · h) with both products' own biases.
+
+    Example:
+        >>> dense = nn.GRU(5, 4, num_layers=2)
+        >>> x = torch.randn(7, 3, 5)
+        >>> torch.allclose(open_recurrent(dense)(x)[0], dense(x)[0], atol=1e-6)
+        True
+    """
+
+    mode, gates, states, dense = "GRU", 3, 1, nn.GRU
+
+    def _step(self, projected: Tensor, recurrent: Tensor, state: State) -> State:
+        size = self.hidden_size
+        r, z = (projected[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid().chunk(2, -1)
+        new = torch.addcmul(projected[:, 2 * size :], r, recurrent[:, 2 * size :]).tanh()
+        return (torch.lerp(new, state[0], z),)
+
+
+class LSTM(Recurrent):
+    """An LSTM in the open; gates i, f, g, o stacked in this order.
+
+    Example:
+        >>> dense = nn.LSTM(5, 4, bidirectional=True)
+        >>> x = torch.randn(7, 3, 5)
+        >>> torch.allclose(open_recurrent(dense)(x)[0], dense(x)[0], atol=1e-6)
+        True
+    """
+
+    mode, gates, states, dense = "LSTM", 4, 2, nn.LSTM
+
+    def _step(self, projected: Tensor, recurrent: Tensor, state: State) -> State:
+        i, f, g, o = (projected + recurrent).chunk(4, -1)
+        cell = torch.addcmul(f.sigmoid() * state[1], i.sigmoid(), g.tanh())
+        return o.sigmoid() * cell.tanh(), cell
+
+
+def open_recurrent(dense: nn.RNNBase) -> GRU | LSTM:
+    """Return the same network with linear layers ``cells.k.ih`` and ``cells.k.hh`` that hold the dense weights.
+
+    The parameters are the dense network's own, shared. ``close`` leads back.
+
+    Raises:
+        WeightError: a network of another kind, or with a projection.
+
+    Example:
+        >>> open_recurrent(nn.LSTM(5, 4)).cells[0].ih
+        Linear(in_features=5, out_features=16, bias=True)
+    """
+    kinds: dict[type, type[GRU | LSTM]] = {nn.GRU: GRU, nn.LSTM: LSTM}
+    kind = kinds.get(type(dense))
+    if kind is None:
+        msg = f"a {type(dense).__name__} cannot be opened: only nn.GRU and nn.LSTM can, no derived classes"
+        raise WeightError(msg)
+    sources = stacked_weights(dense)
+    made = kind(
+        dense.input_size,
+        dense.hidden_size,
+        lambda _: _linear(next(sources)),
+        lambda: _linear(next(sources)),
+        proj_size=dense.proj_size,
+        **_options(dense),
+    )
+    return made.train(dense.training)
+
+
+def _options(network: Any) -> dict[str, Any]:
+    names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    return {name: getattr(network, name) for name in names}
+
+
+def _names(dense: nn.RNNBase) -> Iterator[tuple[str, str]]:
+    """Yield the names of weight and bias, inputs first and then hidden states, cell by cell."""
+    for layer in range(dense.num_layers):
+        for end in ("", "_reverse") if dense.bidirectional else ("",):
+            for side in ("ih", "hh"):
+                yield f"weight_{side}_l{layer}{end}", f"bias_{side}_l{layer}{end}"
+
+
+def stacked_weights(dense: nn.RNNBase) -> Iterator[tuple[nn.Parameter, nn.Parameter | None]]:
+    """Yield weight and bias of every matrix of torch's network: cell by cell, inputs first and then hidden states."""
+    for weight, bias in _names(dense):
+        yield getattr(dense, weight), getattr(dense, bias) if dense.bias else None
+
+
+def _linear(source: tuple[nn.Parameter, nn.Parameter | None]) -> nn.Linear:
+    weight, bias = source
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = weight
+    layer.bias = bias  # type: ignore[assignment]
+    return layer
