@@ -8,8 +8,11 @@ from tenfold.cli.terminal import Misuse
 from tenfold.errors import TenfoldError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tenfold.cli.options import Data, Decide
     from tenfold.cli.sources import Opened
+    from tenfold.decompositions import Decomposition
     from tenfold.ranks import RankRule
     from tenfold.records import Plan, Profile
 
@@ -19,10 +22,12 @@ def plan_choices(decide: Decide, seed: int) -> dict[str, Any]:
     from tenfold.planning import DEFAULT_FORMATS
     from tenfold.records import Budget
 
+    formats = tuple(names_in(decide.format)) or DEFAULT_FORMATS
     return {
         "rule": rule_of(decide),
         "budget": Budget.parse(decide.budget or ""),
-        "formats": tuple(names_in(decide.format)) or DEFAULT_FORMATS,
+        "formats": formats,
+        "algorithms": algorithms_of(decide.algorithm, formats, seed),
         "keep": tuple(decide.keep or ()),
         "keep_ends": decide.keep_ends,
         "seed": seed,
@@ -40,7 +45,7 @@ def plan_of(
     if decide.plan is not None:
         refuse_choices(decide)
         return recost(Plan.load(decide.plan), profile)
-    return make(opened.model, profile, opened.inputs(latency_batch), **choices)[0]
+    return make(opened.model, profile, opened.inputs(latency_batch), fold=decide.fold, **choices)[0]
 
 
 def with_data(choices: dict[str, Any], opened: Opened, profile: Profile, data: Data, seed: int) -> dict[str, Any]:
@@ -64,6 +69,7 @@ def refuse_choices(decide: Decide) -> None:
             ("--set", decide.settings),
             ("--rank", decide.rank),
             ("--format", decide.format),
+            ("--algorithm", decide.algorithm),
             ("--keep", decide.keep),
             ("--keep-ends", decide.keep_ends),
         )
@@ -91,6 +97,34 @@ def rule_of(decide: Decide) -> RankRule:
     except TypeError as error:
         msg = f"the rule {name} does not take {', '.join(f'{k}={v!r}' for k, v in settings.items())}: {error}"
         raise TenfoldError(msg) from error
+
+
+def algorithms_of(texts: list[str] | None, formats: Sequence[str], seed: int) -> dict[str, Decomposition]:
+    """Return the algorithms of ``FORMAT=NAME``, by format.
+
+    Raises:
+        UnknownNameError: no such format or algorithm.
+        Misuse: not of that form, a format named twice or not in use, or an algorithm that does not find its factors.
+    """
+    from tenfold.decompositions import DECOMPOSITIONS
+    from tenfold.formats import FORMATS
+
+    found: dict[str, Decomposition] = {}
+    for text in texts or ():
+        format, equals, name = (part.strip() for part in text.partition("="))
+        if not equals or not format or not name or format in found:
+            msg = f"cannot read --algorithm {text!r}: write FORMAT=NAME, such as tucker2=hosvd, each format once."
+            raise Misuse(msg)
+        kind, algorithm = FORMATS.get(format), DECOMPOSITIONS.get(name)
+        if not algorithm.serves(kind):
+            finders = [n for n, d in DECOMPOSITIONS.items() if d.serves(kind)]
+            msg = f"{name} does not find {format} factors. Use {' or '.join(finders)}."
+            raise Misuse(msg)
+        if format not in formats:
+            msg = f"--algorithm {text}: {format} is not among the formats {', '.join(formats)}; name it with --format."
+            raise Misuse(msg)
+        found[format] = algorithm(seed=seed)
+    return found
 
 
 def names_in(texts: list[str] | None) -> list[str]:

@@ -109,6 +109,15 @@ class Decide:
             rich_help_panel=_DECIDE,
         ),
     ] = None
+    algorithm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT=NAME",
+            help="What finds the factors of a format, instead of its default: tucker2=hosvd; see `list algorithms`. "
+            "Repeatable.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = None
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -126,6 +135,14 @@ class Decide:
             show_default=False,
         ),
     ] = None
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold",
+            help="For inference: merge batch norm into the layers in the end. Latencies are those of folded models.",
+            rich_help_panel=_DECIDE,
+        ),
+    ] = False
     plan: Annotated[
         Path | None,
         typer.Option(

@@ -101,6 +101,7 @@ class _Job:
             use_data=self.data.use_data,
             tune=tuner,
             evaluate=self.opened.task.evaluate if self.recover.evaluate else None,
+            fold=self.decide.fold,
             latency=self.timing.latency,
             latency_inputs=self.opened.inputs(self.timing.latency_batch),
             observe=terminal.step,
