@@ -19,6 +19,9 @@ _CONVS: dict[type[nn.Module], tuple[str, int]] = {
     nn.ConvTranspose2d: ("conv_transpose", 2),
     nn.ConvTranspose3d: ("conv_transpose", 3),
 }
+# Products with fewer columns are run as one large one, which needs a turn of the memory.
+_NARROW = 16
+
 _SERVED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *_CONVS)
 
 
@@ -125,27 +128,26 @@ class Contract(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the contraction, its feature modes flattened into one axis again."""
         spec = self.spec
+        place = x.dim() - 1 - spec.axes
         if spec.is_middle:
-            out = self._middle(x) if spec.axes == 0 else self._middle_of_channels(x)
+            sides = x.shape[place + 1 :]
+            out = self._middle(x, sides.numel()).reshape(*x.shape[:place], spec.out_channels, *sides)
         else:
-            place = x.dim() - 1 - spec.axes
             apart = x.unflatten(place, spec.modes)
             out = torch.einsum(_behind(spec.equation, spec.axes), apart, self.weight)
             out = out.flatten(place, out.dim() - 1 - spec.axes)
         return out if self.bias is None else out + self.bias.view(-1, *(1,) * spec.axes)
 
-    def _middle(self, x: Tensor) -> Tensor:
-        before, inner, after = self.spec.modes
-        if after == 1:
-            return functional.linear(x.unflatten(-1, (before, inner)), self.weight).flatten(-2)
-        return torch.matmul(self.weight, x.unflatten(-1, (before, inner, after))).flatten(-3)
-
-    def _middle_of_channels(self, x: Tensor) -> Tensor:
-        axes, (_, inner, after) = self.spec.axes, self.spec.modes
-        lead, sides = x.shape[: x.dim() - 1 - axes], x.shape[x.dim() - axes :]
-        folded = x.reshape(-1, inner, after * sides.numel())
-        out = torch.bmm(self.weight.expand(len(folded), -1, -1), folded)
-        return out.reshape(*lead, self.spec.out_channels, *sides)
+    def _middle(self, x: Tensor, positions: int) -> Tensor:
+        """Return the product, as (whatever stands before, rows of the weight, whatever stands after)."""
+        _, inner, after = self.spec.modes
+        width = after * positions
+        if width == 1:
+            return functional.linear(x.reshape(-1, inner), self.weight)
+        folded = x.reshape(-1, inner, width)
+        if width < _NARROW:
+            return functional.linear(folded.mT, self.weight).mT
+        return torch.bmm(self.weight.expand(len(folded), -1, -1), folded)
 
     def extra_repr(self) -> str:
         """Return the modes and the equation."""
