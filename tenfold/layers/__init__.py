@@ -2,6 +2,7 @@
 
 from tenfold.layers.describe import Contract, build, describe
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
+from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
 from tenfold.layers.tt_linear import TTLinear
@@ -22,5 +23,8 @@ __all__ = [
     "build",
     "describe",
     "open_recurrent",
+    "orthogonal_init_",
+    "orthogonalize_",
     "stage_specs",
+    "stiefel_params",
 ]
