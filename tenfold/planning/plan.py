@@ -17,6 +17,7 @@ from tenfold.formats import FORMATS, split_groups
 from tenfold.parallel import Workers
 from tenfold.planning.ahead import compute_ahead
 from tenfold.planning.damage import Curve, with_damage
+from tenfold.planning.merging import without_idle_stages
 from tenfold.planning.timing import Timing
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
@@ -104,6 +105,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
     found = rule.select(problems, _limits(profile, problems, budget, timing))
+    if not rule.by_name:  # ranks that somebody asked for stay
+        found = tuple(without_idle_stages(p, c) for p, c in zip(problems, found, strict=True))
     choices |= {problem.path: choice for problem, choice in zip(problems, found, strict=True)}
 
     def find_algorithm(format: str) -> Decomposition:
