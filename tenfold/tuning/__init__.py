@@ -3,18 +3,25 @@
 Any other training loop does as well: the result of ``apply`` is an ordinary module.
 """
 
+from tenfold.tuning.admm import Admm, AdmmConfig
+from tenfold.tuning.admm_training import LowRankResult, train_admm, train_towards
 from tenfold.tuning.answers import StoredAnswers
 from tenfold.tuning.batches import Batches
 from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.tuning.distillation import Distillation
 from tenfold.tuning.finetune import finetune
 from tenfold.tuning.groups import parameter_groups
+from tenfold.tuning.learned_ranks import LearnedRanks, train_lc
 from tenfold.tuning.progress import RichProgress, TuneProgress
 
 __all__ = [
+    "Admm",
+    "AdmmConfig",
     "Batches",
     "Distillation",
     "EpochRecord",
+    "LearnedRanks",
+    "LowRankResult",
     "RichProgress",
     "StoredAnswers",
     "TuneConfig",
@@ -22,4 +29,7 @@ __all__ = [
     "TuneResult",
     "finetune",
     "parameter_groups",
+    "train_admm",
+    "train_lc",
+    "train_towards",
 ]

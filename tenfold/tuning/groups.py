@@ -20,8 +20,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bo
 
     Biases, norms and everything else with fewer than two axes never decay. Neither do the factors of factorized layers:
     decay of the factors of a product is a penalty on its nuclear norm, which lowers its rank, and it unbalances chains
-    of three and more. ``decay_factors`` lets them decay all the same. A module that has ``no_weight_decay()``, as timm's
-    models do, names parameters of its own that never decay. Groups that would be empty are left out.
+    of three and more. ``decay_factors`` lets them decay all the same. A module that has ``no_weight_decay()``, as
+    timm's models do, names parameters of its own that never decay. Groups that would be empty are left out.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
