@@ -9,12 +9,14 @@ from rich.text import Text
 from tenfold.records import Latency, Measurement, RunRecord
 from tenfold.reporting.numbers import count, factor, milliseconds, percent, points, seconds, size, speed, three_digits
 from tenfold.reporting.plans import plan_tables
+from tenfold.reporting.stages import stages_table
 from tenfold.reporting.style import grid
 
 
 def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:
-    """Return the before/after table, the plan with its reasons, and where and how long it was measured."""
-    return (cost_table(record), conditions(record), *plan_tables(record.plan))
+    """Return the tables of before and after, of the stages if there were any, of conditions, and of the plan."""
+    way = (stages_table(record),) if record.stages else ()
+    return (cost_table(record), *way, conditions(record), *plan_tables(record.plan))
 
 
 def cost_table(record: RunRecord) -> Table:

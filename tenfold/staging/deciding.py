@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tenfold.decompositions import Decomposition, Moments
-from tenfold.errors import BudgetError
+from tenfold.errors import BudgetError, PlanError
 from tenfold.parallel import Workers
 from tenfold.pipeline import decide
 from tenfold.planning import plan as make_plan
@@ -70,17 +70,27 @@ class Decider:
 
         Raises:
             BudgetError: the budget cannot be met.
+            PlanError: there is nothing to do from the start.
         """
         if self.met(now, done):
+            if not done:
+                msg = "nothing is to be done: the model is within the budget as it is"
+                raise PlanError(msg)
             return None
+        reasons: list[str] = []
         for number, visited in self._rounds_left(done):
             if self.schedule.aims and self._within(self.schedule.limits(number, self.original.cost), now, done):
                 continue
             step = self._step(number, visited, model, now, moments, done)
             if step.plan.factorized:
                 return step
+            reasons = [layer.reason for layer in step.plan.layers if layer.before.params]
             if not visited and not self.schedule.aims and not isinstance(self.schedule.rule, tuple):
-                return None  # the same rule would say the same of the same weights again
+                break  # the same rule would say the same of the same weights again
+        if not done:
+            shown = "; ".join(sorted(set(reasons))[:3])
+            msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
+            raise PlanError(msg)
         return None
 
     def met(self, now: Profile, done: Sequence[StageRecord]) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tenfold import __version__
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Decomposition
-from tenfold.errors import PlanError
 from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, measurement, replace_layers
 from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile, to_device
@@ -43,7 +42,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
     *,
     data: Iterable[Any] | None = None,
     use_data: UseData = "sequential",
-    fit_to: FitTo = "original",
+    fit_to: FitTo = "current",
     algorithms: Mapping[str, Decomposition] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     folder: str | Path | None = None,
@@ -71,8 +70,9 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
         schedule: in how many stages, and how far in each.
         data: unlabeled batches as the forward takes them. Without, weights alone decide.
         use_data: see ``compress``; batch norm is estimated anew after fits that are not ``sequential``.
-        fit_to: whose outputs the sequential fits of later stages are to meet: those of the ``original`` model, so that
-            errors do not add up from stage to stage, or those of the ``current`` one as trained last.
+        fit_to: whose outputs the sequential fits of later stages are to meet: those of the ``current`` model, as
+            trained last, or those of the ``original`` one. Training moves what layers put out, and the layers after
+            them with it: fits to the original tear that apart again.
         algorithms: by format, instead of the format's default algorithm.
         evaluate: returns the score of a model as a fraction; called on the original, and around each training.
         folder: where to keep the stages; nowhere by default.
@@ -155,9 +155,6 @@ class _Run:
                 module.training = training
             stage.model.zero_grad(set_to_none=True)
             now = self._complete(stage, record, told)
-        if not now.done:
-            msg = "nothing is to be done: no layer would be factorized in any stage. See the reasons in a plan."
-            raise PlanError(msg)
         if self.schedule.budget and not self.decider.met(profile(now.model, self.inputs), now.done):
             logger.warning("the budget is not met after the last round: more rounds, or a stronger rule, may meet it")
         return Compressed(now.model, now.record.plan, now.record, self.original)

@@ -1,0 +1,95 @@
+"""tenfold stages: from end to end, killed and given again, and what it refuses."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenfold.records import RunRecord
+from tenfold.staging import Schedule
+
+Run = Callable[..., Any]
+RULE = ("--path", "rule", "--rule", "ratio", "--set", "share=0.7", "--format", "low_rank", "--no-keep-ends")
+QUICK = (*RULE, "--stages", "2", "--tune-epochs", "2", "--threads", "1")
+
+
+def test_stages_from_end_to_end(tenfold: Run, tiny: str) -> None:
+    budget = ("--budget", "macs=0.5", "--stages", "2", "--final-epochs", "1", "--tune-epochs", "1")
+    found = tenfold("stages", "--task", tiny, *budget, "--json", "--out", "out").json
+    assert found.pop("out") == "out"
+    record = RunRecord.model_validate(found)
+    assert [stage.final for stage in record.stages] == [False, False, True]
+    assert record.stages[0].after.macs <= 0.5**0.5 * record.before.macs
+    assert record.after.macs <= 0.5 * record.before.macs
+    assert [epoch["stage"] for epoch in record.tuning] == [1, 2, 3]
+    assert record.after.score == record.scores["tuned"]
+    assert record.settings["schedule"]["rounds"] == 2
+    assert {p.name for p in Path().iterdir()} == {"out", "out.stages"}
+    names = {"stage-0001", "stage-0002", "stage-0003", "latest", "record.json", "run.json"}
+    assert {p.name for p in Path("out.stages").iterdir()} == names
+    for path in ("out", "out.stages/stage-0003"):
+        assert tenfold("eval", "--task", tiny, "--checkpoint", path, "--json").json["score"] == record.after.score
+    shown = tenfold("stages", "--task", tiny, *budget, "--out", "out")  # which is finished
+    assert "tuned only" in shown.out
+    assert "going on after stage 3" in shown.err
+
+
+def test_killed_and_given_again(tenfold: Run, tiny: str) -> None:
+    task = f"{tiny}:killed"
+    args = ("stages", "--task", task, *QUICK, "--quiet")
+    assert tenfold(*args, "--out", "whole").code == 0
+    Path("armed").touch()
+    done = subprocess.run([sys.executable, "-m", "tenfold", *args, "--out", "out"], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not Path("out").exists()
+    Path("armed").unlink()
+    assert tenfold(*args, "--out", "out").code == 0
+    files = [Path(path, "model.safetensors").read_bytes() for path in ("whole", "out")]
+    assert files[0] == files[1]
+
+
+def test_interrupted_says_how_to_go_on(tenfold: Run, tiny: str) -> None:
+    Path("armed").touch()
+    outcome = tenfold("stages", "--task", f"{tiny}:interrupted", *QUICK, "--out", "out")
+    assert outcome.is_error("the same command goes on where it was", "out.stages", code=130)
+
+
+def test_a_schedule_from_a_file(tenfold: Run, tiny: str) -> None:
+    schedule = Schedule(rounds=1, path="rule", rule={"name": "ratio", "share": 0.5}, epochs=1, keep_ends=False)
+    Path("plan.yaml").write_text(schedule.to_yaml())
+    found = tenfold("stages", "--task", tiny, "--schedule", "plan.yaml", "--json", "--out", "out").json
+    assert Schedule.of(found["settings"]["schedule"]) == schedule
+    assert len(found["stages"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words", "code"),
+    [
+        (("--budget", "macs=0.001"), ("the target of the schedule is out of reach",), 1),
+        (("--budget", "latency=3.5"), ("this schedule cannot be", "latency"), 1),
+        (("--schedule", "nosuch.yaml"), ("there is no schedule at nosuch.yaml",), 1),
+        (("--schedule", "nosuch.yaml", "--budget", "macs=0.5"), ("leave --budget out",), 2),
+        (("--plan", "plan.yaml"), ("tenfold compress",), 2),
+        (("--path", "steep"), ("steep",), 2),
+    ],
+)
+def test_errors(tenfold: Run, tiny: str, args: tuple[str, ...], words: tuple[str, ...], code: int) -> None:
+    assert tenfold("stages", "--task", tiny, *args, "--out", "out").is_error(*words, code=code)
+
+
+def test_a_folder_of_another_run(tenfold: Run, tiny: str) -> None:
+    args = ("stages", "--task", tiny, *RULE, "--stages", "1", "--out", "out", "--quiet")
+    assert tenfold(*args, "--tune-epochs", "1").code == 0
+    assert tenfold(*args, "--tune-epochs", "2").is_error("holds another run", "epochs is 1 there and 2 here")
+    assert tenfold(*args, "--tune-epochs", "2", "--run", "another").code == 0
+
+
+def test_a_schedule_that_is_none(tenfold: Run, tiny: str) -> None:
+    Path("plan.yaml").write_text("rounds: many\n")
+    assert tenfold("stages", "--task", tiny, "--schedule", "plan.yaml").is_error("plan.yaml", "rounds")
