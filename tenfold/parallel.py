@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from importlib.machinery import PathFinder
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -75,6 +77,16 @@ class Workers:
         if self.here:
             return (function(shared, item) for item in items)
         return self._ray(function, shared, items) if self.backend == "ray" else self._loky(function, shared, items)
+
+    @staticmethod
+    def send_along(module: ModuleType) -> None:
+        """Let workers do without importing this module: what is in it travels with what uses it.
+
+        For modules that were loaded from a file, which workers could not find by name.
+        """
+        top = module.__name__.partition(".")[0]
+        if PathFinder.find_spec(top) is None or module.__name__ == "__main__":
+            _pickler().register_pickle_by_value(module)
 
     def _loky(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         joblib: Any = require("joblib", "scale")

@@ -13,6 +13,7 @@ import typer
 from tenfold import __version__
 from tenfold.cli import commands
 from tenfold.cli.groups import flattened
+from tenfold.cli.scaling import refuse_launch
 from tenfold.cli.terminal import UsageProblem, complain, end_on_sigterm
 
 ABOUT = """\
@@ -39,10 +40,19 @@ def build() -> typer.Typer:
     return app
 
 
+def _check_launch(args: list[str]) -> None:
+    """Raise a usage error if several processes run a command that is for one."""
+    name = next((arg for arg in args if not arg.startswith("-")), "")
+    found = any(module.name == name for module in iter_modules(commands.__path__))
+    if found and not getattr(import_module(f"{commands.__name__}.{name}"), "LAUNCHABLE", False):
+        refuse_launch(name)
+
+
 def run(args: list[str]) -> int:
     """Return the exit code of a command line."""
     end_on_sigterm()
     try:
+        _check_launch(args)
         code = build()(args, prog_name="tenfold", standalone_mode=False, obj=shlex.join(["tenfold", *args]))
     except UsageProblem as problem:
         message = getattr(problem, "format_message", problem.__str__)()

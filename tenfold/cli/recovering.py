@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tenfold.cli.options import Data, Recover, Training
+    from tenfold.cli.scaling import Launch
     from tenfold.cli.sources import Opened
     from tenfold.tuning import Distillation, EpochRecord, TuneConfig, TuneResult
 
@@ -130,6 +131,7 @@ class Tuner:
     quiet: bool = False
     teaching: Teaching | None = None
     teacher: nn.Module | None = None  # the opened model if None
+    launch: Launch | None = None  # the processes that tune together
 
     @property
     def _root(self) -> Path:
@@ -145,6 +147,8 @@ class Tuner:
         """Return the history of tuning the model."""
         from tenfold.tuning import RichProgress, finetune
 
+        if self.launch is not None:
+            model = self.launch.share(model)
         task, size, seed = self.opened.task, self.config.batch_size, self.config.seed
         batches: Any = partial(task.train_batches, batch_size=size, seed=seed)
         if self.teaching is not None and self.teaching.samples is not None:
@@ -159,6 +163,7 @@ class Tuner:
                 identity=self.identity,
                 on_epoch=self._log,
                 progress=None if self.quiet else RichProgress(),
+                accelerator=None if self.launch is None else self.launch.accelerator,
             )
         except KeyboardInterrupt:
             msg = "interrupted; the same command goes on after the last complete epoch"

@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from tenfold.cli.sources import Opened
     from tenfold.cli.terminal import Terminal
+    from tenfold.parallel import Workers
     from tenfold.planning import Sensitivity
     from tenfold.records import Plan, Profile
 
@@ -74,6 +75,7 @@ def open_sensitivity(
     keep: tuple[str, ...],
     seed: int,
     path: Path | None,
+    workers: Workers | None = None,
 ) -> Sensitivity:
     """Return what measures the layers of a task's model, with what ``path`` holds already.
 
@@ -99,6 +101,7 @@ def open_sensitivity(
         seed=seed,
         about={"task": opened.name, "scored": samples} if samples else None,
         path=path,
+        workers=workers,
     )
 
 
@@ -110,6 +113,7 @@ def with_scores(
     samples: int,
     seed: int,
     table: Path | None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Return the choices with scores of the task's model for the rule to weigh, if it asks for them and can have them.
 
@@ -129,8 +133,9 @@ def with_scores(
         samples = int(key.about.get("scored") or samples)
     if not samples:
         return choices
+    formats = choices["formats"]
     scores = open_sensitivity(
-        opened, profile, conditions, samples=samples, formats=choices["formats"], keep=(), seed=seed, path=table
+        opened, profile, conditions, samples=samples, formats=formats, keep=(), seed=seed, path=table, workers=workers
     )
     if isinstance(rule, AccuracyDrop):
         return choices | {"rule": dataclasses.replace(rule, scores=scores)}

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tenfold.cli.options import Data, Decide, Machine, Recover, Source, Timing, Training, Writing
+from tenfold.cli.scaling import Launch, Spread
 from tenfold.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from tenfold.cli.recovering import Tuner
     from tenfold.cli.sources import Opened
+    from tenfold.parallel import Workers
     from tenfold.pipeline import Compressed
     from tenfold.records import Plan, RunRecord
 
 ORDER = 30
+LAUNCHABLE = True  # in several processes, which tune together
 
 
-def run(
+def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
     ctx: typer.Context,
     source: Source,
     decide: Decide,
@@ -29,6 +32,7 @@ def run(
     training: Training,
     timing: Timing,
     machine: Machine,
+    spread: Spread,
     writing: Writing,
     terminal: Terminal,
 ) -> None:
@@ -37,7 +41,8 @@ def run(
     tenfold compress --task cifar10:resnet56 --weights resnet56.safetensors --budget macs=0.5 --out half
 
     Writes model.safetensors, plan.yaml, record.json and README.md to the folder --out. A run that was killed while
-    tuning goes on where it was when the same command is given again.
+    tuning goes on where it was when the same command is given again. Under `accelerate launch -m tenfold compress ...`
+    all processes tune together, each with batches of its own.
 
     With --json, one object: `before` and `after`, each with `params`, `macs`, `bytes`, `latency_ms`, `latency` and
     `score` (a fraction); `speedup`; `scores` by step; `plan`; `tuning` by epoch; `seconds` by step; `environment`;
@@ -45,16 +50,23 @@ def run(
     """
     with terminal.session():
         from tenfold.cli.recovering import wanted_epochs
+        from tenfold.cli.scaling import launched, on_own_device
         from tenfold.cli.sources import default_folder, open_source
 
         epochs = wanted_epochs(recover)
+        launch = launched(machine)
         terminal.step("open the model")
-        opened = open_source(source, machine)
+        opened = open_source(source, on_own_device(machine, launch))
+        workers = spread.workers(opened, machine)
+        out = writing.out or default_folder(opened)
+        job = _Job(opened, decide, data, recover, training, timing, machine.seed, out, epochs, workers, launch)
+        if launch is not None and not launch.main:
+            if not writing.dry_run:
+                job.follow()
+            return
         if writing.dry_run:
             _decide_only(opened, decide, data, timing, machine.seed, terminal)
             return
-        out = writing.out or default_folder(opened)
-        job = _Job(opened, decide, data, recover, training, timing, machine.seed, out, epochs)
         result, tuner = job.run(terminal)
         record = result.record.replace(task=opened.name, command=ctx.obj, settings=job.settings(tuner))
         dataclasses.replace(result, record=record).save(out)
@@ -76,6 +88,14 @@ class _Job:
     seed: int
     out: Path
     epochs: int | None
+    workers: Workers | None = None
+    launch: Launch | None = None
+
+    def follow(self) -> None:
+        """Tune with the main process, which does all the rest."""
+        tuner = self._tuner(Terminal(quiet=True))
+        if tuner is not None:
+            tuner(self.opened.model)
 
     def run(self, terminal: Terminal) -> tuple[Compressed, Tuner | None]:
         """Return the outcome, not yet saved, and what tuned it."""
@@ -104,6 +124,7 @@ class _Job:
             fold=self.decide.fold,
             latency=self.timing.latency,
             latency_inputs=self.opened.inputs(self.timing.latency_batch),
+            workers=self.workers,
             observe=terminal.step,
             **choices,
         )
@@ -115,6 +136,7 @@ class _Job:
             "calibration": self.data.calibration,
             "use_data": self.data.use_data,
             "tuning": None if tuner is None else tuner.config.model_dump(),
+            "processes": 1 if self.launch is None else self.launch.accelerator.num_processes,
             "distillation": None if tuner is None or not tuner.teaching else dataclasses.asdict(tuner.teaching),
             "latency_batch": self.timing.latency_batch,
         }
@@ -129,7 +151,8 @@ class _Job:
         teaching = Teaching.of(self.recover, self.training, self.data)
         looked_at = (self.data.calibration, self.data.use_data, teaching)
         identity = identity_of(self.opened, self.decide, plan, looked_at, self.seed)
-        return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet, teaching=teaching)
+        launch = self.launch
+        return Tuner(self.opened, config, self.out, identity, quiet=terminal.quiet, teaching=teaching, launch=launch)
 
 
 def _decide_only(opened: Opened, decide: Decide, data: Data, timing: Timing, seed: int, terminal: Terminal) -> None:

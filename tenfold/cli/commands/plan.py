@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tenfold.cli.options import Data, Decide, Machine, Source
+from tenfold.cli.scaling import Spread
 from tenfold.cli.sensing import DEFAULT_SAMPLES, Samples, Table
 from tenfold.cli.terminal import Misuse, Terminal
 
@@ -30,11 +31,12 @@ Plot = Annotated[
 ]
 
 
-def run(
+def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
     source: Source,
     decide: Decide,
     data: Data,
     machine: Machine,
+    spread: Spread,
     terminal: Terminal,
     latency_batch: LatencyBatch = 1,
     samples: Samples = DEFAULT_SAMPLES,
@@ -63,8 +65,11 @@ def run(
         cost = profile(opened.model, opened.inputs())
         choices: dict[str, Any] = {}
         if decide.plan is None:
-            choices = plan_choices(decide, machine.seed)
-            choices = with_scores(choices, opened, cost, samples=samples, seed=machine.seed, table=table)
+            workers = spread.workers(opened, machine)
+            choices = plan_choices(decide, machine.seed) | {"workers": workers}
+            choices = with_scores(
+                choices, opened, cost, samples=samples, seed=machine.seed, table=table, workers=workers
+            )
             choices = with_data(choices, opened, cost, data, machine.seed)
         plan = plan_of(decide, opened, cost, choices, latency_batch=latency_batch)
         if out is not None:  # before anything is said: if it cannot be written, that is an error and nothing else

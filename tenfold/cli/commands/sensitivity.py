@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tenfold.cli.options import Machine, Source
+from tenfold.cli.scaling import Spread
 from tenfold.cli.sensing import Conditions, Samples
 from tenfold.cli.terminal import Terminal
 
@@ -43,10 +44,11 @@ Plot = Annotated[
 ]
 
 
-def run(
+def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
     source: Source,
     machine: Machine,
     conditions: Conditions,
+    spread: Spread,
     terminal: Terminal,
     format: Formats = None,
     keep: Keep = None,
@@ -84,6 +86,7 @@ def run(
             keep=tuple(keep or ()),
             seed=machine.seed,
             path=path,
+            workers=spread.workers(opened, machine),
         )
         terminal.step("measure")
         try:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tenfold.tuning import TuneResult
 
 ORDER = 40
+LAUNCHABLE = True  # in several processes, which tune together
 
 Out = Annotated[
     Path | None,
@@ -62,7 +63,8 @@ def run(
 
     tenfold tune --checkpoint half --epochs 10 --out half-tuned
 
-    A run that was killed goes on after its last complete epoch when the same command is given again.
+    A run that was killed goes on after its last complete epoch when the same command is given again. Under
+    `accelerate launch -m tenfold tune ...` all processes tune together, each with batches of its own.
 
     With --json, one object like that of `tenfold compress`; `scores` has `before tuning` and `tuned`.
     """
@@ -76,17 +78,32 @@ def run(
         from tenfold.checkpoint import check_target, save
         from tenfold.cli.commands.compress import show_outcome
         from tenfold.cli.recovering import Teaching, Tuner, identity_of, tune_config
+        from tenfold.cli.scaling import launched, on_own_device
         from tenfold.cli.sources import open_source, required_plan
 
         check_target(out)
+        launch = launched(machine)
         terminal.step("open the model")
-        opened = open_source(source, machine)
+        opened = open_source(source, on_own_device(machine, launch))
         plan = required_plan(opened)
         config = tune_config(opened, training, epochs, machine.seed)
         teaching = None if training.distill is None else Teaching(training.distill, training.temperature)
         identity = identity_of(opened, teaching, "" if teacher is None else teacher.resolve())
         dense = None if teacher is None else opened.task.dense(teacher).to(opened.device)
-        tuner = Tuner(opened, config, out, identity, quiet=terminal.quiet, teaching=teaching, teacher=dense)
+        follows = launch is not None and not launch.main
+        tuner = Tuner(
+            opened,
+            config,
+            out,
+            identity,
+            quiet=terminal.quiet or follows,
+            teaching=teaching,
+            teacher=dense,
+            launch=launch,
+        )
+        if follows:
+            tuner(opened.model)
+            return
         record = _tune(opened, plan, tuner, terminal)
         record = record.replace(command=ctx.obj, settings={**record.settings, "tuning": config.model_dump()})
         save(opened.model, plan, out, record=record)
