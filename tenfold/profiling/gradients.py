@@ -54,14 +54,16 @@ def collect_gradients(
         torch.Size([1, 3, 3])
     """
     sums: dict[str, Tensor] = {}
+    looked_up: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     samples = 0
-    with evaluating(model), layer_by_layer(), _catching(model, specs, sums):
+    with evaluating(model), layer_by_layer(), _catching(model, specs, sums, looked_up):
         for batch in batches:
             for _ in range(draws):
                 with torch.enable_grad():
                     value = _loss((forward or call_model)(model, batch), loss, generator)
-                _back_to_inputs(value, model)
+                _back_to_inputs(value, model, looked_up)
+                looked_up.clear()
                 samples += batch_size_of(batch) or 1
     missing = [path for path in specs if path not in sums]
     if samples == 0 or missing:
@@ -88,26 +90,35 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator) -> Tensor:
     return total
 
 
-def _back_to_inputs(value: Tensor, model: nn.Module) -> None:
+def _back_to_inputs(value: Tensor, model: nn.Module, looked_up: list[Tensor]) -> None:
     """Run the backward pass for its hooks only: the gradients of the parameters are not kept."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted = [*looked_up, *(p for p in model.parameters() if p.requires_grad)]
     torch.autograd.grad(value, wanted, allow_unused=True)
 
 
 @contextmanager
-def _catching(model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor]) -> Iterator[None]:
-    """Let the gradients at the outputs of the layers add to the sums."""
+def _catching(
+    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], looked_up: list[Tensor]
+) -> Iterator[None]:
+    """Let the gradients at the outputs of the layers add to the sums.
 
-    def leaving(path: str, spec: LayerSpec) -> Callable[..., None]:
+    Nothing before an embedding has gradients, and a frozen one itself has none: what it looks up goes to ``looked_up``.
+    """
+
+    def leaving(path: str, spec: LayerSpec) -> Callable[..., Tensor]:
         def add(gradient: Tensor) -> None:
             axis = -1 - spec.axes
             rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
             square = (rows @ rows.mT).double()
             sums[path] = sums[path] + square if path in sums else square
 
-        def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if spec.kind == "embedding" and torch.is_grad_enabled() and not output.requires_grad:
+                looked_up.append(output.detach().requires_grad_())
+                output = looked_up[-1].clone()  # an operation in place may follow
             if output.requires_grad:
                 output.register_hook(add)
+            return output
 
         return leave
 

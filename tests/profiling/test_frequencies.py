@@ -118,6 +118,16 @@ def test_damage_is_the_change_of_the_outputs_that_brute_force_finds():
     assert known.damage(*flat) == pytest.approx(brute, rel=0.15)
 
 
+def test_frozen_embeddings_know_what_the_network_minds_like_any_other(batches):
+    free, frozen = Tiny().eval(), Tiny().eval()
+    frozen.embed.weight.requires_grad = False
+    wanted, found = (calibrate(m, batches, called_layers(profile(m, batches[0]))) for m in (free, frozen))
+    assert {path for path, own in found.items() if own.output is not None} == set(wanted)
+    for path in wanted:
+        torch.testing.assert_close(found[path].output, wanted[path].output)
+    assert not frozen.embed.weight.requires_grad
+
+
 def test_embeddings_join_plans_by_data_and_a_budget_of_parameters_is_met(model, batches):
     cost = profile(model, batches[0][:1])
     moments = calibrate(model, batches, called_layers(cost))
