@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class Decomposition(abc.ABC):
     dtype: ComputeDtype = "auto"
     seed: int = 0
 
+    costly: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
+
     @classmethod
     @abc.abstractmethod
     def serves(cls, format: type[Factorization]) -> bool:
@@ -76,6 +78,17 @@ class Decomposition(abc.ABC):
         The weights are finite, in the dtype to compute in, and scaled so that the largest entry of each is 1 (or all
         are zero). ``spec`` tells the geometry; stride and padding do not matter here.
         """
+
+    def fit_from(
+        self, start: Factorization | None, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank
+    ) -> Factors:
+        """Return the factors of a batch of weights, as ``fit`` does, gone on from ``start`` where that helps.
+
+        ``start`` holds factors of the same weights in this format, at any rank; None for none. Algorithms that find the
+        same from everywhere do not need it.
+        """
+        del start
+        return self.fit(weight, spec, format, rank)
 
     @classmethod
     def name(cls) -> str:
@@ -131,7 +144,7 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One weight to decompose: into which format, at which rank, by which algorithm."""
+    """One weight to decompose: into which format, at which rank, by which algorithm, from which factors if any."""
 
     weight: Tensor
     spec: LayerSpec
@@ -139,6 +152,7 @@ class Problem:
     rank: Rank
     algorithm: Decomposition
     metric: Moments | None = None
+    start: Factorization | None = None
 
 
 def default_algorithm(format: str, seed: int = 0, *, aware: bool = False) -> Decomposition:
@@ -160,6 +174,7 @@ def decompose(
     *,
     spec: LayerSpec | None = None,
     metric: Moments | None = None,
+    start: Factorization | None = None,
 ) -> Fit:
     """Return the best factorization of a weight that the algorithm finds at this rank.
 
@@ -171,6 +186,8 @@ def decompose(
         spec: geometry of the layer that holds the weight; needed for groups, transposed convolutions and embeddings.
         metric: moments of the layer's inputs. An algorithm that does not know the data ignores them, but the fit tells
             its output error all the same.
+        start: factors of the weight in this format at any rank, from which algorithms go on that depend on where they
+            start (CP); others find the same without.
 
     Raises:
         RankError: a rank outside of what the weight allows.
@@ -184,7 +201,7 @@ def decompose(
     if spec is None:
         spec = spec_of_weight(weight)
     algorithm = algorithm or default_algorithm(format, aware=metric is not None)
-    return decompose_many([Problem(weight, spec, format, rank, algorithm, metric)])[0]
+    return decompose_many([Problem(weight, spec, format, rank, algorithm, metric, start)])[0]
 
 
 def decompose_many(problems: Sequence[Problem]) -> list[Fit]:
@@ -192,8 +209,9 @@ def decompose_many(problems: Sequence[Problem]) -> list[Fit]:
     prepared = [_prepare(p) for p in problems]
     batches: dict[tuple[Any, ...], list[int]] = {}
     for i, (problem, (weight, _)) in enumerate(zip(problems, prepared, strict=True)):
-        # Large weights, and those with a metric, fill the machine alone; stacking those would only cost memory.
-        alone = i if weight.numel() > _STACK_BELOW or problem.metric is not None else -1
+        # Large weights fill the machine alone; stacking those, or those with a metric or start, would only cost memory.
+        own = problem.metric is not None or problem.start is not None
+        alone = i if weight.numel() > _STACK_BELOW or own else -1
         key = (weight.shape, weight.dtype, weight.device, problem.format, repr(problem.rank), problem.algorithm, alone)
         batches.setdefault(key, []).append(i)
     fits: dict[int, Fit] = {}
@@ -259,7 +277,8 @@ def _fit_batch(problems: Sequence[Problem], prepared: Sequence[tuple[Tensor, flo
     if first.metric is not None:
         return [_fit_metric(first, first.metric, prepared[0], kind, rank)]
     stacked = prepared[0][0] if len(problems) == 1 else torch.cat([w for w, _ in prepared])
-    factors = first.algorithm.fit(stacked, first.spec, kind, rank)
+    begun = None if first.start is None else first.start.to(stacked).scaled(1 / (prepared[0][1] or 1.0))
+    factors = first.algorithm.fit_from(begun, stacked, first.spec, kind, rank)
     fits = []
     for i, (problem, (weight, scale)) in enumerate(zip(problems, prepared, strict=True)):
         rows = slice(i * groups, (i + 1) * groups)
@@ -283,7 +302,8 @@ def _fit_metric(
     if isinstance(algorithm, AwareDecomposition):
         goal = metric.goal(flat, algorithm.ridge)
         top = float(goal.abs().max()) or 1.0
-        root, inverse = (None, None) if metric.output is None else roots(ridged(metric.output, _MINDED))
+        turns = metric.output is not None and isinstance(kind.structure(spec, rank)[-1], LayerSpec)
+        root, inverse = roots(ridged(metric.output, _MINDED)) if turns and metric.output is not None else (None, None)
         wanted = (goal / top if root is None else root @ goal / top).view(weight.shape).to(weight.dtype)
         factors = algorithm.fit(wanted, spec, kind, rank, covariance=metric.covariance())
         value = kind(spec, **factors.tensors)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.decompositions.base import decompose, default_algorithm
+from tenfold.decompositions.base import Decomposition, decompose, default_algorithm
 from tenfold.decompositions.metric import Moments, ridged, roots
 from tenfold.decompositions.weighted import Weighted, WeightedALS, alternate, gram_under
 from tenfold.formats import Factorization, Rank, join_groups
@@ -24,6 +24,7 @@ Curve = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 # Few sweeps: a curve is to rank the candidates, the chosen one is decomposed with care.
 _QUICK = WeightedALS(n_iter=3, cg_steps=4)
+_QUICK_SWEEPS = 12
 _MINDED = 1e-3
 
 
@@ -65,6 +66,31 @@ def damage_curve(
         groups, out, inner, first = kernel.shape[:4]
         return _SpatialCurve(Weighted.of(kernel.reshape(groups, out, inner * first, prod(spec.kernel[1:])), square))
     return _FittedCurve(weight.detach(), spec, format, moments)
+
+
+def error_curve(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Curve:
+    """Return a function from ranks (m, 1) to the relative squared error ‖W − Ŵ‖²/‖W‖² (m,) of a format with one rank.
+
+    By a few quick fits and what lies between them: for formats whose error no spectrum tells (not ``tails_bound``).
+
+    Args:
+        weight: groups apart: (groups, out/groups, in/groups, *kernel).
+        spec: geometry of the layer.
+        format: a format with one rank.
+    """
+    (name,) = format.rank_names
+    dense = join_groups(weight.detach().float(), spec)
+    settings = default_algorithm(format.name()).to_dict()
+    quick = Decomposition.from_dict(settings | {k: _QUICK_SWEEPS for k in settings if k == "n_iter"})
+    known: dict[int, NDArray[np.float64]] = {}
+
+    def at(rank: int) -> NDArray[np.float64]:
+        if rank not in known:
+            fit = decompose(dense, format.name(), {name: rank}, quick, spec=spec)
+            known[rank] = np.array([fit.rel_error**2])
+        return known[rank]
+
+    return lambda ranks: between(at, ranks[:, 0], most=6, geometric=True)[:, 0]
 
 
 def _tails(values: Tensor, power: float | None = None) -> NDArray[np.float64]:
@@ -113,8 +139,12 @@ class _SpatialCurve:
         return self._known[rank]
 
 
-def between(at: Callable[[int], NDArray[np.float64]], ranks: NDArray[np.int64], most: int = 12) -> NDArray[np.float64]:
+def between(
+    at: Callable[[int], NDArray[np.float64]], ranks: NDArray[np.int64], most: int = 12, *, geometric: bool = False
+) -> NDArray[np.float64]:
     """Return ``at`` (k,) of every rank (m,), as (m, k): asked for at ``most`` ranks at most, geometric in between.
+
+    These lie evenly, or with ``geometric`` ever further apart, for when large ranks are dear.
 
     Example:
         >>> ranks = np.arange(1, 41)
@@ -123,7 +153,10 @@ def between(at: Callable[[int], NDArray[np.float64]], ranks: NDArray[np.int64], 
         True
     """
     asked, place = np.unique(ranks, return_inverse=True)
-    knots = asked[np.unique(np.linspace(0, len(asked) - 1, min(most, len(asked))).round().astype(int))]
+    places = np.geomspace(1, len(asked), min(most, len(asked))) - 1 if geometric else None
+    if places is None:
+        places = np.linspace(0, len(asked) - 1, min(most, len(asked)))
+    knots = asked[np.unique(places.round().astype(int))]
     values = np.stack([at(int(rank)) for rank in knots])
     floor = 1e-12 * values.max(initial=0.0) + np.finfo(np.float64).tiny
     logs = np.log(np.maximum(values, floor))
@@ -148,6 +181,9 @@ class _FittedCurve:
 
     def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         names = self.format.rank_names
+        if len(names) == 1 and not self.format.tails_bound:
+            found = between(lambda rank: self._at({names[0]: rank}), ranks[:, 0], most=6, geometric=True)
+            return np.asarray(found[:, 0])
         if len(names) == 1:
             return between(lambda rank: self._at({names[0]: rank}), ranks[:, 0])[:, 0]
         return np.concatenate([self._at(dict(zip(names, row, strict=True))) for row in ranks.tolist()])

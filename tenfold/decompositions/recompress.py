@@ -73,9 +73,10 @@ def reduce(
     rank = FORMATS.get(format).check_rank(value.spec, rank)
     small = _reduced(wide, format, rank, algorithm) if metric is None else None
     if small is None:
-        problem = Problem(wide.to_dense(), value.spec, format, rank, algorithm, metric)
+        start = wide if format == value.name() else None
+        problem = Problem(wide.to_dense(), value.spec, format, rank, algorithm, metric, start)
     else:
-        problem = Problem(small.weight, small.spec, small.format, rank, algorithm)
+        problem = Problem(small.weight, small.spec, small.format, rank, algorithm, start=small.start)
 
     def lift(fit: Fit) -> Fit:
         found = fit.value if small is None else small.lift(fit.value)

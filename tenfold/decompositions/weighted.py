@@ -25,7 +25,7 @@ from tenfold.tensors import gram, leading_eigenvectors
 
 
 @dataclass(frozen=True)
-class _InDoubles(AwareDecomposition):
+class InDoubles(AwareDecomposition):
     """What the data-aware algorithms share: float64, because covariances are squares, and a ridge on the covariance."""
 
     dtype: ComputeDtype = "float64"
@@ -45,7 +45,7 @@ class _InDoubles(AwareDecomposition):
 
 @DECOMPOSITIONS.register("whitened_svd")
 @dataclass(frozen=True)
-class WhitenedSVD(_InDoubles):
+class WhitenedSVD(InDoubles):
     """Truncated SVD of W C^½: the low-rank weight with the least output error, in closed form.
 
     As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
@@ -81,7 +81,7 @@ class WhitenedSVD(_InDoubles):
 
 @DECOMPOSITIONS.register("weighted_als")
 @dataclass(frozen=True)
-class WeightedALS(_InDoubles):
+class WeightedALS(InDoubles):
     """Alternating least squares on the output error, for Tucker-2 and spatial; the error never grows.
 
     The problem of Kalle et al. 2025 (arXiv 2511.04494). Core and output factor are found together, exactly, from the

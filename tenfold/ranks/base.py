@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from tenfold.decompositions.curves import error_curve
 from tenfold.errors import BudgetError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.records import Call, Cost, LayerSpec
@@ -96,6 +97,13 @@ class RankProblem:
         if key not in self._cache:
             ranks = FORMATS.get(format).rank_family(self.spec)
             self._cache[key] = tuple((rank, self.cost_at(format, rank)) for rank in ranks)
+        return self._cache[key]  # type: ignore[no-any-return]
+
+    def fitted(self, format: str) -> Callable[[NDArray[np.int64]], FloatArray]:
+        """Return the function from ranks (n, names) to the relative squared error (n,) that quick fits come to."""
+        key = ("fitted", format)
+        if key not in self._cache:
+            self._cache[key] = error_curve(self.load_weight(), self.spec, FORMATS.get(format))
         return self._cache[key]  # type: ignore[no-any-return]
 
     def spectra(self, format: str) -> dict[str, Tensor]:

@@ -114,9 +114,12 @@ def tail_damage(problem: RankProblem, format: str) -> Damage:
     """Return a function from ranks (n, names) to an estimate (n,) of the relative squared error ‖W − Ŵ‖²/‖W‖².
 
     It is the share of the squares that the unfoldings' spectra lose, at most 1: exact for formats with one unfolding
-    (Eckart & Young 1936), an upper bound for Tucker-2, at most twice the optimum (De Lathauwer et al. 2000).
+    (Eckart & Young 1936), an upper bound for Tucker-2, at most twice the optimum (De Lathauwer et al. 2000). Of formats
+    whose error no spectrum bounds (CP) it is that of quick fits.
     """
     kind = FORMATS.get(format)
+    if not kind.tails_bound:
+        return problem.fitted(format)
     spectra = problem.spectra(format)
     tails = [_tail(spectra[name].double().numpy()) for name in kind.rank_names]
 

@@ -28,6 +28,12 @@ from tenfold.testing.weights import (
 # What an iterative algorithm may miss because it stops, as a share of the error.
 _SLACK = 2e-3
 
+# What it may miss where it depends on the start which minimum it finds.
+_LOCAL_SLACK = 0.1
+
+# What may be left of a weight of lower rank: superfluous rank-one terms are not determined, and sweeps slow down.
+_SUPERFLUOUS = 1e-3
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -75,7 +81,8 @@ def check_bounds(trial: Trial) -> None:
     """Raise LawBroken unless the squared error lies between the largest dropped tail and the sum of all of them.
 
     No approximation whose unfolding has rank r is nearer than that unfolding's best one (Eckart & Young 1936); cutting
-    all unfoldings one after the other adds up their tails at most (De Lathauwer et al. 2000; Oseledets 2011).
+    all unfoldings one after the other adds up their tails at most (De Lathauwer et al. 2000; Oseledets 2011). Formats
+    that say so (``tails_bound``) have no such upper bound.
     """
     spec = trial.at.spec
     weight = random_weight(spec, seed=3)
@@ -90,12 +97,15 @@ def check_bounds(trial: Trial) -> None:
             square = trial.fit(weight, rank).rel_error ** 2 * total
             slack = 1e-9 * total
             expect(square >= max(tails) * (1 - 1e-6) - slack, f"{square:.6g} is below the lower bound {max(tails):.6g}")
-            above = sum(tails) * (1 + _SLACK) + slack
+            above = sum(tails) * (1 + _SLACK) + slack if trial.format.tails_bound else total
             expect(square <= above, f"the squared error {square:.6g} is above the bound {sum(tails):.6g}")
 
 
 def check_recovery(trial: Trial) -> None:
-    """Raise LawBroken unless a weight that has a rank is found at that rank, exactly, and at the next ones too."""
+    """Raise LawBroken unless a weight that has a rank is found at that rank, exactly, and at the next ones too.
+
+    At the next ones it is enough to come near where the factors are not determined (not ``tails_bound``).
+    """
     spec = trial.at.spec
     ranks = some_ranks(trial.format, spec)
     own = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
@@ -104,11 +114,17 @@ def check_recovery(trial: Trial) -> None:
         for rank in (r for r in ranks if all(r[k] >= own[k] for k in own)):
             with law(6, trial, rank, f"a {dtype} weight of rank {own}"):
                 fit = trial.fit(weight, rank)
-                expect(fit.rel_error <= 2 * lowest_error(dtype), f"relative error {fit.rel_error:.3g}")
+                near = 2 * lowest_error(dtype)
+                if rank != own and not trial.format.tails_bound:
+                    near = max(near, _SUPERFLUOUS)
+                expect(fit.rel_error <= near, f"relative error {fit.rel_error:.3g}")
 
 
 def check_recompressed(trial: Trial) -> None:
-    """Raise LawBroken unless factors are compressed further as well as the dense weight that they stand for."""
+    """Raise LawBroken unless factors are compressed further as well as the dense weight that they stand for.
+
+    Where the error depends on the start (not ``tails_bound``) it may be smaller, and a little larger.
+    """
     spec, name = trial.at.spec, trial.format.name()
     ranks = some_ranks(trial.format, spec)
     own = ranks[len(ranks) // 2]
@@ -120,7 +136,9 @@ def check_recompressed(trial: Trial) -> None:
             seen = rel_error(again.value.to_dense(), value.to_dense())
             expect(again.value.rank == rank, f"the factors have rank {again.value.rank}")
             expect(abs(seen - again.rel_error) <= 1e-7, f"the fit tells the error {again.rel_error}, it is {seen}")
-            same = abs(seen - wanted.rel_error) <= _SLACK * wanted.rel_error + 1e-7
+            local = not trial.format.tails_bound
+            worse = seen - wanted.rel_error if local else abs(seen - wanted.rel_error)
+            same = worse <= (_LOCAL_SLACK if local else _SLACK) * wanted.rel_error + 1e-7
             expect(same, f"relative error {seen:.6g}, from the dense weight {wanted.rel_error:.6g}")
 
 
@@ -215,6 +233,9 @@ ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
 }
 
 
+_ONCE_PER_KIND = ("batched", "odd_weights", "broken_weights", "deterministic")
+
+
 def check_algorithm_laws(
     algorithm: Decomposition,
     format: type[Factorization],
@@ -223,11 +244,15 @@ def check_algorithm_laws(
 ) -> None:
     """Raise LawBroken unless an algorithm obeys one of ``ALGORITHM_LAWS`` on a format, wherever that serves.
 
-    Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried.
+    Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
+    formats that take many sweeps each time (not ``tails_bound``), the laws on odd weights and batches try one geometry
+    of each kind, number of axes, and grouping; and so do all laws for algorithms that say they are ``costly``.
     """
     seen = set()
+    few = algorithm.costly or (name in _ONCE_PER_KIND and not format.tails_bound)
     for at in served(format, geometries):
-        key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", at.spec.group_shape)
+        shape = (at.spec.axes, at.spec.groups > 1) if few else at.spec.group_shape
+        key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", shape)
         if key not in seen:
             seen.add(key)
             ALGORITHM_LAWS[name](Trial(algorithm, format, at))

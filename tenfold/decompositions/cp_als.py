@@ -1,0 +1,232 @@
+"""CP decomposition by alternating least squares: the sum of R rank-one tensors that is nearest to a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
+from tenfold.decompositions.cp_starts import algebraic_start, fibers, known_start, random_start, singular_start
+from tenfold.decompositions.cp_sweeps import Swept, alternate
+from tenfold.decompositions.frames import Frames
+from tenfold.errors import RankError, WeightError
+from tenfold.formats import Factorization, Kruskal, Rank
+from tenfold.records import LayerSpec
+from tenfold.tensors import kruskal
+
+Start = Literal["auto", "random", "hosvd", "algebraic"]
+
+# Tensors of so few entries are decomposed in float64, and from an algebraic start as well: both cost next to nothing.
+_SMALL = 1 << 14
+
+# With several starts, the best after so many sweeps goes on alone.
+_RACE = 10
+
+
+@dataclass(frozen=True, eq=False)
+class CPFit:
+    """Factors of a batch of tensors, and how they were found.
+
+    Attributes:
+        factors: for each mode (batch, n, R), scaled to the least sensitivity.
+        rel_errors: ‖X − X̂‖/‖X‖ (batch,), from inner products: those below 1e-4 are rough in float32.
+        n_iter: sweeps.
+        converged: whether all fits stopped rising before the sweeps ran out.
+        note: the start that won.
+    """
+
+    factors: tuple[Tensor, ...]
+    rel_errors: Tensor
+    n_iter: int
+    converged: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class CPSettings:
+    """How ``fit_cp`` goes about it; see ``CPALS``."""
+
+    n_iter: int = 200
+    tol: float = 5e-5
+    ridge: float = 3e-3
+    start: Start = "auto"
+    restarts: int = 1
+    momentum: bool = True
+    compress: bool = True
+    seed: int = 0
+
+
+def fit_cp(
+    tensor: Tensor, rank: int, settings: CPSettings | None = None, *, start: Sequence[Tensor] | None = None
+) -> CPFit:
+    """Return the sum of ``rank`` rank-one tensors that alternating least squares finds for each tensor of a batch.
+
+    Args:
+        tensor: (batch, n_1, …, n_N), N ≥ 2, float32 or float64, of any scale.
+        rank: at least 1; from the least product of all modes but one on, the fit is exact and takes no sweep.
+        settings: sweeps, tolerance, starts.
+        start: for each mode factors (batch, n, R₀) to go on from, of any rank R₀; raced against the other starts when
+            these are as many.
+
+    Raises:
+        WeightError: a tensor that is empty, of order 1 or not finite.
+        RankError: a rank below 1.
+
+    Example:
+        >>> x = torch.randn(1, 6, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> fit = fit_cp(x, 8)
+        >>> [tuple(f.shape) for f in fit.factors]
+        [(1, 6, 8), (1, 5, 8), (1, 4, 8)]
+        >>> fit_cp(x, 20).rel_errors.item()
+        0.0
+    """
+    settings = settings or CPSettings()
+    _check(tensor, rank)
+    scale = tensor.abs().flatten(1).amax(1)
+    scale = torch.where(scale > 0, scale, 1.0).reshape(-1, *(1,) * (tensor.dim() - 1))
+    scaled = tensor / scale
+    sizes = tuple(tensor.shape[1:])
+    if rank >= prod(sizes) // max(sizes):
+        none = torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
+        return _found(fibers(scaled, rank), scale, none, tensor.dtype, "exact")
+    small = scaled[0].numel() <= _SMALL
+    wide = scaled.double() if small else scaled
+    frames = Frames.of(wide) if settings.compress else Frames.trivial(wide)
+    begun = None if start is None else [f.to(wide) for f in start]
+    if begun is not None:
+        begun = frames.project([begun[0] / scale.reshape(-1, 1, 1).to(wide), *begun[1:]])
+    names, starts = _starts(frames.core, rank, settings, begun, small=small)
+    best, note, sweeps, converged, squares = _race(frames.core, names, starts, settings)
+    total = torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=torch.float64).square()
+    missed = (squares / torch.where(total > 0, total, 1.0)).sqrt()
+    best = frames.lift(best)
+    return _found(best, scale, missed, tensor.dtype, note, n_iter=sweeps, converged=converged)
+
+
+def _check(tensor: Tensor, rank: int) -> None:
+    if tensor.dim() < 3 or tensor.numel() == 0:
+        msg = f"CP needs tensors (batch, n_1, n_2, ...) with entries, not the shape {tuple(tensor.shape)}"
+        raise WeightError(msg)
+    if rank < 1:
+        msg = f"the rank {rank} is below 1: a sum needs at least one term"
+        raise RankError(msg)
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        msg = f"the tensor has {bad} NaN or infinite entries of {tensor.numel()}: repair it first"
+        raise WeightError(msg)
+
+
+def _found(
+    factors: Sequence[Tensor],
+    scale: Tensor,
+    errors: Tensor,
+    dtype: torch.dtype,
+    note: str,
+    *,
+    n_iter: int = 0,
+    converged: bool = True,
+) -> CPFit:
+    """Return the fit of tensors that were divided by ``scale``."""
+    balanced = kruskal.balance([f.double() for f in factors])
+    share = scale.reshape(-1, 1, 1).double() ** (1 / len(balanced))
+    return CPFit(tuple((f * share).to(dtype) for f in balanced), errors, n_iter, converged, note)
+
+
+def _starts(
+    core: Tensor, rank: int, settings: CPSettings, known: list[Tensor] | None, *, small: bool
+) -> tuple[list[str], list[Tensor]]:
+    """Return the names of the starts and for each mode the factors (batch, starts, n, R)."""
+    kinds: list[tuple[str, list[Tensor] | None]] = []
+    if known is not None:
+        kinds.append(("known factors", known_start(known, rank, seed=settings.seed)))
+    if settings.start == "hosvd":
+        kinds.append(("hosvd", singular_start(core, rank, seed=settings.seed)))
+    if settings.start == "algebraic" or (settings.start == "auto" and small):
+        kinds.append(("algebraic", algebraic_start(core, rank, seed=settings.seed)))
+    drawn = settings.restarts if settings.start in ("auto", "random") and (known is None or small) else 0
+    if drawn or not any(start for _, start in kinds):
+        drawn = max(drawn, 1)
+        own = random_start(core.shape[1:], rank, count=drawn, seed=settings.seed, like=core)
+        kinds.extend((f"random {i}", [f[:, i : i + 1] for f in own]) for i in range(drawn))
+    found = [(name, start) for name, start in kinds if start is not None]
+    return [name for name, _ in found], [torch.cat(mode, dim=1) for mode in zip(*(s for _, s in found), strict=True)]
+
+
+def _race(
+    core: Tensor, names: list[str], starts: list[Tensor], settings: CPSettings
+) -> tuple[list[Tensor], str, int, bool, Tensor]:
+    """Return the best factors, the start that led there, the sweeps, whether they converged, and the squared errors."""
+    made = 0
+    note = names[0]
+    if len(names) > 1:
+        heats = _sweep(core, starts, settings, min(_RACE, settings.n_iter))
+        made, won = len(heats.history), heats.squares.argmin(1)
+        note = ", ".join(dict.fromkeys(names[i] for i in won.tolist()))
+        starts = [f[:, None] for f in heats.best()]
+        if heats.converged or made >= settings.n_iter:
+            return heats.best(), note, made, heats.converged, heats.squares.amin(1)
+    last = _sweep(core, starts, settings, settings.n_iter - made)
+    return last.best(), note, made + len(last.history), last.converged, last.squares[:, 0]
+
+
+def _sweep(core: Tensor, starts: list[Tensor], settings: CPSettings, n_iter: int) -> Swept:
+    return alternate(core, starts, n_iter=n_iter, tol=settings.tol, momentum=settings.momentum, ridge=settings.ridge)
+
+
+@DECOMPOSITIONS.register("cp_als")
+@dataclass(frozen=True)
+class CPALS(Decomposition):
+    """Alternating least squares for CP: two passes over the weight a sweep, extrapolated, terms kept from cancelling.
+
+    Carroll & Chang 1970, Harshman 1970; the sweeps share their contractions (Phan, Tichavský & Cichocki 2013), each
+    starts ahead of the last one (Ang, Cohen, Gillis & Hien 2019), and modes of less than full rank are compressed
+    without loss before (Bro & Andersson 1998). A best approximation may not exist, and plain sweeps then creep along
+    with ever larger terms that cancel; a small penalty on the norms of the terms, in proportion to the squared error,
+    prevents that and makes the error fall faster. The factors are scaled to the least sensitivity.
+
+    Attributes:
+        n_iter: sweeps at most.
+        tol: stop when the error falls by less than this share of itself in a sweep.
+        ridge: weight of Σ λ_r² beside the squared error, as a share of the relative squared error; 0 for plain ALS.
+        start: random; hosvd, the leading singular vectors; algebraic, from the eigenvectors of a pencil of slices,
+            exact without noise; auto: random, and for small weights the better of random and algebraic.
+        restarts: how many random starts; the best after ten sweeps goes on.
+        momentum: whether sweeps are extrapolated.
+        compress: whether modes of lower rank are compressed first.
+    """
+
+    n_iter: int = 200
+    tol: float = 5e-5
+    ridge: float = 3e-3
+    start: Start = "auto"
+    restarts: int = 1
+    momentum: bool = True
+    compress: bool = True
+
+    @classmethod
+    def serves(cls, format: type[Factorization]) -> bool:
+        """Whether the format is a sum of rank-one tensors."""
+        return issubclass(format, Kruskal)
+
+    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+        """Return one factor for each mode."""
+        return self.fit_from(None, weight, spec, format, rank)
+
+    def fit_from(
+        self, start: Factorization | None, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank
+    ) -> Factors:
+        """Return one factor for each mode, found from those of ``start``, of any rank."""
+        if not issubclass(format, Kruskal):
+            msg = f"cp_als finds factors of sums of rank-one tensors, not of {format.name()}"
+            raise TypeError(msg)
+        begun = start.factors() if isinstance(start, Kruskal) else None
+        found = fit_cp(format.tensorize(weight, spec), rank["rank"], self._settings(), start=begun)
+        return Factors(dict(format.of(spec, found.factors).tensors()), found.n_iter, found.converged, found.note)
+
+    def _settings(self) -> CPSettings:
+        return CPSettings(**{f.name: getattr(self, f.name) for f in fields(CPSettings)})
