@@ -20,6 +20,7 @@ class Modes(NamedTuple):
     reason: str
 
 
+@lru_cache(maxsize=4096)
 def mode_factors(n: int, order: int, *, pad: bool = True) -> Modes:
     """Return ``order`` modes whose product is ``n``, or a little more where that makes them smaller by 5 %.
 
