@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tenfold.records import RunRecord
     from tenfold.tuning import LowRankResult
 
-ORDER = 35
+ORDER = 37
 _HOW = "Recovery"
 
 
@@ -86,6 +86,9 @@ def run(
     end) and `tuned` or `compressed`; `settings.towards` has by epoch how far weights were from low rank, and the score
     on the validation part with and without low rank.
     """
+    if decide.fold:
+        msg = "batch norm is folded in the end, by `tenfold compress --fold`; leave --fold out."
+        raise Misuse(msg)
     if out is None:
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
@@ -174,6 +177,7 @@ class _Job:
             choices = {} if decide.plan is not None else plan_choices(decide, self.seed)
             return {"plan": plan_of(decide, self.opened, cost, choices)}
         given = {"--plan": decide.plan, "--rule": decide.rule, "--set": decide.settings, "--rank": decide.rank}
+        given |= {"--algorithm": decide.algorithm}
         odd = [name for name, value in given.items() if value]
         if odd:
             msg = f"--method lc chooses ranks by itself; leave {', '.join(odd)} out."
