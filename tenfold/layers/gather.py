@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold.layers.joining import NARROW, JoinPicked, join
 from tenfold.records import GatherSpec, TrainShape
 
 # From this many ids on, repeated ones are looked for; they are computed once if at most this share is distinct.
 _MANY = 256
 _REPEATED = 0.7
-
-# Products of matrices with fewer columns are slow: they are turned around.
-_NARROW = 16
 
 
 def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tensor:
@@ -30,21 +28,27 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tens
         shape: modes and ranks.
         ids: integers in 0..∏ row modes.
     """
-    digits = _digits(ids, shape.row_modes)
+    digits, segments = _digits(ids, shape.row_modes), shape.segments(len(ids))
+    picked = []
+    for start, stop in segments:
+        table = _multiplied(cores[start:stop]).flatten(2)  # (rows of the run, r, columns · r')
+        picked.append((table, _index(digits[start:stop], shape.row_modes[start:stop])))
+    if len(picked) == 2 and not torch.compiler.is_compiling():
+        (left, i), (right, j) = picked
+        inner = shape.sides[segments[1][0]]
+        found: Tensor = JoinPicked.apply(left.reshape(len(left), -1, inner), right, i, j)  # type: ignore[no-untyped-call]
+        return found
+    return _joined(picked, len(ids))
+
+
+def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Return the products, row by row, of what is picked from each table."""
     found: Tensor | None = None
-    for start, stop in shape.segments(len(ids)):
-        table, index = _multiplied(cores[start:stop]), _index(digits[start:stop], shape.row_modes[start:stop])
-        part = F.embedding(index, table.flatten(1)).view(len(ids), shape.sides[start], -1)
-        found = part if found is None else _join(found.reshape(len(ids), -1, shape.sides[start]), part)
+    for table, index in picked:
+        part = F.embedding(index, table.flatten(1)).view(count, *table.shape[1:])
+        found = part if found is None else join(found.reshape(count, -1, table.shape[1]), part)
     assert found is not None  # noqa: S101 - a train has a core
-    return found.reshape(len(ids), -1)
-
-
-def _join(left: Tensor, right: Tensor) -> Tensor:
-    """Return the products of many small matrices; torch is thrice as slow where the right ones have few columns."""
-    if right.shape[-1] >= _NARROW or left.shape[1] < _NARROW:
-        return torch.bmm(left, right)
-    return torch.bmm(right.mT, left.mT).mT
+    return found.reshape(count, -1)
 
 
 def gather_distinct(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def _multiplied(cores: Sequence[Tensor]) -> Tensor:
         rows, left, columns, inner = table.shape
         mode, _, more, right = core.shape
         flat = table.reshape(-1, inner)
-        if more * right >= _NARROW:
+        if more * right >= NARROW:
             product = torch.matmul(flat, core.reshape(mode, inner, -1))
         else:
             wide = core.movedim(0, 1).reshape(inner, -1)
