@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tenfold.tuning.average import Average
 from tenfold.tuning.batches import share
 from tenfold.tuning.snapshot import Snapshot
 
-accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'tenfold[train]'")
+accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'tenfold[scale]'")
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("launched", Path(__file__).with_name("launched.py"))
@@ -177,6 +178,30 @@ def test_mixed_precision_is_that_of_the_accelerator(one: Any) -> None:
 def test_accelerators_that_the_loop_cannot_serve_are_refused(one: Any) -> None:
     with pytest.raises(TuningError, match=r"TuneConfig\(accumulate=4\)"):
         finetune(launched.mlp(), [], accelerator=one(gradient_accumulation_steps=4))
+
+
+def made_up(kind: str, *, gathered: tuple[int, ...] = (0,)) -> Any:
+    """Return what stands for an accelerator of a cluster that a test cannot have."""
+    return SimpleNamespace(
+        gradient_accumulation_steps=1,
+        distributed_type=accelerate.DistributedType[kind],
+        process_index=0,
+        num_processes=len(gathered),
+        mixed_precision="no",
+        device=torch.device("cpu"),
+        gather=lambda _: torch.tensor(gathered),
+    )
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_models_in_pieces_are_refused(kind: str) -> None:
+    with pytest.raises(TuningError, match=f"set up for {kind}"):
+        finetune(launched.mlp(), [], accelerator=made_up(kind))
+
+
+def test_a_folder_that_not_all_machines_see_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="find 2, 0 epochs"):
+        finetune(launched.mlp(), [], accelerator=made_up("MULTI_CPU", gathered=(2, 0)), folder=tmp_path)
 
 
 # --- accumulation and the average of the weights ---
