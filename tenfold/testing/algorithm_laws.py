@@ -246,12 +246,13 @@ def check_algorithm_laws(
 
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
     formats that take many sweeps each time (not ``tails_bound``), the laws on odd weights and batches try one geometry
-    of each kind, number of axes, and grouping; and so do all laws for algorithms that say they are ``costly``.
+    of each kind, number of axes, and grouping; algorithms that say they are ``costly`` one of each kind and grouping.
     """
     seen = set()
-    few = algorithm.costly or (name in _ONCE_PER_KIND and not format.tails_bound)
+    few = name in _ONCE_PER_KIND and not format.tails_bound
     for at in served(format, geometries):
-        shape = (at.spec.axes, at.spec.groups > 1) if few else at.spec.group_shape
+        kind = at.spec.groups > 1
+        shape = kind if algorithm.costly else (at.spec.axes, kind) if few else at.spec.group_shape
         key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", shape)
         if key not in seen:
             seen.add(key)

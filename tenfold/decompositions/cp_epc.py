@@ -1,0 +1,165 @@
+"""CP whose components do not cancel: alternating least squares, then the least sensitivity at nearly the same error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
+from tenfold.decompositions.correction import Objective, correct, objective_of, refine
+from tenfold.decompositions.cp_als import CPSettings, fit_cp
+from tenfold.decompositions.gauss_newton import descend
+from tenfold.errors import TenfoldError
+from tenfold.formats import Factorization, Kruskal, Rank
+from tenfold.records import LayerSpec
+from tenfold.tensors import kruskal
+
+
+@DECOMPOSITIONS.register("cp_epc")
+@dataclass(frozen=True)
+class CPEPC(Decomposition):
+    """Error preserving correction: least squares first, then the least sensitivity (or norms) within an error bound.
+
+    Least squares alone drive components to large norms that cancel: each sweep buys a little error with them, and the
+    layer can hardly be trained. A small share of the error given back buys most of that stability (Phan et al. 2020,
+    arXiv 2008.05441; Phan, Tichavsky & Cichocki 2019, arXiv 1709.08349). Computes in float64.
+
+    Attributes:
+        slack: the squared error may be this many times that of the start. At 1 nothing can move after a start that
+            has converged.
+        bound: instead, the relative error ‖W − Ŵ‖/‖W‖ that is allowed; where the start misses it, ``slack`` holds.
+        objective: ``sensitivity`` to noise in the factors, or Σ of the squared ``norms`` of the components.
+        sweeps: of each correction, at most.
+        tol: stop a correction when a sweep lowers the objective by less than this share.
+        rounds: after the correction go back to least squares for a few sweeps and correct again, at most this often
+            and while it helps by more than 1 %.
+        start: the algorithm whose error is preserved, ``cp_als`` or ``cp_lm``.
+    """
+
+    slack: float = 1.02
+    bound: float | None = None
+    objective: Objective = "sensitivity"
+    sweeps: int = 200
+    tol: float = 1e-3
+    rounds: int = 1
+    start: Literal["cp_als", "cp_lm"] = "cp_als"
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that no factors can meet, and an objective that is not known."""
+        if not self.slack >= 1:
+            msg = f"slack={self.slack} must be at least 1: it multiplies the squared error of the start"
+            raise TenfoldError(msg)
+        if self.bound is not None and not 0 < self.bound < 1:
+            msg = f"bound={self.bound} must lie between 0 and 1: it is a relative error"
+            raise TenfoldError(msg)
+        if self.objective not in ("sensitivity", "norms"):
+            msg = f"objective={self.objective!r} is not known: it is 'sensitivity' or 'norms'"
+            raise TenfoldError(msg)
+
+    costly: ClassVar[bool] = True
+
+    @classmethod
+    def serves(cls, format: type[Factorization]) -> bool:
+        """Whether the format is a sum of rank-one tensors."""
+        return issubclass(format, Kruskal)
+
+    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+        """Return balanced factors with an error within the bound."""
+        return self.fit_from(None, weight, spec, format, rank)
+
+    def fit_from(
+        self, start: Factorization | None, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank
+    ) -> Factors:
+        """Return balanced factors with an error within the bound, found from those of ``start``."""
+        if not issubclass(format, Kruskal):
+            msg = f"cp_epc finds factors of sums of rank-one tensors, not of {format.name()}"
+            raise TypeError(msg)
+        begun = start.factors() if isinstance(start, Kruskal) else None
+        found = self.fit_tensor(format.tensorize(weight, spec), rank["rank"], begun)
+        return Factors(dict(format.of(spec, found.factors).tensors()), found.n_iter, found.converged, found.note)
+
+    def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> Stable:
+        """Return the factors (batch, n, rank) of tensors (batch, n_1, …), in their dtype."""
+        wide = tensor.double()
+        begun = None if start is None else [f.double() for f in start]
+        first = fit_cp(wide, rank, CPSettings(seed=self.seed), start=begun)
+        factors, sweeps = list(first.factors), first.n_iter
+        near = (first.rel_errors > _ROUNDED.get(tensor.dtype, 1e-6)) & (first.rel_errors < _NEARLY)
+        if self.start == "cp_lm" or bool(near.any()):
+            accurate = descend(wide, factors, n_iter=_STEPS, tol=_STEP_TOL)
+            factors, sweeps = accurate.factors, sweeps + accurate.n_iter
+        found = self.stabilise(wide, factors, tensor.dtype)
+        stored = [f.to(tensor.dtype) for f in found.factors]
+        return Stable(stored, sweeps + found.n_iter, first.converged and found.converged, found.note)
+
+    def stabilise(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype = torch.float64) -> Stable:
+        """Return the factors corrected: an error within the bound, the objective far lower.
+
+        Args:
+            tensor: (batch, n_1, …), float64.
+            factors: (batch, n_m, R) of each mode, float64.
+            stored: the dtype in which factors will be stored; errors below its rounding are not told apart.
+        """
+        limit, exact = self._limit(tensor, factors, stored)
+        if exact:
+            return Stable(kruskal.balance(factors), 0, converged=True, note="exact: nothing to give back")
+        before = objective_of(kruskal.balance(factors), self.objective)
+        best = correct(tensor, factors, limit, self.objective, sweeps=self.sweeps, tol=self.tol)
+        found, value, sweeps = best.factors, best.objective, best.sweeps
+        for _ in range(self.rounds):
+            fitted = refine(tensor, found, _REFINED)
+            again = correct(tensor, fitted, limit, self.objective, sweeps=self.sweeps, tol=self.tol)
+            sweeps += _REFINED + again.sweeps
+            lower = again.objective < value
+            enough = bool((again.objective < 0.99 * value).any())
+            found = [torch.where(lower[:, None, None], a, b) for a, b in zip(again.factors, found, strict=True)]
+            value = torch.where(lower, again.objective, value)
+            if not enough:
+                break
+        tiny = torch.finfo(value.dtype).tiny
+        times = float((before.clamp_min(tiny) / value.clamp_min(tiny)).log().mean().exp())
+        return Stable(
+            found, sweeps, best.converged, f"{self.objective} {times:.3g} times lower than after {self.start}"
+        )
+
+    def _limit(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype) -> tuple[Tensor, bool]:
+        """Return the squared error (batch,) that is allowed, and whether all errors are rounding and may stay that.
+
+        At most the share ``slack`` − 1 of the fit is given up, too: of a poor one, little is left to give.
+        """
+        total = tensor.flatten(1).square().sum(-1)
+        reached = (tensor - kruskal.to_tensor(factors)).flatten(1).square().sum(-1)
+        limit = torch.minimum(self.slack * reached, reached + (self.slack - 1) * (total - reached).clamp_min(0))
+        if self.bound is not None:
+            wanted = self.bound**2 * total
+            limit = torch.where(reached <= wanted, wanted, limit)
+        floor = _ROUNDED.get(stored, _ROUNDED[torch.float32]) ** 2 * total
+        exact = self.bound is None and bool((reached <= floor).all())
+        return torch.maximum(limit, floor).clamp_min(torch.finfo(limit.dtype).tiny), exact
+
+
+@dataclass(frozen=True, eq=False)
+class Stable:
+    """Corrected factors (batch, n, R), the sweeps it took, whether it came to rest, and by how much it helped."""
+
+    factors: list[Tensor]
+    n_iter: int
+    converged: bool
+    note: str
+
+
+# Errors as small say that the tensor has such a rank, or nearly: then Gauss-Newton is there in a few steps.
+_NEARLY = 1e-2
+
+# Of the accurate start, as in ``cp_lm``.
+_STEPS, _STEP_TOL = 100, 1e-7
+
+# Sweeps of least squares between two corrections.
+_REFINED = 20
+
+# Relative errors below these are rounding.
+_ROUNDED = {torch.float64: 1e-7, torch.float32: 1e-6}
