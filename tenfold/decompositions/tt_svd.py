@@ -34,4 +34,4 @@ class TTSVD(Decomposition):
         sizes, bonds = format.merged(spec, rank)
         tensor = format.to_tensor(weight, spec).reshape(len(weight), *sizes)
         cores = trains.tt_balance(trains.tt_svd(tensor, bonds, batch_dims=1))
-        return Factors(dict(format.named_cores(spec, rank, cores)))
+        return Factors(format.named_cores(spec, rank, cores) | format.beside(weight, spec))

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from tenfold.errors import RankError, WeightError
-from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
+from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.registry import Registry
+from tenfold.tensors.kruskal import Stability
 
 Rank = dict[str, int]
 Structure = tuple[StageSpec, ...]
@@ -180,6 +181,10 @@ class Factorization(abc.ABC):
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
         return {k: v for k, v in values.items() if v is not None}
 
+    def stability(self) -> Stability | None:
+        """Return how far the terms of the weight cancel; None for formats whose factors cannot diverge."""
+        return None
+
     def reduced(self) -> Reduced | None:
         """Return a small weight to decompose instead of the dense one; None where the format knows none.
 
@@ -211,7 +216,7 @@ def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
     if tuple(weight.shape) != spec.weight_shape:
         msg = f"the weight has shape {tuple(weight.shape)}, the layer {spec} needs {spec.weight_shape}"
         raise WeightError(msg)
-    if isinstance(spec, ContractSpec):
+    if isinstance(spec, ContractSpec | GatherSpec):
         return weight
     if isinstance(spec, FoldedSpec):
         spec = spec.layer
@@ -227,7 +232,7 @@ def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
 
 def join_groups(weight: Tensor, spec: StageSpec) -> Tensor:
     """Return a weight (groups, out/groups, in/groups, *kernel) in torch's layout; inverse of ``split_groups``."""
-    if isinstance(spec, ContractSpec):
+    if isinstance(spec, ContractSpec | GatherSpec):
         return weight.reshape(spec.weight_shape)
     if isinstance(spec, FoldedSpec):
         spec = spec.layer

@@ -29,6 +29,7 @@ class TrainFormat(Factorization):
     """
 
     default_algorithm: ClassVar[str] = "tt_svd"
+    splits_inputs: ClassVar[bool] = True  # into modes whose product is their number
 
     def __init__(self, spec: LayerSpec, **cores: Tensor) -> None:
         object.__setattr__(self, "spec", spec)
@@ -48,6 +49,12 @@ class TrainFormat(Factorization):
     @abc.abstractmethod
     def from_tensor(cls, tensor: Tensor, spec: LayerSpec) -> Tensor:
         """Return the weight, groups apart, with the entries of a tensor (groups, *modes); undoes ``to_tensor``."""
+
+    @classmethod
+    def beside(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return what the format keeps of a weight as it is, by field name: nothing, unless it says otherwise."""
+        del weight, spec
+        return {}
 
     @classmethod
     def max_rank(cls, spec: LayerSpec) -> Rank:
@@ -123,9 +130,13 @@ class TrainFormat(Factorization):
     @property
     def rank(self) -> Rank:
         """The ranks of all bonds; of those inside a run what the run lets them carry."""
-        starts = [int(name.removeprefix("core")) - 1 for name in self.tensors()]
+        return self.rank_of(self.tensors())
+
+    def rank_of(self, cores: dict[str, Tensor]) -> Rank:
+        """Return the ranks of all bonds of the cores of the runs, by their names."""
+        starts = [int(name.removeprefix("core")) - 1 for name in cores]
         wanted = list(self.max_rank(self.spec).values())
-        for (_, first), core in zip(pairwise(starts), self.cores, strict=False):
+        for (_, first), core in zip(pairwise(starts), cores.values(), strict=False):
             wanted[first - 1] = core.shape[-1]
         return self._named(trains.fit_ranks(self.modes(self.spec), wanted))
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, StageSpec
+from tenfold.layers.gather import Gather
+from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerSpec, StageSpec
 
 _CONVS: dict[type[nn.Module], tuple[str, int]] = {
     nn.Conv1d: ("conv", 1),
@@ -196,6 +197,8 @@ def build(spec: StageSpec, weight: nn.Parameter, bias: nn.Parameter | None = Non
     """
     if isinstance(spec, ContractSpec):
         return Contract(spec, weight, bias)
+    if isinstance(spec, GatherSpec):
+        return Gather(spec, weight)
     if isinstance(spec, FoldedSpec):
         return Folded(build(spec.layer, weight, bias), spec.copies)
     layer: nn.Module

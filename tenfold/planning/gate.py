@@ -15,7 +15,7 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, build
 from tenfold.profiling import Comparison, compare_latency, to_memory_format
 from tenfold.profiling.stage_timing import constant_input
-from tenfold.records import ContractSpec, FoldedSpec, LayerPlan, LayerSpec, Plan, Profile, Shape, StageSpec
+from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerPlan, LayerSpec, Plan, Profile, Shape, StageSpec
 
 MARGIN = 0.02
 _RETRY = 4.0
@@ -131,8 +131,11 @@ def fill_neutral_(weight: Tensor, spec: StageSpec) -> None:
     """Set all entries of a weight to one over the number of inputs that an output sees, in place."""
     if isinstance(spec, FoldedSpec):
         spec = spec.layer
+    seen: float
     if isinstance(spec, ContractSpec):
         seen = spec.fan_in
+    elif isinstance(spec, GatherSpec):
+        seen = prod(spec.shape.ranks) ** (1 / len(spec.shape.row_modes))
     else:
         seen = 1 if spec.kind == "embedding" else spec.in_channels // spec.groups * prod(spec.kernel)
     with torch.no_grad():

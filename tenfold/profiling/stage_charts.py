@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenfold.formats import FORMATS, Rank
-from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerSpec, Shape, StageSpec
 
 Indices = NDArray[np.int64]
 
@@ -32,6 +32,9 @@ class Point:
         spec, shape = self.spec, self.in_shape
         if isinstance(spec, FoldedSpec):
             return f"{spec.copies} folded {Point(spec.layer, shape).family}"
+        if isinstance(spec, GatherSpec):
+            modes = f"{_times(spec.shape.row_modes)} by {_times(spec.shape.col_modes)}"
+            return f"gather {modes} @{_times(shape)}"
         if isinstance(spec, ContractSpec):
             carried = f" of {spec.modes[0]}x*x{spec.modes[2]}" if spec.is_middle else ""
             place = len(shape) - 1 - spec.axes
@@ -51,10 +54,13 @@ class Point:
     def at(self) -> tuple[int, int]:
         """Input and output channels: of the matrix or the layer, not of the features that go past it.
 
-        Of other contractions 1 and the multiply-accumulates per position.
+        Of a gather the two ranks. Of other contractions 1 and the multiply-accumulates per position.
         """
         if isinstance(self.spec, FoldedSpec):
             return self.spec.layer.in_channels, self.spec.layer.out_channels
+        if isinstance(self.spec, GatherSpec):
+            first, last = (*self.spec.shape.ranks, 1, 1)[:2]
+            return first, last
         if not isinstance(self.spec, ContractSpec):
             return self.spec.in_channels, self.spec.out_channels
         if self.spec.is_middle:
@@ -155,7 +161,7 @@ def stage_columns(
         (rows,) = np.nonzero(member.reshape(-1) == number)
         own = table[rows]
         first = points(own[0])
-        found = _affine(first, own, full, points)
+        found = _affine(first, own, full, points) if len(full) <= 2 else None  # ranks of a train bound each other
         if found is None:
             for index, row in zip(rows, own, strict=True):
                 for point in points(row):

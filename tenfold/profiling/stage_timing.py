@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tenfold.layers import build
 from tenfold.profiling.memory_format import LAYOUTS
 from tenfold.profiling.modes import synchronize
-from tenfold.records import LayerSpec, Shape, StageSpec
+from tenfold.records import GatherSpec, LayerSpec, Shape, StageSpec
 
 Timer = Callable[[StageSpec, Shape], float]
 
@@ -69,7 +69,7 @@ def constant_layer(spec: StageSpec, device: torch.device, dtype: torch.dtype) ->
 
 def constant_input(spec: StageSpec, in_shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return an input of this shape for a layer of this geometry: ones, or the indices of an embedding, spread out."""
-    if isinstance(spec, LayerSpec) and spec.kind == "embedding":
+    if isinstance(spec, GatherSpec) or (isinstance(spec, LayerSpec) and spec.kind == "embedding"):
         count = int(torch.Size(in_shape).numel())
         return (torch.arange(count, device=device) * 7919 % spec.in_channels).reshape(in_shape)
     return torch.ones(in_shape, device=device, dtype=dtype)

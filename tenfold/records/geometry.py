@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from tenfold.records.base import Record
+from tenfold.records.gather import GatherSpec
 
 LayerKind = Literal["linear", "conv", "conv_transpose", "embedding"]
 Shape = tuple[int, ...]
@@ -335,7 +336,7 @@ class FoldedSpec(Record):
         return f"{self.copies} × {self.layer}"
 
 
-StageSpec = Annotated[LayerSpec | ContractSpec | FoldedSpec, Field(discriminator="type")]
+StageSpec = Annotated[LayerSpec | ContractSpec | FoldedSpec | GatherSpec, Field(discriminator="type")]
 
 
 def chain_params(stages: tuple[StageSpec, ...]) -> int:

@@ -51,6 +51,7 @@ GEOMETRIES: tuple[Geometry, ...] = (
     _case("linear of one vector", "linear", (10, 4), (10,), bias=True),
     _case("linear with one output", "linear", (10, 1), (3, 10), bias=True),
     _case("embedding", "embedding", (11, 6), (2, 5)),
+    _case("embedding of twelve rows", "embedding", (12, 6), (7,)),
     _case("embedding with padding", "embedding", (7, 8), (3, 4), padding_idx=2),
     _case("embedding with sparse gradients", "embedding", (9, 4), (6,), sparse=True),
     _conv("conv1d", (6, 8), (3,), (9,), bias=True),
