@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,13 +41,21 @@ class Record(BaseModel):
             TenfoldError: the text is not YAML, or not a record of this type; the message names the field.
         """
         try:
-            return cls.model_validate(yaml.safe_load(text))
+            return cls.model_validate(_values(text))
         except yaml.YAMLError as error:
             msg = f"{source} is not valid YAML: {' '.join(str(error).split())}"
             raise TenfoldError(msg) from error
         except ValidationError as error:
             msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
             raise TenfoldError(msg) from error
+
+
+def _values(text: str) -> Any:
+    """Return what is written as JSON, which is read a hundred times faster as such, or as YAML."""
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError):
+            return json.loads(text)
+    return yaml.safe_load(text)
 
 
 def explain(error: ValidationError) -> str:

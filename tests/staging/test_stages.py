@@ -76,8 +76,8 @@ def test_a_stage_starts_from_the_weights_as_trained_in_the_one_before() -> None:
             next(layer.parameters()).mul_(2)
     second = next(run)
     for before, now in zip(net, second.model, strict=True):
-        norm = float(torch.linalg.matrix_norm(before.weight, 2))
-        assert float(torch.linalg.matrix_norm(now.weight, 2)) == pytest.approx(2 * norm, rel=0.02)
+        norms = [torch.linalg.matrix_norm(layer.weight.detach(), 2).item() for layer in (before, now)]
+        assert norms[1] == pytest.approx(2 * norms[0], rel=0.02)
 
 
 def test_gradients_and_modes_of_the_training_are_not_handed_on() -> None:
