@@ -53,6 +53,11 @@ class TensorTrain(TrainFormat):
         return (*outer, prod(spec.kernel), *inner)
 
     @classmethod
+    def input_modes(cls, spec: LayerSpec) -> Shape:
+        """Return (i₁, ..., K)."""
+        return (*cls.channel_modes(spec)[1], prod(spec.kernel))
+
+    @classmethod
     def to_tensor(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
         """Return weights as (batch, o₁, ..., K, i₁, ...)."""
         return weight.flatten(3).transpose(2, 3).reshape(len(weight), *cls.modes(spec))

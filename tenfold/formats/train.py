@@ -51,6 +51,11 @@ class TrainFormat(Factorization):
         """Return the weight, groups apart, with the entries of a tensor (groups, *modes); undoes ``to_tensor``."""
 
     @classmethod
+    @abc.abstractmethod
+    def input_modes(cls, spec: LayerSpec) -> Shape:
+        """Return into which modes the inputs in·prod(kernel) are split, in the order of the flattened weight."""
+
+    @classmethod
     def beside(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """Return what the format keeps of a weight as it is, by field name: nothing, unless it says otherwise."""
         del weight, spec

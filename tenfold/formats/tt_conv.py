@@ -51,6 +51,11 @@ class TTConv(TrainFormat):
         return (*(m * n for m, n in zip(*cls.pairs(spec), strict=True)), prod(spec.kernel))
 
     @classmethod
+    def input_modes(cls, spec: LayerSpec) -> Shape:
+        """Return (i₁, i₂, i₃, K)."""
+        return (*cls.pairs(spec)[1], prod(spec.kernel))
+
+    @classmethod
     def to_tensor(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
         """Return weights as (batch, o₁i₁, ..., K)."""
         return trains.paired(weight.flatten(3).movedim(-1, 1), *cls.pairs(spec)).movedim(1, -1)

@@ -53,6 +53,11 @@ class TTMatrix(TrainFormat):
         return tuple(m * n for m, n in zip(*cls.pairs(spec), strict=True))
 
     @classmethod
+    def input_modes(cls, spec: LayerSpec) -> Shape:
+        """Return (n₁, n₂, ...)."""
+        return cls.pairs(spec)[1]
+
+    @classmethod
     def to_tensor(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
         """Return weights as (batch, m₁n₁, m₂n₂, ...)."""
         return trains.paired(weight.flatten(2), *cls.pairs(spec))

@@ -289,11 +289,14 @@ def _layer_plan(
     kind = str(layer.spec) if layer.spec is not None else layer.kind
     common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": kind, "before": layer.cost}
     if isinstance(choice, Choose):
+        rank = choice.rank
+        if layer.spec is not None:
+            rank = FORMATS.get(choice.format).check_rank(layer.spec, rank)  # lowered where the format cannot use it
         return LayerPlan(
             **common,
             action="factorize",
             format=choice.format,
-            rank=choice.rank,
+            rank=rank,
             algorithm=find_algorithm(choice.format).to_dict(),
             reason=choice.note,
             damage=choice.damage,

@@ -170,7 +170,7 @@ def _step(full: int) -> int:
 def _case(problem: RankProblem, format: str, ranks: Ranks, case: NDArray[np.bool_]) -> Numbers:
     """Return costs (n, 2) at ranks of which the same are full."""
     free = np.flatnonzero(~case)
-    if len(ranks) <= 2 ** len(free) + 2:
+    if len(ranks) <= 2 ** len(free) + 2 or len(case) > 2:  # ranks of a train bound each other: costs have corners
         return _one_by_one(problem, format, ranks)
     corners = np.repeat(ranks[:1], 2 ** len(free), axis=0)
     steps = np.array(list(product((0, 1), repeat=len(free))), dtype=np.int64).reshape(len(corners), len(free))
