@@ -17,6 +17,7 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError, TenfoldWarning
+from tenfold.layers import FitSummary
 from tenfold.parallel import Workers
 from tenfold.planning import DEFAULT_FORMATS, FastPlan, plan_fast, recost
 from tenfold.planning import plan as make_plan
@@ -33,7 +34,7 @@ from tenfold.profiling import (
     to_memory_format,
 )
 from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Budget, Latency, Measurement, Plan, Profile, RunRecord
+from tenfold.records import Budget, Latency, LayerPlan, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
 from tenfold.surgery import apply, apply_in_order, fits_of, fold_, folds_of, reestimate_batchnorm_
 from tenfold.tuning import TuneResult
@@ -301,13 +302,18 @@ def measurement(cost: Profile, latency: Latency | None = None, score: float | No
 
 
 def _with_errors(plan: Plan, small: nn.Module) -> Plan:
-    """Return the plan with the relative errors of the layers that were factorized."""
+    """Return the plan with the relative errors of the layers that were factorized, and how stable their factors are."""
     fits = fits_of(small)
-    layers = (
-        layer.replace(rel_error=fits[layer.path].rel_error) if layer.action == "factorize" else layer
-        for layer in plan.layers
-    )
+    layers = (_told(layer, fits[layer.path]) if layer.action == "factorize" else layer for layer in plan.layers)
     return plan.replace(layers=tuple(layers))
+
+
+def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
+    """Return the plan of a layer with its error; the reason says how stable factors are that could diverge."""
+    reason, _, _ = layer.reason.partition("; sensitivity ")
+    if fit.stability is not None:
+        reason = f"{reason}; {fit.stability}"
+    return layer.replace(rel_error=fit.rel_error, reason=reason)
 
 
 def _recover(

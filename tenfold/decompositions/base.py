@@ -17,6 +17,7 @@ from tenfold.formats import FORMATS, Factorization, Rank, split_groups
 from tenfold.records import LayerSpec
 from tenfold.registry import Registry
 from tenfold.tensors import rel_error
+from tenfold.tensors.kruskal import Stability
 
 ComputeDtype = Literal["auto", "float32", "float64"]
 
@@ -52,6 +53,11 @@ class Fit:
     note: str = ""
     output_error: float | None = None
     bias_shift: Tensor | None = None
+
+    @property
+    def stability(self) -> Stability | None:
+        """How far the terms of the factors cancel; None for formats whose factors cannot diverge."""
+        return self.value.stability()
 
 
 @dataclass(frozen=True)

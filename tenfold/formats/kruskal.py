@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenfold.formats.base import Factorization, Rank, Reduced, join_groups
 from tenfold.records import LayerSpec, Shape
+from tenfold.tensors.kruskal import Stability, stability
 
 # A rule that walks along all ranks walks at most about so many steps.
 _STEPS = 512
@@ -95,6 +96,10 @@ class Kruskal(Factorization):
             rest = (factor.unsqueeze(2) * rest.unsqueeze(1)).flatten(1, 2)
         flat = first @ rest.mT
         return flat.reshape(len(first), *self.spec.group_shape[1:])
+
+    def stability(self) -> Stability:
+        """Return how far the rank-one tensors cancel."""
+        return stability(self.factors())
 
     def reduced(self) -> Reduced | None:
         """Return the tensor in orthonormal frames of its channel factors; None where neither side is above the rank."""

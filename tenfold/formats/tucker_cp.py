@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
 from tenfold.records import LayerSpec
+from tenfold.tensors.kruskal import Stability, stability
 
 
 @FORMATS.register("tucker_cp")
@@ -131,6 +132,10 @@ class TuckerCP(Factorization):
         inner = self.in_factor if self.in_frame is None else self.in_frame @ self.in_factor
         weight = torch.einsum("gor,gir,gkr->goik", outer, inner, self.taps)
         return weight.reshape(self.spec.group_shape)
+
+    def stability(self) -> Stability:
+        """Return how far the rank-one kernels of the core cancel; orthonormal frames change none of it."""
+        return stability((self.out_factor, self.in_factor, self.taps))
 
     def scaled(self, factor: float) -> Self:
         """Return the factorization of ``factor`` times the weight: the frames stay orthonormal."""

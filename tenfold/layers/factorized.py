@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.describe import build
 from tenfold.records import LayerSpec, StageSpec
+from tenfold.tensors.kruskal import Stability
 
 
 @dataclass(frozen=True)
 class FitSummary:
-    """How well the factors of a layer met its weight: ‖W − Ŵ‖/‖W‖, sweeps used, and what the algorithm said."""
+    """How well the factors of a layer met its weight: ‖W − Ŵ‖/‖W‖, sweeps used, and what the algorithm said.
+
+    ``stability`` tells how far the terms cancel, of formats whose factors can diverge.
+    """
 
     rel_error: float
     n_iter: int = 1
     converged: bool = True
     note: str = ""
+    stability: Stability | None = None
 
 
 class FactorizedLayer(nn.Module):

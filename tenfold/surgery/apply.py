@@ -199,7 +199,7 @@ def _layer(fit: Fit, old: nn.Module) -> FactorizedLayer:
     weights = [p for n, p in old.named_parameters() if n.endswith("weight")]
     grads = (any(w.requires_grad for w in weights), bias is not None and bias.requires_grad)
     layer = FactorizedLayer.of(fit.value, bias, requires_grad=grads)
-    layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
+    layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note, fit.stability)
     return layer
 
 

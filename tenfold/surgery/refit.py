@@ -191,7 +191,7 @@ def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, no
         bias = (bias.double() + shift).to(bias.dtype)
     grads = tuple(any(p.requires_grad for n, p in old.named_parameters() if n.endswith(k)) for k in ("weight", "bias"))
     new = FactorizedLayer.of(fit.value, bias, requires_grad=(grads[0], grads[1]))
-    new.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
+    new.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note, fit.stability)
     if bias is None and shift is not None and _takes_mean(norm):
         norm.running_mean.sub_(shift.to(norm.running_mean))
     return put(model, {layer.path: new})

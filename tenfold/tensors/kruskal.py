@@ -7,6 +7,7 @@ here measures that, and scales the columns such that it does the least harm. Any
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
@@ -16,6 +17,26 @@ from torch import Tensor
 from tenfold.tensors.algebra import khatri_rao
 
 Factors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far the terms of a sum cancel, free of its scale; of a batch, all its sums taken as one.
+
+    Attributes:
+        sensitivity: to noise in the factors as they are scaled, over ‖T‖²; see ``sensitivity``.
+        largest_term: the largest norm of a term over ‖T‖.
+        cancellation: √(Σ λ²)/‖T‖; see ``cancellation``.
+        condition: of the terms; the largest of the batch.
+    """
+
+    sensitivity: float
+    largest_term: float
+    cancellation: float
+    condition: float
+
+    def __str__(self) -> str:
+        return f"sensitivity {self.sensitivity:.3g}, largest term {self.largest_term:.3g}"
 
 
 def to_tensor(factors: Factors) -> Tensor:
@@ -144,6 +165,25 @@ def cancellation(factors: Factors) -> Tensor:
         13.45
     """
     return _share(torch.linalg.vector_norm(component_norms(factors), dim=-1), norm(factors))
+
+
+def stability(factors: Factors) -> Stability:
+    """Return how far the terms cancel, computed in float64.
+
+    Example:
+        >>> eye = torch.eye(2)[None]
+        >>> stability([eye, eye]).cancellation
+        1.0
+    """
+    wide = [f.double() for f in factors]
+    norms, whole = component_norms(wide), norm(wide).square().sum()
+    length = whole.sqrt()
+    return Stability(
+        sensitivity=float(_share(sensitivity(wide).sum(), whole)),
+        largest_term=float(_share(norms.amax(), length)),
+        cancellation=float(_share(torch.linalg.vector_norm(norms), length)),
+        condition=float(condition(wide).amax()),
+    )
 
 
 def norm(factors: Factors) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.records import LayerSpec
+from tenfold.tensors import kruskal
 from tenfold.testing.weights import random_factors
 
 TUCKER_CP = FORMATS.get("tucker_cp")
@@ -62,3 +63,12 @@ def test_it_is_at_best_as_near_as_tucker_of_the_same_channels():
     errors = [decompose(weight, "tucker_cp", {"out": 3, "in": 4, "rank": r}).rel_error for r in (6, 8, 12)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] >= tucker - 1e-9
+
+
+def test_the_stability_is_that_of_the_framed_kernel():
+    value = decompose(torch.randn(10, 12, 3, 3, dtype=torch.float64), "tucker_cp", {"out": 3, "in": 3, "rank": 6}).value
+    outer, inner = value.out_frame @ value.out_factor, value.in_frame @ value.in_factor
+    whole = kruskal.stability((outer, inner, value.taps))
+    assert value.stability().largest_term == pytest.approx(whole.largest_term)
+    assert value.stability().condition == pytest.approx(whole.condition)
+    assert decompose(value.to_dense(), "tucker2", {"out": 3}).stability is None

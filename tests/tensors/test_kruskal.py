@@ -124,3 +124,15 @@ def test_orthogonal_dependent_and_zero_terms():
     zero = torch.zeros_like(eye)
     assert float(kruskal.cancellation([zero, eye])) == 0.0
     assert float(kruskal.condition([zero, eye])) == 1.0
+
+
+def test_stability_is_free_of_scale_and_takes_a_batch_as_one():
+    factors = _factors((6, 5, 4))
+    found, scaled = kruskal.stability(factors), kruskal.stability([f * 10 for f in factors[:1]] + factors[1:])
+    assert found.largest_term == pytest.approx(scaled.largest_term)
+    assert found.cancellation == pytest.approx(scaled.cancellation)
+    whole = kruskal.to_tensor(factors).square().sum()
+    assert found.sensitivity == pytest.approx(float(kruskal.sensitivity(factors).sum() / whole))
+    assert "sensitivity" in str(found)
+    zero = kruskal.stability([torch.zeros(1, 3, 2)] * 3)
+    assert zero == kruskal.Stability(0.0, 0.0, 0.0, 1.0)
