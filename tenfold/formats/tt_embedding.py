@@ -108,10 +108,10 @@ class TTEmbeddingFormat(TrainFormat):
     def to_grouped(self) -> Tensor:
         """Return the weight (1, columns, rows), the row of the padding put in."""
         dense = super().to_grouped()
-        padding = vars(self)["_padding"]
-        if padding is None:
+        padding, index = vars(self)["_padding"], self.spec.padding_idx
+        if padding is None or index is None:
             return dense
-        here = torch.eq(torch.arange(self.spec.in_channels, device=dense.device), self.spec.padding_idx)
+        here = torch.eq(torch.arange(self.spec.in_channels, device=dense.device), index)
         return torch.where(here, padding[:, :, None], dense)
 
     @property
