@@ -21,11 +21,12 @@ from tenfold.tensors import kruskal
 
 Start = Literal["auto", "random", "hosvd", "algebraic"]
 
-# Tensors of so few entries are decomposed in float64, and from an algebraic start as well: both cost next to nothing.
+# Tensors of so few entries are decomposed in float64 and from several starts: both cost next to nothing.
 _SMALL = 1 << 14
+_SMALL_STARTS = 3
 
-# With several starts, the best after so many sweeps goes on alone.
-_RACE = 10
+# With several starts, the best after so many sweeps goes on alone; small tensors can wait for longer.
+_RACE, _SMALL_RACE = 10, 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ def fit_cp(
     best, note, sweeps, converged, squares = _race(frames.core, names, starts, settings)
     total = torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=torch.float64).square()
     missed = (squares / torch.where(total > 0, total, 1.0)).sqrt()
-    best = frames.lift(best)
+    best = [f * (total > 0).to(f)[:, None, None] for f in frames.lift(best)]
     return _found(best, scale, missed, tensor.dtype, note, n_iter=sweeps, converged=converged)
 
 
@@ -149,6 +150,8 @@ def _starts(
     if settings.start == "algebraic" or (settings.start == "auto" and small):
         kinds.append(("algebraic", algebraic_start(core, rank, seed=settings.seed)))
     drawn = settings.restarts if settings.start in ("auto", "random") and (known is None or small) else 0
+    if settings.start == "auto" and small:
+        drawn = max(drawn, _SMALL_STARTS)
     if drawn or not any(start for _, start in kinds):
         drawn = max(drawn, 1)
         own = random_start(core.shape[1:], rank, count=drawn, seed=settings.seed, like=core)
@@ -164,7 +167,8 @@ def _race(
     made = 0
     note = names[0]
     if len(names) > 1:
-        heats = _sweep(core, starts, settings, min(_RACE, settings.n_iter))
+        race = _SMALL_RACE if core[0].numel() <= _SMALL else _RACE
+        heats = _sweep(core, starts, settings, min(race, settings.n_iter))
         made, won = len(heats.history), heats.squares.argmin(1)
         note = ", ".join(dict.fromkeys(names[i] for i in won.tolist()))
         starts = [f[:, None] for f in heats.best()]
@@ -194,8 +198,8 @@ class CPALS(Decomposition):
         tol: stop when the error falls by less than this share of itself in a sweep.
         ridge: weight of Σ λ_r² beside the squared error, as a share of the relative squared error; 0 for plain ALS.
         start: random; hosvd, the leading singular vectors; algebraic, from the eigenvectors of a pencil of slices,
-            exact without noise; auto: random, and for small weights the better of random and algebraic.
-        restarts: how many random starts; the best after ten sweeps goes on.
+            exact without noise; auto: random, and for small weights the best of three random ones and the algebraic.
+        restarts: how many random starts; the best after ten sweeps goes on (thirty for small weights).
         momentum: whether sweeps are extrapolated.
         compress: whether modes of lower rank are compressed first.
     """

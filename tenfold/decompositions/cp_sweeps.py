@@ -105,7 +105,7 @@ def alternate(
         tensor: (batch, n_1, …, n_N), float32 or float64; Gram matrices and errors are float64 in any case.
         starts: for each mode the factors (batch, starts, n, R); that of the longest mode is not used.
         n_iter: sweeps at most.
-        tol: stop when all errors fall by less than this share of themselves in a sweep.
+        tol: stop when the roots of all objectives fall by less than this share of themselves in a sweep.
         momentum: whether to extrapolate.
         ridge: the objective is ‖X − X̂‖² + ρ·Σ λ_r², λ the norms of the terms and ρ this times the least ‖X − X̂‖²/‖X‖²
             so far. It keeps terms from growing without bound while they cancel, and vanishes for an exact fit.
@@ -120,11 +120,13 @@ def alternate(
     arranged = Arranged.of(tensor)
     state = _State(arranged, [f.movedim(1, 2).to(tensor) for f in starts], ridge)
     history: list[Tensor] = []
+    objectives: list[Tensor] = []  # the errors alone may rise a little while terms shrink
     converged = False
     while not converged and len(history) < n_iter:
         state.sweep(momentum=momentum)
         history.append((state.squares / state.total).sqrt())
-        converged = _calm(history, tol) or bool((history[-1].square() <= _FLOOR[tensor.dtype]).all())
+        objectives.append((state.objective / state.total).sqrt())
+        converged = _calm(objectives, tol) or bool((history[-1].square() <= _FLOOR[tensor.dtype]).all())
     return Swept([f.movedim(2, 1) for f in state.factors], state.squares, torch.stack(history), converged)
 
 
@@ -141,7 +143,7 @@ class _State:
         batch, _, starts, _ = factors[0].shape
         self.total = torch.where(arranged.total > 0, arranged.total, 1.0)
         self.squares = arranged.total.expand(batch, starts)
-        self._objective = torch.full_like(self.squares, torch.inf)
+        self.objective = torch.full_like(self.squares, torch.inf)
         self._length = torch.full_like(self.squares, _FIRST)
         self._share, self._hold = ridge, _HOLD[arranged.entries.dtype]
         self._ridge = torch.zeros_like(self.squares)
@@ -161,13 +163,13 @@ class _State:
         del product, before
         right = _weighted(x.along(self.factors[x.a], x.a), x.shares(self.factors)).unflatten(-1, self._columns)
         squares, powers = self._update(x.b, right)
-        worse = squares + self._ridge * powers > self._objective  # by rounding only: the factors stay as they were
+        worse = squares + self._ridge * powers > self.objective  # by rounding only: the factors stay as they were
         if bool(worse.any()):
             self._choose(~worse, ends, grams, range(len(ends)))
         self.squares = torch.where(worse, self.squares, squares)
         ridge = self._share * self.squares / self.total
-        self._ridge = torch.minimum(self._ridge, ridge) if bool(self._objective.isfinite().all()) else ridge
-        self._objective = torch.where(worse, self._objective, squares + self._ridge * powers)
+        self._ridge = torch.minimum(self._ridge, ridge) if bool(self.objective.isfinite().all()) else ridge
+        self.objective = torch.where(worse, self.objective, squares + self._ridge * powers)
 
     @property
     def _columns(self) -> tuple[int, int]:
@@ -202,7 +204,7 @@ class _State:
             self._grams[mode] = _gram(self.factors[mode])
         ahead = old.lerp_(product, 1 + self._per_column(self._length).to(product.dtype))  # linear, as the product is
         squares, powers = self._update(x.a, self._through(ahead))
-        good = squares + self._ridge * powers <= self._objective
+        good = squares + self._ridge * powers <= self.objective
         self._length = torch.where(good, (self._length * _GROW).clamp_max(1.0), self._length * _SHRINK)
         if bool(good.all()):
             return ahead

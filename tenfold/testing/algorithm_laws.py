@@ -237,9 +237,6 @@ ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
 }
 
 
-_ONCE_PER_KIND = ("batched", "odd_weights", "broken_weights", "deterministic")
-
-
 def check_algorithm_laws(
     algorithm: Decomposition,
     format: type[Factorization],
@@ -249,11 +246,12 @@ def check_algorithm_laws(
     """Raise LawBroken unless an algorithm obeys one of ``ALGORITHM_LAWS`` on a format, wherever that serves.
 
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
-    formats that take many sweeps each time (not ``tails_bound``), the laws on odd weights and batches try one geometry
-    of each kind, number of axes, and grouping; algorithms that say they are ``costly`` one of each kind and grouping.
+    formats that take many sweeps each time (not ``tails_bound``), only full rank is tried everywhere, and all else at
+    one geometry of each kind, number of axes, and grouping; algorithms that say they are ``costly`` one of each kind
+    and grouping.
     """
     seen = set()
-    few = name in _ONCE_PER_KIND and not format.tails_bound
+    few = name != "exact" and not format.tails_bound
     for at in served(format, geometries):
         kind = at.spec.groups > 1
         shape = kind if algorithm.costly else (at.spec.axes, kind) if few else at.spec.group_shape
