@@ -97,7 +97,7 @@ def begin(config: dict[str, Any], work: Path, name: str) -> int:
         code = 1
         try:
             options = ["--task", config["task"], "--weights", str(work / WEIGHTS), "--out", str(work / name)]
-            with contextlib.redirect_stdout(None):
+            with Path(os.devnull).open("w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
                 code = tenfold_command([*shlex.split(config["command"]), *options])
         finally:
             os._exit(code)

@@ -93,3 +93,24 @@ def test_a_folder_of_another_run(tenfold: Run, tiny: str) -> None:
 def test_a_schedule_that_is_none(tenfold: Run, tiny: str) -> None:
     Path("plan.yaml").write_text("rounds: many\n")
     assert tenfold("stages", "--task", tiny, "--schedule", "plan.yaml").is_error("plan.yaml", "rounds")
+
+
+def test_folded_in_the_end(tenfold: Run, tiny: str) -> None:
+    args = (*RULE, "--stages", "1", "--tune-epochs", "1", "--fold", "--algorithm", "low_rank=svd", "--json")
+    record = RunRecord.model_validate(
+        {
+            name: value
+            for name, value in tenfold("stages", "--task", tiny, *args, "--out", "out").json.items()
+            if name != "out"
+        }
+    )
+    score = tenfold("eval", "--task", tiny, "--checkpoint", "out", "--json").json
+    assert record.plan.folded
+    assert record.after.params < record.stages[-1].after.params
+    assert score["score"] == pytest.approx(record.after.score, abs=0.02)
+
+
+def test_help(tenfold: Run) -> None:
+    outcome = tenfold("stages", "--help")
+    assert outcome.code == 0
+    assert "--layers-per-stage" in outcome.out
