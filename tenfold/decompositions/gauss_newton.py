@@ -35,7 +35,7 @@ class Descended:
     converged: bool
 
 
-def descend(tensor: Tensor, factors: Sequence[Tensor], *, n_iter: int, tol: float, n_cg: int = 60) -> Descended:
+def descend(tensor: Tensor, factors: Sequence[Tensor], *, n_iter: int, tol: float, n_cg: int = 20) -> Descended:
     """Return factors with a lower squared error, by Levenberg-Marquardt; the error never rises.
 
     Args:
