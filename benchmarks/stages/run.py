@@ -3,7 +3,8 @@
     python -m benchmarks.stages.run [--config FILE] [--out FOLDER] [--work FOLDER]
 
 The command runs once undisturbed. Then it is killed with signal 9 again and again, at moments drawn from a seed, and
-given again each time, until it was killed as often as wanted; the last time it is left to end. All files of weights, of
+given again each time, until it was killed as often as wanted; then it is left to end. Where it ends before it could be
+killed, another run begins. All files of weights, of
 each stage and of the outcome, are compared byte by byte.
 """
 
@@ -67,21 +68,27 @@ def compare(config: dict[str, Any], work: Path) -> dict[str, Any]:
         sys.exit(f"the undisturbed run failed with exit code {code}")
     draw = random.Random(config["seed"])  # noqa: S311 - moments, not secrets
     kills: list[dict[str, Any]] = []
+    same: list[bool] = []
     while len(kills) < config["kills"]:
         delay = draw.uniform(*config["delay"]) * seconds
         found = kill_after(config, work, delay)
-        if found is None:  # it ended before: what is left are moments of a finished run
-            break
+        if found is None:  # it ended before it could be killed: compare, and begin another run
+            same.append(files(work, "killed") == files(work, "whole"))
+            for folder in (work / "killed", work / "killed.stages"):
+                shutil.rmtree(folder)
+            continue
         kills.append(found)
         sys.stderr.write(f"kill {len(kills)} after {delay:.1f} s: {found['on_disk']}\n")
     code = ended(begin(config, work, "killed"))
     one, other = files(work, "whole"), files(work, "killed")
+    same.append(one == other and bool(one))
     return {
         "command": f"tenfold {config['command']} --task {config['task']} --weights {WEIGHTS} --out FOLDER",
         "seconds_undisturbed": round(seconds, 1),
         "kills": kills,
         "exit_code_at_the_end": code,
-        "identical": one == other and bool(one),
+        "killed_runs": len(same),
+        "identical": all(same),
         "files": {name: {"undisturbed": one.get(name), "killed": other.get(name)} for name in sorted(one | other)},
         "environment": environment().model_dump(mode="json"),
     }
@@ -153,7 +160,8 @@ def report(result: dict[str, Any]) -> str:
     for name, own in result["files"].items():
         lines.append(f"| {name} | `{(own['undisturbed'] or 'none')[:16]}` | `{(own['killed'] or 'none')[:16]}` |")
     same = "identical" if result["identical"] else "NOT identical"
-    lines += ["", f"Killed {len(result['kills'])} times, the files are {same}.", ""]
+    runs = "one run" if result["killed_runs"] == 1 else f"{result['killed_runs']} runs one after the other"
+    lines += ["", f"Killed {len(result['kills'])} times ({runs}), the files are {same}.", ""]
     where = f"On {e['device_name']}, 1 thread, torch {e['torch']}, {e['platform']}."
     lines += [f"Undisturbed, with the machine busy with other things, {result['seconds_undisturbed']} s. {where}"]
     return "\n".join(lines) + "\n"
