@@ -103,6 +103,7 @@ def compare(weight: Tensor, wanted: dict[str, Any], seed: int) -> dict[str, Any]
 
     fit(weight, rank, 2, seed)  # warm-up
     pairs = [(timed(ours), timed(theirs)) for _ in range(wanted["rounds"])]
+    factors = list(found["tenfold"].value.tensors().values())
     error = rel_error(found["tenfold"].value.to_dense().double(), weight.double())
     theirs_error = rel_error(tensorly.cp_to_tensor(found["tensorly"]).double(), weight.flatten(2).double())
     enough = first_below(weight, rank, sweeps, theirs_error, seed)
@@ -115,7 +116,7 @@ def compare(weight: Tensor, wanted: dict[str, Any], seed: int) -> dict[str, Any]
         "ratio": statistics.median(b / a for a, b in pairs),
         "rel_error": error,
         "tensorly_rel_error": theirs_error,
-        "sensitivity": sensitivity(found_factors(weight, rank, sweeps, seed), weight),
+        "sensitivity": sensitivity(factors, weight),
         "tensorly_sensitivity": sensitivity([f[None] for f in found["tensorly"].factors], weight),
         "sweeps_to_their_error": enough,
         "seconds_to_their_error": at_error,
@@ -126,11 +127,6 @@ def compare(weight: Tensor, wanted: dict[str, Any], seed: int) -> dict[str, Any]
 def fit(weight: Tensor, rank: int, n_iter: int, seed: int) -> Fit:
     """Return the CP of order 3 after at most so many sweeps."""
     return decompose(weight, "cp3", {"rank": rank}, CPALS(n_iter=n_iter, tol=0.0, start="random", seed=seed))
-
-
-def found_factors(weight: Tensor, rank: int, n_iter: int, seed: int) -> list[Tensor]:
-    """Return the factors of ``fit``."""
-    return list(fit(weight, rank, n_iter, seed).value.tensors().values())
 
 
 def sensitivity(factors: list[Tensor], weight: Tensor) -> float:
