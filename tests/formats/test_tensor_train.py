@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise, permutations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from tenfold.decompositions import DECOMPOSITIONS, Moments, decompose
+from tenfold.decompositions.curves import damage_curve
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_train import TensorTrain
 from tenfold.formats.tt_matrix import cheapest
@@ -173,3 +175,20 @@ def test_als_never_grows_and_settles():
         errors.append(fit.output_error)
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
     assert errors[0] - errors[-1] > 0.01
+
+
+def test_damage_along_the_family_takes_a_few_fits():
+    spec = LayerSpec(kind="conv", in_channels=12, out_channels=16, kernel=(3, 3))
+    x = torch.randn(400, 108, dtype=F64, generator=torch.Generator().manual_seed(2)).cumsum(1)
+    family = TensorTrain.rank_family(spec)
+    ranks = np.array([list(rank.values()) for rank in family])
+    curve = damage_curve(random_weight(spec)[None], spec, TensorTrain, Moments.of(x))
+    found, fitted = curve(ranks), np.concatenate([curve(ranks[k : k + 1]) for k in range(len(ranks))])
+    assert len(ranks) > 6
+    assert found[0] == pytest.approx(fitted[0])
+    assert found[-1] < 1e-6 * found[0]
+    assert np.all(np.diff(found) < 0)
+    knots = np.flatnonzero(np.isclose(found, fitted, rtol=1e-9))
+    assert len(knots) == 8
+    between = np.searchsorted(knots, np.arange(len(found)), side="right") - 1
+    assert np.all(found <= fitted[knots[between]] * (1 + 1e-9))  # no further up than the fit before
