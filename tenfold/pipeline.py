@@ -59,9 +59,12 @@ class Compressed:
         """Return the before/after table and the plan with its reasons, as text."""
         return render_record(self.record)
 
-    def save(self, path: str | Path) -> Path:
-        """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it."""
-        return checkpoint.save(self.model, self.plan, path, record=self.record)
+    def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
+        """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
+
+        ``beside`` is called with a folder and may write more files into it; see ``tenfold.save``.
+        """
+        return checkpoint.save(self.model, self.plan, path, record=self.record, beside=beside)
 
 
 def compress(  # noqa: PLR0913 - the one call that has every choice

@@ -1,6 +1,17 @@
 """Save and load without pickle: a folder that is whole or not there."""
 
 from tenfold.checkpoint.folder import check_target, load, read_record, save
+from tenfold.checkpoint.pretrained import load_pretrained, save_pretrained
 from tenfold.checkpoint.weights import digest, read_weights, write_weights
 
-__all__ = ["check_target", "digest", "load", "read_record", "read_weights", "save", "write_weights"]
+__all__ = [
+    "check_target",
+    "digest",
+    "load",
+    "load_pretrained",
+    "read_record",
+    "read_weights",
+    "save",
+    "save_pretrained",
+    "write_weights",
+]

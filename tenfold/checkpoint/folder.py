@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,12 +20,27 @@ from tenfold.surgery import folds_of, restructure_
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
 
 
-def save(model: nn.Module, plan: Plan, path: str | Path, *, record: RunRecord | None = None) -> Path:
+def save(
+    model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    *,
+    record: RunRecord | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> Path:
     """Write a compressed model to the folder ``path`` and return it: whole, or not at all.
 
     The folder holds ``model.safetensors`` (the plan is in its header, and is what ``load`` goes by), ``plan.yaml`` and
     ``README.md`` to read, and ``record.json`` if there is a record. An earlier checkpoint in its place is replaced.
     Which batch norms were folded is read off the model, and is in the plan that is written.
+
+    Args:
+        model: the compressed model.
+        plan: what was done to it.
+        path: the folder.
+        record: of the run.
+        beside: called with a folder, to write into it whatever else is to lie there (the configuration of the model, a
+            tokenizer): plain files, no folders.
 
     Raises:
         CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
@@ -46,6 +62,8 @@ def save(model: nn.Module, plan: Plan, path: str | Path, *, record: RunRecord | 
         write_text(partial / CARD, model_card(plan, record))
         if record is not None:
             write_text(partial / RECORD, record.to_json())
+        if beside is not None:
+            beside(partial)
         partial.chmod(0o755)
         _swap(partial, path)
     except OSError as error:
@@ -142,7 +160,8 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    for name in (PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
+    others = sorted(p.name for p in new.iterdir() if p.name not in {PLAN, CARD, RECORD, WEIGHTS})
+    for name in (*others, PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
         if (new / name).is_file():
             (new / name).replace(path / name)
         else:

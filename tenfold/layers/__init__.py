@@ -1,6 +1,6 @@
 """How a factorized weight runs: the layer that stands in for a dense one, and layers that are trains from the start."""
 
-from tenfold.layers.describe import Contract, build, describe
+from tenfold.layers.describe import Contract, build, dense_weight, describe, own_layout
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
@@ -21,10 +21,12 @@ __all__ = [
     "TTEmbeddingBag",
     "TTLinear",
     "build",
+    "dense_weight",
     "describe",
     "open_recurrent",
     "orthogonal_init_",
     "orthogonalize_",
+    "own_layout",
     "stage_specs",
     "stiefel_params",
 ]

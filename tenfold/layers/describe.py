@@ -36,7 +36,7 @@ def describe(module: nn.Module) -> tuple[LayerSpec | None, str]:
         >>> describe(nn.ReLU())
         (None, 'ReLU has no weight to factorize')
     """
-    base = next((t for t in _SERVED if isinstance(module, t)), None)
+    base = next((t for t in _SERVED if isinstance(module, t)), None) or _transposed(module)
     if base is None:
         owns = any(True for _ in module.parameters(recurse=False))
         what = "is not a layer that tenfold factorizes" if owns else "has no weight to factorize"
@@ -53,7 +53,38 @@ def describe(module: nn.Module) -> tuple[LayerSpec | None, str]:
         ), ""
     if isinstance(module, nn.Embedding):
         return _embedding(module)
+    if _transposed(module) is not None:
+        inner, outer = dense_weight(module).shape[::-1]
+        return LayerSpec(kind="linear", in_channels=inner, out_channels=outer, bias=module.bias is not None), ""
     return _convolution(module), ""
+
+
+def _transposed(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of a linear layer whose weight is (in, out): ``Conv1D`` of transformers, in GPT-2 and its kin.
+
+    It is known by its name, so that nothing has to be imported.
+    """
+    kin = type(module).__mro__
+    return next((t for t in kin if t.__name__ == "Conv1D" and t.__module__ == "transformers.pytorch_utils"), None)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a layer that ``describe`` knows, or of a factorized one, as torch lays it out.
+
+    That is a view of the parameter, for all but factorized layers: gradients flow to it. Of a ``Conv1D`` of
+    transformers it is the transpose.
+
+    Example:
+        >>> dense_weight(nn.Linear(3, 2)).shape
+        torch.Size([2, 3])
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight if _transposed(module) is None else weight.mT
+
+
+def own_layout(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight in torch's layout as the layer itself stores it: the inverse of ``dense_weight``."""
+    return weight if _transposed(module) is None else weight.mT
 
 
 def _unusual(module: nn.Module, base: type[nn.Module]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.describe import build
+from tenfold.layers.lazy import LazyWeight
 from tenfold.records import LayerSpec, StageSpec
 from tenfold.tensors.kruskal import Stability
 
@@ -32,10 +33,10 @@ class FitSummary:
 class FactorizedLayer(nn.Module):
     """A factorized linear, convolution or embedding layer that still answers for the dense one.
 
-    Runs its ``stages`` one after the other. ``weight`` multiplies the factors out on every access (differentiable, but
-    as slow as it sounds), ``bias`` is that of the last stage, and the hyper-parameters of the dense layer
-    (``in_features``, ``kernel_size``, ``stride`` ...) are there under torch's own names, so that code that reads them,
-    like ``nn.MultiheadAttention``, goes on working.
+    Runs its ``stages`` one after the other. ``weight`` multiplies the factors out when it is computed with
+    (differentiable, but as slow as it sounds) and not when it is asked for its dtype or shape, ``bias`` is that of the
+    last stage, and the hyper-parameters of the dense layer (``in_features``, ``kernel_size``, ``stride`` ...) are there
+    under torch's own names, so that code that reads them, like ``nn.MultiheadAttention``, goes on working.
 
     Attributes:
         spec: geometry of the dense layer.
@@ -93,8 +94,11 @@ class FactorizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, multiplied out on every access, in torch's own layout."""
-        return self.factorization().to_dense()
+        """The dense weight in torch's own layout, multiplied out whenever somebody computes with what is returned."""
+        if torch.compiler.is_compiling():
+            return self.factorization().to_dense()  # what nobody uses, the compiler leaves out
+        held: Any = self.stages[0]
+        return LazyWeight.of(self.spec.weight_shape, held.weight, lambda: self.factorization().to_dense())
 
     @property
     def bias(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments, default_algorithm
 from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.formats import FORMATS, split_groups
+from tenfold.layers import dense_weight
 from tenfold.parallel import Workers
 from tenfold.planning.ahead import compute_ahead
 from tenfold.planning.damage import Curve, with_damage
@@ -232,10 +233,8 @@ def _reason_to_keep(
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:
-    module: Any = find(model, path)
     with torch.no_grad():
-        weight: Tensor = module.weight
-    return weight.detach()
+        return dense_weight(find(model, path)).detach()
 
 
 def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str], memory: Memory | None) -> RankProblem:

@@ -16,6 +16,7 @@ from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
+from tenfold.layers import dense_weight
 from tenfold.parallel import Workers
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
@@ -371,9 +372,8 @@ def problem_of(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) ->
         raise PlanError(msg)
 
     def weight() -> torch.Tensor:
-        module: Any = find(model, layer.path)
         with torch.no_grad():
-            return split_groups(module.weight.detach(), spec)
+            return split_groups(dense_weight(find(model, layer.path)).detach(), spec)
 
     return RankProblem(
         path=layer.path,

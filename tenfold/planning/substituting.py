@@ -13,7 +13,7 @@ from torch import nn
 from tenfold.decompositions import Decomposition, Fit, Moments, decompose, default_algorithm, recompress
 from tenfold.errors import PlanError
 from tenfold.formats import Rank
-from tenfold.layers import FactorizedLayer, FitSummary, describe
+from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
 from tenfold.surgery import find, put, reestimate_batchnorm_
 
 
@@ -104,5 +104,4 @@ def _fit(module: nn.Module, format: str, rank: Rank, algorithm: Decomposition, m
         if spec is None:
             msg = f"the layer cannot be factorized: {reason}"
             raise PlanError(msg)
-        weight: Any = module.weight
-        return decompose(weight, format, rank, algorithm, spec=spec, metric=metric)
+        return decompose(dense_weight(module), format, rank, algorithm, spec=spec, metric=metric)

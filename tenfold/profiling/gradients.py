@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.profiling.inputs import batch_size_of, call_model, tensors_in
+from tenfold.profiling.inputs import batch_size_of, call_model, real_tokens, tensors_in, token_mask
 from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.records import LayerSpec
 
@@ -61,7 +61,7 @@ def collect_gradients(
         for batch in batches:
             for _ in range(draws):
                 with torch.enable_grad():
-                    value = _loss((forward or call_model)(model, batch), loss, generator)
+                    value = _loss((forward or call_model)(model, batch), loss, generator, token_mask(batch))
                 _back_to_inputs(value, model, looked_up)
                 looked_up.clear()
                 samples += batch_size_of(batch) or 1
@@ -73,14 +73,17 @@ def collect_gradients(
     return {path: value / samples for path, value in sums.items()}
 
 
-def _loss(outputs: Any, loss: Loss, generator: torch.Generator) -> Tensor:
-    """Return a scalar, summed over the batch, whose gradients have the second moments that are asked for."""
+def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
+    """Return a scalar, summed over the batch, whose gradients have the second moments that are asked for.
+
+    What comes out at padding does not matter to anybody: it is left out.
+    """
     found = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
     if not found:
         msg = "the model's outputs have no gradients: are all of its parameters frozen, or its forward under no_grad?"
         raise DataError(msg)
     total = torch.zeros((), device=found[0].device)
-    for out in found[:1] if loss == "fisher" else found:
+    for out in (real_tokens(t, mask) for t in (found[:1] if loss == "fisher" else found)):
         if loss == "outputs":
             total = total + (out * torch.randn(out.shape, generator=generator).to(out)).sum()
             continue

@@ -60,6 +60,34 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inputs, {}
 
 
+def token_mask(inputs: Any) -> Tensor | None:
+    """Return which tokens are real (batch, sequence), as booleans; None where the inputs do not tell.
+
+    That is what transformers take as the keyword ``attention_mask``, where that has two axes: padding is 0 in it.
+
+    Example:
+        >>> token_mask({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([[1, 1, 0]])})
+        tensor([[ True,  True, False]])
+    """
+    mask = arguments(inputs)[1].get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def real_tokens(values: Tensor, mask: Tensor | None, *, features: bool = True) -> Tensor:
+    """Return only the rows (n, ...) of values (batch, sequence, ...) that stand for real tokens.
+
+    Values that do not begin with the axes of the mask, or that there is no mask for, are returned as they are.
+
+    Args:
+        values: ids (batch, sequence), or with ``features`` what a layer takes at each token (batch, sequence, n).
+        mask: see ``token_mask``.
+        features: whether there is an axis of features.
+    """
+    if mask is None or values.dim() != 2 + features or values.shape[:2] != mask.shape:
+        return values
+    return values[mask.to(values.device)]
+
+
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """Iterate over the tensors in nested tuples, lists, mappings, packed sequences and dataclasses, in their order."""
     if isinstance(tree, Tensor):

@@ -17,7 +17,7 @@ from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer, describe
 from tenfold.profiling.frequencies import id_counts, moments_of_ids
-from tenfold.profiling.inputs import call_model, tensors_in
+from tenfold.profiling.inputs import call_model, real_tokens, tensors_in, token_mask
 from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.profiling.patches import input_patches, output_rows
 from tenfold.profiling.sketching import SketchSums, sketch_size
@@ -110,6 +110,7 @@ def collect_moments(
     The model runs in evaluation mode, without gradients, and is as before afterwards. Products are taken in the dtype
     of the activations (float32 at least) and summed over batches in float64. A layer that is called several times, or
     at every position of a sequence, gives a row for each. Of an embedding the ids are counted: see ``MomentSums.add``.
+    Where a batch has the keyword ``attention_mask`` (batch, sequence), padding gives no rows.
 
     Args:
         model: whose inputs are measured.
@@ -143,6 +144,7 @@ def collect_moments(
     seen = 0
     with evaluating(model), layer_by_layer(), _watching(model, dense, specs, sums, draw):
         for seen, batch in enumerate(batches, start=1):  # noqa: B007
+            draw.mask = token_mask(batch)
             if dense is not None:
                 with evaluating(dense):
                     run(dense, batch)
@@ -168,14 +170,15 @@ def _announce(specs: Mapping[str, LayerSpec], *, targets: bool, widest: int | No
 
 @dataclass
 class _Draw:
-    """Which positions to take: the same in both models, others in each batch."""
+    """Which positions and tokens to take: the same in both models, others in each batch."""
 
     positions: int | None
     seed: int
     step: int = 0
+    mask: Tensor | None = None  # which tokens of the batch are real
 
     def options(self) -> dict[str, Any]:
-        return {"positions": self.positions, "seed": self.seed * 1_000_003 + self.step}
+        return {"positions": self.positions, "seed": self.seed * 1_000_003 + self.step, "mask": self.mask}
 
 
 class MomentSums:
@@ -194,13 +197,25 @@ class MomentSums:
         self._counts: Tensor | None = None
 
     def add(
-        self, x: Tensor, spec: LayerSpec, y: Tensor | None = None, *, positions: int | None = None, seed: int = 0
+        self,
+        x: Tensor,
+        spec: LayerSpec,
+        y: Tensor | None = None,
+        *,
+        positions: int | None = None,
+        seed: int = 0,
+        mask: Tensor | None = None,
     ) -> None:
         """Add the inputs of one call, and what the layer should put out there, without its bias.
 
         Of an embedding these are ids, which stand for one-hot rows: their second moment is diagonal, and says how often
-        each came. What a row is to put out does not depend on other layers, so ``y`` does not matter there.
+        each came. What a row is to put out does not depend on other layers, so ``y`` does not matter there. Where a
+        ``mask`` says which tokens (batch, sequence) are real, only these count.
         """
+        if spec.kind in {"linear", "embedding"}:
+            features = spec.kind == "linear"
+            y = None if y is None else real_tokens(y, mask)
+            x = real_tokens(x, mask, features=features)
         if spec.kind == "embedding":
             self._counts = id_counts(x, spec.in_channels, self._counts)
             self.count += x.numel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from tenfold.decompositions import Decomposition, Fit, Moments, Problem, decompo
 from tenfold.decompositions.spreading import fit_pieces, together
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.layers import FactorizedLayer, FitSummary, build, describe
+from tenfold.layers import FactorizedLayer, FitSummary, build, dense_weight, describe
 from tenfold.parallel import Workers
 from tenfold.profiling.entries import entries
 from tenfold.records import LayerPlan, LayerSpec, Plan
@@ -154,8 +153,7 @@ def _geometry(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor]:
     if spec is None:
         msg = f"layer {path!r} cannot be factorized: {reason}"
         raise PlanError(msg)
-    weight: Any = module.weight
-    return spec, weight
+    return spec, dense_weight(module)
 
 
 def _refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:

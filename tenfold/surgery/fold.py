@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import PlanError
 from tenfold.formats import join_groups, split_groups
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, dense_weight, describe, own_layout
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.modules import find, put
@@ -147,12 +147,12 @@ def _merged(layer: nn.Module, norm: Any) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         scale = (norm.running_var.double() + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight.double()
-        weight = split_groups(stage.weight, spec).double()
+        weight = split_groups(dense_weight(stage), spec).double()
         weight = weight * scale.view(spec.groups, -1, *[1] * (weight.dim() - 2))
         bias = -norm.running_mean.double() if stage.bias is None else stage.bias.double() - norm.running_mean.double()
         bias = scale * bias
         bias = bias if norm.bias is None else bias + norm.bias.double()
-        return join_groups(weight, spec).to(stage.weight), bias.to(stage.weight)
+        return own_layout(stage, join_groups(weight, spec)).to(stage.weight), bias.to(stage.weight)
 
 
 def _take(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError, TenfoldError
-from tenfold.layers import FactorizedLayer, FitSummary, describe
+from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
 from tenfold.profiling.entries import entries
+from tenfold.profiling.inputs import token_mask
 from tenfold.profiling.moments import MomentSums, collect_moments
 from tenfold.profiling.replay import Forward
 from tenfold.profiling.residual import ResidualReplay
@@ -95,7 +96,8 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
             sums = MomentSums(widest, seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 target = y if bias is None else y - bias.view(-1, *[1] * spec.axes)
-                sums.add(x, spec, target, positions=positions, seed=seed * 1_000_003 + done * 1009 + i)
+                drawn = seed * 1_000_003 + done * 1009 + i
+                sums.add(x, spec, target, positions=positions, seed=drawn, mask=token_mask(batches[i]))
             metric = sums.moments(path)
         else:  # it runs several times: what enters it depends on itself
             own = {path: spec}
@@ -137,7 +139,7 @@ def _dense(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor, Tensor | No
     found: Any = module
     bias = getattr(found, "bias", None)
     with torch.no_grad():
-        return spec, found.weight.detach(), None if bias is None else bias.detach()
+        return spec, dense_weight(module).detach(), None if bias is None else bias.detach()
 
 
 def _looks_up(module: nn.Module) -> bool:

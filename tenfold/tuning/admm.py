@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from tenfold.errors import PlanError, TuningError
-from tenfold.layers import FactorizedLayer
+from tenfold.layers import FactorizedLayer, dense_weight, own_layout
 from tenfold.records import Plan, Record
 from tenfold.surgery import find
 from tenfold.tuning.admm_projection import PlanProjection, Projection
@@ -174,15 +174,15 @@ class Admm(nn.Module):
     def projected(self, model: nn.Module) -> Iterator[nn.Module]:
         """Put the low-rank images in place of the weights for a while, then the very same weights back."""
         weights = self._weights(model)
-        with plugged({weight: self._z(i) for i, weight in enumerate(weights.values())}):
+        with plugged({find(model, path): self._z(i) for i, path in enumerate(weights)}):
             yield model
 
     def extra_repr(self) -> str:
         """Return how many layers are trained towards what."""
         return f"{len(self.paths)} layers"
 
-    def _weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the trained weights by path, each in the dtype and layout of the model."""
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the trained weights by path, each in the dtype of the model and in torch's layout."""
         found = {}
         for path in self.paths:
             module = find(model, path)
@@ -193,7 +193,7 @@ class Admm(nn.Module):
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
                 msg = f"layer {path!r} has no weight that requires grad: it cannot be trained towards low rank"
                 raise TuningError(msg)
-            found[path] = weight
+            found[path] = dense_weight(module)
         return found
 
     def _move(self, weights: Mapping[str, Tensor], images: Mapping[str, Tensor]) -> None:
@@ -243,16 +243,17 @@ class Admm(nn.Module):
 
 
 @contextmanager
-def plugged(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Let parameters hold other values for a while, in their own dtype and layout; then the very same tensors again."""
-    kept = {parameter: parameter.data for parameter in values}
+def plugged(values: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Let layers hold other weights for a while, in their own dtype and layout; then the very same tensors again."""
+    parameters: dict[nn.Module, nn.Parameter] = {module: module.weight for module in values}  # type: ignore[misc]
+    kept = {module: parameter.data for module, parameter in parameters.items()}
     try:
-        for parameter, value in values.items():
-            parameter.data = torch.empty_like(parameter.data).copy_(value)
+        for module, parameter in parameters.items():
+            parameter.data = torch.empty_like(parameter.data).copy_(own_layout(module, values[module]))
         yield
     finally:
-        for parameter, data in kept.items():
-            parameter.data = data
+        for module, data in kept.items():
+            parameters[module].data = data
 
 
 def _wide(weight: Tensor) -> torch.dtype:

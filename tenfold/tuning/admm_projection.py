@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS, Factorization
-from tenfold.layers import FactorizedLayer, FitSummary, describe
+from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
 from tenfold.records import Plan
 from tenfold.surgery import find, put
 
@@ -151,5 +151,4 @@ def weight_only(plan: Plan) -> Plan:
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:
-    weight: Tensor = find(model, path).weight  # type: ignore[assignment]
-    return weight.detach()
+    return dense_weight(find(model, path)).detach()

@@ -231,8 +231,7 @@ class LearnedRanks(Projection):
             strengths=dict(zip(self._paths, strengths.tolist(), strict=True)),
             whole={"params": self.profile.params, "macs": self.profile.macs},
         )
-        weights: dict[nn.Parameter, Tensor] = {find(model, p).weight: t for p, t in targets.items()}  # type: ignore[misc]
-        with plugged(weights):
+        with plugged({find(model, p): t for p, t in targets.items()}):
             plan = self._make(model, rule)
         for i, path in enumerate(self._paths):
             layer = plan.layer(path)

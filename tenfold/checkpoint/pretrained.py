@@ -1,0 +1,129 @@
+"""Folders of transformers: compressed weights beside the config and the tokenizer, and the model out of them again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tenfold.checkpoint.folder import load, save
+from tenfold.errors import CheckpointError, require
+from tenfold.records import Plan, RunRecord, write_text
+
+CONFIG = "config.json"
+MARK = {"quant_method": "tenfold"}  # tells transformers that the weights are not those of the dense layers
+
+
+def save_pretrained(
+    model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    record: RunRecord | None = None,
+) -> Path:
+    """Write a compressed model of transformers to a folder and return it: a checkpoint that carries its own skeleton.
+
+    Beside what ``tenfold.save`` writes lie ``config.json``, ``generation_config.json`` where the model generates, and
+    the files of the tokenizer. ``load_pretrained`` opens it, and so does ``tenfold.load`` with a skeleton.
+
+    Args:
+        model: a ``PreTrainedModel`` in which the plan was carried out.
+        plan: what was done to it.
+        path: the folder.
+        tokenizer: or any processor; None for none.
+        record: of the run.
+
+    Raises:
+        CheckpointError: the model is not one of transformers, is not what the plan says, or the folder cannot be
+            written or holds other things.
+    """
+    if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
+        msg = f"{type(model).__name__} is not a model of transformers, which have a config: use tenfold.save"
+        raise CheckpointError(msg)
+    return save(model, plan, path, record=record, beside=partial(write_config, model, tokenizer=tokenizer))
+
+
+def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> None:
+    """Write the config of a model of transformers into a folder, marked as compressed, and the tokenizer's files."""
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config |= {"architectures": [type(model).__name__], "quantization_config": MARK}
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        for inner in [p for p in folder.iterdir() if p.is_dir()]:  # further chat templates: files alone can be swapped
+            shutil.rmtree(inner)
+
+
+def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
+    """Return the model in a folder that ``save_pretrained`` or ``tenfold compress --task hf:...`` wrote, in eval mode.
+
+    The class is the one that the config names, with its code from transformers, never from the folder.
+
+    Args:
+        path: the folder.
+        model_class: takes the config, where transformers does not have the class: one of your own.
+
+    Raises:
+        CheckpointError: there is no config, its class is unknown, or the weights are not whole or for another model.
+
+    Example:
+        >>> load_pretrained("nowhere")
+        Traceback (most recent call last):
+        ...
+        tenfold.errors.CheckpointError: nowhere has no config.json: was it written by save_pretrained?
+    """
+    return load(skeleton(path, model_class), path)[0].eval()
+
+
+def skeleton(path: str | Path, model_class: Any = None) -> nn.Module:
+    """Return a dense model with fresh weights, as the config in a folder says; see ``load_pretrained``."""
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        msg = f"{path} has no {CONFIG}: was it written by save_pretrained?"
+        raise CheckpointError(msg)
+    transformers: Any = require("transformers", "hf")
+    try:
+        known = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        msg = f"{path / CONFIG} cannot be read: {_first_line(error)}"
+        raise CheckpointError(msg) from error
+    return build_dense(config, model_class or architecture(known, path))
+
+
+def architecture(config: Mapping[str, Any], where: object) -> Any:
+    """Return the class that a config of transformers names first.
+
+    Raises:
+        CheckpointError: it names none, or one that transformers does not have.
+    """
+    transformers: Any = require("transformers", "hf")
+    name = next(iter(config.get("architectures") or ()), None)
+    found = getattr(transformers, name, None) if name else None
+    if found is None:
+        what = f"the class {name}, which transformers does not have" if name else "no class"
+        msg = f"the config of {where} names {what}: pass model_class"
+        raise CheckpointError(msg)
+    return found
+
+
+def build_dense(config: Any, model_class: Any) -> nn.Module:
+    """Return a dense model with fresh weights, whether or not the config is that of a compressed one."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    make = getattr(model_class, "_from_config", None) or getattr(model_class, "from_config", model_class)
+    model: nn.Module = make(config)
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
