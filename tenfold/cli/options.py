@@ -10,7 +10,10 @@ import typer
 
 _MODEL, _DECIDE, _RECOVER, _MACHINE = "Model and data", "What to do with the layers", "Recovery", "Machine"
 UseData = Literal["sequential", "layers", "norms"]
-TASK_FORMS = "NAME[:VARIANT], pkg.module:Class or file.py:Class; see `tenfold list tasks`."
+TASK_FORMS = (
+    "NAME[:VARIANT], pkg.module:Class or file.py:Class; or a model alone: timm:NAME, torchvision:NAME, "
+    "hf:FOLDER_OR_ID. See `tenfold list tasks`."
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class Source:
     ] = None
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Weights of the dense model, as .safetensors.", rich_help_panel=_MODEL),
+        typer.Option(
+            metavar="FILE",
+            help="Weights of the dense model, as .safetensors; with hf: also a folder.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None
     checkpoint: Annotated[
         Path | None,
@@ -39,7 +46,8 @@ class Source:
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where the data is; else $TENFOLD_DATA, else ~/.cache/tenfold/datasets.",
+            help="Where the data is; else $TENFOLD_DATA, else ~/.cache/tenfold/datasets. With timm: and torchvision: a "
+            "folder of pictures to calibrate with, with hf: a text file, a sentence a line (or pictures).",
             rich_help_panel=_MODEL,
         ),
     ] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,8 +55,8 @@ def calibration(opened: Opened, data: Data, seed: int) -> Calibration | None:
         return None
     if data.calibration is not None:
         return Calibration(opened, data.calibration, seed)
-    there = len(opened.task.train_batches(0, batch_size=1, seed=seed, hold_out=True))
-    return Calibration(opened, min(DEFAULT_CALIBRATION, there), seed)
+    there = opened.task.calibration_size(seed)
+    return Calibration(opened, min(DEFAULT_CALIBRATION, there), seed) if there else None
 
 
 def tune_config(opened: Opened, training: Training, epochs: int | None, seed: int) -> TuneConfig:
@@ -77,6 +77,15 @@ def tune_config(opened: Opened, training: Training, epochs: int | None, seed: in
     except ValidationError as error:
         msg = f"cannot tune like this: {explain(error)}"
         raise TuningError(msg) from error
+
+
+def evaluator(opened: Opened, recover: Recover) -> Callable[[nn.Module], float] | None:
+    """Return what scores models; None where that is not wanted, or the task has no score."""
+    if not opened.task.labelled:
+        if recover.evaluate:
+            logger.info("%s is a model without labels: it is neither trained nor scored", opened.task.id)
+        return None
+    return opened.task.evaluate if recover.evaluate else None
 
 
 def wanted_epochs(recover: Recover) -> int | None:

@@ -88,7 +88,7 @@ def open_sensitivity(
     task = opened.task
     batches = None
     if conditions.calibration:
-        there = len(task.train_batches(0, batch_size=1, seed=seed, hold_out=True))
+        there = task.calibration_size(seed)
         batches = Calibration(opened, min(conditions.calibration, there), seed)
     return Sensitivity(
         opened.model,

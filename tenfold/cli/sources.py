@@ -56,7 +56,9 @@ def open_source(source: Source, machine: Machine) -> Opened:
 
     device = _device(machine)
     record = read_record(source.checkpoint) if source.checkpoint is not None else None
-    name = source.task or _recorded_task(record, source.checkpoint)
+    name = source.task or ""
+    if not name and source.checkpoint is not None:
+        name = _recorded_task(record, source.checkpoint)
     task = load_task(name, data=source.data, seed=machine.seed)
     plan = None
     if source.checkpoint is not None:
@@ -83,12 +85,12 @@ def _device(machine: Machine) -> Any:
     return device
 
 
-def _recorded_task(record: RunRecord | None, checkpoint: Path | None) -> str:
+def _recorded_task(record: RunRecord | None, checkpoint: Path) -> str:
     """Return the task that a checkpoint was made for; only registered ones, since others run code of their own."""
     from tenfold.tasks import TASKS
 
     if record is not None and record.task is not None and record.task.partition(":")[0] in TASKS.names():
-        return record.task
+        return TASKS.get(record.task.partition(":")[0]).recorded(record.task, checkpoint)
     known = f" It was made for {record.task}, which runs code of its own." if record and record.task else ""
     msg = f"{checkpoint} does not say for which task it is.{known} Give --task."
     raise UnknownNameError(msg)

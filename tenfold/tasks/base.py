@@ -58,6 +58,7 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     variants: ClassVar[tuple[str, ...]] = ()  # the first is the default; empty: there is only one
+    labelled: ClassVar[bool] = True  # whether there is anything to train on and to score
 
     def __init__(self, variant: str | None = None, *, data: Path | str | None = None, seed: int = 0) -> None:
         if variant is not None and variant not in self.variants:
@@ -114,6 +115,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> SizedBatches[Any]:
         """Return inputs chosen by ``seed`` from the training set outside its validation part, not augmented."""
+
+    def calibration_size(self, seed: int) -> int:
+        """Return how many samples ``calibration_batches`` can choose from."""
+        return len(self.train_batches(0, batch_size=1, seed=seed, hold_out=True))
 
     def unlabeled_batches(
         self, epoch: int, samples: int, *, batch_size: int, seed: int
@@ -172,6 +177,17 @@ class Task(abc.ABC):
     def recipe(self) -> dict[str, Any]:
         """Return how a compressed model of this task is tuned: plain values for fields of ``TuneConfig``."""
         return {}
+
+    # --- its checkpoints ---
+
+    @classmethod
+    def recorded(cls, text: str, checkpoint: Path) -> str:
+        """Return the text of the task for a checkpoint that was made for ``text``: usually just that."""
+        del checkpoint
+        return text
+
+    def write_beside(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - most have nothing
+        """Write what else a checkpoint of ``model`` should hold into its folder; usually nothing."""
 
     @property
     def id(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,8 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
             return
         result, tuner = job.run(terminal)
         record = result.record.replace(task=opened.name, command=ctx.obj, settings=job.settings(tuner))
-        dataclasses.replace(result, record=record).save(out)
+        beside = functools.partial(opened.task.write_beside, result.model)
+        dataclasses.replace(result, record=record).save(out, beside=beside)
         if tuner is not None:
             tuner.clean()
         show_outcome(record, out, terminal)
@@ -101,7 +103,7 @@ class _Job:
         """Return the outcome, not yet saved, and what tuned it."""
         from tenfold.checkpoint import check_target
         from tenfold.cli.deciding import plan_choices, refuse_choices
-        from tenfold.cli.recovering import calibration
+        from tenfold.cli.recovering import calibration, evaluator
         from tenfold.pipeline import compress
         from tenfold.records import Plan
 
@@ -120,7 +122,7 @@ class _Job:
             data=calibration(self.opened, self.data, self.seed),
             use_data=self.data.use_data,
             tune=tuner,
-            evaluate=self.opened.task.evaluate if self.recover.evaluate else None,
+            evaluate=evaluator(self.opened, self.recover),
             fold=self.decide.fold,
             latency=self.timing.latency,
             latency_inputs=self.opened.inputs(self.timing.latency_batch),

@@ -152,7 +152,8 @@ def run(  # noqa: PLR0913, PLR0917 - groups of options
         result = job.run(terminal)
         result = _folded(result, opened) if decide.fold else result
         record = result.record.replace(task=opened.name, command=ctx.obj, settings=job.settings(result))
-        dataclasses.replace(result, record=record).save(out)
+        beside = partial(opened.task.write_beside, result.model)
+        dataclasses.replace(result, record=record).save(out, beside=beside)
         show_outcome(record, out, terminal)
 
 
@@ -172,7 +173,7 @@ class _Job:
 
     def run(self, terminal: Terminal) -> Compressed:
         """Return the outcome, not yet saved."""
-        from tenfold.cli.recovering import calibration
+        from tenfold.cli.recovering import calibration, evaluator
         from tenfold.staging import run_stages
         from tenfold.tuning import RichProgress
 
@@ -195,7 +196,7 @@ class _Job:
                 identity=f"{opened.name} {self.teaching or ''}".strip(),
                 data=calibration(opened, self.data, self.seed),
                 use_data=self.data.use_data,
-                evaluate=task.evaluate if self.recover.evaluate else None,
+                evaluate=evaluator(opened, self.recover),
                 seed=self.seed,
                 observe=terminal.step,
                 **self.choices,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -106,7 +107,7 @@ def run(
             return
         record = _tune(opened, plan, tuner, terminal)
         record = record.replace(command=ctx.obj, settings={**record.settings, "tuning": config.model_dump()})
-        save(opened.model, plan, out, record=record)
+        save(opened.model, plan, out, record=record, beside=partial(opened.task.write_beside, opened.model))
         tuner.clean()
         show_outcome(record, out, terminal)
 

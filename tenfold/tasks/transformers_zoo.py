@@ -1,0 +1,225 @@
+"""Models of transformers from a folder or the Hub: ``hf:FOLDER``, ``hf:owner/name``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.checkpoint.pretrained import CONFIG, MARK, architecture, build_dense, write_config
+from tenfold.errors import CheckpointError, DataError, ProfileError, TenfoldError, UnknownNameError, require
+from tenfold.tasks.base import TASKS, SizedBatches, seeded
+from tenfold.tasks.model_only import ModelOnly
+from tenfold.tasks.picture_folder import Look, PictureFolder
+
+LENGTH = 128  # tokens of example inputs, and at most of a sentence to calibrate with
+
+
+@TASKS.register("hf")
+class HuggingFace(ModelOnly):
+    """A model of transformers by folder or id, without data and score: hf:FOLDER, hf:owner/name.
+
+    ``data`` is a text file with a sentence on each line for a model of text, a folder of pictures for one of pictures.
+    """
+
+    name: ClassVar[str] = "hf"
+
+    @property
+    def source(self) -> str:
+        """The folder or the id on the Hub."""
+        if not self.variant:
+            msg = "which model? Write hf:FOLDER or hf:owner/name."
+            raise UnknownNameError(msg)
+        folder = Path(self.variant).expanduser()
+        return str(folder) if folder.is_dir() else self.variant
+
+    @classmethod
+    def recorded(cls, text: str, checkpoint: Path) -> str:
+        """Return the checkpoint itself as the task where it has a config: it carries its own skeleton."""
+        return f"{cls.name}:{checkpoint}" if (checkpoint / CONFIG).is_file() else text
+
+    # --- the model ---
+
+    @cached_property
+    def config(self) -> Any:
+        """What transformers reads of the model."""
+        transformers = _transformers()
+        return self._read(lambda: transformers.AutoConfig.from_pretrained(self.source))
+
+    @property
+    def model_class(self) -> Any:
+        """The class that the config names."""
+        return architecture({"architectures": getattr(self.config, "architectures", None)}, self.id)
+
+    def architecture(self) -> nn.Module:
+        """Return the model with fresh weights."""
+        return build_dense(self.config, self.model_class)
+
+    def pretrained(self) -> nn.Module:
+        """Return the model with the weights of the folder or the Hub.
+
+        Raises:
+            CheckpointError: there are none, or those of a compressed model.
+        """
+        return self._pretrained(self.source)
+
+    def dense(self, weights: Path | str | None = None) -> nn.Module:
+        """Return the trained dense model in eval mode: from another folder, a .safetensors file, or ``pretrained``."""
+        if weights is not None and Path(weights).expanduser().is_dir():
+            return self._pretrained(str(Path(weights).expanduser())).eval()
+        return super().dense(weights)
+
+    def _pretrained(self, source: str) -> nn.Module:
+        file = Path(source) / CONFIG
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if (known.get("quantization_config") or {}).get("quant_method") == MARK["quant_method"]:
+            msg = f"{source} holds a model that is compressed already: give it as --checkpoint"
+            raise CheckpointError(msg)
+        made: nn.Module = self._read(lambda: self.model_class.from_pretrained(source))
+        return made.eval()
+
+    def _read(self, read: Any) -> Any:
+        """Return what transformers reads; what goes wrong is said in one line."""
+        try:
+            return read()
+        except TenfoldError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            msg = f"{self.id} cannot be opened: {reason}"
+            raise CheckpointError(msg) from error
+
+    def write_beside(self, model: nn.Module, folder: Path) -> None:
+        """Write config and tokenizer beside the weights, so that ``load_pretrained`` and ``AutoModel`` open them."""
+        write_config(model, folder, tokenizer=self._processor)
+
+    # --- inputs ---
+
+    @property
+    def main_input(self) -> str:
+        """What the forward takes first: ``input_ids`` or ``pixel_values``.
+
+        Raises:
+            ProfileError: something else.
+        """
+        known = str(getattr(self.model_class, "main_input_name", "input_ids"))
+        if known not in {"input_ids", "pixel_values"}:
+            msg = f"{self.id} takes {known}: hf serves models of text and of pictures. Use tenfold.compress in Python."
+            raise ProfileError(msg)
+        return known
+
+    def example_inputs(self, batch_size: int = 1) -> Any:
+        """Return random ids (batch, 128), all of them real, or random pictures; keyword arguments of the forward."""
+        if self.main_input == "pixel_values":
+            look = self.look
+            return {"pixel_values": torch.randn(batch_size, len(look.mean), *look.size, generator=seeded(0))}
+        config = self.config.get_text_config()
+        length = min(LENGTH, int(getattr(config, "max_position_embeddings", 0) or LENGTH) - _reserved(config))
+        ids = torch.randint(0, int(config.vocab_size), (batch_size, length), generator=seeded(0))
+        pad = getattr(config, "pad_token_id", None)
+        if pad is not None:
+            ids[ids == pad] = (pad + 1) % int(config.vocab_size)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return self._with_decoder(inputs)
+
+    def _with_decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs; what encodes and decodes gets the same text on both sides."""
+        decoder = {"decoder_input_ids": inputs["input_ids"]} if self.config.is_encoder_decoder else {}
+        return {**inputs, **decoder}
+
+    def inputs_of(self, source: Path, samples: int | None, *, batch_size: int, seed: int) -> SizedBatches[Any]:
+        """Return tokenized sentences, padded and with their mask, or pictures."""
+        if self.main_input == "pixel_values":
+            return _Named(PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed))
+        if self._processor is None:
+            msg = f"{self.id} has no tokenizer: sentences of --data cannot be read. Use --calibration 0, or Python."
+            raise DataError(msg)
+        texts = _lines(source)
+        order = torch.randperm(len(texts), generator=seeded(seed)).tolist()[:samples]
+        return _Texts(self, tuple(texts[i] for i in order), batch_size)
+
+    @cached_property
+    def _processor(self) -> Any:
+        """The tokenizer, or what prepares pictures; None where there is none."""
+        transformers = _transformers()
+        auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
+        try:
+            return auto.from_pretrained(self.source)
+        except (OSError, ValueError, KeyError, ImportError):  # they differ in how they say that there is none
+            return None
+
+    @cached_property
+    def look(self) -> Look:
+        """What the config and the processor say of pictures."""
+        size = getattr(self.config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = int(getattr(self.config, "num_channels", 3))
+        half = (0.5,) * channels
+        mean = tuple(getattr(self._processor, "image_mean", None) or half)
+        return Look((int(height), int(width)), mean, tuple(getattr(self._processor, "image_std", None) or half))
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """Sentences in batches as the tokenizer gives them, those of like length together: little is padding."""
+
+    task: HuggingFace
+    texts: tuple[str, ...]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.texts) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        tokenizer = self.task._processor  # noqa: SLF001 - the same module
+        if tokenizer.pad_token is None:  # GPT-2 and its kin: the mask says what is real
+            tokenizer.pad_token = tokenizer.eos_token
+        by_length = sorted(self.texts, key=len)
+        for start in range(0, len(by_length), self.batch_size):
+            part = by_length[start : start + self.batch_size]
+            made = tokenizer(part, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+            yield self.task._with_decoder({k: made[k] for k in ("input_ids", "attention_mask")})  # noqa: SLF001
+
+
+@dataclass(frozen=True, eq=False)
+class _Named:
+    """Batches of pictures as the keyword argument that models of transformers take."""
+
+    pictures: PictureFolder
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"pixel_values": batch} for batch in self.pictures)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the sentences of a text file, one a line."""
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path} cannot be read as text: --data wants a file with a sentence on each line ({error})"
+        raise DataError(msg) from error
+    if not found:
+        msg = f"{path} is empty: --data wants a file with a sentence on each line"
+        raise DataError(msg)
+    return found
+
+
+def _reserved(config: Any) -> int:
+    """Return how many positions RoBERTa and its kin leave unused: they count from the padding id on."""
+    pad = getattr(config, "pad_token_id", None)
+    kin = str(getattr(config, "model_type", "")) in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
+    return int(pad or 0) + 1 if kin else 0
+
+
+def _transformers() -> Any:
+    return require("transformers", "hf")

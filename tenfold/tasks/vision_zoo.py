@@ -1,0 +1,194 @@
+"""Models of timm and torchvision by name: ``timm:resnet18``, ``torchvision:fasterrcnn_resnet50_fpn@320``."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, require
+from tenfold.registry import did_you_mean
+from tenfold.tasks.base import TASKS, SizedBatches, seeded
+from tenfold.tasks.model_only import ModelOnly
+from tenfold.tasks.picture_folder import Look, PictureFolder
+
+_SIDE = 224  # pixels, where nothing else is known
+
+
+class VisionZoo(ModelOnly):
+    """A model for pictures out of a library, as NAME or NAME@PIXELS; ``data`` is a folder of pictures."""
+
+    @abc.abstractmethod
+    def names(self) -> Sequence[str]:
+        """Return the names that the library knows."""
+
+    @abc.abstractmethod
+    def make(self, *, trained: bool) -> nn.Module:
+        """Return the model with fresh weights, or those that the library downloads."""
+
+    @property
+    @abc.abstractmethod
+    def look(self) -> Look:
+        """What the model wants pictures to look like."""
+
+    @property
+    def model_name(self) -> str:
+        """The name without the pixels."""
+        return (self.variant or "").partition("@")[0]
+
+    @cached_property
+    def side(self) -> int | None:
+        """Pixels per side, where the variant says so."""
+        text = (self.variant or "").partition("@")[2]
+        if text and not (text.isdigit() and int(text) > 0):
+            msg = f"{self.id}: {text!r} is no number of pixels. Write {self.name}:NAME@PIXELS."
+            raise UnknownNameError(msg)
+        return int(text) if text else None
+
+    def architecture(self) -> nn.Module:
+        """Return the model with fresh weights."""
+        return self._made(trained=False)
+
+    def pretrained(self) -> nn.Module:
+        """Return the model with the weights that its library downloads.
+
+        Raises:
+            CheckpointError: there are none, or they cannot be had now.
+        """
+        try:
+            return self._made(trained=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            msg = f"no trained weights of {self.id} could be had ({reason}). Give --weights FILE (.safetensors)."
+            raise CheckpointError(msg) from error
+
+    def _made(self, *, trained: bool) -> nn.Module:
+        if self.model_name not in (known := self.names()):
+            msg = f"{self.name} has no model {self.model_name!r}. {did_you_mean(self.model_name, known)}"
+            raise UnknownNameError(msg)
+        return self.make(trained=trained)
+
+    def example_inputs(self, batch_size: int = 1) -> Any:
+        """Return random pictures (batch, channels, height, width) of the size that the model is made for."""
+        look = self.look
+        return torch.randn(batch_size, len(look.mean), *look.size, generator=seeded(0))
+
+    def inputs_of(self, source: Path, samples: int | None, *, batch_size: int, seed: int) -> SizedBatches[Any]:
+        """Return the pictures in a folder."""
+        return PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
+
+
+@TASKS.register("timm")
+class Timm(VisionZoo):
+    """A model of timm by name, without data and score: timm:resnet18, timm:vit_base_patch16_224."""
+
+    name: ClassVar[str] = "timm"
+    variants: ClassVar[tuple[str, ...]] = ("resnet18",)
+
+    def names(self) -> Sequence[str]:
+        """Return the names that timm knows, without those of its weights."""
+        found: list[str] = _library("timm").list_models()
+        return (*found, *([self.model_name] if self.model_name.partition(".")[0] in found else []))
+
+    def make(self, *, trained: bool) -> nn.Module:
+        """Return the model."""
+        made: nn.Module = _library("timm").create_model(self.model_name, pretrained=trained)
+        return made
+
+    @cached_property
+    def look(self) -> Look:
+        """What the configuration of the model in timm says."""
+        known = _library("timm").get_pretrained_cfg(self.model_name)
+        channels, height, width = getattr(known, "input_size", None) or (3, _SIDE, _SIDE)
+        size = (self.side or height, self.side or width)
+        mean, std = (tuple(getattr(known, n, None) or (0.5,) * channels) for n in ("mean", "std"))
+        return Look(size, mean, std)
+
+
+@TASKS.register("torchvision")
+class TorchVision(VisionZoo):
+    """A model of torchvision by name, without data and score; detection and segmentation too: torchvision:resnet50."""
+
+    name: ClassVar[str] = "torchvision"
+    variants: ClassVar[tuple[str, ...]] = ("resnet18",)
+
+    def names(self) -> Sequence[str]:
+        """Return the names that torchvision knows."""
+        found: list[str] = _library("torchvision.models").list_models()
+        return found
+
+    def make(self, *, trained: bool) -> nn.Module:
+        """Return the model; of a detector the pixels are the shorter and the longer side that it scales to."""
+        models = _library("torchvision.models")
+        options: dict[str, Any] = {"weights": "DEFAULT" if trained else None}
+        if not trained and self.kind in {"detection", "segmentation"}:
+            options["weights_backbone"] = None
+        if self.kind == "detection" and self.side is not None:
+            options |= {"min_size": self.side, "max_size": self.side}
+        if self.model_name.startswith("vit_") and self.side is not None:
+            options["image_size"] = self.side
+        made: nn.Module = models.get_model(self.model_name, **options)
+        return made
+
+    @cached_property
+    def kind(self) -> str:
+        """What the model is for, as torchvision sorts it: classification, detection, segmentation ..."""
+        module = str(_library("torchvision.models").get_model_builder(self.model_name).__module__)
+        inner = module.removeprefix("torchvision.models.").split(".")
+        return inner[0] if len(inner) > 1 and inner[0] in _KINDS else "classification"
+
+    @cached_property
+    def look(self) -> Look:
+        """The size that the weights were trained for; a detector normalises by itself."""
+        if self.kind == "detection":
+            return Look((self.side or 480, self.side or 640), (0.0,) * 3, (1.0,) * 3)
+        known = next(iter(_library("torchvision.models").get_model_weights(self.model_name)), None)
+        crop = (getattr(known.transforms, "keywords", {}) if known is not None else {}).get("crop_size", _SIDE)
+        side = self.side or (crop if isinstance(crop, int) else crop[0])
+        return Look((side, side))
+
+    def example_inputs(self, batch_size: int = 1) -> Any:
+        """Return random pictures: one tensor, or for a detector a list of them, one for each picture."""
+        if self.kind == "detection":
+            generator = seeded(0)
+            return [torch.rand(3, *self.look.size, generator=generator) for _ in range(batch_size)]
+        return super().example_inputs(batch_size)
+
+    def inputs_of(self, source: Path, samples: int | None, *, batch_size: int, seed: int) -> SizedBatches[Any]:
+        """Return the pictures in a folder; for a detector as lists."""
+        found = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
+        return _Lists(found) if self.kind == "detection" else found
+
+
+_KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")
+
+
+@dataclass(frozen=True, eq=False)
+class _Lists:
+    """Batches of pictures as lists, as detectors take them."""
+
+    pictures: PictureFolder
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (list(batch) for batch in self.pictures)
+
+
+def _library(name: str) -> Any:
+    """Return a module of timm or torchvision; what fails while it is imported is said in one line."""
+    try:
+        return require(name, "vision")
+    except TenfoldError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        msg = f"{name.partition('.')[0]} is installed but does not import beside torch {torch.__version__}: {reason}"
+        raise TenfoldError(msg) from error
