@@ -20,7 +20,7 @@ class LazyWeight(Tensor):
     """A tensor that knows its shape, dtype and device, and is computed by ``make`` when anything else is wanted of it.
 
     Models ask layers for ``weight.dtype`` in every forward (ViT, T5, CLIP of transformers), which is not worth a
-    product of all factors. Results of operations are plain tensors, and gradients flow as through what ``make`` returns.
+    product of all factors. Operations give plain tensors, and gradients flow as through what ``make`` returns.
 
     Example:
         >>> weight = LazyWeight.of((2, 3), torch.ones(1), lambda: torch.full((2, 3), 7.0))
