@@ -138,7 +138,7 @@ class InMemoryTask(Task):
     """A task whose training and test sets are tensors. A subclass says what the model is and how to read a set.
 
     Subclasses supply ``architecture``, ``pretrained``, ``read`` and ``input_shape``, and for pictures a ``transform``.
-    A tenth of the training set, the same for every seed, is its validation part.
+    A tenth of the training set, the same for every seed, is its validation part, or what ``held_out`` says.
     """
 
     input_shape: ClassVar[tuple[int, ...]]  # of one sample, as the model takes it
@@ -199,7 +199,15 @@ class InMemoryTask(Task):
 
     @cached_property
     def _parts(self) -> _Parts:
-        return _Parts.of(len(self.train_set), self.name)
+        return _Parts.of(len(self.train_set), self.name, self.held_out(len(self.train_set)))
+
+    def held_out(self, samples: int) -> Tensor | None:
+        """Return which of the ``samples`` for training are the validation part, where the data set itself says so.
+
+        None, the default, draws a tenth.
+        """
+        del samples
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +218,10 @@ class _Parts:
     validation: Tensor
 
     @classmethod
-    def of(cls, samples: int, name: str) -> Self:
+    def of(cls, samples: int, name: str, chosen: Tensor | None = None) -> Self:
+        if chosen is not None:
+            left = torch.ones(samples, dtype=torch.bool).index_fill(0, chosen, value=False)
+            return cls(left.nonzero().squeeze(1), chosen)
         held = max(1, round(samples * HELD_OUT))
         if held >= samples:
             msg = f"the training set of {name} has {samples} sample: too few to hold any out"

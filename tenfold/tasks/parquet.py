@@ -63,7 +63,7 @@ def find_shards(dataset: str, split: Split, *, data: Path | None = None, source:
     Raises:
         DataError: there are none, or some shards of a series are missing; the message says where it looked.
     """
-    root = _root(data)
+    root = data_root(data)
     for folder in (base / sub for base in (root / dataset, root) for sub in ("", "data", "plain_text", dataset)):
         shards = sorted(folder.glob(f"{split}-*.parquet")) if folder.is_dir() else []
         if shards:
@@ -77,8 +77,8 @@ def find_shards(dataset: str, split: Split, *, data: Path | None = None, source:
     raise DataError(msg)
 
 
-def _root(data: Path | None) -> Path:
-    """Return the one place to look in."""
+def data_root(data: Path | None) -> Path:
+    """Return the one place to look in: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets."""
     if data is not None:
         return data.expanduser()
     named = os.environ.get(DATA_VARIABLE)

@@ -1,0 +1,185 @@
+"""Tell which digit moves through a film: a GRU with a dense input matrix against one with a tensor train.
+
+    python -m benchmarks.moving_mnist.run [--data FOLDER] [--runs FOLDER] [--only VARIANT] [--seed N] [--report]
+
+Data: MNIST's Parquet files, see tenfold/tasks/moving_mnist.py. Every epoch is kept in the folder of the runs, so that a
+run that was killed goes on; what is finished is not trained again. Weights after the last epoch are tested, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from tenfold.profiling import environment
+from tenfold.tasks import Task, load_task
+from tenfold.tuning import TuneConfig, finetune
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+RUNS = Path("runs") / "moving_mnist"
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Train what is not trained yet, time steps of training in turns, and write JSON and Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "moving_mnist.yaml")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--only", action="append", help="a variant, such as gru; may be repeated")
+    parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = yaml.safe_load(options.config.read_text())
+    for seed in () if options.report else options.seed or config["seeds"]:
+        for variant in options.only or config["variants"]:
+            task = load_task(f"moving_mnist:{variant}", data=options.data, seed=seed)
+            print(json.dumps(trained(task, config, options.runs / f"{variant}-{seed}")), flush=True)
+    rows = [
+        json.loads(file.read_text())
+        for variant in config["variants"]
+        for seed in config["seeds"]
+        if (file := options.runs / f"{variant}-{seed}" / "run.json").is_file()
+    ]
+    result = {"benchmark": "moving_mnist", "config": config, "runs": rows, "times": timed(config, options.data)}
+    result["environment"] = environment(torch.device("cpu")).model_dump(mode="json")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "moving_mnist.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / "moving_mnist.md").write_text(table(result))
+    print(table(result))
+
+
+def trained(task: Task, config: Row, folder: Path) -> Row:
+    """Return curve and scores of one run, from its folder where it is finished."""
+    done = folder / "run.json"
+    if done.is_file():
+        found: Row = json.loads(done.read_text())
+        return found
+    chosen = {name: config[name] for name in ("epochs", "batch_size", "lr", "weight_decay", "warmup")}
+    tuning = TuneConfig(**chosen, optimizer="adamw", autocast="off", seed=task.seed)
+    model = task.build()
+    result = finetune(
+        model,
+        partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
+        tuning,
+        evaluate=partial(task.evaluate, split="validation"),
+        folder=folder / "epochs",
+        identity=f"{task.id} {config}",
+    )
+    row = {
+        "variant": task.variant,
+        "seed": task.seed,
+        "input_params": input_params(model),
+        "params": sum(p.numel() for p in model.parameters()),
+        "validation": result.score,
+        "test": task.evaluate(model),
+        "curve": [epoch.model_dump(include={"epoch", "loss", "lr", "score", "seconds"}) for epoch in result.history],
+    }
+    written = done.with_suffix(".partial")
+    written.write_text(json.dumps(row) + "\n")
+    written.replace(done)
+    return row
+
+
+def input_params(model: nn.Module) -> int:
+    """Return the number of weights between the inputs and the gates."""
+    rnn: Any = model.get_submodule("rnn")
+    return rnn.weight_ih_l0.numel() if isinstance(rnn, nn.GRU) else sum(c.numel() for c in rnn.cells[0].ih.cores)
+
+
+def timed(config: Row, data: Path | None) -> list[Row]:
+    """Return milliseconds of the processor for a forward, and for a step of training, of all variants in turns."""
+    rows = []
+    for size in config["timing"]["batches"]:
+        models = {v: load_task(f"moving_mnist:{v}", data=data).build() for v in config["variants"]}
+        films = torch.rand(size, *load_task("moving_mnist").example_inputs(1).shape[1:])
+        for name, once in (("forward", _forward), ("and backward", _backward)):
+            ms: dict[str, list[float]] = {variant: [] for variant in models}
+            for model in models.values():
+                once(model, films)
+            for _ in range(config["timing"]["rounds"]):
+                for variant, model in models.items():
+                    start = time.process_time()
+                    once(model, films)
+                    ms[variant].append((time.process_time() - start) * 1e3)
+            rows.append({"batch": size, "pass": name, "ms": ms})
+    return rows
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, films: torch.Tensor) -> None:
+    model(films)
+
+
+def _backward(model: nn.Module, films: torch.Tensor) -> None:
+    model.zero_grad()
+    model(films).sum().backward()
+
+
+def table(result: Row) -> str:
+    """Return the Markdown page."""
+    config, runs, env = result["config"], result["runs"], result["environment"]
+    lines = [HEAD.format(**config, torch=env["torch"], device=env["device_name"] or "the CPU")]
+    dense = next((r["input_params"] for r in runs if r["variant"] == "gru"), 0)
+    for variant in config["variants"]:
+        own = [run for run in runs if run["variant"] == variant]
+        if own:
+            count = own[0]["input_params"]
+            cells = [variant, f"{count:,}", f"{dense / count:,.0f}×", f"{own[0]['params']:,}"]
+            cells += [_spread([run[key] for run in own]) for key in ("test", "validation")]
+            cells += [", ".join(str(run["seed"]) for run in own)]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Learning curves", "", "Mean loss in training / accuracy on the validation part, by epoch.", ""]
+    epochs = range(1, config["epochs"] + 1)
+    lines += [f"| network | seed | {' | '.join(map(str, epochs))} |", f"|---|---:|{'---:|' * len(epochs)}"]
+    for run in runs:
+        cells = [f"{e['loss']:.2f} / {e['score']:.3f}" for e in run["curve"]]
+        lines.append(f"| {run['variant']} | {run['seed']} | {' | '.join(cells)} |")
+    lines += ["", TIMES]
+    for row in result["times"]:
+        medians = [statistics.median(row["ms"][variant]) for variant in config["variants"]]
+        ratios = [a / b for a, b in zip(*(row["ms"][variant] for variant in config["variants"]), strict=True)]
+        cells = [str(row["batch"]), row["pass"], *(f"{ms:.1f}" for ms in medians), f"{statistics.median(ratios):.2f}×"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+HEAD = """\
+# Moving digits: a GRU over frames of 4,096 pixels
+
+`python -m benchmarks.moving_mnist.run`, on {device}, torch {torch}, one thread. Ten frames of 64×64, flat; a digit of
+MNIST moves through them and bounces off the borders. 3,600 digits for training, each in a new film in every epoch, 400
+for validation, 1,000 others for the test. GRU with 256 hidden units, {epochs} epochs, batches of {batch_size}, AdamW at
+{lr}, cosine; the same for both, nothing was tuned, and the weights are those after the last epoch.
+
+| network | input weights | times fewer | all parameters | test accuracy | validation | seeds |
+|---|---:|---:|---:|---:|---:|---|"""
+TIMES = """\
+## Time
+
+Milliseconds of the processor, medians of rounds in turns; *times faster* is the median of the ratios of the rounds.
+
+| batch | pass | GRU | TT-GRU | TT-GRU times faster |
+|---:|---|---:|---:|---:|"""
+
+
+if __name__ == "__main__":
+    main()
