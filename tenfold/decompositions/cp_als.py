@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Literal
 
@@ -24,6 +25,12 @@ Start = Literal["auto", "random", "hosvd", "algebraic"]
 # Tensors of so few entries are decomposed in float64 and from several starts: both cost next to nothing.
 _SMALL = 1 << 14
 _SMALL_STARTS = 3
+
+# Larger tensors are swept in the leading singular vectors of their long modes first, this many for each term, and for
+# the last tenth of the sweeps as they are: what is left out of the frames is hardly part of the best terms.
+_FRAMED_FROM = 1 << 16
+_COLUMNS = 1.25
+_POLISH = 0.1
 
 # With several starts, the best after so many sweeps goes on alone; small tensors can wait for longer.
 _RACE, _SMALL_RACE = 10, 30
@@ -97,15 +104,24 @@ def fit_cp(
         return _found(fibers(scaled, rank), scale, none, tensor.dtype, "exact")
     small = scaled[0].numel() <= _SMALL
     wide = scaled.double() if small else scaled
-    frames = Frames.of(wide) if settings.compress else Frames.trivial(wide)
+    most = math.ceil(_COLUMNS * rank) if scaled[0].numel() >= _FRAMED_FROM else None
+    frames = Frames.of(wide, most) if settings.compress else Frames.trivial(wide)
     begun = None if start is None else [f.to(wide) for f in start]
     if begun is not None:
         begun = frames.project([begun[0] / scale.reshape(-1, 1, 1).to(wide), *begun[1:]])
     names, starts = _starts(frames.core, rank, settings, begun, small=small)
-    best, note, sweeps, converged, squares = _race(frames.core, names, starts, settings)
+    polish = 0 if frames.lossless else max(round(_POLISH * settings.n_iter), 1)
+    best, note, sweeps, converged, squares = _race(
+        frames.core, names, starts, replace(settings, n_iter=max(settings.n_iter - polish, 1))
+    )
+    best = frames.lift(best)
+    if polish:
+        last = _sweep(wide, [f[:, None] for f in best], settings, max(settings.n_iter - sweeps, polish))
+        best, squares, converged = last.best(), last.squares[:, 0], last.converged
+        sweeps += len(last.history)
     total = torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=torch.float64).square()
     missed = (squares / torch.where(total > 0, total, 1.0)).sqrt()
-    best = [f * (total > 0).to(f)[:, None, None] for f in frames.lift(best)]
+    best = [f * (total > 0).to(f)[:, None, None] for f in best]
     return _found(best, scale, missed, tensor.dtype, note, n_iter=sweeps, converged=converged)
 
 
@@ -188,8 +204,9 @@ class CPALS(Decomposition):
     """Alternating least squares for CP: two passes over the weight a sweep, extrapolated, terms kept from cancelling.
 
     Carroll & Chang 1970, Harshman 1970; the sweeps share their contractions (Phan, Tichavský & Cichocki 2013), each
-    starts ahead of the last one (Ang, Cohen, Gillis & Hien 2019), and modes of less than full rank are compressed
-    without loss before (Bro & Andersson 1998). A best approximation may not exist, and plain sweeps then creep along
+    starts ahead of the last one (Ang, Cohen, Gillis & Hien 2019), and modes are compressed before (Bro & Andersson
+    1998): without loss where they have less than full rank, and large weights to a quarter more columns than terms for
+    all but the last tenth of the sweeps. A best approximation may not exist, and plain sweeps then creep along
     with ever larger terms that cancel; a small penalty on the norms of the terms, in proportion to the squared error,
     prevents that and makes the error fall faster. The factors are scaled to the least sensitivity.
 
@@ -201,7 +218,7 @@ class CPALS(Decomposition):
             exact without noise; auto: random, and for small weights the best of three random ones and the algebraic.
         restarts: how many random starts; the best after ten sweeps goes on (thirty for small weights).
         momentum: whether sweeps are extrapolated.
-        compress: whether modes of lower rank are compressed first.
+        compress: whether modes are compressed first.
     """
 
     n_iter: int = 200

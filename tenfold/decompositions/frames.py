@@ -20,10 +20,12 @@ class Frames:
     Attributes:
         core: (batch, r_1, …, r_N).
         bases: for each mode the frame (batch, n, r); None where the mode is as it was.
+        lossless: whether the core is all there is of the tensors, but for rounding.
     """
 
     core: Tensor
     bases: tuple[Tensor | None, ...]
+    lossless: bool = True
 
     @classmethod
     def trivial(cls, tensor: Tensor) -> Self:
@@ -31,19 +33,24 @@ class Frames:
         return cls(tensor, (None,) * (tensor.dim() - 1))
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Self:
-        """Return tensors (batch, n_1, …) in frames that keep all but rounding: 1e-7 of the norm, in float64 3e-8."""
+    def of(cls, tensor: Tensor, most: int | None = None) -> Self:
+        """Return tensors (batch, n_1, …) in frames that keep all but rounding: 1e-7 of the norm, in float64 3e-8.
+
+        With ``most``, modes that need more columns than that keep their leading ones (a truncated HOSVD).
+        """
         total = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=torch.float64).square()
         share = 1e-14 if tensor.dtype == torch.float32 else 1e-15
         core = tensor
         bases: list[Tensor | None] = [None] * (tensor.dim() - 1)
+        lossless = True
         for mode in sorted(range(len(bases)), key=lambda m: -tensor.shape[m + 1]):
             side = core.movedim(mode + 1, 1)
-            basis = _range(side.flatten(2), total * share)
+            basis, whole = _range(side.flatten(2), total * share, most)
+            lossless = lossless and whole
             if basis is not None:
                 core = (basis.mT @ side.flatten(2)).unflatten(2, side.shape[2:]).movedim(1, mode + 1).contiguous()
             bases[mode] = basis
-        return cls(core, tuple(bases))
+        return cls(core, tuple(bases), lossless)
 
     def lift(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """Return factors (batch, n, R) of the tensors from those of the core."""
@@ -54,18 +61,22 @@ class Frames:
         return [f if b is None else b.mT @ f for f, b in zip(factors, self.bases, strict=True)]
 
 
-def _range(matrix: Tensor, negligible: Tensor) -> Tensor | None:
-    """Return orthonormal columns (batch, n, r) that span (batch, n, m) but for squares up to ``negligible``."""
+def _range(matrix: Tensor, negligible: Tensor, most: int | None) -> tuple[Tensor | None, bool]:
+    """Return a frame (batch, n, r) of the columns of (batch, n, m), and whether it spans them but for rounding.
+
+    ``negligible`` are the squares that count as rounding. None where a frame would not pay.
+    """
     rows, columns = matrix.shape[1:]
     if rows == 1:
-        return None
+        return None, True
     seen, frame = matrix.double(), None
     if rows > columns:
         frame, seen = torch.linalg.qr(seen)
     values, vectors = torch.linalg.eigh(seen @ seen.mT)
-    size = max(int((values.clamp_min(0).cumsum(-1) > negligible[:, None]).sum(-1).max()), 1)
+    needed = max(int((values.clamp_min(0).cumsum(-1) > negligible[:, None]).sum(-1).max()), 1)
+    size = needed if most is None else min(needed, most)
     if size > _WORTH * rows:
-        return None
+        return None, True
     basis = vectors[..., -size:].flip(-1)
     whole: Tensor = basis if frame is None else frame @ basis
-    return whole.to(matrix.dtype)
+    return whole.to(matrix.dtype), size == needed
