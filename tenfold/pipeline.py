@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.layers import FitSummary
 from tenfold.parallel import Workers
-from tenfold.planning import DEFAULT_FORMATS, FastPlan, plan_fast, recost
+from tenfold.planning import DEFAULT_FORMATS, FastPlan, analyse, close_idle, open_for_plan, plan_fast, recost
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import (
     Clock,
@@ -34,9 +35,18 @@ from tenfold.profiling import (
     to_memory_format,
 )
 from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Budget, Latency, LayerPlan, Measurement, Plan, Profile, RunRecord
+from tenfold.records import Analysis, Budget, Latency, LayerPlan, Measurement, Plan, Profile, RunRecord, write_text
 from tenfold.reporting import render_record
-from tenfold.surgery import apply, apply_in_order, fits_of, fold_, folds_of, reestimate_batchnorm_
+from tenfold.surgery import (
+    apply,
+    apply_in_order,
+    fits_of,
+    fold_,
+    folds_of,
+    opened_networks,
+    reestimate_batchnorm_,
+    with_networks_open,
+)
 from tenfold.tuning import TuneResult
 
 Observe = Callable[[str], None]
@@ -47,13 +57,15 @@ UseData = Literal["sequential", "layers", "norms"]
 class Compressed:
     """What ``compress`` returns: the smaller model, the plan behind it, and the record of both.
 
-    ``model`` is an ordinary module. ``original`` is the model that was given, untouched.
+    ``model`` is an ordinary module. ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
+    and errors that a report shows; only ``save`` asks for them.
     """
 
     model: nn.Module
     plan: Plan
     record: RunRecord
     original: nn.Module = field(repr=False)
+    analyse: Callable[[], Analysis] | None = field(default=None, repr=False)
 
     def summary(self) -> str:
         """Return the before/after table and the plan with its reasons, as text."""
@@ -62,9 +74,17 @@ class Compressed:
     def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
 
-        ``beside`` is called with a folder and may write more files into it; see ``tenfold.save``.
+        ``analysis.json`` has what a report shows of spectra and errors. ``beside`` is called with a folder and may write
+        more files into it; see ``tenfold.save``.
         """
-        return checkpoint.save(self.model, self.plan, path, record=self.record, beside=beside)
+
+        def write(folder: Path) -> None:
+            if self.analyse is not None:
+                write_text(folder / checkpoint.ANALYSIS, self.analyse().model_dump_json())
+            if beside is not None:
+                beside(folder)
+
+        return checkpoint.save(self.model, self.plan, path, record=self.record, beside=write)
 
 
 def compress(  # noqa: PLR0913 - the one call that has every choice
@@ -91,6 +111,9 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     observe: Observe | None = None,
 ) -> Compressed:
     """Return a smaller version of a trained model that meets a budget, with the plan and the record of what came of it.
+
+    GRUs and LSTMs are opened into linear layers, which are planned like any others, and closed again where nothing of
+    them is factorized; under a budget of latency, and where ``keep`` names them, they stay as they are.
 
     Args:
         model: any trained module; stays as it is.
@@ -135,29 +158,35 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     steps = _Steps(observe)
     inputs = example_inputs if latency_inputs is None else latency_inputs
     device = device_of(model, example_inputs)
+    budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
+    source = open_for_plan(model, plan=plan, keep=keep, budget=budget)
     with steps("profile"):
-        before = profile(model, example_inputs)
+        before = profile(source, example_inputs)
     batches: list[Any] = []
     moments = None
     if data is not None:
         with steps("calibrate"):
             batches = [to_device(batch, device) for batch in data]
             if batches and use_data != "norms":
-                moments = calibrate(model, batches, called_layers(before), seed=seed)
+                moments = calibrate(source, batches, called_layers(before), seed=seed)
     with steps("plan"):
         fast = None
         if plan is None:
             choices: dict[str, Any] = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "seed": seed}
             choices |= {"algorithms": algorithms, "workers": workers}
             plan, fast = decide(
-                model, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, fold=fold, **choices
+                source, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, fold=fold, **choices
             )
         else:
             plan = recost(plan, before)
+        plan = close_idle(plan, model)
         _refuse_empty(plan)
+        if plan.opened != opened_networks(source):
+            source = with_networks_open(model, plan.opened)
+            before = profile(source, example_inputs)
     fold, plan = fold or bool(plan.folded), plan.replace(folded={})  # at the end: what is folded cannot be tuned
     with steps("apply"):
-        small, plan = replace_layers(model, plan, batches, moments, use_data, seed=seed, workers=workers)
+        small, plan = replace_layers(source, plan, batches, moments, use_data, seed=seed, workers=workers)
     stale = batches if moments is None else []  # layers fitted to data leave the statistics right as they are
     scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
     if fold:
@@ -182,7 +211,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         seconds=steps.seconds,
         environment=environment(device),
     )
-    return Compressed(small, plan, record, model)
+    return Compressed(small, plan, record, model, partial(analyse, source, before, plan))
 
 
 def decide(

@@ -1,10 +1,11 @@
 """Save and load without pickle: a folder that is whole or not there."""
 
-from tenfold.checkpoint.folder import check_target, load, read_record, save
+from tenfold.checkpoint.folder import ANALYSIS, check_target, load, read_record, save
 from tenfold.checkpoint.pretrained import load_pretrained, save_pretrained
 from tenfold.checkpoint.weights import digest, read_weights, write_weights
 
 __all__ = [
+    "ANALYSIS",
     "check_target",
     "digest",
     "load",

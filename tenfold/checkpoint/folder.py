@@ -15,9 +15,10 @@ from tenfold.checkpoint.weights import read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Plan, RunRecord, write_text
-from tenfold.surgery import folds_of, restructure_
+from tenfold.surgery import folds_of, opened_networks, restructure_
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
+ANALYSIS = "analysis.json"  # what a report shows besides; whoever saves may write it
 
 
 def save(
@@ -46,7 +47,7 @@ def save(
         CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
     """
     _check_model(model, plan)
-    plan = plan.replace(folded=folds_of(model))
+    plan = plan.replace(folded=folds_of(model), opened=opened_networks(model))
     path = Path(path)
     check_target(path)
     try:
@@ -160,8 +161,8 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    others = sorted(p.name for p in new.iterdir() if p.name not in {PLAN, CARD, RECORD, WEIGHTS})
-    for name in (*others, PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
+    others = sorted(p.name for p in new.iterdir() if p.name not in {ANALYSIS, PLAN, CARD, RECORD, WEIGHTS})
+    for name in (*others, ANALYSIS, PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
         if (new / name).is_file():
             (new / name).replace(path / name)
         else:

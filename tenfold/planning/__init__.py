@@ -1,7 +1,9 @@
 """Decide first, then do: everything that is decided about a model ends up in a Plan."""
 
+from tenfold.planning.analysis import analyse
 from tenfold.planning.fast import FastPlan, plan_fast
 from tenfold.planning.gate import LayerBench, LayerTiming, plan_never_slower
+from tenfold.planning.opening import close_idle, open_for_plan
 from tenfold.planning.plan import DEFAULT_FORMATS, plan, recost
 from tenfold.planning.sensitivity import Sensitivity
 from tenfold.planning.timing import Timing
@@ -14,6 +16,9 @@ __all__ = [
     "LayerTiming",
     "Sensitivity",
     "Timing",
+    "analyse",
+    "close_idle",
+    "open_for_plan",
     "plan",
     "plan_fast",
     "plan_never_slower",

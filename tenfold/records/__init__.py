@@ -1,7 +1,9 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
+from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
 from tenfold.records.base import Record, explain, read_json, write_text
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
+from tenfold.records.exports import ExportRecord, Int8Record
 from tenfold.records.gather import GatherSpec, TrainShape
 from tenfold.records.geometry import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
 from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
@@ -16,14 +18,19 @@ from tenfold.records.sensitivity import (
 from tenfold.records.stages import StageLayer, StageRecord
 
 __all__ = [
+    "Analysis",
     "Budget",
     "Call",
     "ContractSpec",
     "Cost",
+    "CurvePoint",
     "Environment",
+    "ExportRecord",
     "FoldedSpec",
     "GatherSpec",
+    "Int8Record",
     "Latency",
+    "LayerAnalysis",
     "LayerPlan",
     "LayerProfile",
     "LayerSensitivity",
@@ -37,6 +44,7 @@ __all__ = [
     "SensitivityPoint",
     "SensitivityTable",
     "Shape",
+    "Spectrum",
     "Speedup",
     "StageLayer",
     "StageRecord",

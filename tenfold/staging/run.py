@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,10 @@ from tenfold.checkpoint import digest
 from tenfold.decompositions import Decomposition
 from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, measurement, replace_layers
+from tenfold.planning import analyse
 from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile, to_device
 from tenfold.profiling.inputs import arguments, tensors_in
-from tenfold.records import Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
+from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.staging.deciding import Decider, Step, unchanged_plan, whole_plan
 from tenfold.staging.folder import Run, RunFolder
 from tenfold.staging.schedule import Schedule
@@ -157,7 +159,11 @@ class _Run:
             now = self._complete(stage, record, told)
         if self.schedule.budget and not self.decider.met(profile(now.model, self.inputs), now.done):
             logger.warning("the budget is not met after the last round: more rounds, or a stronger rule, may meet it")
-        return Compressed(now.model, now.record.plan, now.record, self.original)
+        return Compressed(now.model, now.record.plan, now.record, self.original, partial(self._analyse, now.record.plan))
+
+    def _analyse(self, plan: Plan) -> Analysis:
+        """Return what the weights of the original say, for a report."""
+        return analyse(self.original, profile(self.original, self.inputs), plan)
 
     def _resume(self) -> _Now:
         """Return where the run stands on disk; at its very beginning if there is nothing."""

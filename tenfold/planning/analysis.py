@@ -1,0 +1,85 @@
+"""What to keep of a model's weights so that its report can show spectra and errors without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+from tenfold import __version__
+from tenfold.errors import TenfoldError
+from tenfold.formats import FORMATS
+from tenfold.planning.sensitivity import problem_of
+from tenfold.ranks import RankProblem
+from tenfold.ranks.candidates import tail_damage
+from tenfold.records import Analysis, CurvePoint, LayerAnalysis, LayerPlan, Plan, Profile, Spectrum
+
+VALUES, POINTS, DIGITS = 48, 24, 4  # so that 200 layers stay far below a megabyte
+
+
+def analyse(model: nn.Module, profile: Profile, plan: Plan) -> Analysis:
+    """Return spectra and error–cost curves of the layers that a plan factorizes.
+
+    Both are of the weights alone, whatever the plan went by. Layers in formats whose error no spectrum bounds (CP) are
+    left out, and so are those that cannot be decomposed.
+
+    Args:
+        model: before the plan is carried out.
+        profile: what ``profile`` said of it.
+        plan: what was decided.
+
+    Example:
+        >>> import torch
+        >>> from tenfold.planning import plan
+        >>> from tenfold.profiling import profile
+        >>> from tenfold.ranks import rule_from
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> cost = profile(net, torch.zeros(1, 64))
+        >>> found = analyse(net, cost, plan(net, cost, rule=rule_from("ratio"), budget={"macs": 0.5}))
+        >>> [layer.path for layer in found.layers], found.layers[0].spectra["rank"].values[0]
+        (['0', '2'], 1.0)
+    """
+    found = (_layer(model, profile, layer) for layer in plan.factorized)
+    return Analysis(tenfold=__version__, layers=tuple(layer for layer in found if layer is not None))
+
+
+def _layer(model: nn.Module, profile: Profile, layer: LayerPlan) -> LayerAnalysis | None:
+    format = str(layer.format)
+    if not FORMATS.get(format).tails_bound:
+        return None
+    try:
+        problem = problem_of(model, profile.layer(layer.path), [format])
+        spectra = {name: _spectrum(values) for name, values in problem.spectra(format).items() if values.numel()}
+        return LayerAnalysis(path=layer.path, format=format, spectra=spectra, curve=_curve(problem, format))
+    except (KeyError, TenfoldError):  # a picture less is no reason to lose a run
+        return None
+
+
+def _spectrum(values: Tensor) -> Spectrum:
+    numbers = values.double().numpy()
+    scaled = numbers / (numbers.max(initial=0.0) or 1.0)
+    kept = _spread(len(numbers), VALUES)
+    return Spectrum(index=tuple(i + 1 for i in kept), values=tuple(_short(scaled[i]) for i in kept))
+
+
+def _curve(problem: RankProblem, format: str) -> tuple[CurvePoint, ...]:
+    family = problem.family(format)
+    names = FORMATS.get(format).rank_names
+    kept = [family[i] for i in _spread(len(family), POINTS)]
+    squared = tail_damage(problem, format)(np.array([[rank[name] for name in names] for rank, _ in kept]))
+    return tuple(
+        CurvePoint(rank=dict(rank), cost=cost, error=_short(float(max(lost, 0.0)) ** 0.5))
+        for (rank, cost), lost in zip(kept, squared, strict=True)
+    )
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    """Return at most so many places among ``count``, evenly spread, both ends among them."""
+    if count <= most:
+        return range(count)
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
