@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,7 +135,10 @@ class TorchVision(VisionZoo):
         if self.model_name.startswith("vit_") and self.side is not None:
             options["image_size"] = self.side
         made: nn.Module = models.get_model(self.model_name, **options)
-        return made
+        if trained or not _FROZEN.fullmatch(self.model_name):
+            return made
+        exact = "resnet50" in self.model_name and not self.model_name.startswith("fcos")
+        return _frozen(made, eps=0.0 if exact else 1e-5)  # as torchvision sets it with its weights
 
     @cached_property
     def kind(self) -> str:
@@ -164,6 +168,22 @@ class TorchVision(VisionZoo):
         """Return the pictures in a folder; for a detector as lists."""
         found = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
         return _Lists(found) if self.kind == "detection" else found
+
+
+# Detectors whose trained weights come with frozen batch norms; torchvision builds others where it loads no weights.
+_FROZEN = re.compile(r"(fasterrcnn|maskrcnn|keypointrcnn|retinanet|fcos)_(?!.*_v2$).*")
+
+
+def _frozen(model: nn.Module, eps: float) -> nn.Module:
+    """Return the detector with frozen batch norms in its backbone, so that trained weights and checkpoints fit it."""
+    layers: Any = _library("torchvision.ops.misc")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and name.startswith("backbone."):
+            frozen = layers.FrozenBatchNorm2d(module.num_features, eps=eps)
+            frozen.load_state_dict(module.state_dict(), strict=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, frozen)
+    return model
 
 
 _KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")

@@ -149,6 +149,8 @@ class _Job:
         config = tune_config(self.opened, self.training, self.epochs, self.seed)
         if config.epochs == 0:
             return None
+        if not self.opened.task.labelled and not self.recover.label_free:
+            self.opened.task.train_batches(0, batch_size=1, seed=self.seed)  # says why not: now, not after the rest
         plan = self.decide.plan.read_bytes() if self.decide.plan is not None and self.decide.plan.is_file() else b""
         teaching = Teaching.of(self.recover, self.training, self.data)
         looked_at = (self.data.calibration, self.data.use_data, teaching)
@@ -158,9 +160,10 @@ class _Job:
 
 
 def _decide_only(opened: Opened, decide: Decide, data: Data, timing: Timing, seed: int, terminal: Terminal) -> None:
-    from tenfold.cli.deciding import plan_choices, plan_of, with_data
+    from tenfold.cli.deciding import open_networks, plan_choices, plan_of, with_data
     from tenfold.profiling import profile
 
+    opened = open_networks(decide, opened)
     cost = profile(opened.model, opened.inputs())
     choices = {} if decide.plan is not None else with_data(plan_choices(decide, seed), opened, cost, data, seed)
     plan = plan_of(decide, opened, cost, choices, latency_batch=timing.latency_batch)

@@ -1,0 +1,67 @@
+"""Faster R-CNN: lists and dicts are profiled, and the backbone alone gives what is to be saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import tenfold
+from tenfold.profiling import profile
+from tenfold.tasks import load_task
+
+HEADS = "re:(?!backbone).*"  # all that is not in the backbone
+
+
+@pytest.fixture(scope="module")
+def detector() -> nn.Module:
+    """Return a detector at its smallest: few proposals, since each goes through the heads."""
+    pytest.importorskip("torchvision")
+    model: Any = load_task("torchvision:fasterrcnn_resnet50_fpn@64").build()
+    model.rpn._post_nms_top_n["testing"] = 8
+    model.rpn._pre_nms_top_n["testing"] = 32
+    return model
+
+
+def backbone_macs(cost: Any) -> int:
+    return sum(layer.macs for layer in cost.layers if layer.path.startswith("backbone"))
+
+
+@pytest.mark.usefixtures("detectors")
+def test_the_backbone_goes_to_half_its_macs_and_the_profile_is_the_flop_counters(detector: nn.Module) -> None:
+    pictures = [torch.rand(3, 64, 64)]
+    before = profile(detector, pictures)
+    small = tenfold.compress(
+        detector,
+        pictures,
+        budget={"macs": before.macs - backbone_macs(before) // 2},
+        rule="ratio",
+        keep=(HEADS,),
+        latency=False,
+    )
+    for model, cost in ((detector, before), (small.model, profile(small.model, pictures))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            found = model(pictures)
+        assert cost.macs == counter.get_total_flops() // 2
+        assert set(found[0]) == {"boxes", "labels", "scores"}
+        assert not [layer.note for layer in cost.layers if "flop counter saw" in layer.note]
+    after = profile(small.model, pictures)
+    assert 0.4 * backbone_macs(before) < backbone_macs(after) <= 0.5 * backbone_macs(before)
+    assert all(layer.path.startswith("backbone") for layer in small.plan.factorized)
+    kept = [layer for layer in small.plan.layers if not layer.path.startswith("backbone")]
+    assert all(layer.reason == f"kept as asked by {HEADS!r}" for layer in kept)
+
+
+def test_its_batch_norms_are_frozen_as_with_trained_weights(detector: nn.Module) -> None:
+    kinds = {type(m).__name__ for m in detector.modules()}
+    assert "FrozenBatchNorm2d" in kinds
+    assert "BatchNorm2d" not in kinds
+
+
+def test_example_inputs_are_a_list_of_pictures() -> None:
+    pytest.importorskip("torchvision")
+    task = load_task("torchvision:fasterrcnn_resnet50_fpn@64")
+    assert [tuple(x.shape) for x in task.example_inputs(2)] == [(3, 64, 64)] * 2
