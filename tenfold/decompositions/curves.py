@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.decompositions.base import Decomposition, decompose, default_algorithm
-from tenfold.decompositions.metric import Moments, ridged, roots
+from tenfold.decompositions.metric import Moments, Square, ridged, roots
+from tenfold.decompositions.tt_als import Whitening
 from tenfold.decompositions.weighted import Weighted, WeightedALS, alternate, gram_under
 from tenfold.formats import Factorization, Rank, join_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
+from tenfold.formats.tensor_train import TensorTrain
+from tenfold.formats.train import TrainFormat
 from tenfold.formats.tucker2 import Tucker2
 from tenfold.records import LayerSpec
+from tenfold.tensors import gram
 
 Curve = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
@@ -26,6 +30,8 @@ Curve = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 _QUICK = WeightedALS(n_iter=3, cg_steps=4)
 _QUICK_SWEEPS = 12
 _TRAIN_SWEEPS = 2
+_TRAIN_FITS = 5
+_FLOOR = 1e-9
 _MINDED = 1e-3
 
 
@@ -66,6 +72,9 @@ def damage_curve(
     if format is Spatial:
         groups, out, inner, first = kernel.shape[:4]
         return _SpatialCurve(Weighted.of(kernel.reshape(groups, out, inner * first, prod(spec.kernel[1:])), square))
+    if issubclass(format, TrainFormat):
+        pair = _Tucker2Curve(Weighted.of(kernel.flatten(3), square)) if format is TensorTrain else None
+        return _TrainCurve(weight.detach(), spec, format, moments, square, pair)
     return _FittedCurve(weight.detach(), spec, format, moments)
 
 
@@ -140,6 +149,63 @@ class _SpatialCurve:
         return self._known[rank]
 
 
+class _TrainCurve:
+    """Trains: what the unfoldings of all bonds drop, the inputs whitened mode by mode, tells one rank from another.
+
+    The sum of these tails bounds the error of TT-SVD in that metric. A few fits along the family tell what it comes to
+    in the real one. The two large bonds of ``tensor_train`` are those of Tucker-2, whose curve knows better.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        format: type[TrainFormat],
+        moments: Moments,
+        square: Square,
+        pair: _Tucker2Curve | None,
+    ) -> None:
+        self._weight, self._spec, self._format, self._moments, self._pair = weight, spec, format, moments, pair
+        wide = weight.double()
+        white = Whitening.of(square, format.input_modes(spec)).there(wide) if format.splits_inputs else wide
+        self._tails = []
+        for matrix in format.unfoldings(white, spec).values():
+            tails = _tails(torch.linalg.eigvalsh(gram(matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT)))
+            self._tails.append(tails / (tails[0] or 1.0))
+        self._power = moments.damage(wide.flatten(2), torch.zeros_like(wide.flatten(2)))
+        self._knots: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        lost = np.stack([tail[ranks[:, k]] for k, tail in enumerate(self._tails)], axis=1)
+        if self._pair is not None:
+            return np.asarray(self._pair(ranks[:, 1:3]) + self._power * (lost[:, 0] + lost[:, 3]))
+        bounds, found = self._attained()
+        return np.asarray(np.exp(np.interp(np.log(lost.sum(1) + _FLOOR), bounds, found)) * self._power)
+
+    def _attained(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the logarithms of the bounds of some ranks, ascending, and of the shares that their fits miss."""
+        if self._knots is None:
+            family = [list(rank.values()) for rank in self._format.rank_family(self._spec)]
+            places = np.unique(np.linspace(0, len(family) - 1, _TRAIN_FITS).round().astype(int))
+            rows = np.array([family[at] for at in places])
+            bounds = np.sum([tail[rows[:, k]] for k, tail in enumerate(self._tails)], axis=0)
+            found = np.array([self._fitted(row) for row in rows.tolist()]) / (self._power or 1.0)
+            order = np.argsort(bounds)
+            logs = np.log(found[order] + _FLOOR)
+            self._knots = np.log(bounds[order] + _FLOOR), np.maximum.accumulate(logs)
+        return self._knots
+
+    def _fitted(self, row: list[int]) -> float:
+        name = self._format.name()
+        settings = default_algorithm(name, aware=True).to_dict()
+        quick = Decomposition.from_dict(settings | {k: _TRAIN_SWEEPS for k in settings if k == "n_iter"})
+        dense, rank = join_groups(self._weight, self._spec), dict(zip(self._format.rank_names, row, strict=True))
+        fit = decompose(dense, name, rank, quick, spec=self._spec, metric=self._moments)
+        return self._moments.damage(
+            self._weight.double().flatten(2), fit.value.to(torch.float64).to_grouped().flatten(2)
+        )
+
+
 def between(
     at: Callable[[int], NDArray[np.float64]], ranks: NDArray[np.int64], most: int = 12, *, geometric: bool = False
 ) -> NDArray[np.float64]:
@@ -188,16 +254,11 @@ class _FittedCurve:
         if len(names) == 1:
             return between(lambda rank: self._at({names[0]: rank}), ranks[:, 0])[:, 0]
         rows = [dict(zip(names, row, strict=True)) for row in ranks.tolist()]
-        if len(names) > 2 and bool((np.diff(ranks, axis=0) >= 0).all()):  # along a family: a few fits tell the rest
-            return between(lambda place: self._at(rows[place]), np.arange(len(rows)), most=8)[:, 0]
         return np.concatenate([self._at(row) for row in rows])
 
     def _at(self, rank: Rank) -> NDArray[np.float64]:
         name = self.format.name()
         algorithm = default_algorithm(name, aware=True)
-        if len(self.format.rank_names) > 2:
-            settings = algorithm.to_dict()
-            algorithm = Decomposition.from_dict(settings | {k: _TRAIN_SWEEPS for k in settings if k == "n_iter"})
         fit = decompose(join_groups(self.weight, self.spec), name, rank, algorithm, spec=self.spec, metric=self.moments)
         found = fit.value.to(torch.float64).to_grouped().flatten(2)
         return np.array([self.moments.damage(self.weight.double().flatten(2), found)])

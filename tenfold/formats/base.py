@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -16,6 +17,8 @@ from tenfold.tensors.kruskal import Stability
 
 Rank = dict[str, int]
 Structure = tuple[StageSpec, ...]
+
+_ALL_PAIRS = 2
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,30 @@ class Factorization(abc.ABC):
         most = cls.max_rank(spec)
         steps = max(most.values())
         return tuple({k: -(-v * step // steps) for k, v in most.items()} for step in range(1, steps + 1))
+
+    @classmethod
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+        """Return the ranks among which a rule that weighs all of them chooses.
+
+        All combinations of one or two ranks; formats with more go along their family, unless they know better.
+
+        Args:
+            spec: geometry of the layer.
+            axis: returns which of the numbers 1 to n to try, ascending, n among them.
+        """
+        most = cls.max_rank(spec)
+        if len(most) <= _ALL_PAIRS:
+            axes = [axis(top) for top in most.values()]
+            return tuple(dict(zip(most, values, strict=True)) for values in product(*axes))
+        family = cls.rank_family(spec)
+        stride = axis(max(most.values()))[0]
+        return family[stride - 1 :: stride] or family[-1:]
+
+    @classmethod
+    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
+        """Return what tells where costs change their form: among ranks with equal ones they are multilinear."""
+        most = cls.max_rank(spec)
+        return tuple(rank[name] == most[name] for name in cls.rank_names)
 
     @classmethod
     def num_params(cls, spec: LayerSpec, rank: Rank) -> int:

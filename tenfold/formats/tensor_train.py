@@ -47,6 +47,19 @@ class TensorTrain(TrainFormat):
         return outer, inner
 
     @classmethod
+    def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
+        """Return equal shares of r2 and r3, and twice as much of the others: cutting these saves little and costs much.
+
+        They split the channels of one side, whose matrices are small and have flat spectra. Where r1 and r4 are full,
+        the train is Tucker-2.
+        """
+        most = cls.max_rank(spec)
+        steps = max(most.values())
+        shares = {"r1": 2, "r2": 1, "r3": 1, "r4": 2}
+        line = [{k: min(-(-v * shares[k] * at // steps), v) for k, v in most.items()} for at in range(1, steps + 1)]
+        return cls.undominated(spec, (cls.check_rank(spec, rank) for rank in line))
+
+    @classmethod
     def modes(cls, spec: LayerSpec) -> Shape:
         """Return (o₁, ..., K, i₁, ...)."""
         outer, inner = cls.channel_modes(spec)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Hashable, Sequence
+from itertools import pairwise, product
 from math import prod
 from typing import Any, ClassVar, Self
 
@@ -80,6 +80,23 @@ class TrainFormat(Factorization):
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
         """Return equal shares of every rank, from small to full, without those that a larger rank undercuts."""
         return cls.undominated(spec, (cls.check_rank(spec, rank) for rank in super().rank_family(spec)))
+
+    @classmethod
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+        """Return all combinations of the largest ranks with quarters of the small ones: those count little, or much.
+
+        At full small ranks cores merge, and the train is one of fewer and larger steps (Tucker-2, for one).
+        """
+        most = cls.max_rank(spec)
+        large = max(most.values()) / 2
+        axes = [axis(top) if top >= large else quarters(top) for top in most.values()]
+        ranks = (trains.fit_ranks(cls.modes(spec), values) for values in product(*axes))
+        return tuple(cls._named(values) for values in dict.fromkeys(ranks))
+
+    @classmethod
+    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
+        """Return which cores are one."""
+        return cls.runs(spec, rank)
 
     @classmethod
     def undominated(cls, spec: LayerSpec, ranks: Any) -> tuple[Rank, ...]:
@@ -162,3 +179,13 @@ class TrainFormat(Factorization):
     @classmethod
     def _named(cls, ranks: Sequence[int]) -> Rank:
         return dict(zip(cls.rank_names, ranks, strict=True))
+
+
+def quarters(top: int) -> tuple[int, ...]:
+    """Return a quarter, a half and three quarters of a number, rounded up, and the number itself.
+
+    Example:
+        >>> quarters(8), quarters(3)
+        ((2, 4, 6, 8), (1, 2, 3))
+    """
+    return tuple(dict.fromkeys(-(-top * part // 4) for part in range(1, 5)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import ClassVar, NamedTuple, Self
@@ -72,6 +72,11 @@ class TTMatrix(TrainFormat):
         """Return the steps in the order that multiplies least."""
         stages = [step.stage(spec) for _, step in cls._steps(spec, cls.check_rank(spec, rank))]
         return (*stages[:-1], stages[-1].replace(bias=spec.bias))
+
+    @classmethod
+    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
+        """Return which cores are one, and in which order they are contracted."""
+        return cls.runs(spec, rank), tuple(at for at, _ in cls._steps(spec, rank))
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -22,6 +22,10 @@ Damage = Callable[[Ranks], NDArray[np.float64]]
 # Small layers have few ranks to choose from, so that their grid is finer: (up to this full rank, step).
 _STEPS = ((16, 1), (32, 2), (64, 4))
 _HARDWARE_STEP = 8
+
+# Formats with more ranks than this are chains of cores.
+_CHAIN = 2
+_TRIED = 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def grids(problem: RankProblem, *, step: int | None = None) -> tuple[Grid, ...]:
     """Return for each admissible format the ranks on a grid at which the layer costs less than it does now.
 
     The grid of a rank has the multiples of ``step`` and full rank; formats with two ranks get all pairs, and where one
-    of these is full, its factor is left out (partial Tucker). Formats with more ranks go along their family of ranks.
+    of these is full, its factor is left out (partial Tucker). Formats with more ranks say which are worth a try.
 
     Args:
         problem: the layer.
@@ -98,15 +102,24 @@ def costs_at(problem: RankProblem, format: str, ranks: Ranks) -> tuple[Numbers, 
 
     All costs are multilinear in the ranks as long as the same of them are full (a full side may have no factor). So
     each such case is evaluated at two neighbouring values of each rank and continued in whole numbers, which is exact;
-    that is checked at its far end, and a format whose costs are of another form is evaluated rank by rank.
+    that is checked at its far end, and a format whose costs are of another form is evaluated rank by rank. Formats with
+    more than two ranks are chains of cores, and say themselves what makes a case.
     """
     kind = FORMATS.get(format)
-    full = np.array([kind.max_rank(problem.spec)[name] for name in kind.rank_names])
+    names = kind.rank_names
     found = np.zeros((len(ranks), 2), dtype=np.int64)
+    if len(names) > _CHAIN:
+        keys: dict[Hashable, list[int]] = {}
+        for row, values in enumerate(ranks.tolist()):
+            keys.setdefault(kind.cost_case(problem.spec, dict(zip(names, values, strict=True))), []).append(row)
+        for rows in keys.values():
+            found[rows] = _chained(problem, format, ranks[rows])
+        return found[:, 0], found[:, 1]
+    full = np.array([kind.max_rank(problem.spec)[name] for name in names])
     cases, member = np.unique(ranks == full, axis=0, return_inverse=True)
     for number, case in enumerate(cases):
-        (rows,) = np.nonzero(member.reshape(-1) == number)
-        found[rows] = _case(problem, format, ranks[rows], case)
+        (places,) = np.nonzero(member.reshape(-1) == number)
+        found[places] = _case(problem, format, ranks[places], case)
     return found[:, 0], found[:, 1]
 
 
@@ -142,15 +155,9 @@ def _tail(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _grid(problem: RankProblem, format: str, step: int | None) -> Grid:
     kind = FORMATS.get(format)
-    full = kind.max_rank(problem.spec)
     names = kind.rank_names
-    if len(names) <= 2:
-        axes = [_axis(full[name], step) for name in names]
-        ranks = np.array(list(product(*axes)), dtype=np.int64)
-    else:
-        family = [[rank[name] for name in names] for rank in kind.rank_family(problem.spec)]
-        stride = step or _step(max(full.values()))
-        ranks = np.array(family[stride - 1 :: stride] or family[-1:], dtype=np.int64)
+    grid = kind.rank_grid(problem.spec, lambda full: _axis(full, step))
+    ranks = np.array([[rank[name] for name in names] for rank in grid], dtype=np.int64)
     params, macs = costs_at(problem, format, ranks)
     now = problem.cost
     counted = macs if now.macs else np.zeros_like(macs)  # a lookup is judged by its parameters
@@ -170,7 +177,7 @@ def _step(full: int) -> int:
 def _case(problem: RankProblem, format: str, ranks: Ranks, case: NDArray[np.bool_]) -> Numbers:
     """Return costs (n, 2) at ranks of which the same are full."""
     free = np.flatnonzero(~case)
-    if len(ranks) <= 2 ** len(free) + 2 or len(case) > 2:  # ranks of a train bound each other: costs have corners
+    if len(ranks) <= 2 ** len(free) + 2:
         return _one_by_one(problem, format, ranks)
     corners = np.repeat(ranks[:1], 2 ** len(free), axis=0)
     steps = np.array(list(product((0, 1), repeat=len(free))), dtype=np.int64).reshape(len(corners), len(free))
@@ -185,6 +192,26 @@ def _case(problem: RankProblem, format: str, ranks: Ranks, case: NDArray[np.bool
     found = powers.prod(2) @ parts.reshape(len(corners), 2)
     ends = np.unique(np.concatenate([found[:, 0].argmax(keepdims=True), found[:, 1].argmax(keepdims=True)]))
     if (found[ends] != _one_by_one(problem, format, ranks[ends])).any():
+        return _one_by_one(problem, format, ranks)
+    return np.asarray(found)
+
+
+def _chained(problem: RankProblem, format: str, ranks: Ranks) -> Numbers:
+    """Return costs (n, 2) at ranks of a chain of cores: sums of products of neighbouring ranks, as long as they are.
+
+    The coefficients follow from a few ranks, and others, spread over the rest, tell whether that was right.
+    """
+    sides = np.pad(ranks, ((0, 0), (1, 1)), constant_values=1).astype(np.float64)
+    terms = np.concatenate([sides[:, :-1] * sides[:, 1:], np.ones((len(ranks), 1))], axis=1)
+    known = np.unique(np.linspace(0, len(ranks) - 1, 2 * terms.shape[1]).round().astype(int))
+    if len(ranks) < 2 * len(known):
+        return _one_by_one(problem, format, ranks)
+    exact = _one_by_one(problem, format, ranks[known])
+    scale = terms.max(0)
+    coefficients, *_ = np.linalg.lstsq(terms[known] / scale, exact, rcond=1e-11)
+    found = (terms / scale @ coefficients).round().astype(np.int64)
+    tried = np.unique(np.concatenate([found.argmax(0), found.argmin(0), np.arange(1, len(ranks), _TRIED)]))
+    if (found[known] != exact).any() or (found[tried] != _one_by_one(problem, format, ranks[tried])).any():
         return _one_by_one(problem, format, ranks)
     return np.asarray(found)
 

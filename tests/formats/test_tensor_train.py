@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tenfold.decompositions import DECOMPOSITIONS, Moments, decompose
+from tenfold.decompositions import DECOMPOSITIONS, Moments, curves, decompose
 from tenfold.decompositions.curves import damage_curve
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_train import TensorTrain
@@ -17,8 +17,9 @@ from tenfold.formats.tt_matrix import cheapest
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
-from tenfold.records import LayerSpec, chain_macs
+from tenfold.ranks import RankProblem, rule_from
+from tenfold.ranks.candidates import grids
+from tenfold.records import Call, Cost, LayerSpec, chain_macs
 
 F64 = torch.float64
 CONV = LayerSpec(kind="conv", in_channels=8, out_channels=12, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)
@@ -177,18 +178,71 @@ def test_als_never_grows_and_settles():
     assert errors[0] - errors[-1] > 0.01
 
 
-def test_damage_along_the_family_takes_a_few_fits():
+def inputs(width: int) -> torch.Tensor:
+    return torch.randn(400, width, dtype=F64, generator=torch.Generator().manual_seed(2)).cumsum(1)
+
+
+def fitted_damage(weight: torch.Tensor, format: str, spec: LayerSpec, rank: dict[str, int], moments: Moments) -> float:
+    fit = decompose(weight, format, rank, spec=spec, metric=moments)
+    return moments.damage(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
+
+
+def test_the_damage_of_tucker2_and_more_where_outer_bonds_are_cut():
     spec = LayerSpec(kind="conv", in_channels=12, out_channels=16, kernel=(3, 3))
-    x = torch.randn(400, 108, dtype=F64, generator=torch.Generator().manual_seed(2)).cumsum(1)
-    family = TensorTrain.rank_family(spec)
-    ranks = np.array([list(rank.values()) for rank in family])
-    curve = damage_curve(random_weight(spec)[None], spec, TensorTrain, Moments.of(x))
-    found, fitted = curve(ranks), np.concatenate([curve(ranks[k : k + 1]) for k in range(len(ranks))])
-    assert len(ranks) > 6
-    assert found[0] == pytest.approx(fitted[0])
-    assert found[-1] < 1e-6 * found[0]
-    assert np.all(np.diff(found) < 0)
-    knots = np.flatnonzero(np.isclose(found, fitted, rtol=1e-9))
-    assert len(knots) == 8
-    between = np.searchsorted(knots, np.arange(len(found)), side="right") - 1
-    assert np.all(found <= fitted[knots[between]] * (1 + 1e-9))  # no further up than the fit before
+    moments, weight = Moments.of(inputs(108)), random_weight(spec)
+    curve = damage_curve(weight[None], spec, TensorTrain, moments)
+    tucker2 = damage_curve(weight[None], spec, FORMATS.get("tucker2"), moments)
+    pairs = np.array([[8, 6], [12, 4], [16, 12]])
+    full = np.pad(pairs, ((0, 0), (1, 1)), constant_values=0) + np.array([4, 0, 0, 4])
+    assert curve(full) == pytest.approx(tucker2(pairs), rel=1e-9, abs=1e-9)
+    cut = full - np.array([1, 0, 0, 1])
+    assert np.all(curve(cut) > 1.1 * curve(full))
+    for row, told in zip(cut[:2], curve(cut[:2]), strict=True):
+        reached = fitted_damage(weight, "tensor_train", spec, named("tensor_train", *map(int, row)), moments)
+        assert reached < told < 2 * reached
+
+
+@pytest.mark.parametrize("format", ["tt_matrix", "tt_conv"])
+def test_a_few_fits_tell_the_damage_of_all_ranks(format, monkeypatch):
+    if format == "tt_matrix":
+        spec = LayerSpec(kind="linear", in_channels=36, out_channels=24)
+    else:
+        spec = LayerSpec(kind="conv", in_channels=4, out_channels=16, kernel=(3, 3))
+    moments, weight = Moments.of(inputs(36)), random_weight(spec)
+    kind, fits = FORMATS.get(format), []
+
+    def counted(*args, **kwargs):
+        fits.append(args[2])
+        return decompose(*args, **kwargs)
+
+    monkeypatch.setattr(curves, "decompose", counted)
+    grid = [list(rank.values()) for rank in kind.rank_grid(spec, lambda full: range(1, full + 1))]
+    found = damage_curve(weight[None], spec, kind, moments)(np.array(grid))
+    assert len(fits) == 5
+    assert found[grid.index(list(kind.max_rank(spec).values()))] < 1e-6 * found.max()
+    middle = [row for row, told in zip(grid, found, strict=True) if 0.2 < told / found.max() < 0.8][::7]
+    assert len(middle) > 4
+    for row in middle:
+        reached = fitted_damage(weight, format, spec, named(format, *row), moments)
+        assert reached / 2 < found[grid.index(row)] < 2 * reached
+
+
+def test_candidates_cost_what_they_cost_one_by_one_and_hold_tucker2():
+    conv = LayerSpec(kind="conv", in_channels=24, out_channels=32, kernel=(3, 3), bias=True)
+    linear = LayerSpec(kind="linear", in_channels=256, out_channels=256)
+    of_conv, of_linear = Call(in_shape=(1, 24, 8, 8), out_shape=(1, 32, 6, 6)), Call(in_shape=(1, 256), out_shape=(1,))
+    for format, spec, call in (
+        ("tensor_train", conv, of_conv),
+        ("tt_conv", conv, of_conv),
+        ("tt_matrix", linear, of_linear),
+    ):
+        cost = Cost(params=spec.num_params, macs=spec.macs(call.in_shape))
+        (grid,) = grids(RankProblem("layer", spec, (format,), (call,), cost, lambda: torch.zeros(1)))
+        assert len(grid) > 5
+        for k in range(0, len(grid), 7):
+            kind, candidate = FORMATS.get(format), grid.candidate(k)
+            assert candidate.cost.params == kind.num_params(spec, candidate.rank)
+            assert candidate.cost.macs == kind.macs(spec, candidate.rank, call.in_shape)
+        if format == "tensor_train":
+            assert [4, 16, 12, 6] in grid.ranks.tolist()  # Tucker-2
+            assert [3, 16, 12, 6] in grid.ranks.tolist()
