@@ -18,6 +18,7 @@ _HOMES = {
     "Budget": "tenfold.records",
     "Compressed": "tenfold.pipeline",
     "Distillation": "tenfold.tuning",
+    "ExportRecord": "tenfold.records",
     "Fit": "tenfold.decompositions",
     "LayerSpec": "tenfold.records",
     "Plan": "tenfold.records",
@@ -34,6 +35,7 @@ _HOMES = {
     "decompose": "tenfold.decompositions",
     "densify": "tenfold.surgery",
     "densify_": "tenfold.surgery",
+    "export": "tenfold.exporting",
     "finetune": "tenfold.tuning",
     "fold": "tenfold.surgery",
     "fold_": "tenfold.surgery",
@@ -51,6 +53,7 @@ __all__ = [
     "Budget",
     "Compressed",
     "Distillation",
+    "ExportRecord",
     "Fit",
     "LayerSpec",
     "Plan",
@@ -68,6 +71,7 @@ __all__ = [
     "decompose",
     "densify",
     "densify_",
+    "export",
     "finetune",
     "fold",
     "fold_",
@@ -85,12 +89,13 @@ if TYPE_CHECKING:
     from tenfold.checkpoint import load, save
     from tenfold.decompositions import Fit, decompose
     from tenfold.errors import TenfoldError
+    from tenfold.exporting import export
     from tenfold.pipeline import Compressed, compress
     from tenfold.planning.plan import plan
     from tenfold.profiling.latency import compare_latency
     from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
-    from tenfold.records import Budget, LayerSpec, Plan, Profile, RunRecord
+    from tenfold.records import Budget, ExportRecord, LayerSpec, Plan, Profile, RunRecord
     from tenfold.staging import Schedule, run_stages, stages
     from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
     from tenfold.tasks import Task

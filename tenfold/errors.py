@@ -39,6 +39,10 @@ class CheckpointError(TenfoldError, ValueError):
     """A checkpoint that is missing, damaged, foreign or made for another model."""
 
 
+class ExportError(TenfoldError, RuntimeError):
+    """A model that a target cannot run, or a file that does not compute what the model does."""
+
+
 class TuningError(TenfoldError, RuntimeError):
     """Training that cannot start or go on: nothing to train, or a loss that is not finite."""
 

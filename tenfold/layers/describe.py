@@ -154,6 +154,7 @@ class Contract(nn.Module):
     def __init__(self, spec: ContractSpec, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self._outputs = spec.out_channels  # worked out from the equation: nothing that a compiler could trace
         self.weight = weight
         self.register_parameter("bias", bias)
 
@@ -163,7 +164,7 @@ class Contract(nn.Module):
         place = x.dim() - 1 - spec.axes
         if spec.is_middle:
             sides = x.shape[place + 1 :]
-            out = self._middle(x, sides.numel()).reshape(*x.shape[:place], spec.out_channels, *sides)
+            out = self._middle(x, sides.numel()).reshape(*x.shape[:place], self._outputs, *sides)
         else:
             apart = x.unflatten(place, spec.modes)
             out = torch.einsum(_behind(spec.equation, spec.axes), apart, self.weight)
@@ -179,7 +180,8 @@ class Contract(nn.Module):
         folded = x.reshape(-1, inner, width)
         if width < _NARROW:
             return functional.linear(folded.mT, self.weight).mT
-        return torch.bmm(self.weight.expand(len(folded), -1, -1), folded)
+        count = folded.shape[0]  # len() is a number, also where the size of the batch is to stay open
+        return torch.bmm(self.weight.expand(count, -1, -1), folded)
 
     def extra_repr(self) -> str:
         """Return the modes and the equation."""

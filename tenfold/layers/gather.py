@@ -10,13 +10,17 @@ from torch.nn import functional as F
 
 from tenfold.layers.joining import NARROW, JoinPicked, join
 from tenfold.records import GatherSpec, TrainShape
+from tenfold.records.gather import Segments
 
 # From this many ids on, repeated ones are looked for; they are computed once if at most this share is distinct.
 _MANY = 256
 _REPEATED = 0.7
 
+# Compiled and exported programs take any number of ids, and run as is best for this many.
+COMPILED_IDS = 1024
 
-def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tensor:
+
+def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, segments: Segments | None = None) -> Tensor:
     """Return the rows (n, columns) of ``ids`` (n,), computed from the cores of a train.
 
     Runs of cores that many rows share are multiplied out once for all of their rows (``TrainShape.segments``: it
@@ -27,8 +31,9 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tens
         cores: shapes ``shape.core_shapes``.
         shape: modes and ranks.
         ids: integers in 0..∏ row modes.
+        segments: the runs; the best for this number of ids if left out.
     """
-    digits, segments = _digits(ids, shape.row_modes), shape.segments(len(ids))
+    digits, segments = _digits(ids, shape.row_modes), segments or shape.segments(len(ids))
     picked = []
     for start, stop in segments:
         table = _multiplied(cores[start:stop]).flatten(2)  # (rows of the run, r, columns · r')
@@ -38,7 +43,7 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tens
         inner = shape.sides[segments[1][0]]
         found: Tensor = JoinPicked.apply(left.reshape(len(left), -1, inner), right, i, j)  # type: ignore[no-untyped-call]
         return found
-    return _joined(picked, len(ids))
+    return _joined(picked, ids.shape[0])
 
 
 def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
@@ -51,13 +56,18 @@ def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
     return found.reshape(count, -1)
 
 
-def gather_distinct(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor) -> Tensor:
+def gather_distinct(
+    cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, compiled: Segments | None = None
+) -> Tensor:
     """Return what ``gather_rows`` does, with ids that repeat computed once where many do.
 
     Looking for them takes 2 % of the time of computing them. Not under ``torch.compile`` and ``torch.export``, where
-    the number of distinct ids would be a shape that depends on data.
+    the number of distinct ids would be a shape that depends on data: there the cores are run through in the segments
+    ``compiled``, whatever the number of ids, so that it may stay open.
     """
-    if len(ids) < _MANY or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return gather_rows(cores, shape, ids, compiled)
+    if len(ids) < _MANY:
         return gather_rows(cores, shape, ids)
     distinct, inverse = ids.unique(return_inverse=True)
     if len(distinct) > _REPEATED * len(ids):
@@ -114,11 +124,12 @@ class Gather(nn.Module):
         super().__init__()
         self.spec = spec
         self.weight = weight
+        self._compiled = spec.shape.segments(COMPILED_IDS)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows (*ids, columns)."""
         shape, flat = self.spec.shape, ids.reshape(-1)
-        found = gather_distinct(split_cores(self.weight, shape), shape, flat)
+        found = gather_distinct(split_cores(self.weight, shape), shape, flat, self._compiled)
         if self.spec.padding_idx is not None:
             padding = self.weight[shape.num_params :].detach()
             found = torch.where((flat == self.spec.padding_idx).unsqueeze(-1), padding, found)

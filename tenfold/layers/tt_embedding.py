@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold.errors import WeightError
-from tenfold.layers.gather import gather_distinct, gather_rows
+from tenfold.layers.gather import COMPILED_IDS, gather_distinct, gather_rows
 from tenfold.layers.tt_logits import train_logits
 from tenfold.layers.tt_modes import column_modes, each_rank, row_modes_for
 from tenfold.records import TrainShape
@@ -58,6 +58,7 @@ class _TrainTable(nn.Module):
             raise WeightError(msg)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.shape = TrainShape(row_modes=rows, col_modes=columns, ranks=each_rank(ranks, len(rows)))
+        self._compiled = self.shape.segments(COMPILED_IDS)
         self.padding_idx = _padding(padding_idx, num_embeddings)
         self.max_norm, self.norm_type = max_norm, norm_type
         self.scale_grad_by_freq, self.sparse = False, False
@@ -153,7 +154,9 @@ class _TrainTable(nn.Module):
         missed = (hot[place] != ids).nonzero().squeeze(-1)
         if len(missed):
             others = ids[missed]
-            found[missed] = self._finished(gather_distinct(list(self.cores), self.shape, others), others)
+            found[missed] = self._finished(
+                gather_distinct(list(self.cores), self.shape, others, self._compiled), others
+            )
         return found
 
     @classmethod
@@ -254,7 +257,7 @@ class TTEmbedding(_TrainTable):
         if self._cache_serves():
             rows = self._from_cache(ids)
         else:
-            rows = self._finished(gather_distinct(list(self.cores), self.shape, ids), ids)
+            rows = self._finished(gather_distinct(list(self.cores), self.shape, ids, self._compiled), ids)
         return rows.view(*input.shape, self.embedding_dim)
 
     def logits(self, hidden: Tensor) -> Tensor:

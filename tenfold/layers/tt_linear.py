@@ -21,6 +21,9 @@ Modes = tuple[int, ...]
 # Runs of cores, merged into one each, and whether the last of them meets the input first.
 Order = tuple[tuple[tuple[int, int], ...], bool]
 
+# Compiled and exported programs take any number of rows, in the order that is best for this many.
+COMPILED_ROWS = 256
+
 
 class TTLinear(nn.Module):
     """A linear layer whose weight (out, in) is a train of cores (r, out mode, in mode, r'), never multiplied out.
@@ -79,6 +82,7 @@ class TTLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.ranks = each_rank(ranks, count)
         self.std = (3 * in_features) ** -0.5 if std is None else std
+        self._compiled = self.order(COMPILED_ROWS)
         r = (1, *self.ranks, 1)
         shapes = [(r[k], m, n, r[k + 1]) for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True))]
         self.cores = nn.ParameterList(torch.empty(s, device=device, dtype=dtype) for s in shapes)
@@ -150,7 +154,8 @@ class TTLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Return input @ weightᵀ + bias, for input (..., in_features)."""
-        runs, backwards = self.order(prod(input.shape[:-1]))
+        compiling = torch.compiler.is_compiling()  # there the number of rows may have to stay open
+        runs, backwards = self._compiled if compiling else self.order(prod(input.shape[:-1]))
         own = self.train_cores()
         cores = [_merged(own[start:stop]) for start, stop in runs]
         if len(cores) == 1:

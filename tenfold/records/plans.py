@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from tenfold.errors import BudgetError, PlanError, TenfoldError
 from tenfold.records.base import Record, write_text
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
+from tenfold.records.exports import ExportRecord
 from tenfold.records.stages import StageRecord
 
 PLAN_VERSION = 1
@@ -138,6 +139,8 @@ class Plan(Record):
 
     ``before`` and ``after`` are costs of the whole model as the planner computed them. ``folded`` are the paths of
     batch norms that are merged into a layer once all else is done, for inference, each with the path of that layer.
+    ``opened`` are the paths of recurrent networks whose matrices are layers of the plan, each with its kind; applying
+    and loading open them.
     """
 
     version: int = PLAN_VERSION
@@ -150,6 +153,7 @@ class Plan(Record):
     after: Cost
     layers: tuple[LayerPlan, ...]
     folded: dict[str, str] = {}
+    opened: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -227,4 +231,5 @@ class RunRecord(Record):
     stages: tuple[StageRecord, ...] = ()
     seconds: dict[str, float] = {}
     settings: dict[str, Any] = {}
+    exports: tuple[ExportRecord, ...] = ()
     environment: Environment

@@ -24,13 +24,14 @@ class What(StrEnum):
     algorithms = "algorithms"
     rules = "rules"
     tasks = "tasks"
+    exports = "exports"
 
 
 Wanted = Annotated[What | None, typer.Argument(help="Everything when left out.", show_default=False)]
 
 
 def run(terminal: Terminal, what: Wanted = None) -> None:
-    """List formats, algorithms, rank rules and tasks, a line each; those of plugins too.
+    """List formats, algorithms, rank rules, tasks and export targets, a line each; those of plugins too.
 
     With --json, one object: entries by kind and name.
     """
@@ -46,11 +47,12 @@ def run(terminal: Terminal, what: Wanted = None) -> None:
 def _registries() -> dict[str, Registry[Any]]:
     """Return the registries by the kind of their entries."""
     from tenfold.decompositions import DECOMPOSITIONS
+    from tenfold.exporting import EXPORTERS
     from tenfold.formats import FORMATS
     from tenfold.ranks import RULES
     from tenfold.tasks import TASKS
 
-    return {"formats": FORMATS, "algorithms": DECOMPOSITIONS, "rules": RULES, "tasks": TASKS}
+    return {"formats": FORMATS, "algorithms": DECOMPOSITIONS, "rules": RULES, "tasks": TASKS, "exports": EXPORTERS}
 
 
 def _table(kind: str, entries: dict[str, str]) -> Table:

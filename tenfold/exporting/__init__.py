@@ -1,0 +1,22 @@
+"""Files that run elsewhere: checked against the model before they are kept. Adding a file here adds a target."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.export import export
+from tenfold.exporting.int8_linear import int8_linear
+from tenfold.exporting.int8_onnx import quantize_onnx
+from tenfold.exporting.runtime import open_exported
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "EXPORTERS",
+    "Exporter",
+    "export",
+    "int8_linear",
+    "open_exported",
+    "quantize_onnx",
+]

@@ -1,0 +1,63 @@
+"""ExecuTorch: torch's own runtime for phones and small devices, here with the XNNPACK kernels for CPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tenfold.errors import ExportError, require
+from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.quiet import quiet
+from tenfold.profiling.inputs import arguments, tensors_in
+
+
+@EXPORTERS.register("executorch")
+class ExecutorchExporter(Exporter):
+    """One .pte file for ExecuTorch, on devices from phones down; batches of at most 64."""
+
+    suffix = ".pte"
+    packages = ("executorch",)
+    max_batch = 64  # memory is planned ahead, for the largest
+
+    def check(self) -> None:
+        """Raise MissingExtraError if the package is not installed."""
+        with quiet():
+            require("executorch.exir", "executorch")
+
+    def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
+        """Write the program, with all that XNNPACK can compute handed over to that.
+
+        Raises:
+            ExportError: a version of operators was asked for.
+        """
+        if opset is not None:
+            msg = "executorch has no opset: leave it out"
+            raise ExportError(msg)
+        with quiet():
+            exir: Any = require("executorch.exir", "executorch")
+            xnnpack: Any = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+            lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
+            file.write_bytes(lowered.to_executorch().buffer)
+        return None
+
+    def open(self, file: Path) -> nn.Module:
+        """Return the file in the ExecuTorch runtime."""
+        return ExecutorchModule(file)
+
+
+class ExecutorchModule(nn.Module):
+    """A .pte file in the runtime, called as the model was."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        runtime: Any = require("executorch.runtime", "executorch")
+        self._loaded = runtime.Runtime.get().load_program(file.read_bytes())  # the method reads from it
+        self._method = self._loaded.load_method("forward")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs, copied out of the memory that the next call overwrites."""
+        given, named = arguments((args, kwargs))
+        outputs = tuple(value.clone() for value in self._method.execute(list(tensors_in((given, named)))))
+        return outputs[0] if len(outputs) == 1 else outputs

@@ -1,0 +1,46 @@
+"""ONNX: what most runtimes on servers, phones and in browsers read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.errors import ExportError, require
+from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.quiet import quiet
+from tenfold.exporting.runtime import OnnxModule
+
+
+@EXPORTERS.register("onnx")
+class OnnxExporter(Exporter):
+    """One .onnx file with the weights inside, for ONNX Runtime and whatever else reads ONNX."""
+
+    suffix = ".onnx"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+
+    def check(self) -> None:
+        """Raise MissingExtraError if a package that the target needs is not installed."""
+        for package in self.packages:
+            require(package, "export")
+
+    def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
+        """Write the program in ONNX operators; return the version of their set.
+
+        Raises:
+            ExportError: more than the 2 GiB that one file can hold.
+        """
+        size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+        if size >= 2**31:
+            msg = f"the weights have {size / 2**30:.1f} GiB; one ONNX file holds 2 GiB. Use --to torch-export."
+            raise ExportError(msg)
+        with quiet():
+            made: Any = torch.onnx.export(program, opset_version=opset, verbose=False)
+            made.save(str(file), external_data=False)
+        return int(made.model.opset_imports[""])
+
+    def open(self, file: Path) -> nn.Module:
+        """Return the file in ONNX Runtime."""
+        return OnnxModule(file)

@@ -1,0 +1,80 @@
+"""Exported files as modules, so that whatever measures a model measures a file: latency, accuracy, parity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.errors import ExportError, TenfoldError, require
+from tenfold.exporting.base import EXPORTERS
+from tenfold.profiling.inputs import arguments, tensors_in
+from tenfold.registry import did_you_mean
+
+
+class OnnxModule(nn.Module):
+    """An ONNX file in ONNX Runtime on the CPU, called as the model was; returns one tensor, or a tuple of several.
+
+    Args:
+        file: the ``.onnx`` file.
+        threads: CPU threads; as many as torch uses now if None.
+    """
+
+    def __init__(self, file: Path | str, threads: int | None = None) -> None:
+        super().__init__()
+        ort: Any = require("onnxruntime", "export")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.names: list[str] = [value.name for value in self.session.get_inputs()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs as tensors."""
+        found = self.session.run(None, feeds(self.names, (args, kwargs)))
+        outputs = tuple(torch.from_numpy(value) for value in found)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:
+    """Return the arrays that ONNX Runtime takes: keyword arguments by their names, the rest in order."""
+    args, kwargs = arguments(inputs)
+    named = {name: value for name, value in kwargs.items() if name in names and isinstance(value, Tensor)}
+    others = tensors_in((*args, {name: value for name, value in kwargs.items() if name not in named}))
+    rest = [name for name in names if name not in named]
+    found = named | dict(zip(rest, others, strict=True))
+    return {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
+
+
+def open_exported(path: str | Path, *, to: str | None = None) -> nn.Module:
+    """Return an exported file as a module that is called like the model it was made from.
+
+    ``compare_latency`` and ``Task.evaluate`` take it like any model. It has no parameters and runs on the CPU.
+
+    Args:
+        path: the file.
+        to: its target; by the ending of the name if left out.
+
+    Raises:
+        ExportError: the file is missing or damaged, or its name does not tell what it is.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"there is no file {path}"
+        raise ExportError(msg)
+    by_suffix = {kind.suffix: name for name, kind in EXPORTERS.items()}
+    if to is None and path.suffix not in by_suffix:
+        msg = f"{path.name} does not tell what it is. {did_you_mean(path.suffix, by_suffix)} Or name the target."
+        raise ExportError(msg)
+    exporter = EXPORTERS.get(to or by_suffix[path.suffix])()
+    exporter.check()
+    try:
+        return exporter.open(path)
+    except TenfoldError:
+        raise
+    except Exception as error:
+        msg = f"{path} cannot be opened: {' '.join(str(error).split())[:300]}"
+        raise ExportError(msg) from error

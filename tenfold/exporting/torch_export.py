@@ -1,0 +1,54 @@
+"""torch.export: the program without the Python code, for torch itself, AOTInductor and ExecuTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.errors import ExportError
+from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.quiet import quiet
+
+
+@EXPORTERS.register("torch-export")
+class TorchExporter(Exporter):
+    """One .pt2 file that torch runs without the code of the model, or compiles ahead of time."""
+
+    suffix = ".pt2"
+
+    def check(self) -> None:
+        """Torch is all it takes."""
+
+    def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
+        """Write the program.
+
+        Raises:
+            ExportError: a version of operators was asked for.
+        """
+        if opset is not None:
+            msg = "torch-export has no opset: leave it out"
+            raise ExportError(msg)
+        with quiet():
+            torch.export.save(program, file)
+        return None
+
+    def open(self, file: Path) -> nn.Module:
+        """Return the program as a module."""
+        with quiet():
+            module: nn.Module = torch.export.load(file).module()
+        return _Opened(module)
+
+
+class _Opened(nn.Module):
+    """A program, which refuses ``eval()`` and ``train()``: it is what it was exported as."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self._program = [program]  # not a submodule, which modes would be set on
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of the program."""
+        return self._program[0](*args, **kwargs)
