@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from tenfold.cli.terminal import Misuse
@@ -39,13 +40,25 @@ def plan_of(
 ) -> Plan:
     """Return the plan that is read from a file, with its costs computed anew, or made by these ``choices``."""
     from tenfold.pipeline import decide as make
-    from tenfold.planning import recost
+    from tenfold.planning import close_idle, recost
     from tenfold.records import Plan
 
     if decide.plan is not None:
         refuse_choices(decide)
         return recost(Plan.load(decide.plan), profile)
-    return make(opened.model, profile, opened.inputs(latency_batch), fold=decide.fold, **choices)[0]
+    plan = make(opened.model, profile, opened.inputs(latency_batch), fold=decide.fold, **choices)[0]
+    return plan if opened.given is None else close_idle(plan, opened.given)
+
+
+def open_networks(decide: Decide, opened: Opened) -> Opened:
+    """Return the source with its recurrent networks open, as ``compress`` opens them, for a plan."""
+    from tenfold.planning import open_for_plan
+    from tenfold.records import Budget, Plan
+
+    plan = None if decide.plan is None else Plan.load(decide.plan)
+    budget = Budget.parse(decide.budget or "")
+    model = open_for_plan(opened.model, plan=plan, keep=tuple(decide.keep or ()), budget=budget)
+    return dataclasses.replace(opened, model=model, given=opened.model)
 
 
 def with_data(choices: dict[str, Any], opened: Opened, profile: Profile, data: Data, seed: int) -> dict[str, Any]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Opened:
     """A task with its model; with the plan and the record behind the model if that is a compressed one.
 
-    ``name`` is what ``load_task`` reads.
+    ``name`` is what ``load_task`` reads. ``given`` is the model as it was before its recurrent networks were opened for
+    a plan; None where nobody opened any.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Opened:
     device: Any
     plan: Plan | None = None
     record: RunRecord | None = None
+    given: nn.Module | None = None
 
     def inputs(self, batch_size: int = 1) -> Any:
         """Return example inputs on the device and in the floating point type of the model."""

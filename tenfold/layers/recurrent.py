@@ -76,6 +76,9 @@ class Recurrent(nn.Module, abc.ABC):
         """Return the layers of all cells: each cell's inputs first, then its hidden states."""
         return [layer for cell in self.cells for layer in (cell.ih, cell.hh)]
 
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no one buffer of weights. Models call this of torch's networks."""
+
     def close(self) -> nn.RNNBase:
         """Return torch's own network with these weights, factorized ones multiplied out."""
         like: Any = self.matrices()[0].weight

@@ -22,7 +22,7 @@ from tenfold.planning.merging import without_idle_stages
 from tenfold.planning.timing import Timing
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
-from tenfold.surgery import find
+from tenfold.surgery import find, opened_networks
 
 Memory = dict[str, dict[Any, Any]]  # by path
 
@@ -129,6 +129,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         before=profile.cost,
         after=_total(profile, layers),
         layers=layers,
+        opened=opened_networks(model),
     )
 
 

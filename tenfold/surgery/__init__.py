@@ -4,6 +4,13 @@ from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, res
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.fold import FoldedNorm, fold, fold_, fold_pairs_, folds_of
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.opening import (
+    close_networks_,
+    closed_networks,
+    open_networks_,
+    opened_networks,
+    with_networks_open,
+)
 from tenfold.surgery.pairs import Folds, find_folds
 from tenfold.surgery.refit import apply_in_order
 
@@ -13,6 +20,8 @@ __all__ = [
     "apply",
     "apply_",
     "apply_in_order",
+    "close_networks_",
+    "closed_networks",
     "densify",
     "densify_",
     "find",
@@ -22,8 +31,11 @@ __all__ = [
     "fold_",
     "fold_pairs_",
     "folds_of",
+    "open_networks_",
+    "opened_networks",
     "paths_of",
     "put",
     "reestimate_batchnorm_",
     "restructure_",
+    "with_networks_open",
 ]

@@ -18,6 +18,7 @@ from tenfold.profiling.entries import entries
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.opening import open_networks_
 
 Progress = Callable[[int, int], None]
 Job = tuple[Problem, Callable[[Fit], Fit]]
@@ -47,7 +48,8 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    return apply_(copy.deepcopy(model), plan, moments=moments, progress=progress, workers=workers)
+    copied = open_networks_(copy.deepcopy(model), plan.opened)
+    return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
 
 
 def apply_(
@@ -58,7 +60,10 @@ def apply_(
     progress: Progress | None = None,
     workers: Workers | None = None,
 ) -> nn.Module:
-    """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``."""
+    """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
+
+    Recurrent networks that the plan has opened are to be open: see ``open_networks_``.
+    """
     wanted = plan.factorized
     for layer in plan.layers:
         find(model, layer.path)
@@ -79,6 +84,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
+    model = open_networks_(model, plan.opened)
     fold_pairs_(model, plan.folded)
     for layer in plan.layers:
         if layer.format is None:

@@ -22,6 +22,7 @@ from tenfold.surgery.apply import apply, check_format
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.opening import with_networks_open
 from tenfold.surgery.repair import branch_of, targets
 
 Progress = Callable[[int, int], None]
@@ -79,9 +80,10 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
+    model = with_networks_open(model, plan.opened)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if original is None else original
+    original = model if original is None else with_networks_open(original, plan.opened)
     dense, new = (
         ResidualReplay(original, batches, forward=forward),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),

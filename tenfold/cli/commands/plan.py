@@ -52,7 +52,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
     """
     with terminal.session():
         from tenfold.cli.commands.compress import show_decision
-        from tenfold.cli.deciding import plan_choices, plan_of, with_data
+        from tenfold.cli.deciding import open_networks, plan_choices, plan_of, with_data
         from tenfold.cli.sensing import draw_tradeoff, with_scores
         from tenfold.cli.sources import open_source
         from tenfold.profiling import profile
@@ -61,7 +61,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
             msg = "--plot shows what other budgets lead to, and --plan FILE has decided: leave one out."
             raise Misuse(msg)
         terminal.step("open the model")
-        opened = open_source(source, machine)
+        opened = open_networks(decide, open_source(source, machine))
         cost = profile(opened.model, opened.inputs())
         choices: dict[str, Any] = {}
         if decide.plan is None:

@@ -1,0 +1,64 @@
+"""Recurrent networks in plans: opened before one is made, left closed where it factorizes nothing of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tenfold.ranks import first_match
+from tenfold.records import Budget, Cost, LayerPlan, Plan
+from tenfold.surgery import closed_networks, opened_networks, with_networks_open
+
+
+def open_for_plan(
+    model: nn.Module, *, plan: Plan | None = None, keep: Sequence[str] = (), budget: Budget | None = None
+) -> nn.Module:
+    """Return the model with its recurrent networks open, on a copy, so that a plan reaches their matrices.
+
+    The model itself where there are none. Those that ``keep`` names as a whole stay closed, and all do under a budget
+    of latency: an open network runs its recurrence in Python, step by step, which torch's own does not.
+
+    Args:
+        model: stays as it is.
+        plan: open the networks that this one has opened, and no others.
+        keep: layers to leave alone.
+        budget: what the whole model may cost.
+    """
+    if plan is not None:
+        return with_networks_open(model, plan.opened)
+    if budget is not None and budget.latency is not None:
+        return model
+    return with_networks_open(model, [path for path in closed_networks(model) if first_match(keep, path) is None])
+
+
+def close_idle(plan: Plan, model: nn.Module) -> Plan:
+    """Return the plan with networks left closed that were opened for it and of which it factorizes nothing.
+
+    Each of these becomes one line, with the reasons of its layers.
+
+    Args:
+        plan: made for the open model.
+        model: the one that was given: what is open there already stays so.
+    """
+    for path, kind in plan.opened.items():
+        inside = f"{path}.cells." if path else "cells."
+        layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
+        if path in opened_networks(model) or any(layer.format for layer in layers):
+            continue
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
+        whole = LayerPlan(
+            path=path,
+            kind=kind,
+            action="keep",
+            reason=f"left closed, since none of its {len(layers)} matrices is factorized: {reasons}",
+            before=sum((layer.before for layer in layers), Cost()),
+            after=sum((layer.after for layer in layers), Cost()),
+        )
+        kept = list(plan.layers)
+        kept[kept.index(layers[0]) : kept.index(layers[0])] = [whole]
+        plan = plan.replace(
+            layers=tuple(layer for layer in kept if layer not in layers),
+            opened={p: k for p, k in plan.opened.items() if p != path},
+        )
+    return plan
