@@ -167,11 +167,11 @@ def _spread(values: list[float]) -> str:
 HEAD = """\
 # SST-5: tables of words as tensor trains
 
-`python -m benchmarks.sst.run`, on {device}, one thread. A bidirectional LSTM (one layer, 128 in each direction) over
-rows of 256, the mean of its outputs, dropout 0.5; trained from scratch on the 8,544 whole sentences for {epochs} epochs,
-batches of {batch_size}, AdamW at {lr}, cosine. The epoch is chosen on the validation part (1,101 sentences); accuracy is
-on the whole test part (2,210). The same settings for all tables; none was tuned. The sources use two layers, and a
-vocabulary of 17,200 words where this one has 16,581.
+`python -m benchmarks.sst.run`, on {device}, one thread. A bidirectional LSTM (one layer, 128 in each direction)
+over rows of 256, the mean of its outputs, dropout 0.5; trained from scratch on the 8,544 whole sentences for {epochs}
+epochs, batches of {batch_size}, AdamW at {lr}, cosine. The epoch is chosen on the validation part (1,101 sentences);
+accuracy is on the whole test part (2,210). The same settings for all tables; none was tuned. The sources use two
+layers, and a vocabulary of 17,200 words where this one has 16,581.
 
 | table | its parameters | times fewer | test accuracy | seeds | validation | source |
 |---|---:|---:|---:|---|---:|---:|"""
