@@ -16,13 +16,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell. ``share`` draws a bar, ``badge`` a coloured label, ``layer`` a link to the pictures of that layer."""
+    """One cell. ``share`` draws a bar, ``badge`` a coloured label, ``layer`` a link to the pictures of that layer.
+
+    ``note`` follows the text, quietly.
+    """
 
     text: str
     value: float | None = None
     share: float | None = None
     badge: str = ""
     layer: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,6 @@ def number(value: float | None, text: str) -> Cell:
 
     Example:
         >>> number(None, "")
-        Cell(text='—', value=None, share=None, badge='', layer=None)
+        Cell(text='—', value=None, share=None, badge='', layer=None, note='')
     """
     return Cell("—") if value is None else Cell(text, value)

@@ -59,8 +59,9 @@ def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
             f"{ranks(p.rank)}\n{count(getattr(p.cost, of))}, error {p.error:.3g}",
         ]
         for p in layer.curve
-        if getattr(p.cost, of) <= 1.25 * whole
+        if getattr(p.cost, of) < whole
     ]
+    points = [*sorted(points, key=lambda p: float(p[0])), [100.0, 0.0, "as it was"]]
     rings = []
     if plan.rel_error is not None:
         x = 100 * getattr(plan.after, of) / whole
@@ -69,7 +70,7 @@ def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
     return {
         "type": "xy",
         "alt": f"error of {layer.path} against its cost",
-        "x": {"label": f"{'MACs' if of == 'macs' else 'parameters'} left of the layer (%)", "min": 0},
+        "x": {"label": f"{'MACs' if of == 'macs' else 'parameters'} left of the layer (%)", "min": 0, "max": 100},
         "y": {"label": "relative error of the weight", "min": 0},
         "series": [{"name": f"{layer.format}, ranks in proportion", "points": points}],
         "rings": rings,
@@ -106,7 +107,7 @@ def equal_error(plan: Plan, analysis: Analysis) -> Chart | None:
     return {
         "type": "xy",
         "alt": "error of the weights against what is left of the model",
-        "x": {"label": "MACs left of the model (%)"},
+        "x": {"label": "MACs left of the model (%)", "max": 100},
         "y": {"label": "error of the weights (root mean square)", "min": 0},
         "series": [{"name": "the same error in all factorized layers", "points": points}],
         "rings": rings,
@@ -160,7 +161,7 @@ def sensitivities(table: SensitivityTable, most: int = 6) -> Chart | None:
     return {
         "type": "xy",
         "alt": "error of layers' outputs against their cost, as measured",
-        "x": {"label": "left of the layer (%)", "min": 0},
+        "x": {"label": "left of the layer (%)", "min": 0, "max": 100},
         "y": {"label": "error of the output", "min": 0},
         "series": series,
     }
@@ -195,7 +196,7 @@ def training(record: RunRecord) -> dict[str, Chart]:
 
 def _by_epoch(loss: list[Any], score: list[Any], rules: list[Chart], dense: float | None) -> dict[str, Chart]:
     found: dict[str, Chart] = {}
-    x = {"label": "epochs of training", "min": 0}
+    x: Chart = {"label": "epochs of training", "min": 0}
     if loss:
         series = [{"name": "loss", "points": loss}]
         found["loss"] = {"type": "xy", "alt": "loss by epoch", "x": x, "y": {"label": "loss"}, "series": series}
@@ -211,20 +212,24 @@ def _by_epoch(loss: list[Any], score: list[Any], rules: list[Chart], dense: floa
 def stage_path(record: RunRecord) -> Chart:
     """Return the scores of the stages against what was left of the model after each."""
     whole = record.before.macs or 1
-    series = []
-    for name in ("compressed", "tuned"):
-        points = [
-            [100 * s.after.macs / whole, 100 * s.scores[name], f"stage {s.index}, {name}\n{percent(s.scores[name])}"]
-            for s in record.stages
-            if name in s.scores
-        ]
-        if points:
-            series.append({"name": name, "points": points})
     dense = record.scores.get("original", record.before.score)
+    way = [] if dense is None else [[100.0, 100 * dense, f"dense\n{percent(dense)}"]]
+    steps: dict[str, list[list[Any]]] = {"compressed": [], "tuned": []}
+    for stage in record.stages:
+        for name, found in steps.items():
+            score = stage.scores.get(name)
+            if score is not None and (name == "compressed" or stage.tuning):
+                words = f"stage {stage.index}, {name}\n{percent(score)}"
+                found.append([100 * stage.after.macs / whole, 100 * score, words])
+                way.append(found[-1])
+    series: list[Chart] = [{"name": "the way", "points": way, "dots": False, "colour": 5}]
+    for number, (name, found) in enumerate(steps.items()):
+        if found:
+            series.append({"name": name, "points": found, "line": False, "colour": number})
     return {
         "type": "xy",
         "alt": "score of each stage against the MACs left",
-        "x": {"label": "MACs left of the model (%)"},
+        "x": {"label": "MACs left of the model (%)", "max": 100},
         "y": {"label": "score (%)"},
         "series": series,
         "rules": [] if dense is None else [{"y": 100 * dense, "label": f"dense {percent(dense)}"}],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from tenfold.records import Analysis, LayerPlan, RunRecord
 from tenfold.reporting.cells import Cell, Column, Row, number
-from tenfold.reporting.numbers import count, percent, ranks, three_digits
+from tenfold.reporting.numbers import change, count, percent, ranks, three_digits
 
 _STABILITY = re.compile(r"; sensitivity (\S+), largest term (\S+)")
 
@@ -30,22 +30,17 @@ Make = Callable[[LayerPlan], Cell]
 
 
 def _columns(layers: Sequence[LayerPlan]) -> list[tuple[Column, Make]]:
-    found: list[tuple[Column, Make]] = [
-        (Column("was", css="kind"), lambda x: Cell(x.kind)),
-        (Column("now"), lambda x: Cell(x.format or "kept", badge=x.action)),
-    ]
-    if any(layer.rank for layer in layers):
-        found.append((Column("ranks", css="kind"), lambda x: Cell(ranks(x.rank) or "—")))
+    found: list[tuple[Column, Make]] = [(Column("was", css="kind"), lambda x: Cell(x.kind)), (Column("now"), _now)]
     if any(layer.rel_error is not None for layer in layers):
         found.append((Column("error", numeric=True), lambda x: number(x.rel_error, f"{x.rel_error or 0:.3f}")))
-    if any(layer.damage is not None for layer in layers):
-        found.append((Column("damage", numeric=True), lambda x: number(x.damage, f"{x.damage or 0:.3g}")))
     if any(_stability(layer) for layer in layers):
-        found += [(Column("stability", numeric=True), _stability_cell)]
-    for name, label in (("params", "params"), ("macs", "MACs")):
-        found += [_before(name, f"{label} before"), _after(name, f"{label} after")]
-    found.append((Column("left", numeric=True), _left))
-    if any(layer.latency_after_ms is not None or layer.latency_before_ms is not None for layer in layers):
+        found.append((Column("sensitivity", numeric=True), _stability_cell))
+    found += [
+        (Column("params", numeric=True), lambda x: _change(x.before.params, x.after.params)),
+        (Column("MACs", numeric=True), lambda x: _change(x.before.macs, x.after.macs)),
+        (Column("left", numeric=True), _left),
+    ]
+    if any(layer.latency_after_ms is not None for layer in layers):
         found += [
             (Column("ms before", numeric=True), lambda x: _milliseconds(x.latency_before_ms)),
             (Column("ms after", numeric=True), lambda x: _milliseconds(x.latency_after_ms)),
@@ -58,12 +53,13 @@ def _name(layer: LayerPlan, drawn: set[str]) -> Cell:
     return Cell(layer.path or "(the model)", layer=layer.path if layer.path in drawn else None)
 
 
-def _before(name: str, label: str) -> tuple[Column, Make]:
-    return Column(label, numeric=True), lambda x: number(getattr(x.before, name), count(getattr(x.before, name)))
+def _now(layer: LayerPlan) -> Cell:
+    return Cell(layer.format or "kept", badge=layer.action, note=ranks(layer.rank))
 
 
-def _after(name: str, label: str) -> tuple[Column, Make]:
-    return Column(label, numeric=True), lambda x: number(getattr(x.after, name), count(getattr(x.after, name)))
+def _change(before: int, after: int) -> Cell:
+    """Return both numbers, sorted by the first: what cost most."""
+    return Cell(change(before, after) if before != after else count(before), before)
 
 
 def _left(layer: LayerPlan) -> Cell:
@@ -83,7 +79,7 @@ def _stability(layer: LayerPlan) -> re.Match[str] | None:
 def _stability_cell(layer: LayerPlan) -> Cell:
     """Return how sensitive the factors of a CP fit are, as its reason says (see ``Stability``)."""
     found = _stability(layer)
-    return Cell("—") if found is None else number(float(found[1]), f"{found[1]} (largest term {found[2]})")
+    return Cell("—") if found is None else Cell(found[1], float(found[1]), note=f"largest term {found[2]}")
 
 
 def stage_table(record: RunRecord) -> tuple[list[Column], list[Row]]:

@@ -36,6 +36,18 @@ def _scaled(number: float, base: int, units: tuple[str, ...]) -> str:
     return f"{digits} {units[power]}"
 
 
+def change(before: float, after: float) -> str:
+    """Return both numbers, a unit that they share once.
+
+    Example:
+        >>> change(37_700_000, 7_300_000), change(1_200_000, 552_400)
+        ('37.7 → 7.3 M', '1.2 M → 552.4 k')
+    """
+    old, new = count(before), count(after)
+    unit = new.partition(" ")[2]
+    return f"{old.removesuffix(f' {unit}') if unit else old} → {new}"
+
+
 def factor(before: float, after: float) -> str:
     """Return how many times smaller ``after`` is; a dash where that means nothing.
 

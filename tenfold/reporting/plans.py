@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tenfold.records import LayerPlan, Plan
 from tenfold.reporting.folding import grouped, kind_name, kinds_in_short, paths_in_short
-from tenfold.reporting.numbers import count, factor, ranks
+from tenfold.reporting.numbers import change, count, factor, ranks
 from tenfold.reporting.style import grid
 
 WHOLE_PATH = 28  # paths up to this length are not broken, however narrow the page
@@ -63,7 +63,7 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
         table.add_column("why", ratio=1)
     for layer in layers:
         row = [layer.path or "(the model)", layer.kind, f"{layer.format} {ranks(layer.rank)}"]
-        row += [_change(layer.before.params, layer.after.params), _change(layer.before.macs, layer.after.macs)]
+        row += [change(layer.before.params, layer.after.params), change(layer.before.macs, layer.after.macs)]
         row += [("" if layer.rel_error is None else f"{layer.rel_error:.3f}")] if fitted else []
         table.add_row(*row, *([] if shared else [layer.reason]))
     return table
@@ -85,18 +85,6 @@ def _kept(layers: Sequence[LayerPlan]) -> Table:
             group[0].reason,
         )
     return table
-
-
-def _change(before: int, after: int) -> str:
-    """Return both numbers, a unit that they share once.
-
-    Example:
-        >>> _change(37_700_000, 7_300_000), _change(1_200_000, 552_400)
-        ('37.7 → 7.3 M', '1.2 M → 552.4 k')
-    """
-    old, new = count(before), count(after)
-    unit = new.partition(" ")[2]
-    return f"{old.removesuffix(f' {unit}') if unit else old} → {new}"
 
 
 def _layers(number: int) -> str:

@@ -125,7 +125,8 @@ def _batch(latency: Latency | None) -> str:
 
 def _steps(record: RunRecord) -> str:
     steps = {name: value for name, value in record.scores.items() if name != "original"}
-    return ", ".join(f"{name} {percent(value)}" for name, value in steps.items()) if len(steps) > 1 else ""
+    told = ", ".join(f"{name} {percent(value)}" for name, value in steps.items())
+    return told if len(set(steps.values())) > 1 else ""
 
 
 def _headline(record: RunRecord) -> str:
@@ -139,7 +140,7 @@ def _headline(record: RunRecord) -> str:
 def _lead(record: RunRecord) -> str:
     plan = record.plan
     formats = sorted({str(layer.format) for layer in plan.factorized})
-    budget = " and ".join(f"{_limit(value)} {name}" for name, value in plan.budget.items())
+    budget = " and ".join(_limit(name, value, record) for name, value in plan.budget.items())
     parts = [f"{plan.model}, {len(plan.factorized)} layers as {', '.join(formats)}" if formats else plan.model]
     if plan.rule.get("name"):
         parts.append(f"ranks by the rule {plan.rule['name']}{f' for a budget of {budget}' if budget else ''}")
@@ -150,8 +151,12 @@ def _lead(record: RunRecord) -> str:
     return ", ".join(parts) + "."
 
 
-def _limit(value: float) -> str:
-    return f"{100 * value:.3g} % of the" if value <= 1 else count(value)
+def _limit(name: str, value: float, record: RunRecord) -> str:
+    """Return a budget in words, as a share of the model that there was."""
+    whole = getattr(record.before, {"latency": "latency_ms"}.get(name, name), None)
+    share = value if value <= 1 else value / whole if whole else None
+    of = {"macs": "MACs", "params": "parameters"}.get(name, name)
+    return f"{value:g} {of}" if share is None else f"{100 * share:.3g} % of the {of}"
 
 
 def _overview(run: Run, drawn: dict[str, charts.Chart]) -> list[dict[str, str]]:
@@ -161,7 +166,11 @@ def _overview(run: Run, drawn: dict[str, charts.Chart]) -> list[dict[str, str]]:
         return []
     drawn["costs"] = charts.cost_bars(layers, of)
     return [
-        {"id": "costs", "title": "Where the cost was, and is", "about": "Move over a bar for its layer and numbers."}
+        {
+            "id": "costs",
+            "title": "Where the cost was, and is",
+            "about": "Every bar tells its layer and its numbers, to the mouse and to the arrow keys.",
+        }
     ]
 
 
@@ -231,7 +240,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     rule = ", ".join(f"{k}={v}" for k, v in record.plan.rule.items() if k not in ("name", "ranks") and v is not None)
     found = [
         ("Rule", f"{record.plan.rule.get('name', '')}{f' ({rule})' if rule else ''}"),
-        ("Budget", ", ".join(f"{k}={v:g}" for k, v in record.plan.budget.items())),
+        ("Budget", ", ".join(_limit(k, v, record) for k, v in record.plan.budget.items())),
         ("Seed", str(record.seed)),
         ("Batch norms folded", str(len(record.plan.folded) or "")),
         *((name.replace("_", " ").capitalize(), _setting(value)) for name, value in record.settings.items()),
@@ -252,9 +261,13 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
-def _setting(value: Any) -> str:
+def _setting(value: Any, depth: int = 0) -> str:
+    """Return a setting without what is not set; what is inside of it, in brackets."""
     if isinstance(value, dict):
-        return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)
+        text = ", ".join(f"{k}={_setting(v, depth + 1)}" for k, v in value.items() if v not in (None, [], {}))
+        return f"({text})" if depth else text
+    if isinstance(value, list | tuple):
+        return " ".join(_setting(item, depth + 1) for item in value)
     return "" if value is None else str(value)
 
 

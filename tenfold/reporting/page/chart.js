@@ -42,6 +42,17 @@ const Charts = (() => {
     return found.filter((v) => v >= low * 0.999 && v <= high * 1.001);
   }
 
+  // Powers of ten; where there are few of them, numbers between.
+  function logTicks(low, high, wanted) {
+    const own = decades(low, high, wanted);
+    if (own.length > 2 || high / low > 50) return own;
+    const found = [];
+    for (let p = Math.floor(Math.log10(low)); p <= Math.log10(high); p += 1) {
+      [1, 2, 5].forEach((m) => { const v = Number((m * 10 ** p).toPrecision(3)); if (v >= low && v <= high * 1.001) found.push(v); });
+    }
+    return found.length > 1 ? found : [low, high];
+  }
+
   // A scale from numbers to pixels. Logarithmic ones begin at the smallest positive number.
   function scale(values, axis, from, to) {
     let own = values.filter((v) => Number.isFinite(v) && (!axis.log || v > 0));
@@ -52,7 +63,7 @@ const Charts = (() => {
       if (high / low < 10) { low /= 2; high *= 2; }
       const span = Math.log(high / low);
       const at = (v) => from + ((to - from) * Math.log(Math.max(v, low) / low)) / span;
-      return { at, ticks: (n) => { const own = decades(low, high, n); return own.length > 1 ? own : [low, high]; } };
+      return { at, ticks: (n) => logTicks(low, high, n) };
     }
     if (high === low) { const pad = Math.abs(high) * 0.1 || 1; low -= pad; high += pad; }
     const pad = (high - low) * 0.06;

@@ -1,0 +1,98 @@
+"""tenfold compare: many runs side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tenfold.cli.terminal import Misuse, Terminal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from tenfold.reporting.comparing import Group
+
+ORDER = 51
+
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN...", help="Folders that tenfold wrote, or JSON files with records inside.", show_default=False
+    ),
+]
+Out = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="Where to write the comparison: .html, .csv or .tex. Repeatable.",
+        rich_help_panel="Output",
+        show_default=False,
+    ),
+]
+ENDS = (".html", ".csv", ".tex")
+
+
+def run(terminal: Terminal, runs: Runs, out: Out = None) -> None:
+    """Compare runs: methods by budgets, mean and standard deviation over seeds.
+
+    tenfold compare runs/* --out comparison.html --out table.tex
+
+    Runs that differ in nothing but their seed are one row. The page has score against cost and a table that can be
+    sorted; the LaTeX table wants the package booktabs.
+
+    With --json, a list: each group with `model`, `method`, `budget`, `seeds`, `runs`, and `values`: `mean`, `sd` and
+    `count` of `params`, `macs` (shares of the model before), `speedup`, `score` and its `change`.
+    """
+    with terminal.session():
+        from tenfold.records import write_text
+        from tenfold.reporting.comparing import compare
+        from tenfold.reporting.comparison import write_comparison
+        from tenfold.reporting.reading import read_runs
+        from tenfold.reporting.tabular import as_csv, as_latex
+
+        files = out or []
+        wrong = [str(file) for file in files if file.suffix.lower() not in ENDS]
+        if wrong:
+            msg = f"--out {wrong[0]}: a comparison is written as {', '.join(ENDS)}."
+            raise Misuse(msg)
+        groups = compare([found for path in runs for found in read_runs(path)])
+        for file in files:
+            if file.suffix.lower() == ".html":
+                write_comparison(groups, file)
+            else:
+                write_text(file, as_csv(groups) if file.suffix.lower() == ".csv" else as_latex(groups))
+        terminal.show(_table(groups))
+        for file in files:
+            terminal.say(f"Written to {file}")
+        terminal.result([_plain(group) for group in groups])
+
+
+def _table(groups: Sequence[Group]) -> Table:
+    from tenfold.reporting.comparison import text
+    from tenfold.reporting.style import grid
+
+    table = grid()
+    for name in ("model", "method", "budget"):
+        table.add_column(name)
+    shown = {"macs": 100.0, "params": 100.0, "speedup": 1.0, "score": 100.0}
+    heads = {"macs": "MACs %", "params": "params %", "speedup": "times faster", "score": "score %"}
+    for name in ("runs", *heads.values()):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in groups:
+        spreads = [text(group.values[k], v) if k in group.values else "—" for k, v in shown.items()]
+        table.add_row(group.model, group.method, group.budget, str(len(group.runs)), *spreads)
+    return table
+
+
+def _plain(group: Group) -> dict[str, object]:
+    values = {name: dataclasses.asdict(spread) for name, spread in group.values.items()}
+    names = [run.name for run in group.runs]
+    same = {"model": group.model, "method": group.method, "budget": group.budget}
+    return {**same, "seeds": list(group.seeds), "runs": names, "values": values}

@@ -1,0 +1,184 @@
+"""Many runs side by side: methods by budgets, over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+from typing import Any
+
+from tenfold.records import RunRecord
+from tenfold.reporting.folding import grouped
+from tenfold.reporting.reading import Run
+
+_BUDGETS = {"macs": "MACs", "params": "params", "latency": "latency"}
+
+
+def _ratio(after: float | None, before: float | None) -> float | None:
+    return None if not before or after is None else after / before
+
+
+def _speedup(record: RunRecord) -> float | None:
+    if record.speedup is not None:
+        return record.speedup.ratio
+    return _ratio(record.before.latency_ms, record.after.latency_ms)
+
+
+def _drop(record: RunRecord) -> float | None:
+    start = record.scores.get("original", record.before.score)
+    return None if start is None or record.after.score is None else record.after.score - start
+
+
+# What is compared: shares of the model before, how many times faster, the score, and what it changed by.
+METRICS: dict[str, Callable[[RunRecord], float | None]] = {
+    "params": lambda r: _ratio(r.after.params, r.before.params),
+    "macs": lambda r: _ratio(r.after.macs, r.before.macs),
+    "speedup": _speedup,
+    "score": lambda r: r.after.score,
+    "change": _drop,
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of the runs that have a number; the latter None for a single one."""
+
+    mean: float
+    sd: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """Return the spread of some numbers; None of none.
+
+        Example:
+            >>> Spread.of([1.0, 3.0])
+            Spread(mean=2.0, sd=1.4142135623730951, count=2)
+        """
+        if not values:
+            return None
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but their seed, with the spread of everything that was measured in one of them."""
+
+    model: str
+    method: str
+    budget: str
+    runs: tuple[Run, ...]
+    values: Mapping[str, Spread] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the runs, in order."""
+        return tuple(sorted(run.record.seed for run in self.runs))
+
+
+def compare(runs: Sequence[Run]) -> tuple[Group, ...]:
+    """Return runs in groups of the same task, method, budget and settings, by model, method and the MACs left.
+
+    Methods whose names are the same though some setting differs have that setting in their name.
+
+    Example:
+        >>> compare([])
+        ()
+    """
+    same = grouped(runs, lambda run: _key(run.record))
+    names = _method_names([group[0].record for group in same])
+    groups = [_group(group, name) for group, name in zip(same, names, strict=True)]
+    return tuple(sorted(groups, key=_order))
+
+
+def best(groups: Sequence[Group], cost: str = "macs") -> set[Group]:
+    """Return the groups that no other of the same model beats both in score and in cost (the Pareto front).
+
+    Those without a score are not among them.
+    """
+    return {g for g in _scored(groups, cost) if not any(_beats(o, g, cost) for o in _scored(groups, cost))}
+
+
+def _scored(groups: Sequence[Group], cost: str) -> list[Group]:
+    return [group for group in groups if "score" in group.values and cost in group.values]
+
+
+def _beats(one: Group, other: Group, cost: str) -> bool:
+    if one.model != other.model:
+        return False
+    a, b = one.values, other.values
+    no_worse = a["score"].mean >= b["score"].mean and a[cost].mean <= b[cost].mean
+    return no_worse and (a["score"].mean > b["score"].mean or a[cost].mean < b[cost].mean)
+
+
+def _order(group: Group) -> tuple[str, str, float]:
+    return group.model, group.method, group.values["macs"].mean if "macs" in group.values else 0.0
+
+
+def _group(runs: Sequence[Run], method: str) -> Group:
+    values = {}
+    for name, measure in METRICS.items():
+        spread = Spread.of([v for v in (measure(run.record) for run in runs) if v is not None])
+        if spread is not None:
+            values[name] = spread
+    record = runs[0].record
+    return Group(record.task or record.plan.model, method, budget_of(record), tuple(runs), values)
+
+
+def budget_of(record: RunRecord) -> str:
+    """Return the budget in words, as shares of the model before; a dash where there was none."""
+    stated = record.settings.get("schedule")
+    given = stated.get("budget") if isinstance(stated, dict) and isinstance(stated.get("budget"), dict) else None
+    budget = {k: v for k, v in (given or record.plan.budget).items() if v is not None}
+    return ", ".join(f"{_share(k, v, record)} {_BUDGETS.get(k, k)}" for k, v in budget.items()) or "—"
+
+
+def _share(name: str, value: float, record: RunRecord) -> str:
+    whole = getattr(record.before, {"latency": "latency_ms"}.get(name, name), None)
+    share = value if value <= 1 else value / whole if whole else None
+    return f"{value:g}" if share is None else f"{100 * share:.3g} %"
+
+
+def _key(record: RunRecord) -> str:
+    """Return everything that the runs of a group share."""
+    return json.dumps([record.task or record.plan.model, budget_of(record), _settings(record)], sort_keys=True)
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """Return what was chosen, by dotted name, without seeds and the budget."""
+    algorithms = {str(x.format): (x.algorithm or {}).get("name", "") for x in record.plan.factorized}
+    told = {"rule": dict(record.plan.rule), "algorithm": algorithms, **record.settings}
+    epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)
+    told |= {"epochs": epochs, "stages": len(record.stages)}
+    found = dict(_flat(told, ""))
+    return {k: v for k, v in found.items() if k.rpartition(".")[2] not in {"seed", "budget"} and ".budget." not in k}
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [] if value is None else [(name, value)]
+    return [pair for k, v in value.items() for pair in _flat(v, f"{name}.{k}" if name else str(k))]
+
+
+def _plain_name(record: RunRecord) -> str:
+    formats = " + ".join(sorted({str(layer.format) for layer in record.plan.factorized}))
+    parts = [formats or "nothing", str(record.plan.rule.get("name", "")) if record.plan.rule else ""]
+    if record.stages:
+        parts.append(f"{len(record.stages)} stages")
+    epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)
+    parts.append(f"{epochs} epochs" if epochs != 1 else "1 epoch")
+    return ", ".join(filter(None, parts))
+
+
+def _method_names(records: Sequence[RunRecord]) -> list[str]:
+    """Return a name for each, with the settings in which those of one name, model and budget differ."""
+    plain = [(r.task or r.plan.model, budget_of(r), _plain_name(r)) for r in records]
+    settings = [_settings(r) for r in records]
+    names = []
+    for i, own in enumerate(plain):
+        alike = [settings[j] for j, other in enumerate(plain) if other == own]
+        differing = sorted({k for s in alike for k in s if any(o.get(k) != s.get(k) for o in alike)})
+        told = ", ".join(f"{k}={settings[i].get(k)}" for k in differing)
+        names.append(f"{own[2]} ({told})" if told else own[2])
+    return names
