@@ -1,0 +1,150 @@
+"""export(): every target, what it refuses, and that what it refuses leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenfold import export
+from tenfold.errors import ExportError, MissingExtraError, UnknownNameError
+from tenfold.exporting import EXPORTERS, int8_linear, open_exported, quantize_onnx
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the exporters, about themselves
+
+onnx_only = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra export")
+
+
+def _net() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
+        )
+        net(torch.randn(16, 3, 4, 4))  # statistics of the batch norm
+    return net.eval()
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+class Two(nn.Module):
+    """Two inputs, one by name; several outputs."""
+
+    def forward(self, a: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
+        return {"product": a * scale, "sum": a + scale.sum(1, keepdim=True)}
+
+
+class ByValue(nn.Module):
+    """A forward that looks at values, which no file can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() if float(x.sum()) > 0 else x.cos()
+
+
+class ByMode(nn.Module):
+    """A forward that computes something else while it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.001 if torch.compiler.is_compiling() else x
+
+
+@onnx_only
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_file_takes_any_batch_and_the_model_stays_as_it_is(fold: bool, tmp_path: Path) -> None:
+    net, path = _net().train(), tmp_path / "net.onnx"
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    made = export(net, torch.randn(1, 3, 4, 4), path, fold=fold, seconds=0.02)
+    assert net.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert (made.folded, made.dynamic_batch, made.bytes) == (int(fold), True, path.stat().st_size)
+    assert set(made.parity) == {1, 2, 5}
+    assert made.latency is not None
+    assert "onnxruntime" in made.environment.versions
+    x = torch.randn(9, 3, 4, 4)
+    torch.testing.assert_close(open_exported(path)(x), net.eval()(x), rtol=1e-4, atol=1e-5)
+    assert _left(tmp_path) == ["net.onnx"]
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_named_inputs_and_several_outputs(to: str, tmp_path: Path) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxscript")
+    inputs = (torch.randn(3, 4), {"scale": torch.randn(3, 4)})
+    made = export(Two(), inputs, tmp_path / "two", to=to, seconds=0)
+    assert max(made.parity.values()) < 1e-6
+    assert set(made.parity) == {1, 2, 3, 5}
+
+
+def test_a_fixed_batch_is_checked_as_it_is(tmp_path: Path) -> None:
+    made = export(
+        _net(), torch.randn(4, 3, 4, 4), tmp_path / "a.pt2", to="torch-export", dynamic_batch=False, seconds=0
+    )
+    assert (list(made.parity), made.dynamic_batch) == ([4], False)
+
+
+def test_executorch_runs_the_file(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    made = export(_net(), torch.randn(1, 3, 4, 4), tmp_path / "a.pte", to="executorch", seconds=0)
+    assert max(made.parity.values()) < 1e-5
+
+
+def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    x, path = torch.ones(2, 3), tmp_path / "a.pt2"
+    with pytest.raises(ExportError, match="ByValue cannot be exported"):
+        export(ByValue(), x, path, to="torch-export", seconds=0)
+    with pytest.raises(ExportError, match=r"tolerance 0\.0001: nothing was kept"):
+        export(ByMode(), x, path, to="torch-export", seconds=0)
+    assert _left(tmp_path) == []
+    assert export(ByMode(), x, path, to="torch-export", seconds=0, tolerance=1e-2).parity[2] == pytest.approx(
+        1e-3, 1e-2
+    )
+    with pytest.raises(ExportError, match="exists"):
+        export(nn.ReLU(), x, path, to="torch-export", seconds=0)
+    with pytest.raises(UnknownNameError, match="torch-export"):
+        export(nn.ReLU(), x, path, to="torch_export", seconds=0)
+    with pytest.raises(ExportError, match="NaN or infinite"):
+        export(nn.ReLU(), x / 0, tmp_path / "b.pt2", to="torch-export", seconds=0)
+    with pytest.raises(ExportError, match="no file"):
+        open_exported(tmp_path / "c.onnx")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"tenfold\[export\]"):
+        export(nn.ReLU(), torch.ones(1, 2), tmp_path / "a.onnx")
+    assert EXPORTERS.names() == ("executorch", "onnx", "torch-export")
+
+
+@onnx_only
+def test_int8_of_a_file(tmp_path: Path) -> None:
+    source, path = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 9))
+    export(net.eval(), torch.randn(1, 3, 5, 5), source, seconds=0)
+    batches = [torch.randn(8, 3, 5, 5) for _ in range(4)]
+    made = quantize_onnx(source, path, batches, operators=("Conv",), seconds=0)
+    assert made.operators == {"Conv": 2}
+    assert made.samples == 32
+    assert 0 < made.noise < 0.05
+    assert path.stat().st_size < 0.5 * made.was_bytes == 0.5 * source.stat().st_size
+    found, wanted = open_exported(path)(batches[0]), net(batches[0])
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    with pytest.raises(ExportError, match="exists"):
+        quantize_onnx(source, path, batches)
+    assert _left(tmp_path) == ["a.onnx", "b.onnx"]
+
+
+def test_int8_of_linear_layers() -> None:
+    pytest.importorskip("torchao")
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), torch.randn(16, 64)
+    wanted = net(x)
+    for activations, bound in ((True, 0.03), (False, 0.015)):
+        found = int8_linear(net, activations=activations)(x)
+        assert 1e-5 < float((found - wanted).norm() / wanted.norm()) < bound
+    assert torch.equal(net(x), wanted)
+    with pytest.raises(ExportError, match="no linear layer"):
+        int8_linear(nn.Sequential(nn.Conv2d(3, 3, 1)))
