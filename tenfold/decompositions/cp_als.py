@@ -66,6 +66,7 @@ class CPSettings:
     restarts: int = 1
     momentum: bool = True
     compress: bool = True
+    balance: bool = True
     seed: int = 0
 
 
@@ -97,11 +98,11 @@ def fit_cp(
     _check(tensor, rank)
     scale = tensor.abs().flatten(1).amax(1)
     scale = torch.where(scale > 0, scale, 1.0).reshape(-1, *(1,) * (tensor.dim() - 1))
-    scaled = tensor / scale
+    scaled = tensor if bool((scale == 1).all()) else tensor / scale
     sizes = tuple(tensor.shape[1:])
     if rank >= prod(sizes) // max(sizes):
         none = torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
-        return _found(fibers(scaled, rank), scale, none, tensor.dtype, "exact")
+        return _found(kruskal.balance(fibers(scaled, rank)), scale, none, tensor.dtype, "exact")
     small = scaled[0].numel() <= _SMALL
     wide = scaled.double() if small else scaled
     most = math.ceil(_COLUMNS * rank) if scaled[0].numel() >= _FRAMED_FROM else None
@@ -116,12 +117,14 @@ def fit_cp(
     )
     best = frames.lift(best)
     if polish:
+        del frames, starts  # the tensor as it is needs their memory
         last = _sweep(wide, [f[:, None] for f in best], settings, max(settings.n_iter - sweeps, polish))
         best, squares, converged = last.best(), last.squares[:, 0], last.converged
         sweeps += len(last.history)
     total = torch.linalg.vector_norm(wide.flatten(1), dim=1, dtype=torch.float64).square()
     missed = (squares / torch.where(total > 0, total, 1.0)).sqrt()
     best = [f * (total > 0).to(f)[:, None, None] for f in best]
+    best = kruskal.balance([f.double() for f in best]) if settings.balance else best
     return _found(best, scale, missed, tensor.dtype, note, n_iter=sweeps, converged=converged)
 
 
@@ -149,9 +152,8 @@ def _found(
     converged: bool = True,
 ) -> CPFit:
     """Return the fit of tensors that were divided by ``scale``."""
-    balanced = kruskal.balance([f.double() for f in factors])
-    share = scale.reshape(-1, 1, 1).double() ** (1 / len(balanced))
-    return CPFit(tuple((f * share).to(dtype) for f in balanced), errors, n_iter, converged, note)
+    share = scale.reshape(-1, 1, 1).double() ** (1 / len(factors))
+    return CPFit(tuple((f * share).to(dtype) for f in factors), errors, n_iter, converged, note)
 
 
 def _starts(
@@ -219,6 +221,8 @@ class CPALS(Decomposition):
         restarts: how many random starts; the best after ten sweeps goes on (thirty for small weights).
         momentum: whether sweeps are extrapolated.
         compress: whether modes are compressed first.
+        balance: whether columns are scaled to the least sensitivity in the end; otherwise they stay as the sweeps leave
+            them, for comparison with software that returns those.
     """
 
     n_iter: int = 200
@@ -228,6 +232,7 @@ class CPALS(Decomposition):
     restarts: int = 1
     momentum: bool = True
     compress: bool = True
+    balance: bool = True
 
     @classmethod
     def serves(cls, format: type[Factorization]) -> bool:

@@ -79,12 +79,10 @@ class Arranged:
 
     def along(self, factor: Tensor, mode: int) -> Tensor:
         """Return the tensor times the factor (batch, n, S, R) of a long mode: (batch, rest, other, S·R)."""
-        entries = self.entries if mode == self.b else self.entries.mT
-        batch, slices, rows, _ = entries.shape
         columns = factor.flatten(2)
-        if batch == 1 and mode == self.b:
-            return (entries.reshape(slices * rows, -1) @ columns[0]).view(1, slices, rows, -1)
-        return torch.matmul(entries, columns[:, None])
+        if mode == self.b:
+            return (self.entries.flatten(1, 2) @ columns).unflatten(1, self.entries.shape[1:3])
+        return torch.matmul(self.entries.mT, columns[:, None])
 
     def shares(self, factors: Sequence[Tensor]) -> Tensor:
         """Return the Khatri-Rao product (batch, prod(rest), S·R) of the factors of the rest."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Self
 
 import torch
 from torch import Tensor
+
+# Gram matrices are summed in float64 over so many columns at a time.
+_PIECE = 1024
 
 # A frame pays where it leaves less than this share of a mode.
 _WORTH = 0.9
@@ -69,10 +73,14 @@ def _range(matrix: Tensor, negligible: Tensor, most: int | None) -> tuple[Tensor
     rows, columns = matrix.shape[1:]
     if rows == 1:
         return None, True
-    seen, frame = matrix.double(), None
+    frame = None
     if rows > columns:
-        frame, seen = torch.linalg.qr(seen)
-    values, vectors = torch.linalg.eigh(seen @ seen.mT)
+        frame, triangle = torch.linalg.qr(matrix.double())
+        square = triangle @ triangle.mT
+    else:  # piece by piece: the whole of it in float64 would be the largest thing in memory
+        pieces = (piece.double() for piece in matrix.split(_PIECE, dim=2))
+        square = reduce(torch.add, (piece @ piece.mT for piece in pieces))
+    values, vectors = torch.linalg.eigh(square)
     needed = max(int((values.clamp_min(0).cumsum(-1) > negligible[:, None]).sum(-1).max()), 1)
     size = needed if most is None else min(needed, most)
     if size > _WORTH * rows:
