@@ -198,7 +198,7 @@ def _by_epoch(loss: list[Any], score: list[Any], rules: list[Chart], dense: floa
     found: dict[str, Chart] = {}
     x: Chart = {"label": "epochs of training", "min": 0}
     if loss:
-        series = [{"name": "loss", "points": loss}]
+        series: list[Chart] = [{"name": "loss", "points": loss}]
         found["loss"] = {"type": "xy", "alt": "loss by epoch", "x": x, "y": {"label": "loss"}, "series": series}
         found["loss"]["rules"] = rules
     if score:

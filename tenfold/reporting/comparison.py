@@ -13,7 +13,8 @@ from tenfold.reporting.comparing import Group, Spread, best
 from tenfold.reporting.folding import grouped
 from tenfold.reporting.pages import page
 
-_SHOWN = {"params": "params left (%)", "macs": "MACs left (%)", "speedup": "times faster", "score": "score (%)"}
+_SHOWN = {"params": "params (%)", "macs": "MACs (%)", "speedup": "speed-up", "score": "score (%)"}
+_COSTS = {"params": "parameters left (%)", "macs": "MACs left (%)", "speedup": "times faster"}
 
 
 def write_comparison(groups: Sequence[Group], path: str | Path) -> Path:
@@ -64,9 +65,10 @@ def front_chart(groups: Sequence[Group], cost: str) -> Chart | None:
     if not scored:
         return None
     scale = 1.0 if cost == "speedup" else 100.0
+    methods = list(dict.fromkeys(group.method for group in groups))  # of one colour in all charts
     series = []
     for same in grouped(scored, lambda group: group.method):
-        points = [
+        points: list[list[Any]] = [
             [
                 scale * group.values[cost].mean,
                 100 * group.values["score"].mean,
@@ -75,12 +77,18 @@ def front_chart(groups: Sequence[Group], cost: str) -> Chart | None:
             ]
             for group in same
         ]
-        series.append({"name": same[0].method, "points": sorted(points, key=lambda p: p[0])})  # type: ignore[arg-type, return-value]
+        series.append(
+            {
+                "name": same[0].method,
+                "points": sorted(points, key=lambda point: float(point[0])),
+                "colour": methods.index(same[0].method),
+            }
+        )
     dense = groups[0].runs[0].record.before.score
     return {
         "type": "xy",
         "alt": f"score by {cost} of {groups[0].model}",
-        "x": {"label": _SHOWN[cost]},
+        "x": {"label": _COSTS[cost]},
         "y": {"label": "score (%)"},
         "series": series,
         "rules": [] if dense is None else [{"y": 100 * dense, "label": f"dense {100 * dense:.2f} %"}],
@@ -101,7 +109,7 @@ def _table(groups: Sequence[Group]) -> tuple[list[Column], list[Row]]:
     shown = [name for name in _SHOWN if any(name in group.values for group in groups)]
     columns = [Column("model"), Column("method", css="why"), Column("budget", css="kind"), Column("runs", numeric=True)]
     columns += [Column(_SHOWN[name], numeric=True) for name in shown]
-    columns += [Column("change (points)", numeric=True)] if any("change" in g.values for g in groups) else []
+    columns += [Column("points", numeric=True)] if any("change" in g.values for g in groups) else []
     front = best(groups) if len(groups) > 1 else set()
     rows = []
     for group in groups:

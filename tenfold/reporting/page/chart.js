@@ -140,7 +140,7 @@ const Charts = (() => {
       places.forEach((place, i) => {
         const point = usable[i];
         if (point[3]) make("line", { x1: place[0], x2: place[0], y1: y.at(point[1] - point[3]), y2: y.at(point[1] + point[3]), class: `whisker s${c}` }, svg);
-        if (series.dots !== false) marker(svg, number, place[0], place[1], places.length > 30 ? 2.2 : 3.6, `f${c}`);
+        if (series.dots !== false) marker(svg, c, place[0], place[1], places.length > 30 ? 2.2 : 3.6, `f${c}`);
         const words = point[2] || `${series.name}\n${spec.x.label}: ${short(point[0])}\n${spec.y.label}: ${short(point[1])}`;
         spots.push({ x: place[0], y: place[1], words });
       });
@@ -190,7 +190,7 @@ const Charts = (() => {
       } else {
         const c = (series.colour === undefined ? number : series.colour) % COLOURS;
         if (series.line !== false) make("line", { x1: 0, x2: 16, y1: 6, y2: 6, class: `s${c}`, "stroke-width": 2 }, svg);
-        if (series.dots !== false) marker(svg, number, 8, 6, 3.6, `f${c}`);
+        if (series.dots !== false) marker(svg, c, 8, 6, 3.6, `f${c}`);
       }
       item.append(series.name);
       list.append(item);
