@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,11 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
 def input_params(model: nn.Module) -> int:
     """Return the number of weights between the inputs and the gates."""
     rnn: Any = model.get_submodule("rnn")
-    return rnn.weight_ih_l0.numel() if isinstance(rnn, nn.GRU) else sum(c.numel() for c in rnn.cells[0].ih.cores)
+    return (
+        rnn.get_parameter("weight_ih_l0").numel()
+        if isinstance(rnn, nn.GRU)
+        else sum(c.numel() for c in rnn.cells[0].ih.cores)
+    )
 
 
 def timed(config: Row, data: Path | None) -> list[Row]:
@@ -106,7 +111,8 @@ def timed(config: Row, data: Path | None) -> list[Row]:
     for size in config["timing"]["batches"]:
         models = {v: load_task(f"moving_mnist:{v}", data=data).build() for v in config["variants"]}
         films = torch.rand(size, *load_task("moving_mnist").example_inputs(1).shape[1:])
-        for name, once in (("forward", _forward), ("and backward", _backward)):
+        passes: dict[str, Callable[[nn.Module, torch.Tensor], None]] = {"forward": _forward, "and backward": _backward}
+        for name, once in passes.items():
             ms: dict[str, list[float]] = {variant: [] for variant in models}
             for model in models.values():
                 once(model, films)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 import tenfold
 from tenfold.errors import PlanError
 from tenfold.layers import LSTM, FactorizedLayer
+from tenfold.pipeline import UseData
 from tenfold.planning import close_idle, open_for_plan
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
@@ -25,7 +27,7 @@ from tenfold.surgery import (
 )
 
 IDS = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
-COMPRESS = {"latency": False, "keep_ends": False}
+COMPRESS: Any = {"latency": False, "keep_ends": False}
 
 
 class Tagger(nn.Module):
@@ -99,7 +101,7 @@ def test_compressing_reaches_recurrent_matrices(tagger: Tagger, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("use_data", ["layers", "sequential"])
-def test_data_are_used_step_by_step(tagger: Tagger, use_data: str) -> None:
+def test_data_are_used_step_by_step(tagger: Tagger, use_data: UseData) -> None:
     generator = torch.Generator().manual_seed(1)
     data = [torch.randint(0, 20, (8, length), generator=generator) for length in (4, 6, 5)]
     small = tenfold.compress(tagger, IDS, budget={"params": 0.75}, data=data, use_data=use_data, **COMPRESS)

@@ -9,7 +9,7 @@ import torch
 
 from tenfold.layers import TTGRU
 from tenfold.tasks import load_task
-from tenfold.tasks.moving_mnist import FRAMES, ROOM, SIDE, places, render, with_motion
+from tenfold.tasks.moving_mnist import FRAMES, ROOM, SIDE, MovingMnist, places, render, with_motion
 
 
 def test_a_digit_is_drawn_whole_where_it_is() -> None:
@@ -41,7 +41,7 @@ def mnist(home: Path, write_shard: Callable[..., Path]) -> Path:
 
 
 def test_tests_never_change_and_training_films_do(mnist: Path) -> None:
-    task, other = load_task("moving_mnist"), load_task("moving_mnist:tt-gru", seed=3)
+    task, other = MovingMnist(), MovingMnist("tt-gru", seed=3)
     assert torch.equal(task.test_set.inputs, other.test_set.inputs)
     ((films, _),) = task.test_batches(batch_size=50)
     assert films.shape == (20, FRAMES, SIDE**2)
@@ -57,7 +57,7 @@ def test_the_train_has_a_thousand_times_fewer_input_weights() -> None:
     dense, small = (load_task(f"moving_mnist:{v}").build() for v in ("gru", "tt-gru"))
     rnn = small.get_submodule("rnn")
     assert isinstance(rnn, TTGRU)
-    count = sum(core.numel() for core in rnn.cells[0].ih.cores)
+    count = sum(core.numel() for core in rnn.matrices()[0].cores)
     assert dense.get_parameter("rnn.weight_ih_l0").numel() / count > 1000
     films = load_task("moving_mnist").example_inputs(2)
     assert dense(films).shape == small(films).shape == (2, 10)

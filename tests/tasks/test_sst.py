@@ -9,7 +9,7 @@ from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.layers import TTEmbedding
 from tenfold.tasks import load_task
 from tenfold.tasks.sentences import PADDING, UNKNOWN, Sentences, vocabulary
-from tenfold.tasks.sst import RANK, TRAINS, WORDS
+from tenfold.tasks.sst import RANK, TRAINS, WORDS, Sst
 
 TRAIN = "4 a good good film\n0 a bad film .\n2 fine\n1 not good .\n"
 DEV = "3 good enough\n0 bad\n"
@@ -27,7 +27,7 @@ def folder(home: Path) -> Path:
 
 
 def test_sentences_become_ids_of_the_training_part(folder: Path) -> None:
-    task = load_task("sst")
+    task = Sst()
     # By how often they are there, then by the alphabet.
     assert list(task.ids) == ["good", ".", "a", "film", "bad", "fine", "not"]
     assert task.test_set.inputs.tolist() == [[4, UNKNOWN, 2, UNKNOWN], [6, 0, 0, 0], [6, 6, 0, 0]]
@@ -36,7 +36,7 @@ def test_sentences_become_ids_of_the_training_part(folder: Path) -> None:
 
 
 def test_the_validation_part_is_the_sets_own(folder: Path) -> None:
-    task = load_task("sst", data=folder)
+    task = Sst(data=folder)
     ((ids, labels),) = task.validation_batches(batch_size=10)
     assert labels.tolist() == [3, 0]
     assert ids.tolist() == [[2, UNKNOWN], [6, PADDING]]
@@ -47,7 +47,7 @@ def test_the_validation_part_is_the_sets_own(folder: Path) -> None:
 
 
 def test_batches_end_with_their_longest_sentence(folder: Path) -> None:
-    batches = list(load_task("sst", data=folder.parent).test_batches(batch_size=1))
+    batches = list(Sst(data=folder.parent).test_batches(batch_size=1))
     assert [tuple(ids.shape) for ids, _ in batches] == [(1, 4), (1, 1), (1, 2)]
 
 
@@ -78,22 +78,22 @@ def test_tables_are_those_of_the_source() -> None:
         assert set(table.shape.ranks) <= {1, RANK}
     dense = load_task("sst:binary-full").build()
     assert tuple(dense.get_parameter("embedding.weight").shape) == (WORDS, 256)
-    assert dense(load_task("sst").example_inputs(3)).shape == (3, 2)
+    assert dense(Sst().example_inputs(3)).shape == (3, 2)
 
 
 def test_missing_and_damaged_files_are_named(folder: Path) -> None:
     (folder / "stsa.fine.dev").write_text("7 great\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"stsa\.fine\.dev, line 1: a line is a label 0\.\.4, a space and words"):
-        _ = load_task("sst").train_set
+        _ = Sst().train_set
     (folder / "stsa.fine.test").write_text("\n", encoding="utf-8")
     with pytest.raises(DataError, match="has no sentences"):
-        _ = load_task("sst").test_set
+        _ = Sst().test_set
     with pytest.raises(DataError, match=r"no sst data: .* has no sst/stsa\.binary\.train.*--data FOLDER"):
-        _ = load_task("sst:binary-full").train_set
+        _ = Sst("binary-full").train_set
 
 
 def test_weights_come_from_a_file() -> None:
     with pytest.raises(CheckpointError, match="sst:fine-full has no built-in weights"):
-        load_task("sst").pretrained()
+        Sst().pretrained()
     with pytest.raises(UnknownNameError, match="fine-tt1"):
         load_task("sst:fine-tt")
