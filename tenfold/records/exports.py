@@ -13,7 +13,7 @@ class Int8Record(Record):
 
     Attributes:
         samples: how many inputs the ranges of the activations were taken from.
-        operators: how many operators of each type are computed in integers.
+        operators: how many operators of each type read integers, activations between two of them included.
         was_bytes: size of the file before.
         noise: root mean square of the change of the outputs, by that of the outputs, on those samples.
         agreement: share of those samples whose largest output is the same; None where outputs are no class scores.
