@@ -35,7 +35,7 @@ from tenfold.profiling import (
     to_memory_format,
 )
 from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Analysis, Budget, Latency, LayerPlan, Measurement, Plan, Profile, RunRecord, write_text
+from tenfold.records import Analysis, Budget, Latency, LayerPlan, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
@@ -74,17 +74,11 @@ class Compressed:
     def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
 
-        ``analysis.json`` has what a report shows of spectra and errors. ``beside`` is called with a folder and may write
-        more files into it; see ``tenfold.save``.
+        ``analysis.json`` has what a report shows of spectra and errors. ``beside`` is called with a folder and may
+        write more files into it; see ``tenfold.save``.
         """
-
-        def write(folder: Path) -> None:
-            if self.analyse is not None:
-                write_text(folder / checkpoint.ANALYSIS, self.analyse().model_dump_json())
-            if beside is not None:
-                beside(folder)
-
-        return checkpoint.save(self.model, self.plan, path, record=self.record, beside=write)
+        found = None if self.analyse is None else self.analyse()
+        return checkpoint.save(self.model, self.plan, path, record=self.record, analysis=found, beside=beside)
 
 
 def compress(  # noqa: PLR0913 - the one call that has every choice

@@ -14,11 +14,11 @@ from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.weights import read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
-from tenfold.records import Plan, RunRecord, write_text
+from tenfold.records import Analysis, Plan, RunRecord, write_text
 from tenfold.surgery import folds_of, opened_networks, restructure_
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
-ANALYSIS = "analysis.json"  # what a report shows besides; whoever saves may write it
+ANALYSIS = "analysis.json"
 
 
 def save(
@@ -27,6 +27,7 @@ def save(
     path: str | Path,
     *,
     record: RunRecord | None = None,
+    analysis: Analysis | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a compressed model to the folder ``path`` and return it: whole, or not at all.
@@ -40,6 +41,7 @@ def save(
         plan: what was done to it.
         path: the folder.
         record: of the run.
+        analysis: what a report shows of spectra and errors; written as ``analysis.json``.
         beside: called with a folder, to write into it whatever else is to lie there (the configuration of the model, a
             tokenizer): plain files, no folders.
 
@@ -63,6 +65,8 @@ def save(
         write_text(partial / CARD, model_card(plan, record))
         if record is not None:
             write_text(partial / RECORD, record.to_json())
+        if analysis is not None:
+            write_text(partial / ANALYSIS, analysis.model_dump_json())
         if beside is not None:
             beside(partial)
         partial.chmod(0o755)
@@ -162,7 +166,7 @@ def _swap(new: Path, path: Path) -> None:
         new.rename(path)
         return
     others = sorted(p.name for p in new.iterdir() if p.name not in {ANALYSIS, PLAN, CARD, RECORD, WEIGHTS})
-    for name in (*others, ANALYSIS, PLAN, CARD, RECORD, WEIGHTS):  # the weights last: they alone decide what load returns
+    for name in (*others, ANALYSIS, PLAN, CARD, RECORD, WEIGHTS):  # weights last: they decide what load returns
         if (new / name).is_file():
             (new / name).replace(path / name)
         else:
