@@ -139,7 +139,7 @@ def next_factor(tried: list[tuple[float, float]], wanted: float) -> float:
 
     Example:
         >>> round(next_factor([(1.0, 0.6)], 0.5), 3), round(next_factor([(1.0, 0.6), (0.8, 0.4)], 0.5), 3)
-        (0.821, 0.893)
+        (0.825, 0.895)
     """
     aim = _AIM * wanted
     below = max(((t, s) for t, s in tried if s <= wanted), key=lambda p: p[1], default=None)
