@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ class CPEPC(Decomposition):
         tol: stop a correction when a sweep lowers the objective by less than this share.
         rounds: after the correction go back to least squares for a few sweeps and correct again, at most this often
             and while it helps by more than 1 %.
-        start: the algorithm whose error is preserved, ``cp_als`` or ``cp_lm``.
     """
 
     slack: float = 1.02
@@ -46,7 +45,6 @@ class CPEPC(Decomposition):
     sweeps: int = 200
     tol: float = 1e-3
     rounds: int = 1
-    start: Literal["cp_als", "cp_lm"] = "cp_als"
 
     def __post_init__(self) -> None:
         """Refuse bounds that no factors can meet, and an objective that is not known."""
@@ -89,7 +87,7 @@ class CPEPC(Decomposition):
         first = fit_cp(wide, rank, CPSettings(seed=self.seed), start=begun)
         factors, sweeps = list(first.factors), first.n_iter
         near = (first.rel_errors > _ROUNDED.get(tensor.dtype, 1e-6)) & (first.rel_errors < _NEARLY)
-        if self.start == "cp_lm" or bool(near.any()):
+        if bool(near.any()):
             accurate = descend(wide, factors, n_iter=_STEPS, tol=_STEP_TOL)
             factors, sweeps = accurate.factors, sweeps + accurate.n_iter
         found = self.stabilise(wide, factors, tensor.dtype)
@@ -123,7 +121,7 @@ class CPEPC(Decomposition):
         tiny = torch.finfo(value.dtype).tiny
         times = float((before.clamp_min(tiny) / value.clamp_min(tiny)).log().mean().exp())
         return Stable(
-            found, sweeps, best.converged, f"{self.objective} {times:.3g} times lower than after {self.start}"
+            found, sweeps, best.converged, f"{self.objective} {times:.3g} times lower than after least squares"
         )
 
     def _limit(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype) -> tuple[Tensor, bool]:
@@ -155,7 +153,7 @@ class Stable:
 # Errors as small say that the tensor has such a rank, or nearly: then Gauss-Newton is there in a few steps.
 _NEARLY = 1e-2
 
-# Of the accurate start, as in ``cp_lm``.
+# Of Gauss-Newton.
 _STEPS, _STEP_TOL = 100, 1e-7
 
 # Sweeps of least squares between two corrections.

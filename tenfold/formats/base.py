@@ -208,6 +208,10 @@ class Factorization(abc.ABC):
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
         return {k: v for k, v in values.items() if v is not None}
 
+    def terms(self) -> tuple[Tensor, ...] | None:
+        """Return the factors (groups, n, R) whose rank-one terms make up the weight, or its core; None for others."""
+        return None
+
     def stability(self) -> Stability | None:
         """Return how far the terms of the weight cancel; None for formats whose factors cannot diverge."""
         return None

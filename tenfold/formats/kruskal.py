@@ -97,6 +97,10 @@ class Kruskal(Factorization):
         flat = first @ rest.mT
         return flat.reshape(len(first), *self.spec.group_shape[1:])
 
+    def terms(self) -> tuple[Tensor, ...]:
+        """Return the factors."""
+        return self.factors()
+
     def stability(self) -> Stability:
         """Return how far the rank-one tensors cancel."""
         return stability(self.factors())

@@ -133,9 +133,13 @@ class TuckerCP(Factorization):
         weight = torch.einsum("gor,gir,gkr->goik", outer, inner, self.taps)
         return weight.reshape(self.spec.group_shape)
 
+    def terms(self) -> tuple[Tensor, ...]:
+        """Return the factors of the core."""
+        return self.out_factor, self.in_factor, self.taps
+
     def stability(self) -> Stability:
         """Return how far the rank-one kernels of the core cancel; orthonormal frames change none of it."""
-        return stability((self.out_factor, self.in_factor, self.taps))
+        return stability(self.terms())
 
     def scaled(self, factor: float) -> Self:
         """Return the factorization of ``factor`` times the weight: the frames stay orthonormal."""

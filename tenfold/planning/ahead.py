@@ -38,7 +38,7 @@ def _piece(problem: RankProblem, format: str, moments: Moments | None) -> Piece:
     """Return the problem with nothing but its own weight."""
     weight = problem.load_weight().detach().clone()
     alone = dataclasses.replace(
-        problem, load_weight=lambda: weight, latency_at=None, latency_ms=None, damage_at=None, _cache={}
+        problem, load_weight=lambda: weight, latency_at=None, latency_ms=None, damage_at=None, metric=None, _cache={}
     )
     return alone, format, moments
 

@@ -40,7 +40,7 @@ def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments])
     if len({moments[p.path].output is None for p in problems}) > 1:
         msg = "some moments know what the network minds and some do not: their damages are not on one scale"
         raise PlanError(msg)
-    return [dataclasses.replace(p, damage_at=_damage_at(p, moments[p.path])) for p in problems]
+    return [dataclasses.replace(p, damage_at=_damage_at(p, moments[p.path]), metric=moments[p.path]) for p in problems]
 
 
 def _damage_at(problem: RankProblem, moments: Moments) -> Callable[[str], Curve]:

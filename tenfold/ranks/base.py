@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from tenfold.decompositions import Moments
 from tenfold.decompositions.curves import error_curve
 from tenfold.errors import BudgetError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank
@@ -63,6 +64,7 @@ class RankProblem:
             is no clock.
         damage_at: returns for a format the function from ranks (n, names) to the damage (n,) that the network takes, on
             one scale for all layers; None where nothing is known of the data.
+        metric: what data say of the layer's inputs, for rules that fit factorizations themselves; None as above.
     """
 
     path: str
@@ -75,6 +77,7 @@ class RankProblem:
     latency_ms: float | None = None
     latency_at: Callable[[str, Sequence[Rank]], FloatArray] | None = None
     damage_at: Callable[[str], Callable[[NDArray[np.int64]], FloatArray]] | None = None
+    metric: Moments | None = None
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def cost_at(self, format: str, rank: Rank) -> Cost:

@@ -113,7 +113,7 @@ def check_recovery(trial: Trial) -> None:
         return
     ranks = some_ranks(trial.format, spec)
     own = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
-    for dtype in DTYPES:
+    for dtype in _dtypes(trial):
         weight = random_factors(trial.format, spec, own).to_dense().to(dtype)
         for rank in (r for r in ranks if all(r[k] >= own[k] for k in own)):
             with law(6, trial, rank, f"a {dtype} weight of rank {own}"):
@@ -180,7 +180,7 @@ def check_odd_weights(trial: Trial) -> None:
     """Raise LawBroken unless zero, constant, tiny, huge and spiked weights come out right, or are refused clearly."""
     spec = trial.at.spec
     ranks = some_ranks(trial.format, spec)
-    for dtype in DTYPES:
+    for dtype in _dtypes(trial):
         for name, weight in odd_weights(spec, dtype).items():
             for rank in (ranks[len(ranks) // 2], ranks[-1]):
                 with law(14, trial, rank, f"a {name} weight in {dtype}"):
@@ -190,6 +190,11 @@ def check_odd_weights(trial: Trial) -> None:
         before = weight.clone()
         trial.fit(weight, ranks[0])
         expect(torch.equal(weight, before), "the weight was written to")
+
+
+def _dtypes(trial: Trial) -> tuple[torch.dtype, ...]:
+    """Return all dtypes, or the widest and the one of the smallest range for algorithms that take long."""
+    return (torch.float64, torch.float16) if trial.algorithm.costly else DTYPES
 
 
 def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: bool) -> None:

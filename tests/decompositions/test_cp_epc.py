@@ -9,7 +9,6 @@ from scipy.optimize import brentq
 from tenfold.decompositions import decompose
 from tenfold.decompositions.correction import correct, objective_of, update_block
 from tenfold.decompositions.cp_epc import CPEPC
-from tenfold.decompositions.cp_lm import CPLM
 from tenfold.decompositions.cp_power import CPPower
 from tenfold.decompositions.gauss_newton import _gauss_newton, descend
 from tenfold.errors import TenfoldError
@@ -195,12 +194,6 @@ def test_gauss_newton_products_are_those_of_the_jacobian():
         torch.testing.assert_close(found.flatten(), jacobian.flatten(1).T @ moved)
 
 
-def test_finishing_by_gauss_newton_is_at_least_as_accurate():
-    weight = _normal(8, 6, 3, 3)
-    plain = decompose(weight, "cp3", {"rank": 10})
-    assert decompose(weight, "cp3", {"rank": 10}, CPLM()).rel_error <= plain.rel_error * (1 + 1e-9)
-
-
 def test_power_iterations_find_orthogonal_components_and_the_best_rank_one():
     frames = [torch.linalg.qr(_normal(n, 3, seed=n)).Q for n in (7, 6, 9)]
     sizes = torch.tensor([5.0, 3.0, 2.0], dtype=F64)
@@ -209,10 +202,11 @@ def test_power_iterations_find_orthogonal_components_and_the_best_rank_one():
     assert converged
     torch.testing.assert_close(kruskal.component_norms(found)[0], sizes)
     assert float(_squares(tensor, found)) < 1e-12
-    tl = pytest.importorskip("tensorly.decomposition")
+    tensorly, decomposition = (pytest.importorskip(name) for name in ("tensorly", "tensorly.decomposition"))
     other = _normal(1, 6, 5, 4)
     one, _, _ = CPPower(n_iter=500, tol=1e-14).deflate(other, 1)
-    weights, _ = tl.parafac(other[0].numpy(), 1, n_iter_max=500, tol=1e-14, init="svd")
+    with tensorly.backend_context("numpy"):
+        weights, _ = decomposition.parafac(other[0].numpy(), 1, n_iter_max=500, tol=1e-14, init="svd")
     assert float(kruskal.component_norms(one)) >= float(weights[0]) * 0.9999
 
 
@@ -221,8 +215,6 @@ def test_all_of_them_serve_both_formats():
     for format in ("cp3", "cp4"):
         for algorithm in (
             CPEPC(sweeps=5, rounds=0),
-            CPEPC(start="cp_lm", sweeps=5, rounds=0),
-            CPLM(n_iter=5),
             CPPower(),
         ):
             assert algorithm.serves(FORMATS.get(format))

@@ -43,9 +43,9 @@ def test_an_axis_without_extent_has_no_stage_and_keeps_its_stride() -> None:
 
 @pytest.mark.parametrize("name", ["cp3", "cp4"])
 def test_the_dense_weight_is_that_of_tensorly(name: str) -> None:
-    tensorly.set_backend("pytorch")
     value = random_factors(FORMATS.get(name), CONV, {"rank": 7})
-    wanted = cp_to_tensor((None, [f[0] for f in value.factors()])).reshape(CONV.weight_shape)
+    with tensorly.backend_context("pytorch"):
+        wanted = cp_to_tensor((None, [f[0] for f in value.factors()])).reshape(CONV.weight_shape)
     torch.testing.assert_close(value.to_dense(), wanted)
 
 
