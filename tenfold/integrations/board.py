@@ -34,8 +34,11 @@ class Board:
     @classmethod
     def to(cls, folder: str | Path) -> Self:
         """Return a board that writes event files for TensorBoard into a folder."""
-        tensorboard: Any = require("torch.utils.tensorboard", "train")
-        return cls(tensorboard.SummaryWriter(log_dir=str(folder)))
+        require("tensorboard", "train")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: Any = SummaryWriter
+        return cls(writer(log_dir=str(folder)))
 
     def stage(self, record: StageRecord) -> None:
         """Write what a stage costs and how it ranks its layers; its scores where it has any."""
