@@ -180,6 +180,44 @@ def tt_balance(cores: Cores) -> Cores:
     return tuple(core * (common / size)[..., None, None, None] for core, size in zip(cores, safe, strict=True))
 
 
+def tt_canonical(cores: Cores) -> Cores:
+    """Return the same train in the basis of every bond in which its slices are orthogonal, the largest first.
+
+    What stands before and after index i of a bond both have the norm √σᵢ, with σ the singular values of the tensor as a
+    matrix of the two (Vidal 2003, Phys. Rev. Lett. 91, 147902): what a bond does not need is zero then. Shapes stay the
+    same.
+
+    Args:
+        cores: (r, n, r') without a batch, of ranks that the modes can carry (``fit_ranks``) or larger.
+
+    Example:
+        >>> column = torch.ones(1, 3, 1).double()
+        >>> twice = (torch.cat([column, column], -1), torch.ones(2, 4, 1).double())  # of rank 1, written as rank 2
+        >>> [round(float(c.norm()), 3) for c in tt_canonical(twice)[0].unbind(-1)]
+        [2.632, 0.0]
+    """
+    rest = list(right_orthogonalize(cores))
+    weights, frames = [], []
+    for k in range(len(rest) - 1):
+        u, s, vh = torch.linalg.svd(rest[k].flatten(0, 1), full_matrices=False)
+        frames.append(u.reshape(*rest[k].shape[:2], -1))
+        weights.append(s)
+        rest[k + 1] = _from_left(s[:, None] * vh, rest[k + 1])
+    frames.append(rest[-1])
+    found = []
+    for k, frame in enumerate(
+        frames
+    ):  # √σ goes to the slices before each bond, and 1/√σ to those after it, which carry σ
+        before, after = (
+            weights[k - 1] if k else frame.new_ones(1),
+            weights[k] if k < len(weights) else frame.new_ones(1),
+        )
+        inverse = torch.where(before > before.max() * torch.finfo(before.dtype).eps, before, torch.inf).rsqrt()
+        found.append(inverse[:, None, None] * frame * after.sqrt())
+    wide = (tuple(core.shape) for core in cores)
+    return tuple(_padded(core, shape) for core, shape in zip(found, wide, strict=True))
+
+
 def merge_modes(cores: Cores) -> Cores:
     """Return the cores (..., r, m·n, r') of the train that a TT-matrix with cores (..., r, m, n, r') is."""
     return tuple(core.flatten(-3, -2) for core in cores)
@@ -320,3 +358,10 @@ def _from_left(matrix: Tensor, core: Tensor) -> Tensor:
 
 def _mirrored(cores: Cores) -> Cores:
     return tuple(core.transpose(-3, -1) for core in reversed(cores))
+
+
+def _padded(core: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the core with zeros behind its slices, up to ``shape``."""
+    padded = core.new_zeros(shape)
+    padded[tuple(slice(n) for n in core.shape)] = core
+    return padded
