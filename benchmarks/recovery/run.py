@@ -29,6 +29,7 @@ from tenfold.decompositions import Decomposition
 from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
 from tenfold.profiling import environment, profile
+from tenfold.ranks import rule_from
 from tenfold.records import Plan, RunRecord
 from tenfold.tasks import load_task
 from tenfold.tasks.base import Task
@@ -142,7 +143,7 @@ class Row:
                 model,
                 self.task.example_inputs(),
                 budget=own["budget"],
-                rule=own["rule"],
+                rule=own["rule"] if isinstance(own["rule"], str) else rule_from(**own["rule"]),
                 formats=own["formats"],
                 algorithms=algorithms,
                 keep=own["keep"],
