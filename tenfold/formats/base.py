@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -151,6 +151,12 @@ class Factorization(abc.ABC):
         """Return what tells where costs change their form: among ranks with equal ones they are multilinear."""
         most = cls.max_rank(spec)
         return tuple(rank[name] == most[name] for name in cls.rank_names)
+
+    @classmethod
+    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
+        """Return the numbers whose weighted sum is a cost, among ranks of one ``cost_case``: neighbours' products."""
+        del spec
+        return tuple(left * right for left, right in pairwise((1, *(rank[name] for name in cls.rank_names), 1)))
 
     @classmethod
     def num_params(cls, spec: LayerSpec, rank: Rank) -> int:

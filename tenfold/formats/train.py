@@ -99,6 +99,11 @@ class TrainFormat(Factorization):
         return cls.runs(spec, rank)
 
     @classmethod
+    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
+        """Return the products of the two ranks of each run."""
+        return tuple(left * right for left, right in pairwise((1, *cls.merged(spec, rank)[1], 1)))
+
+    @classmethod
     def undominated(cls, spec: LayerSpec, ranks: Any) -> tuple[Rank, ...]:
         """Return those of some rising ranks that have fewer parameters than all that follow, and the full rank."""
         kept: list[Rank] = []

@@ -75,8 +75,8 @@ class TTMatrix(TrainFormat):
 
     @classmethod
     def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return which cores are one, and in which order they are contracted."""
-        return cls.runs(spec, rank), tuple(at for at, _ in cls._steps(spec, rank))
+        """Return what it is for all trains, and in which order the cores are contracted."""
+        return super().cost_case(spec, rank), tuple(at for at, _ in cls._steps(spec, rank))
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:

@@ -201,8 +201,9 @@ def _chained(problem: RankProblem, format: str, ranks: Ranks) -> Numbers:
 
     The coefficients follow from a few ranks, and others, spread over the rest, tell whether that was right.
     """
-    sides = np.pad(ranks, ((0, 0), (1, 1)), constant_values=1).astype(np.float64)
-    terms = np.concatenate([sides[:, :-1] * sides[:, 1:], np.ones((len(ranks), 1))], axis=1)
+    kind, names = FORMATS.get(format), FORMATS.get(format).rank_names
+    rows = [kind.cost_terms(problem.spec, dict(zip(names, row, strict=True))) for row in ranks.tolist()]
+    terms = np.array([(*row, 1) for row in rows], dtype=np.float64)
     known = np.unique(np.linspace(0, len(ranks) - 1, 2 * terms.shape[1]).round().astype(int))
     if len(ranks) < 2 * len(known):
         return _one_by_one(problem, format, ranks)
