@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from tenfold.checkpoint import load, save
     from tenfold.decompositions import Fit, decompose
     from tenfold.errors import TenfoldError
-    from tenfold.exporting import export
+    from tenfold.exporting.export import export
     from tenfold.pipeline import Compressed, compress
     from tenfold.planning.plan import plan
     from tenfold.profiling.latency import compare_latency
@@ -99,7 +99,8 @@ if TYPE_CHECKING:
     from tenfold.staging import Schedule, run_stages, stages
     from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
     from tenfold.tasks import Task
-    from tenfold.tuning import Distillation, TuneConfig, finetune
+    from tenfold.tuning import Distillation, TuneConfig
+    from tenfold.tuning.finetune import finetune
 
 
 def __getattr__(name: str) -> Any:

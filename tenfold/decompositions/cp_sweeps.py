@@ -81,7 +81,8 @@ class Arranged:
         """Return the tensor times the factor (batch, n, S, R) of a long mode: (batch, rest, other, S·R)."""
         columns = factor.flatten(2)
         if mode == self.b:
-            return (self.entries.flatten(1, 2) @ columns).unflatten(1, self.entries.shape[1:3])
+            product: Tensor = self.entries.flatten(1, 2) @ columns
+            return product.view(len(columns), *self.entries.shape[1:3], -1)
         return torch.matmul(self.entries.mT, columns[:, None])
 
     def shares(self, factors: Sequence[Tensor]) -> Tensor:

@@ -34,4 +34,5 @@ class TTSVD(Decomposition):
         sizes, bonds = format.merged(spec, rank)
         tensor = format.to_tensor(weight, spec).reshape(len(weight), *sizes)
         cores = trains.tt_balance(trains.tt_svd(tensor, bonds, batch_dims=1))
-        return Factors(format.named_cores(spec, rank, cores) | format.beside(weight, spec))
+        tensors: dict[str, Tensor | None] = {**format.named_cores(spec, rank, cores), **format.beside(weight, spec)}
+        return Factors(tensors)

@@ -159,7 +159,8 @@ class _Run:
             now = self._complete(stage, record, told)
         if self.schedule.budget and not self.decider.met(profile(now.model, self.inputs), now.done):
             logger.warning("the budget is not met after the last round: more rounds, or a stronger rule, may meet it")
-        return Compressed(now.model, now.record.plan, now.record, self.original, partial(self._analyse, now.record.plan))
+        plan = now.record.plan
+        return Compressed(now.model, plan, now.record, self.original, partial(self._analyse, plan))
 
     def _analyse(self, plan: Plan) -> Analysis:
         """Return what the weights of the original say, for a report."""

@@ -119,9 +119,7 @@ def _reason_of_layer(layer: Entry | None, norm: Any, hooked: set[str]) -> str:
     if layer.spec.out_channels != norm.num_features:
         return f"layer {layer.path!r} has {layer.spec.out_channels} outputs, it has {norm.num_features} channels"
     if isinstance(layer.module, FactorizedLayer) and not isinstance(last_spec(layer.module), LayerSpec):
-        return (
-            f"layer {layer.path!r} does not end with a plain torch layer"
-        )
+        return f"layer {layer.path!r} does not end with a plain torch layer"
     return ""
 
 
