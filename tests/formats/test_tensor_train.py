@@ -229,8 +229,8 @@ def test_a_few_fits_tell_the_damage_of_all_ranks(format, monkeypatch):
 
 def test_candidates_cost_what_they_cost_one_by_one_and_hold_tucker2():
     conv = LayerSpec(kind="conv", in_channels=24, out_channels=32, kernel=(3, 3), bias=True)
-    linear = LayerSpec(kind="linear", in_channels=256, out_channels=256)
-    of_conv, of_linear = Call(in_shape=(1, 24, 8, 8), out_shape=(1, 32, 6, 6)), Call(in_shape=(1, 256), out_shape=(1,))
+    linear = LayerSpec(kind="linear", in_channels=512, out_channels=512)
+    of_conv, of_linear = Call(in_shape=(1, 24, 8, 8), out_shape=(1, 32, 6, 6)), Call(in_shape=(1, 512), out_shape=(1,))
     for format, spec, call in (
         ("tensor_train", conv, of_conv),
         ("tt_conv", conv, of_conv),
@@ -238,7 +238,7 @@ def test_candidates_cost_what_they_cost_one_by_one_and_hold_tucker2():
     ):
         cost = Cost(params=spec.num_params, macs=spec.macs(call.in_shape))
         (grid,) = grids(RankProblem("layer", spec, (format,), (call,), cost, lambda: torch.zeros(1)))
-        assert len(grid)
+        assert len(grid) > 5
         for k in range(0, len(grid), 7):
             kind, candidate = FORMATS.get(format), grid.candidate(k)
             assert candidate.cost.params == kind.num_params(spec, candidate.rank)
