@@ -16,6 +16,7 @@ from tenfold.decompositions.metric import Moments, Square, ridged, roots
 from tenfold.decompositions.tt_als import Whitening
 from tenfold.decompositions.weighted import Weighted, WeightedALS, alternate, gram_under
 from tenfold.formats import Factorization, Rank, join_groups
+from tenfold.formats.cp import CP3
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.formats.tensor_train import TensorTrain
@@ -79,28 +80,39 @@ def damage_curve(
 
 
 def error_curve(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Curve:
-    """Return a function from ranks (m, 1) to the relative squared error ‖W − Ŵ‖²/‖W‖² (m,) of a format with one rank.
+    """Return a function from ranks (m, names) to the relative squared error ‖W − Ŵ‖²/‖W‖² (m,) of sums of terms.
 
-    By a few quick fits and what lies between them: for formats whose error no spectrum tells (not ``tails_bound``).
+    By a few quick fits and what lies between them: for formats whose error no spectrum tells (not ``tails_bound``). The
+    last rank is the number of terms. Frames before it (Tucker-CP) drop their tails, and what is left is at least as
+    near to so many terms as the whole weight is: the sum of both is an upper bound.
 
     Args:
         weight: groups apart: (groups, out/groups, in/groups, *kernel).
         spec: geometry of the layer.
-        format: a format with one rank.
+        format: a format that is not ``tails_bound``.
     """
-    (name,) = format.rank_names
+    *frames, name = format.rank_names
+    unfoldings = format.unfoldings(weight.detach().double(), spec)
+    spectra = [_tails(torch.linalg.eigvalsh(gram(unfoldings[side]))) for side in frames]
+    tails = [tail / max(float(tail[0]), 1e-300) for tail in spectra]
+    terms = CP3 if frames else format
     dense = join_groups(weight.detach().float(), spec)
-    settings = default_algorithm(format.name()).to_dict()
+    settings = default_algorithm(terms.name()).to_dict()
     quick = Decomposition.from_dict(settings | {k: _QUICK_SWEEPS for k in settings if k == "n_iter"})
     known: dict[int, NDArray[np.float64]] = {}
 
     def at(rank: int) -> NDArray[np.float64]:
         if rank not in known:
-            fit = decompose(dense, format.name(), {name: rank}, quick, spec=spec)
+            fit = decompose(dense, terms.name(), {name: rank}, quick, spec=spec)
             known[rank] = np.array([fit.rel_error**2])
         return known[rank]
 
-    return lambda ranks: between(at, ranks[:, 0], most=6, geometric=True)[:, 0]
+    def curve(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        fitted = between(at, ranks[:, -1], most=6, geometric=True)[:, 0]
+        dropped = [tail[ranks[:, k]] for k, tail in enumerate(tails)]
+        return np.minimum(fitted + sum(dropped, np.zeros(len(ranks))), 1.0)
+
+    return curve
 
 
 def _tails(values: Tensor, power: float | None = None) -> NDArray[np.float64]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from tenfold.errors import TenfoldError
-from tenfold.formats import Rank
+from tenfold.formats import FORMATS, Rank
 from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_saving
 
 
@@ -17,8 +18,9 @@ class Energy(OneKnobRule):
     """Smallest ranks whose relative error stays below a bound, the same for all layers.
 
     Each unfolding may drop singular values worth rel_error²/n of ‖W‖², n the number of ranks; by the HOSVD bound the
-    factorization then has ‖W − Ŵ‖ ≤ rel_error·‖W‖. With a budget and no bound, the bound is found that meets the budget
-    (a uniform tolerance, as in PGSVD).
+    factorization then has ‖W − Ŵ‖ ≤ rel_error·‖W‖. Of sums of rank-one terms (CP), whose error no spectrum bounds,
+    quick fits tell the smallest rank. With a budget and no bound, the bound is found that meets the budget (a uniform
+    tolerance, as in PGSVD).
 
     Attributes:
         rel_error: bound in (0, 1); None to let a budget set it.
@@ -48,11 +50,22 @@ class Energy(OneKnobRule):
         """Return the smallest ranks that keep the share ``knob`` of ‖W‖²."""
 
         def smallest(format: str) -> Rank:
+            if not FORMATS.get(format).tails_bound:
+                return _smallest_fitted(problem, format, 1 - knob)
             spectra = problem.spectra(format)
             allowed = (1 - knob) / len(spectra)
             return {name: _rank_for_tail(values, allowed) for name, values in spectra.items()}
 
         return first_saving(problem, smallest, f"relative error at most {(1 - knob) ** 0.5:.3f}")
+
+
+def _smallest_fitted(problem: RankProblem, format: str, allowed: float) -> Rank:
+    """Return the first ranks of the family that quick fits find close enough; full rank where none are."""
+    kind = FORMATS.get(format)
+    family = kind.rank_family(problem.spec)
+    errors = problem.fitted(format)(np.array([[rank[name] for name in kind.rank_names] for rank in family]))
+    (enough,) = np.nonzero(errors <= allowed + 1e-13)
+    return family[int(enough[0])] if len(enough) else family[-1]
 
 
 def _rank_for_tail(values: Tensor, allowed: float) -> int:

@@ -172,8 +172,11 @@ def check_batched(trial: Trial) -> None:
         together = decompose_many([Problem(w, spec, name, rank, trial.algorithm) for w in weights])
         for weight, fit in zip(weights, together, strict=True):
             alone = trial.fit(weight, rank)
-            # Together they stop together, so each may be better than alone, but never worse.
-            expect(fit.rel_error <= alone.rel_error * (1 + _SLACK) + 1e-9, f"{fit.rel_error} > {alone.rel_error} alone")
+            # Together they stop together, so each may be better than alone, but never worse. Sweeps that tell errors by
+            # inner products see none below the root of rounding, and stop somewhere there.
+            least = 1e-9 if trial.format.tails_bound else 1e-7
+            wanted = alone.rel_error * (1 + _SLACK) + least
+            expect(fit.rel_error <= wanted, f"{fit.rel_error} > {alone.rel_error} alone")
 
 
 def check_odd_weights(trial: Trial) -> None:

@@ -77,6 +77,7 @@ def train_bayesian(
         TenfoldError: see ``finetune``.
 
     Example:
+        >>> import torch
         >>> from tenfold.layers import TTLinear
         >>> _ = torch.manual_seed(0)
         >>> model, x = nn.Sequential(TTLinear(16, 4, 4, cores=2)), torch.randn(64, 16)

@@ -48,9 +48,10 @@ def test_the_dense_meaning_is_that_of_the_factors():
 
 
 def test_frames_are_orthonormal_and_a_weight_of_this_form_is_found():
-    spec = LayerSpec(kind="conv", in_channels=12, out_channels=10, kernel=(3, 3))
-    weight = random_factors(TUCKER_CP, spec, {"out": 3, "in": 3, "rank": 5}).to_dense()
-    fit = decompose(weight, "tucker_cp", {"out": 3, "in": 3, "rank": 5})
+    spec = LayerSpec(kind="conv", in_channels=16, out_channels=10, kernel=(3, 3))
+    rank = {"out": 3, "in": 3, "rank": 4}  # unique: 3 + 3 + 4 ≥ 2·4 + 2 (Kruskal 1977)
+    weight = random_factors(TUCKER_CP, spec, rank).to_dense()
+    fit = decompose(weight, "tucker_cp", rank)
     assert fit.rel_error < 1e-6
     frame = fit.value.in_frame[0]
     torch.testing.assert_close(frame.T @ frame, torch.eye(3, dtype=frame.dtype))

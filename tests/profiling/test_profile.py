@@ -224,7 +224,8 @@ def test_a_factorized_layer_is_one_entry(name: str, transposed: bool) -> None:
             pytest.skip("serves neither")
     spec = describe(dense)[0]
     x = torch.randn(2, 8, 7, 7) if spec.axes else torch.randn(3, 8)
-    rank = {k: max(1, r // 2) for k, r in FORMATS.get(name).max_rank(spec).items()}
+    halves = {k: max(1, r // 2) for k, r in FORMATS.get(name).max_rank(spec).items()}
+    rank = FORMATS.get(name).check_rank(spec, halves)
     model = nn.Sequential(FactorizedLayer.empty(spec, name, rank, torch.zeros(())), nn.ReLU())
     result = check(model, x)
     assert [layer.path for layer in result.layers] == ["0", "1"]
