@@ -41,6 +41,7 @@ class FastPlan:
         returned: timing of the layers that stay dense because they were not faster.
         met: whether the latency budget is met; True when there is none.
         rounds: how many plans were made and measured as a whole.
+        timing: what the plan went by, where it has a latency budget.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class FastPlan:
     returned: dict[str, LayerTiming]
     met: bool
     rounds: int
+    timing: Timing | None = None
 
     @property
     def share(self) -> float:
@@ -104,6 +106,7 @@ def plan_fast(  # noqa: PLR0913 - all choices of one search
     if fold:
         runs = copy.deepcopy(model).eval()
         fold_(runs, inputs)
+    planning.setdefault("memory", {})
     search = _Search(model, runs, profile, inputs, clock, budget, (seconds, layer_seconds), compare, planning)
     if budget.latency is None:
         found, better = search.attempt(None, 1)
@@ -167,7 +170,6 @@ class _Search:
     seconds: tuple[float, float]
     compare: Compare
     planning: dict[str, Any]
-    memory: dict[str, dict[Any, Any]] = field(default_factory=dict)
     formats: dict[str, tuple[str, str]] = field(default_factory=dict)  # the best, by that of the clock
 
     @cached_property
@@ -210,6 +212,7 @@ class _Search:
             returned=gated.returned,
             met=self._met(final.speedups["after"], timing),
             rounds=number,
+            timing=timing,
         )
         return found, None if best == own else best
 
@@ -234,7 +237,6 @@ class _Search:
             budget=self.budget,
             timing=timing,
             reasons=reasons,
-            memory=self.memory,
             **self.planning,
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 from tenfold.formats import FORMATS, Rank
 from tenfold.ranks import Choice, Choose, RankProblem
 
-_MOST_NAMES = 4  # beyond, there are too many combinations to try
+MOST_NAMES = 4  # beyond, there are too many combinations to try
 
 
 def without_idle_stages(problem: RankProblem, choice: Choice) -> Choice:
@@ -21,7 +21,7 @@ def without_idle_stages(problem: RankProblem, choice: Choice) -> Choice:
     multiplied out, exactly, and what the factor had dropped comes back for nothing. Neither parameters, multiply-
     accumulates nor, where there is a clock, milliseconds grow.
     """
-    if not isinstance(choice, Choose) or len(FORMATS.get(choice.format).rank_names) > _MOST_NAMES:
+    if not isinstance(choice, Choose) or len(FORMATS.get(choice.format).rank_names) > MOST_NAMES:
         return choice
     best, cost = choice, problem.cost_at(choice.format, choice.rank)
     for rank in _fuller(problem, choice):

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments, default_algorithm
 from tenfold.errors import BudgetError, PlanError, TenfoldError
-from tenfold.formats import FORMATS, split_groups
-from tenfold.layers import dense_weight
+from tenfold.formats import FORMATS
 from tenfold.parallel import Workers
 from tenfold.planning.ahead import compute_ahead
-from tenfold.planning.damage import Curve, with_damage
+from tenfold.planning.damage import Curve
 from tenfold.planning.merging import without_idle_stages
 from tenfold.planning.timing import Timing
-from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule, check_patterns, first_match
+from tenfold.planning.undecided import Memory, kept_layers, problems_of
+from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
-from tenfold.surgery import find, opened_networks
-
-Memory = dict[str, dict[Any, Any]]  # by path
+from tenfold.surgery import opened_networks
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
-
-# A first or last layer below this share of the model's cost is not worth its damage.
-_CHEAP_END = 0.02
-_UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
 
 
 def plan(  # noqa: PLR0913 - the one verb that decides everything
@@ -86,22 +78,12 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         ({'rank': 16}, 0.5)
     """
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    for name in formats:
-        FORMATS.get(name)
-    check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
-    _check_same_model(model, profile)
-    ends = cheap_ends(profile) if (not rule.by_name if keep_ends is None else keep_ends) else {}
-    kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
-    kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
-    if moments is not None:
-        kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
-    problems = [_problem(model, layer, formats, memory) for layer in profile.layers if not kept[layer.path]]
-    if moments is not None:
-        problems = with_damage(problems, moments)
+    ends = not rule.by_name if keep_ends is None else keep_ends
+    kept = kept_layers(model, profile, formats, keep=keep, keep_ends=ends, moments=moments, reasons=reasons)
+    undecided = [layer for layer in profile.layers if not kept[layer.path]]
+    problems = problems_of(model, undecided, formats, moments=moments, damages=damages, memory=memory)
     if workers is not None and damages is None and rule.by_damage:
         compute_ahead(problems, moments, workers)
-    if damages is not None:
-        problems = [dataclasses.replace(p, damage_at=partial(damages, p.path)) for p in problems]
     if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
@@ -196,64 +178,6 @@ def _total(profile: Profile, layers: Sequence[LayerPlan]) -> Cost:
     saved_params = sum(layer.before.params - layer.after.params for layer in layers)
     saved_macs = sum(layer.before.macs - layer.after.macs for layer in layers)
     return Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)
-
-
-def _check_same_model(model: nn.Module, profile: Profile) -> None:
-    for layer in profile.layers:
-        find(model, layer.path)
-
-
-def cheap_ends(profile: Profile) -> dict[str, str]:
-    """Return the first and the last layer with a geometry, where they cost next to nothing, with the reason."""
-    used = [layer for layer in profile.layers if layer.spec is not None and layer.calls]
-    ends = {}
-    for layer, name in ((used[0], "first"), (used[-1], "last")) if len(used) > 2 else ():
-        share = max(layer.params / max(profile.params, 1), layer.macs / max(profile.macs, 1))
-        if share < _CHEAP_END:
-            ends[layer.path] = f"the {name} layer is {share:.1%} of the cost: too little to be worth damage there"
-    return ends
-
-
-def _reason_to_keep(
-    layer: LayerProfile, formats: Sequence[str], keep: Sequence[str], ends: Mapping[str, str], model: nn.Module
-) -> str:
-    """Return why no rule may touch the layer, or an empty string."""
-    pattern = first_match(keep, layer.path, layer.aliases)
-    if pattern is not None:
-        return f"kept as asked by {pattern!r}"
-    if layer.spec is None or layer.tied or not layer.calls:
-        return layer.note or "not called by the forward"
-    if layer.path in ends:
-        return ends[layer.path]
-    refusals = {name: FORMATS.get(name).refuses(layer.spec) for name in formats}
-    if all(refusals.values()):
-        return "; ".join(dict.fromkeys(str(r) for r in refusals.values())) or "no format is allowed"
-    if not torch.isfinite(_weight(model, layer.path)).all():
-        return "the weight has NaN or infinite entries: repair the model first"
-    return ""
-
-
-def _weight(model: nn.Module, path: str) -> Tensor:
-    with torch.no_grad():
-        return dense_weight(find(model, path)).detach()
-
-
-def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str], memory: Memory | None) -> RankProblem:
-    spec = layer.spec
-    if spec is None:
-        msg = f"layer {layer.path!r} has no geometry"
-        raise PlanError(msg)
-    current = None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank))
-    return RankProblem(
-        path=layer.path,
-        spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
-        calls=layer.calls,
-        cost=layer.cost,
-        load_weight=lambda: split_groups(_weight(model, layer.path), spec),
-        current=current,
-        _cache={} if memory is None else memory.setdefault(layer.path, {}),
-    )
 
 
 def _limits(profile: Profile, problems: Sequence[RankProblem], budget: Budget, timing: Timing | None) -> Limits | None:

@@ -15,7 +15,7 @@ from tenfold.formats import Rank
 from tenfold.profiling import Clock, best_memory_format, to_memory_format
 from tenfold.profiling import profile as make_profile
 from tenfold.ranks import RankProblem
-from tenfold.records import Budget, Cost, LayerProfile, Profile
+from tenfold.records import Budget, Cost, ForwardTime, LayerProfile, Profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,8 @@ class Timing:
             BudgetError: the rest of the model takes longer than all of it may.
         """
         share = budget.allowance(cost, self.dense_ms)["latency"] / self.dense_ms
-        whole = sum(self._now(layer) for layer in self.profile.layers) / self.layer_share
-        allowed = share * self.best_share * self.tighten * whole
+        time = self.forward_time()
+        whole, allowed = time.whole_ms, time.allowed(share)
         fixed = whole - sum(p.latency_ms or 0.0 for p in problems)
         if fixed >= allowed:
             msg = (
@@ -85,6 +85,17 @@ class Timing:
             )
             raise BudgetError(msg)
         return allowed - fixed
+
+    def forward_time(self) -> ForwardTime:
+        """Return what a budget of latency is reckoned with, as a record."""
+        shapes = self.profile.input_shapes
+        return ForwardTime(
+            dense_ms=self.dense_ms,
+            whole_ms=sum(self._now(layer) for layer in self.profile.layers) / self.layer_share,
+            best_share=self.best_share,
+            tighten=self.tighten,
+            batch_size=shapes[0][0] if shapes and shapes[0] else None,
+        )
 
     def tightened(self, factor: float) -> Timing:
         """Return the same timing with an allowance that is ``factor`` times as large."""

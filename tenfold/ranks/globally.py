@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenfold.errors import BudgetError
+from tenfold.knapsack import Allocation, solve
 from tenfold.ranks.base import RULES, Choice, Choose, Keep, Limits, RankProblem, RankRule, Total, unreachable
 from tenfold.ranks.candidates import Grid, grids, tail_damage
-from tenfold.ranks.knapsack import solve
 
 Array = NDArray[np.float64]
 
@@ -57,8 +57,7 @@ class Global(RankRule):
             time_limit=self.time_limit,
             names=names,
         )
-        proof = f"best for the whole model (gap {best.gap:.2%})"
-        return tuple(o.choice(p, i, proof) for p, o, i in zip(problems, options, best.choice, strict=True))
+        return tuple(o.choice(p, i, best) for p, o, i in zip(problems, options, best.choice, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +73,18 @@ class _Options:
         found = grids(problem, step=step)
         now = [problem.latency_ms or 0.0 if n == "latency" else getattr(problem.cost, n) for n in names]
         costs = np.concatenate([np.array([now], dtype=np.float64), *(_costs(problem, g, names) for g in found)])
-        damages = np.concatenate([np.zeros(1), *(_damages(problem, g) for g in found if len(g))])
+        damages = np.concatenate([np.zeros(1), *(damages_of(problem, g) for g in found if len(g))])
         return cls(found, damages, costs)
 
-    def choice(self, problem: RankProblem, index: int, proof: str) -> Choice:
+    def choice(self, problem: RankProblem, index: int, best: Allocation) -> Choice:
         if index == 0:
-            return Keep(f"{proof}: what it would save elsewhere costs less damage")
+            return Keep(best.stays)
         index -= 1
         for grid in self.grids:
             if index < len(grid):
                 candidate = grid.candidate(index)
                 damage = float(self.damages[1 + index + self._before(grid)])
-                return Choose(candidate.format, candidate.rank, proof, damage)
+                return Choose(candidate.format, candidate.rank, best.proof, damage)
             index -= len(grid)
         msg = f"option {index} of layer {problem.path!r} does not exist"
         raise IndexError(msg)
@@ -96,11 +95,16 @@ class _Options:
 
 
 def _costs(problem: RankProblem, grid: Grid, names: Sequence[str]) -> Array:
-    columns = [_latencies(problem, grid) if name == "latency" else getattr(grid, name) for name in names]
+    columns = [latencies_of(problem, grid) if name == "latency" else getattr(grid, name) for name in names]
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def _latencies(problem: RankProblem, grid: Grid) -> Array:
+def latencies_of(problem: RankProblem, grid: Grid) -> Array:
+    """Return the milliseconds (n,) of a layer at each rank of a grid.
+
+    Raises:
+        BudgetError: there is no clock.
+    """
     if problem.latency_at is None:
         msg = "a latency budget needs measured latencies: pass a clock to plan"
         raise BudgetError(msg)
@@ -108,6 +112,7 @@ def _latencies(problem: RankProblem, grid: Grid) -> Array:
     return np.asarray(problem.latency_at(grid.format, ranks), dtype=np.float64)
 
 
-def _damages(problem: RankProblem, grid: Grid) -> Array:
+def damages_of(problem: RankProblem, grid: Grid) -> Array:
+    """Return the damage (n,) that each rank of a grid does: by the data where anything is known of them."""
     damage = tail_damage(problem, grid.format) if problem.damage_at is None else problem.damage_at(grid.format)
     return np.asarray(damage(grid.ranks), dtype=np.float64)

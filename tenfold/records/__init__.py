@@ -2,6 +2,7 @@
 
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
 from tenfold.records.base import Record, explain, read_json, write_text
+from tenfold.records.candidates import Candidates, ForwardTime, LayerCandidates, Merged, Options
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.exports import ExportRecord, Int8Record
 from tenfold.records.gather import GatherSpec, TrainShape
@@ -21,21 +22,26 @@ __all__ = [
     "Analysis",
     "Budget",
     "Call",
+    "Candidates",
     "ContractSpec",
     "Cost",
     "CurvePoint",
     "Environment",
     "ExportRecord",
     "FoldedSpec",
+    "ForwardTime",
     "GatherSpec",
     "Int8Record",
     "Latency",
     "LayerAnalysis",
+    "LayerCandidates",
     "LayerPlan",
     "LayerProfile",
     "LayerSensitivity",
     "LayerSpec",
     "Measurement",
+    "Merged",
+    "Options",
     "Plan",
     "Profile",
     "Record",

@@ -15,7 +15,7 @@ from tenfold.parallel import Workers
 from tenfold.pipeline import decide
 from tenfold.planning import plan as make_plan
 from tenfold.planning import recost
-from tenfold.planning.plan import cheap_ends
+from tenfold.planning.undecided import cheap_ends
 from tenfold.profiling import Clock
 from tenfold.records import Budget, LayerPlan, Plan, Profile, StageRecord
 from tenfold.staging.schedule import Schedule

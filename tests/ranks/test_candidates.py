@@ -15,7 +15,7 @@ from tenfold.formats import FORMATS, Rank, Structure
 from tenfold.formats.low_rank import LowRank
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import candidates, costs_at, grids, tail_damage
-from tenfold.ranks.knapsack import solve
+from tenfold.knapsack import solve
 from tenfold.records import Call, Cost, LayerSpec
 
 CONV = {"kind": "conv", "kernel": (3, 3), "padding": (1, 1)}

@@ -41,6 +41,16 @@ class Allocation:
     gap: float
     method: Literal["lagrangian", "milp"]
 
+    @property
+    def proof(self) -> str:
+        """What a plan says of the options that were chosen."""
+        return f"best for the whole model (gap {self.gap:.2%})"
+
+    @property
+    def stays(self) -> str:
+        """What a plan says of a layer whose option is to stay as it is."""
+        return f"{self.proof}: what it would save elsewhere costs less damage"
+
 
 def solve(
     damages: Sequence[ArrayLike],

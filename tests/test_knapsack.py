@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 
 from tenfold.errors import BudgetError
-from tenfold.ranks.knapsack import pareto, solve
+from tenfold.knapsack import pareto, solve
 from tests.ranks.oracles import brute_force, dp_alloc, lagrange_alloc
 
 Instance = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
