@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,6 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError, TenfoldWarning
-from tenfold.layers import FitSummary
 from tenfold.parallel import Workers
 from tenfold.planning import DEFAULT_FORMATS, FastPlan, analyse, close_idle, open_for_plan, plan_fast, recost
 from tenfold.planning import plan as make_plan
@@ -34,22 +31,22 @@ from tenfold.profiling import (
     to_device,
     to_memory_format,
 )
+from tenfold.profiling.steps import Observe, Steps
 from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Analysis, Budget, Latency, LayerPlan, Measurement, Plan, Profile, RunRecord
+from tenfold.records import Analysis, Budget, Latency, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
     apply_in_order,
-    fits_of,
     fold_,
     folds_of,
     opened_networks,
     reestimate_batchnorm_,
+    with_errors,
     with_networks_open,
 )
 from tenfold.tuning import TuneResult
 
-Observe = Callable[[str], None]
 UseData = Literal["sequential", "layers", "norms"]
 
 
@@ -149,7 +146,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         >>> small.record.before.macs, small.record.after.macs
         (8192, 4096)
     """
-    steps = _Steps(observe)
+    steps = Steps(observe)
     inputs = example_inputs if latency_inputs is None else latency_inputs
     device = device_of(model, example_inputs)
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
@@ -285,7 +282,7 @@ def replace_layers(
         small = apply_in_order(model, plan, batches, original=original, outputs=minded, seed=seed)
     else:
         small = apply(model, plan, moments=moments, workers=workers)
-    return small, _with_errors(plan, small)
+    return small, with_errors(plan, small)
 
 
 def _folded(model: nn.Module, inputs: Any) -> nn.Module:
@@ -327,25 +324,10 @@ def measurement(cost: Profile, latency: Latency | None = None, score: float | No
     )
 
 
-def _with_errors(plan: Plan, small: nn.Module) -> Plan:
-    """Return the plan with the relative errors of the layers that were factorized, and how stable their factors are."""
-    fits = fits_of(small)
-    layers = (_told(layer, fits[layer.path]) if layer.action == "factorize" else layer for layer in plan.layers)
-    return plan.replace(layers=tuple(layers))
-
-
-def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
-    """Return the plan of a layer with its error; the reason says how stable factors are that could diverge."""
-    reason, _, _ = layer.reason.partition("; sensitivity ")
-    if fit.stability is not None:
-        reason = f"{reason}; {fit.stability}"
-    return layer.replace(rel_error=fit.rel_error, reason=reason)
-
-
 def _recover(
     model: nn.Module,
     small: nn.Module,
-    steps: _Steps,
+    steps: Steps,
     *,
     data: Sequence[Any],
     tune: Callable[[nn.Module], Any] | None,
@@ -379,21 +361,3 @@ def _refuse_empty(plan: Plan) -> None:
         shown = "; ".join(sorted(reasons)[:3])
         msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
         raise PlanError(msg)
-
-
-class _Steps:
-    """Names the steps to an observer as they begin, and adds up their seconds."""
-
-    def __init__(self, observe: Observe | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._observe = observe
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self._observe is not None:
-            self._observe(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -94,7 +94,7 @@ def stabilised(name: str, tensor: Tensor, rank: int, config: Config) -> Row:
     own, seconds = timed(lambda: fit_cp(tensor, rank, CPSettings(seed=config["seed"])))
     row["cp_als"] = {**seen(tensor, own.factors, config), "seconds": seconds, "sweeps": own.n_iter}
     epc = CPEPC(slack=1.0, bound=min(config["more"] * row["plain"]["rel_error"], 0.999), seed=config["seed"])
-    ways = {"corrected": lambda: epc.stabilise(tensor, plain), "cp_epc": lambda: epc.fit_tensor(tensor, rank)}
+    ways = {"corrected": lambda: epc.stabilise(tensor, plain), "cp_epc": lambda: epc.fit_terms(tensor, rank)}
     for way, run in ways.items():
         found, seconds = timed(run)
         row[way] = {**seen(tensor, found.factors, config), "seconds": seconds, "sweeps": found.n_iter}

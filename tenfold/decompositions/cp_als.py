@@ -11,13 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
+from tenfold.decompositions.base import DECOMPOSITIONS
 from tenfold.decompositions.cp_starts import algebraic_start, fibers, known_start, random_start, singular_start
 from tenfold.decompositions.cp_sweeps import Swept, alternate
 from tenfold.decompositions.frames import Frames
+from tenfold.decompositions.terms import OfTerms, Terms
 from tenfold.errors import RankError, WeightError
-from tenfold.formats import Factorization, Kruskal, Rank
-from tenfold.records import LayerSpec
 from tenfold.tensors import kruskal
 
 Start = Literal["auto", "random", "hosvd", "algebraic"]
@@ -36,23 +35,15 @@ _POLISH = 0.1
 _RACE, _SMALL_RACE = 10, 30
 
 
-@dataclass(frozen=True, eq=False)
-class CPFit:
-    """Factors of a batch of tensors, and how they were found.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CPFit(Terms):
+    """Factors of a batch of tensors, scaled to the least sensitivity, and how far they are from the tensors.
 
     Attributes:
-        factors: for each mode (batch, n, R), scaled to the least sensitivity.
         rel_errors: ‖X − X̂‖/‖X‖ (batch,), from inner products: those below 1e-4 are rough in float32.
-        n_iter: sweeps.
-        converged: whether all fits stopped rising before the sweeps ran out.
-        note: the start that won.
     """
 
-    factors: tuple[Tensor, ...]
     rel_errors: Tensor
-    n_iter: int
-    converged: bool
-    note: str
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,8 @@ def _found(
 ) -> CPFit:
     """Return the fit of tensors that were divided by ``scale``."""
     share = scale.reshape(-1, 1, 1).double() ** (1 / len(factors))
-    return CPFit(tuple((f * share).to(dtype) for f in factors), errors, n_iter, converged, note)
+    stored = tuple((f * share).to(dtype) for f in factors)
+    return CPFit(factors=stored, rel_errors=errors, n_iter=n_iter, converged=converged, note=note)
 
 
 def _starts(
@@ -202,7 +194,7 @@ def _sweep(core: Tensor, starts: list[Tensor], settings: CPSettings, n_iter: int
 
 @DECOMPOSITIONS.register("cp_als")
 @dataclass(frozen=True)
-class CPALS(Decomposition):
+class CPALS(OfTerms):
     """Alternating least squares for CP: two passes over the weight a sweep, extrapolated, terms kept from cancelling.
 
     Carroll & Chang 1970, Harshman 1970; the sweeps share their contractions (Phan, Tichavský & Cichocki 2013), each
@@ -234,25 +226,9 @@ class CPALS(Decomposition):
     compress: bool = True
     balance: bool = True
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of rank-one tensors."""
-        return issubclass(format, Kruskal)
-
-    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+    def fit_terms(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> CPFit:
         """Return one factor for each mode."""
-        return self.fit_from(None, weight, spec, format, rank)
-
-    def fit_from(
-        self, start: Factorization | None, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank
-    ) -> Factors:
-        """Return one factor for each mode, found from those of ``start``, of any rank."""
-        if not issubclass(format, Kruskal):
-            msg = f"cp_als finds factors of sums of rank-one tensors, not of {format.name()}"
-            raise TypeError(msg)
-        begun = start.factors() if isinstance(start, Kruskal) else None
-        found = fit_cp(format.tensorize(weight, spec), rank["rank"], self._settings(), start=begun)
-        return Factors(dict(format.of(spec, found.factors).tensors()), found.n_iter, found.converged, found.note)
+        return fit_cp(tensor, rank, self._settings(), start=start)
 
     def _settings(self) -> CPSettings:
         return CPSettings(**{f.name: getattr(self, f.name) for f in fields(CPSettings)})

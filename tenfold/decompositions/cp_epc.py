@@ -9,19 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
+from tenfold.decompositions.base import DECOMPOSITIONS
 from tenfold.decompositions.correction import Objective, correct, objective_of, refine
 from tenfold.decompositions.cp_als import CPSettings, fit_cp
 from tenfold.decompositions.gauss_newton import descend
+from tenfold.decompositions.terms import OfTerms, Terms
 from tenfold.errors import TenfoldError
-from tenfold.formats import Factorization, Kruskal, Rank
-from tenfold.records import LayerSpec
 from tenfold.tensors import kruskal
 
 
 @DECOMPOSITIONS.register("cp_epc")
 @dataclass(frozen=True)
-class CPEPC(Decomposition):
+class CPEPC(OfTerms):
     """Error preserving correction: least squares first, then the least sensitivity (or norms) within an error bound.
 
     Least squares alone drive components to large norms that cancel: each sweep buys a little error with them, and the
@@ -60,27 +59,7 @@ class CPEPC(Decomposition):
 
     costly: ClassVar[bool] = True
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of rank-one tensors."""
-        return issubclass(format, Kruskal)
-
-    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
-        """Return balanced factors with an error within the bound."""
-        return self.fit_from(None, weight, spec, format, rank)
-
-    def fit_from(
-        self, start: Factorization | None, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank
-    ) -> Factors:
-        """Return balanced factors with an error within the bound, found from those of ``start``."""
-        if not issubclass(format, Kruskal):
-            msg = f"cp_epc finds factors of sums of rank-one tensors, not of {format.name()}"
-            raise TypeError(msg)
-        begun = start.factors() if isinstance(start, Kruskal) else None
-        found = self.fit_tensor(format.tensorize(weight, spec), rank["rank"], begun)
-        return Factors(dict(format.of(spec, found.factors).tensors()), found.n_iter, found.converged, found.note)
-
-    def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> Stable:
+    def fit_terms(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> Terms:
         """Return the factors (batch, n, rank) of tensors (batch, n_1, …), in their dtype."""
         wide = tensor.double()
         begun = None if start is None else [f.double() for f in start]
@@ -92,9 +71,9 @@ class CPEPC(Decomposition):
             factors, sweeps = accurate.factors, sweeps + accurate.n_iter
         found = self.stabilise(wide, factors, tensor.dtype)
         stored = [f.to(tensor.dtype) for f in found.factors]
-        return Stable(stored, sweeps + found.n_iter, first.converged and found.converged, found.note)
+        return Terms(stored, sweeps + found.n_iter, first.converged and found.converged, found.note)
 
-    def stabilise(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype = torch.float64) -> Stable:
+    def stabilise(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype = torch.float64) -> Terms:
         """Return the factors corrected: an error within the bound, the objective far lower.
 
         Args:
@@ -104,7 +83,7 @@ class CPEPC(Decomposition):
         """
         limit, exact = self._limit(tensor, factors, stored)
         if exact:
-            return Stable(kruskal.balance(factors), 0, converged=True, note="exact: nothing to give back")
+            return Terms(kruskal.balance(factors), 0, converged=True, note="exact: nothing to give back")
         before = objective_of(kruskal.balance(factors), self.objective)
         best = correct(tensor, factors, limit, self.objective, sweeps=self.sweeps, tol=self.tol)
         found, value, sweeps = best.factors, best.objective, best.sweeps
@@ -120,7 +99,7 @@ class CPEPC(Decomposition):
                 break
         tiny = torch.finfo(value.dtype).tiny
         times = float((before.clamp_min(tiny) / value.clamp_min(tiny)).log().mean().exp())
-        return Stable(
+        return Terms(
             found, sweeps, best.converged, f"{self.objective} {times:.3g} times lower than after least squares"
         )
 
@@ -138,16 +117,6 @@ class CPEPC(Decomposition):
         floor = _ROUNDED.get(stored, _ROUNDED[torch.float32]) ** 2 * total
         exact = self.bound is None and bool((reached <= floor).all())
         return torch.maximum(limit, floor).clamp_min(torch.finfo(limit.dtype).tiny), exact
-
-
-@dataclass(frozen=True, eq=False)
-class Stable:
-    """Corrected factors (batch, n, R), the sweeps it took, whether it came to rest, and by how much it helped."""
-
-    factors: list[Tensor]
-    n_iter: int
-    converged: bool
-    note: str
 
 
 # Errors as small say that the tensor has such a rank, or nearly: then Gauss-Newton is there in a few steps.

@@ -9,16 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
+from tenfold.decompositions.base import DECOMPOSITIONS
 from tenfold.decompositions.cp_als import CPSettings, fit_cp
-from tenfold.formats import Factorization, Kruskal, Rank
-from tenfold.records import LayerSpec
+from tenfold.decompositions.terms import OfTerms, Terms
 from tenfold.tensors import kruskal
 
 
 @DECOMPOSITIONS.register("cp_power")
 @dataclass(frozen=True)
-class CPPower(Decomposition):
+class CPPower(OfTerms):
     """Tensor power method with deflation: stable and greedy; for comparison with what fits all components at once.
 
     Each component is the best rank-one tensor that power iterations find in what the ones before left (Astrid & Lee
@@ -39,25 +38,16 @@ class CPPower(Decomposition):
 
     costly: ClassVar[bool] = True
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of rank-one tensors."""
-        return issubclass(format, Kruskal)
-
-    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
-        """Return balanced factors."""
-        if not issubclass(format, Kruskal):
-            msg = f"cp_power finds factors of sums of rank-one tensors, not of {format.name()}"
-            raise TypeError(msg)
-        tensor = format.tensorize(weight, spec)
+    def fit_terms(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> Terms:
+        """Return balanced factors; deflation has no use for a start."""
+        del start
         found: Sequence[Tensor]
-        found, iterations, converged = self.deflate(tensor, rank["rank"])
+        found, iterations, converged = self.deflate(tensor, rank)
         if self.sweeps:
             settings = CPSettings(n_iter=self.sweeps, tol=self.sweep_tol, seed=self.seed)
-            joint = fit_cp(tensor, rank["rank"], settings, start=found)
+            joint = fit_cp(tensor, rank, settings, start=found)
             found, iterations, converged = joint.factors, iterations + joint.n_iter, joint.converged
-        factors = [f.to(weight.dtype) for f in kruskal.balance([f.double() for f in found])]
-        return Factors(dict(format.of(spec, factors).tensors()), iterations, converged)
+        return Terms(kruskal.balance([f.double() for f in found]), iterations, converged)
 
     def deflate(self, tensor: Tensor, rank: int) -> tuple[list[Tensor], int, bool]:
         """Return ``rank`` components (batch, n, rank) of tensors (batch, n_1, …), iterations, and if all converged."""

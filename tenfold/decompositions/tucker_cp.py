@@ -59,7 +59,7 @@ class TuckerCPFit(Decomposition):
             sweeps=self.sweeps,
             tol=self.tol,
             rounds=self.rounds,
-        ).fit_tensor(core.flatten(3), rank["rank"])
+        ).fit_terms(core.flatten(3), rank["rank"])
         names = ("out_factor", "in_factor", "taps")
         factors: dict[str, Tensor | None] = dict(zip(names, stable.factors, strict=True))
         factors |= {"out_frame": tucker.tensors["out_factor"], "in_frame": tucker.tensors["in_factor"]}

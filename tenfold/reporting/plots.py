@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
@@ -23,6 +21,7 @@ from tenfold.records import (
     TradeOff,
     TradeOffPoint,
     write_text,
+    written_whole,
 )
 from tenfold.reporting.numbers import count, percent
 
@@ -290,17 +289,6 @@ def _write(figure: Any, path: Path, rows: Sequence[dict[str, Any]], text: str) -
     data, values = path.with_suffix(".csv"), path.with_suffix(".json")
     write_text(data, numbers.getvalue())
     write_text(values, text)
-    _write_bytes(path, picture.getvalue())
+    with written_whole(path) as partial:
+        partial.write_bytes(picture.getvalue())
     return path, data, values
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from tenfold.pipeline import Compressed, UseData, measurement, replace_layers
 from tenfold.planning import analyse
 from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile, to_device
 from tenfold.profiling.inputs import arguments, tensors_in
+from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.staging.deciding import Decider, Step, unchanged_plan, whole_plan
 from tenfold.staging.folder import Run, RunFolder
@@ -30,6 +29,7 @@ from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
 from tenfold.surgery import reestimate_batchnorm_
 from tenfold.tuning import TuneResult
+from tenfold.tuning.modes import kept_modes
 
 logger = logging.getLogger("tenfold")
 
@@ -108,8 +108,10 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
     decider = Decider(schedule, original, inputs, algorithms, clock, seed, workers)
     kept = None
     if folder is not None:
-        kept = RunFolder(folder, _identify(model, example_inputs, schedule, batches, locals()))
-    watch = _Watch(observe)
+        choices = {"use_data": use_data, "fit_to": fit_to, "seed": str(seed), "the identity": repr(identity)}
+        choices["algorithms"] = str({k: v.to_dict() for k, v in (algorithms or {}).items()} or "the default")
+        kept = RunFolder(folder, _identify(model, example_inputs, schedule, batches, choices))
+    watch = Steps(observe)
     run = _Run(model, example_inputs, decider, batches, use_data, fit_to, evaluate, kept, identity, watch)
     return run.go()  # what is wrong with the arguments is said at the call and not at the first stage
 
@@ -139,7 +141,7 @@ class _Run:
     evaluate: Callable[[nn.Module], float] | None
     folder: RunFolder | None
     identity: str
-    watch: _Watch
+    watch: Steps
 
     @property
     def schedule(self) -> Schedule:
@@ -150,11 +152,8 @@ class _Run:
         now = self._resume()
         while (found := self._begun(now) or self._next(now)) is not None:
             stage, record = found
-            modes = [(module, module.training) for module in stage.model.modules()]
-            with self.watch("train"):
+            with kept_modes(stage.model), self.watch("train"):
                 told = yield stage
-            for module, training in modes:
-                module.training = training
             stage.model.zero_grad(set_to_none=True)
             now = self._complete(stage, record, told)
         if self.schedule.budget and not self.decider.met(profile(now.model, self.inputs), now.done):
@@ -213,7 +212,7 @@ class _Run:
         index = len(now.done) + 1
         if now.done and now.done[-1].final:
             return None
-        self.watch.forget()
+        self.watch.seconds.clear()
         cost = profile(now.model, self.inputs)
         moments = None
         if self.batches and self.use_data != "norms":
@@ -256,7 +255,7 @@ class _Run:
         if self.evaluate is not None:
             scores["compressed"] = self._score(model)
             own = own.replace(scores={"compressed": scores["compressed"]})
-        own = own.replace(seconds=self.watch.seconds())
+        own = own.replace(seconds=dict(self.watch.seconds))
         after = measurement(profile(model, self.inputs), score=scores.get("compressed"))
         scores.pop("tuned", None)
         record = now.record.replace(plan=whole, after=after, scores=scores, stages=(*now.done, own))
@@ -288,7 +287,7 @@ class _Run:
         if self.evaluate is not None:
             scores["tuned"] = self._score(stage.model)
             own = own.replace(scores={**own.scores, "tuned": scores["tuned"]})
-        own = own.replace(tuning=epochs, seconds={**own.seconds, **self.watch.seconds()})
+        own = own.replace(tuning=epochs, seconds={**own.seconds, **self.watch.seconds})
         record = record.replace(
             stages=(*record.stages[:-1], own),
             after=record.after.replace(score=scores.get("tuned")),
@@ -330,25 +329,16 @@ def _record(index: int, step: Step, plan: Plan, cost: Profile) -> StageRecord:
 
 
 def _identify(
-    model: nn.Module, example_inputs: Any, schedule: Schedule, batches: Sequence[Any] | None, given: Mapping[str, Any]
+    model: nn.Module, example_inputs: Any, schedule: Schedule, batches: Sequence[Any] | None, choices: Mapping[str, str]
 ) -> Run:
-    """Return what the run is, from the arguments of ``stages``."""
+    """Return what the run is: the model, the data, the schedule, and all other choices by name."""
     shapes = [tuple(t.shape) for t in tensors_in(arguments(example_inputs))]
-    algorithms = {k: v.to_dict() for k, v in (given["algorithms"] or {}).items()}
-    choices = {
-        "the example inputs": str(shapes),
-        "use_data": given["use_data"],
-        "fit_to": given["fit_to"],
-        "algorithms": str(algorithms or "the default"),
-        "seed": str(given["seed"]),
-        "the identity": repr(given["identity"]),
-    }
     return Run(
         tenfold=__version__,
         model=digest(model.state_dict()),
         data="" if batches is None else _digest_of(batches),
         schedule=schedule,
-        choices=choices,
+        choices={"the example inputs": str(shapes), **choices},
     )
 
 
@@ -358,29 +348,3 @@ def _digest_of(batches: Sequence[Any]) -> str:
         tensors: Iterable[Tensor] = tensors_in(arguments(batch))
         found.update(digest({str(i): t for i, t in enumerate(tensors)}).encode())
     return found.hexdigest()
-
-
-class _Watch:
-    """Names the steps of a stage to an observer as they begin, and adds up their seconds."""
-
-    def __init__(self, observe: Callable[[str], None] | None) -> None:
-        self._observe = observe
-        self._seconds: dict[str, float] = {}
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self._seconds.clear()
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds since the beginning, by step."""
-        return dict(self._seconds)
-
-    @contextmanager
-    def __call__(self, name: str) -> Any:
-        if self._observe is not None:
-            self._observe(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,6 +1,6 @@
 """Put factorized layers into a model, take them out again, and re-estimate batch norm."""
 
-from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_
+from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_, with_errors
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.fold import FoldedNorm, fold, fold_, fold_pairs_, folds_of
 from tenfold.surgery.modules import find, paths_of, put
@@ -37,5 +37,6 @@ __all__ = [
     "put",
     "reestimate_batchnorm_",
     "restructure_",
+    "with_errors",
     "with_networks_open",
 ]

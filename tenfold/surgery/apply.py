@@ -117,6 +117,21 @@ def fits_of(model: nn.Module) -> dict[str, FitSummary]:
     return {path: layer.fit for path, layer in layers if layer.fit is not None}
 
 
+def with_errors(plan: Plan, model: nn.Module) -> Plan:
+    """Return the plan with the relative errors of the layers that were factorized, and how stable their factors are."""
+    fits = fits_of(model)
+    layers = (_told(layer, fits[layer.path]) if layer.action == "factorize" else layer for layer in plan.layers)
+    return plan.replace(layers=tuple(layers))
+
+
+def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
+    """Return the plan of a layer with its error; the reason says how stable factors are that could diverge."""
+    reason, _, _ = layer.reason.partition("; sensitivity ")
+    if fit.stability is not None:
+        reason = f"{reason}; {fit.stability}"
+    return layer.replace(rel_error=fit.rel_error, reason=reason)
+
+
 def check_format(layer: LayerPlan) -> None:
     """Raise PlanError if the format of a planned layer does not exist."""
     if layer.format not in FORMATS.names():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from tenfold.errors import DataError
+from tenfold.records import written_whole
 from tenfold.tasks.in_memory import TensorSet
 
 LAYOUT = 1  # raise when what is stored changes meaning
@@ -43,20 +41,11 @@ def keep(name: str, sources: Sequence[Path], decoded: TensorSet) -> TensorSet:
     from safetensors.torch import save_file
 
     path = _place(name, sources)
-    partial: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".partial", dir=path.parent)
-        os.close(handle)
-        partial = Path(temporary)
-        save_file({"images": decoded.inputs.contiguous(), "labels": decoded.labels}, partial)
-        partial.replace(path)
+        with written_whole(path) as partial:
+            save_file({"images": decoded.inputs.contiguous(), "labels": decoded.labels}, partial)
     except (OSError, SafetensorError) as error:
         logger.warning("cannot keep decoded pictures in %s (%s): the next run decodes again", path.parent, error)
-    finally:
-        if partial is not None:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
     return decoded
 
 

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from tenfold.errors import TuningError
 from tenfold.profiling.inputs import to_device
 from tenfold.records import Plan
-from tenfold.surgery import fits_of, reestimate_batchnorm_
+from tenfold.surgery import reestimate_batchnorm_, with_errors
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tuning.admm import Admm, AdmmConfig, Residual
 from tenfold.tuning.admm_projection import PlanProjection, Projection, weight_only
 from tenfold.tuning.batches import Batches, as_pair, at_epoch
 from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
-from tenfold.tuning.finetune import _cross_entropy, finetune
+from tenfold.tuning.finetune import finetune
 from tenfold.tuning.loop import Loss
+from tenfold.tuning.losses import cross_entropy
 from tenfold.tuning.modes import device_of, forked_rng, seed_epoch
 from tenfold.tuning.progress import TuneProgress
 
@@ -133,7 +134,7 @@ def train_towards(  # noqa: PLR0913 - a training with all its choices
         run,
         batches,
         config,
-        loss=run.loss_with_penalty(loss or _cross_entropy(config)),
+        loss=run.loss_with_penalty(loss or cross_entropy(config.label_smoothing)),
         evaluate=run.after_epoch(evaluate, update_every),
         folder=folder,
         identity="; ".join(filter(None, (identity, run.admm.projection.identity, f"{admm!r} every {update_every}"))),
@@ -193,7 +194,7 @@ def train_admm(
     """
     plan, config = weight_only(plan), config or TuneConfig()
     common: dict[str, Any] = {"loss": loss, "evaluate": evaluate}
-    where = _folders(folder)
+    where = folders(folder)
     towards = train_towards(model, plan, batches, config, admm, folder=where[0], identity=identity, **common, **options)
     return replace_and_tune(towards, plan, batches, config, tune, folder=where[1], identity=identity, **common)
 
@@ -213,12 +214,7 @@ def replace_and_tune(
     known = towards.admm.projection  # with the factors to start from, where there are any
     small = (known if isinstance(known, PlanProjection) else PlanProjection(plan)).factorize(towards.model)
     _renew_norms(small, batches, config)
-    fits = fits_of(small)
-    layers = (
-        layer.replace(rel_error=fits[layer.path].rel_error) if layer.action == "factorize" else layer
-        for layer in plan.layers
-    )
-    plan = plan.replace(layers=tuple(layers))
+    plan = with_errors(plan, small)
     told = None
     if tune is not None:
         told = finetune(small, batches, tune, folder=folder, identity=identity, **options)
@@ -312,6 +308,6 @@ def _renew_norms(model: nn.Module, batches: Batches, config: TuneConfig) -> None
         reestimate_batchnorm_(model, (to_device(as_pair(b)[0], device) for b in islice(data, NORM_BATCHES)))
 
 
-def _folders(folder: str | Path | None) -> tuple[Path | None, Path | None]:
+def folders(folder: str | Path | None) -> tuple[Path | None, Path | None]:
     """Return where both trainings are stored."""
     return (None, None) if folder is None else (Path(folder) / "towards", Path(folder) / "tuning")

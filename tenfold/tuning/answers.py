@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,8 +17,10 @@ from torch import Tensor, nn
 from tenfold.errors import CheckpointError, DataError
 from tenfold.profiling.inputs import call_model, to_device
 from tenfold.profiling.modes import evaluating
+from tenfold.records import written_whole
 from tenfold.tuning.acceleration import uses_bf16
 from tenfold.tuning.batches import Batch, as_pair
+from tenfold.tuning.losses import logits_of
 from tenfold.tuning.modes import device_of
 
 
@@ -46,6 +46,7 @@ class StoredAnswers:
 
     Example:
         >>> teacher, x = nn.Linear(4, 3), torch.randn(8, 4)
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     batches = StoredAnswers(teacher, lambda epoch: [(x, torch.zeros(8))], folder, views=2)
         ...     (inputs, (labels, logits)), = batches(epoch=5)
@@ -99,7 +100,8 @@ class _View:
             found.append(self._ask(inputs))
             yield inputs, (labels, found[-1])
         if found:
-            _write(torch.cat(found), self.path)
+            with written_whole(self.path) as partial:  # the last of several writers wins, with the same content
+                save_file({"logits": torch.cat(found)}, partial)
 
     def _read(self) -> Iterator[Batch]:
         try:
@@ -129,21 +131,8 @@ class _View:
             bf16 = uses_bf16(teacher, device, "auto")
             with evaluating(teacher), torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 output = call_model(teacher, to_device(inputs, device))
-            logits.append(output if isinstance(output, Tensor) else output.logits)
+            logits.append(logits_of(output))
         return torch.stack(logits, dim=1).half().cpu()
-
-
-def _write(logits: Tensor, path: Path) -> None:
-    """Store answers whole or not at all; the last of several writers wins, with the same content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    try:
-        save_file({"logits": logits.contiguous()}, name)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _fingerprint(teachers: Sequence[nn.Module], about: str) -> str:

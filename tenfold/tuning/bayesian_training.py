@@ -20,8 +20,9 @@ from tenfold.tuning.batches import Batches
 from tenfold.tuning.bayesian_config import BayesianConfig
 from tenfold.tuning.bayesian_ranks import BayesianRanks
 from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
-from tenfold.tuning.finetune import _cross_entropy, finetune
+from tenfold.tuning.finetune import finetune
 from tenfold.tuning.loop import Loss
+from tenfold.tuning.losses import cross_entropy
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def train_bayesian(
         >>> found.before["0"], found.ranks["0"] == model[0].ranks
         ((4,), True)
     """
-    base = loss or _cross_entropy(config)
+    base = loss or cross_entropy(config.label_smoothing)
     run = _Run(model, ranks)
     before, seen = run.ranks.ranks(), list[dict[str, tuple[int, ...]]]()
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tenfold.errors import TuningError
 from tenfold.profiling.inputs import call_model
 from tenfold.profiling.modes import evaluating
+from tenfold.tuning.losses import logits_of
 
 
 class Distillation:
@@ -84,7 +85,7 @@ class Distillation:
         """Return the loss of the student on a batch, a float32 scalar; ``targets`` are not read at ``share=1``."""
         of_teacher: list[Tensor] = []
         with taps(model, self.features, "student") as of_student:
-            student = _logits(call_model(model, inputs))
+            student = logits_of(call_model(model, inputs))
         if self.teachers is None:
             targets, answers = _answered(targets)
             wanted = self._soften(answers)
@@ -106,7 +107,7 @@ class Distillation:
             for teacher in teachers:
                 stack.enter_context(evaluating(teacher))
             found = stack.enter_context(taps(teachers[0], self.features, "teacher"))
-            logits = torch.stack([_logits(call_model(teacher, inputs)) for teacher in teachers], dim=1)
+            logits = torch.stack([logits_of(call_model(teacher, inputs)) for teacher in teachers], dim=1)
             return self._soften(logits), found
 
     def _soften(self, logits: Tensor) -> Tensor:
@@ -167,11 +168,6 @@ def _module(model: nn.Module, path: str, who: str) -> nn.Module:
         known = ", ".join(name for name, _ in model.named_children())
         msg = f"the {who} has no module {path!r} to compare features at. Its children: {known}."
         raise TuningError(msg) from None
-
-
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits.float()
 
 
 def _apart(student: Tensor, teacher: Tensor) -> Tensor:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from tenfold.errors import CheckpointError
-from tenfold.profiling.inputs import call_model, to_device
+from tenfold.profiling.inputs import to_device
 from tenfold.tuning.acceleration import channels_last_weights, uses_channels_last
 from tenfold.tuning.average import Average
 from tenfold.tuning.batches import Batch, Batches, at_epoch, count_steps, peek, share
 from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.tuning.groups import build_optimizer
 from tenfold.tuning.loop import Loop, Loss
+from tenfold.tuning.losses import cross_entropy
 from tenfold.tuning.modes import forked_rng, kept_modes, seed_epoch
 from tenfold.tuning.processes import Accelerated, Alone
 from tenfold.tuning.progress import Silent, TuneProgress
@@ -119,7 +119,7 @@ def finetune(
                 called=called,
                 optimizer=optimizer,
                 config=config,
-                loss=loss or _cross_entropy(config),
+                loss=loss or cross_entropy(config.label_smoothing),
                 device=device,
                 channels_last=layout,
                 steps=steps,
@@ -166,17 +166,6 @@ def _epoch_data(
     mine = share(data, processes.index, processes.count)
     seed_epoch(device, config.seed, epoch, processes.index)  # so that dropout differs from process to process
     return mine
-
-
-def _cross_entropy(config: TuneConfig) -> Loss:
-    """Return the default loss: cross-entropy with label smoothing, in float32."""
-
-    def loss(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-        output = call_model(model, inputs)
-        logits = output if isinstance(output, Tensor) else output.logits
-        return F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
-
-    return loss
 
 
 def _steps(batches: Batches, state: TuneState | None, folder: str | Path | None, processes: int) -> int:

@@ -23,7 +23,7 @@ from tenfold.records import Budget, Plan, Profile
 from tenfold.surgery import find
 from tenfold.tuning.admm import AdmmConfig, plugged
 from tenfold.tuning.admm_projection import PlanProjection, Projection
-from tenfold.tuning.admm_training import LowRankResult, replace_and_tune, train_towards
+from tenfold.tuning.admm_training import LowRankResult, folders, replace_and_tune, train_towards
 from tenfold.tuning.batches import Batches
 from tenfold.tuning.config import TuneConfig
 
@@ -328,7 +328,7 @@ def train_lc(  # noqa: PLR0913 - two trainings and a search in one call
     learned = LearnedRanks(
         model, profile, budget=budget, cost_weight=cost_weight, cost=cost, formats=formats, **(choices or {})
     )
-    towards, tuning = (None, None) if folder is None else (Path(folder) / "towards", Path(folder) / "tuning")
+    towards, tuning = folders(folder)
     found = train_towards(model, learned, batches, config, admm, folder=towards, identity=identity, **options)
     common = {name: options.get(name) for name in ("loss", "evaluate")}
     plan = learned.plan(found.model)

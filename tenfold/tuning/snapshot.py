@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.records import Record
+from tenfold.records import Record, written_whole
 from tenfold.tuning.average import Average
 from tenfold.tuning.config import EpochRecord, TuneConfig
 
@@ -146,21 +146,14 @@ class Snapshot:
         tensors = {
             n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
         }
-        partial: str | None = None
         try:
-            handle, partial = tempfile.mkstemp(dir=self.folder, prefix=f".{FILE_NAME}.")
-            os.close(handle)
-            save_file(tensors, partial, metadata={HEADER: state.model_dump_json()})
-            with open(partial, "rb+") as file:  # noqa: PTH123 — a file descriptor is what fsync takes
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o644)  # noqa: PTH101
-            os.replace(partial, self.path)  # noqa: PTH105
+            with written_whole(self.path) as partial:
+                save_file(tensors, partial, metadata={HEADER: state.model_dump_json()})
+                with partial.open("rb+") as file:
+                    os.fsync(file.fileno())
         except (OSError, SafetensorError) as error:
             msg = f"cannot write {self.path}: {error}. The epoch before is still there."
             raise CheckpointError(msg) from error
-        finally:
-            if partial is not None:
-                Path(partial).unlink(missing_ok=True)
 
     def _refuse_others(self, state: TuneState) -> None:
         theirs, ours = state.config.model_dump(), self.config.model_dump()

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tenfold.errors import TuningError
 from tenfold.layers import FactorizedLayer
-from tenfold.profiling.inputs import call_model
 from tenfold.tensors import kruskal
 from tenfold.tuning.loop import Loss
+from tenfold.tuning.losses import cross_entropy
 
 
 class SensitivityPenalty:
@@ -44,11 +43,11 @@ class SensitivityPenalty:
         if not weight >= 0:
             msg = f"weight={weight} must be at least 0: it multiplies the sensitivity of all layers"
             raise TuningError(msg)
-        self.loss, self.weight = loss, weight
+        self.loss, self.weight = loss or cross_entropy(), weight
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         """Return the loss on a batch, with the penalty."""
-        loss = _cross_entropy(model, inputs, targets) if self.loss is None else self.loss(model, inputs, targets)
+        loss = self.loss(model, inputs, targets)
         return loss + self.weight * total_sensitivity(model).to(loss)
 
 
@@ -62,9 +61,3 @@ def total_sensitivity(model: nn.Module) -> Tensor:
     terms = (m.factorization().terms() for m in model.modules() if isinstance(m, FactorizedLayer))
     found = [kruskal.sensitivity([f.float() for f in own]).sum() for own in terms if own is not None]
     return torch.stack(found).sum() if found else torch.zeros(())
-
-
-def _cross_entropy(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-    output = call_model(model, inputs)
-    logits = output if isinstance(output, Tensor) else output.logits
-    return F.cross_entropy(logits.float(), targets)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tenfold.errors import TuningError
 from tenfold.profiling.inputs import call_model
 from tenfold.tuning.loop import Loss
+from tenfold.tuning.losses import cross_entropy
 
 Score = Callable[[nn.Module, Any, Any], Tensor]
 
@@ -100,7 +101,7 @@ class Ensemble(nn.Module):
             negative_log_prior: of one member, all of it; none by default.
             bandwidth: of the kernel; the median rule by default.
         """
-        likelihood = negative_log_likelihood or _cross_entropy
+        likelihood = negative_log_likelihood or cross_entropy()
 
         def stein(called: nn.Module, inputs: Any, targets: Any) -> Tensor:
             del called
@@ -132,7 +133,3 @@ def log_likelihood(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> f
         msg = "there is no sample to predict"
         raise TuningError(msg)
     return total / count
-
-
-def _cross_entropy(member: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-    return F.cross_entropy(call_model(member, inputs).float(), targets)

@@ -1,0 +1,37 @@
+"""Which step a long job is at, and how long each took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Observe = Callable[[str], None]
+
+
+class Steps:
+    """Names the steps of a job to an observer as they begin, and adds up their seconds.
+
+    Example:
+        >>> steps = Steps(print)
+        >>> with steps("plan"):
+        ...     pass
+        plan
+        >>> list(steps.seconds)
+        ['plan']
+    """
+
+    def __init__(self, observe: Observe | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._observe = observe
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Run a step within the context."""
+        if self._observe is not None:
+            self._observe(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
