@@ -16,6 +16,7 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,15 +26,14 @@ import yaml
 from torch import nn
 
 import tenfold
-from tenfold.decompositions import Decomposition
+from benchmarks.recovery.methods import WAYS, Work, compressed, one_shot
 from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
 from tenfold.profiling import environment, profile
-from tenfold.ranks import rule_from
-from tenfold.records import Plan, RunRecord
+from tenfold.records import Plan, Profile, RunRecord, write_text
 from tenfold.tasks import load_task
 from tenfold.tasks.base import Task
-from tenfold.tuning import Distillation, EpochRecord, StoredAnswers, TuneConfig, TuneResult, finetune
+from tenfold.tuning import Distillation, EpochRecord, StoredAnswers, TuneConfig
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -69,7 +69,7 @@ def runs(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Row:
-    """One network, compressed and trained on as the configuration says."""
+    """One network, made small and trained on as the configuration says."""
 
     def __init__(self, name: str, config: dict[str, Any], weights_dir: Path, work: Path) -> None:
         self.name, self.config, self.weights_dir, self.work = name, config, weights_dir, work
@@ -80,87 +80,75 @@ class Row:
     def dense(self, network: str) -> nn.Module:
         """Return a trained network in the memory format in which it runs fastest."""
         task = load_task(f"cifar10:{network}", seed=self.seed)
-        return task.dense(self.weights_dir / f"{network}.safetensors").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model: nn.Module = task.dense(self.weights_dir / f"{network}.safetensors")
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def run(self) -> dict[str, Any]:
         """Return what came of the row."""
         start = time.perf_counter()
-        model, plan = self.start()
-        scores = {"dense": self.task.evaluate(self.model), "compressed": self.task.evaluate(model)}
-        print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
+        scores = {"dense": self.task.evaluate(self.model)}
+        way = self.config.get("method", {"name": "one-shot"})["name"]
+        work = self.job()
         try:
-            history = self.train(model)
+            found = one_shot(work, self.start(work)) if way == "one-shot" else WAYS[way](work)
         except TuningError as error:  # the loss or the weights are no longer finite
             print(self.name, error, flush=True)
-            return self.outcome(model, scores, TuneResult(config=TuneConfig()), diverged=True)
-        scores["tuned"] = self.task.evaluate(model)
-        before, after = (profile(m, self.task.example_inputs()) for m in (self.model, model))
+            model, _ = self.start(work)
+            scores["compressed"] = self.task.evaluate(model)
+            return self.outcome(profile(model, self.task.example_inputs()), scores, (), diverged=True)
+        scores |= {**found.scores, "tuned": self.task.evaluate(found.model)}
         print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
-        if plan is not None and self.config.get("checkpoint"):
+        after = profile(found.model, self.task.example_inputs())
+        if found.plan is not None and self.config.get("checkpoint"):
             record = RunRecord(
                 seed=self.seed,
-                before=measurement(before, score=scores["dense"]),
+                before=measurement(self.cost, score=scores["dense"]),
                 after=measurement(after, score=scores["tuned"]),
                 scores=scores,
-                plan=plan,
-                tuning=tuple(epoch.model_dump() for epoch in history.history),
+                plan=found.plan,
+                tuning=tuple(epoch.model_dump() for epoch in found.epochs),
                 seconds={"all": time.perf_counter() - start},
                 environment=environment(torch.device("cpu")),
                 task=self.task.id,
                 command=f"python -m benchmarks.recovery.run --only {self.name} --weights-dir FOLDER",
             )
-            tenfold.save(model, plan, CHECKPOINTS / self.config["checkpoint"], record=record)
-        return self.outcome(model, scores, history)
+            tenfold.save(found.model, found.plan, CHECKPOINTS / self.config["checkpoint"], record=record)
+        return self.outcome(after, scores, found.epochs)
+
+    @cached_property
+    def cost(self) -> Profile:
+        """What the trained network costs."""
+        return profile(self.model, self.task.example_inputs())
 
     def outcome(
-        self, model: nn.Module, scores: dict[str, float], history: TuneResult, *, diverged: bool = False
+        self, after: Profile, scores: dict[str, float], epochs: tuple[EpochRecord, ...], *, diverged: bool = False
     ) -> dict[str, Any]:
         """Return what goes into the result."""
-        before, after = (profile(m, self.task.example_inputs()) for m in (self.model, model))
         return {
             "network": self.config["network"],
-            "macs": after.macs / before.macs,
-            "params": after.params / before.params,
+            "macs": after.macs / self.cost.macs,
+            "params": after.params / self.cost.params,
             **scores,
             "diverged": diverged,
             "config": self.config,
-            "history": [epoch.model_dump() for epoch in history.history],
+            "history": [epoch.model_dump() for epoch in epochs],
         }
 
-    def start(self) -> tuple[nn.Module, Plan | None]:
+    def start(self, work: Work) -> tuple[nn.Module, Plan | None]:
         """Return the network as it goes into training: fitted by data, from a checkpoint, or dense as a control."""
-        model = copy.deepcopy(self.model)
         if self.config.get("start"):  # goes on where another run ended
-            return tenfold.load(model, CHECKPOINTS / self.config["start"])
+            return tenfold.load(copy.deepcopy(self.model), CHECKPOINTS / self.config["start"])
         if self.config["budget"] is None:
-            return model, None
-        folder = self.work / self.name / "compressed"
-        if not folder.is_dir():
-            own = self.config
-            data = self.task.calibration_batches(own["calibration"], batch_size=125, seed=self.seed)
-            algorithms = {k: Decomposition.from_dict(v | {"seed": self.seed}) for k, v in own["algorithms"].items()}
-            tenfold.compress(
-                model,
-                self.task.example_inputs(),
-                budget=own["budget"],
-                rule=own["rule"] if isinstance(own["rule"], str) else rule_from(**own["rule"]),
-                formats=own["formats"],
-                algorithms=algorithms,
-                keep=own["keep"],
-                data=data,
-                use_data=own["use_data"],
-                latency=False,
-                seed=self.seed,
-            ).save(folder)
-        return tenfold.load(model, folder)
+            return copy.deepcopy(self.model), None
+        return compressed(work)
 
-    def train(self, model: nn.Module) -> TuneResult:
-        """Return the history of training the model in place, on all training images."""
+    def job(self) -> Work:
+        """Return all that a way needs to know."""
         config = TuneConfig(seed=self.seed, **self.config["train"])
         batches, loss = self.taught(config)
-        path = self.work / self.name
-        return finetune(
-            model, batches, config, loss=loss, folder=path / "tuning", identity=self.name, on_epoch=self.report
+        folder = self.work / self.name
+        return Work(
+            self.task, self.model, self.config, self.seed, folder, self.name, config, batches, loss, self.report
         )
 
     def taught(self, config: TuneConfig) -> tuple[Callable[[int], Any], Distillation | None]:
@@ -201,8 +189,8 @@ def add(target: Path, config: dict[str, Any], name: str, row: dict[str, Any]) ->
         result = {"benchmark": "recovery", "rows": {}} | read(target)
         result["rows"][name] = row
         result["environment"] = json.loads(environment().to_json())
-        target.write_text(json.dumps(result, indent=1) + "\n")
-        target.with_suffix(".md").write_text(table(config, result))
+        write_text(target, json.dumps(result, indent=1) + "\n")
+        write_text(target.with_suffix(".md"), table(config, result))
     target.with_suffix(".lock").unlink(missing_ok=True)
 
 

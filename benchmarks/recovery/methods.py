@@ -1,0 +1,168 @@
+"""The ways from a trained network to a small one that a row can name: one shot, stages, ADMM."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import tenfold
+from tenfold.decompositions import Decomposition
+from tenfold.planning import plan as make_plan
+from tenfold.profiling import profile
+from tenfold.ranks import rule_from
+from tenfold.records import Budget, Plan
+from tenfold.staging import Schedule, run_stages
+from tenfold.tasks.base import Task
+from tenfold.tuning import Batches, EpochRecord, TuneConfig, finetune, train_admm
+
+Loss = Callable[[nn.Module, Any, Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a row starts from: a trained network, its task, the training, and where to keep what is unfinished."""
+
+    task: Task
+    model: nn.Module
+    config: dict[str, Any]
+    seed: int
+    folder: Path
+    name: str
+    train: TuneConfig
+    batches: Batches
+    loss: Loss | None
+    report: Callable[[EpochRecord], None]
+
+    @property
+    def calibration(self) -> list[Any]:
+        """The unlabeled training images that ranks and factors may know."""
+        return list(self.task.calibration_batches(self.config["calibration"], batch_size=125, seed=self.seed))
+
+    @property
+    def algorithms(self) -> dict[str, Decomposition]:
+        """Those that the row names instead of the formats' own."""
+        own = self.config["algorithms"]
+        return {name: Decomposition.from_dict(given | {"seed": self.seed}) for name, given in own.items()}
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """The rank rule, as name and settings."""
+        rule = self.config["rule"]
+        return {"name": rule} if isinstance(rule, str) else dict(rule)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A network after its way: what was done to it, its epochs, and its scores on the way."""
+
+    model: nn.Module
+    plan: Plan | None
+    epochs: tuple[EpochRecord, ...]
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def one_shot(work: Work, started: tuple[nn.Module, Plan | None] | None = None) -> Outcome:
+    """Return the network compressed at once and then trained; ``started`` is one that is compressed already."""
+    model, plan = started or compressed(work)
+    before = {"compressed": work.task.evaluate(model)}
+    told = finetune(
+        model,
+        work.batches,
+        work.train,
+        loss=work.loss,
+        folder=work.folder / "tuning",
+        identity=work.name,
+        on_epoch=work.report,
+    )
+    return Outcome(model, plan, told.history, before)
+
+
+def staged(work: Work) -> Outcome:
+    """Return the network after stages; ``musco`` has the published rank rule, and ends when the budget is met."""
+    way = {k: v for k, v in work.config["method"].items() if k != "name"}
+    common = {"budget": work.config["budget"], "formats": work.config["formats"], "keep": tuple(work.config["keep"])}
+    if work.config["method"]["name"] == "musco":
+        schedule = Schedule.musco(**way).replace(budget=Budget.of(common.pop("budget")), **common)
+    else:
+        schedule = Schedule.of({**common, "rule": work.rule, **way})
+    told = run_stages(
+        work.model,
+        work.task.example_inputs(),
+        schedule,
+        tune=work.train,
+        batches=work.batches,
+        loss=work.loss,
+        folder=work.folder / "stages",
+        identity=work.name,
+        data=work.calibration,
+        use_data=work.config["use_data"],
+        algorithms=work.algorithms,
+        evaluate=work.task.evaluate,
+        seed=work.seed,
+    )
+    epochs = [epoch for stage in told.record.stages for epoch in stage.tuning]
+    history = tuple(EpochRecord(**epoch | {"epoch": number}) for number, epoch in enumerate(epochs, 1))
+    return Outcome(told.model, told.plan, history, dict(told.record.stages[-1].scores))
+
+
+def admm(work: Work) -> Outcome:
+    """Return the network trained towards the ranks of a plan, replaced by its factors, and trained on."""
+    inputs = work.task.example_inputs()
+    rule = work.rule
+    plan = make_plan(
+        work.model,
+        profile(work.model, inputs),
+        rule=rule_from(rule.pop("name"), **rule),
+        budget=work.config["budget"],
+        formats=work.config["formats"],
+        keep=work.config["keep"],
+        seed=work.seed,
+    )
+    towards = int(work.config["method"]["towards"])
+    first = work.train.replace(epochs=towards)
+    after = work.train.replace(epochs=work.train.epochs - towards, seed=work.train.seed + 1)
+    found = train_admm(
+        work.model,
+        plan,
+        work.batches,
+        first,
+        tune=after,
+        loss=work.loss,
+        evaluate=work.task.evaluate,
+        folder=work.folder,
+        identity=work.name,
+        on_epoch=work.report,
+    )
+    tuned = found.tuning.history if found.tuning is not None else ()
+    before = {"towards": found.towards.scores[-1], "compressed": found.towards.history[-1].score or 0.0}
+    return Outcome(found.model, found.plan, (*found.towards.history, *tuned), before)
+
+
+WAYS: dict[str, Callable[[Work], Outcome]] = {"one-shot": one_shot, "stages": staged, "musco": staged, "admm": admm}
+
+
+def compressed(work: Work) -> tuple[nn.Module, Plan]:
+    """Return the network compressed as the row says; kept in its folder for the next time."""
+    own, folder = work.config, work.folder / "compressed"
+    if not folder.is_dir():
+        rule = work.rule
+        tenfold.compress(
+            copy.deepcopy(work.model),
+            work.task.example_inputs(),
+            budget=own["budget"],
+            rule=rule_from(rule.pop("name"), **rule),
+            formats=own["formats"],
+            algorithms=work.algorithms,
+            keep=own["keep"],
+            data=work.calibration,
+            use_data=own["use_data"],
+            latency=False,
+            seed=work.seed,
+        ).save(folder)
+    model, plan = tenfold.load(copy.deepcopy(work.model), folder)
+    return model, plan
