@@ -161,7 +161,7 @@ class _State:
         self._update_rest(_summed(product, self.factors[x.a].flatten(2)))
         del product, before
         right = _weighted(x.along(self.factors[x.a], x.a), x.shares(self.factors)).unflatten(-1, self._columns)
-        squares, powers = self._update(x.b, right)
+        squares, powers = self._score(x.b, *self._update(x.b, right))
         worse = squares + self._ridge * powers > self.objective  # by rounding only: the factors stay as they were
         if bool(worse.any()):
             self._choose(~worse, ends, grams, range(len(ends)))
@@ -181,13 +181,16 @@ class _State:
         return found
 
     def _update(self, mode: int, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the best factor of a mode, all others given, and return squared errors and Σ λ_r² (batch, S) with it."""
+        """Set the best factor of a mode, all others given; return the right-hand side and the others' Gram, float64."""
         others = reduce(torch.mul, (g for m, g in enumerate(self._grams) if m != mode))
         right = right.double()
         found = solve(others, right, self.factors[mode].double(), self._ridge, self._hold).to(self.factors[mode].dtype)
-        wide = found.double()
-        self.factors[mode], self._grams[mode] = found, _gram(wide)
-        inner = torch.linalg.vecdot(right, wide, dim=1).sum(-1)
+        self.factors[mode], self._grams[mode] = found, _gram(found)
+        return right, others
+
+    def _score(self, mode: int, right: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Return squared errors and Σ λ_r² (batch, S), by what the update of this mode, the last one, returned."""
+        inner = (right * self.factors[mode]).sum((1, 3))
         products = others * self._grams[mode]
         squares = (self.arranged.total - 2 * inner + products.sum((2, 3))).clamp_min(0)
         return squares, products.diagonal(dim1=2, dim2=3).sum(-1)
@@ -202,7 +205,7 @@ class _State:
             self.factors[mode] = torch.lerp(last[mode], ends[mode], 1 + length)
             self._grams[mode] = _gram(self.factors[mode])
         ahead = old.lerp_(product, 1 + self._per_column(self._length).to(product.dtype))  # linear, as the product is
-        squares, powers = self._update(x.a, self._through(ahead))
+        squares, powers = self._score(x.a, *self._update(x.a, self._through(ahead)))
         good = squares + self._ridge * powers <= self.objective
         self._length = torch.where(good, (self._length * _GROW).clamp_max(1.0), self._length * _SHRINK)
         if bool(good.all()):
@@ -246,7 +249,11 @@ def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: floa
         if not bool(failed.any()):
             break
         hold *= 10
-    found: Tensor = torch.cholesky_solve((sides + hold * middle).mT, lower).mT
+    right = sides + hold * middle
+    if right.shape[-2] >= right.shape[-1]:  # triangular solves are slow: for many rows the inverse pays
+        found: Tensor = right @ torch.cholesky_inverse(lower)
+    else:
+        found = torch.cholesky_solve(right.mT, lower).mT
     return (found / scale.unsqueeze(-2)).movedim(1, 2)
 
 
