@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 HEAD = """\
 # Latency budgets, measured
 
-`python -m benchmarks.latency.run` on {device}, torch {torch}, Python {python}, {threads} threads, float32. Weights
+`python -m benchmarks.latency.run` on {device}, torch {torch}, Python {python}, float32. Weights
 random with a decaying spectrum; the time does not depend on them. Dense models run in the memory format that is best
 for them, so do the small ones. *Budget*: share of the dense model's time; *folded*: planned and demanded of both models
 with batch norm folded into the layers, the dense one too. *Speed-up*: median of the ratios of rounds in turns, with its
@@ -48,11 +48,11 @@ with batch norm folded into the layers, the dense one too. *Speed-up*: median of
 and how many were sent back because they measured no faster. A plan for folded models has two rows: the models as they
 run then, and the same two with batch norm left in place.
 
-| network | batch | budget | dense ms | small ms | speed-up | MACs | per MACs | layers | load | demanded |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
+| network | batch | threads | budget | dense ms | small ms | speed-up | MACs | per MACs | layers | load | demanded |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
 """
 LAYERS = """
-## {name}, batch {batch}{folded}: layers
+## {name}, batch {batch}, {threads} threads{folded}: layers
 
 | layer | geometry | now | dense ms | factorized ms | speed-up |
 |---|---|---|---:|---:|---:|
@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the other rows of an earlier result")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    torch.set_num_threads(options.threads)
     config = yaml.safe_load(options.config.read_text())
     target = options.out / "latency.json"
     rows: list[dict[str, Any]] = json.loads(target.read_text())["rows"] if options.keep and target.is_file() else []
@@ -77,6 +76,7 @@ def main() -> None:
     for wanted in config["runs"]:
         if options.only not in wanted["name"]:
             continue
+        torch.set_num_threads(wanted.get("threads", options.threads))
         row = measure(wanted, config)
         rows = [r for r in rows if _place(r) != _place(row)] + [row]
         made = json.loads(environment().to_json())
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["name"], row["batch"], row.get("fold", False)
+    return row["name"], row["batch"], row.get("fold", False), row["threads"]
 
 
 def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +117,7 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": subject.name,
         "batch": wanted["batch"],
+        "threads": torch.get_num_threads(),
         "fold": wanted.get("fold", False),
         "folded_norms": len(found.plan.folded),
         "budget": wanted["latency"],
@@ -199,9 +200,7 @@ def layer_row(layer: LayerPlan, cost: Profile, found: FastPlan) -> dict[str, Any
 def table(result: dict[str, Any]) -> str:
     """Return the rows, and the layers of each, as Markdown."""
     env = result["environment"]
-    text = HEAD.format(
-        device=env["device_name"] or env["device"], torch=env["torch"], python=env["python"], threads=env["threads"]
-    )
+    text = HEAD.format(device=env["device_name"] or env["device"], torch=env["torch"], python=env["python"])
     text += "".join(f"{line}\n" for row in result["rows"] for line in lines(row))
     slower = [
         lay for row in result["rows"] for lay in row["layers"] if lay["factorized"] and lay["timing"]["ratio"] < 1
@@ -210,7 +209,7 @@ def table(result: dict[str, Any]) -> str:
     text += f"\nOf {total} factorized layers in these plans, {len(slower)} measure slower than their dense originals.\n"
     for row in result["rows"]:
         folded = ", folded" if row.get("fold") else ""
-        text += LAYERS.format(name=row["name"], batch=row["batch"], folded=folded) + "".join(
+        text += LAYERS.format(name=row["name"], batch=row["batch"], threads=row["threads"], folded=folded) + "".join(
             layer_line(layer) for layer in row["layers"]
         )
     return text
@@ -231,6 +230,7 @@ def line(row: dict[str, Any], budget: str, verdict: str) -> str:
     cells = [
         row["name"].partition(":")[2],
         row["batch"],
+        row["threads"],
         budget,
         f"{row['dense']['median_ms']:.1f} ({row['dense']['memory_format']})",
         f"{row['small']['median_ms']:.1f} ({row['small']['memory_format']})",
