@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tenfold.decompositions import DECOMPOSITIONS
+from tenfold.formats import FORMATS
+from tenfold.ranks import RULES
+from tenfold.tasks import TASKS
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -47,6 +52,14 @@ def run(page: Path, blocks: list[Snippet]) -> dict[str, object]:
     return namespace
 
 
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget after the test what a page registers: it is the reader's own."""
+    for registry in (FORMATS, DECOMPOSITIONS, RULES, TASKS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = snippets(page.read_text(encoding="utf-8"))

@@ -1,0 +1,98 @@
+"""The documentation is complete: a page for every method, and a newcomer's page that is the example itself."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tenfold import tuning
+from tenfold.decompositions import DECOMPOSITIONS
+from tenfold.formats import FORMATS
+from tenfold.ranks import RULES
+from tests.test_docs import snippets
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+METHODS = sorted((DOCS / "methods").glob("[!i]*.md"))
+SECTIONS = ["Formula", "Cost", "When to use it", "Measured", "Source"]
+
+# What is public in tuning without being a method of its own: settings, outcomes, and what methods are made of.
+PARTS = re.compile(r".*(Config|Result|Record|Progress)|Batches|LearnedRanks|log_likelihood|ranks_plan", re.DOTALL)
+
+
+def front_matter(page: Path) -> dict[str, Any]:
+    found = re.match(r"---\n(.*?)\n---\n", page.read_text(encoding="utf-8"), re.DOTALL)
+    return {} if found is None else yaml.safe_load(found[1])
+
+
+COVERED = {name: page for page in METHODS for name in front_matter(page).get("covers", [])}
+
+
+def own(registry: Any) -> list[str]:
+    """Return the names of a registry that the package itself registers, whatever tests and plugins add."""
+    return [name for name, entry in registry.items() if entry.__module__.startswith("tenfold.")]
+
+
+def methods() -> list[str]:
+    found = [f"formats/{name}" for name in own(FORMATS)]
+    found += [f"decompositions/{name}" for name in own(DECOMPOSITIONS)]
+    found += [f"ranks/{name}" for name in own(RULES)]
+    return found + [f"tuning/{name}" for name in tuning.__all__ if not PARTS.fullmatch(name)]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_has_a_page(name: str) -> None:
+    assert name in COVERED, f"write docs/methods/NAME.md with `covers: [{name}]`, or name it on the page that has it"
+
+
+@pytest.mark.parametrize("name", sorted(COVERED))
+def test_pages_cover_what_is_there(name: str) -> None:
+    room, _, entry = name.partition("/")
+    registry = {"formats": FORMATS, "decompositions": DECOMPOSITIONS, "ranks": RULES}.get(room)
+    if registry is not None and entry in registry.names():
+        return
+    module = import_module(f"tenfold.{room}")
+    assert inspect.isclass(getattr(module, entry)) or callable(getattr(module, entry))
+
+
+@pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
+def test_a_page_says_formula_cost_use_figures_and_source_and_runs(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
+    use, measured, source = (re.split(rf"^## {name}$", text, flags=re.MULTILINE)[1] for name in SECTIONS[2:])
+    assert "Not for:" in use.partition("## ")[0]
+    assert measured.partition("## ")[0].strip()
+    assert source.strip()
+    runs = [block.code for block in snippets(text) if block.reason is None]
+    assert any("assert" in code or "print" in code for code in runs)
+
+
+def nav() -> set[str]:
+    text = re.sub(r"!!\S+", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def pages(value: Any) -> set[str]:
+        if isinstance(value, str):
+            return {value}
+        return set().union(*(pages(v) for v in (value.values() if isinstance(value, dict) else value)))
+
+    return pages(yaml.safe_load(text)["nav"])
+
+
+def test_the_site_leads_to_every_page() -> None:
+    there = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert nav() == there
+    listed = re.findall(r"\]\((\w+\.md)\)", (DOCS / "methods" / "index.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == [page.name for page in METHODS]
+
+
+def test_the_first_tutorial_is_the_newcomers_example() -> None:
+    script = (ROOT / "examples" / "newcomer.py").read_text(encoding="utf-8").split('"""\n', 1)[1]
+    page = snippets((DOCS / "tutorials" / "own_model.md").read_text(encoding="utf-8"))
+    blocks = [line for block in page for line in block.code.splitlines() if line]
+    assert blocks == [line for line in script.splitlines() if line]
