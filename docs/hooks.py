@@ -3,7 +3,8 @@
 A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of all entries of it: a
 new format or rule is documented by being there. A line that is nothing but a link to a result, such as
 `[benchmarks/results/hooi.md](../benchmarks/results/hooi.md)`, is replaced by that result, or by the news that there is
-none yet.
+none yet. `<!-- results -->` becomes a table of all results that are committed, and `<!-- other results -->` those that no
+line of the page links to: what was measured is on the site by being there.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"^<!-- registered: (\S+) (\S+) -->$", re.MULTILINE)
 RESULT = re.compile(r"^\[[^\]]*\]\(\.\./(benchmarks/results/[^)]+\.md)\)$", re.MULTILINE)
+INDEX = re.compile(r"^<!-- results -->$", re.MULTILINE)
+OTHERS = re.compile(r"^<!-- other results -->$", re.MULTILINE)
 PICTURE = re.compile(r"!\[([^\]]*)\]\((?!\w+:)([^)]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Return the page with every mark expanded."""
     markdown = MARK.sub(lambda match: entries(*match.groups()), markdown)
+    markdown = OTHERS.sub(lambda _: others(markdown), markdown)
+    markdown = INDEX.sub(lambda _: index(markdown), markdown)
     return RESULT.sub(lambda match: result(ROOT / match[1]), markdown)
 
 
@@ -33,6 +38,39 @@ def entries(module: str, registry: str) -> str:
         f"### {name}\n\n::: {entry.__module__}.{entry.__qualname__}\n    options:\n      heading_level: 4"
         for name, entry in registered
     )
+
+
+def committed() -> list[Path]:
+    """Return all results, by name."""
+    return sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+
+
+def others(markdown: str) -> str:
+    """Return a section with a link for every result that the page does not link to."""
+    missing = [path for path in committed() if ROOT / "benchmarks" / "results" / path.name not in linked(markdown)]
+    links = ((path.stem, path.relative_to(ROOT).as_posix()) for path in missing)
+    return "\n\n".join(f"## {name}\n\n[{link}](../{link})" for name, link in links)
+
+
+def index(markdown: str) -> str:
+    """Return a table of all results: what was measured, and the section of the page that has it."""
+    found = linked(markdown)
+    rows = [f"| [{found[path]}](#{found[path]}) | {title(path)} |" for path in committed() if path in found]
+    return "\n".join(["| Section | What was measured |", "| --- | --- |", *rows])
+
+
+def linked(markdown: str) -> dict[Path, str]:
+    """Return the results that a page links to in lines of their own, each with the heading above it."""
+    heads = [(match.start(), match[1]) for match in re.finditer(r"^## (.+)$", markdown, re.MULTILINE)]
+    return {
+        ROOT / match[1]: [name for start, name in heads if start < match.start()][-1]
+        for match in RESULT.finditer(markdown)
+    }
+
+
+def title(path: Path) -> str:
+    """Return the first line of a result without its marks."""
+    return path.read_text(encoding="utf-8").lstrip().split("\n", 1)[0].removeprefix("# ").strip()
 
 
 def result(path: Path) -> str:

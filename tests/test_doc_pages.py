@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,24 @@ def test_the_first_tutorial_is_the_newcomers_example() -> None:
     page = snippets((DOCS / "tutorials" / "own_model.md").read_text(encoding="utf-8"))
     blocks = [line for block in page for line in block.code.splitlines() if line]
     assert blocks == [line for line in script.splitlines() if line]
+
+
+def test_the_site_shows_every_result_that_is_committed() -> None:
+    expand = runpy.run_path(str(DOCS / "hooks.py"))["on_page_markdown"]
+    page = expand((DOCS / "results.md").read_text(encoding="utf-8"))
+    for result in (ROOT / "benchmarks" / "results").glob("*.md"):
+        rows = re.findall(r"^\|.*[0-9].*\|$", result.read_text(encoding="utf-8"), re.MULTILINE)
+        assert rows, result
+        assert rows[-1] in page, f"the results page does not show {result.name}"
+    assert "](../benchmarks" not in page
+
+
+def test_a_result_without_a_section_gets_one(tmp_path: Path) -> None:
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "new.md").write_text("# News\n\n| a |\n| --- |\n| 1.5 |\n")
+    hooks["on_page_markdown"].__globals__["ROOT"] = tmp_path
+    page = hooks["on_page_markdown"]("<!-- results -->\n\n<!-- other results -->\n")
+    assert "| [new](#new) | News |" in page
+    assert "## new" in page
+    assert "| 1.5 |" in page
