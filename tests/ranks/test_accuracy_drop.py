@@ -17,7 +17,7 @@ from tenfold.profiling import profile
 from tenfold.ranks import RankProblem, rule_from
 from tenfold.ranks.accuracy_drop import AccuracyDrop, _bisect, _gallop
 from tenfold.records import Call, Cost, LayerSpec
-from tests.planning.fakes import Scorer, costs, net
+from tests.planning.fakes import Scorer, costs, inputs, net
 
 SIZE = 128
 FORMATS = ("tucker2", "low_rank")
@@ -178,3 +178,35 @@ def test_scores_of_a_network_confirm_the_drop() -> None:
         assert found.score(layer.path, "low_rank", rank) >= 0.7
         if rank["rank"] > 1:
             assert found.score(layer.path, "low_rank", {"rank": rank["rank"] - 1}) < 0.7
+
+
+def test_cp_ranks_keep_the_drop_too(tmp_path: Any) -> None:
+    """The per-layer bound of Phan et al. 2020: the smallest CP rank whose score falls by no more; the table resumes."""
+    model = net()
+    model[3].weight.data = low_rank_kernel(6) + 0.02 * torch.randn(16, 16, 3, 3)
+    x = inputs(samples=32)
+    target = model(x)
+
+    def evaluate(candidate: nn.Module) -> float:
+        with torch.no_grad():
+            missed = (candidate(x) - target).square().mean() / target.var()
+        return float(1 - missed)
+
+    def search() -> Sensitivity:
+        return Sensitivity(model, costs(model), formats=["cp3"], evaluate=evaluate, path=tmp_path / "table.json")
+
+    scores = search()
+    rule = AccuracyDrop(drop=0.02, scores=scores)
+    made = plan(model, costs(model), rule=rule, formats=["cp3"], keep=["0", "7", "9"])
+    rank = (made.layer("3").rank or {})["rank"]
+    assert scores.score("3", "cp3", {"rank": rank}) >= scores.baseline - 0.02
+    assert scores.score("3", "cp3", {"rank": rank - 1}) < scores.baseline - 0.02
+    assert 2 <= rank <= 8
+    again = AccuracyDrop(drop=0.02, scores=search())
+    assert plan(model, costs(model), rule=again, formats=["cp3"], keep=["0", "7", "9"]) == made
+
+
+def low_rank_kernel(rank: int) -> torch.Tensor:
+    """Return a kernel (16, 16, 3, 3) of that CP rank."""
+    a, b, c = (torch.randn(n, rank) for n in (16, 16, 9))
+    return torch.einsum("or,ir,kr->oik", a, b, c).reshape(16, 16, 3, 3) / 10
