@@ -3,8 +3,8 @@
 A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of all entries of it: a
 new format or rule is documented by being there. A line that is nothing but a link to a result, such as
 `[benchmarks/results/hooi.md](../benchmarks/results/hooi.md)`, is replaced by that result, or by the news that there is
-none yet. `<!-- results -->` becomes a table of all results that are committed, and `<!-- other results -->` those that no
-line of the page links to: what was measured is on the site by being there.
+none yet. `<!-- results -->` becomes a table of all results that are committed, and `<!-- other results -->` those that
+no line of the page links to: what was measured is on the site by being there.
 """
 
 from __future__ import annotations
