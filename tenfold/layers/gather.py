@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from tenfold.records.gather import Segments
 # From this many ids on, repeated ones are looked for; they are computed once if at most this share is distinct.
 _MANY = 256
 _REPEATED = 0.7
+# A list of all ids is made where there are at most this many times more than ids asked for; its memory is not cleared.
+_LISTED = 64
 
 # Compiled and exported programs take any number of ids, and run as is best for this many.
 COMPILED_IDS = 1024
@@ -33,11 +36,9 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, segment
         ids: integers in 0..∏ row modes.
         segments: the runs; the best for this number of ids if left out.
     """
-    digits, segments = _digits(ids, shape.row_modes), segments or shape.segments(len(ids))
-    picked = []
-    for start, stop in segments:
-        table = _multiplied(cores[start:stop]).flatten(2)  # (rows of the run, r, columns · r')
-        picked.append((table, _index(digits[start:stop], shape.row_modes[start:stop])))
+    segments = segments or shape.segments(len(ids))
+    tables = [_multiplied(cores[start:stop]).flatten(2) for start, stop in segments]  # (rows of a run, r, columns · r')
+    picked = list(zip(tables, _indices(ids, shape.row_modes, segments), strict=True))
     if len(picked) == 2 and not torch.compiler.is_compiling():
         (left, i), (right, j) = picked
         inner = shape.sides[segments[1][0]]
@@ -69,10 +70,28 @@ def gather_distinct(
         return gather_rows(cores, shape, ids, compiled)
     if len(ids) < _MANY:
         return gather_rows(cores, shape, ids)
-    distinct, inverse = ids.unique(return_inverse=True)
-    if len(distinct) > _REPEATED * len(ids):
+    found = distinct_ids(ids, prod(shape.row_modes), _REPEATED * len(ids))
+    if found is None:
         return gather_rows(cores, shape, ids)
+    distinct, inverse = found
     return F.embedding(inverse, gather_rows(cores, shape, distinct))
+
+
+def distinct_ids(ids: Tensor, size: int, most: float) -> tuple[Tensor, Tensor] | None:
+    """Return the distinct ids, in any order, and where each id stands among them; None if they are more than ``most``.
+
+    Without sorting where the numbers below ``size`` are not very many more than the ids: every id writes its place to
+    the entry of a list that it names, and those that read their own place there stand for all of their kind.
+    """
+    if size > _LISTED * len(ids):
+        distinct, inverse = ids.unique(return_inverse=True)
+        return None if len(distinct) > most else (distinct, inverse)
+    places = torch.arange(len(ids), device=ids.device)
+    standing = places.new_empty(size).scatter_(0, ids.long(), places).index_select(0, ids)
+    stands = standing == places
+    if int(torch.count_nonzero(stands)) > most:
+        return None
+    return ids[stands], (stands.cumsum(0) - 1).index_select(0, standing)
 
 
 def split_cores(flat: Tensor, shape: TrainShape) -> tuple[Tensor, ...]:
@@ -82,21 +101,19 @@ def split_cores(flat: Tensor, shape: TrainShape) -> tuple[Tensor, ...]:
     return tuple(part.view(core) for part, core in zip(parts, shape.core_shapes, strict=True))
 
 
-def _digits(ids: Tensor, modes: Sequence[int]) -> list[Tensor]:
-    """Return the mixed-radix digits of the ids, the first the slowest."""
-    digits, rest = [], ids
-    for mode in reversed(modes[1:]):
-        digits.append(rest % mode)
-        rest = rest.div(mode, rounding_mode="floor")
-    return [rest, *reversed(digits)]
-
-
-def _index(digits: Sequence[Tensor], modes: Sequence[int]) -> Tensor:
-    """Return where the rows of a run lie in its table: there the first mode is the fastest."""
-    index, place = digits[0], modes[0]
-    for digit, mode in zip(digits[1:], modes[1:], strict=True):
-        index, place = index + digit * place, place * mode
-    return index
+def _indices(ids: Tensor, modes: Sequence[int], segments: Segments) -> list[Tensor]:
+    """Return for each run where its rows lie in its table: there the first mode is the fastest, in ids the slowest."""
+    found, rest = [], ids
+    for start, stop in reversed(segments):
+        own, number = modes[start:stop], rest
+        if start:
+            rest = number.div(prod(own), rounding_mode="floor")
+            number = number - rest * prod(own)
+        if len(own) > 1:
+            places = torch.arange(prod(own), device=ids.device).view(*reversed(own))
+            number = places.permute(*reversed(range(len(own)))).reshape(-1).index_select(0, number)
+        found.append(number)
+    return found[::-1]
 
 
 def _multiplied(cores: Sequence[Tensor]) -> Tensor:
@@ -107,7 +124,7 @@ def _multiplied(cores: Sequence[Tensor]) -> Tensor:
         mode, _, more, right = core.shape
         flat = table.reshape(-1, inner)
         if more * right >= NARROW:
-            product = torch.matmul(flat, core.reshape(mode, inner, -1))
+            product = torch.bmm(flat.expand(mode, -1, -1), core.reshape(mode, inner, -1))  # matmul would transpose
         else:
             wide = core.movedim(0, 1).reshape(inner, -1)
             product = (flat @ wide).view(-1, mode, more * right).transpose(0, 1)

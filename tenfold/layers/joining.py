@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers per block in each of the arrays that a block goes through: half a megabyte in float32.
-_BLOCK = 131_072
+# Numbers per block in the largest of the arrays that a block goes through: a megabyte in float32. Larger ones leave the
+# cache, and memory that is new to the process is several times slower than all that is computed in it.
+_BLOCK = 262_144
 
 # Products with fewer columns are slow: they are turned around.
 NARROW = 16
@@ -35,12 +37,13 @@ class JoinPicked(torch.autograd.Function):
         """Return (n, m·w)."""
         rows, columns = left.shape[1], right.shape[2]
         out = left.new_empty(len(i), rows * columns)
-        for part, a, b in _blocks(out, i, j, left, right):
-            place, one, other = part.view(len(a), rows, columns), left.index_select(0, a), right.index_select(0, b)
-            if _turned(one, other):
-                place.copy_(join(one, other))
+        for block in _blocks(out, i, j, left, right):
+            place = block.rows.view(-1, rows, columns)
+            if _turned(block.left, block.right):
+                made = torch.bmm(block.right.mT, block.left.mT, out=block.room.view(-1, columns, rows))
+                place.copy_(made.mT)
             else:
-                torch.bmm(one, other, out=place)
+                torch.bmm(block.left, block.right, out=place)
         return out
 
     @staticmethod
@@ -57,16 +60,34 @@ class JoinPicked(torch.autograd.Function):
         wants_left, wants_right, _, _ = ctx.needs_input_grad
         for_left = torch.zeros_like(left, memory_format=torch.contiguous_format) if wants_left else None
         for_right = torch.zeros_like(right, memory_format=torch.contiguous_format) if wants_right else None
-        for part, a, b in _blocks(gradient, i, j, left, right):
-            own = part.reshape(len(a), left.shape[1], right.shape[2])
+        for block in _blocks(gradient, i, j, left, right):
+            own = block.rows.reshape(-1, left.shape[1], right.shape[2])
             if for_left is not None:
-                for_left.index_add_(0, a, join(own, right.index_select(0, b).mT))
+                for_left.index_add_(0, block.i, join(own, block.right.mT))
             if for_right is not None:
-                for_right.index_add_(0, b, join(left.index_select(0, a).mT, own))
+                for_right.index_add_(0, block.j, join(block.left.mT, own))
         return for_left, for_right, None, None
 
 
-def _blocks(rows: Tensor, i: Tensor, j: Tensor, left: Tensor, right: Tensor) -> zip[tuple[Tensor, Tensor, Tensor]]:
+class _Block(NamedTuple):
+    """Some rows, what is picked for them, and room for as many numbers as the rows have."""
+
+    rows: Tensor
+    i: Tensor
+    j: Tensor
+    left: Tensor
+    right: Tensor
+    room: Tensor
+
+
+def _blocks(rows: Tensor, i: Tensor, j: Tensor, left: Tensor, right: Tensor) -> Iterator[_Block]:
+    """Yield all rows, block by block; each block is in the memory of the one before."""
     widest = max(rows.shape[1], left[0].numel(), right[0].numel())
-    size = max(_BLOCK // widest, 1)
-    return zip(rows.split(size), i.split(size), j.split(size), strict=True)
+    size = min(max(_BLOCK // widest, 1), max(len(i), 1))
+    lefts, rights = left.new_empty(size, *left.shape[1:]), right.new_empty(size, *right.shape[1:])
+    room = left.new_empty(size, rows.shape[1])
+    for part, a, b in zip(rows.split(size), i.split(size), j.split(size), strict=True):
+        one, other = lefts[: len(a)], rights[: len(b)]
+        torch.index_select(left, 0, a, out=one)
+        torch.index_select(right, 0, b, out=other)
+        yield _Block(part, a, b, one, other, room[: len(a)])

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.errors import RankError, WeightError
-from tenfold.layers import TTEmbedding, TTEmbeddingBag
+from tenfold.layers import TTEmbedding, TTEmbeddingBag, joining
 from tenfold.layers import gather as module
-from tenfold.layers.gather import gather_distinct, gather_rows
+from tenfold.layers.gather import distinct_ids, gather_distinct, gather_rows
 from tenfold.records import TrainShape
 from tenfold.tensors.modes import mode_factors
 
@@ -86,6 +86,38 @@ def test_repeated_ids_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [20]
     layer(torch.arange(40) % 20)  # few: not worth a search
     assert asked == [20, 40]
+
+
+@pytest.mark.parametrize("size", [50, 1_000_000])  # by a list of all ids, and by sorting
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_distinct_ids_are_all_there_once_and_found_again(size: int, dtype: torch.dtype) -> None:
+    ids = torch.randint(50, (300,), generator=torch.Generator().manual_seed(4)).to(dtype)
+    found = distinct_ids(ids, size, most=50)
+    assert found is not None
+    distinct, inverse = found
+    assert sorted(distinct.tolist()) == sorted(set(ids.tolist()))
+    assert torch.equal(distinct[inverse], ids)
+    assert distinct_ids(ids, size, most=len(distinct)) is not None
+    assert distinct_ids(ids, size, most=len(distinct) - 1) is None
+
+
+@pytest.mark.parametrize("rows", [1, 5, 37])
+@pytest.mark.parametrize(
+    ("left", "right"), [((6, 20, 4), (5, 4, 3)), ((6, 3, 4), (5, 4, 20))]
+)  # turned around, and not
+def test_picked_products_and_their_gradients_over_several_blocks(
+    rows: int, left: Any, right: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "_BLOCK", 8 * max(left[1] * right[2], 80))  # eight rows: the last block is shorter
+    generator = torch.Generator().manual_seed(5)
+    tables = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in (left, right)]
+    i, j = torch.randint(6, (rows,), generator=generator), torch.randint(5, (rows,), generator=generator)
+    found = joining.JoinPicked.apply(*tables, i, j)  # type: ignore[no-untyped-call]
+    wanted = (tables[0][i] @ tables[1][j]).flatten(1)
+    torch.testing.assert_close(found, wanted)
+    weighting = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    mine, theirs = (torch.autograd.grad((out * weighting).sum(), tables) for out in (found, wanted))
+    torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("count", [9, 900])
