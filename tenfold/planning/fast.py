@@ -113,43 +113,47 @@ def plan_fast(  # noqa: PLR0913 - all choices of one search
         return found if better is None else search.in_format(better).attempt(None, 2)[0]
     timing = search.timing()
     wanted = budget.allowance(profile.cost, timing.dense_ms)["latency"] / timing.dense_ms
-    tried: list[tuple[float, FastPlan]] = []  # the factor on the allowance, and what came of it
+    tried: list[FastPlan] = []
+    reached = timing.tighten  # the last factor on the allowance at which there was a plan
     for number in range(1, rounds + 1):
         try:
             found, better = search.attempt(timing, number)
         except BudgetError:
             if not tried and (strict or number == rounds):
                 raise
-            last = tried[-1][0] if tried else timing.tighten * _RELAX**2
-            timing = timing.tightened((last / timing.tighten) ** 0.5)
+            loose = reached if tried else timing.tighten * _RELAX**2
+            timing = timing.tightened((loose / timing.tighten) ** 0.5)
             continue
         if better is not None and number == 1 < rounds:
             search = search.in_format(better)
             timing = search.timing()
             continue
         _LOG.info("plan %d runs in %.3f of the time, allowed are %.3f", number, found.share, wanted)
-        tried.append((timing.tighten, found))
+        tried.append(found)
         if (1 - _SLACK) * wanted <= found.share <= wanted:
             break
-        timing = timing.tightened(next_factor([(t, f.share) for t, f in tried], wanted) / timing.tighten)
-    return _settled([f for _, f in tried], wanted, strict=strict)
+        reached = timing.tighten
+        # the clock learns with every plan: what it says of the earlier ones now is what can be compared
+        told = [(timing.share_of(f.plan), f.share) for f in tried]
+        timing = timing.tightened(next_share(told, wanted) / (wanted * timing.tighten))
+    return _settled(tried, wanted, strict=strict)
 
 
-def next_factor(tried: list[tuple[float, float]], wanted: float) -> float:
-    """Return the factor on the allowance to try next, from (factor, measured share of the time) so far.
+def next_share(told: list[tuple[float, float]], wanted: float) -> float:
+    """Return the predicted share of the time to plan for next, from (predicted, measured) shares of plans so far.
 
     In proportion at first; between the nearest two once there are some on both sides of what is wanted.
 
     Example:
-        >>> round(next_factor([(1.0, 0.6)], 0.5), 3), round(next_factor([(1.0, 0.6), (0.8, 0.4)], 0.5), 3)
-        (0.825, 0.895)
+        >>> round(next_share([(0.5, 0.6)], 0.5), 3), round(next_share([(0.5, 0.6), (0.4, 0.4)], 0.5), 3)
+        (0.413, 0.448)
     """
     aim = _AIM * wanted
-    below = max(((t, s) for t, s in tried if s <= wanted), key=lambda p: p[1], default=None)
-    above = min(((t, s) for t, s in tried if s > wanted), key=lambda p: p[1], default=None)
+    below = max((pair for pair in told if pair[1] <= wanted), key=lambda pair: pair[1], default=None)
+    above = min((pair for pair in told if pair[1] > wanted), key=lambda pair: pair[1], default=None)
     if below is None or above is None or below[0] >= above[0]:
-        factor, share = tried[-1]
-        return factor * aim / share
+        predicted, measured = told[-1]
+        return predicted * aim / measured
     part = min(0.9, max(0.1, (aim - below[1]) / (above[1] - below[1])))
     return below[0] + part * (above[0] - below[0])
 

@@ -15,7 +15,7 @@ from tenfold.formats import Rank
 from tenfold.profiling import Clock, best_memory_format, to_memory_format
 from tenfold.profiling import profile as make_profile
 from tenfold.ranks import RankProblem
-from tenfold.records import Budget, Cost, ForwardTime, LayerProfile, Profile
+from tenfold.records import Budget, Cost, ForwardTime, LayerProfile, Plan, Profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,17 @@ class Timing:
             raise BudgetError(msg)
         return allowed - fixed
 
+    def share_of(self, plan: Plan) -> float:
+        """Return what share of the model's time a plan should take, by all that the clock has learnt until now."""
+        whole = self.forward_time().whole_ms
+        planned = ((layer, self.profile.layer(layer.path)) for layer in plan.factorized)
+        saved = sum(
+            self._now(known) - self._in(str(layer.format), layer.rank or {}, known)
+            for layer, known in planned
+            if known.spec is not None and known.calls
+        )
+        return (whole - saved) / (whole * self.best_share)
+
     def forward_time(self) -> ForwardTime:
         """Return what a budget of latency is reckoned with, as a record."""
         shapes = self.profile.input_shapes
@@ -119,4 +130,10 @@ class Timing:
             return 0.0
         if layer.format is None or layer.rank is None:
             return self.clock.layer_ms(layer.spec, layer.calls)
-        return float(self.clock.predict(layer.format, layer.spec, layer.calls, [layer.rank])[0])
+        return self._in(layer.format, layer.rank, layer)
+
+    def _in(self, format: str, rank: Rank, layer: LayerProfile) -> float:
+        """Return what a layer with a geometry takes in a format."""
+        if layer.spec is None:
+            return 0.0
+        return float(self.clock.predict(format, layer.spec, layer.calls, [rank])[0])

@@ -201,7 +201,8 @@ class Clock:
         """Note that the whole layer took ``measured`` times what the dense one takes, to correct predictions by.
 
         What the stages one by one do not show, such as changes of the memory layout between them, is taken as a factor
-        that all ranks of the geometry share: the geometric mean of all that was noted.
+        that all ranks of the geometry share: the geometric mean of all that was noted. Geometries and formats of which
+        nothing was noted take the mean of the others.
         """
         place = (format, spec, in_shape)
         predicted = self._sum_of_stages(place, [rank])[0]
@@ -235,8 +236,16 @@ class Clock:
 
     def _predict(self, format: str, spec: LayerSpec, in_shape: Shape, ranks: Sequence[Rank]) -> Array:
         place = (format, spec, in_shape)
-        factor = self._chains.get(place, [0.0])
-        return self._sum_of_stages(place, ranks) * exp(sum(factor) / len(factor))
+        return self._sum_of_stages(place, ranks) * exp(self._chain(place))
+
+    def _chain(self, place: tuple[str, LayerSpec, Shape]) -> float:
+        """Return the logarithm of what a chain of stages takes over their sum: as noted here, or elsewhere on average.
+
+        Without the average, plans would flee from what was measured to what is not known to be as slow.
+        """
+        own = self._chains.get(place)
+        logs = own or [sum(noted) / len(noted) for noted in self._chains.values()]
+        return sum(logs) / len(logs) if logs else 0.0
 
     def _sum_of_stages(self, place: Place, ranks: Sequence[Rank]) -> Array:
         format, spec, in_shape = place

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tenfold.errors import BudgetError
-from tenfold.layers import describe
+from tenfold.layers import FactorizedLayer, describe
 from tenfold.planning import LayerBench, LayerTiming, Timing, plan, plan_fast, plan_never_slower
 from tenfold.planning.fast import with_structure
 from tenfold.planning.gate import neutral_layer, together
@@ -207,6 +207,43 @@ def test_a_model_slower_than_predicted_is_planned_anew_until_the_budget_is_met(n
     after = 1.3 * model_ms(with_structure(net, result.plan), X)
     assert after <= 0.6 * model_ms(net, X)
     assert after >= 0.5 * model_ms(net, X)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_what_the_clock_learns_on_the_way_is_not_taken_twice(monkeypatch, share):
+    """A chain of stages takes 1.5 times their sum: measured once, every later plan is as predicted."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*[m for _ in range(6) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]).eval()
+    x = torch.zeros(1, 64, 8, 8)
+
+    class Chained(FakeCompare):
+        def __call__(self, variants, *, seconds, threads):
+            found = super().__call__(variants, seconds=seconds, threads=threads)
+            times = {name: found.latencies[name].median_ms + slower(*variants[name]) for name in variants}
+            first = next(iter(times.values()))
+            latencies = {n: found.latencies[n].replace(median_ms=t, low_ms=t, high_ms=t) for n, t in times.items()}
+            ratios = {n: first / t for n, t in times.items()}
+            return Comparison(latencies, {n: Speedup(ratio=r, low=r, high=r, rounds=9) for n, r in ratios.items()})
+
+    def slower(model, inputs):
+        chains = [m for m in model.modules() if isinstance(m, FactorizedLayer)]
+        return 0.5 * sum(model_ms(chain, inputs if chain is model else x) - OVERHEAD_MS for chain in chains)
+
+    compare = Chained()
+    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    result = plan_fast(
+        deep,
+        profile(deep, x),
+        x,
+        clock=clock(),
+        budget={"latency": share},
+        rule=rule_from("global"),
+        keep_ends=False,
+        compare=compare,
+    )
+    assert result.met
+    assert result.share >= 0.96 * share
+    assert result.rounds <= 3
 
 
 def test_absolute_budgets_are_milliseconds(net, costs, fake):

@@ -213,10 +213,19 @@ def test_learned_factors_correct_all_ranks_of_the_geometry():
     dense = subject.layer_ms(CONV, CALLS)
     subject.learn("tucker2", CONV, CALLS[0].in_shape, rank, 1.5 * before[0] / dense)
     np.testing.assert_allclose(subject.predict("tucker2", CONV, CALLS, [rank, {"out": 32, "in": 16}]), 1.5 * before)
-    other = CONV.core(64, 32)
-    assert subject.predict("tucker2", other, CALLS, [rank])[0] == pytest.approx(
-        chain_ms("tucker2", other, CALLS[0].in_shape, rank), rel=0.1
-    )
+
+
+def test_what_was_never_measured_takes_the_mean_of_what_was_until_it_is():
+    subject, other = clock(), CONV.core(64, 32)
+    rank = {"out": 16, "in": 16}
+    place = CALLS[0].in_shape
+    of_other = chain_ms("tucker2", other, place, rank)
+    assert subject.predict("tucker2", other, CALLS, [rank])[0] == pytest.approx(of_other, rel=0.1)
+    ratio = subject.predict("tucker2", CONV, CALLS, [rank])[0] / subject.layer_ms(CONV, CALLS)
+    subject.learn("tucker2", CONV, place, rank, 1.5 * ratio)
+    assert subject.predict("tucker2", other, CALLS, [rank])[0] == pytest.approx(1.5 * of_other, rel=0.1)
+    subject.learn("tucker2", other, place, rank, of_other / subject.layer_ms(other, CALLS))
+    assert subject.predict("tucker2", other, CALLS, [rank])[0] == pytest.approx(of_other, rel=0.1)
 
 
 def test_corrections_have_a_limit():
