@@ -71,6 +71,7 @@ class Decomposition(abc.ABC):
     seed: int = 0
 
     costly: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
+    recovers: ClassVar[bool] = True  # finds a weight of some rank again at that rank, if any algorithm can
 
     @classmethod
     @abc.abstractmethod

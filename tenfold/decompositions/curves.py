@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from tenfold.decompositions.base import Decomposition, decompose, default_algorithm
 from tenfold.decompositions.metric import Moments, Square, ridged, roots
+from tenfold.decompositions.slices import BySlices
 from tenfold.decompositions.tt_als import Whitening
 from tenfold.decompositions.weighted import Weighted, WeightedALS, alternate, gram_under
 from tenfold.formats import Factorization, Rank, join_groups
+from tenfold.formats.block_term import BlockTerm
 from tenfold.formats.cp import CP3
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
+from tenfold.formats.tensor_ring import TensorRing
 from tenfold.formats.tensor_train import TensorTrain
 from tenfold.formats.train import TrainFormat
 from tenfold.formats.tucker2 import Tucker2
@@ -35,6 +39,10 @@ _TRAIN_FITS = 5
 _FLOOR = 1e-9
 _MINDED = 1e-3
 
+# Formats with one line of ranks for each value of the first, and the settings of the fits on these.
+_SLICED = (TensorRing, BlockTerm)
+_SLICED_SWEEPS = {"n_iter": 30, "data_iter": 3, "starts": 1}
+
 
 def damage_curve(
     weight: Tensor, spec: LayerSpec, format: type[Factorization], moments: Moments, *, ridge: float = 1e-6
@@ -45,7 +53,8 @@ def damage_curve(
     None: then the damage is the output error E‖y−ŷ‖²). Low rank is exact: a tail of eigenvalues. For Tucker-2 each
     input rank takes one input factor, for which all output ranks follow from one spectrum; for spatial each rank takes
     a fit; a dozen are made, and the rest lies between them. Those are attained, so upper bounds of the optimum. Only
-    what is asked for is computed, and once. Other formats are fitted rank by rank with their own algorithm.
+    what is asked for is computed, and once. Rings and blocks are fitted at a few ranks for each closing bond or number
+    of blocks; other formats rank by rank with their own algorithm.
 
     Args:
         weight: groups apart: (groups, out/groups, in/groups, *kernel).
@@ -76,21 +85,26 @@ def damage_curve(
     if issubclass(format, TrainFormat):
         pair = _Tucker2Curve(Weighted.of(kernel.flatten(3), square)) if format is TensorTrain else None
         return _TrainCurve(weight.detach(), spec, format, moments, square, pair)
+    if format in _SLICED:
+        return BySlices(spec, format, _FittedCurve(weight.detach(), spec, format, moments, _SLICED_SWEEPS))
     return _FittedCurve(weight.detach(), spec, format, moments)
 
 
 def error_curve(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Curve:
     """Return a function from ranks (m, names) to the relative squared error ‖W − Ŵ‖²/‖W‖² (m,) of sums of terms.
 
-    By a few quick fits and what lies between them: for formats whose error no spectrum tells (not ``tails_bound``). The
-    last rank is the number of terms. Frames before it (Tucker-CP) drop their tails, and what is left is at least as
-    near to so many terms as the whole weight is: the sum of both is an upper bound.
+    By a few quick fits and what lies between them: for formats whose error no spectrum tells (not ``tails_bound``). Of
+    sums of rank-one terms the last rank is the number of these. Frames before it (Tucker-CP) drop their tails, and what
+    is left is at least as near to so many terms as the whole weight is: the sum of both is an upper bound.
 
     Args:
         weight: groups apart: (groups, out/groups, in/groups, *kernel).
         spec: geometry of the layer.
         format: a format that is not ``tails_bound``.
     """
+    if format in _SLICED:
+        slices = BySlices(spec, format, _QuickFits(join_groups(weight.detach().float(), spec), spec, format))
+        return lambda ranks: np.minimum(slices(ranks), 1.0)
     *frames, name = format.rank_names
     unfoldings = format.unfoldings(weight.detach().double(), spec)
     spectra = [_tails(torch.linalg.eigvalsh(gram(unfoldings[side]))) for side in frames]
@@ -257,6 +271,7 @@ class _FittedCurve:
     spec: LayerSpec
     format: type[Factorization]
     moments: Moments
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the algorithm, where they are not its defaults
 
     def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         names = self.format.rank_names
@@ -270,7 +285,22 @@ class _FittedCurve:
 
     def _at(self, rank: Rank) -> NDArray[np.float64]:
         name = self.format.name()
-        algorithm = default_algorithm(name, aware=True)
+        algorithm = Decomposition.from_dict(default_algorithm(name, aware=True).to_dict() | dict(self.settings))
         fit = decompose(join_groups(self.weight, self.spec), name, rank, algorithm, spec=self.spec, metric=self.moments)
         found = fit.value.to(torch.float64).to_grouped().flatten(2)
         return np.array([self.moments.damage(self.weight.double().flatten(2), found)])
+
+
+@dataclass(frozen=True, eq=False)
+class _QuickFits:
+    """Rings and blocks without data: squared relative errors of quick fits, one for each rank that is asked for."""
+
+    dense: Tensor
+    spec: LayerSpec
+    format: type[Factorization]
+
+    def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+        name = self.format.name()
+        quick = Decomposition.from_dict(default_algorithm(name).to_dict() | _SLICED_SWEEPS)
+        rows = [dict(zip(self.format.rank_names, row, strict=True)) for row in ranks.tolist()]
+        return np.array([decompose(self.dense, name, row, quick, spec=self.spec).rel_error ** 2 for row in rows])

@@ -147,6 +147,25 @@ class Factorization(abc.ABC):
         return family[stride - 1 :: stride] or family[-1:]
 
     @classmethod
+    def unfolding_ranks(cls, spec: LayerSpec, rank: Rank) -> Rank:
+        """Return which rank each of the ``unfoldings`` has at most: that of its name, unless it says otherwise."""
+        del spec
+        return rank
+
+    @classmethod
+    def covering(cls, spec: LayerSpec, unfolded: Rank) -> Rank:
+        """Return the smallest ranks of the family at which the unfoldings can have these; of most formats the same."""
+        most = cls.max_rank(spec)
+        if cls.unfolding_ranks(spec, most) == most:
+            return unfolded
+
+        def enough(rank: Rank) -> bool:
+            found = cls.unfolding_ranks(spec, rank)
+            return all(found[name] >= wanted for name, wanted in unfolded.items())
+
+        return next((rank for rank in cls.rank_family(spec) if enough(rank)), most)
+
+    @classmethod
     def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
         """Return what tells where costs change their form: among ranks with equal ones they are multilinear."""
         most = cls.max_rank(spec)

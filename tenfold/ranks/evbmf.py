@@ -210,7 +210,8 @@ class EVBMF(OneKnobRule):
 
         def weakened(format: str) -> Rank:
             now = _rank_now(problem, format)
-            return {name: _weakened(now[name], rank, weaken, self.min_rank) for name, rank in found[format].items()}
+            ranks = {name: _weakened(now[name], rank, weaken, self.min_rank) for name, rank in found[format].items()}
+            return FORMATS.get(format).covering(problem.spec, ranks)
 
         return first_saving(problem, weakened, f"EVBMF ranks, weakened by {weaken:.3g}")
 

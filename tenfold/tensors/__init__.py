@@ -1,6 +1,6 @@
 """Pure functions of tensors, without formats, layers or models."""
 
-from tenfold.tensors import kruskal, trains
+from tenfold.tensors import kruskal, rings, trains
 from tenfold.tensors.algebra import (
     SVDMethod,
     TruncatedSVD,
@@ -30,6 +30,7 @@ __all__ = [
     "mode_factors",
     "mode_product",
     "rel_error",
+    "rings",
     "singular_values",
     "trains",
     "truncated_svd",
