@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tenfold
+from tenfold.cli import main
 from tenfold.profiling import profile
 from tenfold.tasks import load_task
 
@@ -65,3 +68,40 @@ def test_example_inputs_are_a_list_of_pictures() -> None:
     pytest.importorskip("torchvision")
     task = load_task("torchvision:fasterrcnn_resnet50_fpn@64")
     assert [tuple(x.shape) for x in task.example_inputs(2)] == [(3, 64, 64)] * 2
+
+
+ONE_COMMAND = (
+    *("compress", "--keep", HEADS, "--rule", "ratio", "--set", "share=0.5", "--no-keep-ends"),
+    *("--algorithm", "tucker2=hosvd", "--calibration", "0", "--no-latency", "--json", "--out", "half"),
+)
+FEW_PROPOSALS = '''
+"""The detector of the documentation with fresh weights, and few proposals: each goes through the heads."""
+from tenfold.tasks.vision_zoo import TorchVision
+
+class Detector(TorchVision):
+    def make(self, *, trained):
+        model = super().make(trained=False)
+        model.rpn._pre_nms_top_n["testing"], model.rpn._post_nms_top_n["testing"] = 32, 8
+        return model
+'''
+
+
+@pytest.mark.usefixtures("detectors")
+def test_one_command_takes_the_backbone_of_a_resnet50_to_half_its_macs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.py").write_text(FEW_PROPOSALS)
+    name = "few.py:Detector:fasterrcnn_resnet50_fpn@32"
+    assert main([*ONE_COMMAND, "--task", name]) == 0
+    before = json.loads(capsys.readouterr().out)["plan"]
+    task = load_task(name)
+    small, plan = tenfold.load(task.build(), "half")
+    pictures = task.example_inputs(1)
+    cost = profile(small.eval(), pictures)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        small(pictures)
+    assert cost.macs == plan.after.macs == before["after"]["macs"] == counter.get_total_flops() // 2
+    dense = sum(layer["before"]["macs"] for layer in before["layers"] if layer["path"].startswith("backbone"))
+    assert 0.4 * dense < backbone_macs(cost) <= 0.5 * dense
+    assert all(layer.path.startswith("backbone") for layer in plan.factorized)
