@@ -17,7 +17,16 @@ from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.parallel import Workers
-from tenfold.planning import DEFAULT_FORMATS, FastPlan, analyse, close_idle, open_for_plan, plan_fast, recost
+from tenfold.planning import (
+    DEFAULT_FORMATS,
+    FastPlan,
+    analyse,
+    candidates_for,
+    close_idle,
+    open_for_plan,
+    plan_fast,
+    recost,
+)
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import (
     Clock,
@@ -33,7 +42,7 @@ from tenfold.profiling import (
 )
 from tenfold.profiling.steps import Observe, Steps
 from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Analysis, Budget, Latency, Measurement, Plan, Profile, RunRecord
+from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
 from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
@@ -55,7 +64,8 @@ class Compressed:
     """What ``compress`` returns: the smaller model, the plan behind it, and the record of both.
 
     ``model`` is an ordinary module. ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
-    and errors that a report shows; only ``save`` asks for them.
+    and errors that a report shows; only ``save`` asks for them. ``candidates`` is what the plan chose from, where the
+    rule is ``global``.
     """
 
     model: nn.Module
@@ -63,6 +73,7 @@ class Compressed:
     record: RunRecord
     original: nn.Module = field(repr=False)
     analyse: Callable[[], Analysis] | None = field(default=None, repr=False)
+    candidates: Candidates | None = field(default=None, repr=False)
 
     def summary(self) -> str:
         """Return the before/after table and the plan with its reasons, as text."""
@@ -71,11 +82,13 @@ class Compressed:
     def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
 
-        ``analysis.json`` has what a report shows of spectra and errors. ``beside`` is called with a folder and may
-        write more files into it; see ``tenfold.save``.
+        ``analysis.json`` has what a report shows of spectra and errors, ``candidates.json`` what the explorer needs.
+        ``beside`` is called with a folder and may write more files into it; see ``tenfold.save``.
         """
         found = None if self.analyse is None else self.analyse()
-        return checkpoint.save(self.model, self.plan, path, record=self.record, analysis=found, beside=beside)
+        return checkpoint.save(
+            self.model, self.plan, path, record=self.record, analysis=found, candidates=self.candidates, beside=beside
+        )
 
 
 def compress(  # noqa: PLR0913 - the one call that has every choice
@@ -161,13 +174,14 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
             if batches and use_data != "norms":
                 moments = calibrate(source, batches, called_layers(before), seed=seed)
     with steps("plan"):
-        fast = None
+        fast = found = None
         if plan is None:
             choices: dict[str, Any] = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "seed": seed}
-            choices |= {"algorithms": algorithms, "workers": workers}
+            choices |= {"algorithms": algorithms, "workers": workers, "memory": {}}
             plan, fast = decide(
                 source, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, fold=fold, **choices
             )
+            found = candidates_for(source, before, plan, fast, moments=moments, **choices)
         else:
             plan = recost(plan, before)
         plan = close_idle(plan, model)
@@ -202,7 +216,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         seconds=steps.seconds,
         environment=environment(device),
     )
-    return Compressed(small, plan, record, model, partial(analyse, source, before, plan))
+    return Compressed(small, plan, record, model, partial(analyse, source, before, plan), found)
 
 
 def decide(

@@ -79,10 +79,10 @@ class Browser:
         elif name == "Log.entryAdded" and values["entry"]["level"] in {"error", "warning"}:
             self.problems.append(values["entry"]["text"])
 
-    def open(self, path: Path) -> None:
-        """Open a file and wait until it is loaded."""
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address and wait until it is loaded."""
         self._events.clear()
-        self.ask("Page.navigate", url=path.absolute().as_uri())
+        self.ask("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         while not any(event["name"] == "Page.loadEventFired" for event in self._events):
             self._next()
 
@@ -109,7 +109,7 @@ class Browser:
 
     def press(self, key: str, text: str = "") -> None:
         """Press a key, where the focus is."""
-        code = {"Enter": 13, "Tab": 9, "ArrowRight": 39, " ": 32}[key]
+        code = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, " ": 32}[key]
         values = {"key": key, "windowsVirtualKeyCode": code} | ({"text": text} if text else {})
         self.ask("Input.dispatchKeyEvent", type="keyDown", **values)
         self.ask("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
@@ -122,6 +122,13 @@ class Browser:
     def size(self, width: int, height: int = 900, *, mobile: bool = False) -> None:
         """Set the size of the window."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def wait(self, script: str) -> None:
+        """Wait until an expression in the page is true."""
+        end = time.monotonic() + SECONDS
+        while not self.run(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.02)
 
     def picture(self, path: Path, *, whole: bool = True) -> None:
         """Write a PNG of the page."""

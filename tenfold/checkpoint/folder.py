@@ -14,11 +14,11 @@ from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.weights import read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
-from tenfold.records import Analysis, Plan, RunRecord, write_text
+from tenfold.records import Analysis, Candidates, Plan, RunRecord, write_text
 from tenfold.surgery import folds_of, opened_networks, restructure_
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
-ANALYSIS = "analysis.json"
+ANALYSIS, CANDIDATES = "analysis.json", "candidates.json"
 
 
 def save(
@@ -28,6 +28,7 @@ def save(
     *,
     record: RunRecord | None = None,
     analysis: Analysis | None = None,
+    candidates: Candidates | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a compressed model to the folder ``path`` and return it: whole, or not at all.
@@ -42,6 +43,7 @@ def save(
         path: the folder.
         record: of the run.
         analysis: what a report shows of spectra and errors; written as ``analysis.json``.
+        candidates: what the plan chose from, for ``tenfold explore``; written as ``candidates.json``.
         beside: called with a folder, to write into it whatever else is to lie there (the configuration of the model, a
             tokenizer): plain files, no folders.
 
@@ -67,6 +69,8 @@ def save(
             write_text(partial / RECORD, record.to_json())
         if analysis is not None:
             write_text(partial / ANALYSIS, analysis.model_dump_json())
+        if candidates is not None:
+            candidates.save(partial / CANDIDATES)
         if beside is not None:
             beside(partial)
         partial.chmod(0o755)
@@ -165,8 +169,9 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    others = sorted(p.name for p in new.iterdir() if p.name not in {ANALYSIS, PLAN, CARD, RECORD, WEIGHTS})
-    for name in (*others, ANALYSIS, PLAN, CARD, RECORD, WEIGHTS):  # weights last: they decide what load returns
+    own = (ANALYSIS, CANDIDATES, PLAN, CARD, RECORD, WEIGHTS)  # weights last: they decide what load returns
+    others = sorted(p.name for p in new.iterdir() if p.name not in own)
+    for name in (*others, *own):
         if (new / name).is_file():
             (new / name).replace(path / name)
         else:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tenfold.cli.terminal import Misuse
 from tenfold.errors import TenfoldError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tenfold.cli.options import Data, Decide
     from tenfold.cli.sources import Opened
     from tenfold.decompositions import Decomposition
     from tenfold.ranks import RankRule
-    from tenfold.records import Plan, Profile
+    from tenfold.records import Candidates, Plan, Profile
 
 
 def plan_choices(decide: Decide, seed: int) -> dict[str, Any]:
@@ -39,15 +40,23 @@ def plan_of(
     decide: Decide, opened: Opened, profile: Profile, choices: dict[str, Any], *, latency_batch: int = 1
 ) -> Plan:
     """Return the plan that is read from a file, with its costs computed anew, or made by these ``choices``."""
+    return decided(decide, opened, profile, choices, latency_batch=latency_batch)[0]
+
+
+def decided(
+    decide: Decide, opened: Opened, profile: Profile, choices: dict[str, Any], *, latency_batch: int = 1
+) -> tuple[Plan, Callable[[], Candidates | None]]:
+    """Return the plan, as ``plan_of`` does, and what returns what it chose from; that is None of a plan from a file."""
     from tenfold.pipeline import decide as make
-    from tenfold.planning import close_idle, recost
+    from tenfold.planning import candidates_for, close_idle, recost
     from tenfold.records import Plan
 
     if decide.plan is not None:
         refuse_choices(decide)
-        return recost(Plan.load(decide.plan), profile)
-    plan = make(opened.model, profile, opened.inputs(latency_batch), fold=decide.fold, **choices)[0]
-    return plan if opened.given is None else close_idle(plan, opened.given)
+        return recost(Plan.load(decide.plan), profile), lambda: None
+    plan, fast = make(opened.model, profile, opened.inputs(latency_batch), fold=decide.fold, **choices)
+    found = partial(candidates_for, opened.model, profile, plan, fast, **choices)
+    return plan if opened.given is None else close_idle(plan, opened.given), found
 
 
 def open_networks(decide: Decide, opened: Opened) -> Opened:

@@ -1,7 +1,7 @@
 """Decide first, then do: everything that is decided about a model ends up in a Plan."""
 
 from tenfold.planning.analysis import analyse
-from tenfold.planning.candidates import candidates
+from tenfold.planning.candidates import candidates, candidates_for
 from tenfold.planning.fast import FastPlan, plan_fast
 from tenfold.planning.gate import LayerBench, LayerTiming, plan_never_slower
 from tenfold.planning.opening import close_idle, open_for_plan
@@ -19,6 +19,7 @@ __all__ = [
     "Timing",
     "analyse",
     "candidates",
+    "candidates_for",
     "close_idle",
     "open_for_plan",
     "plan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from tenfold.decompositions import Decomposition, Moments, default_algorithm
 from tenfold.formats import FORMATS
 from tenfold.knapsack import pareto
 from tenfold.planning.damage import Curve
+from tenfold.planning.fast import FastPlan
 from tenfold.planning.merging import MOST_NAMES, without_idle_stages
 from tenfold.planning.timing import Timing
 from tenfold.planning.tradeoff import BY_WEIGHT
@@ -106,6 +108,26 @@ def candidates(  # noqa: PLR0913 - what a plan was made with
         layers=layers,
         time=None if timing is None else timing.forward_time(),
     )
+
+
+def candidates_for(
+    model: nn.Module, profile: Profile, plan: Plan, fast: FastPlan | None = None, **choices: Any
+) -> Candidates | None:
+    """Return what a plan chose from; None where its rule is not ``global``, which alone looks for an optimum.
+
+    Args:
+        model: that was profiled.
+        profile: what ``profile`` said of it.
+        plan: that was made.
+        fast: the measurements behind it, where there are any: layers that were not faster have no candidates.
+        choices: as they were given to ``plan``; those that do not matter here are not looked at.
+    """
+    if plan.rule.get("name") != "global":
+        return None
+    own = {name: value for name, value in choices.items() if name not in {"rule", "budget", "workers"}}
+    if fast is not None:
+        own |= {"timing": fast.timing, "reasons": {path: plan.layer(path).reason for path in fast.returned}}
+    return candidates(model, profile, plan, **own)
 
 
 def _layer(problem: RankProblem, now: LayerProfile, step: int | None) -> LayerCandidates:

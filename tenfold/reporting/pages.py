@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -13,10 +14,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 SCRIPTS = ("table.js", "chart.js", "page.js")
-STYLE = "style.css"
+STYLES = ("style.css",)
 
 
-def page(template: str, *, title: str, data: dict[str, Any], **values: Any) -> str:
+def page(
+    template: str,
+    *,
+    title: str,
+    data: dict[str, Any],
+    scripts: Sequence[str] = SCRIPTS,
+    styles: Sequence[str] = STYLES,
+    **values: Any,
+) -> str:
     """Return a page as HTML: it asks the network for nothing, and runs no script but its own.
 
     Everything in ``values`` is text and is escaped. The policy in the head of the page names the hashes of the style
@@ -26,6 +35,8 @@ def page(template: str, *, title: str, data: dict[str, Any], **values: Any) -> s
         template: its name in the folder ``page``.
         title: of the page.
         data: what the scripts read; see ``page/chart.js`` for the charts in it.
+        scripts: their names, in the order in which they run.
+        styles: their names.
         values: what else the template wants.
 
     Example:
@@ -35,7 +46,7 @@ def page(template: str, *, title: str, data: dict[str, Any], **values: Any) -> s
     """
     from tenfold import __version__
 
-    style, scripts = part(STYLE), [part(name) for name in SCRIPTS]
+    style, texts = "".join(map(part, styles)), [part(name) for name in scripts]
     return (
         _templates()
         .get_template(template)
@@ -44,8 +55,8 @@ def page(template: str, *, title: str, data: dict[str, Any], **values: Any) -> s
             version=__version__,
             style=Markup(style),  # noqa: S704 - a file of this package
             style_hash=Markup(_hash(style)),  # noqa: S704
-            scripts=[Markup(script) for script in scripts],  # noqa: S704
-            script_hashes=Markup(" ".join(map(_hash, scripts))),  # noqa: S704
+            scripts=[Markup(text) for text in texts],  # noqa: S704
+            script_hashes=Markup(" ".join(map(_hash, texts))),  # noqa: S704
             data=Markup(_json(data)),  # noqa: S704 - escaped below
             **values,
         )

@@ -145,7 +145,7 @@ def test_a_model_planned_again(tmp_path: Path) -> None:
 def test_files_are_readable_for_all_and_hold_the_record(tmp_path: Path) -> None:
     result = compress(dense(), torch.randn(3, 16), budget={"macs": 0.7}, latency=False)
     path = result.save(tmp_path / "deep" / "out")
-    names = {"model.safetensors", "plan.yaml", "record.json", "README.md", "analysis.json"}
+    names = {"model.safetensors", "plan.yaml", "record.json", "README.md", "analysis.json", "candidates.json"}
     assert {p.name for p in path.iterdir()} == names
     assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {0o644}
     assert stat.S_IMODE(path.stat().st_mode) == 0o755

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from tenfold.cli.options import Data, Decide, Machine, Source
 from tenfold.cli.scaling import Spread
 from tenfold.cli.sensing import DEFAULT_SAMPLES, Samples, Table
 from tenfold.cli.terminal import Misuse, Terminal
+
+if TYPE_CHECKING:
+    from tenfold.records import Candidates
 
 ORDER = 20
 
@@ -49,10 +52,11 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
     tenfold plan --task digits --budget macs=0.5 --out plan.yaml --plot budgets.png
 
     Without --out the YAML goes to stdout. Edit ranks and actions, then: tenfold compress --plan plan.yaml ...
+    Beside the file, unless another rule than global is used, lies what it chose from, for: tenfold explore plan.yaml
     """
     with terminal.session():
         from tenfold.cli.commands.compress import show_decision
-        from tenfold.cli.deciding import open_networks, plan_choices, plan_of, with_data
+        from tenfold.cli.deciding import decided, open_networks, plan_choices, with_data
         from tenfold.cli.sensing import draw_tradeoff, with_scores
         from tenfold.cli.sources import open_source
         from tenfold.profiling import profile
@@ -66,23 +70,38 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
         choices: dict[str, Any] = {}
         if decide.plan is None:
             workers = spread.workers(opened, machine)
-            choices = plan_choices(decide, machine.seed) | {"workers": workers}
+            choices = plan_choices(decide, machine.seed) | {"workers": workers, "memory": {}}
             choices = with_scores(
                 choices, opened, cost, samples=samples, seed=machine.seed, table=table, workers=workers
             )
             choices = with_data(choices, opened, cost, data, machine.seed)
-        plan = plan_of(decide, opened, cost, choices, latency_batch=latency_batch)
+        plan, candidates = decided(decide, opened, cost, choices, latency_batch=latency_batch)
         if out is not None:  # before anything is said: if it cannot be written, that is an error and nothing else
             out = out / "plan.yaml" if out.is_dir() else out
             plan.save(out)
+            found = candidates()
+            _save_candidates(found, out)
         if out is None and not terminal.json:
             terminal.say(plan.to_yaml().rstrip())
         else:
             show_decision(plan, opened, terminal, out=out)
         if out is not None:
             terminal.say(f"Written to {out}. Carry it out with: tenfold compress --plan {out} ...")
+            if found is not None:
+                terminal.say(f"Move budgets and layers by hand with: tenfold explore {out}")
         if plot is not None:
             terminal.step("other budgets")
             files = draw_tradeoff(opened, cost, choices, plan, plot, terminal)
             if out is not None:
                 terminal.say(f"Drawn in {', '.join(map(str, files))}")
+
+
+def _save_candidates(candidates: Candidates | None, out: Path) -> None:
+    """Write what a plan chose from beside it; what an earlier plan of that name did goes."""
+    from tenfold.exploring.reading import candidates_file
+
+    file = candidates_file(out)
+    if candidates is None:
+        file.unlink(missing_ok=True)
+    else:
+        candidates.save(file)

@@ -1,0 +1,68 @@
+"""Candidates as they lie on disk: in the folder of a run, or beside the file of a plan."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from tenfold.errors import DataError
+from tenfold.records import Candidates, Plan
+from tenfold.reporting.reading import read_run
+
+CANDIDATES = "candidates.json"
+
+
+def candidates_file(path: str | Path) -> Path:
+    """Return where the candidates lie: in the folder of a run, or beside a plan.
+
+    Example:
+        >>> [candidates_file(name).as_posix() for name in ("half/plan.yaml", "plans/half.yaml")]
+        ['half/candidates.json', 'plans/half.candidates.json']
+    """
+    path = Path(path)
+    if path.is_dir():
+        return path / CANDIDATES
+    if path.name in {"plan.yaml", "record.json"}:
+        return path.with_name(CANDIDATES)
+    return path if path.name.endswith(CANDIDATES) else path.with_name(f"{path.stem}.{CANDIDATES}")
+
+
+def read_candidates(path: str | Path) -> Candidates:
+    """Return what the plan of a run chose from.
+
+    Args:
+        path: the folder of a run, the file of a plan, or that of the candidates.
+
+    Raises:
+        DataError: there are none, or they cannot be read; the message says how to make them.
+    """
+    path = Path(path)
+    file = candidates_file(path)
+    if not path.exists():
+        msg = f"there is nothing at {path}: give the folder of a run, or a plan that tenfold plan wrote"
+        raise DataError(msg)
+    if not file.is_file():
+        msg = (
+            f"{path} has no {file.name}, which says what its plan chose from. Plans by the rule global leave one, of "
+            "this version on: make it with tenfold plan ... --budget macs=0.5 --out plan.yaml, then explore plan.yaml"
+        )
+        raise DataError(msg)
+    return Candidates.load(file)
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, numbered where there is a file of that name already."""
+    names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def run_name(path: str | Path, plan: Plan, out: Path) -> tuple[str, str]:
+    """Return how to call a run, and the command that carries out a plan which is saved at ``out``."""
+    task, file = None, candidates_file(path)
+    if file.name == CANDIDATES:
+        with suppress(DataError):
+            task = read_run(file.parent).record.task
+    words = ["tenfold", "compress", *(("--task", task) if task else ()), "--plan", str(out)]
+    return task or plan.model, f"{shlex.join(words)} ..."
