@@ -62,7 +62,9 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", [page for page in PAGES if page != AS_EXAMPLE], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != AS_EXAMPLE], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = snippets(page.read_text(encoding="utf-8"))
     assert [block.line for block in blocks if block.reason == ""] == [], "no-run needs a reason"
