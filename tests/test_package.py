@@ -19,13 +19,14 @@ import tenfold
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tenfold"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+PAGES = sorted((PACKAGE / "reporting" / "page").iterdir())  # of reports and the explorer
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 SELF = "tenfold["
 
 NOT_AT_IMPORT = {
     *("PIL", "accelerate", "huggingface_hub", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pyarrow", "sklearn"),
-    *("tensorboard", "tensorly", "timm", "torchvision", "transformers"),  # optional
+    *("starlette", "tensorboard", "tensorly", "timm", "torchvision", "transformers", "uvicorn"),  # optional
     *("scipy", "typer", "torch._dynamo", "torch._inductor", "torch.utils.tensorboard"),  # slow
 }
 
@@ -60,14 +61,16 @@ def test_import_is_light_and_silent() -> None:
     assert added & NOT_AT_IMPORT == set()
 
 
-def test_records_load_without_torch() -> None:
+def test_records_and_the_explorer_load_without_torch() -> None:
     """The package itself needs torch, so its place is taken by an empty one whose rooms can be imported."""
     code = f"""if True:
         import sys, types
         sys.modules["torch"] = None  # any import of it fails
         package = sys.modules["tenfold"] = types.ModuleType("tenfold")
         package.__path__ = [{str(PACKAGE)!r}]
+        package.__version__ = "0"
         import tenfold.records
+        import tenfold.exploring.server
         """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -98,7 +101,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"tenfold-{tenfold.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {str(path.relative_to(ROOT)) for path in SOURCES} | {"tenfold/py.typed"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (*SOURCES, *PAGES)} | {"tenfold/py.typed"} <= names
+    assert {path.suffix for path in PAGES} == {".css", ".html", ".js"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"tenfold", f"tenfold-{tenfold.__version__}.dist-info"}
 

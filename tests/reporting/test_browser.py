@@ -152,13 +152,15 @@ def test_everything_has_a_name(page: Browser) -> None:
 
 
 def test_a_large_model_opens(browser: Browser, tmp_path: Path) -> None:
-    """It is done within what a person waits for; the bound is generous, since the machine may do other things."""
+    """What that takes is documented, and measured there; the bound is generous, since machines do other things too."""
     file = write_report(read_run(runs.write(tmp_path / "large", layers=300)), tmp_path / "large.html")
     browser.problems.clear()
     start = time.perf_counter()
     browser.open(file)
     assert browser.run("document.querySelectorAll('#layer-table tbody tr').length") == 300
     assert time.perf_counter() - start < 60
+    loaded = browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    assert 0 < loaded < 30_000
     assert browser.problems == []
 
 
