@@ -70,8 +70,8 @@ def trained(task: Task, config: Row, folder: Path, *, test: bool) -> Row:
     if done.is_file():
         found: Row = json.loads(done.read_text())
         return found
-    common = {"optimizer": "adamw", "weight_decay": 0.0, "autocast": "off", "seed": task.seed}
-    training, tuning = (TuneConfig(**config[name], **common) for name in ("training", "tuning"))
+    common: Row = {"optimizer": "adamw", "weight_decay": 0.0, "autocast": "off", "seed": task.seed}
+    training, tuning = (TuneConfig(**common | config[name]) for name in ("training", "tuning"))
     batches = partial(task.train_batches, batch_size=training.batch_size, seed=task.seed, hold_out=True)
     steps, samples = training.epochs * len(batches(0)), batches(0).samples
     prior = BayesianConfig(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tenfold.records import Record
 from tenfold.tuning.rank_priors import GammaPrior, HalfCauchyPrior, LogUniformPrior, RankPrior
@@ -24,6 +24,8 @@ class BayesianConfig(Record):
         ramp: steps over which it then grows in a straight line.
         enough: number of parameters of all trains together at which dropping stops and the prior with it; None for
             never. What the prior likes least goes first.
+        paced: drop by a timetable instead of the threshold: over the ramp the number of parameters falls to ``enough``,
+            fast at first, by what is worth least for its parameters.
         every: steps from one update of λ to the next.
         damping: share of the way to the closed form that one update goes.
         rotate: steps from one change of basis to the next, into that in which the slices of every bond are orthogonal
@@ -45,10 +47,18 @@ class BayesianConfig(Record):
     warmup: NonNegativeInt = 0
     ramp: NonNegativeInt = 0
     enough: PositiveInt | None = None
+    paced: bool = False
     every: PositiveInt = 10
     rotate: NonNegativeInt = 100
     damping: Annotated[float, Field(gt=0, le=1)] = 0.5
     threshold: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.paced and (self.enough is None or not self.ramp):
+            msg = "paced=True needs the number of parameters to end with, enough, and the steps to get there, ramp"
+            raise ValueError(msg)
+        return self
 
     def build(self) -> RankPrior:
         """Return the prior."""

@@ -16,6 +16,7 @@ from tenfold.tensors.trains import tt_canonical
 from tenfold.tuning.bayesian_config import BayesianConfig
 from tenfold.tuning.bond_pruning import prune_bonds_
 from tenfold.tuning.loop import Loss
+from tenfold.tuning.rank_pacing import allowed, least_worth
 
 _SWEEPS = 20  # over the bonds, to begin with
 
@@ -62,6 +63,7 @@ class BayesianRanks(nn.Module):
             )
             raise PlanError(msg)
         self.paths = tuple(layers)
+        self.begun = sum(core.numel() for layer in layers.values() for core in bond_cores(layer))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("done", torch.zeros((), dtype=torch.bool))
         for path, layer in layers.items():
@@ -155,6 +157,9 @@ class BayesianRanks(nn.Module):
 
     def _drop_(self, model: nn.Module) -> None:
         """Drop what is below the threshold, the smallest share of its bond's largest λ first, until it is enough."""
+        if self.config.paced:
+            self._keep_pace_(model)
+            return
         found: list[tuple[float, Tensor, int]] = []
         for path in self.paths:
             for own, kept in zip(self.variances(path), self.kept(path), strict=True):
@@ -166,6 +171,20 @@ class BayesianRanks(nn.Module):
             if enough is None or self.params(model) > enough:
                 kept[index] = False
         self.done.fill_(enough is not None and self.params(model) <= enough)
+
+    def _keep_pace_(self, model: nn.Module) -> None:
+        """Drop what is worth least until no more is left than the timetable allows now."""
+        config = self.config
+        assert config.enough is not None  # noqa: S101 - the config sees to it
+        limit = allowed(self.begun, config.enough, (int(self.steps) - config.warmup) / config.ramp)
+        while self.params(model) > limit:
+            found = [(worst, path) for path in self.paths if (worst := least_worth(*self._alive(model, path)))]
+            if not found:
+                break
+            (_, bond, index), path = min(found)
+            kept = self.kept(path)[bond]
+            kept[kept.nonzero()[index]] = False
+        self.done.fill_(self.params(model) <= config.enough)
 
     @torch.no_grad()
     def prune_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ from tenfold.tuning import TuneConfig
 from tenfold.tuning.bayesian_config import BayesianConfig
 from tenfold.tuning.bayesian_ranks import BayesianRanks
 from tenfold.tuning.bayesian_training import ranks_plan, train_bayesian
+from tenfold.tuning.rank_pacing import allowed
 from tenfold.tuning.rank_priors import GammaPrior, HalfCauchyPrior, LogUniformPrior, RankPrior
 
 PRIORS = [GammaPrior(1.5, 5.0), GammaPrior(1.0, 0.0), LogUniformPrior(), HalfCauchyPrior(0.3)]
@@ -104,6 +105,31 @@ def test_rotating_shows_the_rank_and_keeps_the_network(prior: str) -> None:
     torch.testing.assert_close(model[0].weight, before)
     share = ranks.variances("0")[0] / ranks.variances("0")[0].max()
     assert int((share > 1e-6).sum()) == 2
+
+
+@pytest.mark.parametrize("prior", ["gamma", "log_uniform"])
+def test_a_timetable_ends_with_enough_and_with_what_carries_the_weight(prior: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"in_modes": (2, 3, 4), "out_modes": (5, 2, 2), "dtype": torch.float64}
+    model = nn.Sequential(TTLinear(24, 20, 6, **sizes))
+    true = TTLinear(24, 20, (2, 3), **sizes)
+    model[0].fill_(true.weight + 1e-4 * torch.randn(20, 24, dtype=torch.float64))
+    enough = sum(core.numel() for core in true.cores)
+    pace = BayesianConfig(
+        samples=10, prior=prior, warmup=10, ramp=40, every=5, rotate=5, enough=enough, paced=True, threshold=0.99
+    )
+    ranks, left = BayesianRanks(model, pace), []
+    for _ in range(50):
+        ranks.advance_(model)
+        left.append(ranks.params(model))
+    assert left[:10] == [ranks.begun] * 10
+    assert left == sorted(left, reverse=True)
+    assert len(set(left)) > 3
+    assert all(n <= allowed(ranks.begun, enough, (t - 10) / 40) for t, n in enumerate(left, 1) if t > 10 and t % 5 == 0)
+    assert ranks.prune_(model) == {"0": (2, 3)}
+    assert float((model[0].weight - true.weight).detach().norm() / true.weight.detach().norm()) < 0.01
+    with pytest.raises(ValueError, match="enough"):
+        BayesianConfig(samples=10, paced=True)
 
 
 def dead(module: nn.Module, kept: list[Tensor]) -> None:
