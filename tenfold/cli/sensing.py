@@ -36,7 +36,7 @@ Table = Annotated[
     typer.Option(
         "--table",
         metavar="FILE",
-        help="Sensitivity table to take measurements over from and to keep them in, for rules that need scores.",
+        help="Take from there, and keep there, what was measured: scores, for rules that need them; fits, for error.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -163,15 +163,40 @@ def draw_tradeoff(
 
 
 @contextmanager
+def watched(choices: dict[str, Any], terminal: Terminal, *, table: Path | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the choices with a bar for a rule that tells how far it is, and with the table it keeps its fits in."""
+    from tenfold.ranks.error_bound import ErrorBound
+
+    rule = choices.get("rule")
+    if not isinstance(rule, ErrorBound):
+        yield choices
+        return
+    with bar(terminal, "ranks, layer by layer") as advance:
+        yield choices | {"rule": dataclasses.replace(rule, progress=advance, table=rule.table or table)}
+
+
+@contextmanager
 def bar(terminal: Terminal, name: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield what to call with (done, in all): a progress bar on stderr if somebody watches, else nothing."""
+    """Yield what to call with (done, in all): a progress bar on stderr if somebody watches, else nothing.
+
+    It is there from the first call to the last, so that other bars may come before and after it.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=terminal.quiet or not console.is_terminal
-    ) as shown:
-        job = shown.add_task(name, total=None)
-        yield lambda done, total: shown.update(job, completed=done, total=total)
+    shown = Progress(*columns, console=console, transient=True, disable=terminal.quiet or not console.is_terminal)
+    job = shown.add_task(name, total=None)
+
+    def advance(done: int, total: int) -> None:
+        if done < total:
+            shown.start()
+        shown.update(job, completed=done, total=total)
+        if done >= total:
+            shown.stop()
+
+    try:
+        yield advance
+    finally:
+        shown.stop()

@@ -75,7 +75,7 @@ def test_compress_from_end_to_end(tenfold: Run, tiny: str) -> None:
     assert 0 <= record.after.score <= 1
     assert [epoch["epoch"] for epoch in record.tuning] == [1, 2, 3]
     assert record.command.startswith("tenfold compress --task")
-    written = {"model.safetensors", "plan.yaml", "record.json", "analysis.json", "README.md"}
+    written = {"model.safetensors", "plan.yaml", "record.json", "analysis.json", "candidates.json", "README.md"}
     assert {p.name for p in Path("out").iterdir()} == written
     assert {p.name for p in Path().iterdir()} == {"out"}  # nothing of the tuning is left
     score = tenfold("eval", "--task", tiny, "--checkpoint", "out", "--json").json

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 from tenfold.records import Plan, SensitivityTable, TradeOff
 from tenfold.tasks import Task
@@ -109,3 +110,18 @@ def test_plan_draws_other_budgets(tenfold: Run, tiny: str) -> None:
         (chosen,) = [row for row in csv.DictReader(file) if row["chosen"] == "1"]
     assert abs(int(chosen["macs"]) - Plan.load("plan.yaml").after.macs) <= 24 * 24
     assert tenfold("plan", "--task", tiny, "--plan", "plan.yaml", "--plot", "x.png").is_error("leave one out", code=2)
+
+
+def test_fitted_ranks_show_their_progress_and_go_on_from_their_table(
+    tenfold: Run, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(Progress, "update", lambda *_, completed, total: seen.append((completed, total)))
+    args = ("plan", "--task", tiny, "--rule", "error", "--set", "rel_error=0.9", "--format", "tt_matrix")
+    args = (*args, "--table", "fits.json", "--json", "--calibration", "0")
+    first = tenfold(*args)
+    assert first.code == 0
+    assert seen[-1][0] == seen[-1][1] == len(seen) > 1
+    assert Path("fits.json").is_file()
+    monkeypatch.setattr("tenfold.ranks.error_bound.decompose", lambda *a, **k: pytest.fail("fitted twice"))
+    assert tenfold(*args).json["plan"] == first.json["plan"]

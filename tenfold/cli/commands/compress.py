@@ -104,6 +104,7 @@ class _Job:
         from tenfold.checkpoint import check_target
         from tenfold.cli.deciding import plan_choices, refuse_choices
         from tenfold.cli.recovering import calibration, evaluator
+        from tenfold.cli.sensing import watched
         from tenfold.pipeline import compress
         from tenfold.records import Plan
 
@@ -115,21 +116,22 @@ class _Job:
         else:
             choices = plan_choices(self.decide, self.seed)
         tuner = self._tuner(terminal)
-        result = compress(
-            self.opened.model,
-            self.opened.inputs(),
-            plan=plan,
-            data=calibration(self.opened, self.data, self.seed),
-            use_data=self.data.use_data,
-            tune=tuner,
-            evaluate=evaluator(self.opened, self.recover),
-            fold=self.decide.fold,
-            latency=self.timing.latency,
-            latency_inputs=self.opened.inputs(self.timing.latency_batch),
-            workers=self.workers,
-            observe=terminal.step,
-            **choices,
-        )
+        with watched(choices, terminal) as told:
+            result = compress(
+                self.opened.model,
+                self.opened.inputs(),
+                plan=plan,
+                data=calibration(self.opened, self.data, self.seed),
+                use_data=self.data.use_data,
+                tune=tuner,
+                evaluate=evaluator(self.opened, self.recover),
+                fold=self.decide.fold,
+                latency=self.timing.latency,
+                latency_inputs=self.opened.inputs(self.timing.latency_batch),
+                workers=self.workers,
+                observe=terminal.step,
+                **told,
+            )
         return result, tuner
 
     def settings(self, tuner: Tuner | None) -> dict[str, Any]:
@@ -161,12 +163,14 @@ class _Job:
 
 def _decide_only(opened: Opened, decide: Decide, data: Data, timing: Timing, seed: int, terminal: Terminal) -> None:
     from tenfold.cli.deciding import open_networks, plan_choices, plan_of, with_data
+    from tenfold.cli.sensing import watched
     from tenfold.profiling import profile
 
     opened = open_networks(decide, opened)
     cost = profile(opened.model, opened.inputs())
     choices = {} if decide.plan is not None else with_data(plan_choices(decide, seed), opened, cost, data, seed)
-    plan = plan_of(decide, opened, cost, choices, latency_batch=timing.latency_batch)
+    with watched(choices, terminal) as told:
+        plan = plan_of(decide, opened, cost, told, latency_batch=timing.latency_batch)
     show_decision(plan, opened, terminal)
 
 

@@ -57,7 +57,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
     with terminal.session():
         from tenfold.cli.commands.compress import show_decision
         from tenfold.cli.deciding import decided, open_networks, plan_choices, with_data
-        from tenfold.cli.sensing import draw_tradeoff, with_scores
+        from tenfold.cli.sensing import draw_tradeoff, watched, with_scores
         from tenfold.cli.sources import open_source
         from tenfold.profiling import profile
 
@@ -75,7 +75,8 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
                 choices, opened, cost, samples=samples, seed=machine.seed, table=table, workers=workers
             )
             choices = with_data(choices, opened, cost, data, machine.seed)
-        plan, candidates = decided(decide, opened, cost, choices, latency_batch=latency_batch)
+        with watched(choices, terminal, table=table) as told:
+            plan, candidates = decided(decide, opened, cost, told, latency_batch=latency_batch)
         if out is not None:  # before anything is said: if it cannot be written, that is an error and nothing else
             out = out / "plan.yaml" if out.is_dir() else out
             plan.save(out)
