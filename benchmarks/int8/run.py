@@ -1,10 +1,12 @@
 """Compress, then quantize: bytes, latency in ONNX Runtime and accuracy at each step; and ONNX latency of ResNet-18.
 
     python -m benchmarks.int8.run --weights-dir FOLDER [--checkpoint FOLDER] [--limit N] [--threads N] [--only TEXT]
+        [--clock processor]
 
 ``--checkpoint`` takes a compressed (and recovered) ResNet-56 instead of compressing one here. Accuracy is that of the
 files, in ONNX Runtime, on the whole test set unless ``--limit`` says otherwise; ranges come from training images. All
-files are timed in turns. Wants a machine that does nothing else. Writes ``int8.json`` and ``int8.md``.
+files are timed in turns. Wants a machine that does nothing else, or ``--clock processor`` and one thread. Writes
+``int8.json`` and ``int8.md``.
 """
 
 from __future__ import annotations
@@ -20,19 +22,21 @@ import torch
 import yaml
 from torch import nn
 
+from benchmarks.turns import compare
 from benchmarks.zoo import build
 from tenfold import compress, load
 from tenfold.exporting import export, open_exported, quantize_onnx
-from tenfold.profiling import Comparison, compare_latency, environment
+from tenfold.profiling import Comparison, environment
 from tenfold.tasks import Task, load_task
 
 HERE = Path(__file__).parent
 HEAD = """\
 # Compress, then int8
 
-`python -m benchmarks.int8.run` on {device}, torch {torch}, ONNX Runtime {ort}, {threads} threads; load when it began
-{load:.1f}. Each row is an ONNX file with batch norm folded. *Speed-up*: over the first file of its network, the median
-of rounds in turns with its 95 % interval. *Top-1*: of the file in ONNX Runtime, on {tested} test images.
+`python -m benchmarks.int8.run --clock {clock}` on {device}, torch {torch}, ONNX Runtime {ort}, {threads} threads; load
+when it began {load:.1f}. Each row is an ONNX file with batch norm folded. *ms*: by the clock of the {clock}.
+*Speed-up*: over the first file of its network, the median of rounds in turns with its 95 % interval. *Top-1*: of the
+file in ONNX Runtime, on {tested} test images.
 
 | network | file | bytes | ms, batch {batch} | speed-up | top-1 |
 |---|---|---:|---:|---:|---:|
@@ -51,18 +55,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many test images at most: to try the script out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="of each comparison; by default as configured")
+    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
     parser.add_argument("--only", default="", help="text in the names of the networks to do")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = yaml.safe_load(options.config.read_text())
-    config["seconds"] = options.seconds or config["seconds"]
+    config |= {"seconds": options.seconds or config["seconds"], "clock": options.clock}
     load_before, rows = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as folder:
         if options.only in config["recipe"]["task"]:
             rows += recipe(config, options, Path(folder))
         for wanted in config["zoo"]:
             if options.only in wanted["name"]:
-                rows += zoo(wanted, config["seconds"], Path(folder))
+                rows += zoo(wanted, config, Path(folder))
     made = environment().model_dump(mode="json")
     made["versions"]["onnxruntime"] = __import__("onnxruntime").__version__
     result = {
@@ -96,7 +101,7 @@ def recipe(config: dict[str, Any], options: argparse.Namespace, folder: Path) ->
     scores = {name: task.evaluate(open_exported(file), limit=options.limit) for name, file in files.items()}
     scores["dense in torch"] = task.evaluate(dense, limit=options.limit)
     inputs = task.example_inputs(wanted["batch"])
-    return rows_of(wanted["task"], files, timed(files, inputs, config["seconds"]), scores)
+    return rows_of(wanted["task"], files, timed(files, inputs, config), scores)
 
 
 def compressed(task: Task, dense: nn.Module, wanted: dict[str, Any], checkpoint: Path | None) -> nn.Module:
@@ -108,7 +113,7 @@ def compressed(task: Task, dense: nn.Module, wanted: dict[str, Any], checkpoint:
     return made.model.eval()
 
 
-def zoo(wanted: dict[str, Any], seconds: float, folder: Path) -> list[dict[str, Any]]:
+def zoo(wanted: dict[str, Any], config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a network with random weights, dense and compressed: the time does not depend on them."""
     subject = build(wanted["name"], batch=wanted["batch"])
     small = compress(subject.model, subject.inputs, budget=wanted["budget"], latency=False).model
@@ -117,12 +122,13 @@ def zoo(wanted: dict[str, Any], seconds: float, folder: Path) -> list[dict[str, 
         files[name] = folder / f"zoo-{name}.onnx"
         # Noise of a network that was never trained grows from layer to layer: a looser bound, still one.
         export(model, subject.inputs, files[name], seconds=0, tolerance=1e-3, overwrite=True)
-    return rows_of(wanted["name"], files, timed(files, subject.inputs, seconds), {})
+    return rows_of(wanted["name"], files, timed(files, subject.inputs, config), {})
 
 
-def timed(files: dict[str, Path], inputs: Any, seconds: float) -> Comparison:
+def timed(files: dict[str, Path], inputs: Any, config: dict[str, Any]) -> Comparison:
     """Return the latencies of the files in ONNX Runtime, measured in turns."""
-    return compare_latency({name: (open_exported(file), inputs) for name, file in files.items()}, seconds=seconds)
+    opened = {name: (open_exported(file), inputs) for name, file in files.items()}
+    return compare(opened, config["seconds"], config["clock"])
 
 
 def rows_of(network: str, files: dict[str, Path], found: Comparison, scores: dict[str, float]) -> list[dict[str, Any]]:
@@ -152,6 +158,7 @@ def table(result: dict[str, Any]) -> str:
         ort=made["versions"]["onnxruntime"],
         threads=made["threads"],
         load=result["load"],
+        clock=config["clock"],
         batch=config["recipe"]["batch"],
         tested=f"the first choice of {result['limit']}" if result["limit"] else "all 10,000",
     )
