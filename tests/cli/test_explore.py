@@ -107,3 +107,16 @@ def test_newer_candidates_are_refused(tenfold: Run, tiny: str) -> None:
     newer = Candidates.load(file).model_dump(mode="json") | {"version": 2}
     file.write_text(json.dumps(newer), encoding="utf-8")
     assert tenfold("explore", "half.yaml").is_error("upgrade tenfold")
+
+
+def test_recurrent_networks_are_explored_open(tenfold: Run) -> None:
+    """Their matrices have candidates also where the plan left the network closed; compress opens what needs it."""
+    task = str(Path(__file__).parent / "recurrent_task.py") + ":Series"
+    assert tenfold("plan", "--task", task, "--budget", "macs=0.99", "--out", "most.yaml").code == 0
+    explorer = Explorer(read_candidates("most.yaml"))
+    assert [path for path in explorer.tables if path.startswith("rnn.cells.")]
+    small = explorer.plan(explorer.answer(Wish(budget={"macs": 0.7})))
+    small.save("explored.yaml")
+    done = tenfold("compress", "--task", task, *COMPRESS, "--plan", "explored.yaml", "--out", "small")
+    assert done.code == 0, done.err
+    assert Plan.load("small/plan.yaml").after == small.after

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.exploring import Explorer, Wish
 from tenfold.knapsack import solve
-from tenfold.planning import LayerTiming, candidates, candidates_for, plan
+from tenfold.planning import LayerTiming, candidates, candidates_for, plan, plan_fast, recost
 from tenfold.planning.candidates import fronts
+from tenfold.planning.fast import with_structure
 from tenfold.profiling import profile
 from tenfold.ranks import rule_from
 from tenfold.records import Candidates, Profile
@@ -109,3 +111,32 @@ def test_a_layer_that_is_factorized_already_says_what_it_is() -> None:
         layer.path: (layer.format, layer.rank) for layer in made.factorized if layer.path in known
     }
     assert any(format for format, _ in known.values())
+
+
+def test_candidates_of_a_plan_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Explorers reckon with the clock of the final plan, and with what measuring whole models taught it."""
+    from tests.planning.test_gate import FakeCompare, clock, model_ms
+
+    compare = FakeCompare(bias=1.2)  # slower as a whole than the clock says
+    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten()]
+    model, inputs = nn.Sequential(*layers, nn.Linear(32 * 64, 64)).eval(), torch.zeros(4, 32, 8, 8)
+    one, batch = profile(model, inputs[:1]), profile(model, inputs)
+    choices = {"formats": FORMATS, "keep_ends": False, "memory": {}}
+    budget = {"latency": 0.6}
+    fast = plan_fast(
+        model, batch, inputs, clock=clock(), budget=budget, rule=rule_from("global"), compare=compare, **choices
+    )
+    made = recost(fast.plan, one).replace(budget=budget)
+    found = candidates_for(model, one, made, fast, budget=budget, **choices)
+    assert found is not None
+    assert found.time is not None
+    assert found.time.dense_ms == pytest.approx(model_ms(model, inputs))
+    assert (found.time.batch_size, found.time.tighten < 1) == (4, True)
+    explorer = Explorer(Candidates.model_validate_json(found.model_dump_json()))
+    answer = explorer.answer(Wish(budget=budget))
+    assert 0.5 < (answer.latency_share or 0) <= 0.6
+    small = explorer.plan(answer)
+    assert small.after == recost(small, one).after  # of one sample, whatever batch was timed
+    assert 1.2 * model_ms(with_structure(model, small), inputs) == pytest.approx(0.6 * model_ms(model, inputs), rel=0.1)
