@@ -71,7 +71,7 @@ class Decomposition(abc.ABC):
     seed: int = 0
 
     costly: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
-    recovers: ClassVar[bool] = True  # finds a weight of some rank again at that rank, if any algorithm can
+    rough: ClassVar[bool] = False  # a start for others: may miss a weight of some rank at that rank, or rise with rank
 
     @classmethod
     @abc.abstractmethod

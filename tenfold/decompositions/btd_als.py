@@ -34,7 +34,8 @@ class BTDALS(InDoubles):
 
     Attributes:
         n_iter: sweeps on the weight at most.
-        tol: stop when twice in turn a sweep lowers the relative error by less than this share of it.
+        tol: stop when twice in turn a sweep lowers the root of the objective by less than this share of it.
+        penalty: weight of the squares of the terms, times the relative squared error so far.
         starts: of small weights, the one block after the other among them.
         data_iter: sweeps under the covariance at most; these stop at ten times ``tol``.
         cg_steps: steps of conjugate gradients for cores and inputs in each of these.
@@ -43,6 +44,7 @@ class BTDALS(InDoubles):
 
     n_iter: int = 200
     tol: float = 1e-4
+    penalty: float = 3e-3
     starts: int = 8
     data_iter: int = 20
     cg_steps: int = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.parts import DIRECT, Parts, solve, solve_by_steps
+from tenfold.decompositions.parts import DIRECT, Parts, dot, each, solve, solve_by_steps
 from tenfold.decompositions.parts_under import Layout
 from tenfold.tensors import gram, leading_eigenvectors
 
@@ -22,13 +22,17 @@ class Blocks:
         self._by_out = tensor.transpose(2, 3).contiguous()  # (batch, out, K, in)
         self._by_in = tensor.permute(0, 2, 3, 1).contiguous()  # (batch, in, K, out)
 
-    def sweep(self, parts: Parts) -> tuple[Parts, Tensor]:
-        """Return the factors of the outputs, those of the inputs and the cores, each in turn as the best ones."""
+    def sweep(self, parts: Parts, ridge: Tensor) -> tuple[Parts, Tensor, Tensor]:
+        """Return the factors of the outputs, those of the inputs and the cores, each in turn as the best ones.
+
+        And the squared errors then, and the sums of the blocks' squares.
+        """
         outer, core, inner = parts
-        outer = _best_factors(self._by_out, core, inner, outer)
-        inner = _best_factors(self._by_in, core.transpose(2, 3), outer, inner)
-        core, found = _best_cores(self._by_in, outer, inner, core)
-        return (outer, core, inner), (self.power + found).clamp_min(0)
+        outer = _best_factors(self._by_out, core, inner, outer, ridge)
+        inner = _best_factors(self._by_in, core.transpose(2, 3), outer, inner, ridge)
+        core, found = _best_cores(self._by_in, outer, inner, core, ridge)
+        terms = dot(core, _alone(core, outer, inner))
+        return (outer, core, inner), (self.power + found - ridge * terms).clamp_min(0), terms
 
 
 class BlockLayout(Layout):
@@ -144,19 +148,36 @@ def _columns(core: Tensor) -> Tensor:
     return core.permute(0, 1, 4, 3, 2).flatten(2, 3)
 
 
-def _best_factors(tensor: Tensor, core: Tensor, other: Tensor, held: Tensor) -> Tensor:
+def _of_each(gram: Tensor, blocks: int) -> Tensor:
+    """Return a Gram matrix (batch, blocks·n, blocks·n) with zeros between different blocks."""
+    size = gram.shape[-1] // blocks
+    apart = gram.reshape(-1, blocks, size, blocks, size)
+    same = torch.eye(blocks, dtype=gram.dtype, device=gram.device)
+    return (apart * same[:, None, :, None]).reshape(gram.shape)
+
+
+def _alone(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """Return the cores between the Gram matrices of their own factors: their product with the cores is ‖block‖²."""
+    return torch.einsum("zcap,zcpqk,zcqb->zcabk", outer.mT @ outer, core, inner.mT @ inner)
+
+
+def _best_factors(tensor: Tensor, core: Tensor, other: Tensor, held: Tensor, ridge: Tensor) -> Tensor:
     """Return the best factors of one side, given the cores and the factors of the other side."""
     seen = _through(tensor, other) @ _columns(core)  # (blocks, n, p)
-    x, _ = solve(_gram_of_factors(core, other), seen.mT.flatten(1, 2), held.mT.flatten(1, 2))
+    square = _gram_of_factors(core, other)
+    square = square + each(ridge, square) * _of_each(square, held.shape[1])
+    x, _ = solve(square, seen.mT.flatten(1, 2), held.mT.flatten(1, 2))
     return x.reshape(*held.shape[:2], held.shape[3], -1).mT
 
 
-def _best_cores(by_in: Tensor, outer: Tensor, inner: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best cores (batch, blocks, p, q, K), and their error less the power of the kernels."""
+def _best_cores(by_in: Tensor, outer: Tensor, inner: Tensor, held: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best cores (batch, blocks, p, q, K), and the objective less the power of the kernels."""
     blocks, p, q, taps = held.shape[1:]
     seen = (inner.mT @ _through(by_in, outer)).unflatten(3, (taps, p)).permute(0, 1, 4, 2, 3)
     if blocks * p * q <= DIRECT:
-        x, found = solve(_gram_of_cores(outer, inner), seen.flatten(1, 3), held.flatten(1, 3))
+        square = _gram_of_cores(outer, inner)
+        square = square + each(ridge, square) * _of_each(square, blocks)
+        x, found = solve(square, seen.flatten(1, 3), held.flatten(1, 3))
         return x.view_as(held), found
     by_out = _overlap(outer).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (c', cp, p')
     by_both = _overlap(inner).permute(0, 1, 3, 4, 2).flatten(2, 3)  # (c, c'q', q)
@@ -164,6 +185,7 @@ def _best_cores(by_in: Tensor, outer: Tensor, inner: Tensor, held: Tensor) -> tu
     def product(x: Tensor) -> Tensor:
         moved = (by_out @ x.flatten(3)).reshape(-1, blocks, blocks, p, q, taps)  # (c', c, p, q', K)
         gathered = moved.permute(0, 2, 3, 5, 1, 4).reshape(-1, blocks, p * taps, blocks * q) @ by_both
-        return gathered.reshape(-1, blocks, p, taps, q).transpose(3, 4)
+        all_blocks = gathered.reshape(-1, blocks, p, taps, q).transpose(3, 4)
+        return all_blocks + each(ridge, x) * _alone(x, outer, inner)
 
     return solve_by_steps(product, seen, held)

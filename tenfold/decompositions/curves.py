@@ -41,7 +41,7 @@ _MINDED = 1e-3
 
 # Formats with one line of ranks for each value of the first, and the settings of the fits on these.
 _SLICED = (TensorRing, BlockTerm)
-_SLICED_SWEEPS = {"n_iter": 30, "data_iter": 3, "starts": 1}
+_SLICED_SWEEPS = {"n_iter": 20, "data_iter": 3, "starts": 1}
 
 
 def damage_curve(

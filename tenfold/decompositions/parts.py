@@ -3,6 +3,9 @@
 Tensor rings and block terms are such weights. With all parts but one held, the best one is a linear least-squares
 problem. Sweep after sweep this converges, at times slowly; each sweep therefore starts ahead of the last one, by the
 step that was made times Nesterov's factor, which starts anew where a sweep ends worse (Ang, Cohen, Gillis & Hien 2019).
+
+A best sum of such terms need not exist: errors then fall for ever while terms grow and cancel (de Silva & Lim 2008, for
+rank-one terms). So the squares of the terms are minimised too, with a weight that vanishes with the error.
 """
 
 from __future__ import annotations
@@ -41,8 +44,11 @@ class Problem(Protocol):
     def power(self) -> Tensor:
         """The squared norms (batch,) of the tensors."""
 
-    def sweep(self, parts: Parts) -> tuple[Parts, Tensor]:
-        """Return each part in turn as the best one with all others held, and the squared errors (batch,) then."""
+    def sweep(self, parts: Parts, ridge: Tensor) -> tuple[Parts, Tensor, Tensor]:
+        """Return each part in turn as the best one with all others held; the squared errors then, and Σ‖term‖².
+
+        Best is what has the least error² + ridge·Σ‖term‖², with a ``ridge`` (batch,) for each tensor.
+        """
 
 
 class SweepSettings(Protocol):
@@ -55,6 +61,10 @@ class SweepSettings(Protocol):
     @property
     def tol(self) -> float:
         """Stop when twice in turn a sweep lowers the relative error by less than this share of it."""
+
+    @property
+    def penalty(self) -> float:
+        """Weight of the squares of the terms, times the relative squared error so far."""
 
     @property
     def starts(self) -> int:
@@ -75,28 +85,33 @@ class Found:
     converged: bool
 
 
-def descend(problem: Problem, start: Parts, *, n_iter: int, tol: float) -> Found:
-    """Return parts that are nearer to the tensors than ``start``; from sweep to sweep no error rises.
+def descend(problem: Problem, start: Parts, *, n_iter: int, tol: float, penalty: float = 0.0) -> Found:
+    """Return parts that are nearer to the tensors than ``start``; from sweep to sweep the objective never rises.
 
     Args:
         problem: what to meet.
         start: one part after the other, each with the batch first.
         n_iter: sweeps at most.
-        tol: stop when twice in turn a sweep lowers the relative error by less than this share of it.
+        tol: stop when twice in turn a sweep lowers the root of the objective by less than this share of it.
+        penalty: the objective is error² + ridge·Σ‖term‖², with ``penalty`` times the relative error² so far as ridge.
+            Without it, it is the error.
     """
     total = torch.where(problem.power > 0, problem.power, torch.ones_like(problem.power))
-    now, square = problem.sweep(start)
-    before, errors = now, square / total
+    ridge = penalty * torch.ones_like(total)
+    now, square, terms = problem.sweep(start, ridge)
+    before, errors, spread = now, square / total, terms / total
     ahead, calm, sweeps = torch.ones_like(errors), torch.zeros_like(errors), 1
     while sweeps < n_iter and not at_rest(calm, errors):
-        tried, square = problem.sweep(_beyond(before, now, (ahead - 1) / (ahead + 2)))
-        found = square / total
-        better = found < errors
-        slow = errors.sqrt() - found.sqrt() <= tol * errors.sqrt()
+        ridge = torch.minimum(ridge, penalty * errors)
+        goal = errors + ridge * spread
+        tried, square, terms = problem.sweep(_beyond(before, now, (ahead - 1) / (ahead + 2)), ridge)
+        found = (square + ridge * terms) / total
+        better = found < goal
+        slow = goal.sqrt() - found.sqrt() <= tol * goal.sqrt()
         stuck = ~better & (ahead == 1)  # a sweep without extrapolation: what is left is rounding
         calm = torch.where(better, torch.where(slow, calm + 1, 0.0), torch.where(stuck, float(_CALM), calm))
         before, now = now, chosen(better, tried, now)
-        errors = torch.where(better, found, errors)
+        errors, spread = torch.where(better, square / total, errors), torch.where(better, terms / total, spread)
         ahead = torch.where(better, ahead + 1, torch.ones_like(ahead))
         sweeps += 1
     return Found(now, errors, sweeps, at_rest(calm, errors))
@@ -122,9 +137,9 @@ def descend_from(
         drawn = _random(shapes, settings.starts - 1, seed=settings.seed, like=tensor)
         begun = tuple(torch.cat([a[:, None], b], 1).flatten(0, 1) for a, b in zip(start, drawn, strict=True))
         together = problem(tensor.repeat_interleave(settings.starts, 0))
-        tried = descend(together, begun, n_iter=min(_SHORT, settings.n_iter), tol=0)
+        tried = descend(together, begun, n_iter=min(_SHORT, settings.n_iter), tol=0, penalty=settings.penalty)
         start = _best_of(tried.parts, tried.errors, settings.starts)
-    return descend(problem(tensor), start, n_iter=settings.n_iter, tol=settings.tol)
+    return descend(problem(tensor), start, n_iter=settings.n_iter, tol=settings.tol, penalty=settings.penalty)
 
 
 def at_rest(calm: Tensor, errors: Tensor) -> bool:

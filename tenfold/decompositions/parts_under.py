@@ -119,13 +119,17 @@ class Under:
         """Return rows (batch, m, n) times the covariance as it is in whitened inputs."""
         return self.frame.back(self.frame.back(rows) @ self.square)
 
-    def sweep(self, parts: Parts) -> tuple[Parts, Tensor]:
-        """Return each part in turn nearer to its best, and the squared errors (batch,) then."""
+    def sweep(self, parts: Parts, ridge: Tensor) -> tuple[Parts, Tensor, Tensor]:
+        """Return each part in turn nearer to its best, the squared errors (batch,) then, and zeros.
+
+        The terms are not minimised: these are few sweeps, from where they are small.
+        """
+        del ridge
         found = self.power
         for k in range(len(parts)):
             part, found = self._outer(parts, k) if k < self.layout.outer else self._inner(parts, k)
             parts = (*parts[:k], part, *parts[k + 1 :])
-        return parts, (self.power + found).clamp_min(0)
+        return parts, (self.power + found).clamp_min(0), torch.zeros_like(found)
 
     def _outer(self, parts: Parts, k: int) -> tuple[Tensor, Tensor]:
         rows = self.layout.right(parts)

@@ -13,7 +13,7 @@ from tenfold.records import LayerSpec
 Curve = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 # Fits on each line.
-_FITS = 4
+_FITS = 3
 
 
 class BySlices:
@@ -31,7 +31,7 @@ class BySlices:
         >>> curve = BySlices(spec, FORMATS.get("block_term"), at)
         >>> found = curve(np.array([[c, r, r] for c in (2, 4) for r in range(1, 21)]))
         >>> len(found), len(asked), bool((np.diff(found[:20]) < 0).all())
-        (40, 8, True)
+        (40, 6, True)
     """
 
     def __init__(self, spec: LayerSpec, format: type[Factorization], at: Curve) -> None:

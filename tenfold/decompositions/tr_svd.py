@@ -27,7 +27,7 @@ class TRSVD(Decomposition):
     even a weight that is such a ring is found again; ``tr_als`` starts from here. The cores get equal norms.
     """
 
-    recovers: ClassVar[bool] = False
+    rough: ClassVar[bool] = True
 
     @classmethod
     def serves(cls, format: type[Factorization]) -> bool:

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.parts import DIRECT, Parts, solve, solve_by_steps
+from tenfold.decompositions.parts import DIRECT, Parts, dot, each, solve, solve_by_steps
 from tenfold.decompositions.parts_under import Layout
 from tenfold.tensors import rings
 
 
 class Rings:
-    """A batch of tensors (batch, *modes) to meet by rings of three cores (batch, r, n, r') and more."""
+    """A batch of tensors (batch, *modes) to meet by rings of three cores (batch, r, n, r') and more.
+
+    The terms are those of the closing bond: one for each of its r₁ values.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.power = tensor.flatten(1).square().sum(-1)
-        order = tensor.dim() - 1
         self._turned = []
-        for k in range(order):  # modes k−1 and k, and those that follow around the ring
-            axes = [(k + step) % order + 1 for step in range(-1, order - 1)]
-            self._turned.append(tensor.permute(0, *axes).flatten(3).contiguous())
+        order = tensor.dim() - 1
+        for k in range(order):
+            before, after = _around(order, k)
+            turned = tensor.permute(0, *(m + 1 for m in (*before, k, *after)))
+            self._turned.append(turned.flatten(1, len(before)).flatten(3).contiguous())
 
-    def sweep(self, parts: Parts) -> tuple[Parts, Tensor]:
-        """Return each core in turn as the best one between its neighbours, and the squared errors then."""
-        cores, found = list(parts), self.power
-        for k in range(len(cores)):
+    def sweep(self, parts: Parts, ridge: Tensor) -> tuple[Parts, Tensor, Tensor]:
+        """Return each core in turn as the best one between its neighbours.
+
+        And the squared errors then, and the sums of the terms' squares.
+        """
+        cores, found, terms = list(parts), self.power, self.power
+        for k, tensor in enumerate(self._turned):
             left, right = beside(cores, k)
-            cores[k], found = _best(self._turned[k], left, right, cores[k])
-        return tuple(cores), (self.power + found).clamp_min(0)
+            between = Between(left, right, closing=_closing(len(cores), k), ridge=ridge)
+            cores[k], found, terms = between.best(tensor, cores[k])
+        return tuple(cores), (self.power + found - ridge * terms).clamp_min(0), terms
 
 
 class RingLayout(Layout):
@@ -76,7 +86,7 @@ class RingLayout(Layout):
 
     def columns(self, part: Tensor) -> Tensor:
         """Return a core (batch, r, n, r') as (batch, r·r', n)."""
-        return part.transpose(2, 3).flatten(1, 2)
+        return _columns(part)
 
     def uncolumns(self, columns: Tensor, like: Tensor) -> Tensor:
         """Return (batch, r·r', n) as a core."""
@@ -89,9 +99,23 @@ class RingLayout(Layout):
 
 
 def beside(cores: Parts | list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return the core before core k, and the one that all others after it multiply to."""
-    order = len(cores)
-    return cores[k - 1], rings.tr_chain(tuple(cores[(k + step) % order] for step in range(1, order - 1)))
+    """Return what the cores on both sides of core k multiply to, (a, l, b) and (c, r, a)."""
+    before, after = _around(len(cores), k)
+    return rings.tr_chain(tuple(cores[m] for m in before)), rings.tr_chain(tuple(cores[m] for m in after))
+
+
+def _around(order: int, k: int) -> tuple[range, range]:
+    """Return which cores stand before core k and which after: the closing bond is never within either."""
+    if k == 0:
+        return range(order - 1, order), range(1, order - 1)
+    if k == order - 1:
+        return range(1, order - 1), range(1)
+    return range(k), range(k + 1, order)
+
+
+def _closing(order: int, k: int) -> str:
+    """Return which bond of a core between (a, l, b) and (c, r, a) is the closing one."""
+    return "b" if k == 0 else "c" if k == order - 1 else "a"
 
 
 def gram_between(left: Tensor, right: Tensor) -> Tensor:
@@ -103,31 +127,73 @@ def gram_between(left: Tensor, right: Tensor) -> Tensor:
     return (pairs @ others).reshape(-1, b, b, c, c).transpose(2, 3).reshape(-1, b * c, b * c)
 
 
-def _overlap(core: Tensor) -> Tensor:
-    """Return the inner products (batch, r, r', r, r') of the fibers of a core (batch, r, n, r')."""
-    flat = core.transpose(1, 2).flatten(2)
-    return (flat.mT @ flat).reshape(-1, core.shape[1], core.shape[3], core.shape[1], core.shape[3])
+@dataclass(frozen=True, eq=False)
+class Between:
+    """A core (batch, b, n, c) between its neighbours (batch, a, l, b) and (batch, c, r, a).
 
+    ``closing`` names the bond whose values are the terms, and ``ridge`` is the weight of their squares.
+    """
 
-def _best(tensor: Tensor, left: Tensor, right: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the core (batch, b, n, c) with the least error, and that error less the power of the tensors."""
-    b, c = held.shape[1], held.shape[3]
-    seen = _seen(tensor, left, right).transpose(2, 3).flatten(1, 2)  # (batch, bc, n)
-    start = held.transpose(2, 3).flatten(1, 2)
-    if b * c <= DIRECT:
-        x, found = solve(gram_between(left, right), seen, start)
-        return x.unflatten(1, (b, c)).transpose(2, 3), found
-    a = left.shape[1]
-    by_left = _overlap(left).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (aa'b', b)
-    by_right = _overlap(right).permute(0, 2, 4, 1, 3).flatten(1, 3)  # (aa'c, c')
+    left: Tensor
+    right: Tensor
+    closing: str
+    ridge: Tensor
 
-    def product(x: Tensor) -> Tensor:
+    def best(self, tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best core for tensors (batch, l, n, r), the objective less their power, and the terms' squares."""
+        b, c = held.shape[1], held.shape[3]
+        seen = _columns(_seen(tensor, self.left, self.right))  # (batch, bc, n)
+        if self.closing != "a" or b * c <= DIRECT:
+            gram = gram_between(self.left, self.right)
+            alone = self._alone(gram, b, c)
+            x, found = solve(gram + each(self.ridge, gram) * alone, seen, _columns(held))
+            terms = dot(x, alone @ x)
+        else:
+            x, found = solve_by_steps(
+                lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), seen, _columns(held)
+            )
+            terms = dot(x, self._terms(x))
+        return x.reshape(len(x), b, c, -1).transpose(2, 3), found, terms
+
+    def _alone(self, gram: Tensor, b: int, c: int) -> Tensor:
+        """Return the Gram matrix without what is between different values of the closing bond."""
+        if self.closing == "a":
+            left, right = self._own()
+            return torch.einsum("zabe,zacf->zbcef", left, right).reshape(gram.shape)
+        size, shape = (b, (-1, 1, 1, 1)) if self.closing == "b" else (c, (1, -1, 1, 1))
+        rows = torch.arange(size, device=gram.device).reshape(shape)
+        columns = rows.permute(2, 3, 0, 1)
+        return (gram.reshape(-1, b, c, b, c) * (rows == columns)).reshape(gram.shape)
+
+    def _own(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products (batch, a, b, b) and (batch, a, c, c) for each value of bond a."""
+        right = self.right.permute(0, 3, 2, 1)
+        return self.left.mT @ self.left, right.mT @ right
+
+    def _terms(self, x: Tensor) -> Tensor:
+        left, right = self._own()
+        apart = x.reshape(len(x), left.shape[2], right.shape[2], -1)
+        return torch.einsum("zabe,zefn,zacf->zbcn", left, apart, right).reshape(x.shape)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return the Gram matrix times columns (batch, bc, n) without writing it down."""
+        a, b, c = self.left.shape[1], self.left.shape[3], self.right.shape[1]
+        by_left = _overlap(self.left).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (aa'b', b)
+        by_right = _overlap(self.right).permute(0, 2, 4, 1, 3).flatten(1, 3)  # (aa'c, c')
         moved = (by_left @ x.reshape(len(x), b, -1)).reshape(len(x), a * a, b, c, -1)
         gathered = moved.permute(0, 2, 4, 1, 3).reshape(len(x), -1, a * a * c) @ by_right
         return gathered.reshape(len(x), b, -1, c).transpose(2, 3).flatten(1, 2)
 
-    x, found = solve_by_steps(product, seen, start)
-    return x.unflatten(1, (b, c)).transpose(2, 3), found
+
+def _columns(core: Tensor) -> Tensor:
+    """Return a core (batch, b, n, c) as (batch, bc, n)."""
+    return core.transpose(2, 3).flatten(1, 2)
+
+
+def _overlap(core: Tensor) -> Tensor:
+    """Return the inner products (batch, r, r', r, r') of the fibers of a core (batch, r, n, r')."""
+    flat = core.transpose(1, 2).flatten(2)
+    return (flat.mT @ flat).reshape(-1, core.shape[1], core.shape[3], core.shape[1], core.shape[3])
 
 
 def _seen(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ class BlockTerm(Factorization):
         """
         most = cls.max_rank(spec)
         steps = axis(max(most["out"], most["in"]))
-        found = [r for c in _BLOCKS if c <= most["blocks"] for r in cls._line(spec, c, [s for s in steps if s >= c])]
+        counts = [c for c in _BLOCKS if c <= max(most["blocks"] // 2, 2)]  # more blocks have one channel each: cp3
+        found = [rank for c in counts for rank in cls._line(spec, c, [s for s in steps if s >= c])]
         unique = {tuple(rank.values()): rank for rank in (*found, most)}
         return tuple(unique.values())
 

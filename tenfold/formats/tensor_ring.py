@@ -152,7 +152,7 @@ class TensorRing(Factorization):
     def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
         """Return for each of a few closing bonds the ranks whose channels between the stages are on the ``axis``."""
         most = cls.max_rank(spec)
-        closing = [r for r in _CLOSING if r <= most["r1"]]
+        closing = [r for r in _CLOSING if r <= max(most["r1"] // 2, 2)]
         top = max(spec.in_channels, spec.out_channels)
         steps = range(1, most["r2"] + 1) if spec.pointwise else axis(top)
         found = [rank for r in closing for rank in cls._line(spec, r, steps)]

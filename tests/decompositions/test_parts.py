@@ -33,9 +33,20 @@ def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def blocks_to_dense(parts):
+def blocks_of(parts):
     outer, core, inner = parts
-    return torch.einsum("zcop,zcpqk,zciq->zoik", outer, core, inner)
+    return torch.einsum("zcop,zcpqk,zciq->czoik", outer, core, inner)
+
+
+def blocks_to_dense(parts):
+    return blocks_of(parts).sum(0)
+
+
+def slices_of(cores):
+    """The terms of a ring: one for each value of the closing bond."""
+    first, *others, last = cores
+    closed = [(first[:, [a]], *others, last[..., [a]]) for a in range(first.shape[1])]
+    return torch.stack([rings.tr_to_dense(one) for one in closed])
 
 
 def ring_parts(modes, ranks):
@@ -52,47 +63,55 @@ def block_parts(out, inner, taps, blocks, p, q):
     )
 
 
-def least_squares_sweep(tensor, parts, to_dense, order, root=None):
-    """One sweep with NumPy: each part by lstsq on the matrix of the map from its entries to the tensor's.
+def least_squares_sweep(tensor, parts, to_terms, order, root=None, ridge=0.0):
+    """One sweep with NumPy: each part by lstsq on the matrix of the map from its entries to what is to be small.
 
-    ``root`` is the square root of a metric on the last mode of the flattened (out, n) tensor.
+    That is the tensor missed, and √ridge times the terms. ``root`` is the square root of a metric on the last mode of
+    the flattened (out, n) tensor.
     """
     parts = list(parts)
-    target = tensor.reshape(len(tensor[0]), -1)
-    weigh = (lambda x: x) if root is None else (lambda x: x @ root)
+    flat = (len(tensor[0]), -1)
+
+    def rows(parts):
+        terms = to_terms(tuple(parts))
+        dense = terms.sum(0).reshape(flat)
+        return torch.cat([(dense if root is None else dense @ root).flatten(), ridge**0.5 * terms.flatten()])
+
+    target = tensor.reshape(flat)
+    goal = torch.zeros_like(rows(parts))
+    goal[: target.numel()] = (target if root is None else target @ root).flatten()
     for k in order:
-        columns = []
-        for i in range(parts[k].numel()):
-            unit = torch.zeros(parts[k].numel(), dtype=F64)
-            unit[i] = 1
-            made = to_dense((*parts[:k], unit.view_as(parts[k]), *parts[k + 1 :]))
-            columns.append(weigh(made.reshape(target.shape)).flatten())
-        solution, *_ = np.linalg.lstsq(torch.stack(columns, 1).numpy(), weigh(target).flatten().numpy(), rcond=None)
+        units = torch.eye(parts[k].numel(), dtype=F64).unbind()
+        columns = [rows([*parts[:k], unit.view_as(parts[k]), *parts[k + 1 :]]) for unit in units]
+        solution, *_ = np.linalg.lstsq(torch.stack(columns, 1).numpy(), goal.numpy(), rcond=None)
         parts[k] = torch.from_numpy(solution).view_as(parts[k])
-    missed = weigh(target) - weigh(to_dense(tuple(parts)).reshape(target.shape))
-    return tuple(parts), float(missed.square().sum())
+    return tuple(parts), float((goal - rows(parts)).square().sum())
 
 
 @pytest.mark.parametrize(("modes", "ranks"), [((6, 4, 5), (2, 3, 2)), ((4, 3, 3, 4), (2, 2, 3, 2))])
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
 @pytest.mark.parametrize("direct", [512, 1])
-def test_each_core_is_the_least_squares_solution(modes, ranks, direct, monkeypatch):
+def test_each_core_is_the_least_squares_solution(modes, ranks, ridge, direct, monkeypatch):
     monkeypatch.setattr(tr_sweeps, "DIRECT", direct)
     tensor, start = random_tensor(1, *modes, seed=9), ring_parts(modes, ranks)
-    wanted, missed = least_squares_sweep(tensor, start, rings.tr_to_dense, range(len(modes)))
-    found, square = Rings(tensor).sweep(start)
+    wanted, goal = least_squares_sweep(tensor, start, slices_of, range(len(modes)), ridge=ridge)
+    found, square, terms = Rings(tensor).sweep(start, torch.tensor([ridge], dtype=F64))
     close = 1e-8 if direct == 512 else 1e-4  # as many conjugate gradients as there are unknowns solve exactly, nearly
-    assert float(square) == pytest.approx(missed, rel=close)
+    assert float(square + ridge * terms) == pytest.approx(goal, rel=close)
+    assert float(terms) == pytest.approx(float(slices_of(found).square().sum()), rel=close)
     torch.testing.assert_close(rings.tr_to_dense(found), rings.tr_to_dense(wanted), rtol=close, atol=10 * close)
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
 @pytest.mark.parametrize("direct", [512, 1])
-def test_factors_and_cores_of_all_blocks_are_the_least_squares_solutions(direct, monkeypatch):
+def test_factors_and_cores_of_all_blocks_are_the_least_squares_solutions(ridge, direct, monkeypatch):
     monkeypatch.setattr(btd_sweeps, "DIRECT", direct)
     tensor, start = random_tensor(1, 7, 6, 4, seed=9), block_parts(7, 6, 4, 2, 2, 2)
-    wanted, missed = least_squares_sweep(tensor, start, blocks_to_dense, (0, 2, 1))
-    found, square = Blocks(tensor).sweep(start)
+    wanted, goal = least_squares_sweep(tensor, start, blocks_of, (0, 2, 1), ridge=ridge)
+    found, square, terms = Blocks(tensor).sweep(start, torch.tensor([ridge], dtype=F64))
     close = 1e-8 if direct == 512 else 1e-4
-    assert float(square) == pytest.approx(missed, rel=close)
+    assert float(square + ridge * terms) == pytest.approx(goal, rel=close)
+    assert float(terms) == pytest.approx(float(blocks_of(found).square().sum()), rel=close)
     torch.testing.assert_close(blocks_to_dense(found), blocks_to_dense(wanted), rtol=close, atol=10 * close)
 
 
@@ -107,9 +126,9 @@ def test_under_a_covariance_the_parts_are_the_weighted_least_squares_solutions()
     root = torch.linalg.cholesky(square[0])
     weight, start = random_tensor(7, 6, 4, seed=9), block_parts(7, 6, 4, 2, 2, 2)
     problem, frame = under(weight, square, (6, 4), BlockLayout())
-    found, error = problem.sweep(start)
+    found, error, _ = problem.sweep(start, torch.zeros(1))
     unwhitened = BlockLayout().along_inputs(start, frame.inverses)
-    wanted, missed = least_squares_sweep(weight[None], unwhitened, blocks_to_dense, (0, 1, 2), root)
+    wanted, missed = least_squares_sweep(weight[None], unwhitened, blocks_of, (0, 1, 2), root)
     assert float(error) == pytest.approx(missed, rel=1e-5)
     dense = blocks_to_dense(BlockLayout().along_inputs(found, frame.inverses))
     torch.testing.assert_close(dense, blocks_to_dense(wanted), rtol=1e-3, atol=1e-3)
@@ -128,16 +147,16 @@ def test_rings_under_a_covariance_are_the_weighted_least_squares_solutions(spec)
     layout = RingLayout(len(ranks))
     problem, frame = under(weight, square, kind.input_modes(spec), layout)
     start = ring_parts(kind.modes(spec), ranks)
-    found, error = problem.sweep(start)
+    found, error, _ = problem.sweep(start, torch.zeros(1))
 
-    def to_dense(cores):
-        return kind.from_tensor(rings.tr_to_dense(cores), spec)
+    def to_terms(cores):
+        return torch.stack([kind.from_tensor(one, spec) for one in slices_of(cores)])
 
     unwhitened = layout.along_inputs(start, frame.inverses)
     root = torch.linalg.cholesky(square[0])
-    _, missed = least_squares_sweep(weight[None], unwhitened, to_dense, range(len(ranks)), root)
+    _, missed = least_squares_sweep(weight[None], unwhitened, to_terms, range(len(ranks)), root)
     assert float(error) == pytest.approx(missed, rel=0.05)  # the cores of the outputs take a few steps only
-    dense = to_dense(layout.along_inputs(found, frame.inverses))
+    dense = to_terms(layout.along_inputs(found, frame.inverses)).sum(0)
     seen = ((dense[0] - weight).flatten(1) @ root).square().sum()
     assert float(seen) == pytest.approx(float(error), rel=1e-8)
 
@@ -152,6 +171,30 @@ def test_no_sweep_ends_worse(problem):
     errors = [float(descend(made, start, n_iter=n, tol=0).errors) for n in range(1, 40, 3)]
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(errors))
     assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("problem", "terms", "start"),
+    [
+        (Rings, slices_of, ring_parts((6, 5, 4), (2, 2, 2))),
+        (Blocks, blocks_of, block_parts(6, 5, 4, 2, 2, 2)),
+    ],
+)
+def test_terms_do_not_cancel(problem, terms, start):
+    """The derivative of a term is a limit of sums of two of them, whose terms grow without end."""
+    near = [random_tensor(*part.shape, seed=10 + k) for k, part in enumerate(start)]
+    tensor = sum(terms((*start[:k], near[k], *start[k + 1 :]))[0] for k in range(len(start)))
+    tensor = tensor + 0.2 * tensor.norm() / tensor.numel() ** 0.5 * random_tensor(*tensor.shape, seed=99)
+    begun = tuple(random_tensor(*part.shape, seed=30 + k) for k, part in enumerate(start))
+    plain = descend(problem(tensor), begun, n_iter=300, tol=0)
+    held = descend(problem(tensor), begun, n_iter=300, tol=0, penalty=3e-3)
+
+    def spread(found):
+        return float(terms(found.parts).norm() / tensor.norm())
+
+    assert float(held.errors.sqrt()) < float(plain.errors.sqrt()) + 0.01
+    assert spread(plain) > 50
+    assert spread(held) < 5
 
 
 @pytest.mark.parametrize(
