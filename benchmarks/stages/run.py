@@ -2,10 +2,9 @@
 
     python -m benchmarks.stages.run [--config FILE] [--out FOLDER] [--work FOLDER]
 
-The command runs once undisturbed. Then it is killed with signal 9 again and again, at moments drawn from a seed, and
-given again each time, until it was killed as often as wanted; then it is left to end. Where it ends before it could be
-killed, another run begins. All files of weights, of
-each stage and of the outcome, are compared byte by byte.
+The command runs once undisturbed. Then it begins anew again and again, each time to be killed with signal 9 and given
+once more, which is left to end. The moments are drawn from a seed, one in each of as many equal parts of the
+undisturbed run as there are kills. All files of weights, of each stage and of the outcome, are compared byte by byte.
 """
 
 from __future__ import annotations
@@ -67,29 +66,23 @@ def compare(config: dict[str, Any], work: Path) -> dict[str, Any]:
     if code:
         sys.exit(f"the undisturbed run failed with exit code {code}")
     draw = random.Random(config["seed"])  # noqa: S311 - moments, not secrets
-    kills: list[dict[str, Any]] = []
-    same: list[bool] = []
+    one, kills = files(work, "whole"), list[dict[str, Any]]()
     while len(kills) < config["kills"]:
-        delay = draw.uniform(*config["delay"]) * seconds
+        delay = (len(kills) + draw.random()) / config["kills"] * seconds
         found = kill_after(config, work, delay)
-        if found is None:  # it ended before it could be killed: compare, and begin another run
-            same.append(files(work, "killed") == files(work, "whole"))
-            for folder in (work / "killed", work / "killed.stages"):
-                shutil.rmtree(folder)
-            continue
-        kills.append(found)
-        sys.stderr.write(f"kill {len(kills)} after {delay:.1f} s: {found['on_disk']}\n")
-    code = ended(begin(config, work, "killed"))
-    one, other = files(work, "whole"), files(work, "killed")
-    same.append(one == other and bool(one))
+        if found is not None:
+            code = ended(begin(config, work, "killed"))
+            found |= {"exit_code_at_the_end": code, "identical": files(work, "killed") == one and bool(one)}
+            kills.append(found)
+            sys.stderr.write(f"kill {len(kills)} after {delay:.1f} s: {found['on_disk']}\n")
+        for folder in (work / "killed", work / "killed.stages"):  # ended before it could be killed: another moment
+            shutil.rmtree(folder, ignore_errors=True)
     return {
         "command": f"tenfold {config['command']} --task {config['task']} --weights {WEIGHTS} --out FOLDER",
         "seconds_undisturbed": round(seconds, 1),
         "kills": kills,
-        "exit_code_at_the_end": code,
-        "killed_runs": len(same),
-        "identical": all(same),
-        "files": {name: {"undisturbed": one.get(name), "killed": other.get(name)} for name in sorted(one | other)},
+        "identical": all(kill["identical"] for kill in kills),
+        "files": one,
         "environment": environment().model_dump(mode="json"),
     }
 
@@ -154,16 +147,20 @@ def files(work: Path, name: str) -> dict[str, str]:
 def report(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
     e = result["environment"]
-    lines = [f"`{result['command']}`", "", "| kill | after | on disk |", "| --- | --- | --- |"]
-    lines += [f"| {n} | {k['after_seconds']} s | {k['on_disk']} |" for n, k in enumerate(result["kills"], 1)]
-    lines += ["", "| file | SHA-256 undisturbed | killed |", "| --- | --- | --- |"]
-    for name, own in result["files"].items():
-        lines.append(f"| {name} | `{(own['undisturbed'] or 'none')[:16]}` | `{(own['killed'] or 'none')[:16]}` |")
-    same = "identical" if result["identical"] else "NOT identical"
-    runs = "one run" if result["killed_runs"] == 1 else f"{result['killed_runs']} runs one after the other"
-    lines += ["", f"Killed {len(result['kills'])} times ({runs}), the files are {same}.", ""]
-    where = f"On {e['device_name']}, 1 thread, torch {e['torch']}, {e['platform']}."
-    lines += [f"Undisturbed, with the machine busy with other things, {result['seconds_undisturbed']} s. {where}"]
+    lines = [f"`{result['command']}`", "", "| kill | after | on disk then | all files at the end |"]
+    lines += ["| ---: | ---: | --- | --- |"]
+    for n, kill in enumerate(result["kills"], 1):
+        same = "identical" if kill["identical"] else "**not identical**"
+        lines.append(f"| {n} | {kill['after_seconds']} s | {kill['on_disk']} | {same} |")
+    lines += ["", "| file | SHA-256 |", "| --- | --- |"]
+    lines += [f"| {name} | `{digest[:16]}` |" for name, digest in result["files"].items()]
+    same = "ended with" if result["identical"] else "did NOT all end with"
+    lines += [
+        "",
+        f"{len(result['kills'])} runs, each killed once and begun again, {same} the files of an undisturbed one,",
+    ]
+    where = f"on {e['device_name']}, 1 thread, torch {e['torch']}, {e['platform']}."
+    lines += [f"which takes {result['seconds_undisturbed']} s, the machine busy with other things, {where}"]
     return "\n".join(lines) + "\n"
 
 
