@@ -74,7 +74,7 @@ def gather_distinct(
     if found is None:
         return gather_rows(cores, shape, ids)
     distinct, inverse = found
-    return F.embedding(inverse, gather_rows(cores, shape, distinct))
+    return gather_rows(cores, shape, distinct).index_select(0, inverse)
 
 
 def distinct_ids(ids: Tensor, size: int, most: float) -> tuple[Tensor, Tensor] | None:
