@@ -57,9 +57,6 @@ images, for each of them alone: `curves_pilot.json`. There, re-estimated batch n
 91.5 % agreement with the dense model. So where little is compressed, part of the gap to the first two methods may be
 batch norm's. Ranks of equal ratio also end up to three points of MACs below the budget.
 
-The *sequential* rows of ResNet-20 up to 70 % and of ResNet-56 at 50 and 70 % were made before residual branches were
-repaired as well, which takes ResNet-20 at 50 % from 90.30 to 90.52 %.
-
 *Seconds*: plan, factors and batch norm of the row, on a machine shared with other work: a rough guide. The first
 plan of a network computes the curves of damage for all that follow. Calibration is once per network: {calibrations}.
 """
