@@ -39,7 +39,8 @@ class BySlices:
         self._known: dict[tuple[int, ...], float] = {}
 
     def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the error (n,) at ranks (n, names)."""
+        """Return the error (n,) at ranks (n, names), of which there may be none."""
+        ranks = ranks.reshape(-1, len(self._format.rank_names))
         found = np.empty(len(ranks))
         full = [self._format.max_rank(self._spec)[name] for name in self._format.rank_names]
         dense = (ranks == full).all(1)
