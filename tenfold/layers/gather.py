@@ -36,6 +36,10 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, segment
         ids: integers in 0..∏ row modes.
         segments: the runs; the best for this number of ids if left out.
     """
+    device = cores[0].device.type
+    if torch.is_autocast_enabled(device):  # which does not touch torch's own embedding either
+        with torch.autocast(device, enabled=False):
+            return gather_rows(cores, shape, ids, segments)
     segments = segments or shape.segments(len(ids))
     tables = [_multiplied(cores[start:stop]).flatten(2) for start, stop in segments]  # (rows of a run, r, columns · r')
     picked = list(zip(tables, _indices(ids, shape.row_modes, segments), strict=True))

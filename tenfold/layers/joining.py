@@ -60,12 +60,13 @@ class JoinPicked(torch.autograd.Function):
         wants_left, wants_right, _, _ = ctx.needs_input_grad
         for_left = torch.zeros_like(left, memory_format=torch.contiguous_format) if wants_left else None
         for_right = torch.zeros_like(right, memory_format=torch.contiguous_format) if wants_right else None
-        for block in _blocks(gradient, i, j, left, right):
-            own = block.rows.reshape(-1, left.shape[1], right.shape[2])
-            if for_left is not None:
-                for_left.index_add_(0, block.i, join(own, block.right.mT))
-            if for_right is not None:
-                for_right.index_add_(0, block.j, join(block.left.mT, own))
+        with torch.autocast(left.device.type, enabled=False):
+            for block in _blocks(gradient, i, j, left, right):
+                own = block.rows.reshape(-1, left.shape[1], right.shape[2])
+                if for_left is not None:
+                    for_left.index_add_(0, block.i, join(own, block.right.mT))
+                if for_right is not None:
+                    for_right.index_add_(0, block.j, join(block.left.mT, own))
         return for_left, for_right, None, None
 
 
