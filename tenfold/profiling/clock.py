@@ -258,6 +258,7 @@ class Clock:
         for point, rows, x, y in stage_columns(format, spec, in_shape, ranks):
             curve = found.curve(point)
             if curve is None:  # no sampled rank led there: it costs more than the dense layer
+                self._known.setdefault(point)  # its family may have no other: slices and groups are numbers of a rank
                 curve = Curve(point.family, tuple(np.unique(x).tolist()), tuple(np.unique(y).tolist()))
             np.add.at(total, rows, self._fit(curve, Point.of(spec, in_shape))(x, y))
         return total

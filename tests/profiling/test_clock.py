@@ -290,3 +290,19 @@ def test_chain_of_a_chart_point_is_what_the_layer_runs():
     rank = {"out": 16, "in": 24}
     structure = FORMATS.get("tucker2").structure(CONV, rank)
     assert chain_macs(structure, CALLS[0].in_shape) == FORMATS.get("tucker2").macs(CONV, rank, CALLS[0].in_shape)
+
+
+@pytest.mark.parametrize(
+    ("format", "rank", "unseen"),
+    [
+        ("tensor_ring", {"r1": 4, "r2": 10, "r3": 10}, {"r1": 64, "r2": 10, "r3": 10}),
+        ("block_term", {"blocks": 4, "out": 10, "in": 10}, {"blocks": 63, "out": 2, "in": 2}),
+    ],
+)
+def test_slices_and_groups_are_timed_for_each_number_of_them(format, rank, unseen):
+    subject = clock()
+    subject.prepare([Problem(formats=(format,))])
+    near, other = subject.predict(format, CONV, CALLS, [rank, unseen])
+    assert near == pytest.approx(chain_ms(format, CONV, CALLS[0].in_shape, rank), rel=0.1)
+    # No sampled rank has so many slices or blocks: their stage is taken in proportion to the dense layer.
+    assert other == pytest.approx(chain_ms(format, CONV, CALLS[0].in_shape, unseen), rel=0.5)
