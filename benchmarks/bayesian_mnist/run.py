@@ -119,7 +119,8 @@ def table(result: Row) -> str:
     config, runs = result["config"], result["runs"]
     source = config["source"]
     device = result["environment"]["device_name"] or "the CPU"
-    lines = [HEAD.format(device=device, under=config["training"], after=config["tuning"], prior=config["prior"])]
+    said = {name: _said(config[key]) for name, key in (("under", "training"), ("after", "tuning"), ("prior", "prior"))}
+    lines = [HEAD.format(device=device, **said)]
     for run in runs:
         ranks = " and ".join("·".join(map(str, bonds)) for bonds in run["ranks"].values())
         cells = [str(run["seed"]), ranks, f"{run['params']:,}", f"{source['dense'] / run['params']:.0f}×"]
@@ -148,14 +149,21 @@ def table(result: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _said(settings: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 HEAD = """\
 # MNIST: two layers whose ranks are found in training
 
 `python -m benchmarks.bayesian_mnist.run`, on {device}, one thread. The network of Hawkins and Zhang 2019
 (arXiv 1905.10478): 784 → 625 → 10 with a ReLU, 496,885 parameters dense; both weights tensor trains, of modes 7·4·7·4
 by 5·5·5·5 and 25·25 by 5·2, 27,235 parameters at the ranks 20 that all bonds begin with. Parameters include the 635 of
-the biases. Trained under the prior ({prior}; {under}), cores sliced, trained on without it ({after}). A tenth of the
-training images is held out throughout and served for all choices; the test images were looked at once, at the end.
+the biases. A tenth of the training images is held out throughout and served for all choices; the test images were
+looked at once, at the end.
+
+1. Under the prior: {under}; {prior}.
+2. Cores sliced, and trained on without the prior: {after}.
 
 | seed | ranks found | parameters | times fewer than dense | held out | test accuracy | test log-likelihood |
 |---|---|---:|---:|---:|---:|---:|"""
