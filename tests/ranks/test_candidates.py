@@ -13,9 +13,9 @@ from tenfold.decompositions import decompose
 from tenfold.errors import RankError
 from tenfold.formats import FORMATS, Rank, Structure
 from tenfold.formats.low_rank import LowRank
+from tenfold.knapsack import solve
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import candidates, costs_at, grids, tail_damage
-from tenfold.knapsack import solve
 from tenfold.records import Call, Cost, LayerSpec
 
 CONV = {"kind": "conv", "kernel": (3, 3), "padding": (1, 1)}
