@@ -190,11 +190,11 @@ def add(target: Path, config: dict[str, Any], name: str, row: dict[str, Any]) ->
         result["rows"][name] = row
         result["environment"] = json.loads(environment().to_json())
         write_text(target, json.dumps(result, indent=1) + "\n")
-        write_text(target.with_suffix(".md"), table(config, result))
+        write_text(target.with_suffix(".md"), table(config, result, target.stem))
     target.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def table(config: dict[str, Any], result: dict[str, Any]) -> str:
+def table(config: dict[str, Any], result: dict[str, Any], stem: str) -> str:
     """Return all rows as Markdown."""
     env = result["environment"]
     lines = [f"# {config['title']}", "", config["text"].strip(), ""]
@@ -205,7 +205,8 @@ def table(config: dict[str, Any], result: dict[str, Any]) -> str:
         if found:
             lines.append(f"| {name} | {found[0]['network']} | {' | '.join(cells(found))} |")
     lines += ["", f"On {env['device_name'] or env['device']}, torch {env['torch']}, Python {env['python']}."]
-    lines += ["", "`python -m benchmarks.recovery.run --weights-dir FOLDER [--only ROW]`"]
+    file = f"--config benchmarks/recovery/{stem}.yaml "
+    lines += ["", f"`python -m benchmarks.recovery.run {file}--weights-dir FOLDER [--only ROW]`"]
     return "\n".join(lines) + "\n"
 
 
