@@ -87,7 +87,8 @@ def staged(work: Work) -> Outcome:
     way = {k: v for k, v in work.config["method"].items() if k != "name"}
     common = {"budget": work.config["budget"], "formats": work.config["formats"], "keep": tuple(work.config["keep"])}
     if work.config["method"]["name"] == "musco":
-        schedule = Schedule.musco(**way).replace(budget=Budget.of(common.pop("budget")), **common)
+        final = way.pop("final_epochs", 0)  # its stages end when the budget is met: the rest of the training comes then
+        schedule = Schedule.musco(**way).replace(budget=Budget.of(common.pop("budget")), final_epochs=final, **common)
     else:
         schedule = Schedule.of({**common, "rule": work.rule, **way})
     told = run_stages(
