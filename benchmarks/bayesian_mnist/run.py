@@ -10,18 +10,15 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from tenfold.profiling import environment
+from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
 from tenfold.tuning import TuneConfig
 from tenfold.tuning.bayesian_config import BayesianConfig
@@ -29,47 +26,23 @@ from tenfold.tuning.bayesian_training import train_bayesian
 from tenfold.tuning.svgd import log_likelihood
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-RUNS = Path("runs") / "bayesian_mnist"
-Row = dict[str, Any]
 
 
 def main() -> None:
     """Train what is not trained yet and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "bayesian_mnist.yaml")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--seed", type=int, action="append")
-    parser.add_argument("--pilot", action="store_true", help="held-out images only; writes no results")
-    parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = yaml.safe_load(options.config.read_text())
-    for seed in () if options.report else options.seed or config["seeds"]:
-        task = load_task("mnist:tt", data=options.data, seed=seed)
-        row = trained(task, config, options.runs / f"seed-{seed}", test=not options.pilot)
-        print(json.dumps(row), flush=True)
-    if options.pilot:
-        return
-    files = [options.runs / f"seed-{seed}" / "run.json" for seed in config["seeds"]]
-    rows = [json.loads(file.read_text()) for file in files if file.is_file()]
-    result = {"benchmark": "bayesian_mnist", "config": config, "runs": rows}
-    result["environment"] = environment(torch.device("cpu")).model_dump(mode="json")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "bayesian_mnist.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "bayesian_mnist.md").write_text(table(result))
-    print(table(result))
+    trials = Trials.read("bayesian_mnist", __doc__, HERE, pilot="held-out images only; writes no results")
+    pilot = trials.options.pilot
+    for variant, seed in trials.wanted():
+        task = load_task("mnist:tt", data=trials.options.data, seed=seed)
+        folder = trials.folder(variant, seed)
+        train = partial(trained, task, trials.config, folder, test=not pilot)
+        print(json.dumps(train() if pilot else finished(folder, train)), flush=True)
+    if not pilot:
+        trials.write(table)
 
 
 def trained(task: Task, config: Row, folder: Path, *, test: bool) -> Row:
-    """Return ranks, parameters and scores of one run, from its folder where it is finished."""
-    done = folder / "run.json"
-    if done.is_file():
-        found: Row = json.loads(done.read_text())
-        return found
+    """Return ranks, parameters and scores of one run."""
     common: Row = {"optimizer": "adamw", "weight_decay": 0.0, "autocast": "off", "seed": task.seed}
     training, tuning = (TuneConfig(**common | config[name]) for name in ("training", "tuning"))
     batches = partial(task.train_batches, batch_size=training.batch_size, seed=task.seed, hold_out=True)
@@ -87,7 +60,8 @@ def trained(task: Task, config: Row, folder: Path, *, test: bool) -> Row:
     told = train_bayesian(
         model, batches, training, prior, tune=tuning, evaluate=evaluate, folder=folder, identity=identity
     )
-    row = {
+    tuned = told.tuning.history if told.tuning is not None else ()
+    row: Row = {
         "seed": task.seed,
         "params_before": before,
         "params": _params(model),
@@ -95,18 +69,13 @@ def trained(task: Task, config: Row, folder: Path, *, test: bool) -> Row:
         "ranks": told.ranks,
         "pruned_in_epoch": [list(ranks.values()) for ranks in told.history],
         "curve": [e.model_dump(include={"epoch", "loss", "score", "seconds"}) for e in told.training.history],
-        "tuning": [
-            e.model_dump(include={"epoch", "loss", "score", "seconds"}) for e in (told.tuning or training).history
-        ],
+        "tuning": [e.model_dump(include={"epoch", "loss", "score", "seconds"}) for e in tuned],
         "validation": evaluate(model),
     }
     if test:
         row["test"] = task.evaluate(model)
         with torch.no_grad():
             row["test_log_likelihood"] = log_likelihood(model.eval(), task.test_batches(batch_size=500))
-        written = done.with_suffix(".partial")
-        written.write_text(json.dumps(row) + "\n")
-        written.replace(done)
     return row
 
 

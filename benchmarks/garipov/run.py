@@ -9,65 +9,31 @@ of more epochs is another run (the learning rate falls over all of them): set ``
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-import yaml
 
 from benchmarks.garipov.net import build
-from tenfold.profiling import environment
+from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
 from tenfold.tuning import TuneConfig, finetune
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-RUNS = Path("runs") / "garipov"
-Row = dict[str, Any]
 
 
 def main() -> None:
     """Train what is not trained yet and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "garipov.yaml")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--only", action="append", help="a variant, such as conv; may be repeated")
-    parser.add_argument("--seed", type=int, action="append")
-    parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = yaml.safe_load(options.config.read_text())
-    for seed in () if options.report else options.seed or config["seeds"]:
-        task = load_task("cifar10", data=options.data, seed=seed)
-        for variant in options.only or config["variants"]:
-            print(json.dumps(trained(task, variant, config, options.runs / f"{variant}-{seed}")), flush=True)
-    rows = [
-        json.loads(file.read_text())
-        for variant in config["variants"]
-        for seed in config["seeds"]
-        if (file := options.runs / f"{variant}-{seed}" / "run.json").is_file()
-    ]
-    result = {"benchmark": "garipov", "config": config, "runs": rows}
-    result["environment"] = environment(torch.device("cpu")).model_dump(mode="json")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "garipov.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "garipov.md").write_text(table(result))
-    print(table(result))
+    trials = Trials.read("garipov", __doc__, HERE)
+    for variant, seed in trials.wanted():
+        task, folder = load_task("cifar10", data=trials.options.data, seed=seed), trials.folder(variant, seed)
+        row = finished(folder, partial(trained, task, variant, trials.config, folder))
+        print(json.dumps(row), flush=True)
+    trials.write(table)
 
 
 def trained(task: Task, variant: str, config: Row, folder: Path) -> Row:
-    """Return curve and scores of one run, from its folder where it is finished."""
-    done = folder / "run.json"
-    if done.is_file():
-        found: Row = json.loads(done.read_text())
-        return found
+    """Return curve and scores of one run."""
     chosen = {name: config[name] for name in ("epochs", "batch_size", "lr", "weight_decay", "warmup")}
     tuning = TuneConfig(**chosen, seed=task.seed)
     model = build(config["variants"][variant], task.seed)
@@ -80,7 +46,7 @@ def trained(task: Task, variant: str, config: Row, folder: Path) -> Row:
         identity=f"{variant} {config['variants'][variant]}",
         on_epoch=lambda epoch: print(variant, epoch, flush=True),
     )
-    row = {
+    return {
         "variant": variant,
         "seed": task.seed,
         "params": sum(p.numel() for p in model.parameters()),
@@ -89,10 +55,6 @@ def trained(task: Task, variant: str, config: Row, folder: Path) -> Row:
         "test": task.evaluate(model),
         "curve": [epoch.model_dump(include={"epoch", "loss", "lr", "score", "seconds"}) for epoch in result.history],
     }
-    written = done.with_suffix(".partial")
-    written.write_text(json.dumps(row) + "\n")
-    written.replace(done)
-    return row
 
 
 def table(result: Row) -> str:

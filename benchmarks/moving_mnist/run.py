@@ -8,7 +8,6 @@ run that was killed goes on; what is finished is not trained again. Weights afte
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -18,57 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
-from tenfold.profiling import environment
+from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
 from tenfold.tuning import TuneConfig, finetune
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-RUNS = Path("runs") / "moving_mnist"
-Row = dict[str, Any]
 
 
 def main() -> None:
     """Train what is not trained yet, time steps of training in turns, and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "moving_mnist.yaml")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--only", action="append", help="a variant, such as gru; may be repeated")
-    parser.add_argument("--seed", type=int, action="append")
-    parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = yaml.safe_load(options.config.read_text())
-    for seed in () if options.report else options.seed or config["seeds"]:
-        for variant in options.only or config["variants"]:
-            task = load_task(f"moving_mnist:{variant}", data=options.data, seed=seed)
-            print(json.dumps(trained(task, config, options.runs / f"{variant}-{seed}")), flush=True)
-    rows = [
-        json.loads(file.read_text())
-        for variant in config["variants"]
-        for seed in config["seeds"]
-        if (file := options.runs / f"{variant}-{seed}" / "run.json").is_file()
-    ]
-    result = {"benchmark": "moving_mnist", "config": config, "runs": rows, "times": timed(config, options.data)}
-    result["environment"] = environment(torch.device("cpu")).model_dump(mode="json")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "moving_mnist.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "moving_mnist.md").write_text(table(result))
-    print(table(result))
+    trials = Trials.read("moving_mnist", __doc__, HERE)
+    for variant, seed in trials.wanted():
+        task = load_task(f"moving_mnist:{variant}", data=trials.options.data, seed=seed)
+        folder = trials.folder(variant, seed)
+        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.write(table, times=timed(trials.config, trials.options.data))
 
 
 def trained(task: Task, config: Row, folder: Path) -> Row:
-    """Return curve and scores of one run, from its folder where it is finished."""
-    done = folder / "run.json"
-    if done.is_file():
-        found: Row = json.loads(done.read_text())
-        return found
+    """Return curve and scores of one run."""
     chosen = {name: config[name] for name in ("epochs", "batch_size", "lr", "weight_decay", "warmup")}
     tuning = TuneConfig(**chosen, optimizer="adamw", autocast="off", seed=task.seed)
     model = task.build()
@@ -80,7 +49,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
         folder=folder / "epochs",
         identity=f"{task.id} {config}",
     )
-    row = {
+    return {
         "variant": task.variant,
         "seed": task.seed,
         "input_params": input_params(model),
@@ -89,10 +58,6 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
         "test": task.evaluate(model),
         "curve": [epoch.model_dump(include={"epoch", "loss", "lr", "score", "seconds"}) for epoch in result.history],
     }
-    written = done.with_suffix(".partial")
-    written.write_text(json.dumps(row) + "\n")
-    written.replace(done)
-    return row
 
 
 def input_params(model: nn.Module) -> int:

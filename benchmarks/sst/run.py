@@ -9,63 +9,31 @@ chosen on the set's validation part; the test part is looked at once, with the w
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from tenfold.profiling import environment
+from benchmarks.trials import Row, Trials, finished
+from tenfold.records import write_text
 from tenfold.tasks import Task, load_task, load_weights
 from tenfold.tuning import TuneConfig, finetune
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
-RUNS = Path("runs") / "sst"
-Row = dict[str, Any]
 
 
 def main() -> None:
     """Train what is not trained yet and write JSON and Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "sst.yaml")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--runs", type=Path, default=RUNS)
-    parser.add_argument("--only", action="append", help="a variant, such as tt1; may be repeated")
-    parser.add_argument("--seed", type=int, action="append")
-    parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = yaml.safe_load(options.config.read_text())
-    for seed in () if options.report else options.seed or config["seeds"]:
-        for variant in options.only or config["variants"]:
-            task = load_task(f"sst:fine-{variant}", data=options.data, seed=seed)
-            print(json.dumps(trained(task, config, folder_of(options.runs, variant, seed))), flush=True)
-    rows = [
-        json.loads(file.read_text())
-        for variant in config["variants"]
-        for seed in config["seeds"]
-        if (file := folder_of(options.runs, variant, seed) / "run.json").is_file()
-    ]
-    result = {"benchmark": "sst", "config": config, "runs": rows}
-    result["environment"] = environment(torch.device("cpu")).model_dump(mode="json")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "sst.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "sst.md").write_text(table(result))
-    print(table(result))
-
-
-def folder_of(runs: Path, variant: str, seed: int) -> Path:
-    """Return where a run is kept."""
-    return runs / f"{variant}-{seed}"
+    trials = Trials.read("sst", __doc__, HERE)
+    for variant, seed in trials.wanted():
+        task = load_task(f"sst:fine-{variant}", data=trials.options.data, seed=seed)
+        folder = trials.folder(variant, seed)
+        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.write(table)
 
 
 def tuning_of(config: Row, seed: int) -> TuneConfig:
@@ -75,11 +43,7 @@ def tuning_of(config: Row, seed: int) -> TuneConfig:
 
 
 def trained(task: Task, config: Row, folder: Path) -> Row:
-    """Return curves and scores of one run, from its folder where it is finished."""
-    done = folder / "run.json"
-    if done.is_file():
-        found: Row = json.loads(done.read_text())
-        return found
+    """Return curves and scores of one run."""
     tuning = tuning_of(config, task.seed)
     model = task.build()
     batches = partial(task.train_batches, batch_size=tuning.batch_size, seed=tuning.seed, hold_out=True)
@@ -87,7 +51,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
     result = finetune(model, batches, tuning, evaluate=best, folder=folder / "epochs", identity=f"{task.id} {config}")
     chosen = load_weights(task.build(), best.weights)
     table: Any = chosen.get_submodule("embedding")
-    row = {
+    return {
         "variant": str(task.variant).partition("-")[2],
         "seed": task.seed,
         "table_params": sum(p.numel() for p in table.parameters()),
@@ -97,8 +61,6 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
         "test": task.evaluate(chosen),
         "curve": [epoch.model_dump(include={"epoch", "loss", "lr", "score", "seconds"}) for epoch in result.history],
     }
-    _write(done, json.dumps(row))
-    return row
 
 
 class _Best:
@@ -117,14 +79,8 @@ class _Best:
         score = self.task.evaluate(model, split="validation")
         if score > self.score:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, self.weights)
-            _write(self.state, json.dumps(score))
+            write_text(self.state, json.dumps(score))
         return score
-
-
-def _write(path: Path, text: str) -> None:
-    written = path.with_suffix(".partial")
-    written.write_text(text + "\n")
-    written.replace(path)
 
 
 def table(result: Row) -> str:
