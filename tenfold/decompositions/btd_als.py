@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,19 +10,15 @@ from tenfold.decompositions.base import DECOMPOSITIONS, Factors
 from tenfold.decompositions.btd_sweeps import BlockLayout, Blocks, balanced, deflated
 from tenfold.decompositions.metric import Square
 from tenfold.decompositions.parts import Found, descend_from
-from tenfold.decompositions.parts_under import descend_under
-from tenfold.decompositions.weighted import InDoubles
+from tenfold.decompositions.parts_als import PartsALS
 from tenfold.formats import Factorization, Rank
 from tenfold.formats.block_term import BlockTerm
 from tenfold.records import LayerSpec
 
-# Sweeps under the covariance are dear, and their error is that of a sample.
-_LOOSER = 10
-
 
 @DECOMPOSITIONS.register("btd_als")
 @dataclass(frozen=True)
-class BTDALS(InDoubles):
+class BTDALS(PartsALS):
     """Alternating least squares for sums of Tucker-2 blocks, on the weight or on the output error, which never grows.
 
     The factors of the outputs of all blocks together, those of the inputs, and all cores: each is one least-squares
@@ -41,15 +36,6 @@ class BTDALS(InDoubles):
         cg_steps: steps of conjugate gradients for cores and inputs in each of these.
         ridge: added to the covariance, as a share of the mean variance.
     """
-
-    n_iter: int = 200
-    tol: float = 1e-4
-    penalty: float = 3e-3
-    starts: int = 8
-    data_iter: int = 20
-    cg_steps: int = 3
-
-    costly: ClassVar[bool] = True
 
     @classmethod
     def serves(cls, format: type[Factorization]) -> bool:
@@ -72,19 +58,8 @@ class BTDALS(InDoubles):
         def blocks(kernel: Tensor) -> Found:
             return self.blocks(kernel.flatten(3), rank)
 
-        if covariance is None:
-            found = blocks(weight)
-        else:
-            found = descend_under(
-                weight,
-                self.ridged(weight, covariance),
-                (weight.shape[2], weight[0, 0, 0].numel()),
-                BlockLayout(),
-                blocks,
-                n_iter=self.data_iter,
-                tol=_LOOSER * self.tol,
-                cg_steps=self.cg_steps,
-            )
+        modes = weight.shape[2], weight[0, 0, 0].numel()
+        found = self.meet(weight, covariance, modes, BlockLayout(), blocks)
         outer, core, inner = balanced(found.parts)
         core = core.reshape(*core.shape[:4], *spec.kernel)
         return Factors({"core": core, "out_factor": outer, "in_factor": inner}, found.sweeps, found.converged)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -107,13 +107,15 @@ class Under:
     layout: Layout
     cg_steps: int
 
-    def __post_init__(self) -> None:
-        goal = self.metric(self.white)
-        object.__setattr__(self, "goal", goal)
-        object.__setattr__(self, "power", dot(goal, self.white))
+    @cached_property
+    def goal(self) -> Tensor:
+        """The weight times the covariance."""
+        return self.metric(self.white)
 
-    goal: Any = None
-    power: Any = None
+    @cached_property
+    def power(self) -> Tensor:
+        """The squared norms (batch,) under the covariance."""
+        return dot(self.goal, self.white)
 
     def metric(self, rows: Tensor) -> Tensor:
         """Return rows (batch, m, n) times the covariance as it is in whitened inputs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +10,9 @@ from torch import Tensor
 from tenfold.decompositions.base import DECOMPOSITIONS, Factors
 from tenfold.decompositions.metric import Square
 from tenfold.decompositions.parts import Found, descend_from
-from tenfold.decompositions.parts_under import descend_under
+from tenfold.decompositions.parts_als import PartsALS
 from tenfold.decompositions.tr_svd import dense_core, named, nearest, ways_around
 from tenfold.decompositions.tr_sweeps import RingLayout, Rings
-from tenfold.decompositions.weighted import InDoubles
 from tenfold.formats import Factorization, Rank
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.records import LayerSpec, Shape
@@ -27,13 +25,10 @@ _NOISE = 0.05
 # A TR-SVD that misses less than this share of the squares is exact.
 _EXACT = 1e-20
 
-# Sweeps under the covariance are dear, and their error is that of a sample.
-_LOOSER = 10
-
 
 @DECOMPOSITIONS.register("tr_als")
 @dataclass(frozen=True)
-class TRALS(InDoubles):
+class TRALS(PartsALS):
     """Alternating least squares for tensor rings, on the weight or on the output error; the error never grows.
 
     Core after core is the best one between its neighbours: one system of r·r' unknowns for all its slices (TR-ALS:
@@ -50,15 +45,6 @@ class TRALS(InDoubles):
         cg_steps: steps of conjugate gradients for each core in each of these.
         ridge: added to the covariance, as a share of the mean variance.
     """
-
-    n_iter: int = 200
-    tol: float = 1e-4
-    penalty: float = 3e-3
-    starts: int = 8
-    data_iter: int = 20
-    cg_steps: int = 3
-
-    costly: ClassVar[bool] = True
 
     @classmethod
     def serves(cls, format: type[Factorization]) -> bool:
@@ -82,19 +68,7 @@ class TRALS(InDoubles):
         def ring(kernel: Tensor) -> Found:
             return self.ring(TensorRing.to_tensor(kernel, spec), ranks)
 
-        if covariance is None:
-            found = ring(weight)
-        else:
-            found = descend_under(
-                weight,
-                self.ridged(weight, covariance),
-                TensorRing.input_modes(spec),
-                RingLayout(len(ranks)),
-                ring,
-                n_iter=self.data_iter,
-                tol=_LOOSER * self.tol,
-                cg_steps=self.cg_steps,
-            )
+        found = self.meet(weight, covariance, TensorRing.input_modes(spec), RingLayout(len(ranks)), ring)
         return Factors(named(rings.tr_balance(found.parts)), found.sweeps, found.converged)
 
     def ring(self, tensor: Tensor, ranks: Shape) -> Found:
