@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.parts import DIRECT, Parts, dot, each, solve, solve_by_steps
+from tenfold.decompositions.parts import DIRECT, Parts, solve, solve_by_steps
 from tenfold.decompositions.parts_under import Layout
 from tenfold.tensors import gram, leading_eigenvectors
+from tenfold.tensors.conjugate_gradients import dot, each
 
 
 class Blocks:

@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tenfold.tensors.conjugate_gradients import conjugate_gradients, dot, each
+
 Parts = tuple[Tensor, ...]
 
 # A solution stays this close to the part so far where that does not matter, as a share of the mean eigenvalue.
@@ -152,11 +154,6 @@ def chosen(which: Tensor, there: Parts, here: Parts) -> Parts:
     return tuple(torch.where(each(which, b), b, a) for a, b in zip(here, there, strict=True))
 
 
-def each(values: Tensor, like: Tensor) -> Tensor:
-    """Return one number for each of a batch (batch,) in a shape that goes with ``like``."""
-    return values.reshape(-1, *(1,) * (like.dim() - 1))
-
-
 def solve(gram: Tensor, right: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (batch, n, m) with the least xᵀGx − 2·rightᵀx, near ``held`` where that does not tell, and this number.
 
@@ -174,16 +171,8 @@ def solve(gram: Tensor, right: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
 
 def solve_by_steps(gram: Callable[[Tensor], Tensor], right: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same for a map G that is too large to be written down: some conjugate gradients from ``held``."""
-    x, residual = held, right - gram(held)
-    direction, rho = residual, dot(residual, residual)
-    for _ in range(_CG_STEPS):
-        image = gram(direction)
-        curvature = dot(direction, image)
-        step = each(ratio(rho, curvature), x)
-        x, residual = x + step * direction, residual - step * image
-        new = dot(residual, residual)
-        direction, rho = residual + each(ratio(new, rho), x) * direction, new
-    return x, value(gram(x), right, x)
+    x, residual = conjugate_gradients(gram, right, held, steps=_CG_STEPS)
+    return x, value(right - residual, right, x)
 
 
 def value(image: Tensor, right: Tensor, x: Tensor) -> Tensor:
@@ -191,20 +180,9 @@ def value(image: Tensor, right: Tensor, x: Tensor) -> Tensor:
     return dot(x, image) - 2 * dot(x, right)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner products (batch,)."""
-    product: Tensor = (a * b).flatten(1).sum(-1)
-    return product
-
-
 def raised(square: Tensor, by: Tensor) -> Tensor:
     """Return matrices (batch, n, n) plus one number for each of the batch on the diagonal."""
     return square + torch.diag_embed(by[:, None].expand(square.shape[:-1]))
-
-
-def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """Return a/b, and 0 where b is not positive."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(a))
 
 
 def _beyond(before: Parts, now: Parts, share: Tensor) -> Parts:

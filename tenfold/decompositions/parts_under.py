@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.metric import Square
-from tenfold.decompositions.parts import Found, Parts, descend, dot, each, raised, ratio, value
+from tenfold.decompositions.parts import Found, Parts, descend, raised, value
 from tenfold.decompositions.tt_als import Whitening
 from tenfold.records import Shape
-
-Map = Callable[[Tensor], Tensor]
+from tenfold.tensors.conjugate_gradients import Map, conjugate_gradients, dot
 
 # Parts on the side of the outputs are cheap to solve for.
 _OUTER_STEPS = 8
@@ -166,15 +165,5 @@ class Under:
                 return x
             return layout.uncolumns(torch.cholesky_solve(layout.columns(x), lower), x)
 
-        x = parts[k]
-        residual = right - normal(x)
-        direction = z = precondition(residual)
-        rho = dot(residual, z)
-        for _ in range(steps):
-            image = normal(direction)
-            step = each(ratio(rho, dot(direction, image)), x)
-            x, residual = x + step * direction, residual - step * image
-            z = precondition(residual)
-            new = dot(residual, z)
-            direction, rho = z + each(ratio(new, rho), x) * direction, new
+        x, residual = conjugate_gradients(normal, right, parts[k], steps=steps, precondition=precondition)
         return x, value(right - residual, right, x)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.parts import DIRECT, Parts, dot, each, solve, solve_by_steps
+from tenfold.decompositions.parts import DIRECT, Parts, solve, solve_by_steps
 from tenfold.decompositions.parts_under import Layout
 from tenfold.tensors import rings
+from tenfold.tensors.conjugate_gradients import dot, each
 
 
 class Rings:

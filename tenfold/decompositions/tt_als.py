@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,9 +17,8 @@ from tenfold.formats import Factorization, Rank
 from tenfold.formats.train import TrainFormat
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors import trains
+from tenfold.tensors.conjugate_gradients import Map, conjugate_gradients, dot
 from tenfold.tensors.trains import Cores
-
-Map = Callable[[Tensor], Tensor]
 
 # The covariance of one mode is kept this far from singular, as a share of its mean variance.
 _MODE_RIDGE = 1e-4
@@ -154,7 +153,7 @@ def alternate(target: Tensor, start: Cores, metric: Map, config: TTALS) -> tuple
     if len(start) == 1:
         return start, 1, True
     goal = metric(target)
-    total = _dot(target, goal)
+    total = dot(target, goal)
     total = torch.where(total > 0, total, torch.ones_like(total))
     best, least = start, _error(start, target, metric) / total
     cores, sweeps, converged = list(_right_framed(start)), 0, False
@@ -194,22 +193,12 @@ def _improved(cores: Sequence[Tensor], at: int, goal: Tensor, metric: Map, steps
         tensor: Tensor = left @ flat
         return tensor.reshape(batch, *modes)
 
-    x = cores[at]
-    residual = seen(goal) - seen(metric(shown(x)))
-    direction, rho = residual, _dot(residual, residual)
-    enough = _ROUNDING * _dot(goal, goal)
-    for _ in range(steps):
-        if bool((rho <= enough).all()):
-            break
-        image = seen(metric(shown(direction)))
-        curvature = _dot(direction, image)
-        alpha = torch.where(curvature > 0, rho / torch.where(curvature > 0, curvature, 1.0), 0.0)
-        x = x + _each(alpha) * direction
-        residual = residual - _each(alpha) * image
-        new = _dot(residual, residual)
-        beta = torch.where(rho > 0, new / torch.where(rho > 0, rho, 1.0), 0.0)
-        direction, rho = residual + _each(beta) * direction, new
-    return x
+    def normal(core: Tensor) -> Tensor:
+        return seen(metric(shown(core)))
+
+    enough = _ROUNDING * dot(goal, goal)
+    found, _ = conjugate_gradients(normal, seen(goal), cores[at], steps=steps, enough=enough)
+    return found
 
 
 def _before(cores: Sequence[Tensor], batch: int, like: Tensor) -> Tensor:
@@ -241,13 +230,4 @@ def _right_framed(cores: Cores) -> Cores:
 
 def _error(cores: Cores, target: Tensor, metric: Map) -> Tensor:
     missed = target - trains.tt_to_dense(cores)
-    return _dot(missed, metric(missed))
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = (a * b).flatten(1).sum(-1)
-    return product
-
-
-def _each(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
+    return dot(missed, metric(missed))

@@ -22,6 +22,7 @@ from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.records import LayerSpec
 from tenfold.tensors import gram, leading_eigenvectors
+from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 
 @dataclass(frozen=True)
@@ -249,17 +250,5 @@ def _input_step(problem: Weighted, u: Tensor | None, core: Tensor, v: Tensor, st
     def precondition(x: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(x, lower_c).mT, lower_r).mT
 
-    x, residual = v, right - normal(v)
-    direction = z = precondition(residual)
-    rho = (residual * z).sum((1, 2))
-    for _ in range(steps):
-        image = normal(direction)
-        curvature = (direction * image).sum((1, 2))
-        alpha = torch.where(curvature > 0, rho / torch.where(curvature > 0, curvature, torch.ones_like(rho)), 0.0)
-        x = x + alpha[:, None, None] * direction
-        residual = residual - alpha[:, None, None] * image
-        z = precondition(residual)
-        new = (residual * z).sum((1, 2))
-        beta = torch.where(rho > 0, new / torch.where(rho > 0, rho, torch.ones_like(rho)), 0.0)
-        direction, rho = z + beta[:, None, None] * direction, new
-    return x
+    found, _ = conjugate_gradients(normal, right, v, steps=steps, precondition=precondition)
+    return found

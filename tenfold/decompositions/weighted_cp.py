@@ -21,6 +21,7 @@ from tenfold.decompositions.weighted import InDoubles
 from tenfold.formats import Factorization, Kruskal, Rank
 from tenfold.records import LayerSpec
 from tenfold.tensors import khatri_rao, kruskal
+from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 
 @DECOMPOSITIONS.register("weighted_cp")
@@ -147,20 +148,8 @@ class _Weighted:
             return x if lower_n is None else torch.cholesky_solve(x, lower_n)
 
         right = self._collect((self._product.mT @ self.factors[0]), mode)
-        x = self.factors[mode]
-        residual = right - normal(x)
-        direction = z = precondition(residual)
-        rho = (residual * z).sum((1, 2))
-        for _ in range(steps):
-            image = normal(direction)
-            curvature = (direction * image).sum((1, 2))
-            step = torch.where(curvature > 0, rho / torch.where(curvature > 0, curvature, 1.0), 0.0)[:, None, None]
-            x, residual = x + step * direction, residual - step * image
-            z = precondition(residual)
-            new = (residual * z).sum((1, 2))
-            turn = torch.where(rho > 0, new / torch.where(rho > 0, rho, 1.0), 0.0)[:, None, None]
-            direction, rho = z + turn * direction, new
-        self.factors[mode] = x
+        found, _ = conjugate_gradients(normal, right, self.factors[mode], steps=steps, precondition=precondition)
+        self.factors[mode] = found
 
     def _spread(self, x: Tensor, mode: int) -> Tensor:
         """Return Z with ``x`` in the place of one factor."""
