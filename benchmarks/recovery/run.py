@@ -4,8 +4,8 @@
 
 Weights are ``FOLDER/NETWORK.safetensors``. A row of several seeds is several runs, ``ROW/SEED``. A run that was killed
 goes on after its last complete epoch, from ``--work``; runs that are in the result already are not repeated. Writes
-``benchmarks/results/CONFIG.json`` and ``.md`` after each run, and the checkpoint of a row that names one to
-``benchmarks/checkpoints``.
+``benchmarks/results/CONFIG.json`` and ``.md`` after each run, and the checkpoint of a row that names one (of
+its first seed) to ``benchmarks/checkpoints``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Row:
         scores |= {**found.scores, "tuned": self.task.evaluate(found.model)}
         print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
         after = profile(found.model, self.task.example_inputs())
-        if found.plan is not None and self.config.get("checkpoint"):
+        if found.plan is not None and self.config.get("checkpoint") and self.seed == self.config["seeds"][0]:
             record = RunRecord(
                 seed=self.seed,
                 before=measurement(self.cost, score=scores["dense"]),
@@ -169,7 +169,8 @@ class Row:
         teachers = [self.dense(name) for name in taught["teachers"]]
         views, about = taught["views"], f"cifar10 train, batches of {config.batch_size}, seed 0"
         answers = StoredAnswers(teachers, batches, self.work.parent / "answers", views=views, about=about)
-        return answers, Distillation(None, share=taught["share"], temperature=taught["temperature"])
+        # seeds share the answers; each begins at another view
+        return lambda epoch: answers(epoch + self.seed), Distillation(None, share=taught["share"], temperature=taught["temperature"])
 
     def report(self, epoch: EpochRecord) -> None:
         """Say that an epoch is complete."""
