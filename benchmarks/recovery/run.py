@@ -169,8 +169,8 @@ class Row:
         teachers = [self.dense(name) for name in taught["teachers"]]
         views, about = taught["views"], f"cifar10 train, batches of {config.batch_size}, seed 0"
         answers = StoredAnswers(teachers, batches, self.work.parent / "answers", views=views, about=about)
-        # seeds share the answers; each begins at another view
-        return lambda epoch: answers(epoch + self.seed), Distillation(None, share=taught["share"], temperature=taught["temperature"])
+        loss = Distillation(None, share=taught["share"], temperature=taught["temperature"])
+        return lambda epoch: answers(epoch + self.seed), loss  # seeds share the answers; each begins at another view
 
     def report(self, epoch: EpochRecord) -> None:
         """Say that an epoch is complete."""
