@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.curves.run import METHODS, RESULTS, TITLES
 
-LOOKS = dict(zip(METHODS, (("#999999", "s"), ("#E69F00", "^"), ("#0072B2", "D"), ("#D55E00", "o")), strict=True))
+COLOURS, MARKERS = ("#999999", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), "s^DovP"
+LOOKS = dict(zip(METHODS, zip(COLOURS, MARKERS, strict=True), strict=True))
 
 
 def main() -> None:
@@ -40,7 +41,9 @@ def draw(result: dict[str, Any]) -> Figure:
         for method, (colour, marker) in LOOKS.items():
             rows = [row for row in result["rows"] if row["network"] == name and row["method"] == method]
             points = sorted((100 * row["macs"], 100 * row["top1"]) for row in rows)
-            x, y = [p[0] for p in points], [p[1] for p in points]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
             panel.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.6, label=TITLES[method])
         panel.set_title(f"ResNet-{name.removeprefix('resnet')}, CIFAR-10", fontsize=11)
         panel.set_xlabel("MACs left (%)")

@@ -31,13 +31,15 @@ from tenfold.tasks import load_task
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-METHODS = ("weight-only", "data-aware", "global", "sequential")
+METHODS = ("weight-only", "data-aware", "global", "sequential", "cp", "any")
 TITLES = {
     "dense": "dense",
     "weight-only": "weight-only",
     "data-aware": "data-aware",
     "global": "data-aware + global budget",
     "sequential": "data-aware + global budget + sequential",
+    "cp": "data-aware + global budget + sequential, cp3 alone",
+    "any": "data-aware + global budget + sequential, cp3 too",
 }
 HEAD = """\
 # Accuracy at a share of the MACs, without fine-tuning
@@ -51,6 +53,8 @@ labels.
 * *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted damage. {global}.
 * *sequential*: the same plan, each layer fitted to the dense layer's output given what now enters it; batch norm keeps
   its statistics but for the shift of the means.
+* *cp3*: a 1×1, a depthwise 3×3 and a 1×1 stage, planned and fitted likewise. Not among the default formats: depthwise
+  stages are slow on many CPUs, and only a measured clock can tell where they pay.
 
 How the first three fit layers and treat batch norm was chosen on one row (ResNet-20 at 50 %) and held-out training
 images, for each of them alone: `curves_pilot.json`. There, re-estimated batch norm takes the global plan from 95.8 % to
@@ -148,7 +152,7 @@ class Network:
         return make_plan(
             self.model,
             self.profile,
-            rule=rule_from("global" if method in ("global", "sequential") else "ratio"),
+            rule=rule_from("ratio" if method in ("weight-only", "data-aware") else "global"),
             formats=self.config["methods"][method]["formats"],
             budget={"macs": share},
             moments=None if method == "weight-only" else self.moments,
@@ -158,7 +162,7 @@ class Network:
 
     def apply(self, method: str, plan: Plan) -> nn.Module:
         """Return the model that a method makes of a plan, with the batch norms that belong to it."""
-        if method == "sequential":
+        if "fit" not in self.config["methods"][method]:
             minded = {path: own.output for path, own in self.moments.items() if own.output is not None}
             return apply_in_order(self.model, plan, self.batches, outputs=minded, seed=self.seed)
         how = self.config["methods"][method]
