@@ -194,7 +194,7 @@ def decompose(
         metric: moments of the layer's inputs. An algorithm that does not know the data ignores them, but the fit tells
             its output error all the same.
         start: factors of the weight in this format at any rank, from which algorithms go on that depend on where they
-            start (CP); others find the same without.
+            start (CP); others find the same without, and those that know the data begin by themselves.
 
     Raises:
         RankError: a rank outside of what the weight allows.
@@ -319,7 +319,8 @@ def _fit_metric(
             turned = (inverse.to(last.dtype) @ last.flatten(2)).view_as(last)
             value = kind.from_chain(spec, rank, (*first, turned))
     else:
-        factors, top = algorithm.fit(weight, spec, kind, rank), scale
+        begun = None if problem.start is None else problem.start.to(weight).scaled(1 / (scale or 1.0))
+        factors, top = algorithm.fit_from(begun, weight, spec, kind, rank), scale
         value = kind(spec, **factors.tensors)
     value = value.scaled(top).to(problem.weight.dtype)
     refuse_overflow(value, problem.weight)

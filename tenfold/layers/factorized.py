@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from tenfold.tensors.kruskal import Stability
 class FitSummary:
     """How well the factors of a layer met its weight: ‖W − Ŵ‖/‖W‖, sweeps used, and what the algorithm said.
 
-    ``stability`` tells how far the terms cancel, of formats whose factors can diverge.
+    ``stability`` tells how far the terms cancel, of formats whose factors can diverge; ``algorithm`` has name and settings
+    of what found them.
     """
 
     rel_error: float
@@ -28,6 +29,7 @@ class FitSummary:
     converged: bool = True
     note: str = ""
     stability: Stability | None = None
+    algorithm: Mapping[str, Any] | None = None
 
 
 class FactorizedLayer(nn.Module):

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from tenfold.decompositions import Decomposition, Fit, Moments, decompose, default_algorithm, recompress
-from tenfold.errors import PlanError
 from tenfold.formats import Rank
-from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
+from tenfold.layers import FactorizedLayer
 from tenfold.surgery import find, put, reestimate_batchnorm_
+from tenfold.surgery.replacement import geometry, layer_of, metric_for
 
 
 def substitute(
@@ -41,13 +41,8 @@ def substitute(
         RankError: a rank outside of what the layer allows.
     """
     algorithm = algorithm or default_algorithm(format, seed, aware=metric is not None)
-    fit = _fit(module, format, rank, algorithm, metric)
-    bias: torch.Tensor | None = getattr(module, "bias", None)
-    if bias is not None and fit.bias_shift is not None:
-        bias = bias.detach() + fit.bias_shift.to(bias)
-    layer = FactorizedLayer.of(fit.value, bias, requires_grad=(False, False))
-    layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
-    return layer
+    fit = _fit(module, format, rank, algorithm, metric_for(module, metric))
+    return layer_of(fit, module, algorithm).requires_grad_(requires_grad=False)
 
 
 @contextmanager
@@ -100,8 +95,5 @@ def _fit(module: nn.Module, format: str, rank: Rank, algorithm: Decomposition, m
     with torch.no_grad():
         if isinstance(module, FactorizedLayer):
             return recompress(module.factorization(), format, rank, algorithm, metric=metric)
-        spec, reason = describe(module)
-        if spec is None:
-            msg = f"the layer cannot be factorized: {reason}"
-            raise PlanError(msg)
-        return decompose(dense_weight(module), format, rank, algorithm, spec=spec, metric=metric)
+        spec, weight = geometry(module)
+        return decompose(weight, format, rank, algorithm, spec=spec, metric=metric)

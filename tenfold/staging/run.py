@@ -71,7 +71,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
         example_inputs: what its forward takes; costs are those of one forward on them.
         schedule: in how many stages, and how far in each.
         data: unlabeled batches as the forward takes them. Without, weights alone decide.
-        use_data: see ``compress``; batch norm is estimated anew after fits that are not ``sequential``.
+        use_data: see ``compress``; batch norm is estimated anew where the weights alone were fitted (``norms``).
         fit_to: whose outputs the sequential fits of later stages are to meet: those of the ``current`` model, as
             trained last, or those of the ``original`` one. Training moves what layers put out, and the layers after
             them with it: fits to the original tear that apart again.

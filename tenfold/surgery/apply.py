@@ -6,19 +6,19 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenfold.decompositions import Decomposition, Fit, Moments, Problem, decompose_many, default_algorithm, reduce
 from tenfold.decompositions.spreading import fit_pieces, together
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.layers import FactorizedLayer, FitSummary, build, dense_weight, describe
+from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
-from tenfold.profiling.entries import entries
-from tenfold.records import LayerPlan, LayerSpec, Plan
+from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.opening import open_networks_
+from tenfold.surgery.replacement import geometry, layer_of, metric_for, refuse_tied
 
 Progress = Callable[[int, int], None]
 Job = tuple[Problem, Callable[[Fit], Fit]]
@@ -69,9 +69,12 @@ def apply_(
         find(model, layer.path)
     check_pairs(model, plan.folded)
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
-    _refuse_tied(model, wanted)
+    refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress, workers)
-    new = {p.path: _layer(fit, find(model, p.path)) for p, fit in zip(wanted, fits, strict=True)}
+    new = {
+        layer.path: layer_of(fit, find(model, layer.path), problem.algorithm)
+        for layer, fit, (problem, _) in zip(wanted, fits, jobs, strict=True)
+    }
     return fold_pairs_(put(model, new), plan.folded)
 
 
@@ -90,7 +93,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         if layer.format is None:
             continue
         old = find(model, layer.path)
-        spec, weight = _geometry(old, layer.path)
+        spec, weight = geometry(old, layer.path)
         check_format(layer)
         try:
             new[layer.path] = FactorizedLayer.empty(spec, str(layer.format), layer.rank or {}, like=weight)
@@ -118,7 +121,7 @@ def fits_of(model: nn.Module) -> dict[str, FitSummary]:
 
 
 def with_errors(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan with the relative errors of the layers that were factorized, and how stable their factors are."""
+    """Return the plan with what was done: by which algorithm, with which relative error, and how stable factors are."""
     fits = fits_of(model)
     layers = (_told(layer, fits[layer.path]) if layer.action == "factorize" else layer for layer in plan.layers)
     return plan.replace(layers=tuple(layers))
@@ -129,7 +132,7 @@ def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
     reason, _, _ = layer.reason.partition("; sensitivity ")
     if fit.stability is not None:
         reason = f"{reason}; {fit.stability}"
-    return layer.replace(rel_error=fit.rel_error, reason=reason)
+    return layer.replace(rel_error=fit.rel_error, reason=reason, algorithm=fit.algorithm or layer.algorithm)
 
 
 def check_format(layer: LayerPlan) -> None:
@@ -145,7 +148,7 @@ def check_format(layer: LayerPlan) -> None:
 def _job(model: nn.Module, layer: LayerPlan, seed: int, metric: Moments | None) -> Job:
     """Return what to decompose for a layer, and what makes of the fit one of the layer's own weight."""
     module = find(model, layer.path)
-    spec = module.spec if isinstance(module, FactorizedLayer) else _geometry(module, layer.path)[0]
+    spec = module.spec if isinstance(module, FactorizedLayer) else geometry(module, layer.path)[0]
     check_format(layer)
     format, rank = str(layer.format), layer.rank or {}
     try:
@@ -160,30 +163,8 @@ def _job(model: nn.Module, layer: LayerPlan, seed: int, metric: Moments | None) 
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
-    if metric is not None and getattr(module, "bias", None) is None:
-        metric = metric.about_zero()  # nothing could take the shift of the mean
-    return Problem(_geometry(module, layer.path)[1], spec, format, rank, algorithm, metric), lambda fit: fit
-
-
-def _geometry(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor]:
-    """Return geometry and dense weight of a layer that can be factorized."""
-    if isinstance(module, FactorizedLayer):
-        with torch.no_grad():
-            return module.spec, module.weight
-    spec, reason = describe(module)
-    if spec is None:
-        msg = f"layer {path!r} cannot be factorized: {reason}"
-        raise PlanError(msg)
-    return spec, dense_weight(module)
-
-
-def _refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:
-    tied = {entry.path: entry.tied for entry in entries(model) if entry.tied}
-    for layer in wanted:
-        if layer.path in tied:
-            others = ", ".join(tied[layer.path])
-            msg = f"layer {layer.path!r} shares a parameter with {others}: factorizing it would untie them. Keep it."
-            raise PlanError(msg)
+    weight, minded = geometry(module, layer.path)[1], metric_for(module, metric)
+    return Problem(weight, spec, format, rank, algorithm, minded), lambda fit: fit
 
 
 def _decompose(
@@ -209,17 +190,6 @@ def _finish(job: Job, layer: LayerPlan, fit: Fit | None) -> Fit:
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
-
-
-def _layer(fit: Fit, old: nn.Module) -> FactorizedLayer:
-    bias: Tensor | None = getattr(old, "bias", None)
-    if bias is not None and fit.bias_shift is not None:
-        bias = (bias.detach().double() + fit.bias_shift).to(bias.dtype).requires_grad_(bias.requires_grad)
-    weights = [p for n, p in old.named_parameters() if n.endswith("weight")]
-    grads = (any(w.requires_grad for w in weights), bias is not None and bias.requires_grad)
-    layer = FactorizedLayer.of(fit.value, bias, requires_grad=grads)
-    layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note, fit.stability)
-    return layer
 
 
 def _dense(layer: FactorizedLayer) -> nn.Module:

@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError, TenfoldError
-from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
-from tenfold.profiling.entries import entries
+from tenfold.layers import FactorizedLayer, describe
 from tenfold.profiling.inputs import token_mask
 from tenfold.profiling.moments import MomentSums, collect_moments
 from tenfold.profiling.replay import Forward
@@ -24,6 +22,7 @@ from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.opening import with_networks_open
 from tenfold.surgery.repair import branch_of, targets
+from tenfold.surgery.replacement import geometry, layer_of, refuse_tied
 
 Progress = Callable[[int, int], None]
 
@@ -92,12 +91,13 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
-        spec, weight, bias = _dense(find(model, path), path)
+        old: Any = find(model, path)
+        (spec, weight), bias = geometry(old, path), getattr(old, "bias", None)
         branch = branch_of(new, changing, path) if repair else None
         if changing.calls[path] == 1:
             sums = MomentSums(widest, seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
-                target = y if bias is None else y - bias.view(-1, *[1] * spec.axes)
+                target = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
                 drawn = seed * 1_000_003 + done * 1009 + i
                 sums.add(x, spec, target, positions=positions, seed=drawn, mask=token_mask(batches[i]))
             metric = sums.moments(path)
@@ -107,14 +107,18 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
                 new, batches, own, dense=original, positions=positions, seed=seed, widest=widest, forward=forward
             )[path]
         follower = changing.follower(path)
-        norm = None if follower is None else new.get_submodule(follower)
+        norm: Any = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.about_zero()  # nothing could take the shift of the mean
         minded = (outputs or {}).get(path)
         if minded is None and branch is not None:
             minded = branch.importance(spec)
         metric = metric.replace(output=minded)
-        new = _place(new, wanted[path], _fit(weight, spec, wanted[path], metric, ridge, plan.seed), bias, norm)
+        algorithm = _algorithm(wanted[path], metric, ridge, plan.seed)
+        fit = _fit(weight, spec, wanted[path], algorithm, metric)
+        if bias is None and fit.bias_shift is not None and _takes_mean(norm):
+            norm.running_mean.sub_(fit.bias_shift.to(norm.running_mean))
+        new = put(new, {path: layer_of(fit, old, algorithm)})
         if progress is not None:
             progress(done + 1, len(ordered))
     return fold_pairs_(new, plan.folded)
@@ -124,24 +128,9 @@ def _check(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         find(model, layer.path)
     check_pairs(model, plan.folded)
-    tied = {entry.path: entry.tied for entry in entries(model) if entry.tied}
+    refuse_tied(model, plan.factorized)
     for layer in plan.factorized:
         check_format(layer)
-        if layer.path in tied:
-            msg = f"layer {layer.path!r} shares a parameter with {', '.join(tied[layer.path])}: keep it"
-            raise PlanError(msg)
-
-
-def _dense(module: nn.Module, path: str) -> tuple[LayerSpec, Tensor, Tensor | None]:
-    """Return geometry, dense weight and bias of a layer."""
-    spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else describe(module)
-    if spec is None:
-        msg = f"layer {path!r} cannot be fitted to its inputs: {reason}"
-        raise PlanError(msg)
-    found: Any = module
-    bias = getattr(found, "bias", None)
-    with torch.no_grad():
-        return spec, dense_weight(module).detach(), None if bias is None else bias.detach()
 
 
 def _looks_up(module: nn.Module) -> bool:
@@ -154,7 +143,7 @@ def _with_looked_up(
     model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
-    specs = {layer.path: _dense(find(model, layer.path), layer.path)[0] for layer in plan.layers}
+    specs = {layer.path: geometry(find(model, layer.path), layer.path)[0] for layer in plan.layers}
     found = collect_moments(model, batches, specs, forward=forward) if specs else {}
     return apply(model, plan, moments={path: own.replace(output=outputs.get(path)) for path, own in found.items()})
 
@@ -163,16 +152,20 @@ def _takes_mean(norm: nn.Module | None) -> bool:
     return isinstance(norm, BATCH_NORMS) and norm.running_mean is not None
 
 
-def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> Fit:
-    format = str(layer.format)
+def _algorithm(layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> Decomposition:
+    """Return the algorithm of a layer: the one that its plan names, unless another of the format knows the data."""
+    given = Decomposition.from_dict(layer.algorithm) if layer.algorithm else None
+    if not isinstance(given, AwareDecomposition):
+        aware = default_algorithm(str(layer.format), seed, aware=True)
+        if not isinstance(aware, AwareDecomposition):
+            return given or aware
+        given = type(aware)(seed=seed, ridge=ridge)
+    return dataclasses.replace(given, ridge=max(given.ridge, _ridge_of_few(metric)))
+
+
+def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, algorithm: Decomposition, metric: Moments) -> Fit:
     try:
-        given = Decomposition.from_dict(layer.algorithm) if layer.algorithm else None
-        if not isinstance(given, AwareDecomposition):
-            aware = default_algorithm(format, seed, aware=True)
-            given = type(aware)(seed=seed, ridge=ridge) if isinstance(aware, AwareDecomposition) else aware
-        if isinstance(given, AwareDecomposition):
-            given = dataclasses.replace(given, ridge=max(given.ridge, _ridge_of_few(metric)))
-        return decompose(weight, format, layer.rank or {}, given, spec=spec, metric=metric)
+        return decompose(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, metric=metric)
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
@@ -185,17 +178,3 @@ def _ridge_of_few(metric: Moments) -> float:
     them all; on many rows this is below any ridge that is used.
     """
     return _FEW * min(1.0, metric.width / metric.count) ** 2
-
-
-def _place(model: nn.Module, layer: LayerPlan, fit: Fit, bias: Tensor | None, norm: Any) -> nn.Module:
-    """Put the factorized layer in place, and the shift of its mean where it belongs; return the model."""
-    old = find(model, layer.path)
-    shift = fit.bias_shift
-    if bias is not None and shift is not None:
-        bias = (bias.double() + shift).to(bias.dtype)
-    grads = tuple(any(p.requires_grad for n, p in old.named_parameters() if n.endswith(k)) for k in ("weight", "bias"))
-    new = FactorizedLayer.of(fit.value, bias, requires_grad=(grads[0], grads[1]))
-    new.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note, fit.stability)
-    if bias is None and shift is not None and _takes_mean(norm):
-        norm.running_mean.sub_(shift.to(norm.running_mean))
-    return put(model, {layer.path: new})

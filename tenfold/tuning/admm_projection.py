@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS, Factorization
-from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
+from tenfold.layers import dense_weight, describe
 from tenfold.records import Plan
 from tenfold.surgery import find, put
+from tenfold.surgery.replacement import layer_of
 
 
 class Projection(nn.Module, abc.ABC):
@@ -98,14 +98,9 @@ class PlanProjection(Projection):
     def factorize(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model in which the factors of its weights stand for them, found as for an image."""
         problems = [self._problem(i, model, _weight(model, layer.path)) for i, layer in enumerate(self.plan.factorized)]
-        layers: dict[str, nn.Module] = {}
         small = copy.deepcopy(model)
-        for path, fit in zip(self.paths, decompose_many(problems), strict=True):
-            old: Any = find(small, path)
-            trainable = (old.weight.requires_grad, old.bias is not None and old.bias.requires_grad)
-            layers[path] = layer = FactorizedLayer.of(fit.value, old.bias, requires_grad=trainable)
-            layer.fit = FitSummary(fit.rel_error, fit.n_iter, fit.converged, fit.note)
-        return put(small, layers)
+        found = zip(self.paths, problems, decompose_many(problems), strict=True)
+        return put(small, {path: layer_of(fit, find(small, path), own.algorithm) for path, own, fit in found})
 
     def extra_repr(self) -> str:
         """Return the formats."""

@@ -162,6 +162,17 @@ def test_every_format_is_projected_onto(format: str, module: nn.Module) -> None:
     assert small[0].fit.rel_error < 0.1 * start
 
 
+def test_layers_without_a_bias_become_factors() -> None:
+    """An embedding has no attribute of that name; CP factors tell how stable they are."""
+    model = nn.Sequential(nn.Embedding(40, 12))
+    small = Admm(model, planned(model, "0", "low_rank", {"rank": 3}), AdmmConfig()).projection.factorize(model)
+    assert small(torch.tensor([1, 2])).shape == (2, 12)
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, bias=False))
+    small = Admm(model, planned(model, "0", "cp3", {"rank": 6}), AdmmConfig()).projection.factorize(model)
+    assert small[0].bias is None
+    assert small[0].fit.stability is not None
+
+
 def test_penalty_is_the_augmented_lagrangian(trained: nn.Sequential, wanted: Plan) -> None:
     """Value and gradient against NumPy, with multipliers that are not zero."""
     admm = Admm(trained, wanted)

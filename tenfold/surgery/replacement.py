@@ -1,0 +1,70 @@
+"""The layer that takes the place of another: what of the old one it is made from, and how it is made from a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.decompositions import Decomposition, Fit, Moments
+from tenfold.errors import PlanError
+from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
+from tenfold.profiling.entries import entries
+from tenfold.records import LayerPlan, LayerSpec
+
+
+def geometry(module: nn.Module, path: str = "") -> tuple[LayerSpec, Tensor]:
+    """Return geometry and dense weight of a layer that can be factorized; ``path`` is for the error.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    if isinstance(module, FactorizedLayer):
+        with torch.no_grad():
+            return module.spec, dense_weight(module).detach()
+    spec, reason = describe(module)
+    if spec is None:
+        msg = f"{f'layer {path!r}' if path else 'the layer'} cannot be factorized: {reason}"
+        raise PlanError(msg)
+    return spec, dense_weight(module).detach()
+
+
+def metric_for(module: nn.Module, metric: Moments | None) -> Moments | None:
+    """Return the moments by which a layer is fitted: about zero without a bias, as nothing can take a shift then."""
+    return metric if metric is None or getattr(module, "bias", None) is not None else metric.about_zero()
+
+
+def layer_of(fit: Fit, old: nn.Module, algorithm: Decomposition | None = None) -> FactorizedLayer:
+    """Return the factorized layer of a fit: with the bias of the layer that it replaces, and trainable like that.
+
+    Args:
+        fit: of the weight of ``old``; a shift of the mean goes into the bias, if there is one.
+        old: stays as it is.
+        algorithm: what found the factors, to be told by ``fit`` of the layer.
+    """
+    bias: Tensor | None = getattr(old, "bias", None)
+    if bias is not None and fit.bias_shift is not None:
+        bias = (bias.detach().double() + fit.bias_shift).to(bias.dtype).requires_grad_(bias.requires_grad)
+    weights = [p for name, p in old.named_parameters() if name.endswith("weight")]
+    grads = (any(w.requires_grad for w in weights), bias is not None and bias.requires_grad)
+    layer = FactorizedLayer.of(fit.value, bias, requires_grad=grads)
+    layer.fit = FitSummary(
+        fit.rel_error,
+        fit.n_iter,
+        fit.converged,
+        fit.note,
+        fit.stability,
+        None if algorithm is None else algorithm.to_dict(),
+    )
+    return layer
+
+
+def refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:
+    """Raise PlanError if a layer shares a parameter with another: factorizing it would untie them."""
+    tied = {entry.path: entry.tied for entry in entries(model) if entry.tied}
+    for layer in wanted:
+        if layer.path in tied:
+            others = ", ".join(tied[layer.path])
+            msg = f"layer {layer.path!r} shares a parameter with {others}: factorizing it would untie them. Keep it."
+            raise PlanError(msg)
