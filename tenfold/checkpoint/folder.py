@@ -190,6 +190,13 @@ def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if slot.shape != state[name].shape:
             msg = f"{path} was made for another model: {name} is {tuple(state[name].shape)}, not {tuple(slot.shape)}"
             raise CheckpointError(msg)
+    empty = [name for name, b in model.named_buffers() if b.is_meta and name not in slots]
+    if empty:
+        msg = (
+            f"the buffer {empty[0]!r} is not stored (persistent=False) and has no values on the meta device: build the "
+            "model on the CPU"
+        )
+        raise CheckpointError(msg)
     renewed: dict[int, Tensor] = {}
     for name, slot in slots.items():
         if id(slot) not in renewed:

@@ -101,6 +101,12 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            msg = (
+                f"{name} is a {type(tensor).__name__}, and files hold tensors only: make it a buffer, or take "
+                "get_extra_state out of the model"
+            )
+            raise CheckpointError(msg)
         key = (tensor.data_ptr(), tensor.storage_offset(), *tensor.shape, -1, *tensor.stride())
         if tensor.numel() and key in first:
             aliases[name] = first[key]

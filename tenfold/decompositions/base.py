@@ -177,7 +177,7 @@ def decompose(
     weight: Tensor,
     format: str,
     rank: Rank,
-    algorithm: Decomposition | None = None,
+    algorithm: Decomposition | str | None = None,
     *,
     spec: LayerSpec | None = None,
     metric: Moments | None = None,
@@ -189,7 +189,8 @@ def decompose(
         weight: (out, in) or (out, in, *kernel), any floating dtype, on any device.
         format: name of a registered format.
         rank: ranks by name; a name left out stands for full rank.
-        algorithm: the format's default algorithm if None; with a metric, the one that minimises the output error.
+        algorithm: or its name; the format's default algorithm if None; with a metric, the one that minimises the output
+            error.
         spec: geometry of the layer that holds the weight; needed for groups, transposed convolutions and embeddings.
         metric: moments of the layer's inputs. An algorithm that does not know the data ignores them, but the fit tells
             its output error all the same.
@@ -205,8 +206,16 @@ def decompose(
         >>> round(fit.rel_error, 4)
         0.5774
     """
+    if not isinstance(weight, Tensor):
+        msg = f"the weight is a {type(weight).__name__}, not a tensor: pass torch.as_tensor(weight)"
+        raise WeightError(msg)
+    if not isinstance(rank, Mapping):
+        msg = f"ranks go by name, such as {{'{FORMATS.get(format).rank_names[0]}': 8}}, not {rank!r}"
+        raise RankError(msg)
     if spec is None:
         spec = spec_of_weight(weight)
+    if isinstance(algorithm, str):
+        algorithm = DECOMPOSITIONS.get(algorithm)()
     algorithm = algorithm or default_algorithm(format, aware=metric is not None)
     return decompose_many([Problem(weight, spec, format, rank, algorithm, metric, start)])[0]
 
@@ -257,6 +266,9 @@ def _prepare(problem: Problem) -> tuple[Tensor, float]:
         msg = f"{problem.algorithm.name()} does not find {problem.format} factors. Use {' or '.join(finders)}."
         raise RankError(msg)
     kind.check_rank(spec, problem.rank)
+    if not weight.is_floating_point():
+        msg = f"the weight has dtype {weight.dtype}: only floating point weights can be factorized"
+        raise WeightError(msg)
     if weight.is_meta:
         msg = "the weight is on the meta device and has no values: load the model first"
         raise WeightError(msg)

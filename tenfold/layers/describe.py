@@ -101,6 +101,17 @@ def _unusual(module: nn.Module, base: type[nn.Module]) -> str:
         return f"the weight of {name} has dtype {weight.dtype}: only floating point weights can be factorized"
     if weight.numel() == 0:
         return f"the weight of {name} is empty"
+    return _altered(module, base)
+
+
+def _altered(module: nn.Module, base: type[nn.Module]) -> str:
+    """Return what a layer has or does that its base does not, or an empty string."""
+    name = type(module).__name__
+    others = [n for n in (*module._parameters, *module._buffers, *module._modules) if n not in ("weight", "bias")]
+    if others:
+        return f"{name} holds {others[0]!r} besides its weight and bias, and factors have no place for it"
+    if "forward" in module.__dict__:
+        return f"the forward of this {name} was replaced by another: put its own back first"
     methods = ("forward", "_conv_forward") if base in _CONVS else ("forward",)
     if any(getattr(type(module), m, None) is not getattr(base, m, None) for m in methods):
         return f"{name} is a {base.__name__} with a forward of its own"

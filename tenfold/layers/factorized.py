@@ -20,8 +20,8 @@ from tenfold.tensors.kruskal import Stability
 class FitSummary:
     """How well the factors of a layer met its weight: ‖W − Ŵ‖/‖W‖, sweeps used, and what the algorithm said.
 
-    ``stability`` tells how far the terms cancel, of formats whose factors can diverge; ``algorithm`` has name and settings
-    of what found them.
+    ``stability`` tells how far the terms cancel, of formats whose factors can diverge. ``algorithm`` has the name and
+    the settings of what found the factors.
     """
 
     rel_error: float
@@ -78,14 +78,19 @@ class FactorizedLayer(nn.Module):
         return cls(value.spec, value.name(), value.rank, stages)
 
     @classmethod
-    def empty(cls, spec: LayerSpec, format: str, rank: Rank, like: Tensor) -> FactorizedLayer:
-        """Return a layer with the right structure, uninitialised, in the dtype and on the device of ``like``."""
+    def empty(
+        cls, spec: LayerSpec, format: str, rank: Rank, like: Tensor, *, requires_grad: tuple[bool, bool] = (True, True)
+    ) -> FactorizedLayer:
+        """Return a layer with the right structure, uninitialised, in the dtype and on the device of ``like``.
+
+        ``requires_grad`` is that of the weights and of the bias.
+        """
         kind = FORMATS.get(format)
         rank = kind.check_rank(spec, rank)
         stages = []
         for stage in kind.structure(spec, rank):
-            weight = nn.Parameter(like.new_empty(stage.weight_shape))
-            bias = nn.Parameter(like.new_empty(stage.out_channels)) if stage.bias else None
+            weight = nn.Parameter(like.new_empty(stage.weight_shape), requires_grad[0])
+            bias = nn.Parameter(like.new_empty(stage.out_channels), requires_grad[1]) if stage.bias else None
             stages.append(build(stage, weight, bias))
         return cls(spec, format, rank, stages)
 

@@ -76,6 +76,14 @@ class Recurrent(nn.Module, abc.ABC):
         """Return the layers of all cells: each cell's inputs first, then its hidden states."""
         return [layer for cell in self.cells for layer in (cell.ih, cell.hh)]
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a weight or bias under torch's own name, such as ``weight_ih_l0``: models ask it for its dtype."""
+        if name.startswith(("weight_", "bias_")) and "cells" in self._modules:
+            for (weight, bias), layer in zip(_names(self), self.matrices(), strict=True):
+                if name == weight or (name == bias and self.bias):
+                    return layer.weight if name == weight else layer.bias
+        return super().__getattr__(name)
+
     def flatten_parameters(self) -> None:
         """Do nothing: there is no one buffer of weights. Models call this of torch's networks."""
 
@@ -248,7 +256,7 @@ def _options(network: Any) -> dict[str, Any]:
     return {name: getattr(network, name) for name in names}
 
 
-def _names(dense: nn.RNNBase) -> Iterator[tuple[str, str]]:
+def _names(dense: nn.RNNBase | Recurrent) -> Iterator[tuple[str, str]]:
     """Yield the names of weight and bias, inputs first and then hidden states, cell by cell."""
     for layer in range(dense.num_layers):
         for end in ("", "_reverse") if dense.bidirectional else ("",):

@@ -94,7 +94,7 @@ def _reason_to_keep(
     pattern = first_match(keep, layer.path, layer.aliases)
     if pattern is not None:
         return f"kept as asked by {pattern!r}"
-    if layer.spec is None or layer.tied or not layer.calls:
+    if layer.spec is None or layer.tied or layer.read or not layer.calls:
         return layer.note or "not called by the forward"
     if layer.path in ends:
         return ends[layer.path]

@@ -128,7 +128,7 @@ def _catching(
     handles = []
     try:
         for path, spec in specs.items():
-            handles.append(model.get_submodule(path).register_forward_hook(leaving(path, spec)))
+            handles.append(model.get_submodule(path).register_forward_hook(leaving(path, spec), prepend=True))
         yield
     finally:
         for handle in handles:

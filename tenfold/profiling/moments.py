@@ -309,7 +309,7 @@ def _watching(
     try:
         for path in specs:
             if dense is not None:
-                handles.append(dense.get_submodule(path).register_forward_hook(leaving(path)))
+                handles.append(dense.get_submodule(path).register_forward_hook(leaving(path), prepend=True))
             handles.append(model.get_submodule(path).register_forward_pre_hook(entering(path), with_kwargs=True))
         yield
     finally:

@@ -14,6 +14,7 @@ from tenfold.profiling.inputs import call_model, input_shapes
 from tenfold.profiling.latency import LayerTime, layer_latency, measure_latency
 from tenfold.profiling.modes import device_of, evaluating, layer_by_layer, same_random_numbers
 from tenfold.profiling.observing import Observation, observing
+from tenfold.profiling.reads import watching_reads
 from tenfold.records import Call, LayerProfile, Profile, chain_macs
 
 NEVER_CALLED = "never called by this forward (its weight may be read by its parent)"
@@ -54,6 +55,7 @@ def profile(
         layer_by_layer(),
         same_random_numbers(device),
         counter,
+        watching_reads(layers) as read,
         observing(layers, lambda: counter.flops) as seen,
     ):
         call_model(model, example_inputs)
@@ -62,7 +64,9 @@ def profile(
     if latency:
         total = measure_latency(model, example_inputs, seconds=seconds, threads=threads)
         times = layer_latency(model, example_inputs, layers, seconds=seconds, threads=threads)
-    profiles = tuple(_layer_profile(layer, seen[layer.path], times.get(layer.path)) for layer in layers)
+    profiles = tuple(
+        _layer_profile(layer, seen[layer.path], times.get(layer.path), read=layer.path in read) for layer in layers
+    )
     return Profile(
         model=type(model).__name__,
         params=sum(layer.params for layer in profiles),
@@ -78,18 +82,19 @@ def profile(
     )
 
 
-def _layer_profile(layer: Entry, seen: Observation, time: LayerTime | None) -> LayerProfile:
+def _layer_profile(layer: Entry, seen: Observation, time: LayerTime | None, *, read: bool) -> LayerProfile:
     factorized = layer.module if isinstance(layer.module, FactorizedLayer) else None
     macs = int(seen.amount) // 2
     return LayerProfile(
         path=layer.path,
         aliases=layer.aliases,
         tied=layer.tied,
+        read=read,
         kind=type(layer.module).__name__,
         spec=layer.spec,
         format=factorized.format if factorized else None,
         rank=dict(factorized.rank) if factorized else None,
-        note="; ".join(_notes(layer, seen, macs)),
+        note="; ".join(_notes(layer, seen, macs, read=read)),
         params=layer.params,
         bytes=layer.bytes,
         macs=macs,
@@ -100,12 +105,14 @@ def _layer_profile(layer: Entry, seen: Observation, time: LayerTime | None) -> L
     )
 
 
-def _notes(layer: Entry, seen: Observation, macs: int) -> list[str]:
+def _notes(layer: Entry, seen: Observation, macs: int, *, read: bool) -> list[str]:
     notes = [layer.reason] if layer.reason else []
     if not seen.calls:
         notes.append(NEVER_CALLED)
     if layer.tied:
         notes.append(f"shares a parameter with {', '.join(layer.tied)}")
+    if read:
+        notes.append("others compute with its weight, for which factors would be multiplied out each time")
     if layer.spec is not None:
         stages = stage_specs(layer.module) if isinstance(layer.module, FactorizedLayer) else (layer.spec,)
         expected = sum(chain_macs(stages, shape) * count for (shape, _), count in seen.calls.items() if shape)

@@ -27,6 +27,9 @@ class Replay:
     What ran before the layer asked for and was not changed since is taken from memory: the outputs of the largest
     modules that end before it. So a model of L layers costs about L times one layer, not L²/2.
 
+    Hooks of a layer stay with it, whatever takes its place: what is seen is what its forward takes and returns, after
+    the hooks that change its inputs and before those that change its output.
+
     The model runs in evaluation mode, and no batch may change what runs in which order. Layers must be asked for in the
     order of ``order``: what lies before must not change any more.
 
@@ -90,7 +93,7 @@ class Replay:
 
         for number in range(len(self._batches)):
             module = self._model.get_submodule(path)
-            yield self._run(path, number, module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            yield self._run(path, number, module.register_forward_pre_hook(enter, with_kwargs=True))
 
     def outputs(self, path: str) -> Iterator[Tensor]:
         """Iterate over the output of the module at ``path``, batch by batch."""
@@ -99,7 +102,8 @@ class Replay:
             raise _Reached(next(tensors_in(output)).detach())
 
         for number in range(len(self._batches)):
-            yield self._run(path, number, self._model.get_submodule(path).register_forward_hook(leave))
+            module = self._model.get_submodule(path)
+            yield self._run(path, number, module.register_forward_hook(leave, prepend=True))
 
     def _run(self, path: str, number: int, handle: Any) -> Tensor:
         try:
@@ -181,7 +185,7 @@ class Replay:
 
         for path, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(entering(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving(path)))
+            handles.append(module.register_forward_hook(leaving(path), prepend=True))
         try:
             with evaluating(self._model), layer_by_layer(), uses:
                 self._forward(self._model, self._batches[0])

@@ -53,7 +53,7 @@ class ResidualReplay(Replay):
             seen["input"] = next(tensors_in((args, kwargs))).detach().clone()  # an operation in place may follow
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen["output"] = next(tensors_in(output)).detach()
+            seen["output"] = next(tensors_in(output)).detach().clone()  # a hook of the layer may change it
 
         def met(shortcut: Tensor) -> None:
             raise _Reached(shortcut.detach())
@@ -62,10 +62,10 @@ class ResidualReplay(Replay):
             watch = UntilAdded(met)
             layer, end = self._model.get_submodule(path), self._model.get_submodule(last)
             with ExitStack() as stack:
-                stack.enter_context(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-                stack.enter_context(layer.register_forward_hook(leave))
+                stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                stack.enter_context(layer.register_forward_hook(leave, prepend=True))
                 stack.enter_context(watch)
-                shortcut = self._run(path, number, end.register_forward_hook(watch.expect))
+                shortcut = self._run(path, number, end.register_forward_hook(watch.expect, prepend=True))
             yield seen["input"], seen["output"], shortcut
 
     def _count(self) -> None:
@@ -81,7 +81,7 @@ class ResidualReplay(Replay):
 
         with ExitStack() as stack:
             for path, module in self._model.named_modules():
-                stack.enter_context(module.register_forward_hook(leaving(path)))
+                stack.enter_context(module.register_forward_hook(leaving(path), prepend=True))
             with evaluating(self._model), layer_by_layer(), uses:
                 self._forward(self._model, self._batches[0])
         for made in uses:

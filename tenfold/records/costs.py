@@ -95,7 +95,8 @@ class LayerProfile(Record):
     ``format`` and ``rank`` that it has now, and the ``spec`` of the dense layer that it stands for.
 
     ``aliases`` are further paths of the same module. ``tied`` are paths of other modules that hold one of its
-    parameters too; that parameter is counted in the first of them only. ``bytes`` are those of parameters and buffers,
+    parameters too; that parameter is counted in the first of them only. ``read`` tells that others compute with its
+    weight. ``bytes`` are those of parameters and buffers,
     ``activation_bytes`` those of all its outputs in one forward. Times are the medians and interquartile ranges of one
     forward's calls together.
     """
@@ -103,6 +104,7 @@ class LayerProfile(Record):
     path: str
     aliases: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
+    read: bool = False
     kind: str
     spec: LayerSpec | None = None
     format: str | None = None

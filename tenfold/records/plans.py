@@ -69,7 +69,7 @@ class Budget(Record):
         if unknown:
             msg = f"a budget names {' or '.join(cls.model_fields)}, not {', '.join(sorted(unknown))}"
             raise BudgetError(msg)
-        bad = {k: v for k, v in values.items() if v is not None and not 0 < v < float("inf")}
+        bad = {k: v for k, v in values.items() if v is not None and not _positive(v)}
         if bad:
             msg = f"a budget must be a positive number, not {bad}: a share of the model up to 1, or an absolute above 1"
             raise BudgetError(msg)
@@ -102,6 +102,10 @@ class Budget(Record):
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         return [(k, v) for k, v in self if v is not None]
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 class LayerPlan(Record):

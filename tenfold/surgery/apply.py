@@ -18,7 +18,7 @@ from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.opening import open_networks_
-from tenfold.surgery.replacement import geometry, layer_of, metric_for, refuse_tied
+from tenfold.surgery.replacement import check_planned, geometry, layer_of, metric_for, refuse_tied, spec_of, trainable
 
 Progress = Callable[[int, int], None]
 Job = tuple[Problem, Callable[[Fit], Fit]]
@@ -94,9 +94,11 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
             continue
         old = find(model, layer.path)
         spec, weight = geometry(old, layer.path)
-        check_format(layer)
+        check_planned(layer, spec)
         try:
-            new[layer.path] = FactorizedLayer.empty(spec, str(layer.format), layer.rank or {}, like=weight)
+            new[layer.path] = FactorizedLayer.empty(
+                spec, str(layer.format), layer.rank or {}, like=weight, requires_grad=trainable(old)
+            )
         except TenfoldError as error:
             msg = f"layer {layer.path!r}: {error}"
             raise PlanError(msg) from error
@@ -135,21 +137,11 @@ def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
     return layer.replace(rel_error=fit.rel_error, reason=reason, algorithm=fit.algorithm or layer.algorithm)
 
 
-def check_format(layer: LayerPlan) -> None:
-    """Raise PlanError if the format of a planned layer does not exist."""
-    if layer.format not in FORMATS.names():
-        try:
-            FORMATS.get(str(layer.format))
-        except TenfoldError as error:
-            msg = f"layer {layer.path!r}: {error}"
-            raise PlanError(msg) from error
-
-
 def _job(model: nn.Module, layer: LayerPlan, seed: int, metric: Moments | None) -> Job:
     """Return what to decompose for a layer, and what makes of the fit one of the layer's own weight."""
     module = find(model, layer.path)
-    spec = module.spec if isinstance(module, FactorizedLayer) else geometry(module, layer.path)[0]
-    check_format(layer)
+    spec = spec_of(module, layer.path)
+    check_planned(layer, spec)
     format, rank = str(layer.format), layer.rank or {}
     try:
         if layer.algorithm is None:

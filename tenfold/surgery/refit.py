@@ -16,13 +16,13 @@ from tenfold.profiling.moments import MomentSums, collect_moments
 from tenfold.profiling.replay import Forward
 from tenfold.profiling.residual import ResidualReplay
 from tenfold.records import LayerPlan, LayerSpec, Plan
-from tenfold.surgery.apply import apply, check_format
+from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fold import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.opening import with_networks_open
 from tenfold.surgery.repair import branch_of, targets
-from tenfold.surgery.replacement import geometry, layer_of, refuse_tied
+from tenfold.surgery.replacement import check_planned, geometry, layer_of, refuse_tied, spec_of
 
 Progress = Callable[[int, int], None]
 
@@ -130,7 +130,7 @@ def _check(model: nn.Module, plan: Plan) -> None:
     check_pairs(model, plan.folded)
     refuse_tied(model, plan.factorized)
     for layer in plan.factorized:
-        check_format(layer)
+        check_planned(layer, spec_of(find(model, layer.path), layer.path))
 
 
 def _looks_up(module: nn.Module) -> bool:
@@ -143,7 +143,7 @@ def _with_looked_up(
     model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
-    specs = {layer.path: geometry(find(model, layer.path), layer.path)[0] for layer in plan.layers}
+    specs = {layer.path: spec_of(find(model, layer.path), layer.path) for layer in plan.layers}
     found = collect_moments(model, batches, specs, forward=forward) if specs else {}
     return apply(model, plan, moments={path: own.replace(output=outputs.get(path)) for path, own in found.items()})
 

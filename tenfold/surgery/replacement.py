@@ -8,26 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.decompositions import Decomposition, Fit, Moments
-from tenfold.errors import PlanError
+from tenfold.errors import PlanError, TenfoldError
+from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
 from tenfold.profiling.entries import entries
 from tenfold.records import LayerPlan, LayerSpec
 
 
-def geometry(module: nn.Module, path: str = "") -> tuple[LayerSpec, Tensor]:
-    """Return geometry and dense weight of a layer that can be factorized; ``path`` is for the error.
+def spec_of(module: nn.Module, path: str = "") -> LayerSpec:
+    """Return the geometry of a layer that can be factorized; ``path`` is for the error.
 
     Raises:
         PlanError: it cannot.
     """
-    if isinstance(module, FactorizedLayer):
-        with torch.no_grad():
-            return module.spec, dense_weight(module).detach()
-    spec, reason = describe(module)
+    spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else describe(module)
     if spec is None:
         msg = f"{f'layer {path!r}' if path else 'the layer'} cannot be factorized: {reason}"
         raise PlanError(msg)
-    return spec, dense_weight(module).detach()
+    return spec
+
+
+def geometry(module: nn.Module, path: str = "") -> tuple[LayerSpec, Tensor]:
+    """Return geometry and dense weight of a layer that can be factorized; see ``spec_of``."""
+    spec = spec_of(module, path)
+    with torch.no_grad():
+        return spec, dense_weight(module)
 
 
 def metric_for(module: nn.Module, metric: Moments | None) -> Moments | None:
@@ -46,9 +51,7 @@ def layer_of(fit: Fit, old: nn.Module, algorithm: Decomposition | None = None) -
     bias: Tensor | None = getattr(old, "bias", None)
     if bias is not None and fit.bias_shift is not None:
         bias = (bias.detach().double() + fit.bias_shift).to(bias.dtype).requires_grad_(bias.requires_grad)
-    weights = [p for name, p in old.named_parameters() if name.endswith("weight")]
-    grads = (any(w.requires_grad for w in weights), bias is not None and bias.requires_grad)
-    layer = FactorizedLayer.of(fit.value, bias, requires_grad=grads)
+    layer = FactorizedLayer.of(fit.value, bias, requires_grad=trainable(old))
     layer.fit = FitSummary(
         fit.rel_error,
         fit.n_iter,
@@ -58,6 +61,25 @@ def layer_of(fit: Fit, old: nn.Module, algorithm: Decomposition | None = None) -
         None if algorithm is None else algorithm.to_dict(),
     )
     return layer
+
+
+def trainable(layer: nn.Module) -> tuple[bool, bool]:
+    """Return whether the weights and the bias of a layer are trained."""
+    named = list(layer.named_parameters())
+    weight, bias = (any(p.requires_grad for name, p in named if name.endswith(end)) for end in ("weight", "bias"))
+    return weight, bias
+
+
+def check_planned(layer: LayerPlan, spec: LayerSpec) -> None:
+    """Raise PlanError if a plan names a format that does not exist, or was made for a layer of another geometry."""
+    if layer.kind and layer.kind != str(spec):
+        msg = f"layer {layer.path!r} is {layer.kind} in the plan and {spec} in the model: another model's plan"
+        raise PlanError(msg)
+    try:
+        FORMATS.get(str(layer.format))
+    except TenfoldError as error:
+        msg = f"layer {layer.path!r}: {error}"
+        raise PlanError(msg) from error
 
 
 def refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:

@@ -130,6 +130,49 @@ def test_frozen_stays_frozen_as_in_the_skeleton(tmp_path: Path) -> None:
     loaded(torch.randn(2, 16)).sum().backward()
 
 
+def test_factorized_layers_are_trained_as_those_of_the_skeleton(tmp_path: Path) -> None:
+    made, plan = small(dense(), torch.randn(3, 16))
+    path = save(made, plan, tmp_path / "out")
+    skeleton = dense()
+    skeleton[2].requires_grad_(requires_grad=False)
+    loaded, _ = load(skeleton, path)
+    trained = {layer.path: [p.requires_grad for p in loaded[int(layer.path)].parameters()] for layer in plan.factorized}
+    assert all(all(found) == (path != "2") == any(found) for path, found in trained.items())
+    assert "2" in trained
+
+
+def test_values_that_are_stored_nowhere_are_missed(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = dense()
+            self.register_buffer("scale", torch.arange(8.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inside(x) * self.scale
+
+    made, plan = small(Scaled(), torch.randn(3, 16))
+    path = save(made, plan, tmp_path / "out")
+    with torch.device("meta"):
+        skeleton = Scaled()
+    with pytest.raises(CheckpointError, match="'scale' is not stored"):
+        load(skeleton, path)
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    class Extra(nn.Sequential):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    made, plan = small(Extra(*dense()), torch.randn(3, 16))
+    with pytest.raises(CheckpointError, match="_extra_state is a dict"):
+        save(made, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_planned_again(tmp_path: Path) -> None:
     x = torch.randn(3, 16)
     made, _ = small(dense(), x)

@@ -141,9 +141,24 @@ def test_what_cannot_be_decomposed_is_refused_in_words():
         decompose(torch.randn(0, 5), "low_rank", {})
     with pytest.raises(WeightError, match="meta device"):
         decompose(weight.to("meta"), "low_rank", {"rank": 2})
+    for wrong in (weight.to(torch.cfloat), torch.randint(0, 5, (4, 4))):
+        with pytest.raises(WeightError, match="only floating point weights"):
+            decompose(wrong, "low_rank", {"rank": 2})
+    with pytest.raises(WeightError, match="is a list, not a tensor"):
+        decompose([[1.0, 2.0], [3.0, 4.0]], "low_rank", {"rank": 1})
+    with pytest.raises(RankError, match="ranks go by name, such as"):
+        decompose(weight, "low_rank", 2)
     weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(WeightError, match="1 NaN or infinite entries of 432: repair the model or keep this layer"):
         decompose(weight, "low_rank", {"rank": 2})
+
+
+def test_algorithms_go_by_name_too():
+    weight = torch.randn(8, 6, 3, 3)
+    by_name, given = (decompose(weight, "tucker2", {"out": 3, "in": 3}, a) for a in ("hosvd", HOSVD()))
+    assert torch.equal(by_name.value.to_dense(), given.value.to_dense())
+    with pytest.raises(UnknownNameError, match="hosvd"):
+        decompose(weight, "tucker2", {"out": 3, "in": 3}, "hosdv")
 
 
 def test_algorithms_are_their_own_configuration():

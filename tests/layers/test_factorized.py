@@ -121,6 +121,19 @@ class OnlyRenamed(nn.Linear):
     pass
 
 
+class Gained(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(sizes[1]))
+
+
+def wrapped() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    own = layer.forward
+    layer.forward = lambda x: own(x) * 10
+    return layer
+
+
 class Quiet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -134,6 +147,8 @@ class Quiet(nn.Module):
         (Quiet(), "Quiet is not a layer that tenfold factorizes"),
         (nn.BatchNorm2d(3), "BatchNorm2d is not a layer that tenfold factorizes"),
         (OwnForward(4, 4), "OwnForward is a Linear with a forward of its own"),
+        (Gained(4, 4), "Gained holds 'gain' besides its weight and bias"),
+        (wrapped(), "forward of this Linear was replaced by another"),
         (parametrizations.orthogonal(nn.Linear(4, 4)), "parametrized: remove the parametrization first"),
         (nn.LazyLinear(4), "lazy and has not seen an input yet"),
         (nn.Linear(4, 4).to(torch.complex64), "has dtype torch.complex64: only floating point weights"),

@@ -87,6 +87,12 @@ def test_budgets_that_cannot_be_read(text):
         Budget.parse(text)
 
 
+@pytest.mark.parametrize("value", ["0.5", True, [0.5]])
+def test_budgets_are_numbers(value):
+    with pytest.raises(BudgetError, match="must be a positive number"):
+        Budget.of({"params": value})
+
+
 def test_a_layer_to_factorize_needs_a_format_and_a_rank():
     common = {"path": "a", "kind": "Linear", "reason": "x", "before": Cost(), "after": Cost()}
     assert LayerPlan(action="keep", **common).format is None

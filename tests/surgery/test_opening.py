@@ -68,6 +68,17 @@ def test_an_open_network_costs_what_the_closed_one_does(tagger: Tagger) -> None:
     assert profile(with_networks_open(tagger), IDS).cost == profile(tagger, IDS).cost
 
 
+def test_weights_answer_to_the_names_of_torch(tagger: Tagger) -> None:
+    """Models ask a weight of theirs for its dtype, or copy it."""
+    opened = with_networks_open(tagger, ["rnn", "top"])
+    for path in ("rnn", "top"):
+        network = opened.get_submodule(path)
+        for name, weight in tagger.get_submodule(path).named_parameters():
+            assert torch.equal(getattr(network, name), weight)
+        with pytest.raises(AttributeError, match="weight_ih_l7"):
+            _ = network.weight_ih_l7
+
+
 def test_what_cannot_be_opened_stays(tagger: Tagger) -> None:
     tagger.rnn = nn.LSTM(16, 24, batch_first=True, proj_size=12)
     tagger.top = nn.utils.parametrizations.weight_norm(tagger.top, "weight_hh_l0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from tenfold.layers import FactorizedLayer
 from tenfold.planning.substituting import substitute
 from tenfold.profiling.moments import collect_moments
 from tenfold.records import Cost, LayerPlan, Plan
-from tenfold.surgery import apply, apply_in_order, with_errors
+from tenfold.surgery import apply, apply_in_order, restructure_, with_errors
 from tenfold.surgery.replacement import geometry
 
 
@@ -82,3 +84,43 @@ def test_a_layer_that_nothing_serves_is_named() -> None:
         geometry(nn.ReLU())
     with pytest.raises(PlanError, match=r"layer 'a\.b' cannot"):
         geometry(nn.ReLU(), "a.b")
+
+
+def test_a_plan_for_another_layer_is_refused(model: nn.Sequential, batches: list[torch.Tensor]) -> None:
+    plan = planned("low_rank", {"rank": 3})
+    plan = plan.replace(layers=(plan.layers[0].replace(kind="Conv2d 6→8 5×5"),))
+    for carry_out in (apply, restructure_, lambda m, p: apply_in_order(m, p, batches)):
+        with pytest.raises(PlanError, match="another model's plan"):
+            carry_out(model, plan)
+
+
+def test_the_structure_is_trained_as_the_layer_was(model: nn.Sequential) -> None:
+    model[0] = nn.Conv2d(6, 8, 3)
+    model[0].weight.requires_grad_(requires_grad=False)
+    layer = restructure_(model, planned("low_rank", {"rank": 3}))[0]
+    assert {name.rpartition(".")[2]: p.requires_grad for name, p in layer.named_parameters()} == {
+        "weight": False,
+        "bias": True,
+    }
+
+
+def hooked() -> nn.Sequential:
+    """Return a network whose first layer has hooks that change what it takes and what it returns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    model[0].register_forward_pre_hook(lambda _, args: (args[0] * 0.5 + 1.0,))
+    model[0].register_forward_hook(lambda _, __, out: out * 3)
+    return model
+
+
+def test_hooks_are_no_part_of_what_is_fitted() -> None:
+    model = hooked()
+    batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    full = planned("low_rank", {"rank": 16})
+    with torch.no_grad():
+        same = apply_in_order(model, full, batches)(batches[0])
+        torch.testing.assert_close(same, model(batches[0]), rtol=1e-2, atol=1e-2)
+        moments = collect_moments(model, batches, {"0": geometry(model[0])[0]}, dense=copy.deepcopy(model))
+        torch.testing.assert_close(
+            apply(model, full, moments=moments)(batches[0]), model(batches[0]), rtol=1e-2, atol=1e-2
+        )
