@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import runpy
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def test_the_site_leads_to_every_page() -> None:
     assert nav() == there
     listed = re.findall(r"\]\((\w+\.md)\)", (DOCS / "methods" / "index.md").read_text(encoding="utf-8"))
     assert sorted(listed) == [page.name for page in METHODS]
+
+
+def test_the_first_page_names_every_extra_and_every_page() -> None:
+    text = (DOCS / "index.md").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert set(extras) == {name for row in rows for name in re.findall(r"`(\w+)`", row) if name in extras}
+    pages = {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+    assert {page for page in pages if f"]({page})" not in text} == set()
 
 
 def test_the_first_tutorial_is_the_newcomers_example() -> None:
