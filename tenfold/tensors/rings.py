@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tenfold.errors import RankError
 from tenfold.tensors.algebra import truncated_svd
+from tenfold.tensors.trains import tt_balance
 
 Cores = tuple[Tensor, ...]
 
@@ -122,10 +123,7 @@ def tr_rotate(cores: Cores, by: int) -> Cores:
 
 def tr_balance(cores: Cores) -> Cores:
     """Return the same ring with cores of equal norms, which gradients and weight decay then treat alike."""
-    sizes = torch.stack([torch.linalg.vector_norm(core, dim=(-3, -2, -1)) for core in cores])
-    safe = torch.where(sizes > 0, sizes, torch.ones_like(sizes))
-    common = safe.log().mean(0).exp()
-    return tuple(core * (common / size)[..., None, None, None] for core, size in zip(cores, safe, strict=True))
+    return tt_balance(cores)
 
 
 def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

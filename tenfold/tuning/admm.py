@@ -231,10 +231,6 @@ class Admm(nn.Module):
         """Return the absolute strength ρ of each layer, as the penalty takes it."""
         return self._rhos() / self.norms
 
-    @property
-    def _range(self) -> range:
-        return range(len(self.paths))
-
     def _z(self, i: int) -> Tensor:
         return self.get_buffer(f"z{i}")
 

@@ -13,14 +13,14 @@ from tenfold.formats import FORMATS
 from tenfold.formats.train import TrainFormat
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan as make_plan
-from tenfold.ranks import RankRule
-from tenfold.ranks.base import Choice, Choose, Keep, Limits, RankProblem
+from tenfold.ranks import Choice, Choose
 from tenfold.records import Plan, Profile
 from tenfold.tuning.batches import Batches
 from tenfold.tuning.bayesian_config import BayesianConfig
 from tenfold.tuning.bayesian_ranks import BayesianRanks
 from tenfold.tuning.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.tuning.finetune import finetune
+from tenfold.tuning.found_ranks import FoundRanks
 from tenfold.tuning.loop import Loss
 from tenfold.tuning.losses import cross_entropy
 
@@ -138,22 +138,13 @@ def ranks_plan(model: nn.Module, dense: nn.Module, profile: Profile, **choices: 
         if isinstance(layer, FactorizedLayer) and issubclass(FORMATS.get(layer.format), TrainFormat)
     }
     formats = tuple(dict.fromkeys(choice.format for choice in found.values() if isinstance(choice, Choose)))
-    return make_plan(dense, profile, rule=_Found(found), formats=formats, **choices)
-
-
-@dataclass(frozen=True)
-class _Found(RankRule):
-    """Ranks that training found, by path."""
-
-    ranks: dict[str, Choice]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "bayesian"}
-
-    def select(self, problems: Any, limits: Limits | None = None) -> tuple[Choice, ...]:
-        del limits
-        every: list[RankProblem] = list(problems)
-        return tuple(self.ranks.get(p.path, Keep("the prior is on tensor trains only")) for p in every)
+    return make_plan(
+        dense,
+        profile,
+        rule=FoundRanks("bayesian", found, "the prior is on tensor trains only"),
+        formats=formats,
+        **choices,
+    )
 
 
 class _Run(nn.Module):

@@ -26,6 +26,7 @@ from tenfold.tuning.admm_projection import PlanProjection, Projection
 from tenfold.tuning.admm_training import LowRankResult, folders, replace_and_tune, train_towards
 from tenfold.tuning.batches import Batches
 from tenfold.tuning.config import TuneConfig
+from tenfold.tuning.found_ranks import FoundRanks
 
 CostName = Literal["params", "macs"]
 _OPEN = "its rank is to be learned"
@@ -45,7 +46,7 @@ class PenalizedRank(RankRule):
         cost_weight: λ, in units of the loss for the whole model; without it limits are needed.
         cost: what C counts, without limits; with them, C adds up what they name.
         strengths: ρ by path; 1 where left out.
-        whole: cost of the model by name, of which C is a share.
+        whole: cost of the model by name, of which C is a share; that of the layers to decide on if left out.
     """
 
     cost_weight: float | None = None
@@ -65,7 +66,8 @@ class PenalizedRank(RankRule):
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return the best rank of each layer at the configured λ, or at the smallest that respects the limits."""
         names: list[CostName] = [n for n in ("params", "macs") if n in limits] if limits else [self.cost]
-        options = [_Options.of(p, names, self.whole, self.strengths.get(p.path, 1.0)) for p in problems]
+        whole = self.whole or {name: sum(getattr(p.cost, name) for p in problems) for name in names}
+        options = [_Options.of(p, names, whole, self.strengths.get(p.path, 1.0)) for p in problems]
         if not limits:
             if self.cost_weight is None:
                 msg = "learned ranks need a price of cost or a budget: give cost_weight, or a budget such as macs=0.5"
@@ -206,7 +208,7 @@ class LearnedRanks(Projection):
             raise PlanError(msg)
         self.profile, self.formats, self.options = profile, tuple(formats), choices
         self.cost_weight, self.cost = cost_weight, cost
-        opened = make_plan(model, profile, rule=_Given({}, _OPEN), formats=self.formats, **choices)
+        opened = make_plan(model, profile, rule=FoundRanks("lc", {}, _OPEN), formats=self.formats, **choices)
         self._paths = tuple(layer.path for layer in opened.layers if layer.reason == _OPEN)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         # Number of the format and rank; -1 for layers that stay dense.
@@ -247,27 +249,12 @@ class LearnedRanks(Projection):
         for path, (number, rank) in zip(self._paths, self.chosen.tolist(), strict=True):
             note = f"rank learned at {self.budget}" if self.budget else f"rank learned at a price of {self.cost_weight}"
             chosen[path] = Keep(_STAYS) if number < 0 else Choose(self.formats[number], {"rank": rank}, note)
-        made = self._make(model, _Given(chosen, _STAYS))
+        made = self._make(model, FoundRanks("lc", chosen, _STAYS))
         return made.replace(rule=PenalizedRank(self.cost_weight, self.cost).to_dict())
 
     def _make(self, model: nn.Module, rule: RankRule) -> Plan:
         budget = self.budget or None
         return make_plan(model, self.profile, rule=rule, formats=self.formats, budget=budget, **self.options)
-
-
-@dataclass(frozen=True)
-class _Given(RankRule):
-    """Choices that were made already, by path; all other layers are kept for a reason."""
-
-    choices: Mapping[str, Choice]
-    otherwise: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "lc"}
-
-    def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
-        del limits  # respected by whoever made the choices
-        return tuple(self.choices.get(p.path, Keep(self.otherwise)) for p in problems)
 
 
 def train_lc(  # noqa: PLR0913 - two trainings and a search in one call
