@@ -101,7 +101,11 @@ def _reason_to_keep(
     refusals = {name: FORMATS.get(name).refuses(layer.spec) for name in formats}
     if all(refusals.values()):
         return "; ".join(dict.fromkeys(str(r) for r in refusals.values())) or "no format is allowed"
-    if not torch.isfinite(_weight(model, layer.path)).all():
+    weight = _weight(model, layer.path)
+    if weight.is_meta:
+        msg = f"the weight of layer {layer.path!r} is on the meta device and has no values: load the model first"
+        raise PlanError(msg)
+    if not torch.isfinite(weight).all():
         return "the weight has NaN or infinite entries: repair the model first"
     return ""
 

@@ -322,9 +322,10 @@ def _warn_if_few(found: Mapping[str, Moments]) -> None:
     if few:
         path, worst = max(few.items(), key=lambda item: item[1].width / item[1].count)
         more = -(-worst.width // worst.count)
+        layers = f"{len(few)} layer{'s' * (len(few) > 1)}"
         msg = (
-            f"{len(few)} layers saw fewer rows than their patches are wide; layer {path!r} saw {worst.count} and needs "
-            f"at least {worst.width}, better ten times that. Give {more} to {10 * more} times as many calibration "
-            "samples, or take more positions of each."
+            f"{layers} saw fewer rows than patches are wide; layer {path!r} saw {worst.count} and needs at least "
+            f"{worst.width}, better ten times that. Give {more} to {10 * more} times as many calibration samples, or "
+            "take more positions of each."
         )
         warnings.warn(msg, CalibrationWarning, stacklevel=3)

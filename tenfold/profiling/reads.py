@@ -19,10 +19,11 @@ from tenfold.profiling.inputs import tensors_in
 def watching_reads(layers: Sequence[Entry]) -> Iterator[set[str]]:
     """Yield the paths of the layers whose weight something else computes with while the context is open.
 
-    Questions for dtype, device or shape do not count, nor do empty tensors made like a weight. Layers that run no hooks
-    and those that are factorized already are not watched.
+    Questions for dtype, device or shape do not count, nor do tensors made like a weight. Not watched are layers that
+    share a weight, which all of them compute with, and those that are factorized already.
     """
-    watched = [entry for entry in layers if entry.spec is not None and not isinstance(entry.module, FactorizedLayer)]
+    known = [entry for entry in layers if entry.spec is not None and not entry.tied]
+    watched = [entry for entry in known if not isinstance(entry.module, FactorizedLayer)]
     reads = _Reads({id(p): entry.path for entry in watched for p in entry.module.parameters(recurse=False)})
     with ExitStack() as stack:
         for entry in watched:

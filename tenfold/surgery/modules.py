@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from tenfold.errors import PlanError
@@ -25,8 +26,11 @@ def find(model: nn.Module, path: str) -> nn.Module:
     """Return the module at a dotted path.
 
     Raises:
-        PlanError: there is none; the message names the nearest paths.
+        PlanError: there is none, and the message names the nearest paths; or the model is scripted.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        msg = "the layers of a scripted or traced model cannot be replaced: compress the model itself, then script it"
+        raise PlanError(msg)
     try:
         return model.get_submodule(path)
     except AttributeError as error:

@@ -245,6 +245,18 @@ def test_what_was_said_of_a_layer_goes_when_it_is_edited(zoo):
     assert "edited" in kept.reason
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_without_values_or_without_modules_of_their_own_are_refused():
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    x = torch.randn(2, 32)
+    with pytest.raises(PlanError, match="layer '0' is on the meta device and has no values"):
+        plan(empty, profile(empty, x.to("meta")), rule=rule_from("ratio", share=0.5), keep_ends=False)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
+    with pytest.raises(PlanError, match="scripted or traced model"):
+        plan(scripted, profile(scripted, x), rule=rule_from("ratio", share=0.5), keep_ends=False)
+
+
 def test_the_plan_of_another_model_is_refused():
     def pair(width: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(16, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3))

@@ -48,6 +48,14 @@ def test_questions_are_no_reads(how: str) -> None:
     assert not any(layer.read for layer in profile(Reader(how), IDS).layers)
 
 
+def test_shared_weights_are_told_as_shared() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    found = profile(model, torch.zeros(1, 8))
+    assert not any(layer.read for layer in found.layers)
+    assert all("shares a parameter" in layer.note for layer in found.layers)
+
+
 def test_hooks_are_gone_afterwards() -> None:
     model = Reader("logits")
     profile(model, IDS)
