@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from tenfold.decompositions import Decomposition, Moments, decompose, default_al
 from tenfold.errors import DataError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank, join_groups
 from tenfold.parallel import Workers
-from tenfold.ranks.base import RULES, Choice, Limits, OneKnobRule, RankProblem, first_saving
+from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_saving
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import LayerSpec
@@ -57,6 +57,8 @@ class ErrorBound(OneKnobRule):
     jobs: int = field(default=1, compare=False)
     progress: Progress | None = field(default=None, repr=False, compare=False)
 
+    numbers: ClassVar[tuple[str, ...]] = ("rel_error",)
+
     def __post_init__(self) -> None:
         """Refuse bounds that mean nothing."""
         if self.rel_error is not None and not 0 < self.rel_error < 1:
@@ -90,10 +92,9 @@ class ErrorBound(OneKnobRule):
 
         return first_saving(problem, smallest, f"expected relative error at most {bound:.3f}")
 
-    def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
-        """Return for each layer the smallest rank that was fitted within the bound, or what meets the limits."""
-        if limits or self.rel_error is None:
-            return super().select(problems, limits)
+    def as_configured(self, problems: Sequence[RankProblem], knob: float) -> tuple[Choice, ...]:
+        """Return for each layer the smallest rank that was fitted within the bound."""
+        del knob
         table = _Table.open(self.table)
         found: list[dict[str, Rank | None]] = []
         searches = [_Search.of(problem, self, table) for problem in problems]
