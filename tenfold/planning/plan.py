@@ -62,7 +62,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         timing: how long the model and its layers take, for a budget of latency.
         reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
         memory: what earlier plans for the same weights computed of them (spectra), to be used and added to.
-        workers: who computes what the rule weighs, layer by layer; this process if None.
+        workers: who computes what the rule weighs or searches, layer by layer; this process if None.
         seed: of every algorithm that draws random numbers.
 
     Raises:
@@ -83,11 +83,12 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     undecided = [layer for layer in profile.layers if not kept[layer.path]]
     problems = problems_of(model, undecided, formats, moments=moments, damages=damages, memory=memory)
     if workers is not None and damages is None and rule.by_damage:
-        compute_ahead(problems, moments, workers)
+        compute_ahead(problems, moments, workers, step=getattr(rule, "step", None))
     if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
-    found = rule.select(problems, _limits(profile, problems, budget, timing))
+    decides = rule if workers is None else rule.with_workers(workers)
+    found = decides.select(problems, _limits(profile, problems, budget, timing))
     if not rule.by_name:  # ranks that somebody asked for stay
         found = tuple(without_idle_stages(p, c) for p, c in zip(problems, found, strict=True))
     choices |= {problem.path: choice for problem, choice in zip(problems, found, strict=True)}
