@@ -17,6 +17,7 @@ from tenfold.decompositions import Moments
 from tenfold.decompositions.curves import error_curve
 from tenfold.errors import BudgetError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank
+from tenfold.parallel import Workers
 from tenfold.records import Call, Cost, LayerSpec
 from tenfold.registry import Registry
 from tenfold.tensors import singular_values
@@ -132,6 +133,11 @@ class RankRule(abc.ABC):
 
     by_name: ClassVar[bool] = False
     by_damage: ClassVar[bool] = False
+
+    def with_workers(self, workers: Workers) -> Self:
+        """Return the rule with who does what it computes layer by layer; itself where it does no such work."""
+        del workers
+        return self
 
     @abc.abstractmethod
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
