@@ -23,6 +23,7 @@ from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
 from tenfold.surgery import opened_networks
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
+_SAID = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
 
 
 def plan(  # noqa: PLR0913 - the one verb that decides everything
@@ -119,7 +120,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
 def recost(plan: Plan, profile: Profile) -> Plan:
     """Return the plan with its costs computed anew, after its ranks or actions were edited by hand.
 
-    Layers whose parameters are others than the plan says were edited: what was measured or predicted of them goes.
+    What was measured or predicted of layers that were edited goes: those whose fingerprint is not that of what is to be
+    done, or whose parameters are others than the plan says.
 
     Raises:
         PlanError: the plan has a layer that the profile does not have, or has with another geometry, or one that its
@@ -138,7 +140,9 @@ def recost(plan: Plan, profile: Profile) -> Plan:
             after = _cost_planned(layer, known)
         else:  # in the format that the layer has, whatever was planned before somebody decided to keep it
             layer = layer.replace(format=known.format, rank=known.rank, algorithm=None)
-        layers.append(_relabeled(layer, after).replace(before=known.cost, after=after))
+        if planned.edited or after.params != layer.after.params:
+            layer = layer.replace(**_SAID, reason="edited after it was planned")
+        layers.append(layer.replace(before=known.cost, after=after, fingerprint=None))
     after = _total(profile, layers)
     # An edit may have left the budget behind: then the plan no longer claims it.
     limits = {
@@ -164,14 +168,6 @@ def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
     return problem.cost_at(str(layer.format), layer.rank or {})
-
-
-def _relabeled(layer: LayerPlan, after: Cost) -> LayerPlan:
-    """Return a layer without what was said of it before somebody edited it; as it is if nobody did."""
-    if after.params == layer.after.params:
-        return layer
-    gone = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
-    return layer.replace(reason="edited after it was planned", **gone)
 
 
 def _total(profile: Profile, layers: Sequence[LayerPlan]) -> Cost:
