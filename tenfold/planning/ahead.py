@@ -44,9 +44,10 @@ def compute_ahead(
 def _piece(problem: RankProblem, format: str, moments: Moments | None) -> Piece:
     """Return the problem in one format with nothing but its own weight."""
     weight = problem.load_weight().detach().clone()
-    gone = dict.fromkeys(("latency_at", "latency_ms", "damage_at", "metric"))
-    alone = dataclasses.replace(problem, formats=(format,), load_weight=lambda: weight, _cache={}, **gone)
-    return alone, format, moments
+    alone = dataclasses.replace(
+        problem, load_weight=lambda: weight, latency_at=None, latency_ms=None, damage_at=None, metric=None, _cache={}
+    )
+    return dataclasses.replace(alone, formats=(format,)), format, moments
 
 
 def _compute(step: int | None, piece: Piece) -> Any:
@@ -61,7 +62,7 @@ def _compute(step: int | None, piece: Piece) -> Any:
 def _memory(problem: RankProblem, moments: Mapping[str, Moments] | None) -> dict[Any, Any]:
     """Return where a problem remembers what is asked of it."""
     cache = problem._cache  # noqa: SLF001 - the memory of a problem is for those who plan
-    return cache if moments is None else cache.setdefault(damage_key(moments[problem.path]), {})  # type: ignore[no-any-return]
+    return cache if moments is None else cache.setdefault(damage_key(moments[problem.path]), {})
 
 
 def _key(format: str, moments: Mapping[str, Moments] | None) -> Any:
