@@ -264,7 +264,3 @@ def test_a_number_holds_beside_a_budget_or_is_refused():
         with pytest.raises(BudgetError, match=words):
             rule.select(layers, {"macs": cost - 1})
         assert total_cost(layers, rule.without_number().select(layers, {"macs": cost - 1})).macs < cost
-
-
-def test_a_rule_with_a_number_obeys_the_law_of_budgets():
-    RULE_LAWS["budget"](Ratio(share=0.5))
