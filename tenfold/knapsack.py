@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -341,21 +342,29 @@ def _branch_and_bound(
     return options.repaired(values.argmax(1)), proven
 
 
+# The descriptor belongs to the whole process: a thread that took over while another has it would keep the nowhere.
+_STDOUT = threading.Lock()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Send what HiGHS itself writes to stdout nowhere: some of its lines heed no option, and stdout is for results."""
-    try:
-        own = os.dup(1)
-    except OSError:  # there is no stdout
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(own, 1)
-        os.close(own)
+    """Send what HiGHS itself writes to stdout nowhere: some of its lines heed no option, and stdout is for results.
+
+    One thread at a time, for as long as it solves.
+    """
+    with _STDOUT:
+        try:
+            own = os.dup(1)
+        except OSError:  # there is no stdout
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device
+                os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            os.dup2(own, 1)
+            os.close(own)
 
 
 def _not_together(names: Sequence[str]) -> str:

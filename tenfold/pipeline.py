@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
-from tenfold.errors import PlanError, TenfoldWarning
+from tenfold.errors import DataError, PlanError, TenfoldWarning
 from tenfold.parallel import Workers
 from tenfold.planning import (
     DEFAULT_FORMATS,
@@ -43,6 +43,7 @@ from tenfold.profiling import (
 from tenfold.profiling.steps import Observe, Steps
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
+from tenfold.registry import check_choice
 from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
@@ -150,6 +151,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         observe: called with the name of each step as it begins.
 
     Raises:
+        DataError: the data hold no batch.
+        UnknownNameError: data are to be used in a way that does not exist.
         TenfoldError: see ``profile``, ``plan`` and ``apply``; the model is untouched in every case.
 
     Example:
@@ -159,6 +162,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         >>> small.record.before.macs, small.record.after.macs
         (8192, 4096)
     """
+    check_use_data(use_data)
     steps = Steps(observe)
     inputs = example_inputs if latency_inputs is None else latency_inputs
     device = device_of(model, example_inputs)
@@ -170,8 +174,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     moments = None
     if data is not None:
         with steps("calibrate"):
-            batches = [to_device(batch, device) for batch in data]
-            if batches and use_data != "norms":
+            batches = gathered(data, device)
+            if use_data != "norms":
                 moments = calibrate(source, batches, called_layers(before), seed=seed)
     with steps("plan"):
         fast = found = None
@@ -266,6 +270,27 @@ def decide(
         **choices,
     )
     return recost(fast.plan, before).replace(budget={k: v for k, v in budget if v is not None}), fast
+
+
+def check_use_data(use_data: str) -> None:
+    """Raise UnknownNameError unless data can be used like this; see ``compress``."""
+    check_choice("use_data", use_data, get_args(UseData))
+
+
+def gathered(data: Iterable[Any], device: torch.device) -> list[Any]:
+    """Return all batches of the data, on a device.
+
+    Raises:
+        DataError: there is none.
+    """
+    batches = [to_device(batch, device) for batch in data]
+    if not batches:
+        msg = (
+            "the data hold no batch. A generator that was gone through before yields nothing: pass a list, or a new "
+            "generator; or leave data out, and the weights alone decide."
+        )
+        raise DataError(msg)
+    return batches
 
 
 def replace_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import scipy.optimize
 
 from tenfold.errors import BudgetError
-from tenfold.knapsack import pareto, solve
+from tenfold.knapsack import _quiet, pareto, solve
 from tests.ranks.oracles import brute_force, dp_alloc, lagrange_alloc
 
 Instance = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]
@@ -218,3 +219,22 @@ def test_the_solver_keeps_quiet_on_stdout(monkeypatch: pytest.MonkeyPatch, capfd
     os.write(1, b"heard\n")
     assert calls
     assert capfd.readouterr().out == "heard\n"
+
+
+def test_threads_that_solve_at_once_leave_stdout_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with _quiet():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=second)
+    with _quiet():
+        thread.start()
+        assert not inside.wait(0.1)  # else it would keep the nowhere of the first one for the stdout to put back
+    assert inside.wait(10)
+    leave.set()
+    thread.join()
+    os.write(1, b"result")
+    assert capfd.readouterr().out == "result"

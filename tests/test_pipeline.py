@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tenfold.checkpoint import load
-from tenfold.errors import BudgetError, PlanError, TenfoldError
+from tenfold.errors import BudgetError, DataError, PlanError, TenfoldError, UnknownNameError
 from tenfold.pipeline import compress
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
@@ -178,3 +178,18 @@ def test_summary_shows_numbers_and_reasons() -> None:
     assert "87.50 %" in text
     assert "BatchNorm2d" in text
     assert "tucker2 out=" in text
+
+
+@pytest.mark.parametrize("use_data", ["sequential", "layers", "norms"])
+def test_data_without_a_batch_are_refused(use_data) -> None:
+    spent = iter(DATA)
+    list(spent)
+    for data in ([], spent):
+        with pytest.raises(DataError, match=r"hold no batch.*leave data out"):
+            compress(network(), X, budget={"macs": 0.5}, data=data, use_data=use_data, latency=False)
+
+
+def test_a_misspelt_use_of_data_is_refused() -> None:
+    words = r"use_data='sequental' must be sequential, layers or norms\. Did you mean sequential\?"
+    with pytest.raises(UnknownNameError, match=words):
+        compress(network(), X, budget={"macs": 0.5}, data=DATA, use_data="sequental", latency=False)

@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks.latency.run import decay_
 from benchmarks.zoo import build
+from tenfold.parallel import Workers
 from tenfold.planning import plan
 from tenfold.profiling import environment, profile
 from tenfold.ranks import rule_from
@@ -53,13 +54,13 @@ def main() -> None:
             rel_error=config["rel_error"],
             seed=config["seed"],
             table=Path(folder) / "table.json",
-            jobs=config["jobs"],
             progress=progress,
         )
-        made = plan(subject.model, before, rule=rule, formats=[config["format"]])
+        workers = Workers(config["jobs"])
+        made = plan(subject.model, before, rule=rule, formats=[config["format"]], workers=workers)
         seconds, cpu = time.perf_counter() - begun, cpu_seconds()
         begun = time.perf_counter()
-        again = plan(subject.model, before, rule=rule, formats=[config["format"]])
+        again = plan(subject.model, before, rule=rule, formats=[config["format"]], workers=workers)
         second = time.perf_counter() - begun
     small = apply(subject.model, made)
     result: dict[str, Any] = {

@@ -71,12 +71,16 @@ def open_networks(decide: Decide, opened: Opened) -> Opened:
 
 
 def with_data(choices: dict[str, Any], opened: Opened, profile: Profile, data: Data, seed: int) -> dict[str, Any]:
-    """Return the choices with what unlabeled data say of the layers, if the rule weighs that and knows nothing else."""
+    """Return the choices with what unlabeled data say of the layers, as ``compress`` finds it, whatever the rule.
+
+    A rule may choose by it, and the algorithms in the plan follow from it. Only where a table stands for what the data
+    say of the damage are they not looked at.
+    """
     from tenfold.cli.recovering import calibration
     from tenfold.profiling import calibrate, called_layers
 
     batches = calibration(opened, data, seed)
-    if batches is None or not choices["rule"].by_damage or data.use_data == "norms" or "damages" in choices:
+    if batches is None or data.use_data == "norms" or "damages" in choices:
         return choices
     return choices | {"moments": calibrate(opened.model, list(batches), called_layers(profile), seed=seed)}
 

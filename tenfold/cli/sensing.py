@@ -148,7 +148,11 @@ def draw_tradeoff(
     """Write the trade-off curve of the rule with the plan marked, and return the files written."""
     from tenfold.planning import plan as make_plan
     from tenfold.planning import tradeoff
+    from tenfold.ranks import OneKnobRule
     from tenfold.reporting.plots import plot_tradeoff
+
+    if isinstance(rule := choices["rule"], OneKnobRule):
+        choices = {**choices, "rule": rule.without_number()}
 
     budget = next((name for name in plan.budget if name != "latency"), "macs")
     with bar(terminal, "budgets") as advance:

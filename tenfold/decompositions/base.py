@@ -163,14 +163,10 @@ class Problem:
 
 
 def default_algorithm(format: str, seed: int = 0, *, aware: bool = False) -> Decomposition:
-    """Return the algorithm that a format names as its default, or the first that knows the data if ``aware``."""
+    """Return the algorithm that a format names as its default; if ``aware``, as that which knows the data, if any."""
     kind = FORMATS.get(format)
-    if aware:
-        for name in DECOMPOSITIONS.names():
-            found = DECOMPOSITIONS.get(name)
-            if issubclass(found, AwareDecomposition) and found.serves(kind):
-                return found(seed=seed)
-    return DECOMPOSITIONS.get(kind.default_algorithm)(seed=seed)
+    name = (aware and kind.aware_algorithm) or kind.default_algorithm
+    return DECOMPOSITIONS.get(name)(seed=seed)
 
 
 def decompose(

@@ -265,13 +265,14 @@ def between(
 
 @dataclass(frozen=True, eq=False)
 class _FittedCurve:
-    """Any format: a fit with its own algorithm at every rank."""
+    """Any format: a fit with its own algorithm at every rank, made once."""
 
     weight: Tensor
     spec: LayerSpec
     format: type[Factorization]
     moments: Moments
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the algorithm, where they are not its defaults
+    _known: dict[tuple[int, ...], NDArray[np.float64]] = field(default_factory=dict, repr=False)
 
     def __call__(self, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         names = self.format.rank_names
@@ -284,6 +285,12 @@ class _FittedCurve:
         return np.concatenate([self._at(row) for row in rows])
 
     def _at(self, rank: Rank) -> NDArray[np.float64]:
+        key = tuple(rank[name] for name in self.format.rank_names)
+        if key not in self._known:
+            self._known[key] = self._fitted(rank)
+        return self._known[key]
+
+    def _fitted(self, rank: Rank) -> NDArray[np.float64]:
         name = self.format.name()
         algorithm = Decomposition.from_dict(default_algorithm(name, aware=True).to_dict() | dict(self.settings))
         fit = decompose(join_groups(self.weight, self.spec), name, rank, algorithm, spec=self.spec, metric=self.moments)

@@ -68,12 +68,16 @@ class Factorization(abc.ABC):
     ``tails_bound`` tells whether a rank can always be met with an error of at most what the unfoldings drop, as
     truncated SVDs meet it. Where it cannot (sums of rank-one tensors, for which a best approximation need not exist),
     the tails are a lower bound only, and what an algorithm finds depends on where it starts.
+
+    ``default_algorithm`` names what finds its factors, ``aware_algorithm`` what does where the moments of the layer's
+    inputs are known; None where that is the same.
     """
 
     spec: LayerSpec
 
     rank_names: ClassVar[tuple[str, ...]]
     default_algorithm: ClassVar[str]
+    aware_algorithm: ClassVar[str | None] = None
     tails_bound: ClassVar[bool] = True
 
     @classmethod

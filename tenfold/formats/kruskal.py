@@ -29,6 +29,7 @@ class Kruskal(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("rank",)
     default_algorithm: ClassVar[str] = "cp_als"
+    aware_algorithm: ClassVar[str | None] = "weighted_cp"
     tails_bound: ClassVar[bool] = False
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ class LowRank(MatrixFormat):
     W reshaped to (out, in·kernel) ≈ ``left`` @ ``right`` (papers: SVD scheme 1, "channel decomposition";
     Zhang et al. 2015, arXiv 1505.06798). Parameters R·(in·K + out).
     """
+
+    aware_algorithm: ClassVar[str | None] = "whitened_svd"
 
     left: Tensor  # (groups, out/groups, R)
     right: Tensor  # (groups, R, in/groups, *kernel)

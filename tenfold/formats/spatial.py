@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ class Spatial(MatrixFormat):
     W[o, i, a, b] ≈ Σ_r ``second``[o, r, b] · ``first``[r, i, a] (papers: SVD scheme 2; Jaderberg et al. 2014,
     arXiv 1405.3866). Parameters R·(in·k1 + out·k2). For 3-D kernels the second convolution is 1×k2×k3.
     """
+
+    aware_algorithm: ClassVar[str | None] = "weighted_als"
 
     first: Tensor  # (groups, R, in/groups, k1)
     second: Tensor  # (groups, out/groups, R, k2, ...)

@@ -29,6 +29,7 @@ class TrainFormat(Factorization):
     """
 
     default_algorithm: ClassVar[str] = "tt_svd"
+    aware_algorithm: ClassVar[str | None] = "tt_als"
     splits_inputs: ClassVar[bool] = True  # into modes whose product is their number
 
     def __init__(self, spec: LayerSpec, **cores: Tensor) -> None:

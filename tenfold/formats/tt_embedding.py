@@ -26,6 +26,7 @@ class TTEmbeddingFormat(TrainFormat):
 
     rank_names: ClassVar[tuple[str, ...]] = ("r1", "r2")
     order: ClassVar[int] = 3
+    aware_algorithm: ClassVar[str | None] = None
     splits_inputs: ClassVar[bool] = False  # row modes may be padded
 
     def __init__(self, spec: LayerSpec, *, padding: Tensor | None = None, **cores: Tensor) -> None:

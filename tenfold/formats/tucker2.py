@@ -29,6 +29,7 @@ class Tucker2(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("out", "in")
     default_algorithm: ClassVar[str] = "hooi"
+    aware_algorithm: ClassVar[str | None] = "weighted_als"
 
     @classmethod
     def refuses(cls, spec: LayerSpec) -> str | None:

@@ -1,4 +1,4 @@
-"""What rules are going to ask of the layers - spectra, curves of the damage - computed ahead, layer by layer."""
+"""What rules are going to ask of the layers - spectra, fits, curves of the damage - computed ahead, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,60 +11,62 @@ from tenfold.formats import FORMATS
 from tenfold.parallel import Workers
 from tenfold.planning.damage import Curve, damage_key, layer_curve
 from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import grids
+from tenfold.ranks.candidates import grids, tail_damage
 
 Piece = tuple[RankProblem, str, Moments | None]
 
 
-def compute_ahead(problems: Sequence[RankProblem], moments: Mapping[str, Moments] | None, workers: Workers) -> None:
+def compute_ahead(
+    problems: Sequence[RankProblem],
+    moments: Mapping[str, Moments] | None,
+    workers: Workers,
+    *,
+    step: int | None = None,
+) -> None:
     """Let workers compute what a rule that weighs damages asks of the problems, and keep it in these.
 
     A rule finds the same numbers whether or not this was called: it only need not wait for them.
 
     Args:
         problems: the layers to decide on, with weights on the CPU.
-        moments: of the inputs of all of them: then it is the curves of ``with_damage``, else the spectra.
+        moments: of the inputs of all of them: then it is the curves of ``with_damage``, else that of ``tail_damage``.
         workers: who computes; nothing is done ahead if that is this process.
+        step: of the grid of ranks that the rule asks for.
     """
     if workers.here:
         return
-    known = [(p, format) for p in problems for format in p.formats if format not in _kept(p, moments)]
-    pieces = (_piece(p, format, None if moments is None else moments[p.path]) for p, format in known)
-    for (problem, format), found in zip(known, workers.map(_compute, None, pieces), strict=True):
-        _keep(problem, format, moments, found)
+    new = [(p, format) for p in problems for format in p.formats if _key(format, moments) not in _memory(p, moments)]
+    pieces = (_piece(p, format, None if moments is None else moments[p.path]) for p, format in new)
+    for (problem, format), found in zip(new, workers.map(_compute, step, pieces), strict=True):
+        _memory(problem, moments)[_key(format, moments)] = found
 
 
 def _piece(problem: RankProblem, format: str, moments: Moments | None) -> Piece:
-    """Return the problem with nothing but its own weight."""
+    """Return the problem in one format with nothing but its own weight."""
     weight = problem.load_weight().detach().clone()
     alone = dataclasses.replace(
         problem, load_weight=lambda: weight, latency_at=None, latency_ms=None, damage_at=None, metric=None, _cache={}
     )
-    return alone, format, moments
+    return dataclasses.replace(alone, formats=(format,)), format, moments
 
 
-def _compute(shared: None, piece: Piece) -> Any:
-    del shared
+def _compute(step: int | None, piece: Piece) -> Any:
     problem, format, moments = piece
-    if moments is None:
-        return problem.spectra(format)
-    curve: Curve = layer_curve(problem, format, moments)
-    for grid in grids(dataclasses.replace(problem, formats=(format,))):
+    curve: Curve = tail_damage(problem, format) if moments is None else layer_curve(problem, format, moments)
+    for grid in grids(problem, step=step):
         if len(grid):
             curve(grid.ranks)  # which keeps what it has computed
-    return curve
+    return curve if moments is not None else _memory(problem, None)[_key(format, None)]
 
 
-def _kept(problem: RankProblem, moments: Mapping[str, Moments] | None) -> Any:
-    """Return what is known of a problem already, by format."""
+def _memory(problem: RankProblem, moments: Mapping[str, Moments] | None) -> dict[Any, Any]:
+    """Return where a problem remembers what is asked of it."""
     cache = problem._cache  # noqa: SLF001 - the memory of a problem is for those who plan
+    return cache if moments is None else cache.setdefault(damage_key(moments[problem.path]), {})
+
+
+def _key(format: str, moments: Mapping[str, Moments] | None) -> Any:
+    """Return under which key it does so: that of curves, or without moments of what ``tail_damage`` goes by."""
     if moments is not None:
-        return cache.setdefault(damage_key(moments[problem.path]), {})
-    return {format for format in FORMATS.names() if ("spectra", format) in cache}
-
-
-def _keep(problem: RankProblem, format: str, moments: Mapping[str, Moments] | None, found: Any) -> None:
-    if moments is None:
-        problem._cache["spectra", format] = found  # noqa: SLF001
-    else:
-        _kept(problem, moments)[format] = found
+        return format
+    return ("spectra" if FORMATS.get(format).tails_bound else "fitted", format)

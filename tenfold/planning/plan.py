@@ -23,6 +23,7 @@ from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
 from tenfold.surgery import opened_networks
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
+_SAID = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
 
 
 def plan(  # noqa: PLR0913 - the one verb that decides everything
@@ -62,7 +63,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         timing: how long the model and its layers take, for a budget of latency.
         reasons: further layers to leave alone, by path, each with the reason that the plan is to show.
         memory: what earlier plans for the same weights computed of them (spectra), to be used and added to.
-        workers: who computes what the rule weighs, layer by layer; this process if None.
+        workers: who computes what the rule weighs or searches, layer by layer; this process if None.
         seed: of every algorithm that draws random numbers.
 
     Raises:
@@ -83,11 +84,12 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
     undecided = [layer for layer in profile.layers if not kept[layer.path]]
     problems = problems_of(model, undecided, formats, moments=moments, damages=damages, memory=memory)
     if workers is not None and damages is None and rule.by_damage:
-        compute_ahead(problems, moments, workers)
+        compute_ahead(problems, moments, workers, step=getattr(rule, "step", None))
     if timing is not None and budget.latency is not None:
         problems = timing.time(problems)
     choices: dict[str, Choice] = {path: Keep(reason) for path, reason in kept.items() if reason}
-    found = rule.select(problems, _limits(profile, problems, budget, timing))
+    decides = rule if workers is None else rule.with_workers(workers)
+    found = decides.select(problems, _limits(profile, problems, budget, timing))
     if not rule.by_name:  # ranks that somebody asked for stay
         found = tuple(without_idle_stages(p, c) for p, c in zip(problems, found, strict=True))
     choices |= {problem.path: choice for problem, choice in zip(problems, found, strict=True)}
@@ -118,7 +120,8 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
 def recost(plan: Plan, profile: Profile) -> Plan:
     """Return the plan with its costs computed anew, after its ranks or actions were edited by hand.
 
-    Layers whose parameters are others than the plan says were edited: what was measured or predicted of them goes.
+    What was measured or predicted of layers that were edited goes: those whose fingerprint is not that of what is to be
+    done, or whose parameters are others than the plan says.
 
     Raises:
         PlanError: the plan has a layer that the profile does not have, or has with another geometry, or one that its
@@ -137,7 +140,9 @@ def recost(plan: Plan, profile: Profile) -> Plan:
             after = _cost_planned(layer, known)
         else:  # in the format that the layer has, whatever was planned before somebody decided to keep it
             layer = layer.replace(format=known.format, rank=known.rank, algorithm=None)
-        layers.append(_relabeled(layer, after).replace(before=known.cost, after=after))
+        if planned.edited or after.params != layer.after.params:
+            layer = layer.replace(**_SAID, reason="edited after it was planned")
+        layers.append(layer.replace(before=known.cost, after=after, fingerprint=None))
     after = _total(profile, layers)
     # An edit may have left the budget behind: then the plan no longer claims it.
     limits = {
@@ -163,14 +168,6 @@ def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error
     return problem.cost_at(str(layer.format), layer.rank or {})
-
-
-def _relabeled(layer: LayerPlan, after: Cost) -> LayerPlan:
-    """Return a layer without what was said of it before somebody edited it; as it is if nobody did."""
-    if after.params == layer.after.params:
-        return layer
-    gone = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
-    return layer.replace(reason="edited after it was planned", **gone)
 
 
 def _total(profile: Profile, layers: Sequence[LayerPlan]) -> Cost:

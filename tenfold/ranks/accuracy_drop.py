@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
-from tenfold.ranks.base import RULES, Choice, Keep, Limits, OneKnobRule, RankProblem, first_saving
+from tenfold.ranks.base import RULES, Choice, Keep, OneKnobRule, RankProblem, first_saving
 
 
 class Scores(Protocol):
@@ -56,6 +56,8 @@ class AccuracyDrop(OneKnobRule):
     step: int = 1
     scores: Scores | None = field(default=None, repr=False, compare=False)
 
+    numbers: ClassVar[tuple[str, ...]] = ("drop",)
+
     def __post_init__(self) -> None:
         if self.drop is not None and not 0 <= self.drop < 1:
             msg = f"drop={self.drop} must be in [0, 1): 0.01 is one percentage point of the score"
@@ -85,12 +87,11 @@ class AccuracyDrop(OneKnobRule):
 
         return first_saving(problem, smallest, f"expected to cost at most {_points(allowed)} alone")
 
-    def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
-        """Return for each layer the smallest rank that is measured to be good enough, or what meets the limits."""
-        if limits or self.drop is None:
-            return super().select(problems, limits)
+    def as_configured(self, problems: Sequence[RankProblem], knob: float) -> tuple[Choice, ...]:
+        """Return for each layer the smallest rank that is measured to be good enough."""
+        del knob
         scores = self._measuring()
-        least = scores.baseline - self.drop - _ROUND
+        least = scores.baseline - (self.drop or 0.0) - _ROUND
         crossed: list[float] = []
         return tuple(self._search(problem, scores, least, crossed) for problem in problems)
 

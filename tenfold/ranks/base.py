@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from tenfold.decompositions import Moments
 from tenfold.decompositions.curves import error_curve
 from tenfold.errors import BudgetError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank
+from tenfold.parallel import Workers
 from tenfold.records import Call, Cost, LayerSpec
 from tenfold.registry import Registry
 from tenfold.tensors import singular_values
@@ -133,6 +134,11 @@ class RankRule(abc.ABC):
     by_name: ClassVar[bool] = False
     by_damage: ClassVar[bool] = False
 
+    def with_workers(self, workers: Workers) -> Self:
+        """Return the rule with who does what it computes layer by layer; itself where it does no such work."""
+        del workers
+        return self
+
     @abc.abstractmethod
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return one choice for each problem.
@@ -213,8 +219,11 @@ def first_saving(problem: RankProblem, ranks: Callable[[str], Rank | None], note
 class OneKnobRule(RankRule):
     """A rule with a single number, the same for all layers, that trades cost for fidelity.
 
-    With limits, the knob is found by bisection: the costs are monotone in it.
+    A number that is given holds, and limits are checked. Without one, the limits set it: it is found by bisection,
+    since the costs are monotone in it. ``numbers`` are the fields that give it, None in all of them for none.
     """
+
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def knob(self) -> float | None:
@@ -224,17 +233,51 @@ class OneKnobRule(RankRule):
     def choose(self, problem: RankProblem, knob: float) -> Choice:
         """Return the choice for one layer; a knob nearer to 1 costs more, in (0, 1]."""
 
+    def as_configured(self, problems: Sequence[RankProblem], knob: float) -> tuple[Choice, ...]:
+        """Return the choices at the configured knob."""
+        return tuple(self.choose(p, knob) for p in problems)
+
+    def without_number(self) -> Self:
+        """Return the rule with nothing but budgets to go by."""
+        return dataclasses.replace(self, **dict.fromkeys(self.numbers))  # type: ignore[type-var]
+
     def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
-        """Return the choices at the configured knob, or at the largest one that respects the limits."""
-        if limits:
-            if within(total_cost(problems, [Keep("")] * len(problems)), limits):
-                return (Keep("the budget is met as it is"),) * len(problems)
-            return self._bisect(problems, limits)
+        """Return the choices at the configured knob, which must respect the limits; without, at the largest that does.
+
+        Raises:
+            BudgetError: the limits cannot be met, or not at the configured knob; or there is neither.
+        """
         knob = self.knob()
         if knob is None:
-            msg = f"the rule {self.name()} needs a number of its own or a budget, such as macs=0.5"
-            raise BudgetError(msg)
-        return tuple(self.choose(p, knob) for p in problems)
+            if not limits:
+                msg = f"the rule {self.name()} needs a number of its own or a budget, such as macs=0.5"
+                raise BudgetError(msg)
+            return self.within_limits(problems, limits)
+        found = self.as_configured(problems, knob)
+        if limits and not within(total := total_cost(problems, found), limits):
+            raise BudgetError(self._over(total, limits))
+        return found
+
+    def within_limits(self, problems: Sequence[RankProblem], limits: Limits) -> tuple[Choice, ...]:
+        """Return the choices at the largest knob that respects the limits."""
+        if within(total_cost(problems, [Keep("")] * len(problems)), limits):
+            return (Keep("the budget is met as it is"),) * len(problems)
+        return self._bisect(problems, limits)
+
+    def _over(self, total: Cost, limits: Limits) -> str:
+        """Return the message for limits that the configured number does not respect."""
+        given = [name for name in self.numbers if getattr(self, name) is not None]
+        shown = " and ".join(f"{name}={getattr(self, name):g}" for name in given) or "its number"
+        over = [
+            f"{name} {_amount(getattr(total, name))} (allowed {_amount(limit)})"
+            for name, limit in limits.items()
+            if getattr(total, name) > limit
+        ]
+        return (
+            f"the rule {self.name()} with {shown} does not meet the budget: the layers that can be factorized keep "
+            f"{', '.join(over)}. Raise the budget, change {' and '.join(given) or 'the number'}, or leave it out: then "
+            "the budget sets it."
+        )
 
     def _bisect(self, problems: Sequence[RankProblem], limits: Limits) -> tuple[Choice, ...]:
         def at(knob: float) -> tuple[Choice, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +30,8 @@ class Energy(OneKnobRule):
 
     rel_error: float | None = None
     energy: float | None = None
+
+    numbers: ClassVar[tuple[str, ...]] = ("rel_error", "energy")
 
     def __post_init__(self) -> None:
         if self.rel_error is not None and self.energy is not None:

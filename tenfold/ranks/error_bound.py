@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ import torch
 from tenfold.decompositions import Decomposition, Moments, decompose, default_algorithm
 from tenfold.errors import DataError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank, join_groups
-from tenfold.parallel import Workers
-from tenfold.ranks.base import RULES, Choice, Limits, OneKnobRule, RankProblem, first_saving
+from tenfold.parallel import Workers, spread
+from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_saving
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import LayerSpec
@@ -45,7 +45,7 @@ class ErrorBound(OneKnobRule):
         sweeps: of each fit, at most. The final fit takes its own, and as a rule comes lower.
         seed: of algorithms that draw random numbers.
         table: JSON file in which errors are kept, layer by layer: a search that was interrupted goes on there.
-        jobs: layers at a time, each in a process of its own where there is more than one.
+        workers: who searches, layer by layer; those that ``plan`` is given take over. This process if None.
         progress: called with (layers done, layers in all).
     """
 
@@ -54,8 +54,10 @@ class ErrorBound(OneKnobRule):
     sweeps: int = 30
     seed: int = 0
     table: str | Path | None = field(default=None, compare=False)
-    jobs: int = field(default=1, compare=False)
+    workers: Workers | None = field(default=None, repr=False, compare=False)
     progress: Progress | None = field(default=None, repr=False, compare=False)
+
+    numbers: ClassVar[tuple[str, ...]] = ("rel_error",)
 
     def __post_init__(self) -> None:
         """Refuse bounds that mean nothing."""
@@ -68,9 +70,13 @@ class ErrorBound(OneKnobRule):
 
     def to_dict(self) -> dict[str, Any]:
         """Return name and configuration as plain values, without where and how the search is run."""
-        skipped = ("table", "jobs", "progress")
+        skipped = ("table", "workers", "progress")
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
         return {"name": self.name(), **plain}
+
+    def with_workers(self, workers: Workers) -> Self:
+        """Return the rule with who searches."""
+        return dataclasses.replace(self, workers=workers)
 
     def knob(self) -> float | None:
         """Return the share of the norm to keep."""
@@ -90,15 +96,13 @@ class ErrorBound(OneKnobRule):
 
         return first_saving(problem, smallest, f"expected relative error at most {bound:.3f}")
 
-    def select(self, problems: Sequence[RankProblem], limits: Limits | None = None) -> tuple[Choice, ...]:
-        """Return for each layer the smallest rank that was fitted within the bound, or what meets the limits."""
-        if limits or self.rel_error is None:
-            return super().select(problems, limits)
+    def as_configured(self, problems: Sequence[RankProblem], knob: float) -> tuple[Choice, ...]:
+        """Return for each layer the smallest rank that was fitted within the bound."""
+        del knob
         table = _Table.open(self.table)
         found: list[dict[str, Rank | None]] = []
         searches = [_Search.of(problem, self, table) for problem in problems]
-        workers = Workers(jobs=min(self.jobs, max(len(searches), 1)))
-        for search, (ranks, errors) in zip(searches, workers.map(_run, None, searches), strict=True):
+        for search, (ranks, errors) in zip(searches, spread(self.workers, _run, None, searches), strict=True):
             found.append(ranks)
             table.add(search, errors)
             if self.progress is not None:
@@ -136,7 +140,7 @@ class _Search:
         formats = problem.formats
         if problem.current is not None and problem.current[0] in formats:
             formats = (problem.current[0],)
-        alone = dataclasses.replace(rule, table=None, progress=None)
+        alone = dataclasses.replace(rule, table=None, workers=None, progress=None)
         digest = _digest(weight, problem.spec, problem.metric)
         keys = {f: _key(digest, f, _algorithm(alone, f, problem.metric)) for f in formats}
         known = {f: dict(table.errors.get(keys[f], {})) for f in formats}

@@ -221,7 +221,8 @@ class EVBMF(OneKnobRule):
             least = total_cost(problems, [self.choose(p, 0.0) for p in problems])
             if not within(least, limits):
                 raise BudgetError(_out_of_range(problems, least, limits))
-        return super().select(problems, limits)
+            return self.within_limits(problems, limits)
+        return super().select(problems)
 
     def extreme(self, problem: RankProblem, format: str) -> Rank:
         """Return the EVBMF rank of each unfolding, 0 where there is only noise."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tenfold.errors import TenfoldError
 from tenfold.formats import Rank
@@ -25,6 +25,8 @@ class Ratio(OneKnobRule):
 
     share: float | None = None
     of: Literal["params", "macs"] = "macs"
+
+    numbers: ClassVar[tuple[str, ...]] = ("share",)
 
     def __post_init__(self) -> None:
         if self.share is not None and not 0 < self.share <= 1:

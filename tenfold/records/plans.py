@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,6 +19,7 @@ PLAN_VERSION = 1
 PLAN_HEADER = """\
 # A tenfold plan: what happens to each layer. Edit ranks or actions by hand and replay it with
 # tenfold.apply(model, plan) or on the command line with --plan FILE. Ranks are numbers of kept components, by name.
+# Fingerprints tell what was edited: leave them as they are.
 """
 
 
@@ -112,7 +115,9 @@ class LayerPlan(Record):
     """What happens to one layer: factorize it, or keep it for a reason.
 
     ``rel_error`` is ‖W − Ŵ‖/‖W‖; None until the layer was decomposed. The latencies are those of the dense layer and
-    of the factorized one, measured in turns, for all calls of one forward; None where nobody measured.
+    of the factorized one, measured in turns, for all calls of one forward; None where nobody measured. The
+    ``fingerprint`` is that of the decision (action, format, rank, algorithm) of which all this was said: a layer whose
+    decision has another one was edited since. Left out, it is that of the decision.
     """
 
     path: str
@@ -129,9 +134,23 @@ class LayerPlan(Record):
     damage: float | None = None
     latency_before_ms: NonNegativeFloat | None = None
     latency_after_ms: NonNegativeFloat | None = None
+    fingerprint: str | None = None
+
+    @property
+    def edited(self) -> bool:
+        """Whether the decision is another one than that of which the reason and the figures were said."""
+        return self.fingerprint != self._decision()
+
+    def _decision(self) -> str:
+        """Return the fingerprint of the decision as it is now."""
+        decision = [self.action, self.format, self.rank, self.algorithm]
+        text = json.dumps(decision, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
     @model_validator(mode="after")
     def _complete(self) -> LayerPlan:
+        if self.fingerprint is None:
+            object.__setattr__(self, "fingerprint", self._decision())  # a record is frozen
         if self.action == "factorize" and (self.format is None or not self.rank):
             msg = f"layer {self.path!r} is to be factorized but has no format or no rank"
             raise ValueError(msg)

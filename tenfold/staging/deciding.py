@@ -204,7 +204,7 @@ class Decider:
 
 
 def _kept(layer: LayerPlan) -> LayerPlan:
-    gone = dict.fromkeys(("format", "rank", "algorithm", "damage", "rel_error"))
+    gone = dict.fromkeys(("format", "rank", "algorithm", "damage", "rel_error", "fingerprint"))
     return layer.replace(**gone, action="keep", reason=_LATER, after=layer.before)
 
 
@@ -250,6 +250,7 @@ def unchanged_plan(whole: Plan, now: Profile) -> Plan:
             action="keep",
             algorithm=None,
             damage=None,
+            fingerprint=None,
             reason="the last stage only trains",
             before=now.layer(layer.path).cost,
             after=now.layer(layer.path).cost,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -17,12 +17,13 @@ from tenfold import __version__
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Decomposition
 from tenfold.parallel import Workers
-from tenfold.pipeline import Compressed, UseData, measurement, replace_layers
+from tenfold.pipeline import Compressed, UseData, check_use_data, gathered, measurement, replace_layers
 from tenfold.planning import analyse
-from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile, to_device
+from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile
 from tenfold.profiling.inputs import arguments, tensors_in
 from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
+from tenfold.registry import check_choice
 from tenfold.staging.deciding import Decider, Step, unchanged_plan, whole_plan
 from tenfold.staging.folder import Run, RunFolder
 from tenfold.staging.schedule import Schedule
@@ -87,6 +88,8 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
 
     Raises:
         TuningError: a schedule that cannot be.
+        DataError: the data hold no batch.
+        UnknownNameError: a ``use_data`` or ``fit_to`` that does not exist.
         BudgetError: the target is out of reach; said before the first stage.
         PlanError: there is nothing to compress.
         CheckpointError: a folder that is not writable, or holds something else, or another run.
@@ -100,9 +103,10 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
         1 4096
         2 2048
     """
+    check_use_data(use_data)
+    check_choice("fit_to", fit_to, get_args(FitTo))
     schedule = Schedule.of(dict(schedule) if isinstance(schedule, Mapping) else schedule)
-    device = device_of(model, example_inputs)
-    batches = None if data is None else [to_device(batch, device) for batch in data]
+    batches = None if data is None else gathered(data, device_of(model, example_inputs))
     original = profile(model, example_inputs)
     inputs = example_inputs if latency_inputs is None else latency_inputs
     decider = Decider(schedule, original, inputs, algorithms, clock, seed, workers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenfold.decompositions import DECOMPOSITIONS, Decomposition
+from tenfold.decompositions import DECOMPOSITIONS, AwareDecomposition, Decomposition
 from tenfold.formats import FORMATS
 from tenfold.ranks import RULES, RankRule
 from tenfold.testing.algorithm_laws import ALGORITHM_LAWS, check_algorithm_laws
@@ -31,6 +31,10 @@ def check_format(name: str) -> None:
     with law(1, name):
         default = DECOMPOSITIONS.get(kind.default_algorithm)
         expect(default in finders, f"the default algorithm {kind.default_algorithm} does not serve the format")
+        if kind.aware_algorithm is not None:
+            aware = DECOMPOSITIONS.get(kind.aware_algorithm)
+            knows = aware in finders and issubclass(aware, AwareDecomposition)
+            expect(knows, f"the algorithm {kind.aware_algorithm} does not serve the format, or does not know the data")
     for finder in finders:
         for each in ALGORITHM_LAWS:
             check_algorithm_laws(finder(), kind, each)

@@ -23,6 +23,7 @@ from tenfold.surgery import apply, densify
 from tenfold.testing.format_laws import dense_layer
 from tenfold.testing.geometries import Geometry, served
 from tenfold.testing.laws import expect, expect_close, law
+from tenfold.testing.rule_laws import aiming
 from tenfold.testing.weights import random_bias, random_weight, some_ranks
 
 Format = type[Factorization]
@@ -165,7 +166,7 @@ def small_network() -> nn.Module:
 
 def check_replanned(rule: RankRule) -> None:
     """Raise LawBroken unless a factorized model can be compressed further, and stays as it is where that is enough."""
-    x = torch.zeros(1, 6, 6, 6)
+    x, rule = torch.zeros(1, 6, 6, 6), aiming(rule)
     with law(12, rule), torch.no_grad():
         model = small_network()
         try:

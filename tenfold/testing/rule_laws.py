@@ -8,7 +8,7 @@ import torch
 
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, Rank, split_groups
-from tenfold.ranks import Choice, Keep, Limits, RankProblem, RankRule, total_cost
+from tenfold.ranks import Choice, Keep, Limits, OneKnobRule, RankProblem, RankRule, total_cost
 from tenfold.records import Call, Cost, LayerSpec
 from tenfold.testing.laws import expect, law
 from tenfold.testing.weights import random_weight
@@ -95,12 +95,17 @@ def _expect_saving(problem: RankProblem, choice: Choice) -> None:
     expect(bool(choice.note), f"{problem.path} is factorized without a reason")
 
 
+def aiming(rule: RankRule) -> RankRule:
+    """Return the rule as it aims at budgets: without a number of its own, which would hold beside them."""
+    return rule.without_number() if isinstance(rule, OneKnobRule) else rule
+
+
 def check_budget(rule: RankRule) -> None:
     """Raise LawBroken unless a budget is met, and one more step of every layer's rank would break it.
 
     A rule that cannot aim at a budget says so with a BudgetError, and so does one whose budget is out of reach.
     """
-    layers = problems()
+    layers, rule = problems(), aiming(rule)
     for limits in _all_limits(layers):
         with law(10, rule, limits):
             choices = _select(rule, layers, limits)

@@ -141,7 +141,7 @@ def weight_only(plan: Plan) -> Plan:
     for layer in plan.layers:
         aware = layer.algorithm is not None and isinstance(Decomposition.from_dict(layer.algorithm), AwareDecomposition)
         known = default_algorithm(str(layer.format), plan.seed).to_dict() if aware else layer.algorithm
-        layers.append(layer.replace(algorithm=known))
+        layers.append(layer.replace(algorithm=known, fingerprint=None))
     return plan.replace(layers=tuple(layers))
 
 

@@ -192,3 +192,19 @@ def test_warnings_are_one_line_each_and_once(tenfold: Run, capsys: pytest.Captur
         for _ in range(3):
             warnings.warn("much\nto do", UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "tenfold: warning: much to do\n"
+
+
+@pytest.mark.parametrize(
+    "rule", [("error", "--set", "rel_error=0.6"), ("ratio", "--set", "share=0.5"), ("global", "--budget", "macs=0.6")]
+)
+def test_what_is_planned_is_what_compress_does(tenfold: Run, tiny: str, rule: tuple[str, ...]) -> None:
+    """Data decide on ranks and algorithms in the same way, whether or not the plan is carried out at once."""
+    args = ("--task", tiny, "--rule", *rule, "--format", "low_rank", "--no-keep-ends", "--json")
+
+    def decisions(*command: str) -> dict[str, tuple[Any, ...]]:
+        layers = tenfold(*command, *args).json["plan"]["layers"]
+        return {layer["path"]: (layer["action"], layer["rank"], layer["algorithm"]) for layer in layers}
+
+    done = decisions("compress", *QUICK)
+    assert {algorithm["name"] for _, _, algorithm in done.values() if algorithm} == {"whitened_svd"}
+    assert decisions("compress", "--dry-run") == decisions("plan") == done

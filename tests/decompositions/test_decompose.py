@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
-from tenfold.decompositions import DECOMPOSITIONS, Decomposition, Problem, decompose, decompose_many, default_algorithm
+from tenfold.decompositions import (
+    DECOMPOSITIONS,
+    AwareDecomposition,
+    Decomposition,
+    Problem,
+    decompose,
+    decompose_many,
+    default_algorithm,
+)
 from tenfold.decompositions.svd import SVD
 from tenfold.decompositions.tucker import HOOI, HOSVD
+from tenfold.decompositions.weighted import WeightedALS
 from tenfold.errors import RankError, TenfoldError, UnknownNameError, WeightError
-from tenfold.formats import FORMATS
+from tenfold.formats import FORMATS, Factorization
 from tenfold.records import LayerSpec
 
 F64 = torch.float64
@@ -171,3 +182,30 @@ def test_algorithms_are_their_own_configuration():
         Decomposition.from_dict({"name": "hooi", "sweeps": 3})
     for name in FORMATS.names():
         assert default_algorithm(name, seed=5).seed == 5
+
+
+def test_what_is_registered_changes_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even an algorithm that knows the data, serves every format and comes first in the alphabet."""
+
+    def defaults() -> dict[str, str]:
+        return {name: default_algorithm(name, aware=True).name() for name in FORMATS.names()}
+
+    @dataclass(frozen=True)
+    class First(WeightedALS):
+        @classmethod
+        def serves(cls, format: type[Factorization]) -> bool:
+            return True
+
+    before = defaults()
+    monkeypatch.setitem(DECOMPOSITIONS._entries, "a_als", First)
+    assert DECOMPOSITIONS.names()[0] == "a_als"
+    assert defaults() == before
+    assert before["low_rank"] == "whitened_svd"
+
+
+@pytest.mark.parametrize("format", FORMATS.names())
+def test_defaults_serve_their_format(format: str) -> None:
+    kind = FORMATS.get(format)
+    for aware in (False, True):
+        assert default_algorithm(format, aware=aware).serves(kind)
+    assert kind.aware_algorithm is None or isinstance(default_algorithm(format, aware=True), AwareDecomposition)

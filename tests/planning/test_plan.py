@@ -306,3 +306,35 @@ def test_an_embedding_has_no_macs_and_is_judged_by_its_parameters():
     assert made.after.params <= 0.4 * made.before.params
     assert profile(apply(net, made), torch.zeros(1, 4, dtype=torch.long)).cost == made.after
     assert plan(net, cost, rule=rule_from("ratio", share=0.5), keep_ends=False).layer("0").action == "keep"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rank: {out: 12, in: 8}", "rank: {out: 8, in: 12}"),  # 24 → 24 channels: as many parameters and MACs as before
+        ("algorithm: {name: hooi, ", "algorithm: {name: hosvd, "),
+        ("algorithm: {name: hooi, dtype: auto, seed: 0", "algorithm: {name: hooi, dtype: auto, seed: 1"),
+    ],
+)
+def test_an_edit_that_costs_the_same_is_noticed(tmp_path, old, new):
+    model, x = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1)), torch.randn(1, 24, 6, 6)
+    cost = profile(model, x)
+    made = planned(model, x, rule="fixed", settings={"ranks": {"0": {"out": 12, "in": 8}}})
+    made = edit(made, "0", damage=0.1, rel_error=0.2, latency_after_ms=0.5)
+    (tmp_path / "plan.yaml").write_text(made.to_yaml().replace(old, new, 1))
+    read = Plan.load(tmp_path / "plan.yaml")
+    assert read != made
+    again = recost(read, cost)
+    (layer,) = again.layers
+    assert again.after == made.after
+    assert (layer.damage, layer.rel_error, layer.latency_after_ms) == (None,) * 3
+    assert layer.reason == "edited after it was planned"
+    told = edit(again, "0", rel_error=0.3)
+    assert recost(told, cost) == told  # what is said of the edited layer stays
+
+
+def test_plans_from_before_fingerprints_are_read(zoo):
+    made = planned(zoo)
+    lines = made.to_yaml().splitlines()
+    old = Plan.from_text("\n".join(line for line in lines if "fingerprint:" not in line))
+    assert old == made == recost(old, profile(zoo, X))

@@ -14,6 +14,7 @@ from tenfold.decompositions import decompose
 from tenfold.decompositions.metric import Moments
 from tenfold.errors import BudgetError, DataError, TenfoldError
 from tenfold.formats import FORMATS, Rank, join_groups
+from tenfold.parallel import Workers
 from tenfold.ranks import Choose, Keep, RankProblem, error_bound, rule_from
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.error_bound import ErrorBound, saving
@@ -126,7 +127,7 @@ def test_an_interrupted_search_goes_on_from_its_table(tmp_path: Path, monkeypatc
 def test_two_processes_find_what_one_finds() -> None:
     pytest.importorskip("joblib")
     problems = [layer("cp3", steep(), path="a"), layer("tucker2", steep(), path="b")]
-    assert ErrorBound(rel_error=0.3, jobs=2).select(problems) == ErrorBound(rel_error=0.3).select(problems)
+    assert ErrorBound(rel_error=0.3, workers=Workers(2)).select(problems) == ErrorBound(rel_error=0.3).select(problems)
 
 
 def test_a_budget_sets_the_bound() -> None:
@@ -151,5 +152,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_the_rule_without_how_it_was_run(tmp_path: Path) -> None:
-    rule = ErrorBound(rel_error=0.3, table=tmp_path / "t.json", jobs=2)
+    rule = ErrorBound(rel_error=0.3, table=tmp_path / "t.json", workers=Workers(2))
     assert rule.to_dict() == {"name": "error", "rel_error": 0.3, "within": 0.02, "sweeps": 30, "seed": 0}

@@ -13,6 +13,7 @@ from tenfold.formats import FORMATS, split_groups
 from tenfold.ranks import Choose, Keep, RankProblem, check_patterns, first_match, matches, rule_from, total_cost
 from tenfold.ranks.candidates import grids
 from tenfold.ranks.energy import Energy
+from tenfold.ranks.error_bound import ErrorBound
 from tenfold.ranks.fixed import Fixed
 from tenfold.ranks.ratio import Ratio
 from tenfold.records import Call, Cost, LayerSpec
@@ -244,3 +245,22 @@ def test_rules_with_numbers_of_their_own_obey_the_laws(rule):
 
 def test_a_rule_object_can_be_checked_whole():
     check_rule(Fixed())
+
+
+# ---- a number and a budget
+
+
+def test_a_number_holds_beside_a_budget_or_is_refused():
+    layers = [problem(24, 24, path="a"), problem(32, 24, 0, path="b")]
+    now = sum(p.cost.macs for p in layers)
+    for rule in (Ratio(share=0.3), Energy(rel_error=0.6), Energy(energy=0.6), ErrorBound(rel_error=0.6)):
+        alone = rule.select(layers)
+        cost = total_cost(layers, alone).macs
+        assert cost < 0.9 * now
+        for limit in (now, cost):  # met before, or just so
+            assert rule.select(layers, {"macs": limit}) == alone
+        (name,) = (name for name in rule.numbers if getattr(rule, name) is not None)
+        words = rf"with {name}=0\.\d does not meet the budget.* keep macs {cost:,} \(allowed .*leave it out"
+        with pytest.raises(BudgetError, match=words):
+            rule.select(layers, {"macs": cost - 1})
+        assert total_cost(layers, rule.without_number().select(layers, {"macs": cost - 1})).macs < cost

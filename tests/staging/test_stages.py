@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tenfold
-from tenfold.errors import BudgetError, PlanError, TuningError
+from tenfold.errors import BudgetError, DataError, PlanError, TuningError, UnknownNameError
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
 from tenfold.profiling import profile
@@ -276,3 +276,16 @@ def test_what_cannot_be_is_said_before_the_first_stage(schedule: Any, kind: Any,
 def test_a_config_needs_batches() -> None:
     with pytest.raises(TuningError, match="pass batches="):
         run_stages(cnn(), ONE, SHALLOW, tune=CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("choices", "kind", "words"),
+    [
+        ({"data": iter(())}, DataError, "hold no batch"),
+        ({"use_data": "layer"}, UnknownNameError, r"use_data='layer' must be .* Did you mean layers\?"),
+        ({"fit_to": "orignal"}, UnknownNameError, r"fit_to='orignal' must be .* Did you mean original\?"),
+    ],
+)
+def test_choices_that_cannot_be_are_said_at_the_call(choices: dict[str, Any], kind: Any, words: str) -> None:
+    with pytest.raises(kind, match=words):
+        stages(cnn(), ONE, SHALLOW, **choices)
