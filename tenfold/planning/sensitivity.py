@@ -33,6 +33,7 @@ from tenfold.records import (
     SensitivityKey,
     SensitivityPoint,
     SensitivityTable,
+    held_alone,
 )
 from tenfold.surgery import find
 
@@ -50,7 +51,8 @@ class Sensitivity:
     """What each layer minds: error of its output and score of the model, when it alone is factorized.
 
     Everything is measured when it is asked for, then kept in ``table``; with a ``path`` the table is written there
-    after every measurement, and a later run under the same conditions takes it over. The model given is never changed.
+    after every measurement, and another run under the same conditions, later or at the same time, adds to it. The model
+    given is never changed.
 
     Args:
         model: that was profiled; it may hold factorized layers.
@@ -314,8 +316,12 @@ class Sensitivity:
         self._points[_spot(path, point.format, point.rank)] = point
 
     def _save(self) -> None:
+        """Write the table down, with what others measured under the same conditions and wrote there meanwhile."""
         if self._path is not None:
-            self.table.save(self._path)
+            with held_alone(self._path):
+                if self._path.exists():
+                    self._take_over(SensitivityTable.load(self._path))
+                self.table.save(self._path)
 
     def _take_over(self, table: SensitivityTable) -> None:
         own, there = self._key, table.key
@@ -331,10 +337,11 @@ class Sensitivity:
                 "Choose another file, or delete this one."
             )
             raise DataError(msg)
-        self._baseline = table.baseline
+        self._baseline = table.baseline if self._baseline is None else self._baseline
         for layer in table.layers:
             for point in layer.points:
-                self._store(layer.path, point)
+                own_point = self._points.get(_spot(layer.path, point.format, point.rank))
+                self._store(layer.path, point if own_point is None else own_point.filled(point))
 
 
 def _spot(path: str, format: str, rank: Rank) -> Spot:

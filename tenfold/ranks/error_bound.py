@@ -21,7 +21,7 @@ from tenfold.ranks.base import RULES, Choice, Limits, OneKnobRule, RankProblem, 
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import LayerSpec
-from tenfold.records.base import write_text
+from tenfold.records.base import held_alone, write_text
 
 Progress = Callable[[int, int], None]
 Errors = dict[str, float]  # by rank, as JSON
@@ -233,9 +233,13 @@ class _Table:
         return table
 
     def add(self, search: _Search, errors: dict[str, Errors]) -> None:
-        """Take over what was found of a layer, and write it down."""
+        """Take over what was found of a layer, and write it down beside what other searches wrote meanwhile."""
         new = {search.keys[format]: own for format, own in errors.items() if own}
         if self.path is None or all(self.errors.get(key) == own for key, own in new.items()):
             return
-        self.errors |= new
-        write_text(self.path, json.dumps({"version": 1, "errors": self.errors}, indent=1) + "\n")
+        with held_alone(self.path):
+            there = _Table.open(self.path).errors
+            for own in (self.errors, new):
+                there |= {key: there.get(key, {}) | found for key, found in own.items()}
+            self.errors = there
+            write_text(self.path, json.dumps({"version": 1, "errors": there}, indent=1) + "\n")

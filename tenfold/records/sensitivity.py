@@ -27,6 +27,10 @@ class SensitivityPoint(Record):
     output_error: NonNegativeFloat | None = None
     score: float | None = None
 
+    def filled(self, other: SensitivityPoint) -> SensitivityPoint:
+        """Return the point with what only the other one measured."""
+        return other.model_copy(update={k: v for k, v in dict(self).items() if v is not None})
+
 
 class LayerSensitivity(Record):
     """What was measured of one layer.

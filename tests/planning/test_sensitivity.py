@@ -102,6 +102,18 @@ def test_goes_on_where_it_was_interrupted(model: nn.Sequential, tmp_path: Path) 
     assert calls == 1 + sum(len(layer.points) for layer in whole.layers)
 
 
+def test_two_that_measure_at_once_keep_what_the_other_measured(model: nn.Sequential, tmp_path: Path) -> None:
+    file, rank = tmp_path / "table.json", {"rank": 5}
+    first, second = (made(model, evaluate=Scorer({"7": 0.2}), path=file) for _ in range(2))
+    score = first.score("7", "low_rank", rank)
+    error = second.error("7", "low_rank", rank)
+    second.error("7", "low_rank", {"rank": 6})
+    both, more = SensitivityTable.load(file).layer("7").points
+    assert (both.score, both.output_error, more.score) == (score, error, None)
+    assert second.score("7", "low_rank", rank) == score
+    assert second._bench.evaluate.calls == []  # type: ignore[union-attr]
+
+
 def test_a_killed_process_loses_one_measurement_at_most(tmp_path: Path) -> None:
     file, log = tmp_path / "table.json", tmp_path / "log"
     script = f"""

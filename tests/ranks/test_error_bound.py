@@ -123,6 +123,18 @@ def test_an_interrupted_search_goes_on_from_its_table(tmp_path: Path, monkeypatc
     assert len(calls) > new
 
 
+def test_two_searches_on_one_table_keep_what_the_other_found(tmp_path: Path) -> None:
+    file = tmp_path / "errors.json"
+    problems = [layer("cp3", steep(decay=0.5 + i / 10), path=str(i)) for i in range(3)]
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == 1:
+            ErrorBound(rel_error=0.3, table=file).select(problems[2:])
+
+    ErrorBound(rel_error=0.3, table=file, progress=meanwhile).select(problems[:2])
+    assert len(json.loads(file.read_text())["errors"]) == 3
+
+
 def test_two_processes_find_what_one_finds() -> None:
     pytest.importorskip("joblib")
     problems = [layer("cp3", steep(), path="a"), layer("tucker2", steep(), path="b")]
