@@ -52,6 +52,26 @@ def test_output_errors_are_those_of_the_outputs(model: nn.Sequential) -> None:
     assert 0.05 < error < 1.5
 
 
+class Tokens(nn.Module):
+    """A linear layer over tokens, of which the mask says which are real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 6)
+
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(tokens) * attention_mask.unsqueeze(-1)
+
+
+def test_padding_counts_nowhere() -> None:
+    model, other = Tokens(), nn.Linear(8, 6)
+    tokens, mask = torch.randn(4, 5, 8), torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
+    padded = torch.where(mask.unsqueeze(-1), tokens, 100 * torch.randn(4, 5, 8))
+    (found,) = output_errors(model, "layer", [other], [{"tokens": padded, "attention_mask": mask.long()}])
+    (wanted,) = output_errors(model.layer, "", [other], [tokens[mask]])
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
 def test_errors_without_data_are_those_of_the_weight(model: nn.Sequential) -> None:
     wanted = decompose(model[7].weight, "low_rank", {"rank": 5}).rel_error
     assert made(model).error("7", "low_rank", {"rank": 5}) == pytest.approx(wanted, rel=1e-6)
