@@ -9,7 +9,7 @@ from typing import Any
 from tenfold.decompositions import Moments
 from tenfold.formats import FORMATS
 from tenfold.parallel import Workers
-from tenfold.planning.damage import Curve, damage_key, layer_curve
+from tenfold.planning.damage import Curve, known_curves, layer_curve
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import grids
 
@@ -57,10 +57,9 @@ def _compute(shared: None, piece: Piece) -> Any:
 
 def _kept(problem: RankProblem, moments: Mapping[str, Moments] | None) -> Any:
     """Return what is known of a problem already, by format."""
-    cache = problem._cache  # noqa: SLF001 - the memory of a problem is for those who plan
     if moments is not None:
-        return cache.setdefault(damage_key(moments[problem.path]), {})
-    return {format for format in FORMATS.names() if ("spectra", format) in cache}
+        return known_curves(problem, moments[problem.path])
+    return {format for format in FORMATS.names() if ("spectra", format) in problem._cache}  # noqa: SLF001
 
 
 def _keep(problem: RankProblem, format: str, moments: Mapping[str, Moments] | None, found: Any) -> None:
