@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tenfold import __version__
+from tenfold import __version__, tensors
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
@@ -21,7 +22,7 @@ from tenfold.parallel import Workers
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
 from tenfold.planning.substituting import digest
-from tenfold.profiling.inputs import batch_size_of
+from tenfold.profiling.inputs import batch_size_of, digest_batches
 from tenfold.profiling.monotone import isotonic
 from tenfold.ranks import RankProblem, check_patterns, first_match
 from tenfold.ranks.candidates import tail_damage
@@ -122,10 +123,11 @@ class Sensitivity:
         self._key = SensitivityKey(
             model=digest(model),
             samples=_samples(calibration),
+            data="" if calibration is None else digest_batches(calibration),
             seed=seed,
             batchnorm=batchnorm,
-            moments=bool(moments),
-            algorithms={name: algorithm.to_dict() for name, algorithm in algorithms.items()},
+            moments=_digest_moments(moments or {}),
+            algorithms=self._algorithms(),
             about=dict(about or {}),
         )
         self._baseline: float | None = None
@@ -306,6 +308,16 @@ class Sensitivity:
             raise PlanError(msg)
         return self._problems[path]
 
+    def _algorithms(self) -> dict[str, tuple[dict[str, Any], ...]]:
+        """Return all algorithms in use, by format, as they are read from JSON."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for path, problem in self._problems.items():
+            for format in problem.formats:
+                settings = json.loads(json.dumps(self._bench.algorithm(path, format).to_dict()))
+                known = found.setdefault(format, [])
+                known += [settings] if settings not in known else []
+        return {format: tuple(sorted(known, key=str)) for format, known in found.items()}
+
     def _point(self, path: str, format: str, rank: Rank) -> SensitivityPoint:
         problem = self._problem_at(path)
         rank = FORMATS.get(format).check_rank(problem.spec, rank)
@@ -329,7 +341,7 @@ class Sensitivity:
         if not scored:
             there = there.replace(about=own.about)
         elif self._bench.evaluate is None:
-            own = self._key = own.replace(about=there.about)
+            own = own.replace(about=there.about)
         differences = there.differences(own)
         if differences:
             msg = (
@@ -337,6 +349,7 @@ class Sensitivity:
                 "Choose another file, or delete this one."
             )
             raise DataError(msg)
+        self._key = own.joined(there)
         self._baseline = table.baseline if self._baseline is None else self._baseline
         for layer in table.layers:
             for point in layer.points:
@@ -354,6 +367,13 @@ def _samples(batches: Iterable[Any] | None) -> int:
         return 0
     known = getattr(batches, "samples", None)
     return int(known) if known is not None else sum(batch_size_of(batch) or 0 for batch in batches)
+
+
+def _digest_moments(moments: Mapping[str, Moments]) -> str:
+    """Return what tells moments by path from all others; an empty text for none."""
+    return (
+        tensors.digest({}, "|".join(f"{path} {moments[path].digest()}" for path in sorted(moments))) if moments else ""
+    )
 
 
 def _why_not(layer: LayerProfile, formats: Sequence[str], keep: Sequence[str]) -> str:

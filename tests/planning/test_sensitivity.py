@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tenfold.decompositions import decompose
+from tenfold.decompositions import Decomposition, decompose
 from tenfold.errors import DataError, PlanError, UnknownNameError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import Sensitivity
@@ -185,6 +185,30 @@ def test_other_conditions_are_refused_and_other_formats_added(model: nn.Sequenti
     file.write_text(json.dumps({"version": 1}))
     with pytest.raises(DataError, match="not a sensitivity table"):
         made(model, path=file)
+
+
+@pytest.mark.filterwarnings("ignore::tenfold.errors.CalibrationWarning")
+def test_other_data_of_the_same_size_are_other_conditions(model: nn.Sequential, tmp_path: Path) -> None:
+    file, (one, other) = tmp_path / "table.json", ([inputs(seed, samples=40)] for seed in (1, 2))
+    moments = {"3": collect_moments(model, one)["3"]}
+    options = {"formats": ["tucker2"], "calibration": one, "moments": moments, "path": file}
+    first = made(model, **options).measure(2)
+    key = first.key.algorithms["tucker2"]
+    assert {settings["name"] for settings in key} == {
+        "weighted_als",
+        "hooi",
+    }  # of layer 3, and of those without moments
+    assert made(model, **options | {"calibration": [inputs(1, samples=40)]}).table == first
+    hooi = {"tucker2": Decomposition.from_dict({"name": "hooi"})}
+    shifted = {"3": moments["3"].replace(mean=moments["3"].mean + 1e-9)}
+    wrong = {"calibration": other, "moments": shifted, "algorithms": hooi}
+    for name, said in (("calibration", "data"), ("moments", "moments"), ("algorithms", "algorithms of tucker2")):
+        with pytest.raises(DataError, match=rf"other conditions: {said} \("):
+            made(model, **options | {name: wrong[name]})
+    old = json.loads(file.read_text()) | {"version": 1}
+    file.write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"version 1 does not tell on which data .* choose another file, or delete"):
+        made(model, **options)
 
 
 def test_what_scores_depend_on_matters_once_there_are_some(model: nn.Sequential, tmp_path: Path) -> None:
