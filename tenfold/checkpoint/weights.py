@@ -80,6 +80,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
     return state | {name: state[target] for name, target in aliases.items()}, plan
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file is one that ``write_weights`` wrote, as far as its header tells."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def _check_header(header: Mapping[str, str], path: Path) -> None:
     if header.get("format") != FORMAT or "plan" not in header:
         msg = f"{path} was not written by tenfold: it has no plan in its header. Dense weights are not a checkpoint."
