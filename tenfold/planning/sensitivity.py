@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,16 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tenfold import __version__, tensors
+from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.parallel import Workers
+from tenfold.planning.conditions import conditions_of
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
-from tenfold.planning.substituting import digest
-from tenfold.profiling.inputs import batch_size_of, digest_batches
 from tenfold.profiling.monotone import isotonic
 from tenfold.ranks import RankProblem, check_patterns, first_match
 from tenfold.ranks.candidates import tail_damage
@@ -31,7 +29,6 @@ from tenfold.records import (
     LayerProfile,
     LayerSensitivity,
     Profile,
-    SensitivityKey,
     SensitivityPoint,
     SensitivityTable,
     held_alone,
@@ -120,16 +117,8 @@ class Sensitivity:
         for name, problem in self._problems.items():
             if not any(self.candidates(name, format) for format in problem.formats):
                 self._reasons[name] = f"no {' or '.join(problem.formats)} rank makes the layer cheaper"
-        self._key = SensitivityKey(
-            model=digest(model),
-            samples=_samples(calibration),
-            data="" if calibration is None else digest_batches(calibration),
-            seed=seed,
-            batchnorm=batchnorm,
-            moments=_digest_moments(moments or {}),
-            algorithms=self._algorithms(),
-            about=dict(about or {}),
-        )
+        formats_of = {path: problem.formats for path, problem in self._problems.items()}
+        self._key = conditions_of(self._bench, formats_of, about or {})
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
         if self._path is not None and self._path.exists():
@@ -308,16 +297,6 @@ class Sensitivity:
             raise PlanError(msg)
         return self._problems[path]
 
-    def _algorithms(self) -> dict[str, tuple[dict[str, Any], ...]]:
-        """Return all algorithms in use, by format, as they are read from JSON."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for path, problem in self._problems.items():
-            for format in problem.formats:
-                settings = json.loads(json.dumps(self._bench.algorithm(path, format).to_dict()))
-                known = found.setdefault(format, [])
-                known += [settings] if settings not in known else []
-        return {format: tuple(sorted(known, key=str)) for format, known in found.items()}
-
     def _point(self, path: str, format: str, rank: Rank) -> SensitivityPoint:
         problem = self._problem_at(path)
         rank = FORMATS.get(format).check_rank(problem.spec, rank)
@@ -359,21 +338,6 @@ class Sensitivity:
 
 def _spot(path: str, format: str, rank: Rank) -> Spot:
     return path, format, tuple(sorted(rank.items()))
-
-
-def _samples(batches: Iterable[Any] | None) -> int:
-    """Return how many calibration samples there are."""
-    if batches is None:
-        return 0
-    known = getattr(batches, "samples", None)
-    return int(known) if known is not None else sum(batch_size_of(batch) or 0 for batch in batches)
-
-
-def _digest_moments(moments: Mapping[str, Moments]) -> str:
-    """Return what tells moments by path from all others; an empty text for none."""
-    return (
-        tensors.digest({}, "|".join(f"{path} {moments[path].digest()}" for path in sorted(moments))) if moments else ""
-    )
 
 
 def _why_not(layer: LayerProfile, formats: Sequence[str], keep: Sequence[str]) -> str:
