@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from benchmarks.recovery.methods import WAYS, Work, compressed, one_shot
 from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
 from tenfold.profiling import environment, profile
-from tenfold.records import Plan, Profile, RunRecord, write_text
+from tenfold.records import Plan, Profile, RunRecord, held_alone, write_text
 from tenfold.tasks import load_task
 from tenfold.tasks.base import Task
 from tenfold.tuning import Distillation, EpochRecord, StoredAnswers, TuneConfig
@@ -185,14 +184,12 @@ def read(target: Path) -> dict[str, Any]:
 
 def add(target: Path, config: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add a row to the result; other processes may be adding theirs."""
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held_alone(target):
         result = {"benchmark": "recovery", "rows": {}} | read(target)
         result["rows"][name] = row
         result["environment"] = json.loads(environment().to_json())
         write_text(target, json.dumps(result, indent=1) + "\n")
         write_text(target.with_suffix(".md"), table(config, result, target.stem))
-    target.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def table(config: dict[str, Any], result: dict[str, Any], stem: str) -> str:

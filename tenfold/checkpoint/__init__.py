@@ -2,7 +2,8 @@
 
 from tenfold.checkpoint.folder import ANALYSIS, check_target, load, read_record, save
 from tenfold.checkpoint.pretrained import load_pretrained, save_pretrained
-from tenfold.checkpoint.weights import digest, read_weights, write_weights
+from tenfold.checkpoint.weights import read_weights, write_weights
+from tenfold.tensors import digest
 
 __all__ = [
     "ANALYSIS",

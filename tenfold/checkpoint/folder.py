@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tenfold.checkpoint.card import model_card
-from tenfold.checkpoint.weights import read_weights, write_weights
+from tenfold.checkpoint.weights import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Analysis, Candidates, Plan, RunRecord, write_text
@@ -31,11 +31,15 @@ def save(
     candidates: Candidates | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a compressed model to the folder ``path`` and return it: whole, or not at all.
+    """Write a compressed model to the folder ``path`` and return it.
 
     The folder holds ``model.safetensors`` (the plan is in its header, and is what ``load`` goes by), ``plan.yaml`` and
-    ``README.md`` to read, and ``record.json`` if there is a record. An earlier checkpoint in its place is replaced.
-    Which batch norms were folded is read off the model, and is in the plan that is written.
+    ``README.md`` to read, and ``record.json`` if there is a record. Which batch norms were folded is read off the
+    model, and is in the plan that is written.
+
+    A new folder is there whole, or not at all. An earlier checkpoint is replaced, other files beside it stay; after an
+    error it is as it was, and whenever the process is killed ``load`` returns the earlier model or the new one, beside
+    which files may be missing, but none is of the other.
 
     Args:
         model: the compressed model.
@@ -134,7 +138,7 @@ def check_target(path: str | Path) -> None:
     if not there.is_dir():
         msg = f"{there} is a file: choose a folder" if there == path else f"cannot write to {path}: {there} is a file"
         raise CheckpointError(msg)
-    if there == path and any(path.iterdir()) and not all((path / name).is_file() for name in (WEIGHTS, PLAN)):
+    if there == path and any(path.iterdir()) and not _replaceable(path):
         msg = f"{path} holds other files: choose a new folder, or one with an earlier checkpoint"
         raise CheckpointError(msg)
     try:
@@ -143,6 +147,11 @@ def check_target(path: str | Path) -> None:
     except OSError as error:
         msg = f"cannot write to {there}: {error.strerror or error}. Choose another folder."
         raise CheckpointError(msg) from error
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, be it damaged, or be it that a kill left nothing but its weights."""
+    return (path / WEIGHTS).is_file() and ((path / PLAN).is_file() or is_checkpoint(path / WEIGHTS))
 
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
@@ -165,17 +174,34 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put the folder ``new`` in the place of ``path``; files there that are not of a checkpoint move along."""
+    """Put the folder ``new`` in the place of ``path``; files there that are not of a checkpoint stay.
+
+    What lies beside the old weights goes before them, what lies beside the new ones comes after them: whenever this is
+    killed, there are whole weights, and nothing beside them that tells of others.
+    """
     if not path.exists():
         new.rename(path)
         return
-    own = (ANALYSIS, CANDIDATES, PLAN, CARD, RECORD, WEIGHTS)  # weights last: they decide what load returns
-    others = sorted(p.name for p in new.iterdir() if p.name not in own)
-    for name in (*others, *own):
+    beside = {ANALYSIS, CANDIDATES, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
+    beside = {name for name in beside if not _equal(new / name, path / name)}
+    old = new / ".old"
+    old.mkdir()
+    try:
+        for name in beside:
+            if (path / name).is_file():
+                (path / name).replace(old / name)
+        (new / WEIGHTS).replace(path / WEIGHTS)
+    except BaseException:
+        for file in old.iterdir():
+            file.replace(path / file.name)
+        raise
+    for name in beside:
         if (new / name).is_file():
             (new / name).replace(path / name)
-        else:
-            (path / name).unlink(missing_ok=True)
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

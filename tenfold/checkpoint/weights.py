@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from tenfold import __version__
 from tenfold.errors import CheckpointError, PlanError, TenfoldError
 from tenfold.records import Plan
+from tenfold.tensors import digest
 
 FORMAT = "tenfold"
 VERSION = 1
@@ -81,6 +80,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
     return state | {name: state[target] for name, target in aliases.items()}, plan
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file is one that ``write_weights`` wrote, as far as its header tells."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def _check_header(header: Mapping[str, str], path: Path) -> None:
     if header.get("format") != FORMAT or "plan" not in header:
         msg = f"{path} was not written by tenfold: it has no plan in its header. Dense weights are not a checkpoint."
@@ -114,13 +122,3 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
             first[key] = name
             unique[name] = tensor
     return unique, aliases
-
-
-def digest(state: Mapping[str, Tensor], text: str = "") -> str:
-    """Return a fingerprint of tensors, by name, dtype, shape and every bit, and of a text."""
-    found = hashlib.blake2b(text.encode(), digest_size=16)
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

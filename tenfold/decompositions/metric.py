@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tenfold.decompositions.sketch import Sketch
 from tenfold.errors import WeightError
+from tenfold.tensors import digest
 
 # A positive semidefinite matrix (groups, n, n): as it is, or as a sketch where it would not fit into memory. Of both,
 # ``A @ square`` is the product.
@@ -78,6 +79,15 @@ class Moments:
         """Return the moments on another device."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return self.replace(**{k: v.to(device) for k, v in own.items() if isinstance(v, Square)})
+
+    def digest(self) -> str:
+        """Return what tells these moments from all others."""
+        held = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        for name, value in held.items():
+            if isinstance(value, Sketch):
+                parts |= {f"{name}.{part}": tensor for part, tensor in value.tensors().items()}
+        return digest(parts, str(self.count))
 
     def check(self, group_shape: tuple[int, ...]) -> None:
         """Refuse moments that do not belong to a weight (groups, out/groups, in/groups, *kernel).

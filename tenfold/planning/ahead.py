@@ -9,7 +9,7 @@ from typing import Any
 from tenfold.decompositions import Moments
 from tenfold.formats import FORMATS
 from tenfold.parallel import Workers
-from tenfold.planning.damage import Curve, damage_key, layer_curve
+from tenfold.planning.damage import Curve, known_curves, layer_curve
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import grids, tail_damage
 
@@ -61,8 +61,9 @@ def _compute(step: int | None, piece: Piece) -> Any:
 
 def _memory(problem: RankProblem, moments: Mapping[str, Moments] | None) -> dict[Any, Any]:
     """Return where a problem remembers what is asked of it."""
-    cache = problem._cache  # noqa: SLF001 - the memory of a problem is for those who plan
-    return cache if moments is None else cache.setdefault(damage_key(moments[problem.path]), {})
+    if moments is not None:
+        return known_curves(problem, moments[problem.path])
+    return problem._cache  # noqa: SLF001 - the memory of a problem is for those who plan
 
 
 def _key(format: str, moments: Mapping[str, Moments] | None) -> Any:

@@ -45,7 +45,7 @@ def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments])
 
 def _damage_at(problem: RankProblem, moments: Moments) -> Callable[[str], Curve]:
     # With the problem's spectra, so that plans made anew for the same weights and data do not fit the curves again.
-    known: dict[str, Curve] = problem._cache.setdefault(damage_key(moments), {})  # noqa: SLF001
+    known = known_curves(problem, moments)
 
     def damage_at(format: str) -> Curve:
         if format not in known:
@@ -55,9 +55,17 @@ def _damage_at(problem: RankProblem, moments: Moments) -> Callable[[str], Curve]
     return damage_at
 
 
-def damage_key(moments: Moments) -> tuple[str, int]:
-    """Return under which key a problem remembers its curves, by format."""
-    return "damage", id(moments)
+def known_curves(problem: RankProblem, moments: Moments) -> dict[str, Curve]:
+    """Return the curves that a problem remembers, by format, to look up and to add to: those under these very moments.
+
+    The moments are remembered with them. Their id alone would not do: others may have it once these are gone.
+    """
+    cache = problem._cache  # noqa: SLF001 - the memory of a problem is for those who plan
+    of, curves = cache.get("damage", (None, {}))
+    if of is not moments:
+        curves = {}
+        cache["damage"] = (moments, curves)
+    return curves  # type: ignore[no-any-return]
 
 
 def layer_curve(problem: RankProblem, format: str, moments: Moments) -> Curve:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.decompositions import Decomposition, Moments
+from tenfold.decompositions import Decomposition, Moments, default_algorithm
 from tenfold.errors import DataError
 from tenfold.formats import Rank
 from tenfold.layers import FactorizedLayer
@@ -34,6 +34,10 @@ class Bench:
     batchnorm: bool
     seed: int
     evaluate: Callable[[nn.Module], float] | None
+
+    def algorithm(self, path: str, format: str) -> Decomposition:
+        """Return what finds the factors of a layer in a format."""
+        return self.algorithms.get(format) or default_algorithm(format, self.seed, aware=path in self.moments)
 
     def errors(self, place: Place, ranks: Sequence[Rank]) -> list[float]:
         """Return the relative errors of a layer's output at some ranks; one pass over the batches finds them all."""
@@ -65,8 +69,8 @@ class Bench:
 
     def _substitute(self, place: Place, rank: Rank) -> FactorizedLayer:
         path, format = place
-        module, algorithm = find(self.model, path), self.algorithms.get(format)
-        made = substitute(module, format, rank, algorithm=algorithm, metric=self.moments.get(path), seed=self.seed)
+        module, algorithm = find(self.model, path), self.algorithm(path, format)
+        made = substitute(module, format, rank, algorithm=algorithm, metric=self.moments.get(path))
         return made.train(module.training)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.profiling.inputs import call_model, tensors_in
+from tenfold.profiling.inputs import call_model, real_tokens, tensors_in, token_mask
 from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.surgery import find
 
@@ -16,7 +16,8 @@ from tenfold.surgery import find
 def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module], batches: Iterable[Any]) -> list[float]:
     """Return for each substitute √(Σ‖y − ŷ‖² / Σ‖y − ȳ‖²): its output ŷ against the layer's own y, on real inputs.
 
-    ȳ is the mean output of each channel. One pass serves all substitutes; the model itself runs untouched.
+    ȳ is the mean output of each channel. One pass serves all substitutes; the model itself runs untouched. Padding that
+    the keyword ``attention_mask`` of a batch names does not count.
 
     Args:
         model: runs in evaluation mode, without gradients, and is as before afterwards.
@@ -38,18 +39,20 @@ def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module],
     module = find(model, path)
     missed = [0.0] * len(substitutes)
     power = _Power()
+    mask: Tensor | None = None
 
     def compare(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        wanted = next(tensors_in(output)).double()
+        wanted = real_tokens(next(tensors_in(output)), mask).double()
         power.add(wanted, _channel_axis(module))
         for i, substitute in enumerate(substitutes):
-            found = next(tensors_in(substitute(*args, **kwargs))).double()
+            found = real_tokens(next(tensors_in(substitute(*args, **kwargs))), mask).double()
             missed[i] += float((wanted - found).square().sum())
 
     handle = module.register_forward_hook(compare, with_kwargs=True)
     try:
         with evaluating(model), layer_by_layer():
             for batch in batches:
+                mask = token_mask(batch)
                 call_model(model, batch)
     finally:
         handle.remove()

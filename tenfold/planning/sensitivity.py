@@ -18,10 +18,9 @@ from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.parallel import Workers
+from tenfold.planning.conditions import conditions_of
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
-from tenfold.planning.substituting import digest
-from tenfold.profiling.inputs import batch_size_of
 from tenfold.profiling.monotone import isotonic
 from tenfold.ranks import RankProblem, check_patterns, first_match
 from tenfold.ranks.candidates import tail_damage
@@ -30,9 +29,9 @@ from tenfold.records import (
     LayerProfile,
     LayerSensitivity,
     Profile,
-    SensitivityKey,
     SensitivityPoint,
     SensitivityTable,
+    held_alone,
 )
 from tenfold.surgery import find
 
@@ -50,7 +49,8 @@ class Sensitivity:
     """What each layer minds: error of its output and score of the model, when it alone is factorized.
 
     Everything is measured when it is asked for, then kept in ``table``; with a ``path`` the table is written there
-    after every measurement, and a later run under the same conditions takes it over. The model given is never changed.
+    after every measurement, and another run under the same conditions, later or at the same time, adds to it. The model
+    given is never changed.
 
     Args:
         model: that was profiled; it may hold factorized layers.
@@ -117,15 +117,8 @@ class Sensitivity:
         for name, problem in self._problems.items():
             if not any(self.candidates(name, format) for format in problem.formats):
                 self._reasons[name] = f"no {' or '.join(problem.formats)} rank makes the layer cheaper"
-        self._key = SensitivityKey(
-            model=digest(model),
-            samples=_samples(calibration),
-            seed=seed,
-            batchnorm=batchnorm,
-            moments=bool(moments),
-            algorithms={name: algorithm.to_dict() for name, algorithm in algorithms.items()},
-            about=dict(about or {}),
-        )
+        formats_of = {path: problem.formats for path, problem in self._problems.items()}
+        self._key = conditions_of(self._bench, formats_of, about or {})
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
         if self._path is not None and self._path.exists():
@@ -314,8 +307,12 @@ class Sensitivity:
         self._points[_spot(path, point.format, point.rank)] = point
 
     def _save(self) -> None:
+        """Write the table down, with what others measured under the same conditions and wrote there meanwhile."""
         if self._path is not None:
-            self.table.save(self._path)
+            with held_alone(self._path):
+                if self._path.exists():
+                    self._take_over(SensitivityTable.load(self._path))
+                self.table.save(self._path)
 
     def _take_over(self, table: SensitivityTable) -> None:
         own, there = self._key, table.key
@@ -323,7 +320,7 @@ class Sensitivity:
         if not scored:
             there = there.replace(about=own.about)
         elif self._bench.evaluate is None:
-            own = self._key = own.replace(about=there.about)
+            own = own.replace(about=there.about)
         differences = there.differences(own)
         if differences:
             msg = (
@@ -331,22 +328,16 @@ class Sensitivity:
                 "Choose another file, or delete this one."
             )
             raise DataError(msg)
-        self._baseline = table.baseline
+        self._key = own.joined(there)
+        self._baseline = table.baseline if self._baseline is None else self._baseline
         for layer in table.layers:
             for point in layer.points:
-                self._store(layer.path, point)
+                own_point = self._points.get(_spot(layer.path, point.format, point.rank))
+                self._store(layer.path, point if own_point is None else own_point.filled(point))
 
 
 def _spot(path: str, format: str, rank: Rank) -> Spot:
     return path, format, tuple(sorted(rank.items()))
-
-
-def _samples(batches: Iterable[Any] | None) -> int:
-    """Return how many calibration samples there are."""
-    if batches is None:
-        return 0
-    known = getattr(batches, "samples", None)
-    return int(known) if known is not None else sum(batch_size_of(batch) or 0 for batch in batches)
 
 
 def _why_not(layer: LayerProfile, formats: Sequence[str], keep: Sequence[str]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from tenfold import tensors
 from tenfold.decompositions import Decomposition, Fit, Moments, decompose, default_algorithm, recompress
 from tenfold.formats import Rank
 from tenfold.layers import FactorizedLayer
@@ -82,13 +82,7 @@ def digest(model: nn.Module) -> str:
         >>> before == digest(net)
         False
     """
-    found = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
-    state: Mapping[str, torch.Tensor] = model.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return tensors.digest(model.state_dict(), type(model).__name__)
 
 
 def _fit(module: nn.Module, format: str, rank: Rank, algorithm: Decomposition, metric: Moments | None) -> Fit:

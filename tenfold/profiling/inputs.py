@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tenfold.errors import ProfileError, TenfoldError
 from tenfold.records import Shape
+from tenfold.tensors import digest
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -103,6 +104,19 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             yield from tensors_in(getattr(tree, field.name))
+
+
+def digest_batches(batches: Iterable[Any]) -> str:
+    """Return what tells batches of inputs from all others: every bit of their tensors, in order.
+
+    Example:
+        >>> digest_batches([torch.zeros(2, 3)]) == digest_batches([{"x": torch.zeros(2, 3)}])
+        True
+        >>> digest_batches([torch.zeros(2, 3)]) == digest_batches([torch.zeros(1, 3)] * 2)
+        False
+    """
+    each = (digest({str(i): t for i, t in enumerate(tensors_in(arguments(batch)))}) for batch in batches)
+    return digest({}, "".join(each))
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tenfold.records import read_json, write_text
+from tenfold.records import held_alone, read_json, write_text
 
 _VERSION = 1
 _LOG = logging.getLogger("tenfold")
@@ -54,10 +54,11 @@ class LatencyCache:
         """Store these samples, and keep those of other points that are there."""
         if self.path is None:
             return
-        points = {**self.load(), **samples}
-        text = json.dumps({"version": _VERSION, "conditions": self.conditions, "points": points}, indent=0)
         try:
-            write_text(self.path, text)
+            with held_alone(self.path):
+                points = {**self.load(), **samples}
+                held = {"version": _VERSION, "conditions": self.conditions, "points": points}
+                write_text(self.path, json.dumps(held, indent=0))
         except OSError as error:
             self._warn("write", f"cannot write the latency cache {self.path}: {error}. Times are not kept.")
 

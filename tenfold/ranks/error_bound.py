@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_sa
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import LayerSpec
-from tenfold.records.base import write_text
+from tenfold.records.base import held_alone, write_text
+from tenfold.tensors import digest
 
 Progress = Callable[[int, int], None]
 Errors = dict[str, float]  # by rank, as JSON
@@ -141,8 +141,8 @@ class _Search:
         if problem.current is not None and problem.current[0] in formats:
             formats = (problem.current[0],)
         alone = dataclasses.replace(rule, table=None, workers=None, progress=None)
-        digest = _digest(weight, problem.spec, problem.metric)
-        keys = {f: _key(digest, f, _algorithm(alone, f, problem.metric)) for f in formats}
+        own = _digest(weight, problem.spec, problem.metric)
+        keys = {f: _key(own, f, _algorithm(alone, f, problem.metric)) for f in formats}
         known = {f: dict(table.errors.get(keys[f], {})) for f in formats}
         return cls(weight, problem.spec, {f: saving(problem, f) for f in formats}, alone, problem.metric, known, keys)
 
@@ -200,15 +200,11 @@ def _algorithm(rule: ErrorBound, format: str, metric: Moments | None) -> Decompo
 
 def _digest(weight: torch.Tensor, spec: LayerSpec, metric: Moments | None) -> str:
     """Return what tells a weight under its data from all others."""
-    found = hashlib.sha256(spec.to_json().encode())
-    parts = () if metric is None else (metric.mean, metric.second, metric.output)
-    for tensor in (weight, *(part for part in parts if isinstance(part, torch.Tensor))):
-        found.update(tensor.detach().cpu().double().numpy().tobytes())
-    return found.hexdigest()[:32]
+    return digest({"weight": weight}, spec.to_json() + ("" if metric is None else metric.digest()))
 
 
-def _key(digest: str, format: str, algorithm: Decomposition) -> str:
-    return f"{digest} {format} {json.dumps(algorithm.to_dict(), sort_keys=True)}"
+def _key(own: str, format: str, algorithm: Decomposition) -> str:
+    return f"{own} {format} {json.dumps(algorithm.to_dict(), sort_keys=True)}"
 
 
 @dataclass(eq=False)
@@ -237,9 +233,13 @@ class _Table:
         return table
 
     def add(self, search: _Search, errors: dict[str, Errors]) -> None:
-        """Take over what was found of a layer, and write it down."""
+        """Take over what was found of a layer, and write it down beside what other searches wrote meanwhile."""
         new = {search.keys[format]: own for format, own in errors.items() if own}
         if self.path is None or all(self.errors.get(key) == own for key, own in new.items()):
             return
-        self.errors |= new
-        write_text(self.path, json.dumps({"version": 1, "errors": self.errors}, indent=1) + "\n")
+        with held_alone(self.path):
+            there = _Table.open(self.path).errors
+            for own in (self.errors, new):
+                there |= {key: there.get(key, {}) | found for key, found in own.items()}
+            self.errors = there
+            write_text(self.path, json.dumps({"version": 1, "errors": there}, indent=1) + "\n")

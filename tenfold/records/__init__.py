@@ -1,7 +1,7 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
-from tenfold.records.base import Record, explain, read_json, write_text, written_whole
+from tenfold.records.base import Record, explain, held_alone, read_json, write_text, written_whole
 from tenfold.records.candidates import Candidates, ForwardTime, LayerCandidates, Merged, Options
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.exports import ExportRecord, Int8Record
@@ -61,6 +61,7 @@ __all__ = [
     "chain_macs",
     "chain_params",
     "explain",
+    "held_alone",
     "read_json",
     "write_text",
     "written_whole",

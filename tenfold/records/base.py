@@ -84,6 +84,27 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def held_alone(path: Path) -> Iterator[None]:
+    """Hold a file that several processes read, add to and replace, until they have done so; the others wait.
+
+    What is held is a file beside it, ``.NAME.lock``, which stays: were it removed, two processes could hold two files
+    of that name. A process that dies lets go of it.
+
+    Example:
+        >>> file = Path(tempfile.mkdtemp()) / "count.json"
+        >>> with held_alone(file):
+        ...     write_text(file, json.dumps((read_json(file) if file.exists() else 0) + 1))
+        >>> read_json(file)
+        1
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all."""
     with written_whole(path) as partial:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import NonNegativeFloat, ValidationError
+from pydantic import NonNegativeFloat, ValidationError, model_validator
 
 from tenfold.errors import DataError
 from tenfold.records.base import Record, explain, write_text
 from tenfold.records.costs import Cost
 
-SENSITIVITY_VERSION = 1
+SENSITIVITY_VERSION = 2  # 1 had no digests of the data, and only algorithms that were not the default
+TRADEOFF_VERSION = 1
 
 
 class SensitivityPoint(Record):
@@ -26,6 +27,10 @@ class SensitivityPoint(Record):
     cost: Cost
     output_error: NonNegativeFloat | None = None
     score: float | None = None
+
+    def filled(self, other: SensitivityPoint) -> SensitivityPoint:
+        """Return the point with what only the other one measured."""
+        return other.model_copy(update={k: v for k, v in dict(self).items() if v is not None})
 
 
 class LayerSensitivity(Record):
@@ -55,25 +60,31 @@ class LayerSensitivity(Record):
 class SensitivityKey(Record):
     """All that the measurements depend on; only with the same key are they taken over.
 
-    ``model`` is a digest of all weights. ``algorithms`` are those that differ from the default of their format.
-    ``about`` is what the caller says of the scores: task, split, number of images.
+    ``model`` is a digest of all weights, ``data`` of the calibration batches, of which there are ``samples``, and
+    ``moments`` of those given; they are empty where there are none. ``algorithms`` are those that find the factors, by
+    format, defaults included: two where only some layers have moments. ``about`` is what the caller says of the scores:
+    task, split, number of images.
     """
 
     model: str
     samples: int = 0
+    data: str = ""
     seed: int = 0
     batchnorm: bool = False
-    moments: bool = False
-    algorithms: dict[str, dict[str, Any]] = {}
+    moments: str = ""
+    algorithms: dict[str, tuple[dict[str, Any], ...]] = {}
     about: dict[str, str | int | float | None] = {}
 
     def differences(self, other: SensitivityKey) -> list[str]:
-        """Return in words where two keys differ."""
-        return [
-            f"{name} ({getattr(self, name)!r}, now {getattr(other, name)!r})"
-            for name in type(self).model_fields
-            if getattr(self, name) != getattr(other, name)
-        ]
+        """Return in words where two keys differ; formats that only one of them knows are no difference."""
+        pairs = {name: (value, getattr(other, name)) for name, value in self if name != "algorithms"}
+        for format in sorted(set(self.algorithms) & set(other.algorithms)):
+            pairs[f"algorithms of {format}"] = self.algorithms[format], other.algorithms[format]
+        return [f"{name} ({there!r}, now {now!r})" for name, (there, now) in pairs.items() if there != now]
+
+    def joined(self, other: SensitivityKey) -> SensitivityKey:
+        """Return the key of a table that holds the measurements under both, which differ in formats alone."""
+        return self.replace(algorithms={**other.algorithms, **self.algorithms})
 
 
 class SensitivityTable(Record):
@@ -85,6 +96,18 @@ class SensitivityTable(Record):
     key: SensitivityKey
     baseline: float | None = None
     layers: tuple[LayerSensitivity, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, values: Any) -> Any:
+        version = values.get("version") if isinstance(values, dict) else None
+        if version == 1:
+            msg = "version 1 does not tell on which data it was measured: choose another file, or delete this one"
+            raise ValueError(msg)
+        if isinstance(version, int) and version > SENSITIVITY_VERSION:
+            msg = f"it has version {version}, this tenfold reads up to {SENSITIVITY_VERSION}: upgrade tenfold"
+            raise ValueError(msg)
+        return values
 
     @property
     def compressible(self) -> tuple[LayerSensitivity, ...]:
@@ -111,17 +134,13 @@ class SensitivityTable(Record):
         """
         path = Path(path)
         try:
-            table = cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(path.read_bytes())
         except OSError as error:
             msg = f"cannot read the sensitivity table {path}: {error.strerror or error}"
             raise DataError(msg) from error
         except ValidationError as error:
-            msg = f"{path} is not a sensitivity table: {explain(error)}"
+            msg = f"{path} is not a sensitivity table that this tenfold reads: {explain(error)}"
             raise DataError(msg) from error
-        if table.version > SENSITIVITY_VERSION:
-            msg = f"{path} has version {table.version}, this tenfold reads up to {SENSITIVITY_VERSION}: upgrade tenfold"
-            raise DataError(msg)
-        return table
 
 
 class TradeOffPoint(Record):
@@ -139,7 +158,7 @@ class TradeOff(Record):
     ``damage`` tells in words what the predicted damage is. Budgets that no plan can meet are in ``unreachable``.
     """
 
-    version: int = SENSITIVITY_VERSION
+    version: int = TRADEOFF_VERSION
     model: str
     budget: str
     rule: dict[str, Any] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from tenfold import __version__
 from tenfold.checkpoint import digest
@@ -20,7 +19,7 @@ from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, check_use_data, gathered, measurement, replace_layers
 from tenfold.planning import analyse
 from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile
-from tenfold.profiling.inputs import arguments, tensors_in
+from tenfold.profiling.inputs import arguments, digest_batches, tensors_in
 from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.registry import check_choice
@@ -340,15 +339,7 @@ def _identify(
     return Run(
         tenfold=__version__,
         model=digest(model.state_dict()),
-        data="" if batches is None else _digest_of(batches),
+        data="" if batches is None else digest_batches(batches),
         schedule=schedule,
         choices={"the example inputs": str(shapes), **choices},
     )
-
-
-def _digest_of(batches: Sequence[Any]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for batch in batches:
-        tensors: Iterable[Tensor] = tensors_in(arguments(batch))
-        found.update(digest({str(i): t for i, t in enumerate(tensors)}).encode())
-    return found.hexdigest()

@@ -15,12 +15,14 @@ from tenfold.tensors.algebra import (
     truncated_svd,
     unfold,
 )
+from tenfold.tensors.digests import digest
 from tenfold.tensors.modes import Modes, mode_factors
 
 __all__ = [
     "Modes",
     "SVDMethod",
     "TruncatedSVD",
+    "digest",
     "fold",
     "gram",
     "khatri_rao",

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tenfold.decompositions import Decomposition, Fit, Problem, decompose, decompose_many, recompress
+from tenfold.decompositions import Decomposition, Problem, decompose_many, recompress
 from tenfold.errors import WeightError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.tensors import rel_error
+from tenfold.testing.aware_laws import AWARE_LAWS
 from tenfold.testing.geometries import GEOMETRIES, Geometry, served
 from tenfold.testing.laws import expect, law
+from tenfold.testing.trials import LOCAL_SLACK, SLACK, Trial
 from tenfold.testing.weights import (
     DTYPES,
     broken_weights,
@@ -25,30 +26,8 @@ from tenfold.testing.weights import (
     some_ranks,
 )
 
-# What an iterative algorithm may miss because it stops, as a share of the error.
-_SLACK = 2e-3
-
-# What it may miss where it depends on the start which minimum it finds.
-_LOCAL_SLACK = 0.1
-
 # What may be left of a weight of lower rank: superfluous rank-one terms are not determined, and sweeps slow down.
 _SUPERFLUOUS = 1e-3
-
-
-@dataclass(frozen=True)
-class Trial:
-    """An algorithm, a format that it serves and a geometry that the format serves."""
-
-    algorithm: Decomposition
-    format: type[Factorization]
-    at: Geometry
-
-    def fit(self, weight: Tensor, rank: Rank) -> Fit:
-        """Return what the algorithm finds at this rank."""
-        return decompose(weight, self.format.name(), rank, self.algorithm, spec=self.at.spec)
-
-    def __str__(self) -> str:
-        return f"{self.algorithm.name()} for {self.format.name()}, {self.at}"
 
 
 def check_exact(trial: Trial) -> None:
@@ -73,7 +52,7 @@ def check_monotone(trial: Trial) -> None:
             seen = rel_error(fit.value.to_dense(), weight)
             expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit tells the error {fit.rel_error:.6g}, it is {seen:.6g}")
             expect(fit.value.rank == rank, f"the factors have rank {fit.value.rank}")
-            falls = trial.algorithm.rough or seen <= last * (1 + _SLACK) + 1e-6
+            falls = trial.algorithm.rough or seen <= last * (1 + SLACK) + 1e-6
             expect(falls, f"the error rises from {last:.6g} to {seen:.6g}")
             last = seen
 
@@ -99,7 +78,7 @@ def check_bounds(trial: Trial) -> None:
             square = trial.fit(weight, rank).rel_error ** 2 * total
             slack = 1e-9 * total
             expect(square >= max(tails) * (1 - 1e-6) - slack, f"{square:.6g} is below the lower bound {max(tails):.6g}")
-            above = sum(tails) * (1 + _SLACK) + slack if trial.format.tails_bound else total
+            above = sum(tails) * (1 + SLACK) + slack if trial.format.tails_bound else total
             expect(square <= above, f"the squared error {square:.6g} is above the bound {sum(tails):.6g}")
 
 
@@ -147,7 +126,7 @@ def check_recompressed(trial: Trial) -> None:
             expect(abs(seen - again.rel_error) <= 1e-7, f"the fit tells the error {again.rel_error}, it is {seen}")
             local = not trial.format.tails_bound
             worse = seen - wanted.rel_error if local else abs(seen - wanted.rel_error)
-            same = worse <= (_LOCAL_SLACK if local else _SLACK) * wanted.rel_error + 1e-7
+            same = worse <= (LOCAL_SLACK if local else SLACK) * wanted.rel_error + 1e-7
             expect(same, f"relative error {seen:.6g}, from the dense weight {wanted.rel_error:.6g}")
 
 
@@ -180,7 +159,7 @@ def check_batched(trial: Trial) -> None:
             # Together they stop together, so each may be better than alone, but never worse. Sweeps that tell errors by
             # inner products see none below the root of rounding, and stop somewhere there.
             least = 1e-9 if trial.format.tails_bound else 1e-7
-            wanted = alone.rel_error * (1 + _SLACK) + least
+            wanted = alone.rel_error * (1 + SLACK) + least
             expect(fit.rel_error <= wanted, f"{fit.rel_error} > {alone.rel_error} alone")
 
 
@@ -247,6 +226,7 @@ ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
     "batched": check_batched,
     "odd_weights": check_odd_weights,
     "broken_weights": check_broken_weights,
+    **AWARE_LAWS,
 }
 
 
@@ -260,11 +240,11 @@ def check_algorithm_laws(
 
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
     formats that take many sweeps each time (not ``tails_bound``), only full rank is tried everywhere, and all else at
-    one geometry of each kind, number of axes, and grouping; algorithms that say they are ``costly`` one of each kind
-    and grouping.
+    one geometry of each kind, number of axes, and grouping, as are the laws with data of all formats; algorithms that
+    say they are ``costly`` one of each kind and grouping.
     """
     seen = set()
-    few = name != "exact" and not format.tails_bound
+    few = name in AWARE_LAWS or (name != "exact" and not format.tails_bound)
     for at in served(format, geometries):
         kind = at.spec.groups > 1
         shape = kind if algorithm.costly else (at.spec.axes, kind) if few else at.spec.group_shape

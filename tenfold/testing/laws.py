@@ -23,6 +23,7 @@ LAWS = {
     12: "planning a factorized model goes further, and is idempotent at its fixed point",
     13: "exported output equals eager",
     14: "odd weights give a right answer or a clear error",
+    15: "what is told of the inputs makes the outputs better, in each group by itself",
 }
 
 

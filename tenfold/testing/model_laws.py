@@ -30,21 +30,38 @@ Format = type[Factorization]
 
 
 class Host(nn.Module):
-    """A small model around one layer under test, with a batch norm, a dropout and a hook that must survive."""
+    """A small model around one layer under test, with what must survive: a batch norm after a convolution, a dropout.
+
+    And parameters, buffers and modules of its own; laws add hooks.
+    """
 
     def __init__(self, at: Geometry) -> None:
         super().__init__()
         weight = random_weight(at.spec, torch.float32)
         self.before = nn.Identity()
         self.layer = dense_layer(at.spec, weight, random_bias(at.spec, torch.float32))
+        self.norm = _trained_norm(at)
         self.drop = nn.Dropout(0.5)
         self.scale = nn.Parameter(torch.tensor(1.5))
         self.register_buffer("shift", torch.tensor(0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, shifted and scaled."""
-        out: Tensor = self.drop(self.layer(self.before(x))) * self.scale + self.shift
+        """Return the layer's output, normalised, shifted and scaled."""
+        out: Tensor = self.drop(self.norm(self.layer(self.before(x)))) * self.scale + self.shift
         return out
+
+
+def _trained_norm(at: Geometry) -> nn.Module:
+    """Return a batch norm for the output of a convolution whose inputs are batches, its tensors as if trained."""
+    kinds = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    if len(at.in_shape) != at.spec.axes + 2 or at.spec.axes not in kinds:
+        return nn.Identity()
+    norm = kinds[at.spec.axes](at.spec.out_channels)
+    generator = torch.Generator().manual_seed(5)
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return norm
 
 
 def planned(format: Format, at: Geometry, model: nn.Module) -> Plan:
@@ -93,6 +110,9 @@ def check_untouched(format: Format, at: Geometry) -> None:
         expect(all(torch.equal(state[k], before[k]) for k in before), "a tensor of the input changed")
         owned = {t.data_ptr() for t in state.values()}
         expect(not owned & {t.data_ptr() for t in small.state_dict().values()}, "result and input share a tensor")
+        carried = small.state_dict()
+        others = [name for name in before if not name.startswith("layer.")]
+        expect(all(torch.equal(carried[name], before[name]) for name in others), "a tensor of another layer changed")
         _expect_handed_over(small.get_submodule("layer"), model.layer)
         expect(small.training and model.training, "the training mode changed")
         calls.clear()  # the profile ran the layer too

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tenfold.errors import TuningError
 from tenfold.profiling.inputs import call_model
+from tenfold.profiling.modes import evaluating
 from tenfold.tuning.loop import Loss
 from tenfold.tuning.losses import cross_entropy
 
@@ -53,7 +54,7 @@ class Ensemble(nn.Module):
     with ``loss``, in ``finetune`` or any other loop, they move as Stein variational gradient descent says.
 
     Args:
-        members: two or more, from different seeds; parameters of equal names and shapes.
+        members: one or more, from different seeds; parameters of equal names and shapes. One alone just climbs.
 
     Raises:
         TuningError: members that differ, or none.
@@ -122,13 +123,19 @@ class Ensemble(nn.Module):
         return stein
 
 
-@torch.no_grad()
 def log_likelihood(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
-    """Return the mean over all samples of log p(label | input), of a model or of the mean prediction of an ensemble."""
+    """Return the mean over all samples of log p(label | input), of a model or of the mean prediction of an ensemble.
+
+    The model runs in evaluation mode, and is as before afterwards.
+
+    Raises:
+        TuningError: there is no sample.
+    """
     total, count = 0.0, 0
-    for inputs, targets in batches:
-        total -= float(F.cross_entropy(call_model(model, inputs).float(), targets, reduction="sum"))
-        count += len(targets)
+    with evaluating(model):
+        for inputs, targets in batches:
+            total -= float(F.cross_entropy(call_model(model, inputs).float(), targets, reduction="sum"))
+            count += len(targets)
     if not count:
         msg = "there is no sample to predict"
         raise TuningError(msg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,57 @@ def test_an_earlier_checkpoint_is_replaced_and_other_files_stay(saved: Path) -> 
     assert same_bits(load(dense(), saved)[0], made)
     assert (saved / "notes.txt").read_text() == "mine"
     assert not (saved / "record.json").exists()
+
+
+def test_a_kill_while_replacing_leaves_one_model_and_nothing_of_another(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 16)
+    results = [compress(dense(), x, budget={"macs": share}, latency=False) for share in (0.7, 0.5)]
+    real, steps, seen = Path.replace, 0, set()
+
+    def killed_after(steps: int) -> None:
+        def replace(own: Path, target: Path) -> Path:
+            nonlocal left
+            left -= own.suffix != ".partial"  # those that are written before the folders are swapped
+            if left < 0:
+                raise KeyboardInterrupt  # for the rest of the save, as if there were none
+            return real(own, target)
+
+        left = steps
+        monkeypatch.setattr(Path, "replace", replace)
+        results[1].save(saved)
+
+    for steps in range(20):
+        monkeypatch.setattr(Path, "replace", real)
+        results[0].save(saved)
+        with suppress(KeyboardInterrupt):
+            killed_after(steps)
+        model, plan = load(dense(), saved)
+        which = [result.plan == plan for result in results].index(True)
+        assert same_bits(model, results[which].model)
+        seen.add((which, len(list(saved.iterdir()))))
+        if (saved / "plan.yaml").exists():
+            assert Plan.load(saved / "plan.yaml") == plan
+        assert read_record(saved) in (None, results[which].record)
+        check_target(saved)
+    assert seen >= {(0, 6), (0, 1), (1, 1), (1, 6)}
+
+
+def test_an_error_while_replacing_leaves_all_as_it_was(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    real = Path.replace
+
+    def replace(own: Path, target: Path) -> Path:
+        if own.name == "model.safetensors":
+            raise PermissionError
+        return real(own, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    made, plan = small(dense(), torch.randn(3, 16))
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        save(made, plan, saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
 def test_other_folders_are_not_touched(tmp_path: Path) -> None:

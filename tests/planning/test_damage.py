@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,18 @@ def test_damages_on_different_scales_are_refused():
         with_damage(problems(model, x), moments | {"0": moments["0"].replace(output=torch.eye(10).double()[None])})
     with pytest.raises(PlanError, match="no moments of layer '1'"):
         with_damage(problems(model, x), {"0": moments["0"]})
+
+
+def test_curves_are_remembered_for_the_very_moments_that_they_are_of():
+    model, x = nn.Sequential(nn.Linear(12, 10)), torch.randn(100, 12)
+    (problem,) = problems(model, x)
+    moments = collect_moments(model, [x])["0"]
+    first = with_damage([problem], {"0": moments})[0].damage_at("low_rank")
+    assert with_damage([problem], {"0": moments})[0].damage_at("low_rank") is first
+    scale = torch.linspace(1, 9, 12, dtype=torch.float64)
+    other, gone = moments.replace(second=moments.second * scale * scale[:, None]), weakref.ref(moments)
+    del moments
+    assert gone() is not None  # or else other moments may get its id
+    again = with_damage([problem], {"0": other})[0].damage_at("low_rank")
+    fresh = with_damage(problems(model, x), {"0": other})[0].damage_at("low_rank")
+    np.testing.assert_allclose(again(np.array([[3]])), fresh(np.array([[3]])))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tenfold.decompositions import decompose
+from tenfold.decompositions import Decomposition, decompose
 from tenfold.errors import DataError, PlanError, UnknownNameError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import Sensitivity
@@ -50,6 +50,26 @@ def test_output_errors_are_those_of_the_outputs(model: nn.Sequential) -> None:
     power = float((y - y.mean((0, 2, 3), keepdim=True)).square().sum())
     assert error == pytest.approx((missed / power) ** 0.5, rel=1e-5)
     assert 0.05 < error < 1.5
+
+
+class Tokens(nn.Module):
+    """A linear layer over tokens, of which the mask says which are real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 6)
+
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(tokens) * attention_mask.unsqueeze(-1)
+
+
+def test_padding_counts_nowhere() -> None:
+    model, other = Tokens(), nn.Linear(8, 6)
+    tokens, mask = torch.randn(4, 5, 8), torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
+    padded = torch.where(mask.unsqueeze(-1), tokens, 100 * torch.randn(4, 5, 8))
+    (found,) = output_errors(model, "layer", [other], [{"tokens": padded, "attention_mask": mask.long()}])
+    (wanted,) = output_errors(model.layer, "", [other], [tokens[mask]])
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_errors_without_data_are_those_of_the_weight(model: nn.Sequential) -> None:
@@ -100,6 +120,18 @@ def test_goes_on_where_it_was_interrupted(model: nn.Sequential, tmp_path: Path) 
                 found.measure(4, scores=True)
         calls += len(scorer.calls)
     assert calls == 1 + sum(len(layer.points) for layer in whole.layers)
+
+
+def test_two_that_measure_at_once_keep_what_the_other_measured(model: nn.Sequential, tmp_path: Path) -> None:
+    file, rank = tmp_path / "table.json", {"rank": 5}
+    first, second = (made(model, evaluate=Scorer({"7": 0.2}), path=file) for _ in range(2))
+    score = first.score("7", "low_rank", rank)
+    error = second.error("7", "low_rank", rank)
+    second.error("7", "low_rank", {"rank": 6})
+    both, more = SensitivityTable.load(file).layer("7").points
+    assert (both.score, both.output_error, more.score) == (score, error, None)
+    assert second.score("7", "low_rank", rank) == score
+    assert second._bench.evaluate.calls == []  # type: ignore[union-attr]
 
 
 def test_a_killed_process_loses_one_measurement_at_most(tmp_path: Path) -> None:
@@ -153,6 +185,30 @@ def test_other_conditions_are_refused_and_other_formats_added(model: nn.Sequenti
     file.write_text(json.dumps({"version": 1}))
     with pytest.raises(DataError, match="not a sensitivity table"):
         made(model, path=file)
+
+
+@pytest.mark.filterwarnings("ignore::tenfold.errors.CalibrationWarning")
+def test_other_data_of_the_same_size_are_other_conditions(model: nn.Sequential, tmp_path: Path) -> None:
+    file, (one, other) = tmp_path / "table.json", ([inputs(seed, samples=40)] for seed in (1, 2))
+    moments = {"3": collect_moments(model, one)["3"]}
+    options = {"formats": ["tucker2"], "calibration": one, "moments": moments, "path": file}
+    first = made(model, **options).measure(2)
+    key = first.key.algorithms["tucker2"]
+    assert {settings["name"] for settings in key} == {
+        "weighted_als",
+        "hooi",
+    }  # of layer 3, and of those without moments
+    assert made(model, **options | {"calibration": [inputs(1, samples=40)]}).table == first
+    hooi = {"tucker2": Decomposition.from_dict({"name": "hooi"})}
+    shifted = {"3": moments["3"].replace(mean=moments["3"].mean + 1e-9)}
+    wrong = {"calibration": other, "moments": shifted, "algorithms": hooi}
+    for name, said in (("calibration", "data"), ("moments", "moments"), ("algorithms", "algorithms of tucker2")):
+        with pytest.raises(DataError, match=rf"other conditions: {said} \("):
+            made(model, **options | {name: wrong[name]})
+    old = json.loads(file.read_text()) | {"version": 1}
+    file.write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"version 1 does not tell on which data .* choose another file, or delete"):
+        made(model, **options)
 
 
 def test_what_scores_depend_on_matters_once_there_are_some(model: nn.Sequential, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_coarse_points_come_first_and_progress_is_told():
 
 def test_a_second_clock_measures_nothing_that_the_first_did(tmp_path):
     clock(cache=tmp_path).prepare([Problem()])
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     stored = json.loads(file.read_text())
     assert stored["conditions"]["threads"] == 1
     assert stored["conditions"]["torch"] == torch.__version__
@@ -171,7 +172,7 @@ def test_other_conditions_have_other_tables(tmp_path):
 )
 def test_a_damaged_cache_is_measured_anew(tmp_path, text, caplog):
     clock(cache=tmp_path).prepare([Problem()])
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     file.write_text(text)
     with caplog.at_level(logging.WARNING, "tenfold"):
         clock(cache=tmp_path).prepare([Problem()])
@@ -203,6 +204,24 @@ def test_what_another_process_stored_meanwhile_is_kept(tmp_path):
     first, second = (LatencyCache(tmp_path, {"device": "cpu"}) for _ in range(2))
     first.save({"a": [1.0]})
     second.save({"b": [2.0]})
+    assert first.load() == {"a": [1.0], "b": [2.0]}
+
+
+def test_two_processes_that_store_at_once_lose_nothing(tmp_path, monkeypatch):
+    first, second = (LatencyCache(tmp_path, {"device": "cpu"}) for _ in range(2))
+    other = threading.Thread(target=second.save, args=({"b": [2.0]},))
+    load = first.load
+
+    def interrupted():
+        there = load()
+        other.start()  # between reading and writing
+        other.join(0.1)
+        return there
+
+    with monkeypatch.context() as patched:
+        patched.setattr(first, "load", interrupted)
+        first.save({"a": [1.0]})
+    other.join(10)
     assert first.load() == {"a": [1.0], "b": [2.0]}
 
 

@@ -12,6 +12,7 @@ import torch
 
 from tenfold.decompositions import decompose
 from tenfold.decompositions.metric import Moments
+from tenfold.decompositions.sketch import Sketch
 from tenfold.errors import BudgetError, DataError, TenfoldError
 from tenfold.formats import FORMATS, Rank, join_groups
 from tenfold.parallel import Workers
@@ -122,6 +123,30 @@ def test_an_interrupted_search_goes_on_from_its_table(tmp_path: Path, monkeypatc
     other = [layer("cp3", 2 * steep(decay=0.5), path="a")]  # another weight under the same name
     rule.select(other)
     assert len(calls) > new
+
+
+def test_a_table_tells_weights_under_other_data_apart() -> None:
+    x = torch.randn(50, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact = Moments.of(x, x[:, :12])
+    sketched = exact.replace(second=Sketch.of(x), cross=None)
+    wider = exact.replace(second=Sketch.of(2 * x), cross=None)
+    at = layer("cp3", steep())
+    metrics = (None, exact, exact.replace(cross=-exact.cross), sketched, wider)
+    assert len({error_bound._digest(at.load_weight(), at.spec, metric) for metric in metrics}) == 5
+    again = exact.replace(second=Sketch.of(x.clone()), cross=None)
+    assert again.digest() == sketched.digest()
+
+
+def test_two_searches_on_one_table_keep_what_the_other_found(tmp_path: Path) -> None:
+    file = tmp_path / "errors.json"
+    problems = [layer("cp3", steep(decay=0.5 + i / 10), path=str(i)) for i in range(3)]
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == 1:
+            ErrorBound(rel_error=0.3, table=file).select(problems[2:])
+
+    ErrorBound(rel_error=0.3, table=file, progress=meanwhile).select(problems[:2])
+    assert len(json.loads(file.read_text())["errors"]) == 3
 
 
 def test_two_processes_find_what_one_finds() -> None:

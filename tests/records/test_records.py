@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from torch import nn
 
 from tenfold.errors import BudgetError, TenfoldError
 from tenfold.layers import describe
-from tenfold.records import Budget, ContractSpec, Cost, LayerPlan, LayerSpec, chain_macs, chain_params, write_text
+from tenfold.records import (
+    Budget,
+    ContractSpec,
+    Cost,
+    LayerPlan,
+    LayerSpec,
+    chain_macs,
+    chain_params,
+    held_alone,
+    write_text,
+)
 from tenfold.testing import GEOMETRIES
 
 
@@ -127,3 +138,20 @@ def test_a_text_that_cannot_be_written_names_the_file_asked_for(tmp_path):
     with pytest.raises(IsADirectoryError):
         write_text(tmp_path / "folder.yaml", "text")
     assert set(tmp_path.iterdir()) == before
+
+
+def test_who_adds_to_a_file_waits_for_who_holds_it(tmp_path):
+    path = tmp_path / "sub" / "count"
+
+    def add() -> None:
+        with held_alone(path):
+            write_text(path, path.read_text() + "x")
+
+    other = threading.Thread(target=add)
+    with held_alone(path):
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+        write_text(path, "x")
+    other.join(10)
+    assert path.read_text() == "xx"

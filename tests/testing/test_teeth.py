@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
-from tenfold.decompositions import DECOMPOSITIONS, Factors
+from tenfold.decompositions import DECOMPOSITIONS, Factors, Moments
 from tenfold.decompositions.svd import SVD
+from tenfold.decompositions.weighted import WeightedALS, WhitenedSVD
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
 from tenfold.formats.low_rank import LowRank
@@ -16,7 +18,16 @@ from tenfold.formats.spatial import Spatial
 from tenfold.formats.tucker2 import Tucker2
 from tenfold.ranks import RULES, Choose, Keep, RankRule
 from tenfold.ranks.ratio import Ratio
-from tenfold.testing import LAWS, LawBroken, check_algorithm_laws, check_format_laws, check_rule
+from tenfold.surgery import apply
+from tenfold.testing import (
+    LAWS,
+    LawBroken,
+    check_algorithm_laws,
+    check_format_laws,
+    check_model_laws,
+    check_rule,
+    model_laws,
+)
 
 
 @pytest.fixture
@@ -171,6 +182,82 @@ def test_wrong_algorithms_are_caught(registered, entry, check, number):
         check_algorithm_laws(entry(), LowRank, check)
 
 
+class Ignoring(WhitenedSVD):
+    """Takes no notice of the data."""
+
+    def fit(self, weight, spec, format, rank, covariance=None):
+        return super().fit(weight, spec, format, rank)
+
+
+class Halved(WhitenedSVD):
+    """Loses a factor under the data, whatever they are."""
+
+    def fit(self, weight, spec, format, rank, covariance=None):
+        found = super().fit(weight, spec, format, rank, covariance)
+        half = 1.0 if covariance is None else 0.5
+        return Factors({k: v * half for k, v in found.tensors.items()})
+
+
+class Averaging(WhitenedSVD):
+    """Takes all groups for one."""
+
+    def fit(self, weight, spec, format, rank, covariance=None):
+        mean = None if covariance is None else covariance.mean(0, keepdim=True).expand_as(covariance)
+        return super().fit(weight, spec, format, rank, mean)
+
+
+class Mixing(WhitenedSVD):
+    """Gives each group the data of another."""
+
+    def fit(self, weight, spec, format, rank, covariance=None):
+        return super().fit(weight, spec, format, rank, None if covariance is None else covariance.flip(0))
+
+
+class Turned(WeightedALS):
+    """Takes the entries of a patch in the order (tap, channel)."""
+
+    def fit(self, weight, spec, format, rank, covariance=None):
+        if covariance is not None:
+            order = torch.arange(covariance.shape[-1]).view(-1, weight.shape[2]).T.flatten()
+            covariance = covariance[:, order][:, :, order]
+        return super().fit(weight, spec, format, rank, covariance)
+
+
+@pytest.mark.parametrize(
+    ("entry", "format", "check"),
+    [
+        (Ignoring, LowRank, "outputs"),
+        (Halved, LowRank, "white"),
+        (Averaging, LowRank, "groups_apart"),
+        (Mixing, LowRank, "outputs"),
+        (Mixing, LowRank, "groups_apart"),
+        (Turned, Tucker2, "outputs"),
+    ],
+)
+def test_algorithms_that_mistake_the_data_are_caught(registered, entry, format, check):
+    registered(DECOMPOSITIONS, entry)
+    with broken(15):
+        check_algorithm_laws(entry(), format, check)
+
+
+def test_a_wrong_output_error_is_caught(monkeypatch):
+    monkeypatch.setattr(Moments, "errors", lambda self, weight, other: (torch.ones(1), torch.full((1,), 1e8)))
+    with pytest.raises(LawBroken, match=r"^law 15 .*: the fit tells the output error 0\.0001, over the rows it is"):
+        check_algorithm_laws(WeightedALS(), Tucker2, "outputs")
+
+
+def test_a_batch_norm_that_is_not_carried_through_is_caught(monkeypatch):
+    def forgetful(model, made):
+        small = apply(model, made)
+        for norm in (m for m in small.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+        return small
+
+    monkeypatch.setattr(model_laws, "apply", forgetful)
+    with broken(11):
+        check_model_laws(Tucker2, "untouched")
+
+
 @dataclass(frozen=True)
 class Rule(RankRule):
     how: str = ""
@@ -219,4 +306,4 @@ def _only(name):
 
 
 def test_the_laws_are_numbered_as_documented():
-    assert sorted(LAWS) == list(range(1, 15))
+    assert sorted(LAWS) == list(range(1, 16))

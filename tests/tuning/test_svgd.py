@@ -81,3 +81,14 @@ def test_the_value_is_the_loss_and_the_gradient_goes_downhill() -> None:
 def test_unequal_members_are_refused() -> None:
     with pytest.raises(TuningError, match="same names and shapes"):
         Ensemble([nn.Linear(2, 2), nn.Linear(2, 3)])
+
+
+def test_the_likelihood_is_that_of_evaluation_and_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.Dropout(0.9)).train()
+    x, y = 5 + torch.randn(8, 3), torch.arange(8) % 2
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    found = log_likelihood(model, [(x, y)])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    with torch.no_grad():
+        assert found == pytest.approx(-float(F.cross_entropy(model.eval()(x), y)), rel=1e-6)
