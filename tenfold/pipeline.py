@@ -43,7 +43,7 @@ from tenfold.profiling import (
 from tenfold.profiling.steps import Observe, Steps
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
-from tenfold.registry import check_choice
+from tenfold.registry import check_choice, listed
 from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
@@ -99,9 +99,9 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     budget: Budget | Mapping[str, float] | None = None,
     rule: RankRule | str = "global",
     plan: Plan | None = None,
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    formats: str | Sequence[str] = DEFAULT_FORMATS,
     algorithms: Mapping[str, Decomposition] | None = None,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     keep_ends: bool | None = None,
     data: Iterable[Any] | None = None,
     use_data: UseData = "sequential",
@@ -167,6 +167,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     inputs = example_inputs if latency_inputs is None else latency_inputs
     device = device_of(model, example_inputs)
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
+    formats, keep = listed(formats), listed(keep)
     source = open_for_plan(model, plan=plan, keep=keep, budget=budget)
     with steps("profile"):
         before = profile(source, example_inputs)

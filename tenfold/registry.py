@@ -45,6 +45,16 @@ def check_choice(what: str, name: str, allowed: Sequence[str]) -> None:
     raise UnknownNameError(msg)
 
 
+def listed(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Return names as a tuple; one that was given alone is not taken for a sequence of letters.
+
+    Example:
+        >>> listed("tucker2"), listed(["tucker2", "cp3"])
+        (('tucker2',), ('tucker2', 'cp3'))
+    """
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 class Registry(Generic[T]):
     """A mapping from names to classes that refuses duplicates and helps on a miss.
 

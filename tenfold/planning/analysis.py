@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tenfold import __version__
 from tenfold.errors import TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.planning.sensitivity import problem_of
+from tenfold.planning.undecided import problem_of
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import Analysis, CurvePoint, LayerAnalysis, LayerPlan, Plan, Profile, Spectrum

@@ -8,32 +8,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
-from tenfold.formats import FORMATS, Rank, split_groups
-from tenfold.layers import dense_weight
+from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
 from tenfold.planning.conditions import conditions_of
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
+from tenfold.planning.undecided import problem_of, reason_to_keep
 from tenfold.profiling.monotone import isotonic
-from tenfold.ranks import RankProblem, check_patterns, first_match
+from tenfold.ranks import RankProblem, check_patterns
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import (
     Cost,
-    LayerProfile,
     LayerSensitivity,
     Profile,
     SensitivityPoint,
     SensitivityTable,
     held_alone,
 )
-from tenfold.surgery import find
+from tenfold.registry import listed
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -84,13 +82,13 @@ class Sensitivity:
         model: nn.Module,
         profile: Profile,
         *,
-        formats: Sequence[str] = DEFAULT_FORMATS,
+        formats: str | Sequence[str] = DEFAULT_FORMATS,
         evaluate: Callable[[nn.Module], float] | None = None,
         calibration: Iterable[Any] | None = None,
         moments: Mapping[str, Moments] | None = None,
         algorithms: Mapping[str, Decomposition] | None = None,
         batchnorm: bool = False,
-        keep: Sequence[str] = (),
+        keep: str | Sequence[str] = (),
         seed: int = 0,
         about: Mapping[str, str | int | float | None] | None = None,
         path: str | Path | None = None,
@@ -102,6 +100,7 @@ class Sensitivity:
         if batchnorm and calibration is None:
             msg = "batch norm is estimated anew from calibration batches: give some, or batchnorm=False"
             raise DataError(msg)
+        formats, keep = listed(formats), listed(keep)
         check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         self._model = copy.deepcopy(model)
         self._name = profile.model
@@ -110,7 +109,7 @@ class Sensitivity:
         algorithms = dict(algorithms or {})
         self._bench = Bench(self._model, calibration, dict(moments or {}), algorithms, batchnorm, seed, evaluate)
         self._layers = {layer.path: layer for layer in profile.layers if layer.params or layer.macs}
-        self._reasons = {p: _why_not(layer, formats, keep) for p, layer in self._layers.items()}
+        self._reasons = {p: reason_to_keep(self._model, layer, formats, keep) for p, layer in self._layers.items()}
         self._problems = {
             p: problem_of(self._model, layer, formats) for p, layer in self._layers.items() if not self._reasons[p]
         }
@@ -338,40 +337,3 @@ class Sensitivity:
 
 def _spot(path: str, format: str, rank: Rank) -> Spot:
     return path, format, tuple(sorted(rank.items()))
-
-
-def _why_not(layer: LayerProfile, formats: Sequence[str], keep: Sequence[str]) -> str:
-    """Return why a layer cannot be compressed, or an empty string."""
-    pattern = first_match(keep, layer.path, layer.aliases)
-    if pattern is not None:
-        return f"kept as asked by {pattern!r}"
-    if layer.spec is None or layer.tied or not layer.calls:
-        return layer.note or "not called by the forward"
-    refusals = [FORMATS.get(name).refuses(layer.spec) for name in formats]
-    return "; ".join(dict.fromkeys(map(str, refusals))) if all(refusals) else ""
-
-
-def problem_of(model: nn.Module, layer: LayerProfile, formats: Sequence[str]) -> RankProblem:
-    """Return what there is to know of a layer, in those of the formats that serve it.
-
-    Raises:
-        PlanError: the layer has no geometry.
-    """
-    spec = layer.spec
-    if spec is None:
-        msg = f"layer {layer.path!r} has no geometry"
-        raise PlanError(msg)
-
-    def weight() -> torch.Tensor:
-        with torch.no_grad():
-            return split_groups(dense_weight(find(model, layer.path)).detach(), spec)
-
-    return RankProblem(
-        path=layer.path,
-        spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
-        calls=layer.calls,
-        cost=layer.cost,
-        load_weight=weight,
-        current=None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank)),
-    )

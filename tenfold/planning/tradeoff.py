@@ -9,7 +9,7 @@ from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
-from tenfold.planning.sensitivity import problem_of
+from tenfold.planning.undecided import problem_of
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint

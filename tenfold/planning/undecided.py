@@ -46,7 +46,7 @@ def kept_layers(
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
     _check_same_model(model, profile)
     ends = cheap_ends(profile) if keep_ends else {}
-    kept = {layer.path: _reason_to_keep(layer, formats, keep, ends, model) for layer in profile.layers}
+    kept = {layer.path: reason_to_keep(model, layer, formats, keep, ends) for layer in profile.layers}
     kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
@@ -63,7 +63,7 @@ def problems_of(
     memory: Memory | None = None,
 ) -> list[RankProblem]:
     """Return what a rule may know of layers that it is to decide on, without time; the arguments are ``plan``'s."""
-    problems = [_problem(model, layer, formats, memory) for layer in layers]
+    problems = [problem_of(model, layer, formats, memory) for layer in layers]
     if moments is not None:
         problems = with_damage(problems, moments)
     if damages is not None:
@@ -87,16 +87,28 @@ def _check_same_model(model: nn.Module, profile: Profile) -> None:
         find(model, layer.path)
 
 
-def _reason_to_keep(
-    layer: LayerProfile, formats: Sequence[str], keep: Sequence[str], ends: Mapping[str, str], model: nn.Module
+def reason_to_keep(
+    model: nn.Module,
+    layer: LayerProfile,
+    formats: Sequence[str],
+    keep: Sequence[str] = (),
+    ends: Mapping[str, str] | None = None,
 ) -> str:
-    """Return why no rule may touch the layer, or an empty string."""
+    """Return why no rule may touch the layer, or an empty string.
+
+    Args:
+        model: that the layer is in.
+        layer: what is known of it.
+        formats: that it may get.
+        keep: layers to leave alone, as ``plan`` takes them.
+        ends: further layers to leave alone, by path, with the reasons.
+    """
     pattern = first_match(keep, layer.path, layer.aliases)
     if pattern is not None:
         return f"kept as asked by {pattern!r}"
     if layer.spec is None or layer.tied or layer.read or not layer.calls:
         return layer.note or "not called by the forward"
-    if layer.path in ends:
+    if ends and layer.path in ends:
         return ends[layer.path]
     refusals = {name: FORMATS.get(name).refuses(layer.spec) for name in formats}
     if all(refusals.values()):
@@ -115,7 +127,14 @@ def _weight(model: nn.Module, path: str) -> Tensor:
         return dense_weight(find(model, path)).detach()
 
 
-def _problem(model: nn.Module, layer: LayerProfile, formats: Sequence[str], memory: Memory | None) -> RankProblem:
+def problem_of(
+    model: nn.Module, layer: LayerProfile, formats: Sequence[str], memory: Memory | None = None
+) -> RankProblem:
+    """Return what there is to know of a layer, in those of the formats that serve it.
+
+    Raises:
+        PlanError: the layer has no geometry.
+    """
     spec = layer.spec
     if spec is None:
         msg = f"layer {layer.path!r} has no geometry"

@@ -245,6 +245,13 @@ def test_what_was_said_of_a_layer_goes_when_it_is_edited(zoo):
     assert "edited" in kept.reason
 
 
+def test_one_name_alone_is_a_name_and_no_row_of_letters():
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(13)))
+    cost = profile(model, torch.zeros(1, 16))
+    found = plan(model, cost, rule=rule_from("ratio", share=0.5), formats="low_rank", keep="12", keep_ends=False)
+    assert [layer.path for layer in found.layers if layer.action == "keep"] == ["12"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_models_without_values_or_without_modules_of_their_own_are_refused():
     with torch.device("meta"):
