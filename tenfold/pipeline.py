@@ -15,7 +15,7 @@ from torch import nn
 
 from tenfold import checkpoint
 from tenfold.decompositions import Decomposition, Moments
-from tenfold.errors import DataError, PlanError, TenfoldWarning
+from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.parallel import Workers
 from tenfold.planning import (
     DEFAULT_FORMATS,
@@ -36,8 +36,8 @@ from tenfold.profiling import (
     compare_latency,
     device_of,
     environment,
+    gathered,
     profile,
-    to_device,
     to_memory_format,
 )
 from tenfold.profiling.steps import Observe, Steps
@@ -276,22 +276,6 @@ def decide(
 def check_use_data(use_data: str) -> None:
     """Raise UnknownNameError unless data can be used like this; see ``compress``."""
     check_choice("use_data", use_data, get_args(UseData))
-
-
-def gathered(data: Iterable[Any], device: torch.device) -> list[Any]:
-    """Return all batches of the data, on a device.
-
-    Raises:
-        DataError: there is none.
-    """
-    batches = [to_device(batch, device) for batch in data]
-    if not batches:
-        msg = (
-            "the data hold no batch. A generator that was gone through before yields nothing: pass a list, or a new "
-            "generator; or leave data out, and the weights alone decide."
-        )
-        raise DataError(msg)
-    return batches
 
 
 def replace_layers(

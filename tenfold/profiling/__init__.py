@@ -4,7 +4,7 @@ from tenfold.profiling.calibration import calibrate, called_layers
 from tenfold.profiling.clock import Clock
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
-from tenfold.profiling.inputs import batch_size_of, call_model, to_device
+from tenfold.profiling.inputs import batch_size_of, call_model, gathered, to_device
 from tenfold.profiling.latency import Comparison, compare_latency, measure_latency
 from tenfold.profiling.memory_format import best_memory_format, to_memory_format
 from tenfold.profiling.modes import device_of, evaluating
@@ -23,6 +23,7 @@ __all__ = [
     "device_of",
     "environment",
     "evaluating",
+    "gathered",
     "measure_latency",
     "profile",
     "to_device",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tenfold.errors import ProfileError, TenfoldError
+from tenfold.errors import DataError, ProfileError, TenfoldError
 from tenfold.records import Shape
 from tenfold.tensors import digest
 
@@ -191,3 +191,19 @@ def _in_words(value: Any) -> str:
     if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
         return f"{type(value).__name__} of {len(value)} ({', '.join(_in_words(v) for v in value[:3])})"
     return type(value).__name__
+
+
+def gathered(data: Iterable[Any], device: torch.device) -> list[Any]:
+    """Return all batches of the data, on a device.
+
+    Raises:
+        DataError: there is none.
+    """
+    batches = [to_device(batch, device) for batch in data]
+    if not batches:
+        msg = (
+            "the data hold no batch. A generator that was gone through before yields nothing: pass a list, or a new "
+            "generator; or leave data out, and the weights alone decide."
+        )
+        raise DataError(msg)
+    return batches

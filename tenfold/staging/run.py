@@ -16,9 +16,9 @@ from tenfold import __version__
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Decomposition
 from tenfold.parallel import Workers
-from tenfold.pipeline import Compressed, UseData, check_use_data, gathered, measurement, replace_layers
+from tenfold.pipeline import Compressed, UseData, check_use_data, measurement, replace_layers
 from tenfold.planning import analyse
-from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, profile
+from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, gathered, profile
 from tenfold.profiling.inputs import arguments, digest_batches, tensors_in
 from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
