@@ -70,6 +70,7 @@ class Sensitivity:
         DataError: the file at ``path`` was measured under other conditions, or is damaged.
 
     Example:
+        >>> import torch
         >>> from tenfold.profiling import profile
         >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
         >>> found = Sensitivity(net, profile(net, torch.zeros(1, 16)), evaluate=lambda m: 0.9)
