@@ -99,6 +99,7 @@ class Row:
         print(self.name, {k: round(100 * v, 2) for k, v in scores.items()}, flush=True)
         after = profile(found.model, self.task.example_inputs())
         if found.plan is not None and self.config.get("checkpoint") and self.seed == self.config["seeds"][0]:
+            row = self.name.partition("/")[0]
             record = RunRecord(
                 seed=self.seed,
                 before=measurement(self.cost, score=scores["dense"]),
@@ -109,7 +110,7 @@ class Row:
                 seconds={"all": time.perf_counter() - start},
                 environment=environment(torch.device("cpu")),
                 task=self.task.id,
-                command=f"python -m benchmarks.recovery.run --only {self.name} --weights-dir FOLDER",
+                command=f"python -m benchmarks.recovery.run --only {row} --weights-dir FOLDER",
             )
             tenfold.save(found.model, found.plan, CHECKPOINTS / self.config["checkpoint"], record=record)
         return self.outcome(after, scores, found.epochs)
