@@ -203,6 +203,9 @@ def table(config: dict[str, Any], result: dict[str, Any], stem: str) -> str:
         found = [row for key, row in result["rows"].items() if key.split("/")[0] == name]
         if found:
             lines.append(f"| {name} | {found[0]['network']} | {' | '.join(cells(found))} |")
+    missing = [name for name, _ in runs(config) if name not in result["rows"]]
+    if missing:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     lines += ["", f"On {env['device_name'] or env['device']}, torch {env['torch']}, Python {env['python']}."]
     file = f"--config benchmarks/recovery/{stem}.yaml "
     lines += ["", f"`python -m benchmarks.recovery.run {file}--weights-dir FOLDER [--only ROW]`"]

@@ -48,7 +48,7 @@ def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module],
             found = real_tokens(next(tensors_in(substitute(*args, **kwargs))), mask).double()
             missed[i] += float((wanted - found).square().sum())
 
-    handle = module.register_forward_hook(compare, with_kwargs=True)
+    handle = module.register_forward_hook(compare, with_kwargs=True, prepend=True)  # hooks of the layer stay with it
     try:
         with evaluating(model), layer_by_layer():
             for batch in batches:

@@ -198,7 +198,7 @@ def total_cost(problems: Sequence[RankProblem], choices: Sequence[Choice]) -> To
 
 def within(cost: Cost, limits: Limits) -> bool:
     """Whether ``cost`` respects every limit."""
-    return all(getattr(cost, name) <= limit for name, limit in limits.items())
+    return not beyond(cost, limits)
 
 
 def first_saving(problem: RankProblem, ranks: Callable[[str], Rank | None], note: str) -> Choice:
@@ -268,11 +268,7 @@ class OneKnobRule(RankRule):
         """Return the message for limits that the configured number does not respect."""
         given = [name for name in self.numbers if getattr(self, name) is not None]
         shown = " and ".join(f"{name}={getattr(self, name):g}" for name in given) or "its number"
-        over = [
-            f"{name} {_amount(getattr(total, name))} (allowed {_amount(limit)})"
-            for name, limit in limits.items()
-            if getattr(total, name) > limit
-        ]
+        over = [f"{k} {_amount(now)} (allowed {_amount(limit)})" for k, now, limit in beyond(total, limits)]
         return (
             f"the rule {self.name()} with {shown} does not meet the budget: the layers that can be factorized keep "
             f"{', '.join(over)}. Raise the budget, change {' and '.join(given) or 'the number'}, or leave it out: then "
@@ -300,13 +296,14 @@ class OneKnobRule(RankRule):
         return best
 
 
+def beyond(cost: Cost, limits: Limits) -> list[tuple[str, float, float]]:
+    """Return (name, cost, limit) of the limits that a cost does not respect."""
+    return [(name, getattr(cost, name), limit) for name, limit in limits.items() if getattr(cost, name) > limit]
+
+
 def unreachable(least: Cost, limits: Limits) -> str:
     """Return the message for limits that are below what the layers cost at the very least."""
-    parts = [
-        f"{k} {_amount(limit)} (lowest {_amount(getattr(least, k))})"
-        for k, limit in limits.items()
-        if getattr(least, k) > limit
-    ]
+    parts = [f"{k} {_amount(limit)} (lowest {_amount(low)})" for k, low, limit in beyond(least, limits)]
     return (
         f"the budget cannot be met: the layers that can be factorized would have to fit into {', '.join(parts)}. "
         "Raise the budget, allow more formats, or keep fewer layers."

@@ -21,6 +21,7 @@ from tenfold.ranks.base import (
     Limits,
     OneKnobRule,
     RankProblem,
+    beyond,
     first_saving,
     total_cost,
     within,
@@ -270,9 +271,8 @@ def _weakened(now: int, extreme: int, weaken: float, min_rank: int) -> int:
 def _out_of_range(problems: Sequence[RankProblem], least: Any, limits: Limits) -> str:
     now = total_cost(problems, [Keep("")] * len(problems))
     parts = [
-        f"{name} {limit:,.0f} (weaken reaches {getattr(least, name):,} to {getattr(now, name):,})"
-        for name, limit in limits.items()
-        if getattr(least, name) > limit
+        f"{name} {limit:,.0f} (weaken reaches {low:,} to {getattr(now, name):,})"
+        for name, low, limit in beyond(least, limits)
     ]
     return (
         f"EVBMF cannot meet the budget: the layers that can be factorized would have to fit into {', '.join(parts)}. "

@@ -114,8 +114,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         if minded is None and branch is not None:
             minded = branch.importance(spec)
         metric = metric.replace(output=minded)
-        algorithm = _algorithm(wanted[path], metric, ridge, plan.seed)
-        fit = _fit(weight, spec, wanted[path], algorithm, metric)
+        fit, algorithm = _fit(weight, spec, wanted[path], metric, ridge, plan.seed)
         if bias is None and fit.bias_shift is not None and _takes_mean(norm):
             norm.running_mean.sub_(fit.bias_shift.to(norm.running_mean))
         new = put(new, {path: layer_of(fit, old, algorithm)})
@@ -163,9 +162,14 @@ def _algorithm(layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> De
     return dataclasses.replace(given, ridge=max(given.ridge, _ridge_of_few(metric)))
 
 
-def _fit(weight: Tensor, spec: LayerSpec, layer: LayerPlan, algorithm: Decomposition, metric: Moments) -> Fit:
+def _fit(
+    weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, ridge: float, seed: int
+) -> tuple[Fit, Decomposition]:
+    """Return the fit of a layer, and what found it."""
     try:
-        return decompose(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, metric=metric)
+        algorithm = _algorithm(layer, metric, ridge, seed)
+        fit = decompose(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, metric=metric)
+        return fit, algorithm
     except TenfoldError as error:
         msg = f"layer {layer.path!r}: {error}"
         raise PlanError(msg) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -50,6 +51,13 @@ def test_output_errors_are_those_of_the_outputs(model: nn.Sequential) -> None:
     power = float((y - y.mean((0, 2, 3), keepdim=True)).square().sum())
     assert error == pytest.approx((missed / power) ** 0.5, rel=1e-5)
     assert 0.05 < error < 1.5
+
+
+def test_hooks_of_a_layer_are_no_error_of_its_substitute() -> None:
+    model = nn.Sequential(nn.Linear(8, 6)).eval()
+    same = copy.deepcopy(model[0])
+    model[0].register_forward_hook(lambda _, __, out: out * 3)
+    assert output_errors(model, "0", [same], [torch.randn(16, 8)]) == [0.0]
 
 
 class Tokens(nn.Module):

@@ -68,6 +68,16 @@ def test_a_plan_says_what_found_the_factors(model: nn.Sequential, batches: list[
     assert torch.equal(first.detach() + 0, second.detach() + 0)
 
 
+def test_an_algorithm_that_does_not_exist_is_told_with_its_layer(
+    model: nn.Sequential, batches: list[torch.Tensor]
+) -> None:
+    plan = planned("tucker2", {"out": 4, "in": 3})
+    plan = plan.replace(layers=(plan.layers[0].replace(algorithm={"name": "hoooi"}),))
+    for carry_out in (apply, lambda m, p: apply_in_order(m, p, batches)):
+        with pytest.raises(PlanError, match=r"layer '0'.*hooi"):
+            carry_out(model, plan)
+
+
 def test_settings_of_a_plan_count_where_nothing_knows_the_data(
     model: nn.Sequential, batches: list[torch.Tensor]
 ) -> None:
