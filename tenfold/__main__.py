@@ -1,8 +1,6 @@
 """``python -m tenfold`` is the command line."""
 
-import sys
-
-from tenfold.cli import main
+from tenfold.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

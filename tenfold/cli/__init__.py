@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -15,3 +16,11 @@ def main(args: Sequence[str] | None = None) -> int:
     from tenfold.cli.app import run
 
     return run(list(sys.argv[1:] if args is None else args))
+
+
+def command() -> NoReturn:
+    """Run the command line of this process and end it with the exit code."""
+    code = main()
+    from tenfold.cli.scaling import leave
+
+    leave(code)

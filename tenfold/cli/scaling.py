@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -104,6 +104,19 @@ def refuse_launch(command: str) -> None:
             "several; --jobs spreads other work."
         )
         raise Misuse(msg if os.environ.get("RANK", "0") == "0" else "see the main process")
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, which is one of several without the interpreter's own end.
+
+    After training in several processes, torch's threads for gloo live on, and now and then one of them aborts the
+    interpreter as it ends (SIGABRT). The launcher would then end all others, whatever they were writing.
+    """
+    if _processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _processes() -> int:

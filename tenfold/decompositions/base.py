@@ -325,7 +325,7 @@ def _fit_metric(
         if inverse is not None:
             *first, last = value.chain()
             turned = (inverse.to(last.dtype) @ last.flatten(2)).view_as(last)
-            value = kind.from_chain(spec, rank, (*first, turned))
+            value = kind.from_chain(spec, rank, (*first, turned)).balanced()  # the turn has stretched its outputs
     else:
         begun = None if problem.start is None else problem.start.to(weight).scaled(1 / (scale or 1.0))
         factors, top = algorithm.fit_from(begun, weight, spec, kind, rank), scale

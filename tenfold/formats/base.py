@@ -262,6 +262,13 @@ class Factorization(abc.ABC):
         share = factor ** (1 / len(tensors))
         return self.map(**{k: v * share for k, v in tensors.items()})
 
+    def balanced(self) -> Self:
+        """Return factors of the same weight whose scales suit one learning rate; these, where nothing is better.
+
+        Algorithms leave their factors like this. It is asked for where factors were changed afterwards.
+        """
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the factorization with every factor passed through ``Tensor.to``."""
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenfold.formats.base import Factorization, Rank, Reduced, join_groups
 from tenfold.records import LayerSpec, Shape
+from tenfold.tensors import kruskal
 from tenfold.tensors.kruskal import Stability, stability
 
 # A rule that walks along all ranks walks at most about so many steps.
@@ -45,6 +46,10 @@ class Kruskal(Factorization):
     @abc.abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
         """Return one factor (groups, n, R) for each mode, in the order of ``shape``; the inverse of ``of``."""
+
+    def balanced(self) -> Self:
+        """Return the factors of the same terms with the least sensitivity to noise in them."""
+        return self.of(self.spec, kruskal.balance(self.factors()))
 
     @classmethod
     def tensorize(cls, weight: Tensor, spec: LayerSpec) -> Tensor:

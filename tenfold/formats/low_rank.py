@@ -12,6 +12,7 @@ from torch import Tensor
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import LayerSpec
+from tenfold.tensors import kruskal
 
 
 @FORMATS.register("low_rank")
@@ -75,3 +76,8 @@ class LowRank(MatrixFormat):
         """Return left @ right, per group."""
         flat = self.left @ self.right.flatten(2)
         return flat.reshape(*flat.shape[:2], *self.right.shape[2:])
+
+    def balanced(self) -> Self:
+        """Return the factors with equal norms of the two vectors of every component."""
+        left, right = kruskal.equalize([self.left, self.right.flatten(2).mT])
+        return self.map(left=left, right=right.mT.reshape(self.right.shape))

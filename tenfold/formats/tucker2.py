@@ -114,13 +114,8 @@ class Tucker2(Factorization):
         """Return the core in orthonormal frames of the factors, (r_out, r_in, *kernel); None without factors."""
         if self.in_factor is None and self.out_factor is None:
             return None
-        core, inner, outer = self.core, None, None
-        if self.in_factor is not None:
-            inner, triangle = torch.linalg.qr(self.in_factor)
-            core = torch.einsum("gaix,gbi->gabx", core.flatten(3), triangle)
-        if self.out_factor is not None:
-            outer, triangle = torch.linalg.qr(self.out_factor)
-            core = torch.einsum("gba,gax->gbx", triangle, core.flatten(2))
+        framed = self.balanced()
+        core, inner, outer = framed.core, framed.in_factor, framed.out_factor
         groups = self.spec.groups
         r_out, r_in = self.rank["out"] * groups, self.rank["in"] * groups
         spec = LayerSpec(kind="conv", in_channels=r_in, out_channels=r_out, kernel=self.spec.kernel, groups=groups)
@@ -136,6 +131,18 @@ class Tucker2(Factorization):
     def scaled(self, factor: float) -> Self:
         """Return the factorization of ``factor`` times the weight: the core takes it, the factors stay orthonormal."""
         return self.map(core=self.core * factor)
+
+    def balanced(self) -> Self:
+        """Return orthonormal factors, with the core as it is seen through them."""
+        core, inner, outer = self.core, self.in_factor, self.out_factor
+        if inner is not None:
+            inner, triangle = torch.linalg.qr(inner)
+            core = torch.einsum("gaix,gbi->gabx", core.flatten(3), triangle)
+        if outer is not None:
+            outer, triangle = torch.linalg.qr(outer)
+            core = torch.einsum("gba,gax->gbx", triangle, core.flatten(2))
+        shape = (len(core), *self.rank.values(), *self.spec.kernel)
+        return self.map(core=core.reshape(shape), in_factor=inner, out_factor=outer)
 
 
 def _absorbed(frame: Tensor | None, factor: Tensor | None) -> Tensor | None:

@@ -127,8 +127,25 @@ def check_groups_apart(trial: Trial) -> None:
             expect(seen <= wanted * (1 + slack) + 1e-2, f"output error {seen:.6g}, as a layer of its own {wanted:.6g}")
 
 
+def check_minded(trial: Trial) -> None:
+    """Raise LawBroken if factors come out with scales that train badly where outputs count very differently."""
+    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) else None
+    if at is None:
+        return
+    groups, out = at.spec.group_shape[:2]
+    minded = torch.logspace(0, -4, out, dtype=torch.float64).diag_embed().expand(groups, -1, -1)
+    metric = Moments.of(at.rows).replace(output=minded)
+    with law(15, trial, at.rank, "outputs that count very differently"):
+        found = decompose(at.weight, trial.format.name(), at.rank, trial.algorithm, spec=at.spec, metric=metric).value
+        for (name, given), wanted in zip(found.tensors().items(), found.balanced().tensors().values(), strict=True):
+            norms, levelled = (torch.linalg.vector_norm(t.flatten(2), dim=(1, 2)) for t in (given, wanted))
+            off = float((norms / levelled.clamp_min(1e-30)).log().abs().max())
+            expect(off <= 1e-4, f"{name} has the norm {norms.tolist()}, balanced {levelled.tolist()}")
+
+
 AWARE_LAWS: dict[str, Callable[[Trial], None]] = {
     "white": check_white,
     "outputs": check_outputs,
     "groups_apart": check_groups_apart,
+    "minded": check_minded,
 }

@@ -102,6 +102,7 @@ def check_round_trips(format: Format, at: Geometry) -> None:
                 expect(other.rank == rank, f"{name} gives rank {other.rank}")
                 for key, tensor in value.tensors().items():
                     expect(torch.equal(other.tensors()[key], tensor), f"{name} changes {key}")
+            expect_close("the weight of balanced factors", value.balanced().to_dense(), value.to_dense(), 1e-12)
             expect_close("the scaled weight", value.scaled(3.0).to_dense(), 3.0 * value.to_dense(), 1e-12)
             expect(tuple(value.to_dense().shape) == at.spec.weight_shape, f"dense shape {value.to_dense().shape}")
             expect(all(len(t) == at.spec.groups for t in value.tensors().values()), "a tensor lacks the group axis")

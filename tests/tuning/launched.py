@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tenfold.cli.scaling import leave
 from tenfold.tuning import TuneConfig, finetune
 
 PLAIN = TuneConfig(epochs=3, lr=0.1, warmup=0.2, autocast="off", channels_last=False, clip_norm=0.5)
@@ -113,8 +114,8 @@ def main(folder: Path) -> None:
     if accelerator.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)
