@@ -21,6 +21,9 @@ class TuneConfig(Record):
         decay_factors: whether it acts on the factors of factorized layers too, where it silently lowers their rank.
         warmup: share of all steps during which the learning rate rises in a straight line; then it falls as a cosine.
         label_smoothing: share of the target spread over all classes, in the default loss.
+        freeze_norms: whether batch norms normalize by their running statistics and keep them, as in evaluation; scales
+            and shifts are trained. For models that answer nearly as they should: against a teacher, the noise of the
+            statistics of each batch then outweighs what is left to learn.
         clip_norm: largest norm of the whole gradient, None for no limit.
         autocast: "bf16", "off", or "auto": bf16 for float32 models where the hardware computes in it.
         channels_last: True, False, or "auto": where the model has 2-d convolutions and runs with such inputs.
@@ -43,6 +46,7 @@ class TuneConfig(Record):
     decay_factors: bool = False
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    freeze_norms: bool = False
     clip_norm: PositiveFloat | None = 5.0
     autocast: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"

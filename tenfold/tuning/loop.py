@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import TuningError
 from tenfold.profiling.inputs import to_device
+from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tuning.acceleration import place, uses_bf16
 from tenfold.tuning.average import Average
 from tenfold.tuning.batches import Batch, as_pair, grouped, peek
@@ -45,6 +46,9 @@ class Loop:
         """Return the record of an epoch after training it, counted from 0."""
         start = time.perf_counter()
         self.called.train()
+        if self.config.freeze_norms:
+            for module in self.model.modules():
+                module.training = module.training and not isinstance(module, BATCH_NORMS)
         loss, rate = self._train(epoch, data)
         self._check_weights(epoch)
         self.processes.align_(self.model)

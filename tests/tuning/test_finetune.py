@@ -46,6 +46,21 @@ def accuracy(model: nn.Module) -> float:
     return (model(x).argmax(1) == y).float().mean().item()
 
 
+def test_frozen_norms_keep_their_statistics_and_train_their_scales() -> None:
+    model, modes = mlp(), []
+    norm, dropout = model[1], model[3]
+    before = {k: v.clone() for k, v in norm.state_dict().items()}
+
+    def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        modes.append((norm.training, dropout.training))
+        return F.cross_entropy(model(inputs), targets)
+
+    finetune(model, batches, PLAIN.replace(freeze_norms=True), loss=loss)
+    assert set(modes) == {(False, True)}
+    assert all(torch.equal(norm.state_dict()[k], before[k]) == (k.startswith(("running", "num"))) for k in before)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_learns(optimizer: str) -> None:
     model = mlp()
