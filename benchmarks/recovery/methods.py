@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import tenfold
 from tenfold.decompositions import Decomposition
+from tenfold.layers import FactorizedLayer, build
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
 from tenfold.ranks import rule_from
@@ -70,16 +75,42 @@ def one_shot(work: Work, started: tuple[nn.Module, Plan | None] | None = None) -
     """Return the network compressed at once and then trained; ``started`` is one that is compressed already."""
     model, plan = started or compressed(work)
     before = {"compressed": work.task.evaluate(model)}
-    told = finetune(
-        model,
-        work.batches,
-        work.train,
-        loss=work.loss,
-        folder=work.folder / "tuning",
-        identity=work.name,
-        on_epoch=work.report,
-    )
+    with multiplied_out(model) if work.config.get("multiplied_out") else nullcontext():
+        told = finetune(
+            model,
+            work.batches,
+            work.train,
+            loss=work.loss,
+            folder=work.folder / "tuning",
+            identity=work.name,
+            on_epoch=work.report,
+        )
     return Outcome(model, plan, told.history, before)
+
+
+@contextmanager
+def multiplied_out(model: nn.Module) -> Iterator[None]:
+    """Compute each factorized layer by its dense weight meanwhile: the same function and the same gradients.
+
+    For formats that take longer than dense layers, here the classical trains.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLayer)]
+    for layer in layers:
+        layer.forward = partial(_by_dense_weight, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _by_dense_weight(layer: FactorizedLayer, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        weight = layer.factorization().to_dense()
+    frame = build(layer.spec, nn.Parameter(torch.empty_like(weight, device="meta")), layer.bias)
+    given = {"weight": weight} if layer.bias is None else {"weight": weight, "bias": layer.bias}
+    found: Tensor = functional_call(frame, given, (x,))
+    return found
 
 
 def staged(work: Work) -> Outcome:
