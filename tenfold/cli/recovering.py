@@ -59,8 +59,10 @@ def calibration(opened: Opened, data: Data, seed: int) -> Calibration | None:
     return Calibration(opened, min(DEFAULT_CALIBRATION, there), seed) if there else None
 
 
-def tune_config(opened: Opened, training: Training, epochs: int | None, seed: int) -> TuneConfig:
-    """Return how to tune: what the task recommends, and over it what the options say.
+def tune_config(
+    opened: Opened, training: Training, epochs: int | None, seed: int, *, label_free: bool = False
+) -> TuneConfig:
+    """Return how to tune: what the task recommends, or what suits a teacher alone, and over it what the options say.
 
     Raises:
         TuningError: a value that cannot be.
@@ -68,10 +70,11 @@ def tune_config(opened: Opened, training: Training, epochs: int | None, seed: in
     from pydantic import ValidationError
 
     from tenfold.records import explain
-    from tenfold.tuning import TuneConfig
+    from tenfold.tuning.config import GENTLE, TuneConfig
 
     given = {"epochs": epochs, "lr": training.lr, "batch_size": training.batch_size}
-    settings = {"seed": seed, **opened.task.recipe(), **{k: v for k, v in given.items() if v is not None}}
+    recommended = opened.task.recipe() | (GENTLE if label_free else {})
+    settings = {"seed": seed, **recommended, **{k: v for k, v in given.items() if v is not None}}
     try:
         return TuneConfig(**settings)
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -54,6 +54,22 @@ class TuneConfig(Record):
     accumulate: PositiveInt = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     seed: NonNegativeInt = 0
+
+    @classmethod
+    def gentle(cls, **settings: Any) -> TuneConfig:
+        """Return how to train what answers nearly as it should already, such as fits to data, towards its teacher.
+
+        Adam instead of SGD, whose rate would have to be lower for the steep than it is of use for the flat directions
+        of factors; batch norm by its running statistics; no decay. ``settings`` come first.
+
+        Example:
+            >>> TuneConfig.gentle(epochs=12).freeze_norms
+            True
+        """
+        return cls(**GENTLE | settings)
+
+
+GENTLE: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.0, "freeze_norms": True}
 
 
 class EpochRecord(Record):

@@ -147,6 +147,7 @@ def test_the_dense_model_teaches(tenfold: Run, tiny: str, weights: Callable[...,
     assert len({run["tuning"][0]["loss"] for run in found}) == len(runs)
     assert found[1]["settings"]["distillation"] == {"share": 0.9, "temperature": 4.0, "samples": None}
     assert found[3]["settings"]["distillation"] == {"share": 1.0, "temperature": 4.0, "samples": 64}
+    assert [run["settings"]["tuning"]["freeze_norms"] for run in found] == [False, False, False, True]
     again = ("tune", "--task", tiny, "--checkpoint", "out0", "--epochs", "1", "--out", "taught", "--distill", "0.5")
     assert tenfold(*again).is_error("--teacher", code=2)
     assert tenfold(*again, "--teacher", weights()).code == 0

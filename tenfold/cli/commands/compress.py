@@ -148,10 +148,11 @@ class _Job:
     def _tuner(self, terminal: Terminal) -> Tuner | None:
         from tenfold.cli.recovering import Teaching, Tuner, identity_of, tune_config
 
-        config = tune_config(self.opened, self.training, self.epochs, self.seed)
+        free = self.recover.label_free
+        config = tune_config(self.opened, self.training, self.epochs, self.seed, label_free=free)
         if config.epochs == 0:
             return None
-        if not self.opened.task.labelled and not self.recover.label_free:
+        if not self.opened.task.labelled and not free:
             self.opened.task.train_batches(0, batch_size=1, seed=self.seed)  # says why not: now, not after the rest
         plan = self.decide.plan.read_bytes() if self.decide.plan is not None and self.decide.plan.is_file() else b""
         teaching = Teaching.of(self.recover, self.training, self.data)

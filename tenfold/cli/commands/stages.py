@@ -142,7 +142,8 @@ def run(  # noqa: PLR0913, PLR0917 - groups of options
         opened = open_source(source, machine)
         out = out or default_folder(opened)
         check_target(out)
-        config = tune_config(opened, training, epochs if schedule is None else schedule.epochs, machine.seed)
+        asked = epochs if schedule is None else schedule.epochs
+        config = tune_config(opened, training, asked, machine.seed, label_free=recover.label_free)
         schedule = schedule or _schedule(staging, decide, config.epochs, machine.seed)
         teaching = Teaching.of(recover, training, data)
         folder = run or out.with_name(f"{out.name}.stages")
