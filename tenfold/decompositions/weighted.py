@@ -75,9 +75,8 @@ class WhitenedSVD(InDoubles):
         matrix = weight.flatten(2)
         left = leading_eigenvectors(gram_under(matrix, self.ridged(weight, covariance)), rank["rank"])
         right = left.mT @ matrix
-        size = torch.linalg.vector_norm(right, dim=-1).sqrt()
-        share = torch.where(size > 0, size, torch.ones_like(size))
-        return Factors(dict(LowRank.from_matrices(left * share.unsqueeze(-2), right / share.unsqueeze(-1), spec)))
+        found = LowRank(spec, **LowRank.from_matrices(left, right, spec))
+        return Factors(dict(found.balanced().tensors()))
 
 
 @DECOMPOSITIONS.register("weighted_als")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import LayerSpec
-from tenfold.tensors import kruskal
 
 
 @FORMATS.register("low_rank")
@@ -78,6 +78,11 @@ class LowRank(MatrixFormat):
         return flat.reshape(*flat.shape[:2], *self.right.shape[2:])
 
     def balanced(self) -> Self:
-        """Return the factors with equal norms of the two vectors of every component."""
-        left, right = kruskal.equalize([self.left, self.right.flatten(2).mT])
-        return self.map(left=left, right=right.mT.reshape(self.right.shape))
+        """Return the factors with equal norms of the two vectors of every component; one that is zero stays trainable.
+
+        That is, its other vector is left as it is, so that the zero one has a gradient.
+        """
+        left, right = (torch.linalg.vector_norm(t, dim=d) for t, d in zip(self.matrices(), (-2, -1), strict=True))
+        share = torch.where((left > 0) & (right > 0), right / left, 1.0).sqrt()
+        wide = share.view(*share.shape, *[1] * (self.right.dim() - 2))
+        return self.map(left=self.left * share.unsqueeze(-2), right=self.right / wide)

@@ -48,7 +48,8 @@ class Loop:
         self.called.train()
         if self.config.freeze_norms:
             for module in self.model.modules():
-                module.training = module.training and not isinstance(module, BATCH_NORMS)
+                if isinstance(module, BATCH_NORMS):
+                    module.eval()
         loss, rate = self._train(epoch, data)
         self._check_weights(epoch)
         self.processes.align_(self.model)

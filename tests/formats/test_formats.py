@@ -120,3 +120,12 @@ def test_factors_convert_and_scale():
     two = random_factors(Tucker2, CONV, {"out": 4, "in": 4})
     assert torch.equal(two.scaled(4.0).out_factor, two.out_factor)
     assert {type(value).name(), type(two).name()} == {"low_rank", "tucker2"} <= set(FORMATS.names())
+
+
+def test_a_component_that_is_zero_on_one_side_stays_trainable_when_balanced():
+    left, right = torch.rand(1, 5, 3) + 0.1, torch.rand(1, 3, 4) + 0.1
+    right[:, 2] = 0
+    found = LowRank(LayerSpec(kind="linear", in_channels=4, out_channels=5), left=left, right=right).balanced()
+    torch.testing.assert_close(found.left.norm(dim=1)[:, :2], found.right.norm(dim=2)[:, :2])
+    assert torch.equal(found.left[..., 2], left[..., 2])
+    assert torch.equal(found.right[:, 2], right[:, 2])
