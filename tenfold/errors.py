@@ -23,6 +23,10 @@ class PlanError(TenfoldError, ValueError):
     """A plan that does not fit the model, or contradicts itself."""
 
 
+class RecipeError(TenfoldError, ValueError):
+    """A recipe with a field or a value that does not exist."""
+
+
 class BudgetError(TenfoldError, ValueError):
     """A budget that cannot be read or cannot be met."""
 

@@ -43,7 +43,7 @@ from tenfold.profiling import (
 from tenfold.profiling.steps import Observe, Steps
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
-from tenfold.registry import check_choice, listed
+from tenfold.registry import check_choice, as_tuple
 from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
@@ -167,7 +167,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     inputs = example_inputs if latency_inputs is None else latency_inputs
     device = device_of(model, example_inputs)
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    formats, keep = listed(formats), listed(keep)
+    formats, keep = as_tuple(formats), as_tuple(keep)
     source = open_for_plan(model, plan=plan, keep=keep, budget=budget)
     with steps("profile"):
         before = profile(source, example_inputs)

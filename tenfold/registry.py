@@ -45,11 +45,11 @@ def check_choice(what: str, name: str, allowed: Sequence[str]) -> None:
     raise UnknownNameError(msg)
 
 
-def listed(names: str | Iterable[str]) -> tuple[str, ...]:
+def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
     """Return names as a tuple; one that was given alone is not taken for a sequence of letters.
 
     Example:
-        >>> listed("tucker2"), listed(["tucker2", "cp3"])
+        >>> as_tuple("tucker2"), as_tuple(["tucker2", "cp3"])
         (('tucker2',), ('tucker2', 'cp3'))
     """
     return (names,) if isinstance(names, str) else tuple(names)

@@ -20,7 +20,7 @@ from tenfold.planning.timing import Timing
 from tenfold.planning.undecided import Memory, kept_layers, problems_of
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
-from tenfold.registry import listed
+from tenfold.registry import as_tuple
 from tenfold.surgery import opened_networks
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
@@ -80,7 +80,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         ({'rank': 16}, 0.5)
     """
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    formats, keep = listed(formats), listed(keep)
+    formats, keep = as_tuple(formats), as_tuple(keep)
     ends = not rule.by_name if keep_ends is None else keep_ends
     kept = kept_layers(model, profile, formats, keep=keep, keep_ends=ends, moments=moments, reasons=reasons)
     undecided = [layer for layer in profile.layers if not kept[layer.path]]

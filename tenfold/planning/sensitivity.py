@@ -31,7 +31,7 @@ from tenfold.records import (
     SensitivityTable,
     held_alone,
 )
-from tenfold.registry import listed
+from tenfold.registry import as_tuple
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -101,7 +101,7 @@ class Sensitivity:
         if batchnorm and calibration is None:
             msg = "batch norm is estimated anew from calibration batches: give some, or batchnorm=False"
             raise DataError(msg)
-        formats, keep = listed(formats), listed(keep)
+        formats, keep = as_tuple(formats), as_tuple(keep)
         check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         self._model = copy.deepcopy(model)
         self._name = profile.model

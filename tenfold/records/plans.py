@@ -7,15 +7,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
-from tenfold.errors import BudgetError, PlanError, TenfoldError
+from tenfold.errors import PlanError, TenfoldError
 from tenfold.records.base import Record, write_text
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
+from tenfold.records.recipe import Recipe
 from tenfold.records.exports import ExportRecord
 from tenfold.records.stages import StageRecord
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_HEADER = """\
 # A tenfold plan: what happens to each layer. Edit ranks or actions by hand and replay it with
 # tenfold.apply(model, plan) or on the command line with --plan FILE. Ranks are numbers of kept components, by name.
@@ -23,92 +24,17 @@ PLAN_HEADER = """\
 """
 
 
-class Budget(Record):
-    """What the whole model may cost: a share of what it costs now (up to 1), or an absolute number (above 1).
-
-    ``latency`` is measured: a share of the dense model's time in the memory format that is best for it, or above 1
-    milliseconds of one forward.
-
-    Example:
-        >>> Budget.parse("macs=0.5,params=0.4")
-        Budget(params=0.4, macs=0.5)
-    """
-
-    params: float | None = Field(default=None, gt=0)
-    macs: float | None = Field(default=None, gt=0)
-    latency: float | None = Field(default=None, gt=0)
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``"macs=0.5,params=0.4"``.
-
-        Raises:
-            BudgetError: not of that form, an unknown name, or a number that is not positive.
-        """
-        values: dict[str, float] = {}
-        for part in filter(None, (p.strip() for p in text.split(","))):
-            name, equals, number = part.partition("=")
-            twice = name.strip() in values
-            try:
-                values[name.strip()] = float(number)
-            except ValueError:
-                equals = ""
-            if not equals or twice:
-                msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once"
-                raise BudgetError(msg)
-        return cls.of(values)
-
-    @classmethod
-    def of(cls, budget: Budget | dict[str, float] | None) -> Self:
-        """Return a budget from a mapping such as ``{"macs": 0.5}``.
-
-        Raises:
-            BudgetError: an unknown name, or a number that is not positive and finite.
-        """
-        if isinstance(budget, cls):
-            return budget
-        values = dict(budget or {})
-        unknown = set(values) - set(cls.model_fields)
-        if unknown:
-            msg = f"a budget names {' or '.join(cls.model_fields)}, not {', '.join(sorted(unknown))}"
-            raise BudgetError(msg)
-        bad = {k: v for k, v in values.items() if v is not None and not _positive(v)}
-        if bad:
-            msg = f"a budget must be a positive number, not {bad}: a share of the model up to 1, or an absolute above 1"
-            raise BudgetError(msg)
-        return cls(**values)
-
-    def allowance(self, cost: Cost, latency_ms: float | None = None) -> dict[str, float]:
-        """Return the absolute limits, by name, for a model that costs ``cost`` and takes ``latency_ms`` now.
-
-        Raises:
-            BudgetError: a share of the latency is asked for and no latency was measured.
-
-        Example:
-            >>> Budget(macs=0.5, latency=0.5).allowance(Cost(macs=100), latency_ms=8.0)
-            {'macs': 50.0, 'latency': 4.0}
-        """
-        limits = {}
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            whole = latency_ms if name == "latency" else getattr(cost, name)
-            if whole is None and value <= 1:
-                msg = f"latency={value} is a share of a latency that was not measured: pass a clock, or milliseconds"
-                raise BudgetError(msg)
-            limits[name] = value * whole if value <= 1 else value
-        return limits
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, name) is not None for name in type(self).model_fields)
-
-    def __repr_args__(self) -> list[tuple[str | None, Any]]:
-        return [(k, v) for k, v in self if v is not None]
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+def check_version(what: str, version: int) -> None:
+    """Raise ValueError for a plan or record of another version, with the way out."""
+    if version > PLAN_VERSION:
+        msg = f"the {what} has version {version}, this tenfold reads {PLAN_VERSION}: upgrade tenfold"
+        raise ValueError(msg)
+    if version < PLAN_VERSION:
+        msg = (
+            f"the {what} has version {version}, this tenfold reads {PLAN_VERSION}: make it again with this version, or "
+            "read it with the tenfold that its field tenfold names"
+        )
+        raise ValueError(msg)
 
 
 class LayerPlan(Record):
@@ -131,7 +57,7 @@ class LayerPlan(Record):
     before: Cost
     after: Cost
     rel_error: NonNegativeFloat | None = None
-    damage: float | None = None
+    distortion: float | None = None
     latency_before_ms: NonNegativeFloat | None = None
     latency_after_ms: NonNegativeFloat | None = None
     fingerprint: str | None = None
@@ -169,26 +95,27 @@ class Plan(Record):
     version: int = PLAN_VERSION
     tenfold: str
     model: str
-    seed: int = 0
-    rule: dict[str, Any] = {}
-    budget: dict[str, float] = {}
+    recipe: Recipe = Recipe()
     before: Cost
     after: Cost
     layers: tuple[LayerPlan, ...]
-    folded: dict[str, str] = {}
-    opened: dict[str, str] = {}
+    fused: dict[str, str] = {}
+    unrolled: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
-        if self.version > PLAN_VERSION:
-            msg = f"the plan has version {self.version}, this tenfold reads up to {PLAN_VERSION}: upgrade tenfold"
-            raise ValueError(msg)
+        check_version("plan", self.version)
         paths = [layer.path for layer in self.layers]
         twice = {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else set()
         if twice:
             msg = f"layers appear twice: {', '.join(sorted(twice))}"
             raise ValueError(msg)
         return self
+
+    @property
+    def seed(self) -> int:
+        """Of everything that draws random numbers."""
+        return self.recipe.seed
 
     @property
     def factorized(self) -> tuple[LayerPlan, ...]:

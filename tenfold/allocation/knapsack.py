@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option for each layer, the least damage within all limits, with a certificate."""
+"""The multiple-choice knapsack: one option for each layer, the least distortion within all limits, with a certificate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tenfold.allocation.pareto import columns_of, pareto
 from tenfold.errors import BudgetError
 
 Array = NDArray[np.float64]
 Picks = NDArray[np.intp]
 
 _ROUND = 1e-12  # what sums of costs may exceed a limit by, as a share of it: rounding of the sums
-_BLOCK = 128  # options compared with all others at once
 _SOLVER_LIMIT = 1e4  # limits as the solver sees them, whose tolerance is an absolute 1e-6
 
 
@@ -28,15 +28,15 @@ class Allocation:
 
     Attributes:
         choice: index of the option, by layer.
-        damage: sum of the damages.
+        distortion: sum of the distortions.
         cost: sum of the costs, by budget; each within its limit.
-        bound: no allocation within the limits has less damage than this.
-        gap: (damage − bound)/|damage|, at least 0.
+        bound: no allocation within the limits has less distortion than this.
+        gap: (distortion − bound)/|distortion|, at least 0.
         method: what found it: ``lagrangian`` (and greedy filling) or ``milp`` (branch and bound).
     """
 
     choice: tuple[int, ...]
-    damage: float
+    distortion: float
     cost: tuple[float, ...]
     bound: float
     gap: float
@@ -50,11 +50,11 @@ class Allocation:
     @property
     def stays(self) -> str:
         """What a plan says of a layer whose option is to stay as it is."""
-        return f"{self.proof}: what it would save elsewhere costs less damage"
+        return f"{self.proof}: what it would save elsewhere costs less distortion"
 
 
 def solve(
-    damages: Sequence[ArrayLike],
+    distortions: Sequence[ArrayLike],
     costs: Sequence[ArrayLike],
     limits: ArrayLike,
     *,
@@ -62,7 +62,7 @@ def solve(
     time_limit: float = 10.0,
     names: Sequence[str] | None = None,
 ) -> Allocation:
-    """Return the options with the least total damage whose total costs stay within the limits.
+    """Return the options with the least total distortion whose total costs stay within the limits.
 
     Options that another one beats on all counts are dropped first. The Lagrangian dual then gives a lower bound (that
     of the linear relaxation: Sinha & Zoltners 1979) and, filled up greedily, an allocation. It reaches the convex hull
@@ -70,7 +70,7 @@ def solve(
     the bound has not ruled out, and the better of both is returned. Ties go to the cheaper, then the earlier.
 
     Args:
-        damages: for each layer the damage of each option (n,): any finite numbers, comparable between layers.
+        distortions: for each layer the distortion of each option (n,): any finite numbers, comparable between layers.
         costs: for each layer the costs of each option (n, budgets), or (n,) where there is one budget.
         limits: what the costs may add up to (budgets,).
         gap: relative gap from which on the allocation is good enough.
@@ -82,10 +82,10 @@ def solve(
 
     Example:
         >>> best = solve([[3.0, 1.0, 0.0], [2.0, 0.0]], [[1, 2, 4], [1, 3]], [5])
-        >>> best.choice, best.damage
+        >>> best.choice, best.distortion
         ((1, 1), 1.0)
     """
-    wanted, total, limit = _checked(damages, costs, limits)
+    wanted, total, limit = _checked(distortions, costs, limits)
     names = list(names) if names is not None else [f"budget {k + 1}" for k in range(len(limit))]
     options = _Options.of(wanted, total, limit, names)
     if not wanted:
@@ -93,69 +93,39 @@ def solve(
     prices, bound = options.prices(names)
     picks = options.improved(options.repaired(options.cheapest(prices)), prices)
     method: Literal["lagrangian", "milp"] = "lagrangian"
-    if picks is None or _gap(options.damage(picks), bound) > gap:
+    if picks is None or _gap(options.distortion(picks), bound) > gap:
         found, proven = _branch_and_bound(options, picks, prices, bound, gap / 2, time_limit)
         bound = max(bound, proven)
         found = options.improved(found, prices)
-        if found is not None and (picks is None or options.damage(found) < options.damage(picks)):
+        if found is not None and (picks is None or options.distortion(found) < options.distortion(picks)):
             picks, method = found, "milp"
     if picks is None:
         stuck = f"no choice of options was found within {_listed(names, limit)}: raise the budgets or the time limit"
         raise BudgetError(_not_together(names) if bound == np.inf else stuck)
     choice = tuple(int(i) for i in options.index[options.rows, picks])
-    damage = float(sum(w[i] for w, i in zip(wanted, choice, strict=True)))
+    distortion = float(sum(w[i] for w, i in zip(wanted, choice, strict=True)))
     cost = tuple(float(v) for v in np.sum([c[i] for c, i in zip(total, choice, strict=True)], axis=0))
-    return Allocation(choice, damage, cost, min(bound, damage), _gap(damage, bound), method)
-
-
-def pareto(damage: ArrayLike, costs: ArrayLike) -> Picks:
-    """Return the indices of the options that no other one equals or beats on damage and all costs, cheapest first.
-
-    Of equal options the first is kept.
-
-    Example:
-        >>> pareto([0.5, 0.1, 0.2, 0.1], [[1], [3], [3], [4]]).tolist()
-        [0, 1]
-    """
-    damage, costs = np.asarray(damage, dtype=np.float64), _columns(costs)
-    order = np.lexsort((np.arange(len(damage)), *costs.T[::-1], damage))  # a beaten option comes after what beats it
-    kept: list[Picks] = []
-    while len(order):
-        head, order = order[:_BLOCK], order[_BLOCK:]
-        head = head[~np.triu(_beats(costs, head, head), 1).any(0)]
-        order = order[~_beats(costs, head, order).any(0)]
-        kept.append(head)
-    return np.concatenate(kept)[::-1] if kept else order
-
-
-def _beats(costs: Array, these: Picks, those: Picks) -> NDArray[np.bool_]:
-    """Return a table (these, those) of which cost nothing more than which."""
-    return np.asarray((costs[these][:, None] <= costs[those]).all(2))
-
-
-def _columns(costs: ArrayLike) -> Array:
-    array = np.asarray(costs, dtype=np.float64)
-    return array[:, None] if array.ndim == 1 else array
+    return Allocation(choice, distortion, cost, min(bound, distortion), _gap(distortion, bound), method)
 
 
 def _checked(
-    damages: Sequence[ArrayLike], costs: Sequence[ArrayLike], limits: ArrayLike
+    distortions: Sequence[ArrayLike], costs: Sequence[ArrayLike], limits: ArrayLike
 ) -> tuple[list[Array], list[Array], Array]:
     limit = np.atleast_1d(np.asarray(limits, dtype=np.float64))
-    wanted, total = [np.asarray(d, dtype=np.float64) for d in damages], [_columns(c) for c in costs]
+    wanted, total = [np.asarray(d, dtype=np.float64) for d in distortions], [columns_of(c) for c in costs]
     shapes = [(w.shape, t.shape) for w, t in zip(wanted, total, strict=False)]
     if len(wanted) != len(total) or not all(a == (b[0],) and b == (*a, len(limit)) and a[0] > 0 for a, b in shapes):
-        msg = f"each of {len(wanted)} layers needs damages (n,) and costs (n, {len(limit)}), n > 0, not {shapes[:4]}"
+        msg = f"each of {len(wanted)} layers needs distortions (n,) and costs (n, {len(limit)}), n > 0, not {shapes[:4]}"
         raise BudgetError(msg)
     if not all(np.isfinite(a).all() for a in (*wanted, *total, limit)):
-        msg = "damages, costs and limits must be finite numbers"
+        msg = "distortions, costs and limits must be finite numbers"
         raise BudgetError(msg)
     return wanted, total, limit
 
 
-def _gap(damage: float, bound: float) -> float:
-    missing = max(damage - bound, 0.0)
-    return missing / abs(damage) if missing > 0 and damage != 0 else missing
+def _gap(distortion: float, bound: float) -> float:
+    missing = max(distortion - bound, 0.0)
+    return missing / abs(distortion) if missing > 0 and distortion != 0 else missing
 
 
 def _listed(names: Sequence[str], numbers: Array) -> str:
@@ -166,12 +136,12 @@ def _listed(names: Sequence[str], numbers: Array) -> str:
 class _Options:
     """What is worth choosing from, padded to one table; costs above the least, as shares of what the limits leave."""
 
-    damages: Array  # (layers, options), infinite where a layer has fewer
+    distortions: Array  # (layers, options), infinite where a layer has fewer
     costs: Array  # (layers, options, budgets)
     index: Picks  # (layers, options) the option's number as it was given
 
     @classmethod
-    def of(cls, damages: list[Array], costs: list[Array], limits: Array, names: Sequence[str]) -> _Options:
+    def of(cls, distortions: list[Array], costs: list[Array], limits: Array, names: Sequence[str]) -> _Options:
         """Return the options that are on their layer's Pareto front and fit at all; or say what is out of reach."""
         least = [c.min(0) for c in costs]
         slack = limits - np.sum(least, axis=0) if least else limits
@@ -184,7 +154,7 @@ class _Options:
         unit = np.where(slack > tight, slack, 1.0)  # with nothing to spare, only what costs nothing more will do
         allowed = np.where(slack > tight, 1.0, tight)
         fronts = []
-        for d, c, low in zip(damages, costs, least, strict=True):
+        for d, c, low in zip(distortions, costs, least, strict=True):
             over = (c - low) / unit
             (fits,) = np.nonzero((over <= allowed + _ROUND).all(1))
             front = fits[pareto(d[fits], over[fits])]
@@ -197,35 +167,35 @@ class _Options:
         )
         for row, (d, over, front) in enumerate(fronts):
             size = len(front)
-            table.damages[row, :size], table.costs[row, :size], table.index[row, :size] = d, over, front
+            table.distortions[row, :size], table.costs[row, :size], table.index[row, :size] = d, over, front
         if any(len(f) == 0 for _, _, f in fronts):
             raise BudgetError(_not_together(names))
         return table
 
     @property
     def rows(self) -> Picks:
-        return np.arange(len(self.damages))
+        return np.arange(len(self.distortions))
 
     @property
     def real(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.damages)
+        return np.isfinite(self.distortions)
 
-    def damage(self, picks: Picks) -> float:
-        return float(self.damages[self.rows, picks].sum())
+    def distortion(self, picks: Picks) -> float:
+        return float(self.distortions[self.rows, picks].sum())
 
     def cost(self, picks: Picks) -> Array:
         return self.costs[self.rows, picks].sum(0)  # type: ignore[no-any-return]
 
     def cheapest(self, prices: Array) -> Picks:
-        """Return for each layer the option with the least damage plus price."""
-        return np.asarray((self.damages + self.costs @ prices).argmin(1))
+        """Return for each layer the option with the least distortion plus price."""
+        return np.asarray((self.distortions + self.costs @ prices).argmin(1))
 
     def dual(self, prices: Array) -> float:
         """Return the lower bound that these prices (≥ 0) give."""
-        return float((self.damages + self.costs @ prices).min(1, initial=np.inf).sum() - prices.sum())
+        return float((self.distortions + self.costs @ prices).min(1, initial=np.inf).sum() - prices.sum())
 
     def prices(self, names: Sequence[str]) -> tuple[Array, float]:
-        """Return what a limit's worth of each budget is worth in damage, and the lower bound that follows."""
+        """Return what a limit's worth of each budget is worth in distortion, and the lower bound that follows."""
         free = np.zeros(self.costs.shape[2])
         if (self.cost(self.cheapest(free)) <= 1 + _ROUND).all():
             return free, self.dual(free)
@@ -238,9 +208,9 @@ class _Options:
         price = 0.0
         for _ in range(200):
             apart = float(self.cost(over)[0] - self.cost(under)[0])
-            price = max((self.damage(under) - self.damage(over)) / apart, 0.0)
+            price = max((self.distortion(under) - self.distortion(over)) / apart, 0.0)
             picks = self.cheapest(np.array([price]))
-            value, line = (self.damage(p) + price * float(self.cost(p)[0]) for p in (picks, under))
+            value, line = (self.distortion(p) + price * float(self.cost(p)[0]) for p in (picks, under))
             if value >= line - 1e-14 * (abs(line) + price):
                 break
             if self.cost(picks)[0] <= 1 + _ROUND:
@@ -253,26 +223,26 @@ class _Options:
         """Return the dual values of the linear relaxation."""
         from scipy.optimize import linprog
 
-        damages, capacity, one_each = self._program(self.real)
-        unit = float(np.abs(damages).max()) or 1.0
-        found = linprog(damages / unit, capacity, np.ones(capacity.shape[0]), one_each, np.ones(one_each.shape[0]))
+        distortions, capacity, one_each = self._program(self.real)
+        unit = float(np.abs(distortions).max()) or 1.0
+        found = linprog(distortions / unit, capacity, np.ones(capacity.shape[0]), one_each, np.ones(one_each.shape[0]))
         if found.status == 2:
             raise BudgetError(_not_together(names))
         return np.maximum(-np.asarray(found.ineqlin.marginals) * unit, 0)
 
     def _program(self, chosen: NDArray[np.bool_]) -> tuple[Array, Any, Any]:
-        """Return damages (variables,), costs (budgets, variables) and the layers' sums (layers, variables), sparse."""
+        """Return distortions (variables,), costs (budgets, variables) and the layers' sums (layers, variables), sparse."""
         from scipy import sparse
 
         layer, _ = np.nonzero(chosen)
         count = len(layer)
-        sums = sparse.csr_array((np.ones(count), (layer, np.arange(count))), shape=(len(self.damages), count))
-        return self.damages[chosen], sparse.csr_array(self.costs[chosen].T), sums
+        sums = sparse.csr_array((np.ones(count), (layer, np.arange(count))), shape=(len(self.distortions), count))
+        return self.distortions[chosen], sparse.csr_array(self.costs[chosen].T), sums
 
     def repaired(self, picks: Picks) -> Picks | None:
-        """Return picks within the limits, by the steps that cost the least damage for what they save; None if stuck."""
+        """Return picks within the limits, by the steps that cost the least distortion for what they save; None if stuck."""
         picks = picks.copy()
-        for _ in range(self.damages.size + 1):
+        for _ in range(self.distortions.size + 1):
             excess = np.maximum(self.cost(picks) - 1, 0)
             excess[excess <= _ROUND] = 0
             if not excess.any():
@@ -280,7 +250,7 @@ class _Options:
             change = self.costs - self.costs[self.rows, picks][:, None]
             after = np.maximum(self.cost(picks) + change - 1, 0).sum(2)
             saved = excess.sum() - after
-            harm = self.damages - self.damages[self.rows, picks][:, None]
+            harm = self.distortions - self.distortions[self.rows, picks][:, None]
             rate = np.where((saved > _ROUND) & self.real, harm / np.maximum(saved, _ROUND), np.inf)
             best = int(rate.argmin())
             if not np.isfinite(rate.flat[best]):
@@ -289,12 +259,12 @@ class _Options:
         return None
 
     def improved(self, picks: Picks | None, prices: Array) -> Picks | None:
-        """Return picks with what is left of the budgets spent, best damage per price first."""
+        """Return picks with what is left of the budgets spent, best distortion per price first."""
         if picks is None:
             return picks
         picks, weights = picks.copy(), prices + 1e-9 * (prices.sum() or 1.0)
-        for _ in range(self.damages.size + 1):
-            gain = self.damages[self.rows, picks][:, None] - self.damages
+        for _ in range(self.distortions.size + 1):
+            gain = self.distortions[self.rows, picks][:, None] - self.distortions
             change = self.costs - self.costs[self.rows, picks][:, None]
             fits = (self.cost(picks) + change <= 1 + _ROUND).all(2)
             rate = np.where(fits & (gain > 0), gain / np.maximum(change @ weights, 1e-300), 0)
@@ -310,34 +280,34 @@ def _branch_and_bound(
 ) -> tuple[Picks | None, float]:
     """Return the best picks that HiGHS finds, None if none, and a lower bound, −∞ if none.
 
-    An option whose reduced cost exceeds the distance between the known damage and the bound is in no better allocation.
+    An option whose reduced cost exceeds the distance between the known distortion and the bound is in no better allocation.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    reduced = options.damages + options.costs @ prices
+    reduced = options.distortions + options.costs @ prices
     reduced = reduced - reduced.min(1)[:, None]
-    known = np.inf if picks is None else options.damage(picks)
+    known = np.inf if picks is None else options.distortion(picks)
     distance = known - bound
     chosen = options.real & (reduced <= distance * (1 + 1e-9))
-    damages, capacity, one_each = options._program(chosen)  # noqa: SLF001
-    # The gap that the solver stops at is relative to the damage: its scale must be that of the real one.
-    unit = 1000 / (abs(known if picks is not None else bound) or float(np.abs(damages).max()) or 1.0)
+    distortions, capacity, one_each = options._program(chosen)  # noqa: SLF001
+    # The gap that the solver stops at is relative to the distortion: its scale must be that of the real one.
+    unit = 1000 / (abs(known if picks is not None else bound) or float(np.abs(distortions).max()) or 1.0)
     rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(capacity * _SOLVER_LIMIT, -np.inf, _SOLVER_LIMIT)]
     with _quiet():
         found = milp(
-            damages * unit,
-            integrality=np.ones(len(damages), dtype=np.int64),
+            distortions * unit,
+            integrality=np.ones(len(distortions), dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=rules,
             options={"mip_rel_gap": gap, "time_limit": seconds},
         )
-    # What was ruled out does not lie below the known damage, so the true optimum is at least the lesser of both.
+    # What was ruled out does not lie below the known distortion, so the true optimum is at least the lesser of both.
     proven = -np.inf if found.mip_dual_bound is None else min(found.mip_dual_bound / unit, known)
     if found.status == 2:  # proven infeasible
         proven = known
     if found.x is None:
         return None, proven
-    values = np.zeros(options.damages.shape)
+    values = np.zeros(options.distortions.shape)
     values[chosen] = found.x
     return options.repaired(values.argmax(1)), proven
 

@@ -1,0 +1,43 @@
+"""How much of each layer to keep: rules, the knapsack, and the choice of a plan. Numbers alone, no torch."""
+
+from tenfold.allocation.accounts import Accounts
+from tenfold.allocation.choose import Override, Pick, Selection, choose, plan_of, select
+from tenfold.allocation.pareto import pareto, pruned
+from tenfold.allocation.rule import (
+    RULES,
+    Choice,
+    Factorize,
+    Keep,
+    Limits,
+    RankRule,
+    Total,
+    beyond,
+    rule_from,
+    rule_of,
+    total_cost,
+)
+from tenfold.allocation.rules.threshold import ThresholdRule
+
+__all__ = [
+    "RULES",
+    "Accounts",
+    "Choice",
+    "Factorize",
+    "Keep",
+    "Limits",
+    "Override",
+    "Pick",
+    "RankRule",
+    "Selection",
+    "ThresholdRule",
+    "Total",
+    "beyond",
+    "choose",
+    "pareto",
+    "plan_of",
+    "pruned",
+    "rule_from",
+    "rule_of",
+    "select",
+    "total_cost",
+]

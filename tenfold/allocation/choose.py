@@ -1,0 +1,190 @@
+"""From an option table to a plan: numbers alone, in milliseconds, by the one function that all planning comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import NonNegativeInt
+
+from tenfold.allocation.accounts import Accounts
+from tenfold.allocation.rule import Choice, Factorize, Keep, RankRule, rule_of
+from tenfold.errors import PlanError
+from tenfold.records import Budget, Cost, LayerOptions, LayerPlan, OptionTable, Plan, Recipe
+from tenfold.records.base import Record
+from tenfold.registry import did_you_mean
+
+SET_BY_HAND = "set by hand"
+
+
+class Override(Record):
+    """A layer set by hand: to an option of a format, or without a format to stay as it is."""
+
+    format: str | None = None
+    option: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What becomes of a layer that there is a choice for; ``format`` is None where it stays as it is."""
+
+    path: str
+    format: str | None
+    option: int
+    rank: dict[str, int] | None
+    cost: Cost
+    distortion: float | None
+    latency_ms: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One choice for each eligible layer, and what the whole model comes to.
+
+    Attributes:
+        picks: in the order of the table's eligible layers.
+        cost: of the whole model.
+        distortion: the sum over its layers; layers without one count as 0.
+        latency_share: the expected time, as a share of that of the model as it is; None without a clock.
+        chosen: whether a rule had anything to choose.
+    """
+
+    picks: tuple[Pick, ...]
+    cost: Cost
+    distortion: float
+    latency_share: float | None
+    chosen: bool
+
+
+def choose(table: OptionTable, recipe: Recipe | None = None, *, overrides: Mapping[str, Override] | None = None) -> Plan:
+    """Return what is to happen to every layer: the rows that the rule selects within the budget.
+
+    Args:
+        table: what each layer could become.
+        recipe: with another budget, or other settings of the rule, than the table was made for; its own if None.
+        overrides: layers set by hand, by path; the rule decides on the others.
+
+    Raises:
+        BudgetError: the budget cannot be met, or the rule cannot aim at one.
+        PlanError: the table lacks the rows or columns of the rule, or an override names an option that does not exist.
+
+    Example:
+        >>> import torch
+        >>> from tenfold.planning import tabulate
+        >>> from tenfold.profiling import profile
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+        >>> table = tabulate(net, profile(net, torch.zeros(1, 64)), "macs=0.5")
+        >>> [choose(table, Recipe.of(f"macs={share}")).after.macs for share in (0.5, 0.25)]
+        [4096, 2048]
+    """
+    recipe = table.recipe if recipe is None else recipe
+    return plan_of(table, recipe, select(table, recipe, overrides=overrides))
+
+
+def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Override] | None = None) -> Selection:
+    """Return the rows that the rule of the recipe selects, around layers that are set by hand; see ``choose``.
+
+    Where all layers are set by hand, the budget decides nothing.
+    """
+    rule, layers = rule_of(recipe.rule), table.eligible
+    accounts = Accounts(table)
+    fixed = _rows_by_hand(table, overrides or {})
+    free = [layer for layer in layers if layer.path not in fixed]
+    choices: dict[str, Choice] = {path: Factorize(row, SET_BY_HAND) for path, row in fixed.items()}
+    if free or not layers:
+        _check_serves(table, rule)
+        limits = accounts.limits(recipe.budget, fixed) if recipe.budget else None
+        choices |= {layer.path: choice for layer, choice in zip(free, rule.select(free, limits), strict=True)}
+    picks = tuple(_pick(layer, choices[layer.path]) for layer in layers)
+    return Selection(
+        picks,
+        accounts.cost([pick.cost for pick in picks]),
+        sum(pick.distortion or 0.0 for pick in picks),
+        accounts.latency_share([pick.latency_ms for pick in picks]),
+        bool(free),
+    )
+
+
+def plan_of(table: OptionTable, recipe: Recipe, selection: Selection) -> Plan:
+    """Return the plan that carries a selection out. Of a budget that decided nothing it claims what is met."""
+    if not selection.chosen:
+        met = Accounts(table).met(recipe.budget, selection.cost, selection.latency_share)
+        recipe = recipe.replace(budget=Budget(**met))
+    picks = {pick.path: pick for pick in selection.picks}
+    return Plan(
+        tenfold=table.tenfold,
+        model=table.model,
+        recipe=recipe,
+        before=table.before,
+        after=selection.cost,
+        layers=tuple(_layer_plan(table, layer, picks.get(layer.path)) for layer in table.layers),
+        unrolled=table.unrolled,
+    )
+
+
+def _rows_by_hand(table: OptionTable, overrides: Mapping[str, Override]) -> dict[str, int]:
+    eligible = {layer.path: layer for layer in table.eligible}
+    for path in overrides:
+        if path not in eligible:
+            msg = f"there is no choice for a layer {path!r}. {did_you_mean(path, eligible)}"
+            raise PlanError(msg)
+    return {path: _row(eligible[path], own) for path, own in overrides.items()}
+
+
+def _row(layer: LayerOptions, override: Override) -> int:
+    if override.format is None:
+        return 0
+    first = 1
+    for options in layer.options:
+        if options.format == override.format and override.option < len(options):
+            return first + override.option
+        first += len(options)
+    has = ", ".join(f"{o.format} up to {len(o) - 1}" for o in layer.options) or "none"
+    msg = f"layer {layer.path!r} has no option {override.option} of {override.format}; it has {has}"
+    raise PlanError(msg)
+
+
+def _check_serves(table: OptionTable, rule: RankRule) -> None:
+    """Raise PlanError unless the table has the rows and columns that the rule compares."""
+    made_for = rule_of(table.recipe.rule)
+    if made_for.rows != rule.rows or not set(rule.columns) <= set(made_for.columns):
+        msg = f"the options were tabulated for the rule {made_for.name()}, not for {rule.name()}: tabulate them again"
+        raise PlanError(msg)
+
+
+def _pick(layer: LayerOptions, choice: Choice) -> Pick:
+    if isinstance(choice, Keep) or choice.row == 0:
+        reason = choice.reason if isinstance(choice, Keep) else choice.note
+        return Pick(layer.path, None, 0, layer.rank, layer.before, None, layer.latency_ms, reason)
+    options, option = layer.place(choice.row)
+    column = options.columns.get("distortion")
+    return Pick(
+        layer.path,
+        options.format,
+        option,
+        options.rank(option),
+        options.cost(option),
+        None if column is None else float(column[option]),
+        None if options.latency_ms is None else float(options.latency_ms[option]),
+        choice.note + options.notes.get(option, ""),
+    )
+
+
+def _layer_plan(table: OptionTable, layer: LayerOptions, pick: Pick | None) -> LayerPlan:
+    common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": layer.kind, "before": layer.before}
+    if pick is None or pick.format is None:
+        reason = str(layer.keep_reason) if pick is None else pick.reason
+        now = {"format": layer.format, "rank": layer.rank, "after": layer.before}
+        return LayerPlan(**common, **now, action="keep", reason=reason)
+    return LayerPlan(
+        **common,
+        action="factorize",
+        format=pick.format,
+        rank=pick.rank,
+        algorithm=table.algorithms[pick.format],
+        reason=pick.reason,
+        distortion=pick.distortion,
+        after=pick.cost,
+    )

@@ -1,0 +1,141 @@
+"""What the whole model may cost, as shares of what it costs now or as absolute limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import Field
+
+from tenfold.errors import BudgetError
+from tenfold.records.base import Record
+from tenfold.records.costs import Cost
+from tenfold.registry import did_you_mean
+
+LIMITED = {"params": "max_params", "macs": "max_macs", "latency": "max_latency_ms"}
+
+
+class Budget(Record):
+    """What the whole model may cost: shares of what it costs now, absolute limits, or both, where the smaller holds.
+
+    Attributes:
+        params: share of the parameters that may stay, in (0, 1].
+        macs: share of the multiply-accumulates of one forward, in (0, 1].
+        latency: share of the measured time of the model in the memory format that is best for it, in (0, 1].
+        max_params: number of parameters.
+        max_macs: number of multiply-accumulates.
+        max_latency_ms: milliseconds of one forward.
+
+    Example:
+        >>> Budget.parse("macs=0.5,max_params=40000")
+        Budget(macs=0.5, max_params=40000.0)
+    """
+
+    params: float | None = Field(default=None, gt=0, le=1)
+    macs: float | None = Field(default=None, gt=0, le=1)
+    latency: float | None = Field(default=None, gt=0, le=1)
+    max_params: float | None = Field(default=None, gt=0)
+    max_macs: float | None = Field(default=None, gt=0)
+    max_latency_ms: float | None = Field(default=None, gt=0)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``"macs=0.5,max_params=40000"``.
+
+        Raises:
+            BudgetError: not of that form, an unknown name, or a number that is not allowed.
+        """
+        values: dict[str, float] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, equals, number = part.partition("=")
+            twice = name.strip() in values
+            try:
+                values[name.strip()] = float(number)
+            except ValueError:
+                equals = ""
+            if not equals or twice:
+                msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once"
+                raise BudgetError(msg)
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, budget: Budget | Mapping[str, float] | str | None) -> Self:
+        """Return a budget from a mapping such as ``{"macs": 0.5}`` or text such as ``"macs=0.5"``.
+
+        Raises:
+            BudgetError: an unknown name, or a number that is not allowed.
+        """
+        if isinstance(budget, cls):
+            return budget
+        if isinstance(budget, str):
+            return cls.parse(budget)
+        if budget is not None and not isinstance(budget, Mapping):
+            msg = f"a budget names what it limits, such as macs=0.5 or max_latency_ms=4, not {budget!r}"
+            raise BudgetError(msg)
+        values = dict(budget or {})
+        for name, value in values.items():
+            if name not in cls.model_fields:
+                msg = f"a budget names {', '.join(cls.model_fields)}, not {name}. {did_you_mean(name, cls.model_fields)}"
+                raise BudgetError(msg)
+            if value is not None:
+                _check(name, value)
+        return cls(**values)
+
+    @classmethod
+    def at_most(cls, limits: Mapping[str, float]) -> Self:
+        """Return the budget of absolute limits on ``params`` and ``macs``, and of a share of the ``latency``."""
+        return cls(**{k if k == "latency" else LIMITED[k]: v for k, v in limits.items()})
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is limited, by the name of the field, without what is not."""
+        return {name: value for name, value in self if value is not None}
+
+    @property
+    def limited(self) -> tuple[str, ...]:
+        """Which of ``params``, ``macs`` and ``latency`` are limited."""
+        return tuple(k for k, most in LIMITED.items() if getattr(self, k) is not None or getattr(self, most) is not None)
+
+    def without_latency(self) -> Self:
+        """Return the budget of what can be counted."""
+        return self.replace(latency=None, max_latency_ms=None)
+
+    def allowance(self, cost: Cost, latency_ms: float | None = None) -> dict[str, float]:
+        """Return the absolute limits, by name, for a model that costs ``cost`` and takes ``latency_ms`` now.
+
+        Raises:
+            BudgetError: a share of the latency is asked for and no latency was measured.
+
+        Example:
+            >>> Budget(macs=0.5, max_latency_ms=3.0).allowance(Cost(macs=100), latency_ms=8.0)
+            {'macs': 50.0, 'latency': 3.0}
+        """
+        limits: dict[str, float] = {}
+        for name in self.limited:
+            share, most = getattr(self, name), getattr(self, LIMITED[name])
+            whole = latency_ms if name == "latency" else getattr(cost, name)
+            if share is not None and whole is None:
+                msg = f"latency={share:g} is a share of a latency that was not measured: pass a clock, or max_latency_ms"
+                raise BudgetError(msg)
+            limits[name] = min(*(v for v in (None if share is None else share * whole, most) if v is not None), float("inf"))
+        return limits
+
+    def __bool__(self) -> bool:
+        return bool(self.given)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={value:g}" for name, value in self.given.items())
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        return list(self.given.items())
+
+
+def _check(name: str, value: object) -> None:
+    """Raise BudgetError unless ``value`` is allowed for the field ``name``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    if not number:
+        msg = f"the budget {name}={value!r} must be a positive number"
+        raise BudgetError(msg)
+    if name in LIMITED and value > 1:  # type: ignore[operator]
+        msg = f"the budget {name}={value:g} is a share of the model, up to 1. For an absolute limit write {LIMITED[name]}={value:g}"
+        raise BudgetError(msg)

@@ -1,0 +1,160 @@
+"""What is wanted of a compression: the one place where its choices are spelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+
+from tenfold.errors import RecipeError, TenfoldError
+from tenfold.records.base import Record, explain, write_text
+from tenfold.records.budget import Budget
+from tenfold.registry import as_tuple
+
+DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
+RECIPE_HEADER = "# A tenfold recipe: what is wanted of a compression. Use it with tenfold compress --recipe FILE.\n"
+
+Method = Literal["sequential", "independent", "batchnorm", "none"]
+
+
+class Calibration(Record):
+    """What unlabeled data are used for, and how much is read from them.
+
+    Attributes:
+        method: ``sequential`` plans by what the network's output loses and fits each layer, in closed form, to the
+            original's output given what the compressed layers before it put out. ``independent`` makes the same plan
+            and fits each layer on its own. ``batchnorm`` only re-estimates the statistics of batch norms. ``none``
+            ignores the data.
+        positions: output positions of a convolution that are read from each map and batch; None for all.
+        draws: random projections of the outputs for each batch, from which output Gram matrices are estimated.
+        max_width: inputs wider than this are sketched; None for the default of ``tenfold.calibrate``.
+    """
+
+    method: Method = "sequential"
+    positions: PositiveInt | None = 64
+    draws: PositiveInt = 1
+    max_width: PositiveInt | None = None
+
+    @property
+    def plans(self) -> bool:
+        """Whether the data decide ranks and factors, and not batch norms alone."""
+        return self.method in {"sequential", "independent"}
+
+
+class Recipe(Record):
+    """What is wanted of a compression. Frozen, free of torch, YAML both ways; a saved model holds its own.
+
+    Use one to say in a file what ``compress`` and ``tenfold compress`` are to do. How it is done - workers, clock,
+    progress - is a ``Runtime``, on which the result does not depend.
+
+    Attributes:
+        budget: what the whole model may cost; see ``Budget``. Text such as ``"macs=0.5"`` is read.
+        rule: how ranks are chosen: the name of a rank rule, with its settings: ``{"name": "evbmf", "weaken": 0.8}``.
+        formats: what layers may turn into, the preferred first.
+        algorithms: by format, the algorithm with its settings, instead of the format's default:
+            ``{"tucker2": {"name": "hosvd"}}``.
+        keep: layers to leave alone, as paths, globs or ``re:`` expressions.
+        keep_ends: leave a first and a last layer alone that cost next to nothing; by default unless the rule selects
+            layers by name.
+        calibration: what data are used for.
+        fuse_batchnorm: merge batch norms into the layers before them once all else is done, for inference.
+        seed: of everything that draws random numbers.
+
+    Example:
+        >>> recipe = Recipe.of("macs=0.5")
+        >>> recipe.budget, recipe.rule, Recipe.from_text(recipe.to_yaml()) == recipe
+        (Budget(macs=0.5), {'name': 'global'}, True)
+        >>> Recipe(rule="ratio", formats="low_rank").rule
+        {'name': 'ratio'}
+    """
+
+    budget: Budget = Budget()
+    rule: dict[str, Any] = Field(default={"name": "global"})
+    formats: tuple[str, ...] = DEFAULT_FORMATS
+    algorithms: dict[str, dict[str, Any]] = {}
+    keep: tuple[str, ...] = ()
+    keep_ends: bool | None = None
+    calibration: Calibration = Calibration()
+    fuse_batchnorm: bool = False
+    seed: NonNegativeInt = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe | Mapping[str, Any] | str | None) -> Self:
+        """Return a recipe from one, from a mapping of its fields, or from a budget such as ``"macs=0.5"``.
+
+        Raises:
+            RecipeError: a field that does not exist or a value that is not allowed; the message names it.
+            BudgetError: a budget that cannot be read.
+        """
+        if isinstance(recipe, cls):
+            return recipe
+        if isinstance(recipe, str):
+            return cls(budget=Budget.parse(recipe))
+        try:
+            return cls.model_validate(dict(recipe or {}))
+        except ValidationError as error:
+            msg = f"invalid recipe: {explain(error)}"
+            raise RecipeError(msg) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a recipe from a YAML or JSON file.
+
+        Raises:
+            RecipeError: the file is missing or is no recipe.
+        """
+        path = Path(path)
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"), source=str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            msg = f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}"
+            raise RecipeError(msg) from error
+        except TenfoldError as error:
+            raise RecipeError(str(error)) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe to ``path`` as YAML, whole or not at all."""
+        write_text(Path(path), self.to_yaml())
+
+    def to_yaml(self) -> str:
+        """Return the recipe as commented YAML."""
+        return RECIPE_HEADER + super().to_yaml()
+
+    @property
+    def rule_name(self) -> str:
+        """The name of the rank rule."""
+        return str(self.rule["name"])
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _read_budget(cls, value: Any) -> Any:
+        return value if isinstance(value, Budget) else Budget.of(value)
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _read_rule(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("formats", "keep", mode="before")
+    @classmethod
+    def _read_names(cls, value: Any) -> Any:
+        return as_tuple(value) if isinstance(value, str | list | tuple) else value
+
+    @field_validator("algorithms", mode="before")
+    @classmethod
+    def _read_algorithms(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {format: {"name": own} if isinstance(own, str) else own for format, own in value.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if not isinstance(self.rule.get("name"), str):
+            msg = "a rule needs its name, such as {name: evbmf, weaken: 0.8}"
+            raise ValueError(msg)
+        if not self.formats:
+            msg = "formats is empty: name at least one, such as low_rank"
+            raise ValueError(msg)
+        return self

@@ -1,0 +1,73 @@
+"""How a compression is carried out: workers, clock, files and progress, on none of which its result depends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenfold.parallel import Workers
+
+if TYPE_CHECKING:
+    from tenfold.profiling import Clock
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress: the step that is under way, and how much of it is done where that can be counted."""
+
+    step: str
+    done: int | None = None
+    total: int | None = None
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """How the machine does what a ``Recipe`` asks for. The defaults suit one process; the result is always the same.
+
+    Attributes:
+        workers: who does what falls into independent layers: this process, or several.
+        clock: times layers for a latency budget; one for the model's device and dtype if None.
+        measure: measure original and result, interleaved, at the end.
+        latency_inputs: what latencies are measured on, such as a larger batch; the example inputs if None.
+        cache: file in which errors of trial fits are kept from run to run, for rules that search (``error``).
+        on_event: called with every ``Event``.
+
+    Example:
+        >>> steps = []
+        >>> with Runtime(on_event=lambda event: steps.append(event.step)).step("plan"):
+        ...     pass
+        >>> steps
+        ['plan']
+    """
+
+    workers: Workers = field(default_factory=Workers)
+    clock: Clock | None = None
+    measure: bool = True
+    latency_inputs: Any = None
+    cache: str | Path | None = None
+    on_event: OnEvent | None = None
+
+    def replace(self, **changes: Any) -> Runtime:
+        """Return the same runtime with some fields changed."""
+        return replace(self, **changes)
+
+    def report(self, step: str, done: int | None = None, total: int | None = None) -> None:
+        """Pass an event on to whoever listens."""
+        if self.on_event is not None:
+            self.on_event(Event(step, done, total))
+
+    @contextmanager
+    def step(self, name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+        """Report that a step begins, and add the time it takes to ``seconds`` under its name."""
+        self.report(name)
+        start = time.perf_counter()
+        yield
+        if seconds is not None:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
