@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import ProfileError
-from tenfold.profiling.inputs import arguments, call_model, map_tensors, tensors_in, to_device
+from tenfold.tracing.inputs import arguments, call_model, map_tensors, tensors_in, to_device
 from tenfold.tuning.modes import device_of, forked_rng, kept_modes
 
 

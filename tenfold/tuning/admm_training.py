@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import TuningError
-from tenfold.profiling.inputs import to_device
 from tenfold.records import Plan
 from tenfold.surgery import reestimate_batchnorm_, with_errors
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.tracing.inputs import to_device
 from tenfold.tuning.admm import Admm, AdmmConfig, Residual
 from tenfold.tuning.admm_projection import PlanProjection, Projection, weight_only
 from tenfold.tuning.batches import Batches, as_pair, at_epoch

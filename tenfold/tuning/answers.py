@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError
-from tenfold.profiling.inputs import call_model, to_device
-from tenfold.profiling.modes import evaluating
 from tenfold.records import written_whole
+from tenfold.tracing.contexts import evaluating
+from tenfold.tracing.inputs import call_model, to_device
 from tenfold.tuning.acceleration import uses_bf16
 from tenfold.tuning.batches import Batch, as_pair
 from tenfold.tuning.losses import logits_of

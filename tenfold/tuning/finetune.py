@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tenfold.errors import CheckpointError
-from tenfold.profiling.inputs import to_device
+from tenfold.tracing.inputs import to_device
 from tenfold.tuning.acceleration import channels_last_weights, uses_channels_last
 from tenfold.tuning.average import Average
 from tenfold.tuning.batches import Batch, Batches, at_epoch, count_steps, peek, share

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.profiling.inputs import call_model
+from tenfold.tracing.inputs import call_model
 from tenfold.tuning.loop import Loss
 
 

@@ -130,7 +130,8 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
 
     from tenfold.exporting import open_exported, quantize_onnx
     from tenfold.exporting.target import check_free
-    from tenfold.profiling import measure_latency, to_device
+    from tenfold.profiling import measure_latency
+    from tenfold.tracing import to_device
 
     check_free(file.out, overwrite=file.overwrite)
     samples, size = file.calibration or _INT8_CALIBRATION, file.batch if file.fixed_batch else _CALIBRATION_BATCH

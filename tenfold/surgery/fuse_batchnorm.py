@@ -15,8 +15,8 @@ from tenfold.formats import join_groups, split_groups
 from tenfold.layers import FactorizedLayer, dense_weight, describe, own_layout
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.surgery.fused_pairs import AFTER, Folds, find_folds, last_spec, plain
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.pairs import AFTER, Folds, find_folds, last_spec, plain
 
 
 class FoldedNorm(nn.Sequential):

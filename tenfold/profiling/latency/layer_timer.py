@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.layers import build
-from tenfold.profiling.memory_format import LAYOUTS
-from tenfold.profiling.modes import synchronize
+from tenfold.profiling.latency.memory_format import LAYOUTS
 from tenfold.records import GatherSpec, LayerSpec, Shape, StageSpec
+from tenfold.tracing.contexts import synchronize
 
 Timer = Callable[[StageSpec, Shape], float]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from tenfold.errors import ProfileError
-from tenfold.profiling.inputs import batch_size_of, call_model, input_shapes, tensors_in, to_device
+from tenfold.tracing.inputs import batch_size_of, call_model, input_shapes, tensors_in, to_device
 
 X, Y = torch.ones(2, 3), torch.full((2, 3), 5.0)
 Pair = namedtuple("Pair", "left right")  # noqa: PYI024

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.profiling.inputs import tensors_in
+from tenfold.tracing.inputs import tensors_in
 
 
 @contextmanager

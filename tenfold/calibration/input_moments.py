@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.calibration.frequencies import id_counts, moments_of_ids
+from tenfold.calibration.im2col import input_patches, output_rows
+from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer, describe
-from tenfold.profiling.frequencies import id_counts, moments_of_ids
-from tenfold.profiling.inputs import call_model, real_tokens, tensors_in, token_mask
-from tenfold.profiling.modes import evaluating, layer_by_layer
-from tenfold.profiling.patches import input_patches, output_rows
-from tenfold.profiling.sketching import SketchSums, sketch_size
 from tenfold.records import LayerSpec
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import call_model, real_tokens, tensors_in, token_mask
 
 logger = logging.getLogger("tenfold")
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.profiling.inputs import batch_size_of, call_model, real_tokens, tensors_in, token_mask
-from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.records import LayerSpec
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import batch_size_of, call_model, real_tokens, tensors_in, token_mask
 
 Loss = Literal["outputs", "fisher"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.profiling.entries import Entry
-from tenfold.profiling.inputs import shape_of, tensors_in
 from tenfold.records import Shape
+from tenfold.tracing.inputs import shape_of, tensors_in
+from tenfold.tracing.layers import Entry
 
 
 @dataclass

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer, stage_specs
-from tenfold.profiling.entries import Entry, entries
-from tenfold.profiling.inputs import call_model, tensors_in
-from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.modules import HOOKS
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import call_model, tensors_in
+from tenfold.tracing.layers import Entry, entries
 
 # What else a batch norm may do after it has normalized, in this order: the layers with an activation of timm.
 AFTER = ("drop", "act")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.gradients import collect_gradients
+from tenfold.calibration.input_moments import measurable
 from tenfold.errors import DataError
-from tenfold.profiling.gradients import collect_gradients
-from tenfold.profiling.moments import measurable
 
 
 def test_random_projections_find_the_squared_jacobian():

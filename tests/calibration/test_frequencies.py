@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration import calibrate, called_layers
+from tenfold.calibration.frequencies import frequencies, id_counts
+from tenfold.calibration.input_moments import collect_moments, moment_bytes
 from tenfold.decompositions import decompose, default_algorithm
 from tenfold.decompositions.curves import damage_curve
 from tenfold.formats import FORMATS, split_groups
 from tenfold.layers import FactorizedLayer, describe
 from tenfold.pipeline import compress
 from tenfold.planning import plan
-from tenfold.profiling import calibrate, called_layers, profile
-from tenfold.profiling.frequencies import frequencies, id_counts
-from tenfold.profiling.moments import collect_moments, moment_bytes
+from tenfold.profiling import profile
 from tenfold.ranks import rule_from
 from tenfold.surgery import apply_in_order
 

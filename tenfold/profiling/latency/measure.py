@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from tenfold.errors import ProfileError
-from tenfold.profiling.entries import Entry
-from tenfold.profiling.inputs import arguments, batch_size_of, call_model, tensors_in
-from tenfold.profiling.modes import device_of, dtype_of, evaluating, same_random_numbers, synchronize
-from tenfold.profiling.observing import Observation, observing
 from tenfold.records import Latency, Speedup
+from tenfold.tracing.contexts import device_of, dtype_of, evaluating, same_random_numbers, synchronize
+from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in
+from tenfold.tracing.layers import Entry
+from tenfold.tracing.observing import Observation, observing
 
 BLOCK_SECONDS = 0.010
 MIN_ROUNDS, MAX_ROUNDS = 5, 500

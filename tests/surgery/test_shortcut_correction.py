@@ -14,10 +14,10 @@ from torch.overrides import _len_torch_function_stack
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.profiling.residual import ResidualReplay
 from tenfold.ranks import rule_from
 from tenfold.surgery.refit import apply_in_order
-from tenfold.surgery.repair import Branch, branch_of, targets
+from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
+from tenfold.tracing.residual import ResidualReplay
 
 
 class Block(nn.Module):

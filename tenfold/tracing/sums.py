@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tenfold.profiling.inputs import tensors_in
+from tenfold.tracing.inputs import tensors_in
 
 # What +, += and the functions of ``operator`` arrive as, in this or another version of torch.
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tenfold.profiling.moments
+import tenfold.calibration.input_moments
 from tenfold import compress
+from tenfold.calibration import calibrate
+from tenfold.calibration.input_moments import MomentSums, collect_moments, measurable, moment_bytes
 from tenfold.decompositions import Sketch, decompose
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
-from tenfold.profiling import calibrate, profile
-from tenfold.profiling.moments import MomentSums, collect_moments, measurable, moment_bytes
+from tenfold.profiling import profile
 from tenfold.ranks import rule_from
 from tenfold.records import LayerSpec
 from tenfold.surgery import apply
@@ -190,7 +191,7 @@ def test_a_wide_model_is_compressed_without_a_square_of_its_width(use_data, monk
 
     with pytest.warns(CalibrationWarning):
         exact = run()
-    monkeypatch.setattr(tenfold.profiling.moments, "WIDEST", 250)
+    monkeypatch.setattr(tenfold.calibration.input_moments, "WIDEST", 250)
     with pytest.warns(CalibrationWarning), Largest() as seen:
         own = run()
     assert seen.entries < 1200 * 300

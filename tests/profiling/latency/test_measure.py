@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import ProfileError
 from tenfold.profiling import compare_latency, environment, measure_latency
-from tenfold.profiling.latency import MIN_ROUNDS, median_interval
+from tenfold.profiling.latency.measure import MIN_ROUNDS, median_interval
 from tenfold.records import Environment, Latency
 
 

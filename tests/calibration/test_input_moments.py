@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.im2col import input_patches, output_rows
+from tenfold.calibration.input_moments import collect_moments, measurable, moment_bytes
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.formats import split_groups
 from tenfold.layers import describe
-from tenfold.profiling.moments import collect_moments, measurable, moment_bytes
-from tenfold.profiling.patches import input_patches, output_rows
 
 LAYERS = [
     (nn.Linear(5, 4), (3, 7, 5)),

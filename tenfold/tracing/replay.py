@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.errors import DataError
-from tenfold.profiling.inputs import call_model, tensors_in
-from tenfold.profiling.modes import evaluating, layer_by_layer
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import call_model, tensors_in
 
 Forward = Callable[[nn.Module, Any], object]
 

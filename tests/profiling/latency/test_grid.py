@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tenfold.formats import FORMATS
-from tenfold.profiling.stage_charts import LEVELS, Point, chart, ladder, sample_ranks, stage_columns, stage_points
+from tenfold.profiling.latency.grid import LEVELS, Point, chart, ladder, sample_ranks, stage_columns, stage_points
 from tenfold.records import LayerSpec
 
 CONV = LayerSpec(kind="conv", in_channels=64, out_channels=128, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from tenfold.calibration.gradients import collect_gradients
+from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
-from tenfold.profiling.gradients import collect_gradients
-from tenfold.profiling.moments import collect_moments, measurable
 from tenfold.records import LayerSpec, Profile
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tenfold.profiling.inputs import tensors_in
-from tenfold.profiling.modes import evaluating, layer_by_layer
-from tenfold.profiling.replay import Forward, Replay, _Reached
-from tenfold.profiling.sums import UntilAdded, Uses
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.replay import Forward, Replay, _Reached
+from tenfold.tracing.sums import UntilAdded, Uses
 
 
 class ResidualReplay(Replay):

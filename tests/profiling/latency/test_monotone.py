@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from tenfold.profiling.monotone import MonotoneFit, isotonic, isotonic_grid
+from tenfold.profiling.latency.monotone import MonotoneFit, isotonic, isotonic_grid
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -14,9 +14,9 @@ from torch import nn
 
 from tenfold.formats import FORMATS
 from tenfold.profiling import Clock, best_memory_format, to_memory_format
-from tenfold.profiling.clock import REFERENCE
-from tenfold.profiling.latency_cache import LatencyCache
-from tenfold.profiling.stage_timing import StageTimer
+from tenfold.profiling.latency.cache import LatencyCache
+from tenfold.profiling.latency.layer_timer import StageTimer
+from tenfold.profiling.latency.lookup_table import REFERENCE
 from tenfold.records import Call, ContractSpec, LayerSpec, chain_macs
 
 CONV = LayerSpec(kind="conv", in_channels=64, out_channels=64, kernel=(3, 3), padding=(1, 1))
@@ -118,7 +118,7 @@ def test_no_time_still_times_dense_layers_and_predicts(caplog):
 
 def test_the_time_bound_holds(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tenfold.profiling.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tenfold.profiling.latency.lookup_table.time.perf_counter", lambda: now[0])
 
     class Slow(FakeTimer):
         def __call__(self, spec, in_shape):
@@ -272,7 +272,7 @@ class Sleeper(nn.Module):
 
 def test_the_share_of_layers_is_taken_within_forwards(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("tenfold.profiling.latency.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tenfold.profiling.latency.measure.time.perf_counter", lambda: now[0])
     share = clock().share_of_layers(Sleeper(now), torch.zeros(1, 2, 3, 3), [], seconds=50)
     assert share == pytest.approx(0.75)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tenfold.profiling.residual import ResidualReplay
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.tracing.residual import ResidualReplay
 
 # Channels that batch norm scales down to less than this share of the largest are dead: nothing can pass through them.
 DEAD = 1e-3

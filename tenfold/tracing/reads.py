@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tenfold.layers import FactorizedLayer
-from tenfold.profiling.entries import Entry
-from tenfold.profiling.inputs import tensors_in
+from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.layers import Entry
 
 
 @contextmanager

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tenfold.formats import Rank
-from tenfold.profiling.entries import Entry, entries
 from tenfold.profiling.environment import device_name
-from tenfold.profiling.latency import layer_latency, using_threads
-from tenfold.profiling.latency_cache import LatencyCache
-from tenfold.profiling.monotone import MonotoneFit
-from tenfold.profiling.stage_charts import LEVELS, Chart, Curve, Point, chart, stage_columns
-from tenfold.profiling.stage_timing import StageTimer, Timer
+from tenfold.profiling.latency.cache import LatencyCache
+from tenfold.profiling.latency.grid import LEVELS, Chart, Curve, Point, chart, stage_columns
+from tenfold.profiling.latency.layer_timer import StageTimer, Timer
+from tenfold.profiling.latency.measure import layer_latency, using_threads
+from tenfold.profiling.latency.monotone import MonotoneFit
 from tenfold.records import Call, LayerSpec, Shape
+from tenfold.tracing.layers import Entry, entries
 
 CACHE = "~/.cache/tenfold/latency"
 # What every measurement is paired with: a convolution as networks have it, half a millisecond on one CPU core.

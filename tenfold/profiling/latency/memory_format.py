@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import ProfileError
-from tenfold.profiling.inputs import map_tensors, tensors_in
-from tenfold.profiling.latency import Comparison, compare_latency
+from tenfold.profiling.latency.measure import Comparison, compare_latency
 from tenfold.registry import did_you_mean
+from tenfold.tracing.inputs import map_tensors, tensors_in
 
 # Name -> (numbers of axes that it concerns, torch's name).
 LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
