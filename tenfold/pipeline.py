@@ -55,7 +55,7 @@ from tenfold.surgery import (
     with_errors,
     with_networks_open,
 )
-from tenfold.tuning import TuneResult
+from tenfold.training import TuneResult
 
 UseData = Literal["sequential", "layers", "norms"]
 

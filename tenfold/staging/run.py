@@ -20,6 +20,7 @@ from tenfold.pipeline import Compressed, UseData, check_use_data, measurement, r
 from tenfold.planning import analyse
 from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, gathered, profile
 from tenfold.profiling.inputs import arguments, digest_batches, tensors_in
+from tenfold.profiling.modes import kept_modes
 from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.registry import check_choice
@@ -28,8 +29,7 @@ from tenfold.staging.folder import Run, RunFolder
 from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
 from tenfold.surgery import reestimate_batchnorm_
-from tenfold.tuning import TuneResult
-from tenfold.tuning.modes import kept_modes
+from tenfold.training import TuneResult
 
 logger = logging.getLogger("tenfold")
 

@@ -16,7 +16,7 @@ from tenfold.errors import DataError, UnknownNameError
 from tenfold.profiling.inputs import call_model, to_device
 from tenfold.profiling.modes import device_of, dtype_of, evaluating
 from tenfold.registry import Registry, did_you_mean
-from tenfold.tasks.weights import load_weights
+from tenfold.tasks.dense_weights import load_weights
 
 Batch_co = TypeVar("Batch_co", covariant=True)
 Progress = Callable[[int, int], None]  # (samples done, samples in total; 0 where that is not known)
