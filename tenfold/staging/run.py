@@ -20,7 +20,6 @@ from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, check_use_data, measurement, replace_layers
 from tenfold.planning import analyse
 from tenfold.profiling import Clock, environment, profile
-from tenfold.tracing.contexts import kept_modes
 from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.registry import check_choice
@@ -30,6 +29,7 @@ from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
 from tenfold.surgery import reestimate_batchnorm_
 from tenfold.tracing import device_of, gathered
+from tenfold.tracing.contexts import kept_modes
 from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
 from tenfold.training import TuneResult
 

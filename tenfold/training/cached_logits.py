@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError
-from tenfold.tracing.contexts import device_of
 from tenfold.records import written_whole
-from tenfold.tracing.contexts import evaluating
+from tenfold.tracing.contexts import device_of, evaluating
 from tenfold.tracing.inputs import call_model, to_device
 from tenfold.training.batches import Batch, as_pair
 from tenfold.training.losses import logits_of
