@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.profiling.frequencies import id_counts, moments_of_ids
 from tenfold.profiling.inputs import call_model, real_tokens, tensors_in, token_mask
 from tenfold.profiling.modes import evaluating, layer_by_layer
@@ -88,7 +88,7 @@ def measurable(model: nn.Module) -> dict[str, LayerSpec]:
         if isinstance(module, FactorizedLayer):
             found[path], inside = module.spec, (*inside, f"{path}.")
             continue
-        spec, _ = describe(module)
+        spec, _ = spec_of(module)
         if spec is not None:
             found[path] = spec
     return found
