@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import tenfold
 from tenfold.layers import FactorizedLayer
-from tenfold.layers.lazy import LazyWeight
+from tenfold.layers.lazy_weight import LazyWeight
 
 
 @pytest.fixture
