@@ -1,32 +1,63 @@
-"""What a rule is to decide on: the layers that nothing else keeps as they are, and what may be known of them."""
+"""Select the layers eligible for factorization, and say why the others are kept."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
-from tenfold.formats import FORMATS, split_groups
+from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
-from tenfold.planning.damage import Curve, with_damage
-from tenfold.ranks import RankProblem, check_patterns, first_match
-from tenfold.records import LayerProfile, Profile
+from tenfold.patterns import check_patterns, first_match
+from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Profile
 from tenfold.surgery import find
 
-Memory = dict[str, dict[Any, Any]]  # by path
-
-# A first or last layer below this share of the model's cost is not worth its damage.
+# A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
 _UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
 
 
-def kept_layers(
+@dataclass(frozen=True, eq=False)
+class EligibleLayer:
+    """A layer that may be factorized, with what its options are computed from.
+
+    Attributes:
+        path: dotted module name.
+        spec: geometry of the (dense) layer.
+        formats: names of the formats that support it, the preferred first.
+        calls: input shapes of one forward of the model.
+        cost: what the layer costs now.
+        load_weight: returns the dense weight, groups apart: (groups, out/groups, in/groups, *kernel).
+        current: format and rank that the layer has now, if it is factorized already.
+        moments: statistics of its inputs, and its output Gram matrix; None without data.
+    """
+
+    path: str
+    spec: LayerSpec
+    formats: tuple[str, ...]
+    calls: tuple[Call, ...]
+    cost: Cost
+    load_weight: Callable[[], Tensor] = field(repr=False)
+    current: tuple[str, Rank] | None = None
+    moments: Moments | None = field(default=None, repr=False)
+
+    def cost_at(self, format: str, rank: Rank) -> Cost:
+        """Return what the layer would cost in this format at this rank."""
+        kind = FORMATS.get(format)
+        macs = sum(kind.macs(self.spec, rank, call.in_shape) * call.count for call in self.calls)
+        return Cost(params=kind.num_params(self.spec, rank), macs=macs)
+
+    def saving_family(self, format: str) -> tuple[tuple[Rank, Cost], ...]:
+        """Return those ranks of the format's family, from small to full, that make the layer cheaper, with costs."""
+        family = ((rank, self.cost_at(format, rank)) for rank in FORMATS.get(format).rank_family(self.spec))
+        return tuple((rank, cost) for rank, cost in family if cost.below(self.cost))
+
+
+def kept_reasons(
     model: nn.Module,
     profile: Profile,
     formats: Sequence[str],
@@ -34,9 +65,16 @@ def kept_layers(
     keep: Sequence[str] = (),
     keep_ends: bool = True,
     moments: Mapping[str, Moments] | None = None,
-    reasons: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return for the path of every layer why no rule may touch it, or an empty string; the arguments are ``plan``'s.
+    """Return for the path of every layer why no rule may touch it, or an empty string.
+
+    Args:
+        model: that was profiled.
+        profile: what ``profile`` said of it.
+        formats: names of the formats that layers may get.
+        keep: layers to leave alone, as paths, globs or ``re:`` expressions.
+        keep_ends: leave a cheap first and last layer alone.
+        moments: of the inputs of the layers; those without are kept.
 
     Raises:
         UnknownNameError: a format or a pattern that names nothing.
@@ -44,31 +82,13 @@ def kept_layers(
     for name in formats:
         FORMATS.get(name)
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
-    _check_same_model(model, profile)
+    for layer in profile.layers:
+        find(model, layer.path)  # the profile is that of this model
     ends = cheap_ends(profile) if keep_ends else {}
     kept = {layer.path: reason_to_keep(model, layer, formats, keep, ends) for layer in profile.layers}
-    kept |= {path: reason for path, reason in (reasons or {}).items() if not kept[path]}
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
     return kept
-
-
-def problems_of(
-    model: nn.Module,
-    layers: Sequence[LayerProfile],
-    formats: Sequence[str],
-    *,
-    moments: Mapping[str, Moments] | None = None,
-    damages: Callable[[str, str], Curve] | None = None,
-    memory: Memory | None = None,
-) -> list[RankProblem]:
-    """Return what a rule may know of layers that it is to decide on, without time; the arguments are ``plan``'s."""
-    problems = [problem_of(model, layer, formats, memory) for layer in layers]
-    if moments is not None:
-        problems = with_damage(problems, moments)
-    if damages is not None:
-        problems = [dataclasses.replace(p, damage_at=partial(damages, p.path)) for p in problems]
-    return problems
 
 
 def cheap_ends(profile: Profile) -> dict[str, str]:
@@ -78,13 +98,8 @@ def cheap_ends(profile: Profile) -> dict[str, str]:
     for layer, name in ((used[0], "first"), (used[-1], "last")) if len(used) > 2 else ():
         share = max(layer.params / max(profile.params, 1), layer.macs / max(profile.macs, 1))
         if share < _CHEAP_END:
-            ends[layer.path] = f"the {name} layer is {share:.1%} of the cost: too little to be worth damage there"
+            ends[layer.path] = f"the {name} layer is {share:.1%} of the cost: too little to be worth distortion there"
     return ends
-
-
-def _check_same_model(model: nn.Module, profile: Profile) -> None:
-    for layer in profile.layers:
-        find(model, layer.path)
 
 
 def reason_to_keep(
@@ -100,7 +115,7 @@ def reason_to_keep(
         model: that the layer is in.
         layer: what is known of it.
         formats: that it may get.
-        keep: layers to leave alone, as ``plan`` takes them.
+        keep: layers to leave alone, as paths, globs or ``re:`` expressions.
         ends: further layers to leave alone, by path, with the reasons.
     """
     pattern = first_match(keep, layer.path, layer.aliases)
@@ -122,15 +137,10 @@ def reason_to_keep(
     return ""
 
 
-def _weight(model: nn.Module, path: str) -> Tensor:
-    with torch.no_grad():
-        return dense_weight(find(model, path)).detach()
-
-
-def problem_of(
-    model: nn.Module, layer: LayerProfile, formats: Sequence[str], memory: Memory | None = None
-) -> RankProblem:
-    """Return what there is to know of a layer, in those of the formats that serve it.
+def eligible_layer(
+    model: nn.Module, layer: LayerProfile, formats: Sequence[str], moments: Moments | None = None
+) -> EligibleLayer:
+    """Return what the options of a layer are computed from, in those of the formats that support it.
 
     Raises:
         PlanError: the layer has no geometry.
@@ -139,14 +149,18 @@ def problem_of(
     if spec is None:
         msg = f"layer {layer.path!r} has no geometry"
         raise PlanError(msg)
-    current = None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank))
-    return RankProblem(
+    return EligibleLayer(
         path=layer.path,
         spec=spec,
         formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
         calls=layer.calls,
         cost=layer.cost,
         load_weight=lambda: split_groups(_weight(model, layer.path), spec),
-        current=current,
-        _cache={} if memory is None else memory.setdefault(layer.path, {}),
+        current=None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank)),
+        moments=moments,
     )
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    with torch.no_grad():
+        return dense_weight(find(model, path)).detach()
