@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold import __version__
 from tenfold.errors import TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.planning.undecided import problem_of
-from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import tail_damage
+from tenfold.planning.curves import spectra_of, weight_curve
+from tenfold.planning.eligible import EligibleLayer, eligible_layer
 from tenfold.records import Analysis, CurvePoint, LayerAnalysis, LayerPlan, Plan, Profile, Spectrum
 
 VALUES, POINTS, DIGITS = 48, 24, 4  # so that 200 layers stay far below a megabyte
@@ -33,10 +33,9 @@ def analyse(model: nn.Module, profile: Profile, plan: Plan) -> Analysis:
         >>> import torch
         >>> from tenfold.planning import plan
         >>> from tenfold.profiling import profile
-        >>> from tenfold.ranks import rule_from
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> cost = profile(net, torch.zeros(1, 64))
-        >>> found = analyse(net, cost, plan(net, cost, rule=rule_from("ratio"), budget={"macs": 0.5}))
+        >>> found = analyse(net, cost, plan(net, cost, {"rule": "ratio", "budget": "macs=0.5"}))
         >>> [layer.path for layer in found.layers], found.layers[0].spectra["rank"].values[0]
         (['0', '2'], 1.0)
     """
@@ -49,25 +48,25 @@ def _layer(model: nn.Module, profile: Profile, layer: LayerPlan) -> LayerAnalysi
     if not FORMATS.get(format).tails_bound:
         return None
     try:
-        problem = problem_of(model, profile.layer(layer.path), [format])
-        spectra = {name: _spectrum(values) for name, values in problem.spectra(format).items() if values.numel()}
-        return LayerAnalysis(path=layer.path, format=format, spectra=spectra, curve=_curve(problem, format))
+        known = eligible_layer(model, profile.layer(layer.path), [format])
+        weight = known.load_weight()
+        spectra = {name: _spectrum(v) for name, v in spectra_of(known, format, weight).items() if len(v)}
+        return LayerAnalysis(path=layer.path, format=format, spectra=spectra, curve=_curve(known, format, weight))
     except (KeyError, TenfoldError):  # a picture less is no reason to lose a run
         return None
 
 
-def _spectrum(values: Tensor) -> Spectrum:
-    numbers = values.double().numpy()
+def _spectrum(numbers: NDArray[np.float64]) -> Spectrum:
     scaled = numbers / (numbers.max(initial=0.0) or 1.0)
     kept = _spread(len(numbers), VALUES)
     return Spectrum(index=tuple(i + 1 for i in kept), values=tuple(_short(scaled[i]) for i in kept))
 
 
-def _curve(problem: RankProblem, format: str) -> tuple[CurvePoint, ...]:
-    family = problem.family(format)
+def _curve(layer: EligibleLayer, format: str, weight: Tensor) -> tuple[CurvePoint, ...]:
+    family = FORMATS.get(format).rank_family(layer.spec)
     names = FORMATS.get(format).rank_names
-    kept = [family[i] for i in _spread(len(family), POINTS)]
-    squared = tail_damage(problem, format)(np.array([[rank[name] for name in names] for rank, _ in kept]))
+    kept = [(family[i], layer.cost_at(format, family[i])) for i in _spread(len(family), POINTS)]
+    squared = weight_curve(layer, format, weight)(np.array([[rank[name] for name in names] for rank, _ in kept]))
     return tuple(
         CurvePoint(rank=dict(rank), cost=cost, error=_short(float(max(lost, 0.0)) ** 0.5))
         for (rank, cost), lost in zip(kept, squared, strict=True)

@@ -50,32 +50,31 @@ def row_source(name: str) -> Callable[[RowSource], RowSource]:
     return store
 
 
-def rows_of(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> tuple[Ranks, Columns, dict[int, str]]:
-    """Return the ranks (n, names) of the rule's row source, the columns it knows, and notes by row.
-
-    No row has a factor that costs more than it saves: 64 → 62 → 20 channels, 1×1 and then 3×3, take more
-    multiplications than 64 → 20 at once. At full rank the format leaves that factor out, which is the two multiplied
-    out, exactly, and what the factor had dropped comes back for nothing. On a grid the fuller ranks are further rows,
-    and the knapsack drops what they beat; elsewhere they replace the row. Ranks given by hand stay.
-    """
+def rows_of(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> tuple[Ranks, Columns]:
+    """Return the ranks (n, names) of the rule's row source, and the columns it knows."""
     if rule.rows not in ROWS:
         msg = f"the rule {rule.name()} asks for unknown rows {rule.rows!r}. {did_you_mean(rule.rows, ROWS)}"
         raise UnknownNameError(msg)
-    ranks, columns = ROWS[rule.rows](layer, format, weight, rule)
-    if rule.by_name or not len(ranks):
-        return ranks, columns, {}
+    return ROWS[rule.rows](layer, format, weight, rule)
+
+
+def without_idle_factors(layer: EligibleLayer, format: str, ranks: Ranks) -> tuple[Ranks, dict[int, str]]:
+    """Return ranks of which none has a factor that costs more than it saves, and a note for each row that changed.
+
+    64 → 62 → 20 channels, 1×1 and then 3×3, take more multiplications than 64 → 20 at once. At full rank the format
+    leaves that factor out, which is the two multiplied out, exactly, and what the factor had dropped comes back for
+    nothing.
+    """
     fuller, cheaper = _fuller(layer, format, ranks)
-    if rule.rows == "grid":
-        return np.unique(np.concatenate([ranks, fuller[cheaper]]), axis=0), {}, {}
     names = FORMATS.get(format).rank_names
-    return fuller, columns, {int(row): _note(names, ranks[row], fuller[row]) for row in np.flatnonzero(cheaper)}
+    return fuller, {int(row): _note(names, ranks[row], fuller[row]) for row in np.flatnonzero(cheaper)}
 
 
 def _fuller(layer: EligibleLayer, format: str, ranks: Ranks) -> tuple[Ranks, NDArray[np.bool_]]:
     """Return the ranks with those made full that cost more than they save, and in which rows there are such."""
     count = ranks.shape[1]
     best, changed = ranks.copy(), np.zeros(len(ranks), dtype=bool)
-    if count > _MOST_NAMES:
+    if count > _MOST_NAMES or not len(ranks):
         return best, changed
     full = np.array(list(FORMATS.get(format).max_rank(layer.spec).values()))
     least = costs_of(layer, format, ranks)
@@ -125,7 +124,11 @@ def grid(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> t
         return [*range(stride, full, stride), full]
 
     ranks = _array(format, FORMATS.get(format).rank_grid(layer.spec, axis))
-    return ranks[saves(layer, *costs_of(layer, format, ranks))], {}
+    ranks = ranks[saves(layer, *costs_of(layer, format, ranks))]
+    fuller, cheaper = _fuller(layer, format, ranks)  # which beat the rows they come from: the knapsack drops those
+    known = set(map(tuple, ranks.tolist()))
+    new = [row for row in np.unique(fuller[cheaper], axis=0).tolist() if tuple(row) not in known]
+    return np.concatenate([ranks, np.array(new, dtype=np.int64).reshape(-1, ranks.shape[1])]), {}
 
 
 @row_source("family")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,22 +17,21 @@ from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
+from tenfold.patterns import check_patterns
 from tenfold.planning.conditions import conditions_of
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
-from tenfold.planning.plan import DEFAULT_FORMATS
-from tenfold.planning.undecided import problem_of, reason_to_keep
+from tenfold.planning.curves import weight_curve
+from tenfold.planning.eligible import EligibleLayer, eligible_layer, reason_to_keep
 from tenfold.profiling.latency.monotone import isotonic
-from tenfold.ranks import RankProblem, check_patterns
-from tenfold.ranks.candidates import tail_damage
 from tenfold.records import (
     Cost,
     LayerSensitivity,
     Profile,
+    Recipe,
     SensitivityPoint,
     SensitivityTable,
     held_alone,
 )
-from tenfold.registry import as_tuple
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,26 +43,39 @@ Spot = tuple[str, str, tuple[tuple[str, int], ...]]  # path, format, rank
 _CERTAIN = 1e6
 
 
-class Sensitivity:
-    """What each layer minds: error of its output and score of the model, when it alone is factorized.
+@dataclass(frozen=True)
+class Score:
+    """A score of models, with what it depends on.
 
-    Everything is measured when it is asked for, then kept in ``table``; with a ``path`` the table is written there
-    after every measurement, and another run under the same conditions, later or at the same time, adds to it. The model
-    given is never changed.
+    Attributes:
+        evaluate: returns the score of a model, larger is better; on data held out from training, not on the test set.
+        about: what the scores depend on, as plain values: the task, the number of images.
+    """
+
+    evaluate: Callable[[nn.Module], float]
+    about: Mapping[str, str | int | float | None] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the score of a model."""
+        return self.evaluate(model)
+
+
+class Sensitivity:
+    """Per-layer sensitivity: output error and score with one layer factorized. Measured lazily, cached on disk.
+
+    Use it to see which layers a network can spare, and as the ``scores`` of a plan: the rule ``accuracy_drop`` needs
+    them, and ``global`` can minimise their loss. With a ``path`` the table is written after every measurement, and
+    another run under the same conditions, later or at the same time, adds to it. The model given is never changed.
 
     Args:
         model: that was profiled; it may hold factorized layers.
         profile: what ``profile`` said of it.
-        formats: the formats of interest, the preferred first.
-        evaluate: returns the score of a model, larger is better; on data held out from training, not on the test set.
-        calibration: unlabeled batches on the device of the model, to go through repeatedly; without these the output
-            error is the relative error of the weight.
+        recipe: formats, algorithms, layers to leave alone and seed; with the calibration method ``batchnorm``, batch
+            norm is re-estimated on the batches before every score.
+        evaluate: returns the score of a model, or a ``Score``.
+        batches: unlabeled, on the device of the model, to go through repeatedly; without these the output error is the
+            relative error of the weight.
         moments: of the layers' inputs, by path: layers that have them are decomposed for the data.
-        algorithms: by format, instead of the default.
-        batchnorm: estimate batch norm anew on the calibration batches before every score.
-        keep: layers not to touch, as paths, globs or ``re:`` expressions.
-        seed: of algorithms that draw random numbers.
-        about: what the scores depend on, as plain values: the task, the number of images.
         path: JSON file to take measurements over from, and to write them to.
         workers: who measures where several measurements are wanted at once; this process if None.
 
@@ -78,47 +91,42 @@ class Sensitivity:
         (0.9, 0.9)
     """
 
-    def __init__(  # noqa: PLR0913 - the conditions of a measurement
+    def __init__(
         self,
         model: nn.Module,
         profile: Profile,
+        recipe: Recipe | Mapping[str, Any] | None = None,
         *,
-        formats: str | Sequence[str] = DEFAULT_FORMATS,
         evaluate: Callable[[nn.Module], float] | None = None,
-        calibration: Iterable[Any] | None = None,
+        batches: Iterable[Any] | None = None,
         moments: Mapping[str, Moments] | None = None,
-        algorithms: Mapping[str, Decomposition] | None = None,
-        batchnorm: bool = False,
-        keep: str | Sequence[str] = (),
-        seed: int = 0,
-        about: Mapping[str, str | int | float | None] | None = None,
         path: str | Path | None = None,
         workers: Workers | None = None,
     ) -> None:
-        if isinstance(calibration, Iterator):
+        recipe = Recipe.of(recipe)
+        batchnorm = recipe.calibration.method == "batchnorm" and batches is not None
+        if isinstance(batches, Iterator):
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
             raise DataError(msg)
-        if batchnorm and calibration is None:
-            msg = "batch norm is estimated anew from calibration batches: give some, or batchnorm=False"
-            raise DataError(msg)
-        formats, keep = as_tuple(formats), as_tuple(keep)
-        check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
+        check_patterns(recipe.keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         self._model = copy.deepcopy(model)
         self._name = profile.model
         self._workers = workers or Workers()
         self._path = None if path is None else Path(path)
-        algorithms = dict(algorithms or {})
-        self._bench = Bench(self._model, calibration, dict(moments or {}), algorithms, batchnorm, seed, evaluate)
+        algorithms = {format: Decomposition.from_dict(own) for format, own in recipe.algorithms.items()}
+        self._bench = Bench(self._model, batches, dict(moments or {}), algorithms, batchnorm, recipe.seed, evaluate)
         self._layers = {layer.path: layer for layer in profile.layers if layer.params or layer.macs}
+        formats, keep = recipe.formats, recipe.keep
         self._reasons = {p: reason_to_keep(self._model, layer, formats, keep) for p, layer in self._layers.items()}
-        self._problems = {
-            p: problem_of(self._model, layer, formats) for p, layer in self._layers.items() if not self._reasons[p]
+        self._eligible = {
+            p: eligible_layer(self._model, layer, formats) for p, layer in self._layers.items() if not self._reasons[p]
         }
-        for name, problem in self._problems.items():
-            if not any(self.candidates(name, format) for format in problem.formats):
-                self._reasons[name] = f"no {' or '.join(problem.formats)} rank makes the layer cheaper"
-        formats_of = {path: problem.formats for path, problem in self._problems.items()}
-        self._key = conditions_of(self._bench, formats_of, about or {})
+        for name, layer in self._eligible.items():
+            if not any(self.candidates(name, format) for format in layer.formats):
+                self._reasons[name] = f"no {' or '.join(layer.formats)} rank makes the layer cheaper"
+        formats_of = {path: layer.formats for path, layer in self._eligible.items()}
+        about = evaluate.about if isinstance(evaluate, Score) else {}
+        self._key = conditions_of(self._bench, formats_of, about)
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
         if self._path is not None and self._path.exists():
@@ -127,7 +135,7 @@ class Sensitivity:
     @property
     def compressible(self) -> dict[str, tuple[str, ...]]:
         """The formats by path of the layers that can be compressed."""
-        return {path: p.formats for path, p in self._problems.items() if not self._reasons[path]}
+        return {path: layer.formats for path, layer in self._eligible.items() if not self._reasons[path]}
 
     @property
     def table(self) -> SensitivityTable:
@@ -163,8 +171,7 @@ class Sensitivity:
 
         ``number`` of them evenly spread, the smallest and the largest included; all of them if None.
         """
-        problem = self._problem_at(path)
-        ranks = [rank for rank, cost in problem.family(format) if cost.below(problem.cost)]
+        ranks = [rank for rank, _ in self._layer_at(path).saving_family(format)]
         if number is None or number >= len(ranks):
             return tuple(ranks)
         chosen = np.unique(np.linspace(0, len(ranks) - 1, max(number, 1)).round().astype(int))
@@ -218,24 +225,25 @@ class Sensitivity:
         Scores on few images are noisy: what was measured is replaced by the nearest non-decreasing sequence, which
         ends at the baseline. Where nothing is measured yet, ``measured`` ranks are.
         """
-        problem = self._problem_at(path)
+        layer = self._layer_at(path)
 
         def size(cost: Cost) -> int:
-            return cost.macs if problem.cost.macs else cost.params
+            return cost.macs if layer.cost.macs else cost.params
 
         points = self._scored(path, format, measured)
-        x = np.array([*(size(p.cost) for p in points), size(problem.cost)], dtype=np.float64)
+        x = np.array([*(size(p.cost) for p in points), size(layer.cost)], dtype=np.float64)
         y = [*(float(p.score or 0.0) for p in points), self.baseline]
         fitted = isotonic(y, [1.0] * len(points) + [_CERTAIN])
-        wanted = [float(size(problem.cost_at(format, rank))) for rank in ranks]
+        wanted = [float(size(layer.cost_at(format, rank))) for rank in ranks]
         return [float(v) for v in np.interp(wanted, x, fitted)]
 
-    def damage_at(self, path: str, format: str, *, measured: int = 6) -> Callable[[NDArray[np.int64]], Array]:
+    def distortion_at(self, path: str, format: str, *, measured: int = 6) -> Callable[[NDArray[np.int64]], Array]:
         """Return a function from ranks (n, names) to the loss of score (n,), monotone in the weight's error there.
 
         The measured ranks lie along one family; others are compared with these by what their unfoldings drop.
         """
-        tails = tail_damage(self._problem_at(path), format)
+        layer = self._layer_at(path)
+        tails = weight_curve(layer, format, layer.load_weight())
         names = FORMATS.get(format).rank_names
         points = self._scored(path, format, measured)
         at = np.array([[p.rank[name] for name in names] for p in points], dtype=np.int64).reshape(-1, len(names))
@@ -290,18 +298,18 @@ class Sensitivity:
         workers = self._workers if len(pieces) > 1 else Workers()
         return workers.map(work, self._bench, pieces)
 
-    def _problem_at(self, path: str) -> RankProblem:
-        if path not in self._problems:
+    def _layer_at(self, path: str) -> EligibleLayer:
+        if path not in self._eligible:
             reason = self._reasons.get(path, "the model has no such layer")
             msg = f"layer {path!r} cannot be compressed: {reason}"
             raise PlanError(msg)
-        return self._problems[path]
+        return self._eligible[path]
 
     def _point(self, path: str, format: str, rank: Rank) -> SensitivityPoint:
-        problem = self._problem_at(path)
-        rank = FORMATS.get(format).check_rank(problem.spec, rank)
+        layer = self._layer_at(path)
+        rank = FORMATS.get(format).check_rank(layer.spec, rank)
         known = self._points.get(_spot(path, format, rank))
-        return known or SensitivityPoint(format=format, rank=rank, cost=problem.cost_at(format, rank))
+        return known or SensitivityPoint(format=format, rank=rank, cost=layer.cost_at(format, rank))
 
     def _store(self, path: str, point: SensitivityPoint) -> None:
         self._points[_spot(path, point.format, point.rank)] = point

@@ -1,4 +1,4 @@
-"""What planning knows of time: a clock for layers, and what part of a forward they are."""
+"""Convert a whole-model latency budget into per-layer milliseconds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from tenfold.errors import BudgetError
 from tenfold.formats import Rank
 from tenfold.profiling import Clock, best_memory_format, to_memory_format
 from tenfold.profiling import profile as make_profile
-from tenfold.ranks import RankProblem
-from tenfold.records import Budget, Cost, ForwardTime, LayerProfile, Plan, Profile
+from tenfold.records import (
+    Call,
+    FormatOptions,
+    ForwardTime,
+    LayerOptions,
+    LayerProfile,
+    LayerSpec,
+    OptionTable,
+    Plan,
+    Profile,
+)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What the clock wants to know of a layer."""
+
+    spec: LayerSpec
+    formats: tuple[str, ...]
+    calls: tuple[Call, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """What a latency budget is reckoned with: a clock for layers, and what part of a forward layers are.
+    """Converts a whole-model latency budget into per-layer milliseconds.
 
     All is in milliseconds of the clock, in which layers are timed one by one. A whole model differs from their sum
     (cold caches, activations between them); so of the model only ratios are taken, each from measurements in turns or
@@ -62,29 +79,15 @@ class Timing:
         best = min(times.values())
         return cls(clock, profile, share, best, best / times.get(clock.memory_format, best))
 
-    def time(self, problems: Sequence[RankProblem]) -> list[RankProblem]:
-        """Return the problems with what their layers take now and at other ranks; measures what is missing."""
-        self.clock.prepare(problems)
-        return [self._timed(problem) for problem in problems]
-
-    def allowance(self, budget: Budget, cost: Cost, problems: Sequence[RankProblem]) -> float:
-        """Return the milliseconds that the layers to decide on may take together.
-
-        Raises:
-            BudgetError: the rest of the model takes longer than all of it may.
-        """
-        share = budget.allowance(cost, self.dense_ms)["latency"] / self.dense_ms
-        time = self.forward_time()
-        whole, allowed = time.whole_ms, time.allowed(share)
-        fixed = whole - sum(p.latency_ms or 0.0 for p in problems)
-        if fixed >= allowed:
-            msg = (
-                f"the budget allows {share * self.tighten:.1%} of the time, and what no plan changes (layers that "
-                f"stay, activations, the interpreter) takes {fixed / whole / self.best_share:.1%}. Raise the budget or "
-                "keep fewer layers."
-            )
-            raise BudgetError(msg)
-        return allowed - fixed
+    def time(self, table: OptionTable) -> OptionTable:
+        """Return the table with what its layers take now and as each of their options; measures what is missing."""
+        used = [(layer, self.profile.layer(layer.path)) for layer in table.eligible]
+        self.clock.prepare(
+            [_Timed(known.spec, tuple(o.format for o in layer.options), known.calls) for layer, known in used if known.spec]
+        )
+        timed = {layer.path: self._timed(layer, known) for layer, known in used}
+        layers = tuple(timed.get(layer.path, layer) for layer in table.layers)
+        return table.replace(layers=layers, time=self.forward_time())
 
     def share_of(self, plan: Plan) -> float:
         """Return what share of the model's time a plan should take, by all that the clock has learnt until now."""
@@ -98,7 +101,7 @@ class Timing:
         return (whole - saved) / (whole * self.best_share)
 
     def forward_time(self) -> ForwardTime:
-        """Return what a budget of latency is reckoned with, as a record."""
+        """Return what a latency budget is converted with, as a record."""
         shapes = self.profile.input_shapes
         return ForwardTime(
             dense_ms=self.dense_ms,
@@ -112,17 +115,15 @@ class Timing:
         """Return the same timing with an allowance that is ``factor`` times as large."""
         return replace(self, tighten=self.tighten * factor)
 
-    def _timed(self, problem: RankProblem) -> RankProblem:
-        known: dict[tuple[Any, ...], NDArray[np.float64]] = {}  # rules with one knob ask for the same again and again
+    def _timed(self, layer: LayerOptions, known: LayerProfile) -> LayerOptions:
+        options = (own.replace(latency_ms=self._column(own, known)) for own in layer.options)
+        return layer.replace(latency_ms=self._now(known), options=tuple(options))
 
-        def at(format: str, ranks: Sequence[Rank]) -> NDArray[np.float64]:
-            key = (format, *(tuple(sorted(rank.items())) for rank in ranks))
-            if key not in known:
-                known[key] = self.clock.predict(format, problem.spec, problem.calls, ranks)
-            return known[key]
-
-        now = self._now(self.profile.layer(problem.path))
-        return replace(problem, latency_ms=now, latency_at=at)
+    def _column(self, options: FormatOptions, known: LayerProfile) -> NDArray[np.float64]:
+        if known.spec is None or not len(options):
+            return np.zeros(len(options))
+        ranks = [options.rank(i) for i in range(len(options))]
+        return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
 
     def _now(self, layer: LayerProfile) -> float:
         """Return what a layer takes as it is."""

@@ -9,9 +9,8 @@ from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
-from tenfold.planning.undecided import problem_of
-from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import tail_damage
+from tenfold.planning.curves import Curve, weight_curve
+from tenfold.planning.eligible import eligible_layer
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
 
 SHARES = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))
@@ -51,10 +50,10 @@ def tradeoff(
         >>> import torch
         >>> from tenfold.planning import plan
         >>> from tenfold.profiling import profile
-        >>> from tenfold.ranks import rule_from
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-        >>> cost, rule = profile(net, torch.zeros(1, 64)), rule_from("ratio")
-        >>> curve = tradeoff(net, cost, lambda b: plan(net, cost, rule=rule, budget=b), shares=[0.001, 0.25, 0.5])
+        >>> cost = profile(net, torch.zeros(1, 64))
+        >>> make = lambda b: plan(net, cost, {"rule": "ratio", "budget": b})
+        >>> curve = tradeoff(net, cost, make, shares=[0.001, 0.25, 0.5])
         >>> [point.budget for point in curve.points], curve.unreachable
         ([0.25, 0.5], (0.001,))
     """
@@ -70,12 +69,12 @@ def tradeoff(
             scores[share] = score(plans[share])
         if progress is not None:
             progress(done, len(shares))
-    told = all(layer.damage is not None for made in plans.values() for layer in made.factorized)
+    told = all(layer.distortion is not None for made in plans.values() for layer in made.factorized)
     damage = _by_rule if told and any(made.factorized for made in plans.values()) else _Weights(model, profile)
     return TradeOff(
         model=profile.model,
         budget=budget,
-        rule=next((made.rule for made in plans.values()), {}),
+        rule=next((made.recipe.rule for made in plans.values()), {}),
         damage=BY_RULE if damage is _by_rule else BY_WEIGHT,
         before=profile.cost,
         baseline=baseline,
@@ -88,24 +87,25 @@ def tradeoff(
 
 
 def _by_rule(made: Plan) -> float:
-    return sum(layer.damage or 0.0 for layer in made.factorized)
+    return sum(layer.distortion or 0.0 for layer in made.factorized)
 
 
 class _Weights:
-    """Sums the squared relative errors of the weights that a plan would leave; spectra are found once."""
+    """Sums the squared relative errors of the weights that a plan would leave."""
 
     def __init__(self, model: nn.Module, profile: Profile) -> None:
         self._model, self._profile = model, profile
-        self._problems: dict[tuple[str, str], RankProblem] = {}
+        self._curves: dict[tuple[str, str], Curve] = {}
 
     def __call__(self, made: Plan) -> float:
         return sum(self._layer(layer) for layer in made.factorized)
 
-    def _layer(self, layer: LayerPlan) -> float:
-        format = str(layer.format)
-        key = (layer.path, format)
-        if key not in self._problems:
-            self._problems[key] = problem_of(self._model, self._profile.layer(layer.path), [format])
-        rank = layer.rank or {}
+    def _layer(self, planned: LayerPlan) -> float:
+        format = str(planned.format)
+        key = (planned.path, format)
+        if key not in self._curves:
+            layer = eligible_layer(self._model, self._profile.layer(planned.path), [format])
+            self._curves[key] = weight_curve(layer, format, layer.load_weight())
+        rank = planned.rank or {}
         row = np.array([[rank[name] for name in FORMATS.get(format).rank_names]])
-        return float(tail_damage(self._problems[key], format)(row)[0])
+        return float(self._curves[key](row)[0])

@@ -2,7 +2,7 @@
 
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
 from tenfold.records.base import Record, explain, held_alone, read_json, write_text, written_whole
-from tenfold.records.candidates import Candidates, ForwardTime, LayerCandidates, Merged, Options
+from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.exports import ExportRecord, Int8Record
 from tenfold.records.gather import TrainShape, TTGatherSpec
@@ -15,7 +15,9 @@ from tenfold.records.geometry import (
     chain_macs,
     chain_params,
 )
-from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
+from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
+from tenfold.records.plans import LayerPlan, Measurement, Plan, RunRecord
+from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
 from tenfold.records.sensitivity import (
     LayerSensitivity,
     SensitivityKey,
@@ -27,10 +29,12 @@ from tenfold.records.sensitivity import (
 from tenfold.records.stages import StageLayer, StageRecord
 
 __all__ = [
+    "DEFAULT_FORMATS",
+    "Recipe",
     "Analysis",
     "Budget",
     "Call",
-    "Candidates",
+    "Calibration",
     "ContractSpec",
     "Cost",
     "CurvePoint",
@@ -40,14 +44,14 @@ __all__ = [
     "Int8Record",
     "Latency",
     "LayerAnalysis",
-    "LayerCandidates",
+    "FormatOptions",
+    "LayerOptions",
+    "OptionTable",
     "LayerPlan",
     "LayerProfile",
     "LayerSensitivity",
     "LayerSpec",
     "Measurement",
-    "Merged",
-    "Options",
     "Plan",
     "Profile",
     "Record",

@@ -18,7 +18,6 @@ from tenfold.errors import TenfoldError
 from tenfold.planning import Sensitivity, plan
 from tenfold.planning.timing import Timing
 from tenfold.profiling import Clock, profile
-from tenfold.ranks import RankRule, rule_from
 from tenfold.records import LayerSpec, Plan
 from tests.golden.nets import NETS
 
@@ -69,18 +68,15 @@ class Subject:
         with torch.no_grad():
             return 1 - float((model(self.seen) - self.answers).norm() / self.answers.norm())
 
-    def rule(self, name: str) -> RankRule:
-        """Return a rule; the one that needs scores gets some."""
-        if name != "accuracy_drop":
-            return rule_from(name, **RULES[name])
-        scores = Sensitivity(
-            self.model, self.profile, formats=self.untimed, evaluate=self.score, calibration=[self.seen]
-        )
-        return rule_from(name, **RULES[name], scores=scores)
+    def scores(self, rule: str) -> Sensitivity | None:
+        """Return scores for the one rule that needs some."""
+        if rule != "accuracy_drop":
+            return None
+        return Sensitivity(self.model, self.profile, {"formats": self.untimed}, evaluate=self.score, batches=[self.seen])
 
     def plans(self, rule_name: str) -> dict[str, Found]:
         """Return what comes of every budget, with and without data and clock."""
-        rule = self.rule(rule_name)
+        scores = self.scores(rule_name)
         found: dict[str, Found] = {}
         for moments, source in ((None, "weights"), (self.moments, "data")):
             for budget, latency in BUDGETS:
@@ -88,15 +84,12 @@ class Subject:
                     limits = budget if timing is None else {**budget, "latency": latency}
                     shown = ",".join(f"{k}={v}" for k, v in limits.items())
                     try:
-                        made = plan(
-                            self.model,
-                            self.profile,
-                            rule=rule,
-                            formats=self.untimed if timing is None else self.timed,
-                            budget=limits,
-                            moments=moments,
-                            timing=timing,
-                        )
+                        recipe = {
+                            "budget": limits,
+                            "rule": {"name": rule_name, **RULES[rule_name]},
+                            "formats": self.untimed if timing is None else self.timed,
+                        }
+                        made = plan(self.model, self.profile, recipe, moments=moments, scores=scores, timing=timing)
                         found[f"{source}, {clock}, {shown}"] = _shown(made)
                     except TenfoldError as error:
                         found[f"{source}, {clock}, {shown}"] = {"error": type(error).__name__}

@@ -257,7 +257,7 @@ class ErrorBound(ThresholdRule):
     sweeps: int = 30
     seed: int = 0
 
-    rows: ClassVar[str] = "family"
+    rows: ClassVar[str] = "saving"
     numbers: ClassVar[tuple[str, ...]] = ("rel_error",)
 
     def __post_init__(self) -> None:

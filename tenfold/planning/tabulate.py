@@ -1,0 +1,224 @@
+"""From a profile to an option table: what each layer could become, measured once; layer by layer, by workers if any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tenfold import __version__
+from tenfold.allocation import RankRule, rule_of
+from tenfold.allocation.rules.threshold import ErrorBound
+from tenfold.decompositions import Decomposition, Moments, default_algorithm
+from tenfold.errors import DataError, PlanError
+from tenfold.formats import FORMATS
+from tenfold.planning.columns import BY_WEIGHT, Scores, score_columns
+from tenfold.planning.costs import costs_of
+from tenfold.planning.curves import BY_DATA, BY_WEIGHT as WEIGHT_ERRORS
+from tenfold.planning.eligible import EligibleLayer, eligible_layer, kept_reasons
+from tenfold.planning.error_search import Errors, ErrorSearch
+from tenfold.planning.rows import rows_of, without_idle_factors
+from tenfold.planning.timing import Timing
+from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
+from tenfold.records.base import held_alone, read_json, write_text
+from tenfold.runtime import Runtime
+from tenfold.surgery import opened_networks
+
+BY_SCORES = "what the score loses with each layer factorized alone, as measured"
+STEP = "weigh options"
+
+
+def tabulate(
+    model: nn.Module,
+    profile: Profile,
+    recipe: Recipe | Mapping[str, Any] | str,
+    *,
+    moments: Mapping[str, Moments] | None = None,
+    scores: Scores | None = None,
+    timing: Timing | None = None,
+    runtime: Runtime | None = None,
+) -> OptionTable:
+    """Return what each layer of a model could become, at what cost, time and distortion; ``choose`` makes plans of it.
+
+    This is all of planning that needs the model. Use it to try many budgets, or to keep what a plan was chosen from.
+
+    Args:
+        model: the model that was profiled; it may hold factorized layers, which can be compressed further.
+        profile: what ``profile`` said of it.
+        recipe: which formats and layers, and the rule whose rows and columns are wanted.
+        moments: statistics of the layers' inputs, by path (see ``calibrate``): distortion is then what the network's
+            output loses instead of what the weights lose, and the algorithms are those that know the data.
+        scores: of the model with one layer replaced, which distortion is then measured by: a ``Sensitivity``.
+        timing: how long the model and its layers take, for budgets of latency.
+        runtime: workers and progress.
+
+    Raises:
+        UnknownNameError: a format or a pattern that names nothing.
+        PlanError: a layer without values, or output Gram matrices for some layers only.
+        BudgetError: the rule needs scores and there are none.
+
+    Example:
+        >>> import torch
+        >>> from tenfold.profiling import profile
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> table = tabulate(net, profile(net, torch.zeros(1, 64)), {"formats": "low_rank"})
+        >>> table.layers[0].path, table.layers[0].of("low_rank").ranks[:3].ravel().tolist()
+        ('0', [4, 8, 12])
+    """
+    recipe, runtime = Recipe.of(recipe), runtime or Runtime()
+    rule = rule_of(recipe.rule)
+    ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
+    kept = kept_reasons(model, profile, recipe.formats, keep=recipe.keep, keep_ends=ends, moments=moments)
+    layers = [
+        eligible_layer(model, layer, recipe.formats, None if moments is None else moments[layer.path])
+        for layer in profile.layers
+        if not kept[layer.path]
+    ]
+    if len({layer.moments.output is None for layer in layers if layer.moments is not None}) > 1:
+        msg = "some moments have output Gram matrices and some do not: their distortions are not on one scale"
+        raise PlanError(msg)
+    options = _weighed(layers, rule, scores, runtime)
+    used = dict.fromkeys(own.format for every in options.values() for own in every)
+    table = OptionTable(
+        tenfold=__version__,
+        model=profile.model,
+        recipe=recipe,
+        before=profile.cost,
+        layers=tuple(
+            _layer(layer, kept[layer.path], options.get(layer.path, ()))
+            for layer in profile.layers
+            if layer.spec is not None or layer.params or layer.macs
+        ),
+        distortion=BY_SCORES if scores is not None else WEIGHT_ERRORS if moments is None else BY_DATA,
+        algorithms={f: algorithm_for(recipe, f, aware=moments is not None).to_dict() for f in used},
+        unrolled=opened_networks(model),
+    )
+    return table if timing is None else timing.time(table)
+
+
+def algorithm_for(recipe: Recipe, format: str, *, aware: bool) -> Decomposition:
+    """Return what finds the factors of a format: as the recipe says, else the format's default."""
+    given = recipe.algorithms.get(format)
+    return default_algorithm(format, recipe.seed, aware=aware) if given is None else Decomposition.from_dict(given)
+
+
+def _layer(layer: LayerProfile, reason: str, options: Sequence[FormatOptions]) -> LayerOptions:
+    return LayerOptions(
+        path=layer.path,
+        aliases=layer.aliases,
+        kind=str(layer.spec) if layer.spec is not None else layer.kind,
+        before=layer.cost,
+        format=layer.format,
+        rank=layer.rank,
+        keep_reason=reason or None,
+        options=tuple(options),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all layers share: the rule, which of its columns scores fill, and the errors of earlier searches."""
+
+    rule: RankRule
+    by_scores: bool
+    known: dict[str, Errors] = field(default_factory=dict)
+
+
+def _weighed(
+    layers: Sequence[EligibleLayer], rule: RankRule, scores: Scores | None, runtime: Runtime
+) -> dict[str, list[FormatOptions]]:
+    cache = _ErrorCache(runtime.cache) if isinstance(rule, ErrorBound) and rule.rel_error is not None else None
+    work = _Work(rule, scores is not None, {} if cache is None else cache.load())
+    pieces = layers if runtime.workers.here else [_alone(layer) for layer in layers]
+    options: dict[str, list[FormatOptions]] = {}
+    for layer, (own, errors) in zip(layers, runtime.workers.map(_options, work, pieces), strict=True):
+        options[layer.path] = own
+        runtime.report(STEP, len(options), len(layers))
+        if cache is not None:
+            cache.add(errors)
+    ranks = {path: {o.format: o.ranks for o in own} for path, own in options.items()}
+    measured = score_columns(rule.columns, ranks, rule, scores)
+    replaces = rule.rows != "grid" and not rule.by_name
+    return {
+        layer.path: [_finished(layer, own, measured[layer.path][own.format], replaces=replaces) for own in options[layer.path]]
+        for layer in layers
+    }
+
+
+def _finished(layer: EligibleLayer, own: FormatOptions, measured: dict[str, Any], *, replaces: bool) -> FormatOptions:
+    """Return options with the columns that scores fill, and idle factors left out where a rule has no choice of it.
+
+    On a grid the fuller ranks are rows of their own, and ranks that somebody gave by hand stay.
+    """
+    own = own.replace(columns={**own.columns, **measured}) if measured else own
+    if not replaces:
+        return own
+    ranks, notes = without_idle_factors(layer, own.format, own.ranks)
+    return own if not notes else _costed(layer, own.format, ranks, own.columns).replace(notes=notes)
+
+
+def _costed(layer: EligibleLayer, format: str, ranks: Any, columns: Mapping[str, Any]) -> FormatOptions:
+    params, macs = costs_of(layer, format, ranks)
+    names = FORMATS.get(format).rank_names
+    return FormatOptions(format=format, names=names, ranks=ranks, params=params, macs=macs, columns=dict(columns))
+
+
+def _alone(layer: EligibleLayer) -> EligibleLayer:
+    """Return a layer that holds its own weight and not the model, to be sent to a worker."""
+    weight = layer.load_weight().detach().clone()
+    return replace(layer, load_weight=lambda: weight)
+
+
+def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], dict[str, Errors]]:
+    """Return the options of a layer in every format, and the errors that a search found."""
+    weight, rule = layer.load_weight(), work.rule
+    rows = {format: rows_of(layer, format, weight, rule) for format in layer.formats}
+    search = ErrorSearch(layer, weight, rule, work.known) if isinstance(rule, ErrorBound) else None
+    fitted = search.errors({f: own[0] for f, own in rows.items()}) if search and "fitted_error" in rule.columns else {}
+    options = []
+    for format, (ranks, columns) in rows.items():
+        for name in rule.columns:
+            if name in BY_WEIGHT and not work.by_scores:
+                column = BY_WEIGHT[name](layer, format, weight)(ranks) if len(ranks) else ()
+                columns = {**columns, name: column}
+        if fitted:
+            columns = {**columns, "fitted_error": fitted[format]}
+        options.append(_costed(layer, format, ranks, columns))
+    return options, {} if search is None else search.new
+
+
+class _ErrorCache:
+    """Errors of trial fits on disk: a search that was interrupted goes on there."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+
+    def load(self) -> dict[str, Errors]:
+        """Return what is on disk, by key and rank; nothing without a file.
+
+        Raises:
+            DataError: the file is no such table.
+        """
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            stored = read_json(self.path)
+            return {key: {r: float(e) for r, e in own.items()} for key, own in stored["errors"].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            msg = f"{self.path} is not a table of errors by rank: {error}. Choose another file, or delete this one."
+            raise DataError(msg) from error
+
+    def add(self, errors: Mapping[str, Errors]) -> None:
+        """Store errors beside what other searches wrote meanwhile."""
+        if self.path is None or not any(errors.values()):
+            return
+        with held_alone(self.path):
+            there = self.load()
+            for key, own in errors.items():
+                there[key] = there.get(key, {}) | own
+            import json
+
+            write_text(self.path, json.dumps({"version": 1, "errors": there}, indent=1) + "\n")
