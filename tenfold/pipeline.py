@@ -1,54 +1,28 @@
-"""compress(): the verbs in a row. Profile, plan, apply, re-estimate, tune, measure."""
+"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from torch import nn
 
 from tenfold import checkpoint
-from tenfold.calibration import calibrate, called_layers
-from tenfold.decompositions import Decomposition, Moments
-from tenfold.errors import PlanError, TenfoldWarning
-from tenfold.parallel import Workers
-from tenfold.planning import (
-    DEFAULT_FORMATS,
-    FastPlan,
-    analyse,
-    candidates_for,
-    close_idle,
-    open_for_plan,
-    plan_fast,
-    recost,
-)
-from tenfold.planning import plan as make_plan
-from tenfold.profiling import Clock, Comparison, compare_latency, environment, profile, to_memory_format
-from tenfold.profiling.steps import Observe, Steps
-from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
-from tenfold.registry import check_choice, as_tuple
+from tenfold.allocation import explorable, pruned
+from tenfold.errors import TenfoldWarning
+from tenfold.planning import Decision, FastPlan, analyse, decide
+from tenfold.planning.decide import fused_copy, refuse_empty
+from tenfold.profiling import Comparison, compare_latency, environment, profile, to_memory_format
+from tenfold.records import Analysis, Latency, Measurement, OptionTable, Plan, Profile, Recipe, RunRecord
 from tenfold.reporting import render_record
-from tenfold.surgery import (
-    apply,
-    apply_in_order,
-    fold_,
-    folds_of,
-    opened_networks,
-    reestimate_batchnorm_,
-    with_errors,
-    with_networks_open,
-)
-from tenfold.tracing import device_of, gathered
+from tenfold.runtime import Runtime
+from tenfold.surgery import apply, apply_in_order, fold_, folds_of, reestimate_batchnorm_, with_errors
+from tenfold.tracing import device_of
 from tenfold.training import TuneResult
-
-UseData = Literal["sequential", "layers", "norms"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +30,7 @@ class Compressed:
     """What ``compress`` returns: the smaller model, the plan behind it, and the record of both.
 
     ``model`` is an ordinary module. ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
-    and errors that a report shows; only ``save`` asks for them. ``candidates`` is what the plan chose from, where the
-    rule is ``global``.
+    and errors that a report shows; only ``save`` asks for them. ``table`` is what the plan was chosen from.
     """
 
     model: nn.Module
@@ -65,7 +38,7 @@ class Compressed:
     record: RunRecord
     original: nn.Module = field(repr=False)
     analyse: Callable[[], Analysis] | None = field(default=None, repr=False)
-    candidates: Candidates | None = field(default=None, repr=False)
+    table: OptionTable | None = field(default=None, repr=False)
 
     def summary(self) -> str:
         """Return the before/after table and the plan with its reasons, as text."""
@@ -74,237 +47,171 @@ class Compressed:
     def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
 
-        ``analysis.json`` has what a report shows of spectra and errors, ``candidates.json`` what the explorer needs.
+        ``analysis.json`` has what a report shows of spectra and errors, ``options.json`` what the explorer needs.
         ``beside`` is called with a folder and may write more files into it; see ``tenfold.save``.
         """
-        found = None if self.analyse is None else self.analyse()
+        analysis = None if self.analyse is None else self.analyse()
+        table = None if self.table is None or not explorable(self.table) else pruned(self.table)
         return checkpoint.save(
-            self.model, self.plan, path, record=self.record, analysis=found, candidates=self.candidates, beside=beside
+            self.model, self.plan, path, record=self.record, analysis=analysis, table=table, beside=beside
         )
 
 
-def compress(  # noqa: PLR0913 - the one call that has every choice
+def compress(
     model: nn.Module,
     example_inputs: Any,
+    recipe: Recipe | Plan | Mapping[str, Any] | str,
     *,
-    budget: Budget | Mapping[str, float] | None = None,
-    rule: RankRule | str = "global",
-    plan: Plan | None = None,
-    formats: str | Sequence[str] = DEFAULT_FORMATS,
-    algorithms: Mapping[str, Decomposition] | None = None,
-    keep: str | Sequence[str] = (),
-    keep_ends: bool | None = None,
     data: Iterable[Any] | None = None,
-    use_data: UseData = "sequential",
     tune: Callable[[nn.Module], Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
-    fold: bool = False,
-    latency: bool = True,
-    latency_inputs: Any = None,
-    clock: Clock | None = None,
-    seed: int = 0,
-    workers: Workers | None = None,
-    observe: Observe | None = None,
+    runtime: Runtime | None = None,
 ) -> Compressed:
     """Return a smaller version of a trained model that meets a budget, with the plan and the record of what came of it.
 
-    GRUs and LSTMs are opened into linear layers, which are planned like any others, and closed again where nothing of
-    them is factorized; under a budget of latency, and where ``keep`` names them, they stay as they are.
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> small = compress(net, torch.zeros(1, 64), "macs=0.5", runtime=Runtime(measure=False))
+        >>> small.record.before.macs, small.record.after.macs
+        (8192, 4096)
+
+    GRUs and LSTMs are unrolled into linear layers, which are planned like any others, and left fused where nothing of
+    them is factorized; under a latency budget, and where ``keep`` names them, they stay as they are.
 
     Args:
         model: any trained module; stays as it is.
         example_inputs: what its forward takes: a tensor, tuple, dict or ``(args, kwargs)``. Costs and latency are those
             of one forward on them.
-        budget: what the whole model may cost, such as ``{"macs": 0.5}``: a share up to 1, or an absolute above 1.
-            ``latency`` is a share of the measured time of the model, in its best memory format, or milliseconds.
-        rule: how ranks are chosen, by name or as an object; see ``tenfold.ranks``.
-        plan: carry out this plan instead of making one; budget, rule, formats and keep then do not matter.
-        formats: the decompositions to use, the preferred first.
-        algorithms: by format, instead of the format's default algorithm.
-        keep: layers to leave alone: paths, globs or ``re:`` expressions.
-        keep_ends: leave a cheap first and last layer alone; by default unless the rule names layers.
-        data: unlabeled batches as the forward takes them; a few thousand samples are plenty. Without, weights alone
-            decide, and batch norm keeps its statistics.
-        use_data: what the data are for. ``sequential``: plan by what the network's output loses, and fit each layer in
-            closed form to the original's output, given what the layers compressed before it put out. ``layers``: the
-            same plan, each layer fitted on its own. ``norms``: only to re-estimate batch norm.
+        recipe: what is wanted: a ``Recipe``, a mapping of its fields, or only a budget such as ``"macs=0.5"``. A
+            ``Plan`` is carried out as it is.
+        data: unlabeled batches as the forward takes them; a few thousand samples are plenty. They decide ranks and
+            factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch norm keeps
+            its statistics.
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
-        fold: for inference: merge batch norms into the layers before them once all else is done (see ``fold``).
-            Latencies, and the budget of latency, are then those of both models with batch norm folded.
-        latency: measure original and result, interleaved.
-        latency_inputs: what to measure latency on, such as a larger batch; the example inputs if left out.
-        clock: times layers for a latency budget; one for the model's device and dtype if None.
-        seed: of everything that draws random numbers.
-        workers: who does what falls into independent layers - weighing their ranks, decomposing them, except where each
-            is fitted to those before it; this process if None. The outcome is the same.
-        observe: called with the name of each step as it begins.
+        runtime: how it is done: workers, clock, what to measure on, progress. The result does not depend on it.
 
     Raises:
+        RecipeError: a field or value of the recipe that does not exist.
+        BudgetError: the budget cannot be met.
         DataError: the data hold no batch.
-        UnknownNameError: data are to be used in a way that does not exist.
         TenfoldError: see ``profile``, ``plan`` and ``apply``; the model is untouched in every case.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-        >>> small = compress(net, torch.zeros(1, 64), budget={"macs": 0.5}, latency=False)
-        >>> small.record.before.macs, small.record.after.macs
-        (8192, 4096)
     """
-    check_use_data(use_data)
-    steps = Steps(observe)
-    inputs = example_inputs if latency_inputs is None else latency_inputs
-    device = device_of(model, example_inputs)
-    budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    formats, keep = as_tuple(formats), as_tuple(keep)
-    source = open_for_plan(model, plan=plan, keep=keep, budget=budget)
-    with steps("profile"):
-        before = profile(source, example_inputs)
-    batches: list[Any] = []
-    moments = None
-    if data is not None:
-        with steps("calibrate"):
-            batches = gathered(data, device)
-            if use_data != "norms":
-                moments = calibrate(source, batches, called_layers(before), seed=seed)
-    with steps("plan"):
-        fast = found = None
-        if plan is None:
-            choices: dict[str, Any] = {"formats": formats, "keep": keep, "keep_ends": keep_ends, "seed": seed}
-            choices |= {"algorithms": algorithms, "workers": workers, "memory": {}}
-            plan, fast = decide(
-                source, before, inputs, budget=budget, rule=rule, moments=moments, clock=clock, fold=fold, **choices
-            )
-            found = candidates_for(source, before, plan, fast, moments=moments, **choices)
-        else:
-            plan = recost(plan, before)
-        plan = close_idle(plan, model)
-        _refuse_empty(plan)
-        if plan.opened != opened_networks(source):
-            source = with_networks_open(model, plan.opened)
-            before = profile(source, example_inputs)
-    fold, plan = fold or bool(plan.folded), plan.replace(folded={})  # at the end: what is folded cannot be tuned
-    with steps("apply"):
-        small, plan = replace_layers(source, plan, batches, moments, use_data, seed=seed, workers=workers)
-    stale = batches if moments is None else []  # layers fitted to data leave the statistics right as they are
-    scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
-    if fold:
-        with steps("fold"):
-            fold_(small.eval(), example_inputs)
-            plan = plan.replace(folded=folds_of(small))
-    after = profile(small, example_inputs)
+    wanted = recipe if isinstance(recipe, Plan) else Recipe.of(recipe)
+    decision = decide(model, example_inputs, wanted, data=data, runtime=runtime)
+    return carry_out(model, decision, tune=tune, evaluate=evaluate, runtime=runtime)
+
+
+def carry_out(
+    model: nn.Module,
+    decision: Decision,
+    *,
+    tune: Callable[[nn.Module], Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    runtime: Runtime | None = None,
+) -> Compressed:
+    """Return the model with a decision carried out, recovered and measured: the second half of ``compress``.
+
+    Args:
+        model: the model that ``decide`` was given; stays as it is.
+        decision: what to do.
+        tune: trains the compressed model in place; see ``compress``.
+        evaluate: returns the score of a model; see ``compress``.
+        runtime: how it is done.
+
+    Raises:
+        PlanError: the plan factorizes nothing.
+        TenfoldError: see ``apply``.
+    """
+    runtime, seconds = runtime or Runtime(), decision.seconds
+    refuse_empty(decision.plan)
+    # Batch norms are fused at the end: what is fused cannot be tuned.
+    fuse, plan = decision.recipe.fuse_batchnorm or bool(decision.plan.fused), decision.plan.replace(fused={})
+    with runtime.step("apply", seconds):
+        small, plan = apply_decision(decision, plan, runtime)
+    stale = bool(decision.batches) and decision.moments is None  # layers fitted to data leave the statistics right
+    recovery = _Recovery(runtime, seconds, evaluate)
+    tuning = recovery.run(model, small, tune, decision.batches if stale else [])
+    if fuse:
+        with runtime.step("fuse batch norm", seconds):
+            fold_(small.eval(), decision.inputs)
+            plan = plan.replace(fused=folds_of(small))
+    after = profile(small, decision.inputs)
     times = Comparison({}, {})
-    if latency:
-        with steps("measure"):
-            times = _compare(_folded(model, example_inputs) if fold else model, small, inputs, fast)
-            if fast is not None:
-                _warn_if_late(fast, times)
+    if runtime.measure:
+        with runtime.step("measure", seconds):
+            inputs = decision.latency_inputs
+            times = _compare(fused_copy(model, inputs) if fuse else model, small, inputs, decision.timed)
+            if decision.timed is not None:
+                _warn_if_late(decision.timed, times)
+    scores = recovery.scores
     record = RunRecord(
-        seed=plan.seed,
-        before=measurement(before, times.latencies.get("before"), scores.get("original")),
+        before=measurement(decision.profile, times.latencies.get("before"), scores.get("original")),
         after=measurement(after, times.latencies.get("after"), scores.get("tuned", scores.get("compressed"))),
         speedup=times.speedups.get("after"),
         scores=scores,
         plan=plan,
         tuning=tuning,
-        seconds=steps.seconds,
-        environment=environment(device),
+        seconds=seconds,
+        environment=environment(device_of(model, decision.inputs)),
     )
-    return Compressed(small, plan, record, model, partial(analyse, source, before, plan), found)
+    late = partial(analyse, decision.source, decision.profile, plan)
+    return Compressed(small, plan, record, model, late, decision.table)
 
 
-def decide(
-    model: nn.Module,
-    before: Profile,
-    latency_inputs: Any,
-    *,
-    budget: Budget | Mapping[str, float] | None = None,
-    rule: RankRule | str = "global",
-    moments: Mapping[str, Moments] | None = None,
-    clock: Clock | None = None,
-    fold: bool = False,
-    **choices: Any,
-) -> tuple[Plan, FastPlan | None]:
-    """Return a plan, and the measurements behind it where the budget names a latency.
-
-    Args:
-        model: the model that was profiled.
-        before: its profile, whose costs are in the plan.
-        latency_inputs: what a latency is measured on; may be of another batch size than the profile's.
-        budget: what the whole model may cost; see ``compress``.
-        rule: how ranks are chosen.
-        moments: what data say of the layers; see ``calibrate``.
-        clock: times layers; one for the model's device and dtype if None.
-        fold: plan for models whose batch norms are folded; which ones then is in the plan.
-        choices: all else that ``plan`` takes.
-    """
-    rule = rule_from(rule) if isinstance(rule, str) else rule
-    budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
-    if budget.latency is None:
-        plan = make_plan(model, before, rule=rule, budget=budget, moments=moments, **choices)
-        return plan.replace(folded=folds_of(_folded(model, latency_inputs)) if fold else {}), None
-    limits = budget.replace(latency=None).allowance(before.cost)
-    shares = {name: min(1.0, limit / getattr(before.cost, name)) for name, limit in limits.items()}
-    if clock is None:
-        weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        clock = Clock(device=device_of(model, latency_inputs), dtype=weight.dtype)
-    fast = plan_fast(
-        model,
-        profile(model, latency_inputs),
-        latency_inputs,
-        clock=clock,
-        budget=Budget(**shares, latency=budget.latency),
-        rule=rule,
-        moments=moments,
-        fold=fold,
-        **choices,
-    )
-    return recost(fast.plan, before).replace(budget={k: v for k, v in budget if v is not None}), fast
-
-
-def check_use_data(use_data: str) -> None:
-    """Raise UnknownNameError unless data can be used like this; see ``compress``."""
-    check_choice("use_data", use_data, get_args(UseData))
-
-
-def replace_layers(
-    model: nn.Module,
-    plan: Plan,
-    batches: Sequence[Any],
-    moments: Mapping[str, Moments] | None,
-    use_data: UseData,
-    *,
-    original: nn.Module | None = None,
-    seed: int = 0,
-    workers: Workers | None = None,
+def apply_decision(
+    decision: Decision, plan: Plan, runtime: Runtime, *, target: nn.Module | None = None
 ) -> tuple[nn.Module, Plan]:
-    """Return a model in which the plan is carried out as the data are to be used, and the plan with its errors.
+    """Return a model in which a plan is carried out as the data are to be used, and the plan with its errors.
 
     Args:
-        model: stays as it is.
+        decision: the model, its data and what they say.
         plan: what to do with its layers.
-        batches: unlabeled inputs on the device of the model; may be empty where there are no moments.
-        moments: what they say of the layers; None to go by the weights alone.
-        use_data: see ``compress``.
-        original: whose outputs the fits in order are to meet; those of ``model`` if None.
-        seed: of the draw of positions.
-        workers: who decomposes layers that do not wait for others; this process if None.
+        runtime: who decomposes layers that do not wait for others.
+        target: whose outputs sequential fits are to meet; those of the model itself if None.
     """
-    if moments is not None and use_data == "sequential":
-        minded = {path: own.output for path, own in moments.items() if own.output is not None}
-        small = apply_in_order(model, plan, batches, original=original, outputs=minded, seed=seed)
+    moments, source = decision.moments, decision.source
+    if moments is not None and decision.recipe.calibration.method == "sequential":
+        grams = {path: own.output for path, own in moments.items() if own.output is not None}
+        small = apply_in_order(
+            source, plan, decision.batches, original=target, outputs=grams, seed=decision.recipe.seed
+        )
     else:
-        small = apply(model, plan, moments=moments, workers=workers)
+        small = apply(source, plan, moments=moments, workers=runtime.workers)
     return small, with_errors(plan, small)
 
 
-def _folded(model: nn.Module, inputs: Any) -> nn.Module:
-    """Return a copy in evaluation mode with its batch norms folded."""
-    copied = copy.deepcopy(model).eval()
-    fold_(copied, inputs)
-    return copied
+@dataclass
+class _Recovery:
+    """Re-estimation and tuning of the compressed model, scored on the way."""
+
+    runtime: Runtime
+    seconds: dict[str, float]
+    evaluate: Callable[[nn.Module], float] | None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def run(
+        self, model: nn.Module, small: nn.Module, tune: Callable[[nn.Module], Any] | None, batches: list[Any]
+    ) -> tuple[dict[str, Any], ...]:
+        """Recover ``small`` in place; return the epochs of tuning."""
+        self._score("original", model)
+        if batches:
+            with self.runtime.step("re-estimate batch norm", self.seconds):
+                reestimate_batchnorm_(small, batches)
+        self._score("compressed", small)
+        if tune is None:
+            return ()
+        with self.runtime.step("tune", self.seconds):
+            result = tune(small)
+        self._score("tuned", small)
+        return tuple(epoch.model_dump() for epoch in result.history) if isinstance(result, TuneResult) else ()
+
+    def _score(self, name: str, model: nn.Module) -> None:
+        if self.evaluate is not None:
+            with self.runtime.step("evaluate", self.seconds):
+                self.scores[name] = float(self.evaluate(model))
 
 
 def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
@@ -337,42 +244,3 @@ def measurement(cost: Profile, latency: Latency | None = None, score: float | No
         latency=latency,
         score=score,
     )
-
-
-def _recover(
-    model: nn.Module,
-    small: nn.Module,
-    steps: Steps,
-    *,
-    data: Sequence[Any],
-    tune: Callable[[nn.Module], Any] | None,
-    evaluate: Callable[[nn.Module], float] | None,
-) -> tuple[dict[str, float], tuple[dict[str, Any], ...]]:
-    """Re-estimate and tune ``small`` in place; return the scores on the way, by step, and the epochs of tuning."""
-    scores: dict[str, float] = {}
-
-    def score(name: str, candidate: nn.Module) -> None:
-        if evaluate is not None:
-            with steps("evaluate"):
-                scores[name] = float(evaluate(candidate))
-
-    score("original", model)
-    if data:
-        with steps("re-estimate batch norm"):
-            reestimate_batchnorm_(small, data)
-    score("compressed", small)
-    if tune is not None:
-        with steps("tune"):
-            told = tune(small)
-        score("tuned", small)
-        if isinstance(told, TuneResult):
-            return scores, tuple(epoch.model_dump() for epoch in told.history)
-    return scores, ()
-
-
-def _refuse_empty(plan: Plan) -> None:
-    if not plan.factorized:
-        reasons = {layer.reason for layer in plan.layers if layer.before.params}
-        shown = "; ".join(sorted(reasons)[:3])
-        msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
-        raise PlanError(msg)

@@ -119,8 +119,8 @@ def test_batch_norm_is_folded_last_and_the_checkpoint_loads(tmp_path) -> None:
     assert tuned == [len(norms_of(model))] * 2
     assert norms_of(model)
     assert not norms_of(folded.model)
-    assert folded.plan.folded
-    assert not plain.plan.folded
+    assert folded.plan.fused
+    assert not plain.plan.fused
     with torch.no_grad():
         torch.testing.assert_close(folded.model(X), plain.model.eval()(X), rtol=1e-4, atol=1e-5)
     assert folded.record.after.macs == plain.record.after.macs
@@ -130,7 +130,7 @@ def test_batch_norm_is_folded_last_and_the_checkpoint_loads(tmp_path) -> None:
     assert plan == folded.plan
     assert torch.equal(loaded.eval()(X), folded.model(X))
     again = compress(model, X, plan=plan, latency=False)
-    assert again.plan.folded == plan.folded
+    assert again.plan.fused == plan.fused
     assert not norms_of(again.model)
 
 

@@ -99,7 +99,7 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     decay_(subject.model, config["decay"])
     cost = profile(subject.model, subject.inputs)
     found = planned(subject, cost, wanted, config)
-    small = apply(subject.model, found.plan.replace(folded={}))
+    small = apply(subject.model, found.plan.replace(fused={}))
     after = profile(small, subject.inputs)
     plain = compared(subject.model, small, subject.inputs, found, config)
     ran = plain
@@ -119,7 +119,7 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "batch": wanted["batch"],
         "threads": torch.get_num_threads(),
         "fold": wanted.get("fold", False),
-        "folded_norms": len(found.plan.folded),
+        "folded_norms": len(found.plan.fused),
         "budget": wanted["latency"],
         "demanded": {k: wanted[k] for k in ("speedup", "per_macs") if k in wanted},
         "as_demanded": as_demanded,

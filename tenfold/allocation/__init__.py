@@ -2,7 +2,7 @@
 
 from tenfold.allocation.accounts import Accounts
 from tenfold.allocation.choose import Override, Pick, Selection, choose, plan_of, select
-from tenfold.allocation.pareto import pareto, pruned
+from tenfold.allocation.pareto import explorable, pareto, pruned
 from tenfold.allocation.rule import (
     RULES,
     Choice,
@@ -33,6 +33,7 @@ __all__ = [
     "Total",
     "beyond",
     "choose",
+    "explorable",
     "pareto",
     "plan_of",
     "pruned",

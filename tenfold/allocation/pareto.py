@@ -45,6 +45,11 @@ def columns_of(costs: ArrayLike) -> Array:
     return array[:, None] if array.ndim == 1 else array
 
 
+def explorable(table: OptionTable) -> bool:
+    """Whether other budgets can be chosen from the table: it has every option's distortion."""
+    return all("distortion" in options.columns for layer in table.eligible for options in layer.options)
+
+
 def pruned(table: OptionTable) -> OptionTable:
     """Return the table without options that no budget could prefer, as it is kept on disk.
 

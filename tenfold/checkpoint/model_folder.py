@@ -55,7 +55,7 @@ def save(
         CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
     """
     _check_model(model, plan)
-    plan = plan.replace(folded=folds_of(model), opened=opened_networks(model))
+    plan = plan.replace(fused=folds_of(model), unrolled=opened_networks(model))
     path = Path(path)
     check_target(path)
     try:
@@ -155,7 +155,7 @@ def _replaceable(path: Path) -> bool:
 
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
-    gone = sorted(set(plan.folded) - set(folds_of(model)))
+    gone = sorted(set(plan.fused) - set(folds_of(model)))
     if gone:
         msg = (
             f"the plan has the batch norm {gone[0]!r} folded, the model does not: fold it, or take that out of the plan"

@@ -1,9 +1,30 @@
 """Decide first, then do: everything that is decided about a model ends up in a Plan."""
 
+from tenfold.planning.analysis import analyse
+from tenfold.planning.decide import Decision, decide
+from tenfold.planning.latency_budget import FastPlan, LatencySearch, plan_within_latency
+from tenfold.planning.layer_bench import LayerBench, LayerTiming, keep_slower_layers_dense
 from tenfold.planning.plan import plan, recost
 from tenfold.planning.sensitivity import Score, Sensitivity
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.timing import Timing
 from tenfold.planning.tradeoff import tradeoff
 
-__all__ = ["Score", "Sensitivity", "Timing", "plan", "recost", "tabulate", "tradeoff"]
+__all__ = [
+    "Decision",
+    "FastPlan",
+    "LatencySearch",
+    "LayerBench",
+    "LayerTiming",
+    "Score",
+    "Sensitivity",
+    "Timing",
+    "analyse",
+    "decide",
+    "keep_slower_layers_dense",
+    "plan",
+    "plan_within_latency",
+    "recost",
+    "tabulate",
+    "tradeoff",
+]

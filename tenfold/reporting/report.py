@@ -242,7 +242,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         ("Rule", f"{record.plan.rule.get('name', '')}{f' ({rule})' if rule else ''}"),
         ("Budget", ", ".join(_limit(k, v, record) for k, v in record.plan.budget.items())),
         ("Seed", str(record.seed)),
-        ("Batch norms folded", str(len(record.plan.folded) or "")),
+        ("Batch norms folded", str(len(record.plan.fused) or "")),
         *((name.replace("_", " ").capitalize(), _setting(value)) for name, value in record.settings.items()),
         (
             "Machine",

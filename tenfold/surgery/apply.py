@@ -56,7 +56,7 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    copied = open_networks_(copy.deepcopy(model), plan.opened)
+    copied = open_networks_(copy.deepcopy(model), plan.unrolled)
     return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
 
 
@@ -75,7 +75,7 @@ def apply_(
     wanted = plan.factorized
     for layer in plan.layers:
         find(model, layer.path)
-    check_pairs(model, plan.folded)
+    check_pairs(model, plan.fused)
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
     refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress, workers)
@@ -83,7 +83,7 @@ def apply_(
         layer.path: layer_of(fit, find(model, layer.path), problem.algorithm)
         for layer, fit, (problem, _) in zip(wanted, fits, jobs, strict=True)
     }
-    return fold_pairs_(put(model, new), plan.folded)
+    return fold_pairs_(put(model, new), plan.fused)
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -95,8 +95,8 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = open_networks_(model, plan.opened)
-    fold_pairs_(model, plan.folded)
+    model = open_networks_(model, plan.unrolled)
+    fold_pairs_(model, plan.fused)
     for layer in plan.layers:
         if layer.format is None:
             continue

@@ -79,13 +79,13 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
-    model = with_networks_open(model, plan.opened)
+    model = with_networks_open(model, plan.unrolled)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if original is None else with_networks_open(original, plan.opened)
+    original = model if original is None else with_networks_open(original, plan.unrolled)
     dense, new = (
         ResidualReplay(original, batches, forward=forward),
-        _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
+        _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, outputs or {}, forward),
     )
     changing = ResidualReplay(new, batches, forward=forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
@@ -120,13 +120,13 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         new = put(new, {path: layer_of(fit, old, algorithm)})
         if progress is not None:
             progress(done + 1, len(ordered))
-    return fold_pairs_(new, plan.folded)
+    return fold_pairs_(new, plan.fused)
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         find(model, layer.path)
-    check_pairs(model, plan.folded)
+    check_pairs(model, plan.fused)
     refuse_tied(model, plan.factorized)
     for layer in plan.factorized:
         check_planned(layer, factorizable_spec(find(model, layer.path), layer.path))

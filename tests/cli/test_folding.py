@@ -20,9 +20,9 @@ HALF = ("--budget", "macs=0.5", "--no-keep-ends")
 def test_a_folded_model_is_written_read_and_scored(tenfold: Run, tiny: str) -> None:
     outcome = tenfold("compress", "--task", tiny, *HALF, "--fold", "--tune-epochs", "1", "--out", "out", "--json")
     record = RunRecord.model_validate({k: v for k, v in outcome.json.items() if k != "out"})
-    assert record.plan.folded == {"1": "0"}
+    assert record.plan.fused == {"1": "0"}
     model, plan = load(load_task(tiny).build(), Path("out"))
-    assert plan.folded == record.plan.folded
+    assert plan.fused == record.plan.fused
     assert not any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
     assert record.after.params == sum(p.numel() for p in model.parameters())
     assert tenfold("eval", "--task", tiny, "--checkpoint", "out", "--json").json["score"] == pytest.approx(

@@ -22,7 +22,7 @@ def series() -> str:
 def test_matrices_of_an_lstm_from_plan_to_score(tenfold: Run, series: str) -> None:
     assert tenfold("plan", "--task", series, *QUICK, "--calibration", "0", "--out", "plan.yaml").code == 0
     plan = Plan.load("plan.yaml")
-    assert plan.opened == {"rnn": "LSTM"}
+    assert plan.unrolled == {"rnn": "LSTM"}
     assert {layer.path for layer in plan.factorized} <= {"rnn.cells.0.ih", "rnn.cells.0.hh"}
     assert plan.factorized
 
@@ -35,7 +35,7 @@ def test_matrices_of_an_lstm_from_plan_to_score(tenfold: Run, series: str) -> No
     record = RunRecord.model_validate(
         {k: v for k, v in tenfold(*asked, *QUICK, "-o", "out").json.items() if k != "out"}
     )
-    assert record.plan.opened == plan.opened
+    assert record.plan.unrolled == plan.unrolled
     assert record.after.params == plan.after.params
     score = tenfold("eval", "--task", series, "--checkpoint", "out", "--json").json["score"]
     assert score == record.after.score

@@ -105,7 +105,7 @@ def test_folded_in_the_end(tenfold: Run, tiny: str) -> None:
         }
     )
     score = tenfold("eval", "--task", tiny, "--checkpoint", "out", "--json").json
-    assert record.plan.folded
+    assert record.plan.fused
     assert record.after.params < record.stages[-1].after.params
     assert score["score"] == pytest.approx(record.after.score, abs=0.02)
 

@@ -61,7 +61,7 @@ def test_the_file_takes_any_batch_and_the_model_stays_as_it_is(fold: bool, tmp_p
     made = export(net, torch.randn(1, 3, 4, 4), path, fold=fold, seconds=0.02)
     assert net.training
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    assert (made.folded, made.dynamic_batch, made.bytes) == (int(fold), True, path.stat().st_size)
+    assert (made.fused, made.dynamic_batch, made.bytes) == (int(fold), True, path.stat().st_size)
     assert set(made.parity) == {1, 2, 5}
     assert made.latency is not None
     assert "onnxruntime" in made.environment.versions

@@ -291,11 +291,11 @@ def test_folded_models_are_planned_and_measured_against_the_folded_dense_one(fak
     result = plan_fast(net, profile(net, X), X, fold=True, compare=compare, **options)
     assert set(asked) == {0}
     assert result.met
-    assert result.plan.folded == {"1": "0", "4": "3", "7": "6"}
+    assert result.plan.fused == {"1": "0", "4": "3", "7": "6"}
     small = apply(net, result.plan)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
     assert model_ms(small, X) <= 0.5 * model_ms(fold(net, X), X)
-    assert plan_fast(net, profile(net, X), X, compare=compare, **options).plan.folded == {}
+    assert plan_fast(net, profile(net, X), X, compare=compare, **options).plan.fused == {}
 
 
 def test_a_latency_budget_needs_a_clock(net, costs):

@@ -99,13 +99,13 @@ def test_compressing_reaches_recurrent_matrices(tagger: Tagger, tmp_path: Path) 
     rnn = small.model.get_submodule("rnn")
     assert isinstance(rnn, LSTM)
     assert any(isinstance(layer, FactorizedLayer) for layer in rnn.matrices())
-    assert set(small.plan.opened) <= {"rnn", "top"}
+    assert set(small.plan.unrolled) <= {"rnn", "top"}
     assert isinstance(tagger.rnn, nn.LSTM)
 
     small.save(tmp_path / "small")
     back, plan = tenfold.load(Tagger(), tmp_path / "small")  # a skeleton that nobody opened
     assert torch.equal(back.eval()(IDS), small.model.eval()(IDS))
-    assert plan.opened == small.plan.opened
+    assert plan.unrolled == small.plan.unrolled
 
     again = tenfold.compress(tagger, IDS, plan=Plan.from_text(small.plan.to_yaml(), source="test"), latency=False)
     assert torch.equal(again.model.eval()(IDS), small.model.eval()(IDS))
@@ -130,7 +130,7 @@ def test_an_idle_network_is_left_closed_and_the_plan_says_why(tagger: Tagger) ->
     kept = ["re:top.*", "re:rnn.*hh"]
     small = tenfold.compress(tagger, IDS, budget={"params": 0.8}, keep=kept, **COMPRESS)
     assert isinstance(small.model.get_submodule("top"), nn.GRU)
-    assert small.plan.opened == {"rnn": "LSTM"}
+    assert small.plan.unrolled == {"rnn": "LSTM"}
     line = small.plan.layer("top")
     assert (line.kind, line.action) == ("GRU", "keep")
     assert line.after == line.before
@@ -167,5 +167,5 @@ def test_a_model_that_is_a_recurrent_network_itself() -> None:
     torch.manual_seed(0)
     net, x = nn.LSTM(16, 16), torch.randn(5, 2, 16)
     small = tenfold.compress(net, x, budget={"params": 0.5}, **COMPRESS)
-    assert small.plan.opened == {"": "LSTM"}
+    assert small.plan.unrolled == {"": "LSTM"}
     assert small.model(x)[0].shape == net(x)[0].shape

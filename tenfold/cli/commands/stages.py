@@ -225,7 +225,7 @@ def _folded(result: Compressed, opened: Opened) -> Compressed:
 
     small = result.model.eval()
     fold_(small, opened.inputs())
-    plan = result.plan.replace(folded=folds_of(small))
+    plan = result.plan.replace(fused=folds_of(small))
     after = measurement(profile(small, opened.inputs()), score=result.record.after.score)
     return dataclasses.replace(result, model=small, plan=plan, record=result.record.replace(plan=plan, after=after))
 

@@ -179,7 +179,7 @@ class Gated:
     returned: dict[str, LayerTiming]
 
 
-def plan_never_slower(
+def keep_slower_layers_dense(
     make: Callable[[Mapping[str, str]], Plan],
     check: Callable[[Plan], Mapping[str, LayerTiming]],
     *,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from tenfold.ranks import first_match
+from tenfold.patterns import first_match
 from tenfold.records import Budget, Cost, LayerPlan, Plan
 from tenfold.surgery import closed_networks, opened_networks, with_networks_open
 
 
-def open_for_plan(
+def unroll_for_plan(
     model: nn.Module, *, plan: Plan | None = None, keep: Sequence[str] = (), budget: Budget | None = None
 ) -> nn.Module:
     """Return the model with its recurrent networks open, on a copy, so that a plan reaches their matrices.
@@ -26,13 +26,13 @@ def open_for_plan(
         budget: what the whole model may cost.
     """
     if plan is not None:
-        return with_networks_open(model, plan.opened)
-    if budget is not None and budget.latency is not None:
+        return with_networks_open(model, plan.unrolled)
+    if budget is not None and "latency" in budget.limited:
         return model
     return with_networks_open(model, [path for path in closed_networks(model) if first_match(keep, path) is None])
 
 
-def close_idle(plan: Plan, model: nn.Module) -> Plan:
+def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
     """Return the plan with networks left closed that were opened for it and of which it factorizes nothing.
 
     Each of these becomes one line, with the reasons of its layers.
@@ -41,7 +41,7 @@ def close_idle(plan: Plan, model: nn.Module) -> Plan:
         plan: made for the open model.
         model: the one that was given: what is open there already stays so.
     """
-    for path, kind in plan.opened.items():
+    for path, kind in plan.unrolled.items():
         inside = f"{path}.cells." if path else "cells."
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
         if path in opened_networks(model) or any(layer.format for layer in layers):
@@ -59,6 +59,6 @@ def close_idle(plan: Plan, model: nn.Module) -> Plan:
         kept[kept.index(layers[0]) : kept.index(layers[0])] = [whole]
         plan = plan.replace(
             layers=tuple(layer for layer in kept if layer not in layers),
-            opened={p: k for p, k in plan.opened.items() if p != path},
+            unrolled={p: k for p, k in plan.unrolled.items() if p != path},
         )
     return plan

@@ -1,4 +1,4 @@
-"""Plans that are proven on the clock: the budget met as measured, no layer slower than before."""
+"""Plans that meet a latency budget as measured, no layer slower than its dense original."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from tenfold.allocation import choose
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, stage_specs
-from tenfold.planning.gate import Compare, LayerBench, LayerTiming, fill_neutral_, plan_never_slower
-from tenfold.planning.plan import plan as make_plan
+from tenfold.planning.layer_bench import Compare, LayerBench, LayerTiming, fill_neutral_, keep_slower_layers_dense
 from tenfold.planning.timing import Timing
 from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
 from tenfold.profiling.latency.memory_format import candidates_for
-from tenfold.records import Budget, Latency, LayerPlan, Plan, Profile, Speedup
+from tenfold.records import Budget, Latency, LayerPlan, OptionTable, Plan, Profile, Speedup
 from tenfold.surgery import fold_, folds_of, restructure_
 
 _LOG = logging.getLogger("tenfold")
@@ -60,83 +60,89 @@ class FastPlan:
         return 1 / self.speedup.ratio
 
 
-def plan_fast(  # noqa: PLR0913 - all choices of one search
-    model: nn.Module,
-    profile: Profile,
-    inputs: Any,
-    *,
-    clock: Clock,
-    budget: Budget | Mapping[str, float] | None = None,
-    strict: bool = True,
-    fold: bool = False,
-    rounds: int = 5,
-    seconds: float = 4.0,
-    layer_seconds: float = 0.4,
-    compare: Compare = compare_latency,
-    **planning: Any,
-) -> FastPlan:
-    """Return a plan whose layers all measure faster than dense ones and whose model meets its latency as measured.
+@dataclass(frozen=True)
+class LatencySearch:
+    """How hard to look for a plan that meets a latency.
 
-    Plans by the clock, times every factorized layer against its original, then the model as a whole; where the whole
-    differs from what the clock predicted, the limit is moved by as much and the plan made anew. The whole is timed on
-    the structure alone, with made-up factors: nothing is decomposed yet.
-
-    Args:
-        model: the model that was profiled, on its device.
-        profile: what ``profile`` said of it on these inputs.
-        inputs: example inputs.
-        clock: times layers, in the memory format in which the smaller model is to run; where the first plan runs
-            faster in another one, a clock like it for that format takes over.
-        budget: of the whole model; ``latency`` is a share of the model's time in its best memory format.
+    Attributes:
         strict: raise if the latency cannot be met; otherwise come as near as the layers allow, as long as the model
             measures faster at all.
-        fold: both models are to run with batch norm folded, so they are measured with it folded: shares of time and
-            the speed-up are those of the folded dense model, and ``plan.folded`` says what to fold.
         rounds: how many plans to measure as a whole, at most.
         seconds: about how long to time the models in a round.
         layer_seconds: about how long to time a layer.
         compare: ``compare_latency``, or something in its place.
-        planning: all else that ``plan`` takes, ``rule`` first of all.
+    """
+
+    strict: bool = True
+    rounds: int = 5
+    seconds: float = 4.0
+    layer_seconds: float = 0.4
+    compare: Compare = compare_latency
+
+
+def plan_within_latency(
+    model: nn.Module,
+    table: OptionTable,
+    profile: Profile,
+    inputs: Any,
+    clock: Clock,
+    search: LatencySearch | None = None,
+) -> FastPlan:
+    """Return a plan whose layers all measure faster than dense ones and whose model meets its latency as measured.
+
+    Chooses by the lookup table, times every factorized layer against its original, then the model as a whole; where the
+    whole differs from what the table predicted, the limit is moved by as much and the plan chosen again. The whole is
+    timed on the structure alone, with made-up factors: nothing is decomposed yet.
+
+    Args:
+        model: the model that was profiled, on its device.
+        table: its options, and the recipe with the budget: without a latency there, layers that measure slower are kept
+            dense and that is all. With ``fuse_batchnorm`` both models are measured with batch norm fused, and
+            ``plan.fused`` says what to fuse.
+        profile: of the model on ``inputs``, which may be of another batch size than that of the table.
+        inputs: what latencies are measured on.
+        clock: times layers, in the memory format in which the smaller model is to run; where the first plan runs faster
+            in another one, a clock like it for that format takes over.
+        search: how hard to look.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
-    budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
+    search = search or LatencySearch()
     runs = model
-    if fold:
+    if table.recipe.fuse_batchnorm:
         runs = copy.deepcopy(model).eval()
         fold_(runs, inputs)
-    planning.setdefault("memory", {})
-    search = _Search(model, runs, profile, inputs, clock, budget, (seconds, layer_seconds), compare, planning)
-    if budget.latency is None:
-        found, better = search.attempt(None, 1)
-        return found if better is None else search.in_format(better).attempt(None, 2)[0]
-    timing = search.timing()
-    wanted = budget.allowance(profile.cost, timing.dense_ms)["latency"] / timing.dense_ms
+    state = _State(model, runs, table, profile, inputs, clock, search)
+    if "latency" not in table.recipe.budget.limited:
+        found, better = state.attempt(None, 1)
+        return found if better is None else state.in_format(better).attempt(None, 2)[0]
+    timing = state.timing()
+    wanted = table.recipe.budget.allowance(table.before, timing.dense_ms)["latency"] / timing.dense_ms
     tried: list[FastPlan] = []
     reached = timing.tighten  # the last factor on the allowance at which there was a plan
-    for number in range(1, rounds + 1):
+    for number in range(1, search.rounds + 1):
         try:
-            found, better = search.attempt(timing, number)
+            found, better = state.attempt(timing, number)
         except BudgetError:
-            if not tried and (strict or number == rounds):
+            if not tried and (search.strict or number == search.rounds):
                 raise
             loose = reached if tried else timing.tighten * _RELAX**2
             timing = timing.tightened((loose / timing.tighten) ** 0.5)
             continue
-        if better is not None and number == 1 < rounds:
-            search = search.in_format(better)
-            timing = search.timing()
+        if better is not None and number == 1 < search.rounds:
+            state = state.in_format(better)
+            timing = state.timing()
             continue
         _LOG.info("plan %d runs in %.3f of the time, allowed are %.3f", number, found.share, wanted)
         tried.append(found)
         if (1 - _SLACK) * wanted <= found.share <= wanted:
             break
         reached = timing.tighten
-        # the clock learns with every plan: what it says of the earlier ones now is what can be compared
-        told = [(timing.share_of(f.plan), f.share) for f in tried]
-        timing = timing.tightened(next_share(told, wanted) / (wanted * timing.tighten))
-    return _settled(tried, wanted, strict=strict)
+        # the lookup table learns with every plan: what it says of the earlier ones now is what can be compared
+        shares = [(timing.share_of(f.plan), f.share) for f in tried]
+        timing = timing.tightened(next_share(shares, wanted) / (wanted * timing.tighten))
+    return _best_of(tried, wanted, strict=search.strict)
 
 
 def next_share(told: list[tuple[float, float]], wanted: float) -> float:
@@ -159,43 +165,45 @@ def next_share(told: list[tuple[float, float]], wanted: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Search:
-    """What stays the same from round to round. ``seconds`` are those for a model and those for a layer.
+class _State:
+    """What stays the same from round to round.
 
-    Decided is by the weights of ``model``; what ``runs`` is timed, with its batch norms folded where that is asked for.
+    Decided is by the weights of ``model``; what ``runs`` is timed, with its batch norms fused where that is asked for.
     """
 
     model: nn.Module
     runs: nn.Module
+    table: OptionTable
     profile: Profile
     inputs: Any
     clock: Clock
-    budget: Budget
-    seconds: tuple[float, float]
-    compare: Compare
-    planning: dict[str, Any]
+    search: LatencySearch
     formats: dict[str, tuple[str, str]] = field(default_factory=dict)  # the best, by that of the clock
+
+    @property
+    def budget(self) -> Budget:
+        return self.table.recipe.budget
 
     @cached_property
     def bench(self) -> LayerBench:
         """Times layers as the clock does, each geometry once."""
         c = self.clock
         return LayerBench(
-            self.profile, c.device, c.dtype, c.memory_format, c.threads, self.seconds[1], compare=self.compare
+            self.profile, c.device, c.dtype, c.memory_format, c.threads, self.search.layer_seconds, compare=self.search.compare
         )
 
     def timing(self) -> Timing:
         """Return the timing of the model as it is."""
-        return Timing.of(self.runs, self.inputs, self.clock, profile=self.profile, seconds=self.seconds[0])
+        return Timing.of(self.runs, self.inputs, self.clock, profile=self.profile, seconds=self.search.seconds)
 
-    def in_format(self, name: str) -> _Search:
+    def in_format(self, name: str) -> _State:
         """Return the same search for a smaller model that runs in another memory format."""
         return replace(self, clock=self.clock.in_format(name))
 
     def attempt(self, timing: Timing | None, number: int) -> tuple[FastPlan, str | None]:
         """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
-        gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
-        plan = gated.plan.replace(folded=folds_of(self.runs))
+        gated = keep_slower_layers_dense(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
+        plan = gated.plan.replace(fused=folds_of(self.runs))
         small = with_structure(self.runs, plan)
         own = self.clock.memory_format
         if own not in self.formats:
@@ -232,20 +240,14 @@ class _Search:
         return dense, best if gain > _OTHER_FORMAT else own
 
     def _compared(self, variants: dict[str, tuple[nn.Module, Any]]) -> Comparison:
-        return self.compare(variants, seconds=self.seconds[0], threads=self.clock.threads)
+        return self.search.compare(variants, seconds=self.search.seconds, threads=self.clock.threads)
 
     def _plan(self, timing: Timing | None, reasons: Mapping[str, str]) -> Plan:
-        return make_plan(
-            self.model,
-            self.profile,
-            budget=self.budget,
-            timing=timing,
-            reasons=reasons,
-            **self.planning,
-        )
+        table = self.table.kept(dict(reasons))
+        return choose(table if timing is None else timing.time(table))
 
     def _learner(self) -> Callable[[LayerPlan, LayerTiming], None] | None:
-        if self.budget.latency is None:
+        if "latency" not in self.budget.limited:
             return None  # the plan does not look at the clock: it would choose the same again
 
         def learn(layer: LayerPlan, measured: LayerTiming) -> None:
@@ -259,7 +261,7 @@ class _Search:
     def _met(self, speedup: Speedup, timing: Timing | None) -> bool:
         if timing is None:
             return True
-        allowed = self.budget.allowance(self.profile.cost, timing.dense_ms)["latency"]
+        allowed = self.budget.allowance(self.table.before, timing.dense_ms)["latency"]
         return timing.dense_ms / speedup.ratio <= allowed
 
 
@@ -281,12 +283,12 @@ def _fill(layer: FactorizedLayer) -> None:
                 parameter.data.zero_()
 
 
-def _settled(found: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
+def _best_of(tried: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
     """Return the plan that meets the budget with the least to spare; failing that, the fastest."""
-    if not found:
+    if not tried:
         msg = f"no plan runs in {wanted:.0%} of the time: raise the latency budget or allow more formats"
         raise BudgetError(msg)
-    best = max(found, key=lambda plan: (plan.met, plan.share if plan.met else -plan.share))
+    best = max(tried, key=lambda plan: (plan.met, plan.share if plan.met else -plan.share))
     if best.speedup.ratio <= 1:
         msg = (
             f"no plan makes the model faster: the best measures {best.share:.1%} of its time. Keep the model as it is."

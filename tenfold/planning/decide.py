@@ -1,0 +1,169 @@
+"""The front half of every compression: profile, calibrate, tabulate and choose; or cost again a plan that is given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.allocation import choose
+from tenfold.calibration import calibrate, called_layers
+from tenfold.decompositions import Moments
+from tenfold.errors import PlanError
+from tenfold.planning.columns import Scores
+from tenfold.planning.latency_budget import FastPlan, plan_within_latency
+from tenfold.planning.plan import recost
+from tenfold.planning.tabulate import tabulate
+from tenfold.planning.unroll import refuse_unused, unroll_for_plan
+from tenfold.profiling import Clock, profile
+from tenfold.records import OptionTable, Plan, Profile, Recipe
+from tenfold.runtime import Runtime
+from tenfold.surgery import fold_, folds_of, opened_networks, with_networks_open
+from tenfold.tracing import device_of, gathered
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A plan, and all that it was made from and is to be carried out with.
+
+    Attributes:
+        recipe: what is wanted.
+        plan: what is to happen to every layer.
+        source: the model to carry it out on: that which was given, its recurrent networks unrolled where the plan
+            factorizes their matrices.
+        profile: of the source.
+        inputs: example inputs.
+        latency_inputs: what latencies are measured on.
+        batches: calibration data on the device of the model; none without.
+        moments: what they say of the layers; None to go by the weights alone.
+        table: what the plan was chosen from; None where the plan was given.
+        timed: measurements behind the plan, where there is a latency budget.
+        seconds: time taken, by step.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    source: nn.Module
+    profile: Profile
+    inputs: Any
+    latency_inputs: Any
+    batches: list[Any] = field(default_factory=list, repr=False)
+    moments: Mapping[str, Moments] | None = field(default=None, repr=False)
+    table: OptionTable | None = field(default=None, repr=False)
+    timed: FastPlan | None = field(default=None, repr=False)
+    seconds: dict[str, float] = field(default_factory=dict, repr=False)
+
+
+def decide(
+    model: nn.Module,
+    example_inputs: Any,
+    recipe: Recipe | Plan,
+    *,
+    data: Iterable[Any] | None = None,
+    scores: Callable[[nn.Module, Profile], Scores] | None = None,
+    runtime: Runtime | None = None,
+) -> Decision:
+    """Return what is to be done to a model, decided but not carried out.
+
+    Use it to look at a plan, or to change it, before ``tenfold.pipeline.carry_out``; ``compress`` is both in a row.
+
+    Args:
+        model: any trained module; stays as it is.
+        example_inputs: what its forward takes.
+        recipe: what is wanted; or a plan, which is costed again and not made.
+        data: unlabeled batches, as the forward takes them; what they are used for is in the recipe.
+        scores: called with the model to plan for and its profile, returns what measures it with one layer replaced, for
+            rules that weigh scores.
+        runtime: workers, clock and progress.
+
+    Raises:
+        DataError: the data hold no batch.
+        TenfoldError: see ``profile`` and ``plan``; the model is untouched in every case.
+    """
+    runtime, seconds = runtime or Runtime(), dict[str, float]()
+    given = recipe if isinstance(recipe, Plan) else None
+    wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    source = unroll_for_plan(model, plan=given, keep=wanted.keep, budget=wanted.budget)
+    inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
+    with runtime.step("profile", seconds):
+        cost = profile(source, example_inputs)
+    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, seconds=seconds)
+    if data is not None and wanted.calibration.method != "none":
+        with runtime.step("calibrate", seconds):
+            decision = _calibrated(decision, data)
+    moments = decision.moments
+    with runtime.step("plan", seconds):
+        if given is not None:
+            decision = replace(decision, plan=recost(given, cost))
+        else:
+            made = None if scores is None else scores(source, cost)
+            table = tabulate(source, cost, wanted, moments=moments, scores=made, runtime=runtime)
+            decision = _chosen(replace(decision, table=table), runtime)
+        plan = refuse_unused(decision.plan, model)
+        if plan.unrolled != opened_networks(source):
+            source = with_networks_open(model, plan.unrolled)
+            cost = profile(source, example_inputs)
+    return replace(decision, plan=plan, source=source, profile=cost)
+
+
+def refuse_empty(plan: Plan) -> None:
+    """Raise PlanError for a plan that factorizes nothing; the message says why."""
+    if not plan.factorized:
+        reasons = {layer.reason for layer in plan.layers if layer.before.params}
+        shown = "; ".join(sorted(reasons)[:3])
+        msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
+        raise PlanError(msg)
+
+
+def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
+    """Return a copy in evaluation mode with its batch norms fused."""
+    copied = copy.deepcopy(model).eval()
+    fold_(copied, inputs)
+    return copied
+
+
+def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
+    """Return the decision with batches, and what they say of the layers where they are to decide anything."""
+    recipe, wanted = decision.recipe, decision.recipe.calibration
+    batches = gathered(data, device_of(decision.source, decision.inputs))
+    if not wanted.plans:
+        return replace(decision, batches=batches)
+    moments = calibrate(
+        decision.source,
+        batches,
+        called_layers(decision.profile),
+        positions=wanted.positions,
+        draws=wanted.draws,
+        seed=recipe.seed,
+        widest=wanted.max_width,
+    )
+    return replace(decision, batches=batches, moments=moments)
+
+
+def _chosen(decision: Decision, runtime: Runtime) -> Decision:
+    """Return the decision with a plan chosen from its table, by the clock where the budget limits latency."""
+    table, source, inputs = decision.table, decision.source, decision.latency_inputs
+    if table is None:
+        return decision
+    if "latency" not in decision.recipe.budget.limited:
+        fused = folds_of(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
+        return replace(decision, plan=choose(table).replace(fused=fused))
+    clock = runtime.clock
+    if clock is None:
+        weight = next((p for p in source.parameters() if p.is_floating_point()), torch.empty(0))
+        clock = Clock(device=device_of(source, inputs), dtype=weight.dtype)
+    timed = plan_within_latency(source, table, profile(source, inputs), inputs, clock)
+    kept = {path: timed.plan.layer(path).reason for path in timed.returned}
+    table = table.kept(kept)
+    return replace(
+        decision, plan=timed.plan, timed=timed, table=table if timed.timing is None else timed.timing.time(table)
+    )
+
+
+def _nothing(cost: Profile) -> Plan:
+    """Return the plan that does nothing, before there is one."""
+    return Plan(tenfold="", model=cost.model, before=cost.cost, after=cost.cost, layers=())
