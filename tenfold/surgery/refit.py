@@ -21,8 +21,7 @@ from tenfold.surgery.replacement import check_planned, geometry, layer_of, refus
 from tenfold.surgery.shortcut_correction import branch_of, targets
 from tenfold.surgery.unroll_rnn import with_networks_open
 from tenfold.tracing.inputs import token_mask
-from tenfold.tracing.replay import Forward
-from tenfold.tracing.residual import ResidualReplay
+from tenfold.tracing.replay import Forward, Replay
 
 Progress = Callable[[int, int], None]
 
@@ -84,17 +83,17 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if original is None else with_networks_open(original, plan.opened)
     dense, new = (
-        ResidualReplay(original, batches, forward=forward),
+        Replay(original, batches, forward=forward),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
     )
-    changing = ResidualReplay(new, batches, forward=forward)
+    changing = Replay(new, batches, forward=forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
         old: Any = find(model, path)
         (spec, weight), bias = geometry(old, path), getattr(old, "bias", None)
-        branch = branch_of(new, changing, path) if repair else None
-        if changing.calls[path] == 1:
+        branch = branch_of(new, changing.trace, path) if repair else None
+        if changing.trace.calls[path] == 1:
             sums = MomentSums(widest, seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 target = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
@@ -106,7 +105,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
             metric = collect_moments(
                 new, batches, own, dense=original, positions=positions, seed=seed, widest=widest, forward=forward
             )[path]
-        follower = changing.follower(path)
+        follower = changing.trace.follower(path)
         norm: Any = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.about_zero()  # nothing could take the shift of the mean
