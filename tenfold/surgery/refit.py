@@ -15,11 +15,11 @@ from tenfold.layers import FactorizedLayer, describe
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
-from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import check_planned, geometry, layer_of, refuse_tied, spec_of
 from tenfold.surgery.shortcut_correction import branch_of, targets
-from tenfold.surgery.unroll_rnn import with_networks_open
+from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
 from tenfold.tracing.replay import Forward, Replay
 
@@ -78,10 +78,10 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
-    model = with_networks_open(model, plan.opened)
+    model = unroll_rnns(model, plan.opened)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if original is None else with_networks_open(original, plan.opened)
+    original = model if original is None else unroll_rnns(original, plan.opened)
     dense, new = (
         Replay(original, batches, forward=forward),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
@@ -119,7 +119,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         new = put(new, {path: layer_of(fit, old, algorithm)})
         if progress is not None:
             progress(done + 1, len(ordered))
-    return fold_pairs_(new, plan.folded)
+    return fuse_pairs_(new, plan.folded)
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
