@@ -46,7 +46,7 @@ from tenfold.surgery import (
     with_errors,
 )
 from tenfold.tracing import device_of, gathered
-from tenfold.tuning import TuneResult
+from tenfold.training import TuneResult
 
 UseData = Literal["sequential", "layers", "norms"]
 

@@ -18,7 +18,7 @@ from tenfold.calibration.im2col import input_patches, output_rows
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, real_tokens, tensors_in, token_mask
@@ -88,7 +88,7 @@ def measurable(model: nn.Module) -> dict[str, LayerSpec]:
         if isinstance(module, FactorizedLayer):
             found[path], inside = module.spec, (*inside, f"{path}.")
             continue
-        spec, _ = describe(module)
+        spec, _ = spec_of(module)
         if spec is not None:
             found[path] = spec
     return found

@@ -29,9 +29,9 @@ from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
 from tenfold.surgery import reestimate_batchnorm_
 from tenfold.tracing import device_of, gathered
+from tenfold.tracing.contexts import kept_modes
 from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
-from tenfold.tuning import TuneResult
-from tenfold.tuning.modes import kept_modes
+from tenfold.training import TuneResult
 
 logger = logging.getLogger("tenfold")
 

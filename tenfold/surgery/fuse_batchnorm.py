@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import PlanError
 from tenfold.formats import join_groups, split_groups
-from tenfold.layers import FactorizedLayer, dense_weight, describe, own_layout
+from tenfold.layers import FactorizedLayer, dense_weight, own_layout, spec_of
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.batchnorm_pairs import AFTER, FusedPairs, fusable_pairs, last_spec, plain
@@ -117,7 +117,7 @@ def _check(norm: nn.Module, layer: nn.Module, norm_path: str, path: str) -> None
     if not isinstance(norm, BATCH_NORMS) or norm.running_mean is None:
         msg = f"{norm_path!r} is {type(norm).__name__}, not a batch norm with statistics: it cannot be fused"
         raise PlanError(msg)
-    spec, reason = (layer.spec, "") if isinstance(layer, FactorizedLayer) else describe(layer)
+    spec, reason = (layer.spec, "") if isinstance(layer, FactorizedLayer) else spec_of(layer)
     if spec is None or spec.kind == "embedding":
         msg = f"batch norm {norm_path!r} cannot be fused into {path!r}: {reason or 'an embedding has no bias'}"
         raise PlanError(msg)
@@ -130,7 +130,7 @@ def _check(norm: nn.Module, layer: nn.Module, norm_path: str, path: str) -> None
 def _last(layer: nn.Module) -> tuple[Any, LayerSpec]:
     """Return the torch layer that makes the outputs, and its geometry."""
     if not isinstance(layer, FactorizedLayer):
-        spec, reason = describe(layer)
+        spec, reason = spec_of(layer)
         if spec is None:
             raise PlanError(reason)
         return layer, spec

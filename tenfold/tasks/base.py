@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import DataError, UnknownNameError
 from tenfold.registry import Registry, did_you_mean
-from tenfold.tasks.weights import load_weights
+from tenfold.tasks.dense_weights import load_weights
 from tenfold.tracing.contexts import device_of, dtype_of, evaluating
 from tenfold.tracing.inputs import call_model, to_device
 

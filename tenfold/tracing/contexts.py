@@ -15,21 +15,27 @@ from tenfold.tracing.inputs import tensors_in
 
 
 @contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own train or eval mode back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode without gradients, and each back into its own mode afterwards.
 
     The flags are set directly: ``eval()`` may be overridden to do more (merge adapters, freeze layers), which would not
     be undone. ``no_grad`` and not ``inference_mode``, because what a model caches in its forward must stay trainable.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
+    with kept_modes(model), torch.no_grad():
+        for module in model.modules():
             module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.nn import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tenfold.errors import ProfileError
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
 
 
@@ -59,7 +59,7 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
         fresh = [t for t in parameters if id(t) not in seen]
         fresh_buffers = [t for t in buffers if id(t) not in seen]
         seen.update(id(t) for t in (*parameters, *buffers))
-        spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else describe(module)
+        spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else spec_of(module)
         sharing = dict.fromkeys(p for t in parameters for p in holders[id(t)] if p != path)
         result.append(
             Entry(
@@ -91,7 +91,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def _stands_for_its_inside(module: nn.Module) -> bool:
-    return isinstance(module, FactorizedLayer) or parametrize.is_parametrized(module) or describe(module)[0] is not None
+    return isinstance(module, FactorizedLayer) or parametrize.is_parametrized(module) or spec_of(module)[0] is not None
 
 
 def _held(module: nn.Module, *, whole: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,7 +15,7 @@ from tenfold.calibration.input_moments import collect_moments, moment_bytes
 from tenfold.decompositions import decompose, default_algorithm
 from tenfold.decompositions.curves import damage_curve
 from tenfold.formats import FORMATS, split_groups
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.pipeline import compress
 from tenfold.planning import plan
 from tenfold.profiling import profile
@@ -52,7 +52,7 @@ def batches():
 
 
 def test_counts_are_those_of_all_batches_and_what_is_unseen_keeps_a_little(model, batches):
-    found = collect_moments(model, batches, {"embed": describe(model.embed)[0]})["embed"]
+    found = collect_moments(model, batches, {"embed": spec_of(model.embed)[0]})["embed"]
     ids = torch.cat([b.flatten() for b in batches])
     counts = torch.tensor([int((ids == i).sum()) for i in range(ROWS)])
     weights = found.covariance().diagonal()[0]
@@ -74,19 +74,19 @@ def test_frequencies_without_rare_or_unseen_ids():
 
 
 def test_memory_grows_with_the_rows_and_is_told_before(model, batches, caplog):
-    spec = describe(nn.Embedding(50_000, 8))[0]
+    spec = spec_of(nn.Embedding(50_000, 8))[0]
     assert moment_bytes({"embed": spec}) == 24 * 50_000
     with caplog.at_level(logging.INFO, logger="tenfold"):
-        found = collect_moments(model, batches, {"embed": describe(model.embed)[0]})["embed"]
+        found = collect_moments(model, batches, {"embed": spec_of(model.embed)[0]})["embed"]
     assert "moments of 1 layers take" in caplog.text
     stored = sum(t.numel() * t.element_size() for t in (*found.second.tensors().values(), found.mean))
     counts = id_counts(batches[0], ROWS)
-    assert stored + counts.numel() * counts.element_size() == moment_bytes({"embed": describe(model.embed)[0]})
+    assert stored + counts.numel() * counts.element_size() == moment_bytes({"embed": spec_of(model.embed)[0]})
 
 
 def test_the_whitened_svd_has_the_least_weighted_error(model, batches):
     """The oracle is NumPy's SVD of rows scaled by the roots of their weights, scaled back: Eckart & Young."""
-    spec = describe(model.embed)[0]
+    spec = spec_of(model.embed)[0]
     moments = collect_moments(model, batches, {"embed": spec})["embed"]
     weight = model.embed.weight.detach()
     weights = moments.covariance().diagonal()[0].numpy()
@@ -110,7 +110,7 @@ def test_damage_is_the_change_of_the_outputs_that_brute_force_finds():
     model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 5)).double().eval()
     ids = torch.randint(0, 25, (4000, 1)).square() % 25
     known = calibrate(model, [ids[:2000], ids[2000:]], draws=200)["0"]
-    spec = describe(model[0])[0]
+    spec = spec_of(model[0])[0]
     fit = decompose(model[0].weight.detach(), "low_rank", {"rank": 3}, spec=spec, metric=known)
     flat = [split_groups(w.detach().double(), spec).flatten(2) for w in (model[0].weight, fit.value.to_dense())]
     counts = id_counts(ids, 30)

@@ -11,7 +11,7 @@ from tenfold.calibration.input_moments import collect_moments, measurable, momen
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.formats import split_groups
-from tenfold.layers import describe
+from tenfold.layers import spec_of
 
 LAYERS = [
     (nn.Linear(5, 4), (3, 7, 5)),
@@ -35,7 +35,7 @@ LAYERS = [
 @pytest.mark.parametrize("positions", [None, 7])
 def test_weight_times_patches_is_the_output(layer, shape, positions):
     layer, x = layer.double(), torch.randn(shape, dtype=torch.float64)
-    spec, _ = describe(layer)
+    spec, _ = spec_of(layer)
     options = {} if positions is None else {"positions": positions, "seed": 3}
     weight = split_groups(layer.weight, spec).flatten(2)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_weight_times_patches_is_the_output(layer, shape, positions):
 def test_moments_are_those_of_all_patches_of_all_batches(layer, shape):
     layer = layer.float()
     batches = [torch.randn(shape) for _ in range(3)]
-    spec, _ = describe(layer)
+    spec, _ = spec_of(layer)
     rows = torch.cat([input_patches(b, spec).mT for b in batches], dim=1)
     found = collect_moments(layer, batches, {"": spec})[""]
     wanted = Moments.of(rows)
@@ -64,7 +64,7 @@ def test_targets_are_the_dense_outputs_without_their_bias():
     other = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3))
     batches = [torch.randn(8, 3, 6, 6) for _ in range(2)]
     found = collect_moments(other, batches, dense=dense)["2"]
-    spec, _ = describe(dense[2])
+    spec, _ = spec_of(dense[2])
     with torch.no_grad():
         x = torch.cat([input_patches(other[:2](b), spec)[0].t() for b in batches])
         y = torch.cat([output_rows(dense(b) - dense[2].bias.view(-1, 1, 1), spec)[0].t() for b in batches])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tenfold.errors import BudgetError
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.planning import LayerBench, LayerTiming, Timing, plan, plan_fast, plan_never_slower
 from tenfold.planning.fast import with_structure
 from tenfold.planning.gate import neutral_layer, together
@@ -47,7 +47,7 @@ def model_ms(model, inputs):
 
     def add(module, args, _output):
         nonlocal total
-        spec, _ = describe(module)
+        spec, _ = spec_of(module)
         total += stage_ms(spec, tuple(args[0].shape)) if spec is not None else 0
 
     hooks = [m.register_forward_hook(add) for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear)]

@@ -150,7 +150,7 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
 def _keep(checkpoint: Path, made: ExportRecord) -> None:
     """Put the record of the file into that of the checkpoint; one of the same name goes."""
     from tenfold.checkpoint import read_record
-    from tenfold.checkpoint.folder import RECORD
+    from tenfold.checkpoint.model_folder import RECORD
     from tenfold.records import write_text
 
     record = read_record(checkpoint) if checkpoint.is_dir() else None

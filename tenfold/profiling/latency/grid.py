@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenfold.formats import FORMATS, Rank
-from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec, TTGatherSpec
 
 Indices = NDArray[np.int64]
 
@@ -23,16 +23,16 @@ _MOST_COMBINATIONS = 400
 class Point:
     """One stage on one input shape. Points of a ``family`` differ in their channels alone."""
 
-    spec: StageSpec
+    spec: SubLayerSpec
     in_shape: Shape
 
     @property
     def family(self) -> str:
         """All but the channels, in one line."""
         spec, shape = self.spec, self.in_shape
-        if isinstance(spec, FoldedSpec):
+        if isinstance(spec, SharedSliceSpec):
             return f"{spec.copies} folded {Point(spec.layer, shape).family}"
-        if isinstance(spec, GatherSpec):
+        if isinstance(spec, TTGatherSpec):
             modes = f"{_times(spec.shape.row_modes)} by {_times(spec.shape.col_modes)}"
             return f"gather {modes} @{_times(shape)}"
         if isinstance(spec, ContractSpec):
@@ -56,9 +56,9 @@ class Point:
 
         Of a gather the two ranks. Of other contractions 1 and the multiply-accumulates per position.
         """
-        if isinstance(self.spec, FoldedSpec):
+        if isinstance(self.spec, SharedSliceSpec):
             return self.spec.layer.in_channels, self.spec.layer.out_channels
-        if isinstance(self.spec, GatherSpec):
+        if isinstance(self.spec, TTGatherSpec):
             first, last = (*self.spec.shape.ranks, 1, 1)[:2]
             return first, last
         if not isinstance(self.spec, ContractSpec):
@@ -74,7 +74,7 @@ class Point:
         return f"{self.family} {x}->{y}"
 
     @classmethod
-    def of(cls, spec: StageSpec, in_shape: Shape) -> Point:
+    def of(cls, spec: SubLayerSpec, in_shape: Shape) -> Point:
         """Return the point of a stage; its bias, which takes no time of its own, is left out."""
         return cls(spec.replace(bias=False) if spec.bias else spec, in_shape)
 

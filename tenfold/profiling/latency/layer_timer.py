@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from tenfold.layers import build
 from tenfold.profiling.latency.memory_format import LAYOUTS
-from tenfold.records import GatherSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import LayerSpec, Shape, SubLayerSpec, TTGatherSpec
 from tenfold.tracing.contexts import synchronize
 
-Timer = Callable[[StageSpec, Shape], float]
+Timer = Callable[[SubLayerSpec, Shape], float]
 
 _BLOCK_MS = 3.0
 _WARM_MS = 0.5
@@ -36,7 +36,7 @@ class StageTimer:
         self.dtype = dtype
         self.memory_format = memory_format
 
-    def __call__(self, spec: StageSpec, in_shape: Shape) -> float:
+    def __call__(self, spec: SubLayerSpec, in_shape: Shape) -> float:
         """Return milliseconds per run for an input of shape ``in_shape``, batch included."""
         layer = constant_layer(spec, self.device, self.dtype)
         x = constant_input(spec, in_shape, self.device, self.dtype)
@@ -57,7 +57,7 @@ class StageTimer:
         return 1e3 * (time.perf_counter() - start) / number
 
 
-def constant_layer(spec: StageSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def constant_layer(spec: SubLayerSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a layer of this geometry whose every weight is small and the same, in evaluation mode."""
 
     def parameter(shape: Shape) -> nn.Parameter:
@@ -67,9 +67,9 @@ def constant_layer(spec: StageSpec, device: torch.device, dtype: torch.dtype) ->
     return build(spec, parameter(spec.weight_shape), bias).eval()
 
 
-def constant_input(spec: StageSpec, in_shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
+def constant_input(spec: SubLayerSpec, in_shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return an input of this shape for a layer of this geometry: ones, or the indices of an embedding, spread out."""
-    if isinstance(spec, GatherSpec) or (isinstance(spec, LayerSpec) and spec.kind == "embedding"):
+    if isinstance(spec, TTGatherSpec) or (isinstance(spec, LayerSpec) and spec.kind == "embedding"):
         count = int(torch.Size(in_shape).numel())
         return (torch.arange(count, device=device) * 7919 % spec.in_channels).reshape(in_shape)
     return torch.ones(in_shape, device=device, dtype=dtype)
