@@ -14,7 +14,7 @@ from tenfold.errors import PlanError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, build
 from tenfold.profiling import Comparison, compare_latency, to_memory_format
-from tenfold.profiling.stage_timing import constant_input
+from tenfold.profiling.latency.layer_timer import constant_input
 from tenfold.records import (
     ContractSpec,
     LayerPlan,

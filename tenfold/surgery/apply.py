@@ -15,9 +15,8 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
-from tenfold.surgery.fold import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opening import open_networks_
 from tenfold.surgery.replacement import (
     check_planned,
     factorizable_spec,
@@ -27,6 +26,7 @@ from tenfold.surgery.replacement import (
     refuse_tied,
     trainable,
 )
+from tenfold.surgery.unroll_rnn import open_networks_
 
 Progress = Callable[[int, int], None]
 Job = tuple[Problem, Callable[[Fit], Fit]]

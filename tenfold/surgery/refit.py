@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenfold.calibration.input_moments import MomentSums, collect_moments
 from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError, TenfoldError
 from tenfold.layers import FactorizedLayer, spec_of
-from tenfold.profiling.inputs import token_mask
-from tenfold.profiling.moments import MomentSums, collect_moments
-from tenfold.profiling.replay import Forward
-from tenfold.profiling.residual import ResidualReplay
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
-from tenfold.surgery.fold import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opening import with_networks_open
-from tenfold.surgery.repair import branch_of, targets
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
+from tenfold.surgery.shortcut_correction import branch_of, targets
+from tenfold.surgery.unroll_rnn import with_networks_open
+from tenfold.tracing.inputs import token_mask
+from tenfold.tracing.replay import Forward
+from tenfold.tracing.residual import ResidualReplay
 
 Progress = Callable[[int, int], None]
 

@@ -11,8 +11,8 @@ from tenfold.decompositions import Decomposition, Fit, Moments
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, spec_of
-from tenfold.profiling.entries import entries
 from tenfold.records import LayerPlan, LayerSpec
+from tenfold.tracing.layers import entries
 
 
 def factorizable_spec(module: nn.Module, path: str = "") -> LayerSpec:

@@ -10,8 +10,8 @@ from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, TTEmbedding, build
 from tenfold.planning.gate import neutral_layer
-from tenfold.profiling.stage_charts import chart
-from tenfold.profiling.stage_timing import StageTimer
+from tenfold.profiling.latency.grid import chart
+from tenfold.profiling.latency.layer_timer import StageTimer
 from tenfold.records import LayerSpec, SubLayerSpec, TTGatherSpec
 
 SPEC = LayerSpec(kind="embedding", in_channels=55, out_channels=24, padding_idx=3)

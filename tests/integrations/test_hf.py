@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import tenfold
+from tenfold.calibration.input_moments import collect_moments
 from tenfold.checkpoint import load_pretrained, save_pretrained
 from tenfold.errors import CheckpointError
 from tenfold.layers import FactorizedLayer, dense_weight, spec_of
 from tenfold.pipeline import Compressed
-from tenfold.profiling.inputs import call_model
-from tenfold.profiling.moments import collect_moments
+from tenfold.tracing.inputs import call_model
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("tenfold.integrations.hf")  # teaches from_pretrained

@@ -18,9 +18,9 @@ from tenfold.errors import ProfileError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.profiling import profile
-from tenfold.profiling.inputs import call_model
 from tenfold.profiling.profile import NEVER_CALLED
 from tenfold.records import Profile
+from tenfold.tracing.inputs import call_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TF32 acceleration on top of oneDNN"),
