@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tenfold.errors import CheckpointError, DataError
 from tenfold.profiling.inputs import call_model, to_device
 from tenfold.profiling.modes import device_of, evaluating
-from tenfold.records import written_whole
+from tenfold.records import atomic_write
 from tenfold.training.batches import Batch, as_pair
 from tenfold.training.losses import logits_of
 from tenfold.training.precision import uses_bf16
@@ -99,7 +99,7 @@ class _View:
             found.append(self._ask(inputs))
             yield inputs, (labels, found[-1])
         if found:
-            with written_whole(self.path) as partial:  # the last of several writers wins, with the same content
+            with atomic_write(self.path) as partial:  # the last of several writers wins, with the same content
                 save_file({"logits": torch.cat(found)}, partial)
 
     def _read(self) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.records import Record, written_whole
+from tenfold.records import Record, atomic_write
 from tenfold.training.config import EpochRecord, TuneConfig
 from tenfold.training.ema import Average
 
@@ -147,7 +147,7 @@ class Snapshot:
             n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
         }
         try:
-            with written_whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 save_file(tensors, partial, metadata={HEADER: state.model_dump_json()})
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
