@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from tenfold.exporting.export import export
     from tenfold.pipeline import Compressed, compress
     from tenfold.planning.plan import plan
-    from tenfold.profiling.latency import compare_latency
+    from tenfold.profiling.latency.measure import compare_latency
     from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, ExportRecord, LayerSpec, Plan, Profile, RunRecord

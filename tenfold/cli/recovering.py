@@ -37,8 +37,8 @@ class Calibration:
     seed: int
 
     def __iter__(self) -> Iterator[Any]:
-        from tenfold.profiling import to_device
-        from tenfold.profiling.modes import dtype_of
+        from tenfold.tracing import to_device
+        from tenfold.tracing.contexts import dtype_of
 
         dtype, task = dtype_of(self.opened.model), self.opened.task
         for batch in task.calibration_batches(self.samples, batch_size=CALIBRATION_BATCH, seed=self.seed):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError
-from tenfold.profiling.inputs import call_model, to_device
-from tenfold.profiling.modes import device_of, evaluating
 from tenfold.records import atomic_write
+from tenfold.tracing.contexts import device_of, evaluating
+from tenfold.tracing.inputs import call_model, to_device
 from tenfold.training.batches import Batch, as_pair
 from tenfold.training.losses import logits_of
 from tenfold.training.precision import uses_bf16

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tenfold.errors import TuningError
-from tenfold.profiling.inputs import call_model
-from tenfold.profiling.modes import evaluating
+from tenfold.tracing.contexts import evaluating
+from tenfold.tracing.inputs import call_model
 from tenfold.training.losses import logits_of
 
 

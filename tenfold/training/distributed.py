@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, TuningError
-from tenfold.profiling.modes import device_of
+from tenfold.tracing.contexts import device_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

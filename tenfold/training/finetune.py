@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tenfold.errors import CheckpointError
-from tenfold.profiling.inputs import to_device
-from tenfold.profiling.modes import kept_modes, same_random_numbers
+from tenfold.tracing.contexts import kept_modes, same_random_numbers
+from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, Batches, at_epoch, count_steps, peek, seed_epoch, share
 from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.distributed import Accelerated, Alone

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import TuningError
-from tenfold.profiling.inputs import to_device
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, as_pair, grouped, peek
 from tenfold.training.config import EpochRecord, TuneConfig
 from tenfold.training.distributed import Alone

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from tenfold.errors import TuningError
 from tenfold.layers import FactorizedLayer
-from tenfold.profiling.inputs import call_model
 from tenfold.tensors import kruskal
+from tenfold.tracing.inputs import call_model
 from tenfold.training.loop import Loss
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import ProfileError
-from tenfold.profiling.inputs import arguments, call_model, map_tensors, tensors_in, to_device
-from tenfold.profiling.modes import device_of, evaluating, same_random_numbers
+from tenfold.tracing.contexts import device_of, evaluating, same_random_numbers
+from tenfold.tracing.inputs import arguments, call_model, map_tensors, tensors_in, to_device
 
 
 def uses_bf16(model: nn.Module, device: torch.device, choice: Literal["auto", "bf16", "off"]) -> bool:

@@ -135,11 +135,11 @@ LINEAR = nn.Linear(24, 16)
 @pytest.mark.parametrize("module", [CONV, LINEAR], ids=["conv", "linear"])
 def test_every_format_is_projected_onto(format: str, module: nn.Module) -> None:
     """Pulled by the penalty alone, a weight becomes what its format can represent at the rank."""
-    from tenfold.layers import describe
+    from tenfold.layers import spec_of
 
     torch.manual_seed(0)
     model = nn.Sequential(type(module)(*((8, 12, 3) if module is CONV else (24, 16))))
-    spec, _ = describe(model[0])
+    spec, _ = spec_of(model[0])
     kind = FORMATS.get(format)
     assert spec is not None
     if kind.refuses(spec) is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import PlanError
 from tenfold.layers import TTGRU, FactorizedLayer, TTEmbedding, TTEmbeddingBag, TTLinear
-from tenfold.layers.bonds import bond_cores, scale_bonds_, without_indices
+from tenfold.layers.tt_ranks import bond_cores, scale_bonds_, without_indices
 from tenfold.planning import plan
 from tenfold.profiling import profile
 from tenfold.ranks.fixed import Fixed

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.training import TuneConfig, parameter_groups
 from tenfold.training.optimizer import build_optimizer
 
 
 def model() -> nn.ModuleDict:
     dense = nn.Linear(8, 6)
-    spec, _ = describe(dense)
+    spec, _ = spec_of(dense)
     assert spec is not None
     factorized = FactorizedLayer.empty(spec, "low_rank", {"rank": 2}, torch.zeros(()))
     return nn.ModuleDict(

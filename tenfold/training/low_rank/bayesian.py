@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
-from tenfold.layers.bonds import bond_cores, has_bonds, scale_bonds_, write_bonds_
+from tenfold.layers.tt_ranks import bond_cores, has_bonds, scale_bonds_, write_bonds_
 from tenfold.tensors.trains import tt_canonical
 from tenfold.training.loop import Loss
 from tenfold.training.low_rank.priors import BayesianConfig

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS, Factorization
-from tenfold.layers import dense_weight, describe
+from tenfold.layers import dense_weight, spec_of
 from tenfold.records import Plan
 from tenfold.surgery import find, put
 from tenfold.surgery.replacement import layer_of
@@ -108,7 +108,7 @@ class PlanProjection(Projection):
 
     def _problem(self, i: int, model: nn.Module, target: Tensor) -> Problem:
         layer = self.plan.factorized[i]
-        spec, reason = describe(find(model, layer.path))
+        spec, reason = spec_of(find(model, layer.path))
         if spec is None:
             msg = f"layer {layer.path!r} cannot be factorized: {reason}"
             raise PlanError(msg)

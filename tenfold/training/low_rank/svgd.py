@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold.errors import TuningError
-from tenfold.profiling.inputs import call_model
-from tenfold.profiling.modes import evaluating
+from tenfold.tracing.contexts import evaluating
+from tenfold.tracing.inputs import call_model
 from tenfold.training.loop import Loss
 from tenfold.training.losses import cross_entropy
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import TuningError
-from tenfold.profiling.inputs import to_device
-from tenfold.profiling.modes import device_of, same_random_numbers
 from tenfold.records import Plan
 from tenfold.surgery import reestimate_batchnorm_, with_errors
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.tracing.contexts import device_of, same_random_numbers
+from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batches, as_pair, at_epoch, seed_epoch
 from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.finetune import finetune

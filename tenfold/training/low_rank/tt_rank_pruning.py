@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
-from tenfold.layers.bonds import without_indices
+from tenfold.layers.tt_ranks import without_indices
 
 
 def prune_bonds_(
