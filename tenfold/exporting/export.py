@@ -14,15 +14,8 @@ from tenfold.errors import ExportError, TenfoldError
 from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter, check_free
 from tenfold.exporting.parity import check_parity
 from tenfold.exporting.program import first_words, program_of
-<<<<<<< HEAD
-from tenfold.profiling import compare_latency, environment, to_device
-from tenfold.profiling.inputs import batch_size_of
+from tenfold.profiling import compare_latency, environment
 from tenfold.records import Environment, ExportRecord, atomic_write
-=======
-from tenfold.exporting.target import check_free, written_whole
-from tenfold.profiling import Comparison, compare_latency, environment
-from tenfold.records import Environment, ExportRecord
->>>>>>> main
 from tenfold.surgery import fold_
 from tenfold.tracing import to_device
 from tenfold.tracing.inputs import batch_size_of

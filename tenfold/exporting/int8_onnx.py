@@ -16,13 +16,8 @@ from tenfold.exporting.program import first_words
 from tenfold.exporting.quiet import quiet
 from tenfold.exporting.runtime import OnnxModule, feeds
 from tenfold.profiling import compare_latency
-<<<<<<< HEAD
-from tenfold.profiling.inputs import batch_size_of, call_model, tensors_in
 from tenfold.records import Int8Record, Speedup, atomic_write
-=======
-from tenfold.records import Int8Record, Speedup
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
->>>>>>> main
 
 Ranges = Literal["minmax", "entropy", "percentile"]
 

@@ -128,14 +128,9 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
     import tempfile
 
     from tenfold.exporting import open_exported, quantize_onnx
-<<<<<<< HEAD
     from tenfold.exporting.base import check_free
-    from tenfold.profiling import measure_latency, to_device
-=======
-    from tenfold.exporting.target import check_free
     from tenfold.profiling import measure_latency
     from tenfold.tracing import to_device
->>>>>>> main
 
     check_free(file.out, overwrite=file.overwrite)
     samples, size = file.calibration or _INT8_CALIBRATION, file.batch if file.fixed_batch else _CALIBRATION_BATCH
