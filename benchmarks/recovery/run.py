@@ -29,7 +29,7 @@ from benchmarks.recovery.methods import WAYS, Work, compressed, one_shot
 from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
 from tenfold.profiling import environment, profile
-from tenfold.records import Plan, Profile, RunRecord, held_alone, write_text
+from tenfold.records import Plan, Profile, RunRecord, locked, write_text
 from tenfold.tasks import load_task
 from tenfold.tasks.base import Task
 from tenfold.training import Distillation, EpochRecord, StoredAnswers, TuneConfig
@@ -185,7 +185,7 @@ def read(target: Path) -> dict[str, Any]:
 
 def add(target: Path, config: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add a row to the result; other processes may be adding theirs."""
-    with held_alone(target):
+    with locked(target):
         result = {"benchmark": "recovery", "rows": {}} | read(target)
         result["rows"][name] = row
         result["environment"] = json.loads(environment().to_json())

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tenfold.errors import DataError, ExportError, TenfoldError, require
+from tenfold.exporting.base import check_free
 from tenfold.exporting.program import first_words
 from tenfold.exporting.quiet import quiet
 from tenfold.exporting.runtime import OnnxModule, feeds
-from tenfold.exporting.target import check_free, written_whole
 from tenfold.profiling import compare_latency
-from tenfold.records import Int8Record, Speedup
+from tenfold.records import Int8Record, Speedup, atomic_write
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 
 Ranges = Literal["minmax", "entropy", "percentile"]
@@ -69,7 +69,7 @@ def quantize_onnx(
     if not samples:
         msg = "there are no calibration inputs: static quantization needs some, a few hundred are plenty"
         raise DataError(msg)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         try:
             _quantize(source, partial, inputs, operators, keep, ranges)
         except TenfoldError:

@@ -19,8 +19,7 @@ from tenfold.parallel import Workers, spread
 from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_saving
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
-from tenfold.records import LayerSpec
-from tenfold.records.base import held_alone, write_text
+from tenfold.records import LayerSpec, locked, write_text
 from tenfold.tensors import digest
 
 Progress = Callable[[int, int], None]
@@ -237,7 +236,7 @@ class _Table:
         new = {search.keys[format]: own for format, own in errors.items() if own}
         if self.path is None or all(self.errors.get(key) == own for key, own in new.items()):
             return
-        with held_alone(self.path):
+        with locked(self.path):
             there = _Table.open(self.path).errors
             for own in (self.errors, new):
                 there |= {key: there.get(key, {}) | found for key, found in own.items()}

@@ -20,8 +20,8 @@ from tenfold.records import (
     SensitivityTable,
     TradeOff,
     TradeOffPoint,
+    atomic_write,
     write_text,
-    written_whole,
 )
 from tenfold.reporting.numbers import count, percent
 
@@ -289,6 +289,6 @@ def _write(figure: Any, path: Path, rows: Sequence[dict[str, Any]], text: str) -
     data, values = path.with_suffix(".csv"), path.with_suffix(".json")
     write_text(data, numbers.getvalue())
     write_text(values, text)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(picture.getvalue())
     return path, data, values

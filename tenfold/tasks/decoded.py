@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tenfold.errors import DataError
-from tenfold.records import written_whole
+from tenfold.records import atomic_write
 from tenfold.tasks.in_memory import TensorSet
 
 LAYOUT = 1  # raise when what is stored changes meaning
@@ -42,7 +42,7 @@ def keep(name: str, sources: Sequence[Path], decoded: TensorSet) -> TensorSet:
 
     path = _place(name, sources)
     try:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file({"images": decoded.inputs.contiguous(), "labels": decoded.labels}, partial)
     except (OSError, SafetensorError) as error:
         logger.warning("cannot keep decoded pictures in %s (%s): the next run decodes again", path.parent, error)

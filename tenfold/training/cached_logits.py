@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError
-from tenfold.records import written_whole
+from tenfold.records import atomic_write
 from tenfold.tracing.contexts import device_of, evaluating
 from tenfold.tracing.inputs import call_model, to_device
 from tenfold.training.batches import Batch, as_pair
@@ -99,7 +99,7 @@ class _View:
             found.append(self._ask(inputs))
             yield inputs, (labels, found[-1])
         if found:
-            with written_whole(self.path) as partial:  # the last of several writers wins, with the same content
+            with atomic_write(self.path) as partial:  # the last of several writers wins, with the same content
                 save_file({"logits": torch.cat(found)}, partial)
 
     def _read(self) -> Iterator[Batch]:

@@ -187,7 +187,7 @@ def test_factorized_layers_lose_indices_and_become_a_plan(kind: str) -> None:
     left = ranks.prune_(small)
     torch.testing.assert_close(small(inputs), said, atol=1e-5, rtol=1e-5)
     assert max(left["0"], default=1) <= max(len(i) for i in kept)
-    again = apply(dense, ranks_plan(small, dense, profile(dense, inputs), keep_ends=False))
+    again = apply(dense, ranks_plan(small, dense, profile(dense, inputs)))
     assert again[0].rank == small[0].rank
 
 
