@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "tenfold.records",
     "Compressed": "tenfold.pipeline",
-    "Distillation": "tenfold.tuning",
+    "Distillation": "tenfold.training",
     "ExportRecord": "tenfold.records",
     "Fit": "tenfold.decompositions",
     "LayerSpec": "tenfold.records",
@@ -27,7 +27,7 @@ _HOMES = {
     "Schedule": "tenfold.staging",
     "Task": "tenfold.tasks",
     "TenfoldError": "tenfold.errors",
-    "TuneConfig": "tenfold.tuning",
+    "TuneConfig": "tenfold.training",
     "apply": "tenfold.surgery",
     "apply_": "tenfold.surgery",
     "compare_latency": "tenfold.profiling",
@@ -36,7 +36,7 @@ _HOMES = {
     "densify": "tenfold.surgery",
     "densify_": "tenfold.surgery",
     "export": "tenfold.exporting",
-    "finetune": "tenfold.tuning",
+    "finetune": "tenfold.training",
     "fold": "tenfold.surgery",
     "fold_": "tenfold.surgery",
     "load": "tenfold.checkpoint",
@@ -92,15 +92,15 @@ if TYPE_CHECKING:
     from tenfold.exporting.export import export
     from tenfold.pipeline import Compressed, compress
     from tenfold.planning.plan import plan
-    from tenfold.profiling.latency import compare_latency
+    from tenfold.profiling.latency.measure import compare_latency
     from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, ExportRecord, LayerSpec, Plan, Profile, RunRecord
     from tenfold.staging import Schedule, run_stages, stages
     from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
     from tenfold.tasks import Task
-    from tenfold.tuning import Distillation, TuneConfig
-    from tenfold.tuning.finetune import finetune
+    from tenfold.training import Distillation, TuneConfig
+    from tenfold.training.finetune import finetune
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tenfold import checkpoint
+from tenfold.calibration import calibrate, called_layers
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.parallel import Workers
@@ -28,18 +29,7 @@ from tenfold.planning import (
     recost,
 )
 from tenfold.planning import plan as make_plan
-from tenfold.profiling import (
-    Clock,
-    Comparison,
-    calibrate,
-    called_layers,
-    compare_latency,
-    device_of,
-    environment,
-    gathered,
-    profile,
-    to_memory_format,
-)
+from tenfold.profiling import Clock, Comparison, compare_latency, environment, profile, to_memory_format
 from tenfold.profiling.steps import Observe, Steps
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
@@ -55,7 +45,8 @@ from tenfold.surgery import (
     with_errors,
     with_networks_open,
 )
-from tenfold.tuning import TuneResult
+from tenfold.tracing import device_of, gathered
+from tenfold.training import TuneResult
 
 UseData = Literal["sequential", "layers", "norms"]
 

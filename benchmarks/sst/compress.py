@@ -26,7 +26,7 @@ from tenfold.planning import close_idle
 from tenfold.profiling import environment
 from tenfold.surgery import with_networks_open
 from tenfold.tasks import Task, load_task
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

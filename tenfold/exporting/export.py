@@ -14,10 +14,11 @@ from tenfold.exporting.base import EXPORTERS, Exporter
 from tenfold.exporting.parity import check_parity
 from tenfold.exporting.program import first_words, program_of
 from tenfold.exporting.target import check_free, written_whole
-from tenfold.profiling import Comparison, compare_latency, environment, to_device
-from tenfold.profiling.inputs import batch_size_of
+from tenfold.profiling import Comparison, compare_latency, environment
 from tenfold.records import Environment, ExportRecord
 from tenfold.surgery import fold_
+from tenfold.tracing import to_device
+from tenfold.tracing.inputs import batch_size_of
 
 
 def export(

@@ -11,24 +11,33 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from tenfold.errors import RankError, WeightError
-from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
+from tenfold.records import (
+    ContractSpec,
+    LayerSpec,
+    Shape,
+    SharedSliceSpec,
+    SubLayerSpec,
+    TTGatherSpec,
+    chain_macs,
+    chain_params,
+)
 from tenfold.registry import Registry
 from tenfold.tensors.kruskal import Stability
 
 Rank = dict[str, int]
-Structure = tuple[StageSpec, ...]
+Structure = tuple[SubLayerSpec, ...]
 
 _ALL_PAIRS = 2
 
 
 @dataclass(frozen=True)
-class Stage:
+class SubLayer:
     """One step of a factorized layer: a plain layer, one for many slices, or one einsum, and its weight.
 
     The weight is in torch's own layout.
     """
 
-    spec: StageSpec
+    spec: SubLayerSpec
     weight: Tensor
 
 
@@ -221,10 +230,10 @@ class Factorization(abc.ABC):
         """Return the dense weight in torch's own layout for this kind of layer."""
         return join_groups(self.to_grouped(), self.spec)
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[SubLayer, ...]:
         """Return how a layer runs this factorization: one stage after the other."""
         structure = type(self).structure(self.spec, self.rank)
-        return tuple(Stage(s, join_groups(w, s)) for s, w in zip(structure, self.chain(), strict=True))
+        return tuple(SubLayer(s, join_groups(w, s)) for s, w in zip(structure, self.chain(), strict=True))
 
     @classmethod
     def from_stages(cls, spec: LayerSpec, rank: Rank, weights: Sequence[Tensor]) -> Self:
@@ -274,7 +283,7 @@ class Factorization(abc.ABC):
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
 
 
-def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
+def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     """Return a weight in torch's layout with its groups apart: (groups, out/groups, in/groups, *kernel).
 
     Raises:
@@ -283,9 +292,9 @@ def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
     if tuple(weight.shape) != spec.weight_shape:
         msg = f"the weight has shape {tuple(weight.shape)}, the layer {spec} needs {spec.weight_shape}"
         raise WeightError(msg)
-    if isinstance(spec, ContractSpec | GatherSpec):
+    if isinstance(spec, ContractSpec | TTGatherSpec):
         return weight
-    if isinstance(spec, FoldedSpec):
+    if isinstance(spec, SharedSliceSpec):
         spec = spec.layer
     g, o, i, *kernel = spec.group_shape
     match spec.kind:
@@ -297,11 +306,11 @@ def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
             return weight.reshape(g, o, i, *kernel)
 
 
-def join_groups(weight: Tensor, spec: StageSpec) -> Tensor:
+def join_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     """Return a weight (groups, out/groups, in/groups, *kernel) in torch's layout; inverse of ``split_groups``."""
-    if isinstance(spec, ContractSpec | GatherSpec):
+    if isinstance(spec, ContractSpec | TTGatherSpec):
         return weight.reshape(spec.weight_shape)
-    if isinstance(spec, FoldedSpec):
+    if isinstance(spec, SharedSliceSpec):
         spec = spec.layer
     match spec.kind:
         case "conv_transpose":

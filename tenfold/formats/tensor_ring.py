@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
-from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
 from tenfold.tensors import mode_factors, rings, trains
 
 # The closing bonds that plans try, and the one that rules with a single knob take. With 1 it is Tucker-2, or a train.
@@ -206,15 +206,15 @@ class TensorRing(Factorization):
         return (*stages[:-1], stages[-1].replace(bias=spec.bias))
 
     @classmethod
-    def _convolutions(cls, spec: LayerSpec, rank: Rank) -> Iterator[StageSpec]:
+    def _convolutions(cls, spec: LayerSpec, rank: Rank) -> Iterator[SubLayerSpec]:
         r1, r2, r3 = cls.bonds(spec, rank)
         middle = spec.core(r3, r2)
         yield spec.mix(spec.in_channels, r1 * r3)
-        yield middle if r1 == 1 else FoldedSpec(layer=middle, copies=r1)
+        yield middle if r1 == 1 else SharedSliceSpec(layer=middle, copies=r1)
         yield spec.mix(r1 * r2, spec.out_channels)
 
     @classmethod
-    def _products(cls, spec: LayerSpec, rank: Rank) -> Iterator[StageSpec]:
+    def _products(cls, spec: LayerSpec, rank: Rank) -> Iterator[SubLayerSpec]:
         """Iterate over the products: the features (i₁, i₂), (i₁, r, r1), (r3, r1), (p, r2, r1) and (p, q)."""
         r1, r2, r3, inside = cls.bonds(spec, rank)
         q, p, first, second = cls.modes(spec)

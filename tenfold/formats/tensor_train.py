@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.train import Runs, TrainFormat
-from tenfold.records import ContractSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import ContractSpec, LayerSpec, Shape, SubLayerSpec
 from tenfold.tensors import mode_factors
 
 
@@ -160,7 +160,7 @@ class Step(NamedTuple):
     after: int = 1
     kernel: bool = False
 
-    def stage(self, spec: LayerSpec) -> StageSpec:
+    def stage(self, spec: LayerSpec) -> SubLayerSpec:
         """Return the layer or the contraction that does it, without bias."""
         if self.kernel:
             return spec.core(self.cols, self.rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.train import TrainFormat
-from tenfold.records import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
 from tenfold.tensors import mode_factors, trains
 
 
@@ -145,12 +145,12 @@ class Step(NamedTuple):
     after: int
     taps: int
 
-    def stage(self, spec: LayerSpec) -> StageSpec:
+    def stage(self, spec: LayerSpec) -> SubLayerSpec:
         """Return the layer or the contraction that does it, without bias."""
         rows, cols = self.left * self.made, self.taken * self.right
         if self.taps > 1:
             own = spec.core(cols, rows)
-            return own if self.before == 1 else FoldedSpec(layer=own, copies=self.before)
+            return own if self.before == 1 else SharedSliceSpec(layer=own, copies=self.before)
         if self.before == self.after == 1:
             return spec.mix(cols, rows)
         return ContractSpec.middle(self.before, cols, self.after, rows, axes=spec.axes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.train import TrainFormat
-from tenfold.records import GatherSpec, LayerSpec, Shape, TrainShape
+from tenfold.records import LayerSpec, Shape, TrainShape, TTGatherSpec
 from tenfold.tensors import mode_factors, trains
 
 
@@ -85,7 +85,7 @@ class TTEmbeddingFormat(TrainFormat):
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the one gather."""
-        return (GatherSpec(rows=spec.in_channels, shape=cls._shape(spec, rank), padding_idx=spec.padding_idx),)
+        return (TTGatherSpec(rows=spec.in_channels, shape=cls._shape(spec, rank), padding_idx=spec.padding_idx),)
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:

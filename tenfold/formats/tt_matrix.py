@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.train import TrainFormat
-from tenfold.records import ContractSpec, LayerSpec, Shape, StageSpec
+from tenfold.records import ContractSpec, LayerSpec, Shape, SubLayerSpec
 from tenfold.tensors import mode_factors, trains
 
 _MODES = ("left", "out", "in", "right")
@@ -149,7 +149,7 @@ class Step(NamedTuple):
         """Multiply-accumulates for one position."""
         return self.rows * self.cols * self.before * self.after
 
-    def stage(self, spec: LayerSpec) -> StageSpec:
+    def stage(self, spec: LayerSpec) -> SubLayerSpec:
         """Return the layer or the contraction that does it, without bias."""
         if self.plain:
             return spec.mix(self.cols, self.rows)

@@ -17,7 +17,7 @@ from tenfold.planning.gate import Compare, LayerBench, LayerTiming, fill_neutral
 from tenfold.planning.plan import plan as make_plan
 from tenfold.planning.timing import Timing
 from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
-from tenfold.profiling.memory_format import candidates_for
+from tenfold.profiling.latency.memory_format import candidates_for
 from tenfold.records import Budget, Latency, LayerPlan, Plan, Profile, Speedup
 from tenfold.surgery import fold_, folds_of, restructure_
 

@@ -8,14 +8,14 @@ from torch import nn
 
 from tenfold.layers import FactorizedLayer, stage_specs
 from tenfold.profiling.counting import MacCounter
-from tenfold.profiling.entries import Entry, entries
 from tenfold.profiling.environment import environment
-from tenfold.profiling.inputs import call_model, input_shapes
-from tenfold.profiling.latency import LayerTime, layer_latency, measure_latency
-from tenfold.profiling.modes import device_of, evaluating, layer_by_layer, same_random_numbers
-from tenfold.profiling.observing import Observation, observing
-from tenfold.profiling.reads import watching_reads
+from tenfold.profiling.latency.measure import LayerTime, layer_latency, measure_latency
 from tenfold.records import Call, LayerProfile, Profile, chain_macs
+from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
+from tenfold.tracing.inputs import call_model, input_shapes
+from tenfold.tracing.layers import Entry, entries
+from tenfold.tracing.observing import Observation, observing
+from tenfold.tracing.reads import watching_reads
 
 NEVER_CALLED = "never called by this forward (its weight may be read by its parent)"
 

@@ -1,16 +1,15 @@
-"""The geometry of rows gathered from a tensor train: which cores are multiplied once for all rows, and the cost."""
+"""Geometry of a table held as a tensor train: which cores are multiplied out once for all rows, and what that costs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
 from math import prod
-from typing import Literal
+from typing import ClassVar
 
-from pydantic import PositiveInt, model_validator
-
-from tenfold.records.base import Record
+from tenfold.records.base import Spec
 
 Shape = tuple[int, ...]
 Segments = tuple[tuple[int, int], ...]
@@ -22,7 +21,8 @@ _STARTED = 2000
 _NARROW, _LINE = 2, 16
 
 
-class TrainShape(Record):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainShape:
     """The shape of a table (∏ row modes, ∏ column modes) held as a tensor train, cores (rows, r, columns, r').
 
     Row and column indices are mixed-radix numbers of their modes, the first mode the slowest.
@@ -35,19 +35,17 @@ class TrainShape(Record):
         68160
     """
 
-    row_modes: tuple[PositiveInt, ...]
-    col_modes: tuple[PositiveInt, ...]
-    ranks: tuple[PositiveInt, ...]
+    row_modes: Shape
+    col_modes: Shape
+    ranks: Shape
 
-    @model_validator(mode="after")
-    def _check(self) -> TrainShape:
+    def __post_init__(self) -> None:
         if not len(self.row_modes) == len(self.col_modes) == len(self.ranks) + 1:
             msg = (
                 f"a train of {len(self.row_modes)} row modes needs as many column modes and one rank fewer, "
                 f"not {len(self.col_modes)} and {len(self.ranks)}"
             )
             raise ValueError(msg)
-        return self
 
     @property
     def sides(self) -> Shape:
@@ -85,24 +83,24 @@ class TrainShape(Record):
         return sum(_table(self, *s)[0] for s in segments) + count * sum(m for m, _, _ in _joins(self, segments))
 
 
-class GatherSpec(Record):
-    """One gather of rows from a tensor train, the stage of a factorized embedding; the ids are its input.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TTGatherSpec(Spec):
+    """One gather of rows from a tensor train, the only sub-layer of a factorized embedding; the ids are its input.
 
     The weight is flat: all cores (row mode, r, column mode, r') one after the other and, where there is a
     ``padding_idx``, the row it stands for, which no gradient reaches.
 
     Example:
         >>> shape = TrainShape(row_modes=(3, 4), col_modes=(2, 3), ranks=(2,))
-        >>> spec = GatherSpec(rows=11, shape=shape, padding_idx=0)
+        >>> spec = TTGatherSpec(rows=11, shape=shape, padding_idx=0)
         >>> spec.weight_shape, spec.out_shape((5, 7))
         ((42,), (5, 7, 6))
     """
 
-    type: Literal["gather"] = "gather"
-    rows: PositiveInt
+    rows: int
     shape: TrainShape
     padding_idx: int | None = None
-    bias: Literal[False] = False
+    bias: ClassVar[bool] = False
 
     @property
     def in_channels(self) -> int:

@@ -2,17 +2,17 @@
 
 from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_, with_errors
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
-from tenfold.surgery.fold import FoldedNorm, fold, fold_, fold_pairs_, folds_of
+from tenfold.surgery.fuse_batchnorm import FoldedNorm, fold, fold_, fold_pairs_, folds_of
+from tenfold.surgery.fused_pairs import Folds, find_folds
 from tenfold.surgery.modules import find, paths_of, put
-from tenfold.surgery.opening import (
+from tenfold.surgery.refit import apply_in_order
+from tenfold.surgery.unroll_rnn import (
     close_networks_,
     closed_networks,
     open_networks_,
     opened_networks,
     with_networks_open,
 )
-from tenfold.surgery.pairs import Folds, find_folds
-from tenfold.surgery.refit import apply_in_order
 
 __all__ = [
     "FoldedNorm",

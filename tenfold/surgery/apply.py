@@ -15,10 +15,18 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
-from tenfold.surgery.fold import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opening import open_networks_
-from tenfold.surgery.replacement import check_planned, geometry, layer_of, metric_for, refuse_tied, spec_of, trainable
+from tenfold.surgery.replacement import (
+    check_planned,
+    factorizable_spec,
+    geometry,
+    layer_of,
+    metric_for,
+    refuse_tied,
+    trainable,
+)
+from tenfold.surgery.unroll_rnn import open_networks_
 
 Progress = Callable[[int, int], None]
 Job = tuple[Problem, Callable[[Fit], Fit]]
@@ -141,7 +149,7 @@ def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
 def _job(model: nn.Module, layer: LayerPlan, seed: int, metric: Moments | None) -> Job:
     """Return what to decompose for a layer, and what makes of the fit one of the layer's own weight."""
     module = find(model, layer.path)
-    spec = spec_of(module, layer.path)
+    spec = factorizable_spec(module, layer.path)
     check_planned(layer, spec)
     format, rank = str(layer.format), layer.rank or {}
     try:

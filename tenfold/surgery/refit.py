@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenfold.calibration.input_moments import MomentSums, collect_moments
 from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError, TenfoldError
-from tenfold.layers import FactorizedLayer, describe
-from tenfold.profiling.inputs import token_mask
-from tenfold.profiling.moments import MomentSums, collect_moments
-from tenfold.profiling.replay import Forward
-from tenfold.profiling.residual import ResidualReplay
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
-from tenfold.surgery.fold import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opening import with_networks_open
-from tenfold.surgery.repair import branch_of, targets
-from tenfold.surgery.replacement import check_planned, geometry, layer_of, refuse_tied, spec_of
+from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
+from tenfold.surgery.shortcut_correction import branch_of, targets
+from tenfold.surgery.unroll_rnn import with_networks_open
+from tenfold.tracing.inputs import token_mask
+from tenfold.tracing.replay import Forward
+from tenfold.tracing.residual import ResidualReplay
 
 Progress = Callable[[int, int], None]
 
@@ -129,12 +129,12 @@ def _check(model: nn.Module, plan: Plan) -> None:
     check_pairs(model, plan.folded)
     refuse_tied(model, plan.factorized)
     for layer in plan.factorized:
-        check_planned(layer, spec_of(find(model, layer.path), layer.path))
+        check_planned(layer, factorizable_spec(find(model, layer.path), layer.path))
 
 
 def _looks_up(module: nn.Module) -> bool:
     """Whether a layer takes indices."""
-    spec = module.spec if isinstance(module, FactorizedLayer) else describe(module)[0]
+    spec = module.spec if isinstance(module, FactorizedLayer) else spec_of(module)[0]
     return spec is not None and spec.kind == "embedding"
 
 
@@ -142,7 +142,7 @@ def _with_looked_up(
     model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
-    specs = {layer.path: spec_of(find(model, layer.path), layer.path) for layer in plan.layers}
+    specs = {layer.path: factorizable_spec(find(model, layer.path), layer.path) for layer in plan.layers}
     found = collect_moments(model, batches, specs, forward=forward) if specs else {}
     return apply(model, plan, moments={path: own.replace(output=outputs.get(path)) for path, own in found.items()})
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.errors import RankError
 from tenfold.formats import Factorization, Rank, split_groups
-from tenfold.layers import FactorizedLayer, build, describe
+from tenfold.layers import FactorizedLayer, build, spec_of
 from tenfold.records import LayerSpec
 from tenfold.testing.geometries import GEOMETRIES, Geometry, served
 from tenfold.testing.laws import LawBroken, expect, expect_close, law
@@ -205,8 +205,8 @@ def check_face(format: Format, at: Geometry) -> None:
     dense, layer = dense_layer(at.spec, value.to_dense(), bias), FactorizedLayer.of(value, bias)
     options: Any = dense.__constants__
     with law(5, format.name(), at, "the face of the layer"):
-        spec, reason = describe(dense)
-        expect(spec == at.spec, f"describe says {spec} {reason}")
+        spec, reason = spec_of(dense)
+        expect(spec == at.spec, f"spec_of says {spec} {reason}")
         for name in options:
             if hasattr(dense, name):
                 wanted = getattr(dense, name)

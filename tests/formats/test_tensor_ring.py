@@ -13,7 +13,7 @@ from tenfold.formats.tensor_ring import TensorRing
 from tenfold.layers import FactorizedLayer
 from tenfold.ranks import RankProblem
 from tenfold.ranks.candidates import _one_by_one, costs_at, grids
-from tenfold.records import Call, Cost, FoldedSpec, LayerSpec, chain_macs
+from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs
 from tenfold.testing.weights import random_factors
 
 F64 = torch.float64
@@ -24,7 +24,7 @@ LINEAR = LayerSpec(kind="linear", in_channels=60, out_channels=48, bias=True)
 def test_three_convolutions_of_which_the_middle_one_serves_all_slices():
     rank = {"r1": 3, "r2": 4, "r3": 5}
     first, middle, last = TensorRing.structure(CONV, rank)
-    assert isinstance(middle, FoldedSpec)
+    assert isinstance(middle, SharedSliceSpec)
     assert (first.weight_shape, last.weight_shape) == ((15, 12, 1, 1), (16, 12, 1, 1))
     assert (middle.copies, middle.weight_shape, middle.layer.stride) == (3, (4, 5, 3, 5), (2, 1))
     assert [s.bias for s in (first, middle, last)] == [False, False, True]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.frequencies import frequencies, id_counts
 from tenfold.decompositions import Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.profiling.frequencies import frequencies, id_counts
-from tenfold.profiling.replay import Replay
 from tenfold.ranks import rule_from
 from tenfold.surgery import apply
 from tenfold.surgery.refit import apply_in_order
+from tenfold.tracing.replay import Replay
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tenfold.cli.sources import Opened
     from tenfold.pipeline import Compressed
     from tenfold.staging import Schedule, Stage
-    from tenfold.tuning import TuneConfig
+    from tenfold.training import TuneConfig
 
 ORDER = 35
 _PANEL = "Stages"
@@ -176,7 +176,7 @@ class _Job:
         """Return the outcome, not yet saved."""
         from tenfold.cli.recovering import calibration, evaluator
         from tenfold.staging import run_stages
-        from tenfold.tuning import RichProgress
+        from tenfold.training import RichProgress
 
         task, opened, config = self.opened.task, self.opened, self.config
         size, seed = config.batch_size, config.seed
