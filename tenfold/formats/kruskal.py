@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import Factorization, Rank, Reduced, join_groups
+from tenfold.formats.base import Factorization, Ints, Rank, Reduced, join_groups, proportional_cost
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors import kruskal
 from tenfold.tensors.kruskal import Stability, stability
@@ -73,6 +73,11 @@ class Kruskal(Factorization):
         """Return the least product of all modes but one: from there on, fibers and unit vectors are exact."""
         shape = cls.shape(spec)
         return {"rank": prod(shape) // max(shape)}
+
+    @classmethod
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates, which grow in proportion to the rank."""
+        return proportional_cost(cls.structure(spec, {"rank": 1}), ranks[:, 0], in_shape)
 
     @classmethod
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
