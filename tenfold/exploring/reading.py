@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tenfold.errors import DataError
 from tenfold.records import Candidates, Plan
-from tenfold.reporting.reading import read_run
+from tenfold.reporting.run_files import read_run
 
 CANDIDATES = "candidates.json"
 

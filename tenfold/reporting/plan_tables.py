@@ -1,4 +1,4 @@
-"""A plan as two tables: what is factorized, and what is kept and why."""
+"""The tables of a plan: layers to factorize, and layers kept, with reasons."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerPlan, Plan
-from tenfold.reporting.folding import grouped, kind_name, kinds_in_short, paths_in_short
-from tenfold.reporting.numbers import change, count, factor, ranks
-from tenfold.reporting.style import grid
+from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
+from tenfold.reporting.numbers import change, count, factor, plural, ranks
+from tenfold.reporting.tables import grid
 
 WHOLE_PATH = 28  # paths up to this length are not broken, however narrow the page
 
 
 def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
-    """Return what a person wants to see of a plan: the layers to factorize, then the layers to keep, with reasons.
+    """Return the totals of a plan, its layers to factorize, then its layers to keep, with reasons.
 
     Kept layers of one kind that share a reason take one line. Layers without parameters and MACs are left out.
     """
@@ -48,7 +48,7 @@ def _totals(plan: Plan) -> Text:
 def _factorized(layers: Sequence[LayerPlan]) -> Table:
     reasons = {layer.reason for layer in layers}
     shared = next(iter(reasons)) if len(reasons) == 1 else ""
-    title = f"Factorized: {len(layers)} {_layers(len(layers))}" + (f" — {shared}" if shared else "")
+    title = f"Factorized: {plural(len(layers), 'layer')}" + (f" — {shared}" if shared else "")
     table = grid(title)
     fitted = any(layer.rel_error is not None for layer in layers)
     longest = max(len(layer.path) for layer in layers)
@@ -70,7 +70,7 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
 
 
 def _kept(layers: Sequence[LayerPlan]) -> Table:
-    table = grid(f"Kept: {len(layers)} {_layers(len(layers))}")
+    table = grid(f"Kept: {plural(len(layers), 'layer')}")
     table.add_column("layer", overflow="fold", max_width=36)
     table.add_column("is", no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)
@@ -85,7 +85,3 @@ def _kept(layers: Sequence[LayerPlan]) -> Table:
             group[0].reason,
         )
     return table
-
-
-def _layers(number: int) -> str:
-    return "layer" if number == 1 else "layers"

@@ -1,4 +1,4 @@
-"""What each layer minds, as a table: errors and losses of score at a few costs, and what cannot be compressed."""
+"""The tables of a sensitivity: errors and losses of score at a few costs, and layers that cannot be compressed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerSensitivity, SensitivityPoint, SensitivityTable
-from tenfold.reporting.folding import grouped, kind_name, kinds_in_short, paths_in_short
-from tenfold.reporting.numbers import count, percent
-from tenfold.reporting.style import grid
+from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
+from tenfold.reporting.numbers import count, percent, plural
+from tenfold.reporting.tables import grid
 
 _SHARES = (0.25, 0.5, 0.75)
 
 
 def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
-    """Return what a person wants to see of a sensitivity table: numbers near a few shares of each layer's cost."""
+    """Return a sensitivity table in short: numbers near a few shares of each layer's cost."""
     scored = any(p.score is not None for layer in table.layers for p in layer.points)
     head = Text(f"Sensitivity of {table.model}", style="bold")
     head.append(": each layer factorized alone", style="not bold")
@@ -49,7 +49,6 @@ def _measured(table: SensitivityTable, *, scored: bool) -> Table:
 
 
 def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: float, baseline: float | None) -> str:
-    """Return error and loss at the point whose cost is nearest to a share of the layer's."""
     whole = layer.before.macs or layer.before.params
 
     def left(point: SensitivityPoint) -> float:
@@ -63,7 +62,7 @@ def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: fl
 
 
 def _rest(layers: Sequence[LayerSensitivity]) -> Table:
-    shown = grid(f"Not compressible: {len(layers)} {'layer' if len(layers) == 1 else 'layers'}")
+    shown = grid(f"Not compressible: {plural(len(layers), 'layer')}")
     shown.add_column("layer", overflow="fold", max_width=36)
     shown.add_column("is", no_wrap=True)
     shown.add_column("why", ratio=1)
