@@ -109,10 +109,11 @@ def plot_tradeoff(
     drawn = charts.trade_offs(curve, marked, label)
     figure = _figure(6.4, 1.1 + 2.9 * len(drawn))
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False).ravel()
-    for number, (panel, chart) in enumerate(zip(panels, drawn.values(), strict=True)):
+    labels = {"damage": curve.damage} if curve.damage else {}  # says what kind; on a page, the text beside it does
+    for number, (panel, (name, chart)) in enumerate(zip(panels, drawn.items(), strict=True)):
         chart["series"][0]["colour"] = number
         _draw(panel, chart)
-        panel.set_ylabel(textwrap.fill(chart["y"]["label"], 34), fontsize=9)
+        panel.set_ylabel(textwrap.fill(labels.get(name, chart["y"]["label"]), 34), fontsize=9)
     panels[-1].set_xlabel(next(iter(drawn.values()))["x"]["label"], fontsize=10)
     rule = curve.rule.get("name", "")
     figure.suptitle(f"{curve.model}: what a budget costs{f', rule {rule}' if rule else ''}", fontsize=11)

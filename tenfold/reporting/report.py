@@ -161,7 +161,7 @@ def _choices(run: Run) -> list[Figure]:
         drawn = charts.trade_offs(run.tradeoff, marked, "nearest to this plan")
         found += [(name, chart, f"{name.capitalize()} by budget", about) for name, chart in drawn.items()]
     if run.analysis is not None:
-        about = "All factorized layers at the same error of their weights; ringed, this plan, which may go by data."
+        about = "All factorized layers at the same error of their weights; ringed: this plan, which may use data."
         found.append(("equal", charts.equal_error(plan, run.analysis), "Error of the weights by budget", about))
     if run.sensitivity is not None:
         layers = charts.measured_layers(run.sensitivity, "output_error")[:6]
