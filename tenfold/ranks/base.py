@@ -83,19 +83,16 @@ class RankProblem:
 
     def cost_at(self, format: str, rank: Rank) -> Cost:
         """Return what the layer would cost in this format at this rank."""
-        full = FORMATS.get(format).check_rank(self.spec, rank)
-        ((params,), (macs,)) = self.costs_at(
-            format, np.array([[full[name] for name in FORMATS.get(format).rank_names]])
-        )
+        kind = FORMATS.get(format)
+        full = kind.check_rank(self.spec, rank)
+        ((params,), (macs,)) = self.costs_at(format, np.array([[full[name] for name in kind.rank_names]]))
         return Cost(params=int(params), macs=int(macs))
 
     def costs_at(self, format: str, ranks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return parameters and multiply-accumulates (n,) of the layer in this format at many ranks (n, names)."""
-        kind, macs = FORMATS.get(format), np.zeros(len(ranks), dtype=np.int64)
-        params, _ = kind.cost(self.spec, ranks, self.calls[0].in_shape)
-        for call in self.calls:
-            macs += kind.cost(self.spec, ranks, call.in_shape)[1] * call.count
-        return params, macs
+        costs = [FORMATS.get(format).cost(self.spec, ranks, call.in_shape) for call in self.calls]
+        macs = [macs * call.count for (_, macs), call in zip(costs, self.calls, strict=True)]
+        return costs[0][0], np.sum(macs, axis=0)
 
     def latency(self, choice: Choice) -> float:
         """Return the milliseconds that the layer would take after this choice; 0 when there is no clock."""
