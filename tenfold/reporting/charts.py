@@ -229,7 +229,7 @@ def _falling(points: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def measured_layers(table: SensitivityTable, value: str) -> list[LayerSensitivity]:
-    """Return the layers of which a value was measured, the costliest first."""
+    """Return the layers with measurements of ``value``, the costliest first."""
     found = [layer for layer in table.compressible if any(getattr(p, value) is not None for p in layer.points)]
     return sorted(found, key=lambda layer: (layer.before.macs, layer.before.params), reverse=True)
 

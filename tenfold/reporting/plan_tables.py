@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tenfold.records import LayerPlan, Plan
+from tenfold.records import LayerPlan, LayerSensitivity, Plan
 from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
 from tenfold.reporting.numbers import change, count, factor, plural, ranks
 from tenfold.reporting.tables import grid
@@ -26,7 +26,7 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     if plan.factorized:
         parts.append(_factorized(plan.factorized))
     if kept:
-        parts.append(_kept(kept))
+        parts.append(reasons_table("Kept", kept))
     return tuple(parts)
 
 
@@ -69,8 +69,9 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
     return table
 
 
-def _kept(layers: Sequence[LayerPlan]) -> Table:
-    table = grid(f"Kept: {plural(len(layers), 'layer')}")
+def reasons_table(title: str, layers: Sequence[LayerPlan] | Sequence[LayerSensitivity]) -> Table:
+    """Return layers with the reason why each is not factorized; those of one kind that share a reason take one line."""
+    table = grid(f"{title}: {plural(len(layers), 'layer')}")
     table.add_column("layer", overflow="fold", max_width=36)
     table.add_column("is", no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)

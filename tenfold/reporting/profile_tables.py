@@ -17,7 +17,7 @@ from tenfold.reporting.tables import grid
 def profile_tables(profile: Profile) -> tuple[RenderableType, ...]:
     """Return the totals, a table of the layers, and what could not be counted.
 
-    Layers that no format supports take one line per kind and note; those that cost nothing are left out.
+    Layers that no format supports take one line per kind and note; layers without cost are left out.
     """
     parts: list[RenderableType] = [_totals(profile), _layers(profile)]
     if profile.uncounted:

@@ -18,7 +18,7 @@ RECORD, ANALYSIS = "record.json", "analysis.json"
 
 @dataclass(frozen=True)
 class Run:
-    """The record of a run, and what lies beside it to be drawn.
+    """The record of a run, and the curves beside it.
 
     ``name`` is that of the folder, or of the file and the place in it.
     """

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerSensitivity, SensitivityPoint, SensitivityTable
-from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
-from tenfold.reporting.numbers import count, percent, plural
+from tenfold.reporting.numbers import count, percent
+from tenfold.reporting.plan_tables import reasons_table
 from tenfold.reporting.tables import grid
 
 _SHARES = (0.25, 0.5, 0.75)
@@ -28,7 +28,7 @@ def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
         parts.append(_measured(table, scored=scored))
     rest = [layer for layer in table.layers if layer.state != "compressible"]
     if rest:
-        parts.append(_rest(rest))
+        parts.append(reasons_table("Not compressible", rest))
     return tuple(parts)
 
 
@@ -59,17 +59,3 @@ def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: fl
     if near.score is not None and baseline is not None:
         text += f"  {100 * (near.score - baseline):+.1f}".replace("-", "−")
     return text
-
-
-def _rest(layers: Sequence[LayerSensitivity]) -> Table:
-    shown = grid(f"Not compressible: {plural(len(layers), 'layer')}")
-    shown.add_column("layer", overflow="fold", max_width=36)
-    shown.add_column("is", no_wrap=True)
-    shown.add_column("why", ratio=1)
-    for group in grouped(layers, lambda layer: (kind_name(layer.kind), layer.reason)):
-        shown.add_row(
-            paths_in_short([layer.path for layer in group]),
-            kinds_in_short([layer.kind for layer in group]),
-            group[0].reason,
-        )
-    return shown
