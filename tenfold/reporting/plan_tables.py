@@ -69,7 +69,7 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
     return table
 
 
-def reasons_table(title: str, layers: Sequence[LayerPlan] | Sequence[LayerSensitivity]) -> Table:
+def reasons_table(title: str, layers: Sequence[LayerPlan | LayerSensitivity]) -> Table:
     """Return layers with the reason why each is not factorized; those of one kind that share a reason take one line."""
     table = grid(f"{title}: {plural(len(layers), 'layer')}")
     table.add_column("layer", overflow="fold", max_width=36)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def report(run: Run) -> str:
     columns, rows = layer_table(record, run.analysis)
     kept = len(rows) - len(plan.factorized)
     layers = _layers(run)
-    figures = {"overview": _overview(run), "choices": _choices(run), "training": _training(record)}
-    drawn = {name: chart for group in figures.values() for name, chart, _, _ in group if chart is not None}
+    overview, choices, training = _overview(run), _choices(run), _training(record)
+    drawn = {name: chart for name, chart, _, _ in (*overview, *choices, *training) if chart is not None}
     return page(
         "report.html",
         title=f"{record.task or plan.model}: {_headline(record)}",
@@ -52,11 +52,14 @@ def report(run: Run) -> str:
         stages=dict(zip(("columns", "rows"), stage_table(record), strict=True)) if record.stages else None,
         command=record.command or "",
         facts=facts(record),
-        **{
-            part: [{"id": name, "title": title, "about": about} for name, chart, title, about in group if chart]
-            for part, group in figures.items()
-        },
+        overview=_places(overview),
+        choices=_places(choices),
+        training=_places(training),
     )
+
+
+def _places(figures: Sequence[Figure]) -> list[dict[str, str]]:
+    return [{"id": name, "title": title, "about": about} for name, chart, title, about in figures if chart is not None]
 
 
 def tiles(record: RunRecord) -> list[Tile]:

@@ -104,7 +104,7 @@
     now.classList.toggle("bad", over);
   }
 
-  // The steps of a slider: those of its format, the one that is chosen among them, and at the end the layer unchanged.
+  // The steps of a slider: those of its format, the one that is chosen among them, and at the end the layer kept.
   function stepsOf(known, layer, format) {
     const own = (known.formats[format] || []).slice();
     if (layer.format === format && !own.some((step) => step[0] === layer.option)) {
@@ -122,7 +122,7 @@
     slider.max = steps.length;
     slider.value = layer.format === null ? steps.length : steps.findIndex((step) => step[0] === layer.option);
     slider.disabled = steps.length === 0;
-    slider.setAttribute("aria-valuetext", layer.format === null ? "unchanged" : `${layer.format} ${layer.rank}`);
+    slider.setAttribute("aria-valuetext", layer.format === null ? "kept" : `${layer.format} ${layer.rank}`);
     row.querySelector("output").textContent = layer.rank;
     row.querySelector(".planned").textContent = layer.planned ? `planned: ${layer.planned}` : "";
     row.querySelector(".format").value = layer.format === null ? "" : layer.format;
@@ -208,8 +208,8 @@
     const slider = row.querySelector(".rank");
     slider.addEventListener("input", () => {
       const step = stepsOf(known, answer.layers[i], row.dataset.format)[Number(slider.value)];
-      row.querySelector("output").textContent = step ? step[1] : "unchanged";
-      slider.setAttribute("aria-valuetext", step ? `${row.dataset.format} ${step[1]}` : "unchanged");
+      row.querySelector("output").textContent = step ? step[1] : "kept";
+      slider.setAttribute("aria-valuetext", step ? `${row.dataset.format} ${step[1]}` : "kept");
       pin(i, step ? { format: row.dataset.format, option: step[0] } : { format: null });
     });
     row.querySelector(".format").addEventListener("change", (event) => {
