@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import Latency, Measurement, RunRecord
+from tenfold.reporting.columns import grid, rich_table
 from tenfold.reporting.numbers import (
     count,
     factor,
@@ -21,7 +22,6 @@ from tenfold.reporting.numbers import (
 )
 from tenfold.reporting.page_tables import stage_table
 from tenfold.reporting.plan_tables import plan_tables
-from tenfold.reporting.tables import grid, rich_table
 
 
 def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:

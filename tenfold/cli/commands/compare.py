@@ -75,8 +75,8 @@ def run(terminal: Terminal, runs: Runs, out: Out = None) -> None:
 
 
 def _table(groups: Sequence[Group]) -> Table:
+    from tenfold.reporting.columns import grid
     from tenfold.reporting.comparison_page import text
-    from tenfold.reporting.tables import grid
 
     table = grid()
     for name in ("model", "method", "budget"):
