@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tenfold.decompositions import Decomposition, Problem, decompose_many, recompress
+from tenfold.decompositions import Decomposition, FitRequest, decompose_many, recompress
 from tenfold.errors import WeightError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.tensors import rel_error
@@ -153,7 +153,7 @@ def check_batched(trial: Trial) -> None:
     rank = ranks[len(ranks) // 2]
     weights = [random_weight(spec, seed=seed) * scale for seed, scale in ((5, 1.0), (6, 1e-3), (7, 50.0))]
     with law(7, trial, rank, "three at once"):
-        together = decompose_many([Problem(w, spec, name, rank, trial.algorithm) for w in weights])
+        together = decompose_many([FitRequest(w, spec, name, rank, trial.algorithm) for w in weights])
         for weight, fit in zip(weights, together, strict=True):
             alone = trial.fit(weight, rank)
             # Together they stop together, so each may be better than alone, but never worse. Sweeps that tell errors by

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
-from tenfold.errors import PlanError, TenfoldError
+from tenfold.decompositions import Decomposition, FitRequest, algorithm_for, decompose_many, default_algorithm
+from tenfold.errors import PlanError, naming_layer
 from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import dense_weight, describe
 from tenfold.records import Plan
@@ -106,22 +106,18 @@ class PlanProjection(Projection):
         """Return the formats."""
         return " and ".join(sorted({str(layer.format) for layer in self.plan.factorized}))
 
-    def _problem(self, i: int, model: nn.Module, target: Tensor) -> Problem:
+    def _problem(self, i: int, model: nn.Module, target: Tensor) -> FitRequest:
         layer = self.plan.factorized[i]
         spec, reason = describe(find(model, layer.path))
         if spec is None:
             msg = f"layer {layer.path!r} cannot be factorized: {reason}"
             raise PlanError(msg)
         format, seed = str(layer.format), self.plan.seed
-        try:
-            known = layer.algorithm
-            algorithm = default_algorithm(format, seed) if known is None else Decomposition.from_dict(known)
+        with naming_layer(layer.path):
+            algorithm = algorithm_for(format, layer.algorithm, seed)
             known_factors = {n.partition("_")[2]: t for n, t in self._buffers.items() if n.startswith(f"factors{i}_")}
             start = FORMATS.get(format)(spec, **known_factors) if known_factors else None
-        except TenfoldError as error:
-            msg = f"layer {layer.path!r}: {error}"
-            raise PlanError(msg) from error
-        return Problem(target, spec, format, layer.rank or {}, algorithm, start=start)
+        return FitRequest(target, spec, format, layer.rank or {}, algorithm, start=start)
 
     def _remember(self, i: int, value: Factorization) -> None:
         """Keep factors to start from, where that matters."""
@@ -139,7 +135,7 @@ def weight_only(plan: Plan) -> Plan:
     """Return the plan with the default algorithm of the format wherever one was planned that wants to know the data."""
     layers = []
     for layer in plan.layers:
-        aware = layer.algorithm is not None and isinstance(Decomposition.from_dict(layer.algorithm), AwareDecomposition)
+        aware = layer.algorithm is not None and Decomposition.from_dict(layer.algorithm).uses_covariance
         known = default_algorithm(str(layer.format), plan.seed).to_dict() if aware else layer.algorithm
         layers.append(layer.replace(algorithm=known, fingerprint=None))
     return plan.replace(layers=tuple(layers))

@@ -166,8 +166,8 @@ def test_the_data_aware_fit_has_the_smaller_output_error(format: str) -> None:
     weight = noise(10, 12, 3, 3)
     inputs = noise(2000, 12, 9, seed=5) @ noise(9, 9, seed=6) * torch.arange(1, 13, dtype=DOUBLE)[None, :, None]
     moments = Moments.of(inputs.flatten(1))
-    aware = decompose(weight, format, {"rank": 10}, metric=moments)
-    plain = decompose(weight, format, {"rank": 10}, CPALS(), metric=moments)
+    aware = decompose(weight, format, {"rank": 10}, moments=moments)
+    plain = decompose(weight, format, {"rank": 10}, CPALS(), moments=moments)
     assert aware.output_error is not None
     assert plain.output_error is not None
     assert aware.output_error < 0.8 * plain.output_error

@@ -217,7 +217,7 @@ def test_all_of_them_serve_both_formats():
             CPEPC(sweeps=5, rounds=0),
             CPPower(),
         ):
-            assert algorithm.serves(FORMATS.get(format))
+            assert algorithm.supports(FORMATS.get(format))
             fit = decompose(weight, format, {"rank": 4}, algorithm)
             assert fit.value.to_dense().dtype == torch.float32
             assert fit.rel_error < 1

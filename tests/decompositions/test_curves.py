@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tenfold.decompositions import Moments, decompose
-from tenfold.decompositions.curves import _FittedCurve, between, damage_curve
+from tenfold.decompositions.curves import _FittedCurve, between, error_curve
 from tenfold.formats import FORMATS
 from tenfold.formats.low_rank import LowRank
 from tenfold.records import LayerSpec
@@ -21,7 +21,7 @@ def moments(minded: bool) -> Moments:
         + 0.2
     )
     root = torch.randn(2, 8, 8, dtype=torch.float64) * torch.logspace(0, -2, 8, dtype=torch.float64)
-    return Moments.of(x).replace(output=root @ root.mT if minded else None)
+    return Moments.of(x).replace(output_gram=root @ root.mT if minded else None)
 
 
 @pytest.mark.parametrize("minded", [False, True])
@@ -36,12 +36,12 @@ def moments(minded: bool) -> Moments:
 def test_the_curve_is_the_damage_of_the_fits(format, ranks, minded):
     weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded)
     kind = FORMATS.get(format)
-    curve = damage_curve(weight, SPEC, kind, metric)(np.array(ranks))
+    curve = error_curve(weight, SPEC, kind, metric)(np.array(ranks))
     for rank, predicted in zip(ranks, curve, strict=True):
         named = dict(zip(kind.rank_names, rank, strict=True))
-        fit = decompose(weight.reshape(16, 6, 3, 3), format, named, spec=SPEC, metric=metric)
-        reached = metric.damage(weight.flatten(2), fit.value.to_grouped().flatten(2))
-        zero = metric.damage(weight.flatten(2), torch.zeros(2, 8, 54, dtype=torch.float64))
+        fit = decompose(weight.reshape(16, 6, 3, 3), format, named, spec=SPEC, moments=metric)
+        reached = metric.distortion(weight.flatten(2), fit.value.to_grouped().flatten(2))
+        zero = metric.distortion(weight.flatten(2), torch.zeros(2, 8, 54, dtype=torch.float64))
         assert predicted == pytest.approx(
             reached, rel=0.15 if "spatial" in format or "tucker" in format else 1e-2, abs=0.01 * zero
         )
@@ -55,8 +55,8 @@ def test_any_other_format_is_fitted_with_its_own_algorithm():
     weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded=False)
     generic = _FittedCurve(weight, SPEC, FORMATS.get("low_rank"), metric)
     ranks = np.array([[1], [4], [8]])
-    assert generic(ranks) == pytest.approx(damage_curve(weight, SPEC, FORMATS.get("low_rank"), metric)(ranks), rel=0.01)
-    assert isinstance(damage_curve(weight, SPEC, Mirrored, metric), _FittedCurve)
+    assert generic(ranks) == pytest.approx(error_curve(weight, SPEC, FORMATS.get("low_rank"), metric)(ranks), rel=0.01)
+    assert isinstance(error_curve(weight, SPEC, Mirrored, metric), _FittedCurve)
 
 
 def test_curves_ask_for_a_dozen_ranks_and_lie_between():

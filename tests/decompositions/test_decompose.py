@@ -10,9 +10,9 @@ import torch
 
 from tenfold.decompositions import (
     DECOMPOSITIONS,
-    AwareDecomposition,
+    CovarianceDecomposition,
     Decomposition,
-    Problem,
+    FitRequest,
     decompose,
     decompose_many,
     default_algorithm,
@@ -122,7 +122,7 @@ def test_many_are_as_one_in_order_whatever_their_shapes():
     problems = []
     for i, weight in enumerate(weights):
         spec = LayerSpec(kind="conv", in_channels=weight.shape[1], out_channels=weight.shape[0], kernel=(3, 3))
-        problems.append(Problem(weight, spec, "tucker2", {"out": 4, "in": 3 + i % 2}, HOOI(n_iter=40, tol=1e-9)))
+        problems.append(FitRequest(weight, spec, "tucker2", {"out": 4, "in": 3 + i % 2}, HOOI(n_iter=40, tol=1e-9)))
     for problem, fit in zip(problems, decompose_many(problems), strict=True):
         alone = decompose(problem.weight, "tucker2", problem.rank, problem.algorithm)
         assert fit.value.core.dtype == problem.weight.dtype
@@ -188,12 +188,12 @@ def test_what_is_registered_changes_no_default(monkeypatch: pytest.MonkeyPatch) 
     """Not even an algorithm that knows the data, serves every format and comes first in the alphabet."""
 
     def defaults() -> dict[str, str]:
-        return {name: default_algorithm(name, aware=True).name() for name in FORMATS.names()}
+        return {name: default_algorithm(name, data_aware=True).name() for name in FORMATS.names()}
 
     @dataclass(frozen=True)
     class First(WeightedALS):
         @classmethod
-        def serves(cls, format: type[Factorization]) -> bool:
+        def supports(cls, format: type[Factorization]) -> bool:
             return True
 
     before = defaults()
@@ -207,5 +207,5 @@ def test_what_is_registered_changes_no_default(monkeypatch: pytest.MonkeyPatch) 
 def test_defaults_serve_their_format(format: str) -> None:
     kind = FORMATS.get(format)
     for aware in (False, True):
-        assert default_algorithm(format, aware=aware).serves(kind)
-    assert kind.aware_algorithm is None or isinstance(default_algorithm(format, aware=True), AwareDecomposition)
+        assert default_algorithm(format, data_aware=aware).supports(kind)
+    assert kind.aware_algorithm is None or isinstance(default_algorithm(format, data_aware=True), CovarianceDecomposition)

@@ -13,7 +13,7 @@ from tensorly.tr_tensor import tr_to_tensor
 
 from tenfold.decompositions import DECOMPOSITIONS, Moments, Sketch, btd_sweeps, curves, decompose, tr_sweeps
 from tenfold.decompositions.btd_sweeps import BlockLayout, Blocks, balanced, deflated
-from tenfold.decompositions.curves import damage_curve, error_curve
+from tenfold.decompositions import error_curve
 from tenfold.decompositions.parts import descend
 from tenfold.decompositions.parts_under import Under
 from tenfold.decompositions.tr_sweeps import RingLayout, Rings
@@ -272,12 +272,12 @@ def test_with_data_the_output_error_is_less(spec, format, rank):
     x = x @ torch.linalg.qr(random_tensor(width, width, seed=4)).Q
     weight, moments = random_tensor(*spec.weight_shape, seed=2), Moments.of(x)
     plain_algorithm = DECOMPOSITIONS.get(FORMATS.get(format).default_algorithm)
-    aware = decompose(weight, format, rank, spec=spec, metric=moments)
+    aware = decompose(weight, format, rank, spec=spec, moments=moments)
     plain = decompose(weight, format, rank, spec=spec)
     apart = weight.reshape(groups, -1, width)
     unaware = moments.errors(apart, plain.value.to_grouped().flatten(2))
     assert aware.output_error < 0.9 * float(unaware[0].sum() / unaware[1].sum()) ** 0.5
-    few = decompose(weight, format, rank, plain_algorithm(data_iter=1), spec=spec, metric=moments)
+    few = decompose(weight, format, rank, plain_algorithm(data_iter=1), spec=spec, moments=moments)
     assert aware.output_error <= few.output_error * (1 + 1e-9)
 
 
@@ -285,9 +285,9 @@ def test_a_sketch_of_the_moments_serves_as_well():
     x = random_tensor(500, 48) * torch.logspace(0, -1.5, 48, dtype=F64)
     weight, rank = random_tensor(36, 48, seed=2), {"r1": 3, "r2": 3, "r3": 3}
     whole = Moments.of(x)
-    sketch = whole.replace(second=Sketch.of(x))
-    found = decompose(weight, "tensor_ring", rank, metric=sketch).output_error
-    assert found == pytest.approx(decompose(weight, "tensor_ring", rank, metric=whole).output_error, rel=0.02)
+    sketch = whole.replace(input_second_moment=Sketch.of(x))
+    found = decompose(weight, "tensor_ring", rank, moments=sketch).output_error
+    assert found == pytest.approx(decompose(weight, "tensor_ring", rank, moments=whole).output_error, rel=0.02)
 
 
 @pytest.mark.parametrize("format", ["tensor_ring", "block_term"])
@@ -302,14 +302,14 @@ def test_curves_are_the_errors_of_quick_fits(format, data):
     def error(row, algorithm):
         rank = dict(zip(kind.rank_names, row, strict=True))
         given = weight if data else weight.float()
-        fit = decompose(given, format, rank, algorithm, metric=moments)
+        fit = decompose(given, format, rank, algorithm, moments=moments)
         if moments is None:
             return fit.rel_error**2
-        return moments.damage(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
+        return moments.distortion(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
 
     ranks = np.array([[c, r, r] for c in (2, 4) for r in (1, 2)])
     curve = (
-        error_curve(weight[None], spec, kind) if moments is None else damage_curve(weight[None], spec, kind, moments)
+        error_curve(weight[None], spec, kind) if moments is None else error_curve(weight[None], spec, kind, moments)
     )
     told = curve(ranks)
     assert told == pytest.approx([error(row, quick) for row in ranks.tolist()], rel=1e-6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions import Fit, Moments, decompose, default_algorithm
-from tenfold.decompositions.base import AwareDecomposition
+from tenfold.decompositions.base import CovarianceDecomposition
 from tenfold.formats import Rank, join_groups, split_groups
 from tenfold.records import LayerSpec
 from tenfold.testing.laws import expect, law
@@ -66,12 +66,12 @@ class _Seen:
 
 def _aware(trial: Trial, at: _Seen) -> Fit:
     name, metric = trial.format.name(), Moments.of(at.rows)
-    return decompose(at.weight, name, at.rank, trial.algorithm, spec=at.spec, metric=metric)
+    return decompose(at.weight, name, at.rank, trial.algorithm, spec=at.spec, moments=metric)
 
 
 def check_white(trial: Trial) -> None:
     """Raise LawBroken if inputs that are white and centred make the fit worse than it is without any."""
-    if not isinstance(trial.algorithm, AwareDecomposition):
+    if not isinstance(trial.algorithm, CovarianceDecomposition):
         return
     spec = trial.at.spec
     weight, ranks = random_weight(spec, seed=2), some_ranks(trial.format, spec)
@@ -82,7 +82,7 @@ def check_white(trial: Trial) -> None:
     rank = ranks[len(ranks) // 2]
     with law(15, trial, rank, "white inputs"):
         plain = trial.fit(weight, rank)
-        seen = decompose(weight, trial.format.name(), rank, trial.algorithm, spec=spec, metric=white)
+        seen = decompose(weight, trial.format.name(), rank, trial.algorithm, spec=spec, moments=white)
         slack = SLACK if trial.format.tails_bound else LOCAL_SLACK
         most = plain.rel_error * (1 + slack) + 1e-4
         expect(seen.rel_error <= most, f"relative error {seen.rel_error:.6g}, without a metric {plain.rel_error:.6g}")
@@ -93,7 +93,7 @@ def check_outputs(trial: Trial) -> None:
 
     Of each group, the output errors are clearly below those of a fit that does not know the data.
     """
-    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) else None
+    at = _Seen.of(trial) if isinstance(trial.algorithm, CovarianceDecomposition) else None
     if at is None:
         return
     with law(15, trial, at.rank, "inputs in half of all directions"):
@@ -103,7 +103,7 @@ def check_outputs(trial: Trial) -> None:
         expect(abs(told - seen) <= 1e-6, f"the fit tells the output error {told:.6g}, over the rows it is {seen:.6g}")
         blind = default_algorithm(trial.format.name())
         metric = Moments.of(at.rows)
-        plain, _ = at.errors(decompose(at.weight, trial.format.name(), at.rank, blind, spec=at.spec, metric=metric))
+        plain, _ = at.errors(decompose(at.weight, trial.format.name(), at.rank, blind, spec=at.spec, moments=metric))
         for own, without, whole in zip(missed.sqrt(), plain.sqrt(), power.sqrt(), strict=True):
             least = 0.02 * float(whole)
             expect(
@@ -114,7 +114,7 @@ def check_outputs(trial: Trial) -> None:
 
 def check_groups_apart(trial: Trial) -> None:
     """Raise LawBroken if a group comes out worse beside groups with other inputs than as a layer of its own."""
-    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) and trial.at.spec.groups > 1 else None
+    at = _Seen.of(trial) if isinstance(trial.algorithm, CovarianceDecomposition) and trial.at.spec.groups > 1 else None
     if at is None:
         return
     missed, power = at.errors(_aware(trial, at))
@@ -129,14 +129,14 @@ def check_groups_apart(trial: Trial) -> None:
 
 def check_minded(trial: Trial) -> None:
     """Raise LawBroken if factors come out with scales that train badly where outputs count very differently."""
-    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) else None
+    at = _Seen.of(trial) if isinstance(trial.algorithm, CovarianceDecomposition) else None
     if at is None:
         return
     groups, out = at.spec.group_shape[:2]
     minded = torch.logspace(0, -4, out, dtype=torch.float64).diag_embed().expand(groups, -1, -1)
-    metric = Moments.of(at.rows).replace(output=minded)
+    metric = Moments.of(at.rows).replace(output_gram=minded)
     with law(15, trial, at.rank, "outputs that count very differently"):
-        found = decompose(at.weight, trial.format.name(), at.rank, trial.algorithm, spec=at.spec, metric=metric).value
+        found = decompose(at.weight, trial.format.name(), at.rank, trial.algorithm, spec=at.spec, moments=metric).value
         for (name, given), wanted in zip(found.tensors().items(), found.balanced().tensors().values(), strict=True):
             norms, levelled = (torch.linalg.vector_norm(t.flatten(2), dim=(1, 2)) for t in (given, wanted))
             off = float((norms / levelled.clamp_min(1e-30)).log().abs().max())

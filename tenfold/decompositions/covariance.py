@@ -1,13 +1,23 @@
-"""Second moments of very wide inputs, in memory that grows with the width and not with its square."""
+"""Covariances of layer inputs, as matrices or as sketches of bounded memory, and the algebra on them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from math import prod
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from tenfold.records import Shape
+
+# Directions with less than this share of the largest eigenvalue carry no data, only rounding.
+NEGLIGIBLE = 1e-10
+
+# The covariance of one mode is kept this far from singular, as a share of its mean variance.
+_MODE_RIDGE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,3 +148,135 @@ class Sketch:
             return self.quadratic(off)
         far = self.targets - self.rows @ approximation.mT
         return far.square().sum(-2) + (off.square() @ self.rest.unsqueeze(-1)).squeeze(-1)
+
+
+# A positive semidefinite matrix (groups, n, n): dense, or a sketch where that would not fit into memory. Of both,
+# ``A @ covariance`` is the product.
+Covariance = Tensor | Sketch
+CovarianceT = TypeVar("CovarianceT", Tensor, Sketch, Covariance)
+
+
+def add_ridge(square: CovarianceT, ridge: float) -> CovarianceT:
+    """Return the symmetric matrices (..., n, n) plus ridge·(mean of the diagonal)·I; I itself for a zero matrix."""
+    if ridge <= 0:
+        return square
+    level = mean_variance(square)
+    level = torch.where(level > 0, level * ridge, torch.ones_like(level))
+    if isinstance(square, Sketch):
+        return square.plus(level)
+    return square + torch.diag_embed(level.unsqueeze(-1).expand(square.shape[:-1]))
+
+
+def sandwich(matrix: Tensor, square: Covariance) -> Tensor:
+    """Return A C Aᵀ (groups, m, m) for A (groups, m, n)."""
+    return square.sandwich(matrix) if isinstance(square, Sketch) else matrix @ square @ matrix.mT
+
+
+def mean_variance(square: Covariance) -> Tensor:
+    """Return the mean of the diagonal (...,) of matrices (..., n, n)."""
+    return (square.diagonal() if isinstance(square, Sketch) else square.diagonal(dim1=-2, dim2=-1)).mean(-1)
+
+
+def channel_blocks(square: Covariance, taps: int) -> Tensor:
+    """Return the mean (groups, n/taps, n/taps) over the taps of the blocks of channels that belong to one tap."""
+    if isinstance(square, Sketch):
+        return square.channels(taps)
+    blocks = square.unflatten(-1, (-1, taps)).unflatten(-3, (-1, taps))  # (groups, c, k, c, k)
+    averaged: Tensor = blocks.diagonal(dim1=-3, dim2=-1).mean(-1)
+    return averaged
+
+
+def is_finite(square: Covariance) -> bool:
+    """Whether no entry is NaN or infinite."""
+    if isinstance(square, Sketch):
+        return all(bool(torch.isfinite(t.sum(-1)).all()) for t in square.tensors().values())
+    return bool(torch.isfinite(square).all())
+
+
+def quadratic(rows: Tensor, square: Covariance) -> Tensor:
+    """Return wᵀ A w for each row w of (..., m, n), clamped at 0: (..., m)."""
+    found = square.quadratic(rows) if isinstance(square, Sketch) else (rows @ square * rows).sum(-1)
+    return found.clamp_min(0)
+
+
+def sqrt_and_inverse_sqrt(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the symmetric square root of a positive semidefinite matrix (..., n, n), and its pseudo-inverse.
+
+    By eigenvectors, not by Cholesky, which fails on the singular matrices that ReLU and few data make. Eigenvalues
+    below 1e-10 of the largest count as zero.
+
+    Example:
+        >>> root, inverse = sqrt_and_inverse_sqrt(torch.diag(torch.tensor([4.0, 0.0])).double())
+        >>> root.diagonal().tolist(), inverse.diagonal().tolist()
+        ([2.0, 0.0], [0.5, 0.0])
+    """
+    values, vectors = torch.linalg.eigh(square)
+    kept = values > NEGLIGIBLE * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
+    root = torch.where(kept, values, torch.zeros_like(values)).sqrt()
+    inverse = torch.where(kept, 1 / root, torch.zeros_like(values))
+    return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+
+
+def solve_spd(square: Tensor, right: Tensor) -> Tensor:
+    """Return A⁻¹ B for positive semidefinite A (..., n, n) and B (..., n, m), by eigenvectors where Cholesky fails."""
+    lower, failed = torch.linalg.cholesky_ex(square)
+    if not bool(failed.any()) and bool(_well_posed(lower)):
+        return torch.cholesky_solve(right, lower)
+    _, inverse = sqrt_and_inverse_sqrt(square)
+    return inverse @ (inverse @ right)
+
+
+def _well_posed(lower: Tensor) -> Tensor:
+    diagonal = lower.diagonal(dim1=-2, dim2=-1).square()
+    return (diagonal.amin(-1) > NEGLIGIBLE * diagonal.amax(-1)).all()
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """Whitening of the inputs mode by mode: nearly white, without mixing the modes that they are split into.
+
+    Attributes:
+        modes: of the inputs, in the order of the flattened weight.
+        roots: for each mode the square root (batch, n, n) of its own covariance.
+        inverses: the inverses of these.
+    """
+
+    modes: Shape
+    roots: tuple[Tensor, ...]
+    inverses: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, square: Covariance, modes: Shape) -> Whitening:
+        """Return the whitening for a covariance (batch, n, n) with a mean variance of 1, n the product of the modes."""
+        pairs = [sqrt_and_inverse_sqrt(add_ridge(marginal(square, modes, k), _MODE_RIDGE)) for k in range(len(modes))]
+        return cls(modes, tuple(root for root, _ in pairs), tuple(inverse for _, inverse in pairs))
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """Return the weights (batch, out, ...) that act on white inputs as these do on the real ones."""
+        return self._along(weight, self.roots)
+
+    def unwhiten(self, weight: Tensor) -> Tensor:
+        """Return the weights for the real inputs; the inverse of ``whiten``, and its own transpose."""
+        return self._along(weight, self.inverses)
+
+    def _along(self, weight: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        batch, out = weight.shape[:2]
+        result = weight.reshape(batch, -1, prod(self.modes))
+        before, after = out, prod(self.modes)
+        for n, matrix in zip(self.modes, matrices, strict=True):
+            after //= n
+            result = matrix.unsqueeze(1) @ result.reshape(batch, before, n, after)
+            before *= n
+        return result.reshape(weight.shape)
+
+
+def marginal(square: Covariance, modes: Shape, k: int) -> Tensor:
+    """Return the mean (batch, n, n) over all other modes of the covariance of mode ``k``."""
+    before, n, after = prod(modes[:k]), modes[k], prod(modes[k + 1 :])
+    if isinstance(square, Sketch):
+        rows = square.rows.unflatten(-1, (before, n, after)).movedim(-2, 1).flatten(2)
+        rest = square.rest.unflatten(-1, (before, n, after)).sum((1, 3))
+        sums: Tensor = rows @ rows.mT + torch.diag_embed(rest)
+        return sums / (before * after)
+    blocks = square.unflatten(-1, (before, n, after)).unflatten(1, (before, n, after))
+    return torch.einsum("zaibajb->zij", blocks) / (before * after)
