@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.hooi.run import make
 from tenfold.decompositions import Fit, FitRequest, decompose_many
-from tenfold.decompositions.base import spec_of_weight
-from tenfold.decompositions.cp_als import CPALS
+from tenfold.decompositions import spec_of_weight
+from tenfold.decompositions.cp.als import CPALS
 from tenfold.errors import require
 from tenfold.profiling import environment
 from tenfold.tensors import kruskal, rel_error

@@ -12,7 +12,7 @@ from tenfold.decompositions import Decomposition, FitRequest, decompose_many, re
 from tenfold.errors import WeightError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.tensors import rel_error
-from tenfold.testing.aware_laws import AWARE_LAWS
+from tenfold.testing.covariance_laws import COVARIANCE_LAWS
 from tenfold.testing.geometries import GEOMETRIES, Geometry, served
 from tenfold.testing.laws import expect, law
 from tenfold.testing.trials import LOCAL_SLACK, SLACK, Trial
@@ -42,7 +42,7 @@ def check_exact(trial: Trial) -> None:
 
 
 def check_monotone(trial: Trial) -> None:
-    """Raise LawBroken if a larger rank has a larger error (unless ``rough``), or a fit tells another than it has."""
+    """Raise LawBroken if a larger rank has a larger error (unless ``initializer_only``), or a fit tells another than it has."""
     spec = trial.at.spec
     weight = random_weight(spec, seed=2)
     last = math.inf
@@ -52,7 +52,7 @@ def check_monotone(trial: Trial) -> None:
             seen = rel_error(fit.value.to_dense(), weight)
             expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit tells the error {fit.rel_error:.6g}, it is {seen:.6g}")
             expect(fit.value.rank == rank, f"the factors have rank {fit.value.rank}")
-            falls = trial.algorithm.rough or seen <= last * (1 + SLACK) + 1e-6
+            falls = trial.algorithm.initializer_only or seen <= last * (1 + SLACK) + 1e-6
             expect(falls, f"the error rises from {last:.6g} to {seen:.6g}")
             last = seen
 
@@ -87,10 +87,10 @@ def check_recovery(trial: Trial) -> None:
 
     At the next ones it is enough to come near where the factors are not determined (not ``tails_bound``). Where a
     format pads the weight there is nothing to find: what the factors had in the padding is not in the weight. Nor need
-    algorithms that only start what others finish (``rough``).
+    algorithms that only start what others finish (``initializer_only``).
     """
     spec = trial.at.spec
-    if trial.algorithm.rough:
+    if trial.algorithm.initializer_only:
         return
     apart = split_groups(random_weight(spec), spec)
     if any(matrix.numel() > apart.numel() for matrix in trial.format.unfoldings(apart, spec).values()):
@@ -181,7 +181,7 @@ def check_odd_weights(trial: Trial) -> None:
 
 def _dtypes(trial: Trial) -> tuple[torch.dtype, ...]:
     """Return all dtypes, or the widest and the one of the smallest range for algorithms that take long."""
-    return (torch.float64, torch.float16) if trial.algorithm.costly else DTYPES
+    return (torch.float64, torch.float16) if trial.algorithm.slow else DTYPES
 
 
 def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: bool) -> None:
@@ -226,7 +226,7 @@ ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
     "batched": check_batched,
     "odd_weights": check_odd_weights,
     "broken_weights": check_broken_weights,
-    **AWARE_LAWS,
+    **COVARIANCE_LAWS,
 }
 
 
@@ -241,13 +241,13 @@ def check_algorithm_laws(
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
     formats that take many sweeps each time (not ``tails_bound``), only full rank is tried everywhere, and all else at
     one geometry of each kind, number of axes, and grouping, as are the laws with data of all formats; algorithms that
-    say they are ``costly`` one of each kind and grouping.
+    say they are ``slow`` one of each kind and grouping.
     """
     seen = set()
-    few = name in AWARE_LAWS or (name != "exact" and not format.tails_bound)
+    few = name in COVARIANCE_LAWS or (name != "exact" and not format.tails_bound)
     for at in served(format, geometries):
         kind = at.spec.groups > 1
-        shape = kind if algorithm.costly else (at.spec.axes, kind) if few else at.spec.group_shape
+        shape = kind if algorithm.slow else (at.spec.axes, kind) if few else at.spec.group_shape
         key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", shape)
         if key not in seen:
             seen.add(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenfold.decompositions import DECOMPOSITIONS, CovarianceDecomposition, Decomposition
+from tenfold.decompositions import DECOMPOSITIONS, Decomposition
 from tenfold.formats import FORMATS
 from tenfold.ranks import RULES, RankRule
 from tenfold.testing.algorithm_laws import ALGORITHM_LAWS, check_algorithm_laws
@@ -33,7 +33,7 @@ def check_format(name: str) -> None:
         expect(default in finders, f"the default algorithm {kind.default_algorithm} does not serve the format")
         if kind.aware_algorithm is not None:
             aware = DECOMPOSITIONS.get(kind.aware_algorithm)
-            knows = aware in finders and issubclass(aware, CovarianceDecomposition)
+            knows = aware in finders and aware.uses_covariance
             expect(knows, f"the algorithm {kind.aware_algorithm} does not serve the format, or does not know the data")
     for finder in finders:
         for each in ALGORITHM_LAWS:

@@ -10,7 +10,6 @@ import torch
 
 from tenfold.decompositions import (
     DECOMPOSITIONS,
-    CovarianceDecomposition,
     Decomposition,
     FitRequest,
     decompose,
@@ -19,7 +18,7 @@ from tenfold.decompositions import (
 )
 from tenfold.decompositions.svd import SVD
 from tenfold.decompositions.tucker import HOOI, HOSVD
-from tenfold.decompositions.weighted import WeightedALS
+from tenfold.decompositions.weighted_als import WeightedALS
 from tenfold.errors import RankError, TenfoldError, UnknownNameError, WeightError
 from tenfold.formats import FORMATS, Factorization
 from tenfold.records import LayerSpec
@@ -208,4 +207,4 @@ def test_defaults_serve_their_format(format: str) -> None:
     kind = FORMATS.get(format)
     for aware in (False, True):
         assert default_algorithm(format, data_aware=aware).supports(kind)
-    assert kind.aware_algorithm is None or isinstance(default_algorithm(format, data_aware=True), CovarianceDecomposition)
+    assert kind.aware_algorithm is None or default_algorithm(format, data_aware=True).uses_covariance

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tenfold.decompositions import DECOMPOSITIONS, Moments, curves, decompose
-from tenfold.decompositions.curves import error_curve
+from tenfold.decompositions import DECOMPOSITIONS, Moments, curves, decompose, error_curve
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_train import TensorTrain
 from tenfold.formats.tt_matrix import cheapest

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tenfold.decompositions import decompose, default_algorithm
-from tenfold.decompositions.curves import error_curve
+from tenfold.decompositions import decompose, default_algorithm, error_curve
 from tenfold.formats import FORMATS, split_groups
 from tenfold.layers import FactorizedLayer, describe
 from tenfold.pipeline import compress

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.decompositions import decompose
-from tenfold.decompositions.metric import Moments
-from tenfold.decompositions.sketch import Sketch
+from tenfold.decompositions import Moments, Sketch, decompose
 from tenfold.errors import BudgetError, DataError, TenfoldError
 from tenfold.formats import FORMATS, Rank, join_groups
 from tenfold.parallel import Workers

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tenfold.decompositions import Moments, decompose, default_algorithm
-from tenfold.decompositions.metric import roots, solve_spd
-from tenfold.decompositions.weighted import Weighted, WeightedALS, WhitenedSVD, alternate
+from tenfold.decompositions.covariance import solve_spd, sqrt_and_inverse_sqrt
+from tenfold.decompositions.weighted_als import Weighted, WeightedALS, WhitenedSVD, alternate
 from tenfold.errors import WeightError
 from tenfold.layers import FactorizedLayer, describe
 
@@ -50,7 +50,7 @@ def test_whitened_svd_attains_the_tail_of_the_whitened_spectrum(case):
     weight, x, metric = case
     fit = decompose(weight, "low_rank", {"rank": 3}, WhitenedSVD(ridge=0.0), moments=metric)
     covariance = metric.covariance()[0]
-    by_root = torch.linalg.svdvals(weight.flatten(1) @ roots(covariance)[0])
+    by_root = torch.linalg.svdvals(weight.flatten(1) @ sqrt_and_inverse_sqrt(covariance)[0])
     by_cholesky = torch.linalg.svdvals(weight.flatten(1) @ torch.linalg.cholesky(covariance))
     reached = loss(weight, fit.value, x)
     assert reached == pytest.approx(float(by_root[3:].square().sum()), rel=1e-6)
@@ -69,7 +69,7 @@ def test_the_data_help_and_no_factorization_beats_the_bound(case, format, rank):
         loss(weight, aware.value, x), rel=1e-6
     )
     if "out" in rank:
-        values = torch.linalg.svdvals(weight.flatten(1) @ roots(metric.covariance()[0])[0])
+        values = torch.linalg.svdvals(weight.flatten(1) @ sqrt_and_inverse_sqrt(metric.covariance()[0])[0])
         assert loss(weight, aware.value, x) > float(values[rank["out"] :].square().sum()) * (1 - 1e-4)
 
 
@@ -215,7 +215,7 @@ def test_groups_are_small_convolutions_of_their_own(format, rank):
 
 def test_foreign_or_broken_moments_are_refused(case):
     weight, _, metric = case
-    with pytest.raises(WeightError, match=r"second of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"):
+    with pytest.raises(WeightError, match=r"input_second_moment of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"):
         decompose(weight[:, :3], "low_rank", {"rank": 2}, moments=metric)
     with pytest.raises(WeightError, match="not finite"):
         decompose(weight, "low_rank", {"rank": 2}, moments=metric.replace(mean=metric.mean / 0))

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.decompositions import Moments, Sketch, decompose
-from tenfold.decompositions.curves import error_curve
-from tenfold.decompositions.metric import channel_blocks, mean_variance, ridged
-from tenfold.decompositions.weighted import Weighted
+from tenfold.decompositions import Moments, Sketch, decompose, error_curve
+from tenfold.decompositions.covariance import add_ridge, channel_blocks, mean_variance
+from tenfold.decompositions.weighted_als import Weighted
 from tenfold.errors import WeightError
 from tenfold.formats import FORMATS
 from tenfold.records import LayerSpec
@@ -47,7 +46,7 @@ def test_products_and_blocks_are_those_of_the_matrix():
     torch.testing.assert_close(sketch.quadratic(left), (left @ dense * left).sum(-1))
     torch.testing.assert_close(sketch.diagonal(), dense.diagonal(dim1=-2, dim2=-1))
     torch.testing.assert_close(mean_variance(sketch), mean_variance(dense))
-    torch.testing.assert_close(ridged(sketch, 0.1).dense(), ridged(dense, 0.1))
+    torch.testing.assert_close(add_ridge(sketch, 0.1).dense(), add_ridge(dense, 0.1))
     torch.testing.assert_close(sketch.scaled(torch.tensor([2.0, 3.0])).dense()[1], 3 * dense[1])
     torch.testing.assert_close(channel_blocks(sketch, 3), channel_blocks(dense, 3))
     kernel, v = torch.randn(2, 7, 4, 3, dtype=F64), torch.randn(2, 4, 2, dtype=F64)
@@ -59,7 +58,7 @@ def test_products_and_blocks_are_those_of_the_matrix():
 
 def test_without_any_variance_a_ridge_is_the_identity():
     nothing = Sketch.of(torch.ones(4, 6)).centred(torch.ones(1, 6, dtype=F64))
-    torch.testing.assert_close(ridged(nothing, 0.1).dense()[0], torch.eye(6, dtype=F64))
+    torch.testing.assert_close(add_ridge(nothing, 0.1).dense()[0], torch.eye(6, dtype=F64))
 
 
 @pytest.mark.parametrize("targets", [False, True])
@@ -115,8 +114,8 @@ def test_fewer_rows_than_the_width_draw_nothing_where_they_say_nothing():
 def test_a_sketch_of_another_width_or_with_nan_is_refused():
     weight, x, _ = data()
     _, sketched = both(x)
-    with pytest.raises(WeightError, match=r"second of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"):
+    with pytest.raises(WeightError, match=r"input_second_moment of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"):
         decompose(weight[:, :3], "low_rank", {"rank": 2}, moments=sketched)
     broken = sketched.replace(input_second_moment=Sketch.of(x / 0))
-    with pytest.raises(WeightError, match="second of the moments is not finite"):
+    with pytest.raises(WeightError, match="input_second_moment of the moments is not finite"):
         decompose(weight, "low_rank", {"rank": 2}, moments=broken)
