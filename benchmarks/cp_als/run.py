@@ -29,8 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.hooi.run import make
-from tenfold.decompositions import Fit, FitRequest, decompose_many
-from tenfold.decompositions import spec_of_weight
+from tenfold.decompositions import Fit, FitRequest, decompose_many, spec_of_weight
 from tenfold.decompositions.cp.als import CPALS
 from tenfold.errors import require
 from tenfold.profiling import environment

@@ -181,7 +181,9 @@ class Network:
             return None if how == "weight" else self.moments
         bare = {path for path in self.moments if getattr(self.model.get_submodule(path), "bias", None) is None}
         return {
-            path: own.replace(input_second_moment=own.covariance(), mean=torch.zeros_like(own.mean)) if path in bare else own
+            path: own.replace(input_second_moment=own.covariance(), mean=torch.zeros_like(own.mean))
+            if path in bare
+            else own
             for path, own in self.moments.items()
         }
 

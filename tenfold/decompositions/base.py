@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tenfold.decompositions.curves import CurveProblem, ErrorCurve
 
 ComputeDtype = Literal["auto", "float32", "float64"]
+Formats = tuple[type[Factorization], ...]
 FormatT = TypeVar("FormatT", bound=Factorization)
 
 
@@ -83,15 +84,16 @@ class Decomposition(abc.ABC):
     dtype: ComputeDtype = "auto"
     seed: int = 0
 
+    formats: ClassVar[Formats] = ()  # finds factors of these and of their subclasses
     uses_covariance: ClassVar[bool] = False  # minimises the error of the output: see CovarianceDecomposition
     supports_start: ClassVar[bool] = False  # what it finds depends on the start, and it can continue from known factors
     slow: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
     initializer_only: ClassVar[bool] = False  # may miss a weight of some rank at that rank, or its error rise with rank
 
     @classmethod
-    @abc.abstractmethod
     def supports(cls, format: type[Factorization]) -> bool:
-        """Whether this algorithm finds factors of that format."""
+        """Whether this algorithm finds factors of that format: one of its ``formats``, unless it says otherwise."""
+        return issubclass(format, cls.formats)
 
     @abc.abstractmethod
     def fit(self, problem: FitProblem) -> Factors:

@@ -72,7 +72,9 @@ class CurveProblem:
         if self.moments is None:
             return kernel / torch.linalg.vector_norm(kernel).clamp_min(1e-300)
         roots = self.moments.to(kernel.device).output_roots()
-        return kernel if roots is None else (roots[0] @ kernel.flatten(2)).view_as(kernel)
+        if roots is not None:
+            kernel = (roots[0] @ kernel.flatten(2)).view_as(kernel)
+        return kernel
 
     @cached_property
     def covariance(self) -> Covariance:

@@ -151,10 +151,9 @@ def fit_batches(
     """
     batches = batches_of(requests)
     if workers is None or workers.here or any(r.weight.device.type != "cpu" for r in requests):
-        results = (_fit_each(None, [requests[i] for i in members]) for members in batches)
-    else:
-        results = workers.map(_fit_each, None, ([_detached(requests[i]) for i in members] for members in batches))
-    return zip(batches, results, strict=True)
+        return ((members, _fit_each(None, [requests[i] for i in members])) for members in batches)
+    detached = ([_detached(requests[i]) for i in members] for members in batches)
+    return zip(batches, workers.map(_fit_each, None, detached), strict=True)
 
 
 def batches_of(requests: Sequence[FitRequest]) -> list[list[int]]:

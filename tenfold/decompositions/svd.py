@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
-from tenfold.formats import Factorization, MatrixFormat
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats
+from tenfold.formats import MatrixFormat
 from tenfold.tensors import SVDMethod, truncated_svd
 
 
@@ -20,10 +21,7 @@ class SVD(Decomposition):
 
     method: SVDMethod = "auto"
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is the product of two matrices."""
-        return issubclass(format, MatrixFormat)
+    formats: ClassVar[Formats] = (MatrixFormat,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors, each with half of every singular value."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
+from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem, Formats
 from tenfold.decompositions.covariance import (
     Covariance,
     Sketch,
@@ -50,10 +51,7 @@ class WhitenedSVD(CovarianceDecomposition):
         ridge: added to the covariance, as a share of the mean variance.
     """
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is low rank."""
-        return format is LowRank
+    formats: ClassVar[Formats] = (LowRank,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors."""
@@ -89,10 +87,7 @@ class WeightedALS(CovarianceDecomposition):
     tol: float = 1e-4
     cg_steps: int = 6
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is Tucker-2 or spatial."""
-        return format in (Tucker2, Spatial)
+    formats: ClassVar[Formats] = (Tucker2, Spatial)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the factors; the outer factors are orthonormal, a full-rank side of Tucker-2 has none."""

@@ -19,9 +19,9 @@ Curve = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments]) -> list[RankProblem]:
     """Return the problems, told what each format and rank would do to the network.
 
-    With gradients in ``Moments.output_gram`` the damage is tr(G Δ C Δᵀ), the second-order change of the loss from which the
-    gradients are; these add up over layers. Without them it is the share E‖y−ŷ‖²/E‖y−ȳ‖² of the output that is missed,
-    every layer as important as any other.
+    With gradients in ``Moments.output_gram`` the damage is tr(G Δ C Δᵀ), the second-order change of the loss from which
+    the gradients are; these add up over layers. Without them it is the share E‖y−ŷ‖²/E‖y−ȳ‖² of the output that is
+    missed, every layer as important as any other.
 
     Args:
         problems: of the layers to decide on.

@@ -158,7 +158,9 @@ class _Search:
             if rank not in self.known[format]:
                 near = min(fits, key=lambda i: abs(i - index), default=None)
                 start = None if near is None else fits[near]
-                fit = decompose(dense, format, ranks[index], algorithm, spec=self.spec, moments=self.metric, start=start)
+                fit = decompose(
+                    dense, format, ranks[index], algorithm, spec=self.spec, moments=self.metric, start=start
+                )
                 fits[index] = fit.value
                 self.known[format][rank] = fit.rel_error if fit.output_error is None else fit.output_error
             return self.known[format][rank]

@@ -42,7 +42,7 @@ def check_exact(trial: Trial) -> None:
 
 
 def check_monotone(trial: Trial) -> None:
-    """Raise LawBroken if a larger rank has a larger error (unless ``initializer_only``), or a fit tells another than it has."""
+    """Raise LawBroken if a larger rank has a larger error (unless ``initializer_only``), or a fit misstates its own."""
     spec = trial.at.spec
     weight = random_weight(spec, seed=2)
     last = math.inf

@@ -96,7 +96,8 @@ def test_curves_are_those_of_the_matrix(format):
     minded = torch.diag(torch.logspace(0, -2, 8, dtype=F64))[None]
     ranks = np.array([(2, 3), (4, 6)] if format == "tucker2" else [(1,), (4,), (8,)])
     wanted, own = (
-        error_curve(weight[None], SPEC, FORMATS.get(format), m.replace(output_gram=minded))(ranks) for m in (full, sketched)
+        error_curve(weight[None], SPEC, FORMATS.get(format), m.replace(output_gram=minded))(ranks)
+        for m in (full, sketched)
     )
     assert own == pytest.approx(wanted, rel=1e-5, abs=1e-9)
 
@@ -114,7 +115,9 @@ def test_fewer_rows_than_the_width_draw_nothing_where_they_say_nothing():
 def test_a_sketch_of_another_width_or_with_nan_is_refused():
     weight, x, _ = data()
     _, sketched = both(x)
-    with pytest.raises(WeightError, match=r"input_second_moment of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"):
+    with pytest.raises(
+        WeightError, match=r"input_second_moment of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"
+    ):
         decompose(weight[:, :3], "low_rank", {"rank": 2}, moments=sketched)
     broken = sketched.replace(input_second_moment=Sketch.of(x / 0))
     with pytest.raises(WeightError, match="input_second_moment of the moments is not finite"):

@@ -9,8 +9,8 @@ from scipy.optimize import brentq
 from tenfold.decompositions import decompose
 from tenfold.decompositions.cp.correction import correct, objective_of, update_block
 from tenfold.decompositions.cp.epc import CPEPC
-from tenfold.decompositions.cp.power import CPPower
 from tenfold.decompositions.cp.gauss_newton import _gauss_newton, descend
+from tenfold.decompositions.cp.power import CPPower
 from tenfold.errors import TenfoldError
 from tenfold.formats import FORMATS
 from tenfold.tensors import kruskal

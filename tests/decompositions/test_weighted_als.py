@@ -215,7 +215,9 @@ def test_groups_are_small_convolutions_of_their_own(format, rank):
 
 def test_foreign_or_broken_moments_are_refused(case):
     weight, _, metric = case
-    with pytest.raises(WeightError, match=r"input_second_moment of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"):
+    with pytest.raises(
+        WeightError, match=r"input_second_moment of shape \(1, 54, 54\), this layer needs \(1, 27, 27\)"
+    ):
         decompose(weight[:, :3], "low_rank", {"rank": 2}, moments=metric)
     with pytest.raises(WeightError, match="not finite"):
         decompose(weight, "low_rank", {"rank": 2}, moments=metric.replace(mean=metric.mean / 0))

@@ -81,7 +81,10 @@ def test_curves_are_remembered_for_the_very_moments_that_they_are_of():
     first = with_damage([problem], {"0": moments})[0].damage_at("low_rank")
     assert with_damage([problem], {"0": moments})[0].damage_at("low_rank") is first
     scale = torch.linspace(1, 9, 12, dtype=torch.float64)
-    other, gone = moments.replace(input_second_moment=moments.input_second_moment * scale * scale[:, None]), weakref.ref(moments)
+    other, gone = (
+        moments.replace(input_second_moment=moments.input_second_moment * scale * scale[:, None]),
+        weakref.ref(moments),
+    )
     del moments
     assert gone() is not None  # or else other moments may get its id
     again = with_damage([problem], {"0": other})[0].damage_at("low_rank")

@@ -93,7 +93,12 @@ def test_the_whitened_svd_has_the_least_weighted_error(model, batches):
     curve = error_curve(split_groups(weight, spec), spec, FORMATS.get("low_rank"), moments)
     for rank in (1, 3, 8, 15):
         fit = decompose(
-            weight, "low_rank", {"rank": rank}, default_algorithm("low_rank", data_aware=True), spec=spec, moments=moments
+            weight,
+            "low_rank",
+            {"rank": rank},
+            default_algorithm("low_rank", data_aware=True),
+            spec=spec,
+            moments=moments,
         )
         missed = (weights[:, None] * (weight - fit.value.to_dense()).double().numpy() ** 2).sum()
         assert missed == pytest.approx(tails[rank:].sum(), rel=1e-3)

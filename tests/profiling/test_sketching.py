@@ -62,7 +62,9 @@ def test_what_is_summed_on_its_own_is_exact_and_the_rest_never_too_much():
     x = stream(900, 1.0, dtype=torch.float64)
     exact, sketched = taken(x, None), taken(x, 100)
     torch.testing.assert_close(sketched.mean, exact.mean)
-    torch.testing.assert_close(sketched.input_second_moment.diagonal(), exact.input_second_moment.diagonal(dim1=-2, dim2=-1))
+    torch.testing.assert_close(
+        sketched.input_second_moment.diagonal(), exact.input_second_moment.diagonal(dim1=-2, dim2=-1)
+    )
     torch.testing.assert_close(
         sketched.covariance().diagonal(), exact.covariance().diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9
     )
@@ -110,7 +112,8 @@ def test_unchanged_inputs_leave_the_goal_at_the_weight_and_changed_ones_draw_it(
     changed = x + 0.3 * x.roll(1, 1)
     exact, sketched = taken(changed, None, y), taken(changed, 250, y)
     kept, drawn, best = (
-        float(exact.errors(weight, t)[0].sum()) for t in (weight, sketched.regression_target(weight, 1e-4), exact.regression_target(weight, 1e-4))
+        float(exact.errors(weight, t)[0].sum())
+        for t in (weight, sketched.regression_target(weight, 1e-4), exact.regression_target(weight, 1e-4))
     )
     assert best < drawn < 0.15 * kept
 

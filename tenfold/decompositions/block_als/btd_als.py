@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Factors, FitProblem
+from tenfold.decompositions.base import DECOMPOSITIONS, Factors, FitProblem, Formats
 from tenfold.decompositions.block_als.base import BlockALS
 from tenfold.decompositions.block_als.descent import DIRECT, Blocks, Descent, solve, solve_by_steps
 from tenfold.decompositions.block_als.weighted_descent import Layout
-from tenfold.formats import Factorization, Rank
+from tenfold.formats import Rank
 from tenfold.formats.block_term import BlockTerm
 from tenfold.tensors import gram, leading_eigenvectors
 from tenfold.tensors.conjugate_gradients import dot, each
@@ -31,10 +32,7 @@ class BTDALS(BlockALS):
     Settings as of ``BlockALS``; the one block after the other is one of the ``starts``.
     """
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of blocks."""
-        return format is BlockTerm
+    formats: ClassVar[Formats] = (BlockTerm,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return factors with orthogonal columns, and cores, of equal norms."""

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats
 from tenfold.decompositions.block_als.base import BlockALS
 from tenfold.decompositions.block_als.descent import Descent
 from tenfold.decompositions.block_als.tr_updates import RingLayout, RingLeastSquares
-from tenfold.formats import Factorization
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.records import Shape
 from tenfold.tensors import rings
@@ -38,10 +37,7 @@ class TRSVD(Decomposition):
 
     initializer_only: ClassVar[bool] = True
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a tensor ring."""
-        return format is TensorRing
+    formats: ClassVar[Formats] = (TensorRing,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the cores."""
@@ -66,10 +62,7 @@ class TRALS(BlockALS):
     Settings as of ``BlockALS``; the TR-SVD is one of the ``starts``.
     """
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a tensor ring."""
-        return format is TensorRing
+    formats: ClassVar[Formats] = (TensorRing,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the cores, of equal norms."""

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tenfold.decompositions.base import Decomposition, Factors, FitProblem
-from tenfold.formats import Factorization, Kruskal
+from tenfold.decompositions.base import Decomposition, Factors, FitProblem, Formats
+from tenfold.formats import Kruskal
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class KruskalFit:
 class KruskalDecomposition(Decomposition):
     """An algorithm for formats whose weight is a sum of rank-one tensors."""
 
+    formats: ClassVar[Formats] = (Kruskal,)
     supports_start: ClassVar[bool] = True
 
     @abc.abstractmethod
@@ -42,11 +43,6 @@ class KruskalDecomposition(Decomposition):
 
         ``start`` may have any rank.
         """
-
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of rank-one tensors."""
-        return issubclass(format, Kruskal)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return one factor for each mode."""

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, default_algorithm
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats, default_algorithm
 from tenfold.decompositions.cp.correction import Objective
 from tenfold.decompositions.cp.epc import CPEPC
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Ranks, tails
 from tenfold.decompositions.tucker import HOOI
-from tenfold.formats import FORMATS, Factorization, Tucker2
+from tenfold.formats import FORMATS, Tucker2
+from tenfold.formats.tucker_cp import TuckerCP
 from tenfold.tensors import gram
 
 
@@ -43,10 +44,7 @@ class TuckerEPC(Decomposition):
 
     slow: ClassVar[bool] = True
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is Tucker-CP."""
-        return format is FORMATS.get("tucker_cp")
+    formats: ClassVar[Formats] = (TuckerCP,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return frames where a side is not at full rank, and the factors of what they leave of the kernel."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
+from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem, Formats
 from tenfold.decompositions.covariance import (
     Covariance,
     add_ridge,
@@ -24,7 +25,7 @@ from tenfold.decompositions.covariance import (
     sqrt_and_inverse_sqrt,
 )
 from tenfold.decompositions.cp.als import CPALS, fit_cp
-from tenfold.formats import Factorization, Kruskal
+from tenfold.formats import Kruskal
 from tenfold.tensors import khatri_rao, kruskal
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
@@ -52,10 +53,7 @@ class WeightedCP(CovarianceDecomposition):
     start_iter: int = 100
     penalty: float = 3e-3
 
-    @classmethod
-    def supports(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of rank-one tensors."""
-        return issubclass(format, Kruskal)
+    formats: ClassVar[Formats] = (Kruskal,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return one factor for each mode."""
