@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tenfold.decompositions.curves import CurveProblem, ErrorCurve
 
 ComputeDtype = Literal["auto", "float32", "float64"]
-Formats = tuple[type[Factorization], ...]
 FormatT = TypeVar("FormatT", bound=Factorization)
 
 
@@ -84,7 +83,8 @@ class Decomposition(abc.ABC):
     dtype: ComputeDtype = "auto"
     seed: int = 0
 
-    formats: ClassVar[Formats] = ()  # finds factors of these and of their subclasses
+    # What subclasses say of themselves, without an annotation: settings have one, and are fields.
+    formats: ClassVar[tuple[type[Factorization], ...]] = ()  # finds factors of these and of their subclasses
     uses_covariance: ClassVar[bool] = False  # minimises the error of the output: see CovarianceDecomposition
     supports_start: ClassVar[bool] = False  # what it finds depends on the start, and it can continue from known factors
     slow: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer

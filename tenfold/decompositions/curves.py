@@ -69,10 +69,10 @@ class CurveProblem:
     def kernel(self) -> Tensor:
         """The weight in float64, in coordinates where all output errors count alike; without moments, of norm 1."""
         kernel = self.weight.double()
+        roots = None if self.moments is None else self.moments.to(kernel.device).output_roots()
         if self.moments is None:
-            return kernel / torch.linalg.vector_norm(kernel).clamp_min(1e-300)
-        roots = self.moments.to(kernel.device).output_roots()
-        if roots is not None:
+            kernel = kernel / torch.linalg.vector_norm(kernel).clamp_min(1e-300)
+        elif roots is not None:
             kernel = (roots[0] @ kernel.flatten(2)).view_as(kernel)
         return kernel
 

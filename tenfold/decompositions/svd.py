@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
 from tenfold.formats import MatrixFormat
 from tenfold.tensors import SVDMethod, truncated_svd
 
@@ -21,7 +20,7 @@ class SVD(Decomposition):
 
     method: SVDMethod = "auto"
 
-    formats: ClassVar[Formats] = (MatrixFormat,)
+    formats = (MatrixFormat,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors, each with half of every singular value."""

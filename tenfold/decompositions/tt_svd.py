@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats, default_algorithm
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, default_algorithm
 from tenfold.decompositions.covariance import Whitening
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Ranks, Remembered, tails
 from tenfold.formats import FORMATS
@@ -29,7 +28,7 @@ class TTSVD(Decomposition):
     Oseledets 2011 (SIAM J. Sci. Comput. 33), algorithm 1. The cores get equal norms.
     """
 
-    formats: ClassVar[Formats] = (TrainFormat,)
+    formats = (TrainFormat,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the cores of the runs."""

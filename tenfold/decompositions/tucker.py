@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
 from tenfold.formats import Rank, Tucker2
 from tenfold.records import LayerSpec
 from tenfold.tensors import gram, leading_eigenpairs, leading_eigenvectors
@@ -21,7 +20,7 @@ class HOSVD(Decomposition):
     The squared error is at most the sum of the two unfoldings' tails, and at most twice the optimum.
     """
 
-    formats: ClassVar[Formats] = (Tucker2,)
+    formats = (Tucker2,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return core and orthonormal factors; a full-rank side has no factor."""
@@ -46,7 +45,7 @@ class HOOI(Decomposition):
     n_iter: int = 20
     tol: float = 5e-4
 
-    formats: ClassVar[Formats] = (Tucker2,)
+    formats = (Tucker2,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return core and orthonormal factors; a full-rank side has no factor."""

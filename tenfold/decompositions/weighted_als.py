@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem, Formats
+from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
 from tenfold.decompositions.covariance import (
     Covariance,
     Sketch,
@@ -51,7 +50,7 @@ class WhitenedSVD(CovarianceDecomposition):
         ridge: added to the covariance, as a share of the mean variance.
     """
 
-    formats: ClassVar[Formats] = (LowRank,)
+    formats = (LowRank,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors."""
@@ -87,7 +86,7 @@ class WeightedALS(CovarianceDecomposition):
     tol: float = 1e-4
     cg_steps: int = 6
 
-    formats: ClassVar[Formats] = (Tucker2, Spatial)
+    formats = (Tucker2, Spatial)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the factors; the outer factors are orthonormal, a full-rank side of Tucker-2 has none."""

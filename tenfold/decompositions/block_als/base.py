@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ class BlockALS(CovarianceDecomposition):
     data_iter: int = 20
     cg_steps: int = 3
 
-    slow: ClassVar[bool] = True
+    slow = True
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the curve between quick fits on lines of ranks."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Factors, FitProblem, Formats
+from tenfold.decompositions.base import DECOMPOSITIONS, Factors, FitProblem
 from tenfold.decompositions.block_als.base import BlockALS
 from tenfold.decompositions.block_als.descent import DIRECT, Blocks, Descent, solve, solve_by_steps
 from tenfold.decompositions.block_als.weighted_descent import Layout
@@ -32,7 +31,7 @@ class BTDALS(BlockALS):
     Settings as of ``BlockALS``; the one block after the other is one of the ``starts``.
     """
 
-    formats: ClassVar[Formats] = (BlockTerm,)
+    formats = (BlockTerm,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return factors with orthogonal columns, and cores, of equal norms."""

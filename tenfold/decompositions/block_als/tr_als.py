@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
 from tenfold.decompositions.block_als.base import BlockALS
 from tenfold.decompositions.block_als.descent import Descent
 from tenfold.decompositions.block_als.tr_updates import RingLayout, RingLeastSquares
@@ -35,9 +34,9 @@ class TRSVD(Decomposition):
     even a weight that is such a ring is found again; ``tr_als`` starts from here. The cores get equal norms.
     """
 
-    initializer_only: ClassVar[bool] = True
+    initializer_only = True
 
-    formats: ClassVar[Formats] = (TensorRing,)
+    formats = (TensorRing,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the cores."""
@@ -62,7 +61,7 @@ class TRALS(BlockALS):
     Settings as of ``BlockALS``; the TR-SVD is one of the ``starts``.
     """
 
-    formats: ClassVar[Formats] = (TensorRing,)
+    formats = (TensorRing,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the cores, of equal norms."""

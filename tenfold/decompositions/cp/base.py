@@ -5,11 +5,10 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from tenfold.decompositions.base import Decomposition, Factors, FitProblem, Formats
+from tenfold.decompositions.base import Decomposition, Factors, FitProblem
 from tenfold.formats import Kruskal
 
 
@@ -34,8 +33,8 @@ class KruskalFit:
 class KruskalDecomposition(Decomposition):
     """An algorithm for formats whose weight is a sum of rank-one tensors."""
 
-    formats: ClassVar[Formats] = (Kruskal,)
-    supports_start: ClassVar[bool] = True
+    formats = (Kruskal,)
+    supports_start = True
 
     @abc.abstractmethod
     def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> KruskalFit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,7 +56,7 @@ class CPEPC(KruskalDecomposition):
             msg = f"objective={self.objective!r} is not known: it is 'sensitivity' or 'norms'"
             raise TenfoldError(msg)
 
-    slow: ClassVar[bool] = True
+    slow = True
 
     def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> KruskalFit:
         """Return the factors (batch, n, rank) of tensors (batch, n_1, …), in their dtype."""

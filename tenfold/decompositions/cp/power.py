@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ class CPPower(KruskalDecomposition):
     sweeps: int = 200
     sweep_tol: float = 1e-5
 
-    slow: ClassVar[bool] = True
-    supports_start: ClassVar[bool] = False
+    slow = True
+    supports_start = False
 
     def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> KruskalFit:
         """Return balanced factors; deflation does not use a start."""

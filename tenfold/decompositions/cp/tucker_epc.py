@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, Formats, default_algorithm
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, default_algorithm
 from tenfold.decompositions.cp.correction import Objective
 from tenfold.decompositions.cp.epc import CPEPC
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Ranks, tails
@@ -42,9 +41,9 @@ class TuckerEPC(Decomposition):
     tol: float = 1e-3
     rounds: int = 1
 
-    slow: ClassVar[bool] = True
+    slow = True
 
-    formats: ClassVar[Formats] = (TuckerCP,)
+    formats = (TuckerCP,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return frames where a side is not at full rank, and the factors of what they leave of the kernel."""

@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem, Formats
+from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
 from tenfold.decompositions.covariance import (
     Covariance,
     add_ridge,
@@ -53,7 +52,7 @@ class WeightedCP(CovarianceDecomposition):
     start_iter: int = 100
     penalty: float = 3e-3
 
-    formats: ClassVar[Formats] = (Kruskal,)
+    formats = (Kruskal,)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return one factor for each mode."""
