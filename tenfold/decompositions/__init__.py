@@ -1,4 +1,4 @@
-"""How factors are found. Each module registers algorithms; adding a file here, or in a folder, adds one."""
+"""Algorithms that find factors. Each module registers some; adding a file here, or in a folder, adds one."""
 
 from importlib import import_module
 from pkgutil import walk_packages

@@ -1,4 +1,4 @@
-"""Algorithms that find factors: frozen objects that are their own configuration, with one ``fit(problem)`` for all."""
+"""Base of all algorithms: frozen objects that are their own configuration, with one ``fit(problem)``."""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ class Sketch:
         rest = self.rest.unflatten(-1, (v.shape[1], -1))  # (groups, c, taps)
         taps = rest.shape[-1]
         rows = torch.einsum("bkcp,bcr->bkrp", self.rows.unflatten(-1, (-1, taps)), v).flatten(2)
-        own = torch.einsum("bcp,bcr,bcs->brsp", rest, v, v)  # the diagonal mixes no taps
-        square = torch.diag_embed(own).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
+        diagonal = torch.einsum("bcp,bcr,bcs->brsp", rest, v, v)  # the diagonal mixes no taps
+        square = torch.diag_embed(diagonal).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
         seen: Tensor = rows.mT @ rows + square
         return seen
 
@@ -138,8 +138,8 @@ class Sketch:
         scaled = self.rows / rest.unsqueeze(-2)
         inner = scaled @ self.rows.mT
         inner.diagonal(dim1=-2, dim2=-1).add_(1)
-        found: Tensor = torch.linalg.solve((inner + inner.mT) / 2, self.targets - self.rows @ weight.mT)
-        return weight + found.mT @ scaled
+        solved: Tensor = torch.linalg.solve((inner + inner.mT) / 2, self.targets - self.rows @ weight.mT)
+        return weight + solved.mT @ scaled
 
     def missed(self, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return E‖y − T x‖² per output (groups, out/groups); what the rows do not hold is as if y were W x there."""
@@ -195,8 +195,8 @@ def is_finite(square: Covariance) -> bool:
 
 def quadratic(rows: Tensor, square: Covariance) -> Tensor:
     """Return wᵀ A w for each row w of (..., m, n), clamped at 0: (..., m)."""
-    found = square.quadratic(rows) if isinstance(square, Sketch) else (rows @ square * rows).sum(-1)
-    return found.clamp_min(0)
+    values = square.quadratic(rows) if isinstance(square, Sketch) else (rows @ square * rows).sum(-1)
+    return values.clamp_min(0)
 
 
 def sqrt_and_inverse_sqrt(square: Tensor) -> tuple[Tensor, Tensor]:

@@ -221,7 +221,8 @@ def _fit_batch(requests: Sequence[FitRequest]) -> list[Fit]:
     else:
         kind, groups = FORMATS.get(first.format), first.spec.groups
         stacked = weight if len(requests) == 1 else torch.cat([w for w, _ in prepared])
-        start = None if first.start is None else first.start.to(stacked).scaled(1 / (scale or 1.0))
+        known = first.start if first.algorithm.supports_start else None
+        start = None if known is None else known.to(stacked).scaled(1 / (scale or 1.0))
         rank = kind.check_rank(first.spec, first.rank)
         factors = first.algorithm.fit(FitProblem(stacked, first.spec, kind, rank, start=start))
         values = []

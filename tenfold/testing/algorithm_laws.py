@@ -1,4 +1,4 @@
-"""Laws that an algorithm obeys on every format that it serves."""
+"""Laws that an algorithm obeys on every format that it supports."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_monotone(trial: Trial) -> None:
         with law(2, trial, rank):
             fit = trial.fit(weight, rank)
             seen = rel_error(fit.value.to_dense(), weight)
-            expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit tells the error {fit.rel_error:.6g}, it is {seen:.6g}")
+            expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit reports the error {fit.rel_error:.6g}, it is {seen:.6g}")
             expect(fit.value.rank == rank, f"the factors have rank {fit.value.rank}")
             falls = trial.algorithm.initializer_only or seen <= last * (1 + SLACK) + 1e-6
             expect(falls, f"the error rises from {last:.6g} to {seen:.6g}")
@@ -96,14 +96,14 @@ def check_recovery(trial: Trial) -> None:
     if any(matrix.numel() > apart.numel() for matrix in trial.format.unfoldings(apart, spec).values()):
         return
     ranks = some_ranks(trial.format, spec)
-    own = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
+    planted = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
     for dtype in _dtypes(trial):
-        weight = random_factors(trial.format, spec, own).to_dense().to(dtype)
-        for rank in (r for r in ranks if all(r[k] >= own[k] for k in own)):
-            with law(6, trial, rank, f"a {dtype} weight of rank {own}"):
+        weight = random_factors(trial.format, spec, planted).to_dense().to(dtype)
+        for rank in (r for r in ranks if all(r[k] >= planted[k] for k in planted)):
+            with law(6, trial, rank, f"a {dtype} weight of rank {planted}"):
                 fit = trial.fit(weight, rank)
                 near = 2 * lowest_error(dtype)
-                if rank != own and not trial.format.tails_bound:
+                if rank != planted and not trial.format.tails_bound:
                     near = max(near, _SUPERFLUOUS)
                 expect(fit.rel_error <= near, f"relative error {fit.rel_error:.3g}")
 
@@ -115,19 +115,19 @@ def check_recompressed(trial: Trial) -> None:
     """
     spec, name = trial.at.spec, trial.format.name()
     ranks = some_ranks(trial.format, spec)
-    own = ranks[len(ranks) // 2]
-    value = random_factors(trial.format, spec, own)
-    for rank in (r for r in ranks if r != own and all(r[k] <= own[k] for k in own)):
-        with law(12, trial, f"from {own} to {rank}"):
+    larger = ranks[len(ranks) // 2]
+    value = random_factors(trial.format, spec, larger)
+    for rank in (r for r in ranks if r != larger and all(r[k] <= larger[k] for k in larger)):
+        with law(12, trial, f"from {larger} to {rank}"):
             again = recompress(value, name, rank, trial.algorithm)
-            wanted = trial.fit(value.to_dense(), rank)
+            direct = trial.fit(value.to_dense(), rank)
             seen = rel_error(again.value.to_dense(), value.to_dense())
             expect(again.value.rank == rank, f"the factors have rank {again.value.rank}")
-            expect(abs(seen - again.rel_error) <= 1e-7, f"the fit tells the error {again.rel_error}, it is {seen}")
+            expect(abs(seen - again.rel_error) <= 1e-7, f"the fit reports the error {again.rel_error}, it is {seen}")
             local = not trial.format.tails_bound
-            worse = seen - wanted.rel_error if local else abs(seen - wanted.rel_error)
-            same = worse <= (LOCAL_SLACK if local else SLACK) * wanted.rel_error + 1e-7
-            expect(same, f"relative error {seen:.6g}, from the dense weight {wanted.rel_error:.6g}")
+            worse = seen - direct.rel_error if local else abs(seen - direct.rel_error)
+            same = worse <= (LOCAL_SLACK if local else SLACK) * direct.rel_error + 1e-7
+            expect(same, f"relative error {seen:.6g}, from the dense weight {direct.rel_error:.6g}")
 
 
 def check_deterministic(trial: Trial) -> None:
@@ -159,8 +159,8 @@ def check_batched(trial: Trial) -> None:
             # Together they stop together, so each may be better than alone, but never worse. Sweeps that tell errors by
             # inner products see none below the root of rounding, and stop somewhere there.
             least = 1e-9 if trial.format.tails_bound else 1e-7
-            wanted = alone.rel_error * (1 + SLACK) + least
-            expect(fit.rel_error <= wanted, f"{fit.rel_error} > {alone.rel_error} alone")
+            most = alone.rel_error * (1 + SLACK) + least
+            expect(fit.rel_error <= most, f"{fit.rel_error} > {alone.rel_error} alone")
 
 
 def check_odd_weights(trial: Trial) -> None:
@@ -197,7 +197,7 @@ def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: boo
     scale = float(weight.abs().max().double()) or 1.0
     seen = rel_error(exact / scale, weight.double() / scale)
     noise = lowest_error(weight.dtype)
-    expect(abs(seen - fit.rel_error) <= 2 * noise, f"the fit tells the error {fit.rel_error:.3g}, it is {seen:.3g}")
+    expect(abs(seen - fit.rel_error) <= 2 * noise, f"the fit reports the error {fit.rel_error:.3g}, it is {seen:.3g}")
     full = rank == trial.format.max_rank(trial.at.spec)
     flat = not bool((weight - weight.view(-1)[0]).any())
     expect(seen <= (2 * noise if full or flat else 1 + noise), f"relative error {seen:.3g}")

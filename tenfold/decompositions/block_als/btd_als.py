@@ -168,7 +168,7 @@ def _overlap(factor: Tensor) -> Tensor:
 def _gram_of_factors(core: Tensor, other: Tensor) -> Tensor:
     """Return the matrix (batch, blocks·p, blocks·p) for the factors (batch, blocks, n, p) of one side.
 
-    It is made of the cores (batch, blocks, p, q, K) and the factors of the other side.
+    Made of the cores (batch, blocks, p, q, K) and the factors of the other side.
     """
     blocks, p, q, taps = core.shape[1:]
     rows = core.transpose(3, 4).reshape(-1, blocks, p * taps, q)

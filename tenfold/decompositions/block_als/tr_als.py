@@ -27,11 +27,11 @@ _EXACT = 1e-20
 @DECOMPOSITIONS.register("tr_svd")
 @dataclass(frozen=True)
 class TRSVD(Decomposition):
-    """Truncated SVDs around the ring, begun at each core that can be the first, the best kept; fast, and no optimum.
+    """Truncated SVDs around the ring, from each core that can be the first, the best kept; fast, and no optimum.
 
     Zhao et al. 2016 (arXiv 1606.05535), algorithm 1 at given ranks: the first SVD keeps r·r' values, split between the
     bonds on both sides of its core, and the others one bond each. How the values are split is arbitrary, so that not
-    even a weight that is such a ring is found again; ``tr_als`` starts from here. The cores get equal norms.
+    even a weight that is such a ring is recovered; ``tr_als`` starts from here. The cores get equal norms.
     """
 
     initializer_only = True
@@ -85,7 +85,7 @@ class TRALS(BlockALS):
 def ways_around(tensor: Tensor, ranks: Sequence[int]) -> list[Cores]:
     """Return the TR-SVDs of tensors (batch, *modes) that begin at the cores whose mode is no less than r·r'.
 
-    Others would be filled up with zeros. Where there are none it is begun at the one that lacks the least.
+    Others would be filled up with zeros. Where there are none, the one that lacks the least is the first.
     """
     needed = [r * ranks[(k + 1) % len(ranks)] / n for k, (r, n) in enumerate(zip(ranks, tensor.shape[1:], strict=True))]
     candidates = []
