@@ -12,9 +12,12 @@ from tenfold.decompositions import (
     DECOMPOSITIONS,
     Decomposition,
     FitRequest,
+    algorithm_for,
     decompose,
     decompose_many,
     default_algorithm,
+    fit_batches,
+    spec_of_weight,
 )
 from tenfold.decompositions.svd import SVD
 from tenfold.decompositions.tucker import HOOI, HOSVD
@@ -130,6 +133,17 @@ def test_many_are_as_one_in_order_whatever_their_shapes():
         torch.testing.assert_close(fit.value.to_dense(), alone.value.to_dense(), rtol=1e-2, atol=1e-3)
 
 
+def test_a_weight_that_cannot_be_decomposed_does_not_spoil_its_batch():
+    weights = [smooth(8, 6, 3, 3) for _ in range(3)]
+    weights[1][0, 0] = float("nan")
+    requests = [FitRequest(w, spec_of_weight(w), "tucker2", {"out": 4, "in": 3}, HOOI()) for w in weights]
+    ((members, results),) = fit_batches(requests)
+    assert members == [0, 1, 2]
+    assert isinstance(results[1], WeightError)
+    for i in (0, 2):
+        torch.testing.assert_close(results[i].value.core, decompose(weights[i], "tucker2", requests[i].rank).value.core)
+
+
 def test_gradients_do_not_flow_through_a_decomposition():
     weight = torch.nn.Parameter(torch.randn(6, 6))
     assert not any(t.requires_grad for t in decompose(weight, "low_rank", {"rank": 2}).value.tensors().values())
@@ -169,6 +183,15 @@ def test_algorithms_go_by_name_too():
     assert torch.equal(by_name.value.to_dense(), given.value.to_dense())
     with pytest.raises(UnknownNameError, match="hosvd"):
         decompose(weight, "tucker2", {"out": 3, "in": 3}, "hosdv")
+
+
+def test_an_algorithm_is_chosen_by_object_name_or_configuration():
+    assert algorithm_for("tucker2", HOSVD(seed=1)) == HOSVD(seed=1)
+    assert algorithm_for("tucker2", "hosvd") == HOSVD()
+    assert algorithm_for("tucker2", {"name": "hooi", "n_iter": 3}) == HOOI(n_iter=3)
+    assert algorithm_for("tucker2", None, 5) == HOOI(seed=5)
+    assert algorithm_for("tucker2", None, 5, data_aware=True) == WeightedALS(seed=5)
+    assert HOOI().with_settings({"n_iter": 3, "cg_steps": 4}) == HOOI(n_iter=3)
 
 
 def test_algorithms_are_their_own_configuration():
