@@ -49,7 +49,7 @@ def calibrate(
     Example:
         >>> import torch
         >>> known = calibrate(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), [torch.randn(64, 4)])
-        >>> known["0"].output.shape
+        >>> known["0"].output_gram.shape
         torch.Size([1, 3, 3])
     """
     specs = measurable(model) if specs is None else specs
@@ -59,7 +59,7 @@ def calibrate(
     except DataError as error:
         warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
         return moments
-    return {path: own.replace(output=minded[path]) for path, own in moments.items()}
+    return {path: own.replace(output_gram=minded[path]) for path, own in moments.items()}
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

@@ -31,7 +31,7 @@ def collect_gradients(
 
     An error e of the outputs then costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
     2015, arXiv 1503.05671, with the layer's own error in place of its inputs): the errors of different layers are on
-    one scale and add up. It goes into ``Moments.output``. Labels are not needed.
+    one scale and add up. It goes into ``Moments.output_gram``. Labels are not needed.
 
     Args:
         model: is as before afterwards; its parameters get no gradients.

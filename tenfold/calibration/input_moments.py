@@ -236,7 +236,7 @@ class MomentSums:
                 self._sketch.add(patches, rows)
 
     def _add(self, patches: Tensor, rows: Tensor | None) -> None:
-        self._sum("second", patches @ patches.mT)
+        self._sum("input_second_moment", patches @ patches.mT)
         self._sum("mean", patches.sum(-1))
         if rows is not None:
             self._sum("cross", rows @ patches.mT)
@@ -261,7 +261,7 @@ class MomentSums:
         if self._counts is not None:
             return moments_of_ids(self._counts)
         sketch = self._sketch
-        if not (bool(torch.isfinite(self._sums["second"]).all()) if sketch is None else sketch.finite()):
+        if not (bool(torch.isfinite(self._sums["input_second_moment"]).all()) if sketch is None else sketch.finite()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
             raise DataError(msg)
         if sketch is not None:

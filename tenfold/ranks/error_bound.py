@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from tenfold.decompositions import Decomposition, Moments, decompose, default_algorithm
+from tenfold.decompositions import Decomposition, Moments, algorithm_for, decompose
 from tenfold.errors import DataError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank, join_groups
 from tenfold.parallel import Workers, spread
@@ -157,7 +157,9 @@ class _Search:
             if rank not in self.known[format]:
                 near = min(fits, key=lambda i: abs(i - index), default=None)
                 start = None if near is None else fits[near]
-                fit = decompose(dense, format, ranks[index], algorithm, spec=self.spec, metric=self.metric, start=start)
+                fit = decompose(
+                    dense, format, ranks[index], algorithm, spec=self.spec, moments=self.metric, start=start
+                )
                 fits[index] = fit.value
                 self.known[format][rank] = fit.rel_error if fit.output_error is None else fit.output_error
             return self.known[format][rank]
@@ -191,10 +193,8 @@ def _run(shared: None, search: _Search) -> tuple[dict[str, Rank | None], dict[st
 
 def _algorithm(rule: ErrorBound, format: str, metric: Moments | None) -> Decomposition:
     """Return the format's algorithm with few sweeps."""
-    settings = default_algorithm(format, rule.seed, aware=metric is not None).to_dict()
-    if "n_iter" in settings:
-        settings["n_iter"] = min(settings["n_iter"], rule.sweeps)
-    return Decomposition.from_dict(settings)
+    algorithm = algorithm_for(format, seed=rule.seed, data_aware=metric is not None)
+    return algorithm.with_settings({"n_iter": min(algorithm.to_dict().get("n_iter", rule.sweeps), rule.sweeps)})
 
 
 def _digest(weight: torch.Tensor, spec: LayerSpec, metric: Moments | None) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tenfold.errors import DataError, require
-from tenfold.records import Cost, SensitivityTable, TradeOff, TradeOffPoint, write_text, written_whole
+from tenfold.records import Cost, SensitivityTable, TradeOff, TradeOffPoint, atomic_write, write_text
 from tenfold.reporting import charts
 from tenfold.reporting.charts import Chart
 
@@ -211,6 +211,6 @@ def _write(figure: Any, path: Path, rows: Sequence[dict[str, Any]], text: str) -
     data, values = path.with_suffix(".csv"), path.with_suffix(".json")
     write_text(data, numbers.getvalue())
     write_text(values, text)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(picture.getvalue())
     return path, data, values

@@ -30,7 +30,7 @@ class Branch:
     scale: Tensor | None = None
 
     def importance(self, spec: LayerSpec) -> Tensor | None:
-        """Return how much the sum minds errors of the layer's outputs, as in ``Moments.output``; None for all alike."""
+        """Return how errors of the layer's outputs count in the sum, as ``Moments.output_gram``; None for all alike."""
         if self.scale is None or len(self.scale) != spec.out_channels:
             return None
         return torch.diag_embed(self.scale.double().square().view(spec.groups, -1))

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
-from tenfold.errors import PlanError, TenfoldError
+from tenfold.decompositions import Decomposition, FitRequest, algorithm_for, decompose_many, default_algorithm
+from tenfold.errors import PlanError, naming_layer
 from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import dense_weight, spec_of
 from tenfold.records import Plan
@@ -119,22 +119,18 @@ class PlanProjection(Projection):
         """Return the formats."""
         return " and ".join(sorted({str(layer.format) for layer in self.plan.factorized}))
 
-    def _problem(self, i: int, model: nn.Module, target: Tensor) -> Problem:
+    def _problem(self, i: int, model: nn.Module, target: Tensor) -> FitRequest:
         layer = self.plan.factorized[i]
         spec, reason = spec_of(find(model, layer.path))
         if spec is None:
             msg = f"layer {layer.path!r} cannot be factorized: {reason}"
             raise PlanError(msg)
         format, seed = str(layer.format), self.plan.seed
-        try:
-            known = layer.algorithm
-            algorithm = default_algorithm(format, seed) if known is None else Decomposition.from_dict(known)
+        with naming_layer(layer.path):
+            algorithm = algorithm_for(format, layer.algorithm, seed)
             known_factors = {n.partition("_")[2]: t for n, t in self._buffers.items() if n.startswith(f"factors{i}_")}
             start = FORMATS.get(format)(spec, **known_factors) if known_factors else None
-        except TenfoldError as error:
-            msg = f"layer {layer.path!r}: {error}"
-            raise PlanError(msg) from error
-        return Problem(target, spec, format, layer.rank or {}, algorithm, start=start)
+        return FitRequest(target, spec, format, layer.rank or {}, algorithm, start=start)
 
     def _remember(self, i: int, value: Factorization) -> None:
         """Keep factors for a warm start, where the start matters."""
@@ -152,7 +148,7 @@ def weight_only(plan: Plan) -> Plan:
     """Return the plan with every data-aware algorithm replaced by the default of its format."""
     layers = []
     for layer in plan.layers:
-        aware = layer.algorithm is not None and isinstance(Decomposition.from_dict(layer.algorithm), AwareDecomposition)
+        aware = layer.algorithm is not None and Decomposition.from_dict(layer.algorithm).uses_covariance
         known = default_algorithm(str(layer.format), plan.seed).to_dict() if aware else layer.algorithm
         layers.append(layer.replace(algorithm=known, fingerprint=None))
     return plan.replace(layers=tuple(layers))

@@ -1,4 +1,4 @@
-"""Laws that an algorithm obeys when it is told the moments of a layer's inputs."""
+"""Laws of algorithms that use the covariance of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions import Fit, Moments, decompose, default_algorithm
-from tenfold.decompositions.base import AwareDecomposition
 from tenfold.formats import Rank, join_groups, split_groups
 from tenfold.records import LayerSpec
 from tenfold.testing.laws import expect, law
@@ -64,14 +63,14 @@ class _Seen:
         return (wanted - found).square().sum((1, 2)), (wanted - wanted.mean(1, keepdim=True)).square().sum((1, 2))
 
 
-def _aware(trial: Trial, at: _Seen) -> Fit:
-    name, metric = trial.format.name(), Moments.of(at.rows)
-    return decompose(at.weight, name, at.rank, trial.algorithm, spec=at.spec, metric=metric)
+def _fit(trial: Trial, at: _Seen) -> Fit:
+    name, moments = trial.format.name(), Moments.of(at.rows)
+    return decompose(at.weight, name, at.rank, trial.algorithm, spec=at.spec, moments=moments)
 
 
 def check_white(trial: Trial) -> None:
     """Raise LawBroken if inputs that are white and centred make the fit worse than it is without any."""
-    if not isinstance(trial.algorithm, AwareDecomposition):
+    if not trial.algorithm.uses_covariance:
         return
     spec = trial.at.spec
     weight, ranks = random_weight(spec, seed=2), some_ranks(trial.format, spec)
@@ -82,28 +81,31 @@ def check_white(trial: Trial) -> None:
     rank = ranks[len(ranks) // 2]
     with law(15, trial, rank, "white inputs"):
         plain = trial.fit(weight, rank)
-        seen = decompose(weight, trial.format.name(), rank, trial.algorithm, spec=spec, metric=white)
+        seen = decompose(weight, trial.format.name(), rank, trial.algorithm, spec=spec, moments=white)
         slack = SLACK if trial.format.tails_bound else LOCAL_SLACK
         most = plain.rel_error * (1 + slack) + 1e-4
-        expect(seen.rel_error <= most, f"relative error {seen.rel_error:.6g}, without a metric {plain.rel_error:.6g}")
+        expect(seen.rel_error <= most, f"relative error {seen.rel_error:.6g}, without moments {plain.rel_error:.6g}")
 
 
 def check_outputs(trial: Trial) -> None:
-    """Raise LawBroken unless errors where there are no data are traded for those of the outputs, told as they are.
+    """Raise LawBroken unless errors where there are no data are traded for those of the outputs, and reported truly.
 
     Of each group, the output errors are clearly below those of a fit that does not know the data.
     """
-    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) else None
+    at = _Seen.of(trial) if trial.algorithm.uses_covariance else None
     if at is None:
         return
     with law(15, trial, at.rank, "inputs in half of all directions"):
-        fit = _aware(trial, at)
+        fit = _fit(trial, at)
         missed, power = at.errors(fit)
-        told, seen = fit.output_error or 0.0, float(missed.sum() / power.sum()) ** 0.5
-        expect(abs(told - seen) <= 1e-6, f"the fit tells the output error {told:.6g}, over the rows it is {seen:.6g}")
+        claimed, seen = fit.output_error or 0.0, float(missed.sum() / power.sum()) ** 0.5
+        expect(
+            abs(claimed - seen) <= 1e-6,
+            f"the fit reports the output error {claimed:.6g}, over the rows it is {seen:.6g}",
+        )
         blind = default_algorithm(trial.format.name())
-        metric = Moments.of(at.rows)
-        plain, _ = at.errors(decompose(at.weight, trial.format.name(), at.rank, blind, spec=at.spec, metric=metric))
+        moments = Moments.of(at.rows)
+        plain, _ = at.errors(decompose(at.weight, trial.format.name(), at.rank, blind, spec=at.spec, moments=moments))
         for own, without, whole in zip(missed.sqrt(), plain.sqrt(), power.sqrt(), strict=True):
             least = 0.02 * float(whole)
             expect(
@@ -114,38 +116,38 @@ def check_outputs(trial: Trial) -> None:
 
 def check_groups_apart(trial: Trial) -> None:
     """Raise LawBroken if a group comes out worse beside groups with other inputs than as a layer of its own."""
-    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) and trial.at.spec.groups > 1 else None
+    at = _Seen.of(trial) if trial.algorithm.uses_covariance and trial.at.spec.groups > 1 else None
     if at is None:
         return
-    missed, power = at.errors(_aware(trial, at))
+    missed, power = at.errors(_fit(trial, at))
     slack = SLACK if trial.format.tails_bound else LOCAL_SLACK
     for index in range(at.spec.groups):
         with law(15, trial, at.rank, f"group {index}"):
             own = at.group(index)
-            alone, _ = own.errors(_aware(trial, own))
+            alone, _ = own.errors(_fit(trial, own))
             seen, wanted = (float(e / power[index]) ** 0.5 for e in (missed[index], alone[0]))
             expect(seen <= wanted * (1 + slack) + 1e-2, f"output error {seen:.6g}, as a layer of its own {wanted:.6g}")
 
 
-def check_minded(trial: Trial) -> None:
+def check_output_gram(trial: Trial) -> None:
     """Raise LawBroken if factors come out with scales that train badly where outputs count very differently."""
-    at = _Seen.of(trial) if isinstance(trial.algorithm, AwareDecomposition) else None
+    at = _Seen.of(trial) if trial.algorithm.uses_covariance else None
     if at is None:
         return
     groups, out = at.spec.group_shape[:2]
-    minded = torch.logspace(0, -4, out, dtype=torch.float64).diag_embed().expand(groups, -1, -1)
-    metric = Moments.of(at.rows).replace(output=minded)
+    output_gram = torch.logspace(0, -4, out, dtype=torch.float64).diag_embed().expand(groups, -1, -1)
+    moments = Moments.of(at.rows).replace(output_gram=output_gram)
     with law(15, trial, at.rank, "outputs that count very differently"):
-        found = decompose(at.weight, trial.format.name(), at.rank, trial.algorithm, spec=at.spec, metric=metric).value
+        found = decompose(at.weight, trial.format.name(), at.rank, trial.algorithm, spec=at.spec, moments=moments).value
         for (name, given), wanted in zip(found.tensors().items(), found.balanced().tensors().values(), strict=True):
             norms, levelled = (torch.linalg.vector_norm(t.flatten(2), dim=(1, 2)) for t in (given, wanted))
             off = float((norms / levelled.clamp_min(1e-30)).log().abs().max())
             expect(off <= 1e-4, f"{name} has the norm {norms.tolist()}, balanced {levelled.tolist()}")
 
 
-AWARE_LAWS: dict[str, Callable[[Trial], None]] = {
+COVARIANCE_LAWS: dict[str, Callable[[Trial], None]] = {
     "white": check_white,
     "outputs": check_outputs,
     "groups_apart": check_groups_apart,
-    "minded": check_minded,
+    "output_gram": check_output_gram,
 }

@@ -11,13 +11,14 @@ import torch
 from tensorly.decomposition import tensor_ring
 from tensorly.tr_tensor import tr_to_tensor
 
-from tenfold.decompositions import DECOMPOSITIONS, Moments, Sketch, btd_sweeps, curves, decompose, tr_sweeps
-from tenfold.decompositions.btd_sweeps import BlockLayout, Blocks, balanced, deflated
-from tenfold.decompositions.curves import damage_curve, error_curve
-from tenfold.decompositions.parts import descend
-from tenfold.decompositions.parts_under import Under
-from tenfold.decompositions.tr_sweeps import RingLayout, Rings
-from tenfold.decompositions.tt_als import Whitening
+from tenfold.decompositions import DECOMPOSITIONS, Moments, Sketch, decompose, error_curve
+from tenfold.decompositions.block_als import btd_als, tr_updates
+from tenfold.decompositions.block_als.base import QUICK
+from tenfold.decompositions.block_als.btd_als import BlockTermLayout, BlockTermLeastSquares, balanced, deflated
+from tenfold.decompositions.block_als.descent import descend
+from tenfold.decompositions.block_als.tr_updates import RingLayout, RingLeastSquares
+from tenfold.decompositions.block_als.weighted_descent import WeightedLeastSquares
+from tenfold.decompositions.covariance import Whitening
 from tenfold.formats import FORMATS
 from tenfold.records import LayerSpec
 from tenfold.tensors import rings
@@ -92,10 +93,10 @@ def least_squares_sweep(tensor, parts, to_terms, order, root=None, ridge=0.0):
 @pytest.mark.parametrize("ridge", [0.0, 0.2])
 @pytest.mark.parametrize("direct", [512, 1])
 def test_each_core_is_the_least_squares_solution(modes, ranks, ridge, direct, monkeypatch):
-    monkeypatch.setattr(tr_sweeps, "DIRECT", direct)
+    monkeypatch.setattr(tr_updates, "DIRECT", direct)
     tensor, start = random_tensor(1, *modes, seed=9), ring_parts(modes, ranks)
     wanted, goal = least_squares_sweep(tensor, start, slices_of, range(len(modes)), ridge=ridge)
-    found, square, terms = Rings(tensor).sweep(start, torch.tensor([ridge], dtype=F64))
+    found, square, terms = RingLeastSquares(tensor).sweep(start, torch.tensor([ridge], dtype=F64))
     close = 1e-8 if direct == 512 else 1e-4  # as many conjugate gradients as there are unknowns solve exactly, nearly
     assert float(square + ridge * terms) == pytest.approx(goal, rel=close)
     assert float(terms) == pytest.approx(float(slices_of(found).square().sum()), rel=close)
@@ -105,10 +106,10 @@ def test_each_core_is_the_least_squares_solution(modes, ranks, ridge, direct, mo
 @pytest.mark.parametrize("ridge", [0.0, 0.2])
 @pytest.mark.parametrize("direct", [512, 1])
 def test_factors_and_cores_of_all_blocks_are_the_least_squares_solutions(ridge, direct, monkeypatch):
-    monkeypatch.setattr(btd_sweeps, "DIRECT", direct)
+    monkeypatch.setattr(btd_als, "DIRECT", direct)
     tensor, start = random_tensor(1, 7, 6, 4, seed=9), block_parts(7, 6, 4, 2, 2, 2)
     wanted, goal = least_squares_sweep(tensor, start, blocks_of, (0, 2, 1), ridge=ridge)
-    found, square, terms = Blocks(tensor).sweep(start, torch.tensor([ridge], dtype=F64))
+    found, square, terms = BlockTermLeastSquares(tensor).sweep(start, torch.tensor([ridge], dtype=F64))
     close = 1e-8 if direct == 512 else 1e-4
     assert float(square + ridge * terms) == pytest.approx(goal, rel=close)
     assert float(terms) == pytest.approx(float(blocks_of(found).square().sum()), rel=close)
@@ -117,7 +118,7 @@ def test_factors_and_cores_of_all_blocks_are_the_least_squares_solutions(ridge, 
 
 def under(weight, square, modes, layout):
     frame = Whitening.of(square, modes)
-    return Under(frame.there(weight[None]).flatten(2), frame, square, layout, 60), frame
+    return WeightedLeastSquares(frame.whiten(weight[None]).flatten(2), frame, square, layout, 60), frame
 
 
 def test_under_a_covariance_the_parts_are_the_weighted_least_squares_solutions():
@@ -125,12 +126,12 @@ def test_under_a_covariance_the_parts_are_the_weighted_least_squares_solutions()
     square = (mixing @ mixing.T + torch.eye(24, dtype=F64))[None]
     root = torch.linalg.cholesky(square[0])
     weight, start = random_tensor(7, 6, 4, seed=9), block_parts(7, 6, 4, 2, 2, 2)
-    problem, frame = under(weight, square, (6, 4), BlockLayout())
+    problem, frame = under(weight, square, (6, 4), BlockTermLayout())
     found, error, _ = problem.sweep(start, torch.zeros(1))
-    unwhitened = BlockLayout().along_inputs(start, frame.inverses)
+    unwhitened = BlockTermLayout().along_inputs(start, frame.inverses)
     wanted, missed = least_squares_sweep(weight[None], unwhitened, blocks_of, (0, 1, 2), root)
     assert float(error) == pytest.approx(missed, rel=1e-5)
-    dense = blocks_to_dense(BlockLayout().along_inputs(found, frame.inverses))
+    dense = blocks_to_dense(BlockTermLayout().along_inputs(found, frame.inverses))
     torch.testing.assert_close(dense, blocks_to_dense(wanted), rtol=1e-3, atol=1e-3)
 
 
@@ -165,9 +166,9 @@ def test_rings_under_a_covariance_are_the_weighted_least_squares_solutions(spec)
 def test_no_sweep_ends_worse(problem):
     tensor = random_tensor(1, 10, 9, 8)
     if problem == "ring":
-        made, start = Rings(tensor), ring_parts((10, 9, 8), (2, 3, 3))
+        made, start = RingLeastSquares(tensor), ring_parts((10, 9, 8), (2, 3, 3))
     else:
-        made, start = Blocks(tensor), deflated(tensor, 2, 3, 3)
+        made, start = BlockTermLeastSquares(tensor), deflated(tensor, 2, 3, 3)
     errors = [float(descend(made, start, n_iter=n, tol=0).errors) for n in range(1, 40, 3)]
     assert all(b <= a * (1 + 1e-12) for a, b in pairwise(errors))
     assert errors[-1] < errors[0]
@@ -176,8 +177,8 @@ def test_no_sweep_ends_worse(problem):
 @pytest.mark.parametrize(
     ("problem", "terms", "start"),
     [
-        (Rings, slices_of, ring_parts((6, 5, 4), (2, 2, 2))),
-        (Blocks, blocks_of, block_parts(6, 5, 4, 2, 2, 2)),
+        (RingLeastSquares, slices_of, ring_parts((6, 5, 4), (2, 2, 2))),
+        (BlockTermLeastSquares, blocks_of, block_parts(6, 5, 4, 2, 2, 2)),
     ],
 )
 def test_terms_do_not_cancel(problem, terms, start):
@@ -190,7 +191,7 @@ def test_terms_do_not_cancel(problem, terms, start):
     held = descend(problem(tensor), begun, n_iter=300, tol=0, penalty=3e-3)
 
     def spread(found):
-        return float(terms(found.parts).norm() / tensor.norm())
+        return float(terms(found.blocks).norm() / tensor.norm())
 
     assert float(held.errors.sqrt()) < float(plain.errors.sqrt()) + 0.01
     assert spread(plain) > 50
@@ -272,12 +273,12 @@ def test_with_data_the_output_error_is_less(spec, format, rank):
     x = x @ torch.linalg.qr(random_tensor(width, width, seed=4)).Q
     weight, moments = random_tensor(*spec.weight_shape, seed=2), Moments.of(x)
     plain_algorithm = DECOMPOSITIONS.get(FORMATS.get(format).default_algorithm)
-    aware = decompose(weight, format, rank, spec=spec, metric=moments)
+    aware = decompose(weight, format, rank, spec=spec, moments=moments)
     plain = decompose(weight, format, rank, spec=spec)
     apart = weight.reshape(groups, -1, width)
     unaware = moments.errors(apart, plain.value.to_grouped().flatten(2))
     assert aware.output_error < 0.9 * float(unaware[0].sum() / unaware[1].sum()) ** 0.5
-    few = decompose(weight, format, rank, plain_algorithm(data_iter=1), spec=spec, metric=moments)
+    few = decompose(weight, format, rank, plain_algorithm(data_iter=1), spec=spec, moments=moments)
     assert aware.output_error <= few.output_error * (1 + 1e-9)
 
 
@@ -285,9 +286,9 @@ def test_a_sketch_of_the_moments_serves_as_well():
     x = random_tensor(500, 48) * torch.logspace(0, -1.5, 48, dtype=F64)
     weight, rank = random_tensor(36, 48, seed=2), {"r1": 3, "r2": 3, "r3": 3}
     whole = Moments.of(x)
-    sketch = whole.replace(second=Sketch.of(x))
-    found = decompose(weight, "tensor_ring", rank, metric=sketch).output_error
-    assert found == pytest.approx(decompose(weight, "tensor_ring", rank, metric=whole).output_error, rel=0.02)
+    sketch = whole.replace(input_second_moment=Sketch.of(x))
+    found = decompose(weight, "tensor_ring", rank, moments=sketch).output_error
+    assert found == pytest.approx(decompose(weight, "tensor_ring", rank, moments=whole).output_error, rel=0.02)
 
 
 @pytest.mark.parametrize("format", ["tensor_ring", "block_term"])
@@ -297,20 +298,18 @@ def test_curves_are_the_errors_of_quick_fits(format, data):
     weight, kind = random_tensor(*spec.weight_shape), FORMATS.get(format)
     moments = Moments.of(random_tensor(300, 54) * torch.logspace(0, -1.5, 54, dtype=F64)) if data else None
     default = DECOMPOSITIONS.get(kind.default_algorithm)
-    quick = default(**curves._SLICED_SWEEPS)
+    quick = default(**QUICK)
 
     def error(row, algorithm):
         rank = dict(zip(kind.rank_names, row, strict=True))
         given = weight if data else weight.float()
-        fit = decompose(given, format, rank, algorithm, metric=moments)
+        fit = decompose(given, format, rank, algorithm, moments=moments)
         if moments is None:
             return fit.rel_error**2
-        return moments.damage(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
+        return moments.distortion(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
 
     ranks = np.array([[c, r, r] for c in (2, 4) for r in (1, 2)])
-    curve = (
-        error_curve(weight[None], spec, kind) if moments is None else damage_curve(weight[None], spec, kind, moments)
-    )
+    curve = error_curve(weight[None], spec, kind, moments)
     told = curve(ranks)
     assert told == pytest.approx([error(row, quick) for row in ranks.tolist()], rel=1e-6)
     full = np.array([list(kind.max_rank(spec).values())])

@@ -104,11 +104,11 @@ def _gauss_newton(factors: Sequence[Tensor], step: Steps) -> Steps:
     modes = range(len(factors))
     products = []
     for m in modes:
-        own = step[m] @ reduce(torch.mul, [grams[k] for k in modes if k != m])
+        diagonal = step[m] @ reduce(torch.mul, [grams[k] for k in modes if k != m])
         mixed = [
             reduce(torch.mul, [across[k].mT, *(grams[j] for j in modes if j not in (m, k))]) for k in modes if k != m
         ]
-        products.append(own + factors[m] @ torch.stack(mixed).sum(0))
+        products.append(diagonal + factors[m] @ torch.stack(mixed).sum(0))
     return products
 
 

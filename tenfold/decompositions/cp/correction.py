@@ -91,29 +91,29 @@ def stretch(values: Tensor, power: Tensor, room: Tensor, *, steps: int = 60) -> 
     The secular equation for μ = 1/ν. Its inverse square root is concave and nearly straight in ν, so that Newton's
     method climbs to the root from the left in a few steps (as in trust regions; Moré & Sorensen 1983).
     """
-    found = torch.zeros_like(room)
+    nu = torch.zeros_like(room)
     for _ in range(steps):
-        grown = 1 + values * found.unsqueeze(-1)
+        grown = 1 + values * nu.unsqueeze(-1)
         sum_, slope = (power / grown.square()).sum(-1), (power * values / grown.pow(3)).sum(-1)
         step = (room.rsqrt() - sum_.rsqrt()) * sum_.pow(1.5) / slope
-        found = (found + torch.nan_to_num(step, nan=0.0, posinf=0.0, neginf=0.0)).clamp_min(0)
-        if bool((step.abs() <= 1e-7 * found).all()):  # quadratic: the next one would be rounding
+        nu = (nu + torch.nan_to_num(step, nan=0.0, posinf=0.0, neginf=0.0)).clamp_min(0)
+        if bool((step.abs() <= 1e-7 * nu).all()):  # quadratic: the next one would be rounding
             break
-    return found
+    return nu
 
 
 def _weights(factors: Sequence[Tensor], mode: int, objective: Objective, square: Tensor) -> Tensor:
     """Return d (batch, R): the objective as a function of one factor is Σ_r d_r ‖a_r‖², and a constant."""
     if objective == "norms":
-        found = torch.diagonal(square, dim1=-2, dim2=-1)
+        weights = torch.diagonal(square, dim1=-2, dim2=-1)
     else:
         others = [m for m in range(len(factors)) if m != mode]
         squares = {m: factors[m].square().sum(1) for m in others}
         ones = torch.ones_like(square[:, 0])
         parts = [reduce(torch.mul, (squares[k] for k in others if k != m), ones * factors[m].shape[1]) for m in others]
-        found = torch.stack(parts).sum(0)
-    top = found.amax(-1, keepdim=True)
-    return torch.where(top > 0, torch.maximum(found, 1e-24 * top), 1.0)  # terms that vanish stay at zero
+        weights = torch.stack(parts).sum(0)
+    top = weights.amax(-1, keepdim=True)
+    return torch.where(top > 0, torch.maximum(weights, 1e-24 * top), 1.0)  # terms that vanish stay at zero
 
 
 def correct(
@@ -144,11 +144,11 @@ def correct(
     noise = _NOISE * tensor.flatten(1).square().sum(-1)
     done, converged = 0, False
     while done < sweeps and not converged:
-        found, least = _sweep(tensor, _beyond(best, before, reach), bound, objective)
-        now = objective_of(found, objective)
+        tried, least = _sweep(tensor, _beyond(best, before, reach), bound, objective)
+        now = objective_of(tried, objective)
         lower = (now < value) & (least <= bound * (1 + 1e-9) + noise)
         before = _either(lower, best, before)
-        best = _either(lower, found, best)
+        best = _either(lower, tried, best)
         value = torch.where(lower, now, value)
         reach = torch.where(lower, (_GROWTH * reach).clamp(_REACH, _FARTHEST), reach / 4)
         stuck = reach < _NEAREST  # go on from here without a direction
@@ -166,20 +166,20 @@ _REACH, _NEAREST, _FARTHEST, _GROWTH, _CALM = 0.5, 0.05, 10.0, 1.1, 10
 
 def refine(tensor: Tensor, factors: Sequence[Tensor], sweeps: int) -> list[Tensor]:
     """Return factors after ``sweeps`` of plain alternating least squares from these, balanced."""
-    found = list(factors)
+    refined = list(factors)
     for _ in range(sweeps):
-        found, _ = _sweep(tensor, found, None, "norms")
-    return found
+        refined, _ = _sweep(tensor, refined, None, "norms")
+    return refined
 
 
 def _sweep(
     tensor: Tensor, factors: list[Tensor], bound: Tensor | None, objective: Objective
 ) -> tuple[list[Tensor], Tensor]:
     """Return all factors updated in turn and balanced, and the least error that the last one could have had."""
-    found, least = list(factors), tensor.new_zeros(len(tensor))
-    for mode in range(len(found)):
-        found[mode], least = update_block(tensor, found, mode, bound, objective)
-    return kruskal.balance(found), least
+    updated, least = list(factors), tensor.new_zeros(len(tensor))
+    for mode in range(len(updated)):
+        updated[mode], least = update_block(tensor, updated, mode, bound, objective)
+    return kruskal.balance(updated), least
 
 
 def _beyond(best: list[Tensor], before: list[Tensor], reach: Tensor) -> list[Tensor]:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS
-from tenfold.decompositions.cp_als import CPSettings, fit_cp
-from tenfold.decompositions.terms import OfTerms, Terms
+from tenfold.decompositions.cp.als import CPALS, fit_cp
+from tenfold.decompositions.cp.base import KruskalDecomposition, KruskalFit
 from tenfold.tensors import kruskal
 
 
 @DECOMPOSITIONS.register("cp_power")
 @dataclass(frozen=True)
-class CPPower(OfTerms):
+class CPPower(KruskalDecomposition):
     """Tensor power method with deflation: stable and greedy; for comparison with what fits all components at once.
 
     Each component is the best rank-one tensor that power iterations find in what the ones before left (Astrid & Lee
@@ -36,18 +35,19 @@ class CPPower(OfTerms):
     sweeps: int = 200
     sweep_tol: float = 1e-5
 
-    costly: ClassVar[bool] = True
+    slow = True
+    supports_start = False
 
-    def fit_terms(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> Terms:
-        """Return balanced factors; deflation has no use for a start."""
+    def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> KruskalFit:
+        """Return balanced factors; deflation does not use a start."""
         del start
-        found: Sequence[Tensor]
-        found, iterations, converged = self.deflate(tensor, rank)
+        factors: Sequence[Tensor]
+        factors, iterations, converged = self.deflate(tensor, rank)
         if self.sweeps:
-            settings = CPSettings(n_iter=self.sweeps, tol=self.sweep_tol, seed=self.seed)
-            joint = fit_cp(tensor, rank, settings, start=found)
-            found, iterations, converged = joint.factors, iterations + joint.n_iter, joint.converged
-        return Terms(kruskal.balance([f.double() for f in found]), iterations, converged)
+            settings = CPALS(n_iter=self.sweeps, tol=self.sweep_tol, seed=self.seed)
+            joint = fit_cp(tensor, rank, settings, start=factors)
+            factors, iterations, converged = joint.factors, iterations + joint.n_iter, joint.converged
+        return KruskalFit(kruskal.balance([f.double() for f in factors]), iterations, converged)
 
     def deflate(self, tensor: Tensor, rank: int) -> tuple[list[Tensor], int, bool]:
         """Return ``rank`` components (batch, n, rank) of tensors (batch, n_1, …), iterations, and if all converged."""

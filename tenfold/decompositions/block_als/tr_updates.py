@@ -1,4 +1,4 @@
-"""Tensor rings as parts: each core as the best one between its neighbours, for white inputs or under the data."""
+"""Updates of tensor rings: each core as the best one between its neighbours, for white inputs or under the data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.parts import DIRECT, Parts, solve, solve_by_steps
-from tenfold.decompositions.parts_under import Layout
+from tenfold.decompositions.block_als.descent import DIRECT, Blocks, solve, solve_by_steps
+from tenfold.decompositions.block_als.weighted_descent import Layout
 from tenfold.tensors import rings
 from tenfold.tensors.conjugate_gradients import dot, each
 
 
-class Rings:
-    """A batch of tensors (batch, *modes) to meet by rings of three cores (batch, r, n, r') and more.
+class RingLeastSquares:
+    """A batch of tensors (batch, *modes) to approximate by rings of three cores (batch, r, n, r') and more.
 
     The terms are those of the closing bond: one for each of its r₁ values.
     """
@@ -28,17 +28,17 @@ class Rings:
             turned = tensor.permute(0, *(m + 1 for m in (*before, k, *after)))
             self._turned.append(turned.flatten(1, len(before)).flatten(3).contiguous())
 
-    def sweep(self, parts: Parts, ridge: Tensor) -> tuple[Parts, Tensor, Tensor]:
+    def sweep(self, blocks: Blocks, ridge: Tensor) -> tuple[Blocks, Tensor, Tensor]:
         """Return each core in turn as the best one between its neighbours.
 
         And the squared errors then, and the sums of the terms' squares.
         """
-        cores, found, terms = list(parts), self.power, self.power
+        cores, lower, terms = list(blocks), self.power, self.power
         for k, tensor in enumerate(self._turned):
             left, right = beside(cores, k)
             between = Between(left, right, closing=_closing(len(cores), k), ridge=ridge)
-            cores[k], found, terms = between.best(tensor, cores[k])
-        return tuple(cores), (self.power + found - ridge * terms).clamp_min(0), terms
+            cores[k], lower, terms = between.best(tensor, cores[k])
+        return tuple(cores), (self.power + lower - ridge * terms).clamp_min(0), terms
 
 
 class RingLayout(Layout):
@@ -48,24 +48,24 @@ class RingLayout(Layout):
         self.outer = order - 2
         self._plain = order == 4  # a linear layer
 
-    def left(self, parts: Parts) -> Tensor:
+    def left(self, blocks: Blocks) -> Tensor:
         """Return A (batch, out, r·r')."""
         if not self._plain:
-            return parts[0].transpose(1, 2).flatten(2)
-        return torch.einsum("zaqb,zbpc->zpqac", parts[0], parts[1]).flatten(3).flatten(1, 2)
+            return blocks[0].transpose(1, 2).flatten(2)
+        return torch.einsum("zaqb,zbpc->zpqac", blocks[0], blocks[1]).flatten(3).flatten(1, 2)
 
-    def right(self, parts: Parts) -> Tensor:
+    def right(self, blocks: Blocks) -> Tensor:
         """Return Y (batch, r·r', n)."""
-        middle, last = parts[-2:]
+        middle, last = blocks[-2:]
         if self._plain:
             return torch.einsum("zcid,zdja->zacij", middle, last).flatten(3).flatten(1, 2)
         return torch.einsum("zbkc,zcia->zabik", middle, last).flatten(3).flatten(1, 2)
 
-    def seen(self, product: Tensor, parts: Parts, k: int) -> Tensor:
+    def seen(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
         """Return the adjoint of ``left`` or ``right`` as a map of core k."""
-        middle, last = parts[-2:]
+        middle, last = blocks[-2:]
         if not self._plain:
-            (_, out, b), (a, taps, inner) = parts[0].shape[1:], (last.shape[3], middle.shape[2], last.shape[2])
+            (_, out, b), (a, taps, inner) = blocks[0].shape[1:], (last.shape[3], middle.shape[2], last.shape[2])
             if k == 0:
                 return product.reshape(-1, out, a, b).transpose(1, 2)
             apart = product.reshape(-1, a, b, inner, taps)
@@ -73,33 +73,33 @@ class RingLayout(Layout):
             return torch.einsum(equation, apart, other)
         a, c = last.shape[3], middle.shape[1]
         if k < self.outer:
-            apart = product.reshape(-1, parts[1].shape[2], parts[0].shape[2], a, c)
-            equation, other = ("zpqac,zbpc->zaqb", parts[1]) if k == 0 else ("zpqac,zaqb->zbpc", parts[0])
+            apart = product.reshape(-1, blocks[1].shape[2], blocks[0].shape[2], a, c)
+            equation, other = ("zpqac,zbpc->zaqb", blocks[1]) if k == 0 else ("zpqac,zaqb->zbpc", blocks[0])
         else:
             apart = product.reshape(-1, a, c, middle.shape[2], last.shape[2])
             equation, other = ("zacij,zdja->zcid", last) if k == self.outer else ("zacij,zcid->zdja", middle)
         return torch.einsum(equation, apart, other)
 
-    def gram(self, parts: Parts, k: int) -> Tensor | None:
+    def gram(self, blocks: Blocks, k: int) -> Tensor | None:
         """Return the Gram matrix of what is beside core k."""
-        left, right = beside(parts, k)
+        left, right = beside(blocks, k)
         return gram_between(left, right) if left.shape[3] * right.shape[1] <= DIRECT else None
 
-    def columns(self, part: Tensor) -> Tensor:
+    def columns(self, block: Tensor) -> Tensor:
         """Return a core (batch, r, n, r') as (batch, r·r', n)."""
-        return _columns(part)
+        return _columns(block)
 
     def uncolumns(self, columns: Tensor, like: Tensor) -> Tensor:
         """Return (batch, r·r', n) as a core."""
         return columns.reshape(len(like), like.shape[1], like.shape[3], -1).transpose(2, 3)
 
-    def along_inputs(self, parts: Parts, matrices: tuple[Tensor, ...]) -> Parts:
+    def along_inputs(self, blocks: Blocks, matrices: tuple[Tensor, ...]) -> Blocks:
         """Return the ring with matrices multiplied to the modes of the last two cores."""
         first, second = matrices if self._plain else reversed(matrices)  # the flattened weight has (in, K)
-        return *parts[:-2], first[:, None] @ parts[-2], second[:, None] @ parts[-1]
+        return *blocks[:-2], first[:, None] @ blocks[-2], second[:, None] @ blocks[-1]
 
 
-def beside(cores: Parts | list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+def beside(cores: Blocks | list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Return what the cores on both sides of core k multiply to, (a, l, b) and (c, r, a)."""
     before, after = _around(len(cores), k)
     return rings.tr_chain(tuple(cores[m] for m in before)), rings.tr_chain(tuple(cores[m] for m in after))
@@ -147,32 +147,32 @@ class Between:
         if self.closing != "a" or b * c <= DIRECT:
             gram = gram_between(self.left, self.right)
             alone = self._alone(gram, b, c)
-            x, found = solve(gram + each(self.ridge, gram) * alone, seen, _columns(held))
+            x, lower = solve(gram + each(self.ridge, gram) * alone, seen, _columns(held))
             terms = dot(x, alone @ x)
         else:
-            x, found = solve_by_steps(
+            x, lower = solve_by_steps(
                 lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), seen, _columns(held)
             )
             terms = dot(x, self._terms(x))
-        return x.reshape(len(x), b, c, -1).transpose(2, 3), found, terms
+        return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, terms
 
     def _alone(self, gram: Tensor, b: int, c: int) -> Tensor:
         """Return the Gram matrix without what is between different values of the closing bond."""
         if self.closing == "a":
-            left, right = self._own()
+            left, right = self._overlaps()
             return torch.einsum("zabe,zacf->zbcef", left, right).reshape(gram.shape)
         size, shape = (b, (-1, 1, 1, 1)) if self.closing == "b" else (c, (1, -1, 1, 1))
         rows = torch.arange(size, device=gram.device).reshape(shape)
         columns = rows.permute(2, 3, 0, 1)
         return (gram.reshape(-1, b, c, b, c) * (rows == columns)).reshape(gram.shape)
 
-    def _own(self) -> tuple[Tensor, Tensor]:
+    def _overlaps(self) -> tuple[Tensor, Tensor]:
         """Return the inner products (batch, a, b, b) and (batch, a, c, c) for each value of bond a."""
         right = self.right.permute(0, 3, 2, 1)
         return self.left.mT @ self.left, right.mT @ right
 
     def _terms(self, x: Tensor) -> Tensor:
-        left, right = self._own()
+        left, right = self._overlaps()
         apart = x.reshape(len(x), left.shape[2], right.shape[2], -1)
         return torch.einsum("zabe,zefn,zacf->zbcn", left, apart, right).reshape(x.shape)
 

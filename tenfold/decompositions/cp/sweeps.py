@@ -177,15 +177,15 @@ class _State:
 
     def _through(self, product: Tensor) -> Tensor:
         """Return the right-hand side (batch, a, S, R) of the longest mode."""
-        found: Tensor = _weighted(product, self.arranged.shares(self.factors)).unflatten(-1, self._columns)
-        return found
+        right: Tensor = _weighted(product, self.arranged.shares(self.factors)).unflatten(-1, self._columns)
+        return right
 
     def _update(self, mode: int, right: Tensor) -> tuple[Tensor, Tensor]:
         """Set the best factor of a mode, all others given; return the right-hand side and the others' Gram, float64."""
         others = reduce(torch.mul, (g for m, g in enumerate(self._grams) if m != mode))
         right = right.double()
-        found = solve(others, right, self.factors[mode].double(), self._ridge, self._hold).to(self.factors[mode].dtype)
-        self.factors[mode], self._grams[mode] = found, _gram(found)
+        factor = solve(others, right, self.factors[mode].double(), self._ridge, self._hold).to(self.factors[mode].dtype)
+        self.factors[mode], self._grams[mode] = factor, _gram(factor)
         return right, others
 
     def _score(self, mode: int, right: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,10 +251,10 @@ def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: floa
         hold *= 10
     right = sides + hold * middle
     if right.shape[-2] >= right.shape[-1]:  # triangular solves are slow: for many rows the inverse pays
-        found: Tensor = right @ torch.cholesky_inverse(lower)
+        solution: Tensor = right @ torch.cholesky_inverse(lower)
     else:
-        found = torch.cholesky_solve(right.mT, lower).mT
-    return (found / scale.unsqueeze(-2)).movedim(1, 2)
+        solution = torch.cholesky_solve(right.mT, lower).mT
+    return (solution / scale.unsqueeze(-2)).movedim(1, 2)
 
 
 def _gram(factor: Tensor) -> Tensor:
@@ -268,10 +268,10 @@ def _weighted(product: Tensor, shares: Tensor) -> Tensor:
     """Return Σ_k product[:, k]·shares[:, k]: (batch, n, S·R) from (batch, rest, n, S·R) and (batch, rest, S·R)."""
     if product.numel() < _VECTORISED or product.shape[1] > 64:
         return (product * shares.unsqueeze(2)).sum(1)
-    found = product[:, 0] * shares[:, :1]
+    total = product[:, 0] * shares[:, :1]
     for k in range(1, product.shape[1]):
-        found.addcmul_(product[:, k], shares[:, k : k + 1])
-    return found
+        total.addcmul_(product[:, k], shares[:, k : k + 1])
+    return total
 
 
 def _summed(product: Tensor, factor: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ def singular_start(tensor: Tensor, rank: int, *, seed: int) -> list[Tensor]:
     """Return the leading left singular vectors of every unfolding, filled up with normal numbers (HOSVD)."""
     sizes = tensor.shape[1:]
     filling = random_start(sizes, rank, count=1, seed=seed, like=tensor)
-    found = []
+    factors = []
     for mode, fill in enumerate(filling):
         side = tensor.movedim(mode + 1, 1).flatten(2).double()
         lead = torch.linalg.eigh(side @ side.mT)[1].flip(-1)[..., :rank].to(tensor)
-        found.append(torch.cat([lead[:, None], fill[..., lead.shape[-1] :] * sizes[mode] ** -0.5], dim=-1))
-    return found
+        factors.append(torch.cat([lead[:, None], fill[..., lead.shape[-1] :] * sizes[mode] ** -0.5], dim=-1))
+    return factors
 
 
 def known_start(factors: Sequence[Tensor], rank: int, *, seed: int) -> list[Tensor]:
@@ -63,12 +63,12 @@ def algebraic_start(tensor: Tensor, rank: int, *, seed: int) -> list[Tensor] | N
         return None
     a, b = sorted(sorted(range(len(sizes)), key=lambda m: -sizes[m])[:2])
     rest = [m for m in range(len(sizes)) if m not in (a, b)]
-    found = [_pencil(x.double(), rank, a, b, rest, seed) for x in tensor]
+    solved = [_pencil(x.double(), rank, a, b, rest, seed) for x in tensor]
     filling = random_start(sizes, rank, count=1, seed=seed + 1, like=tensor)
     filled = []
     for mode, fill in enumerate(filling):
         columns = fill.clone()
-        for i, factors in enumerate(found):
+        for i, factors in enumerate(solved):
             columns[i, 0, :, : factors[mode].shape[-1]] = factors[mode].to(columns)
         filled.append(columns)
     return filled
@@ -94,17 +94,17 @@ def _pencil(tensor: Tensor, rank: int, a: int, b: int, rest: list[int], seed: in
         inner = torch.linalg.lstsq(outer, first).solution.T
     inner = inner / torch.linalg.vector_norm(inner, dim=0).clamp_min(1e-300)
     shares = torch.linalg.lstsq(khatri_rao(outer, inner), core.flatten(1).T).solution.T  # (rest, r)
-    found: dict[int, Tensor] = {a: left @ outer, b: right @ inner}
-    found |= dict(zip(rest, _split(shares, [tensor.shape[m] for m in rest]), strict=True))
-    return [found[m] for m in range(tensor.dim())]
+    factors: dict[int, Tensor] = {a: left @ outer, b: right @ inner}
+    factors |= dict(zip(rest, _split(shares, [tensor.shape[m] for m in rest]), strict=True))
+    return [factors[m] for m in range(tensor.dim())]
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """Return the leading left singular vectors, up to ``rank``, of those values that are not rounding."""
     u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
     kept = int((s > 1e-9 * s[0]).sum()) if float(s[0]) > 0 else 1
-    found: Tensor = u[:, : min(rank, max(kept, 1))]
-    return found
+    vectors: Tensor = u[:, : min(rank, max(kept, 1))]
+    return vectors
 
 
 def _repeated(vectors: Tensor) -> Tensor:
@@ -119,10 +119,10 @@ def _split(shares: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     if len(sizes) == 1:
         return [shares]
     block = shares.T.reshape(-1, *sizes)
-    found = [torch.linalg.svd(block.movedim(m + 1, 1).flatten(2))[0][..., 0].T for m in range(len(sizes))]
-    whole = reduce(khatri_rao, found)
-    found[0] = found[0] * (whole * shares).sum(0)
-    return found
+    factors = [torch.linalg.svd(block.movedim(m + 1, 1).flatten(2))[0][..., 0].T for m in range(len(sizes))]
+    whole = reduce(khatri_rao, factors)
+    factors[0] = factors[0] * (whole * shares).sum(0)
+    return factors
 
 
 def fibers(tensor: Tensor, rank: int) -> list[Tensor]:

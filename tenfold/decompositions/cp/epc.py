@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS
-from tenfold.decompositions.correction import Objective, correct, objective_of, refine
-from tenfold.decompositions.cp_als import CPSettings, fit_cp
-from tenfold.decompositions.gauss_newton import descend
-from tenfold.decompositions.terms import OfTerms, Terms
+from tenfold.decompositions.cp.als import CPALS, fit_cp
+from tenfold.decompositions.cp.base import KruskalDecomposition, KruskalFit
+from tenfold.decompositions.cp.correction import Objective, correct, objective_of, refine
+from tenfold.decompositions.cp.gauss_newton import descend
 from tenfold.errors import TenfoldError
 from tenfold.tensors import kruskal
 
 
 @DECOMPOSITIONS.register("cp_epc")
 @dataclass(frozen=True)
-class CPEPC(OfTerms):
+class CPEPC(KruskalDecomposition):
     """Error preserving correction: least squares first, then the least sensitivity (or norms) within an error bound.
 
     Least squares alone drive components to large norms that cancel: each sweep buys a little error with them, and the
@@ -57,23 +56,23 @@ class CPEPC(OfTerms):
             msg = f"objective={self.objective!r} is not known: it is 'sensitivity' or 'norms'"
             raise TenfoldError(msg)
 
-    costly: ClassVar[bool] = True
+    slow = True
 
-    def fit_terms(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> Terms:
+    def fit_tensor(self, tensor: Tensor, rank: int, start: Sequence[Tensor] | None = None) -> KruskalFit:
         """Return the factors (batch, n, rank) of tensors (batch, n_1, …), in their dtype."""
         wide = tensor.double()
-        begun = None if start is None else [f.double() for f in start]
-        first = fit_cp(wide, rank, CPSettings(seed=self.seed), start=begun)
+        known = None if start is None else [f.double() for f in start]
+        first = fit_cp(wide, rank, CPALS(seed=self.seed), start=known)
         factors, sweeps = list(first.factors), first.n_iter
         near = (first.rel_errors > _ROUNDED.get(tensor.dtype, 1e-6)) & (first.rel_errors < _NEARLY)
         if bool(near.any()):
             accurate = descend(wide, factors, n_iter=_STEPS, tol=_STEP_TOL)
             factors, sweeps = accurate.factors, sweeps + accurate.n_iter
-        found = self.stabilise(wide, factors, tensor.dtype)
-        stored = [f.to(tensor.dtype) for f in found.factors]
-        return Terms(stored, sweeps + found.n_iter, first.converged and found.converged, found.note)
+        stable = self.stabilise(wide, factors, tensor.dtype)
+        stored = [f.to(tensor.dtype) for f in stable.factors]
+        return KruskalFit(stored, sweeps + stable.n_iter, first.converged and stable.converged, stable.note)
 
-    def stabilise(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype = torch.float64) -> Terms:
+    def stabilise(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype = torch.float64) -> KruskalFit:
         """Return the factors corrected: an error within the bound, the objective far lower.
 
         Args:
@@ -83,24 +82,24 @@ class CPEPC(OfTerms):
         """
         limit, exact = self._limit(tensor, factors, stored)
         if exact:
-            return Terms(kruskal.balance(factors), 0, converged=True, note="exact: nothing to give back")
+            return KruskalFit(kruskal.balance(factors), 0, converged=True, note="exact: nothing to give back")
         before = objective_of(kruskal.balance(factors), self.objective)
         best = correct(tensor, factors, limit, self.objective, sweeps=self.sweeps, tol=self.tol)
-        found, value, sweeps = best.factors, best.objective, best.sweeps
+        stable, value, sweeps = best.factors, best.objective, best.sweeps
         for _ in range(self.rounds):
-            fitted = refine(tensor, found, _REFINED)
+            fitted = refine(tensor, stable, _REFINED)
             again = correct(tensor, fitted, limit, self.objective, sweeps=self.sweeps, tol=self.tol)
             sweeps += _REFINED + again.sweeps
             lower = again.objective < value
             enough = bool((again.objective < 0.99 * value).any())
-            found = [torch.where(lower[:, None, None], a, b) for a, b in zip(again.factors, found, strict=True)]
+            stable = [torch.where(lower[:, None, None], a, b) for a, b in zip(again.factors, stable, strict=True)]
             value = torch.where(lower, again.objective, value)
             if not enough:
                 break
         tiny = torch.finfo(value.dtype).tiny
         times = float((before.clamp_min(tiny) / value.clamp_min(tiny)).log().mean().exp())
-        return Terms(
-            found, sweeps, best.converged, f"{self.objective} {times:.3g} times lower than after least squares"
+        return KruskalFit(
+            stable, sweeps, best.converged, f"{self.objective} {times:.3g} times lower than after least squares"
         )
 
     def _limit(self, tensor: Tensor, factors: Sequence[Tensor], stored: torch.dtype) -> tuple[Tensor, bool]:
@@ -112,8 +111,8 @@ class CPEPC(OfTerms):
         reached = (tensor - kruskal.to_tensor(factors)).flatten(1).square().sum(-1)
         limit = torch.minimum(self.slack * reached, reached + (self.slack - 1) * (total - reached).clamp_min(0))
         if self.bound is not None:
-            wanted = self.bound**2 * total
-            limit = torch.where(reached <= wanted, wanted, limit)
+            allowed = self.bound**2 * total
+            limit = torch.where(reached <= allowed, allowed, limit)
         floor = _ROUNDED.get(stored, _ROUNDED[torch.float32]) ** 2 * total
         exact = self.bound is None and bool((reached <= floor).all())
         return torch.maximum(limit, floor).clamp_min(torch.finfo(limit.dtype).tiny), exact

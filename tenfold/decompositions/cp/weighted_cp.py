@@ -14,19 +14,24 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Factors
-from tenfold.decompositions.cp_als import CPSettings, fit_cp
-from tenfold.decompositions.metric import Square, channel_blocks, ridged, roots, sandwich, solve_spd
-from tenfold.decompositions.weighted import InDoubles
-from tenfold.formats import Factorization, Kruskal, Rank
-from tenfold.records import LayerSpec
+from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
+from tenfold.decompositions.covariance import (
+    Covariance,
+    add_ridge,
+    channel_blocks,
+    sandwich,
+    solve_spd,
+    sqrt_and_inverse_sqrt,
+)
+from tenfold.decompositions.cp.als import CPALS, fit_cp
+from tenfold.formats import Kruskal
 from tenfold.tensors import khatri_rao, kruskal
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 
 @DECOMPOSITIONS.register("weighted_cp")
 @dataclass(frozen=True)
-class WeightedCP(InDoubles):
+class WeightedCP(CovarianceDecomposition):
     """Alternating least squares for CP on the output error, which never grows; starts from the channel-whitened kernel.
 
     The start is a fit of the kernel whose input channels are whitened (``cp_als`` in these coordinates), which would be
@@ -47,33 +52,21 @@ class WeightedCP(InDoubles):
     start_iter: int = 100
     penalty: float = 3e-3
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is a sum of rank-one tensors."""
-        return issubclass(format, Kruskal)
+    formats = (Kruskal,)
 
-    def fit(
-        self,
-        weight: Tensor,
-        spec: LayerSpec,
-        format: type[Factorization],
-        rank: Rank,
-        covariance: Square | None = None,
-    ) -> Factors:
+    def fit(self, problem: FitProblem) -> Factors:
         """Return one factor for each mode."""
-        if not issubclass(format, Kruskal):
-            msg = f"weighted_cp finds factors of sums of rank-one tensors, not of {format.name()}"
-            raise TypeError(msg)
-        tensor, size = format.tensorize(weight, spec), rank["rank"]
-        settings = CPSettings(n_iter=self.start_iter, ridge=self.penalty, seed=self.seed)
-        if covariance is None or size == format.max_rank(spec)["rank"]:
-            found = fit_cp(tensor, size, settings)
-            return Factors(dict(format.of(spec, found.factors).tensors()), found.n_iter, found.converged, found.note)
-        square = self.ridged(weight, covariance)
-        root, inverse = roots(ridged(channel_blocks(square, prod(spec.kernel)), _ENOUGH))
-        begun = fit_cp(torch.einsum("boi...,bij->boj...", tensor, root), size, settings)
-        outer, inner, *rest = begun.factors
-        state = _Weighted(tensor, square, [outer, inverse @ inner, *rest], self.penalty)
+        format, spec, rank = problem.format_as(Kruskal), problem.spec, problem.rank["rank"]
+        tensor = format.tensorize(problem.weight, spec)
+        settings = CPALS(n_iter=self.start_iter, ridge=self.penalty, seed=self.seed)
+        if problem.covariance is None or rank == format.max_rank(spec)["rank"]:
+            result = fit_cp(tensor, rank, settings)
+            return Factors(format.of(spec, result.factors).tensors(), result.n_iter, result.converged, result.note)
+        covariance = self.regularized(problem)
+        root, inverse = sqrt_and_inverse_sqrt(add_ridge(channel_blocks(covariance, prod(spec.kernel)), _ENOUGH))
+        start = fit_cp(torch.einsum("boi...,bij->boj...", tensor, root), rank, settings)
+        outer, inner, *rest = start.factors
+        state = _Weighted(tensor, covariance, [outer, inverse @ inner, *rest], self.penalty)
         sweeps, converged = 0, False
         while not converged and sweeps < self.n_iter:
             before = state.errors
@@ -81,7 +74,7 @@ class WeightedCP(InDoubles):
             sweeps += 1
             converged = bool((before - state.errors <= self.tol * state.total).all())
         balanced = kruskal.balance(state.factors)
-        return Factors(dict(format.of(spec, balanced).tensors()), begun.n_iter + sweeps, converged, begun.note)
+        return Factors(format.of(spec, balanced).tensors(), start.n_iter + sweeps, converged, start.note)
 
 
 # Whitening divides by the spread of each direction: by no less than about this share of the mean variance.
@@ -89,9 +82,9 @@ _ENOUGH = 1e-4
 
 
 class _Weighted:
-    """A weight under a covariance and the factors (batch, n, R) on their way; output channels are the first mode."""
+    """A weight under a covariance and the current factors (batch, n, R); output channels are the first mode."""
 
-    def __init__(self, tensor: Tensor, square: Square, factors: list[Tensor], penalty: float) -> None:
+    def __init__(self, tensor: Tensor, square: Covariance, factors: list[Tensor], penalty: float) -> None:
         self.factors = factors
         self._sizes = tuple(tensor.shape[2:])
         self._square = square
@@ -136,7 +129,7 @@ class _Weighted:
         level = self._blocks.diagonal(dim1=1, dim2=2).mean(-1)
         diagonal = gram.diagonal(dim1=1, dim2=2) * (level * self._ridge)[:, None]
         lower_r = torch.linalg.cholesky(gram + torch.diag_embed(gram.diagonal(dim1=1, dim2=2).clamp_min(_TINY) * 1e-6))
-        lower_n = torch.linalg.cholesky(ridged(self._blocks, 1e-6)) if mode == 1 else None
+        lower_n = torch.linalg.cholesky(add_ridge(self._blocks, 1e-6)) if mode == 1 else None
 
         def normal(x: Tensor) -> Tensor:
             dense = self._spread(x, mode)  # (batch, n, R)
@@ -148,8 +141,8 @@ class _Weighted:
             return x if lower_n is None else torch.cholesky_solve(x, lower_n)
 
         right = self._collect((self._product.mT @ self.factors[0]), mode)
-        found, _ = conjugate_gradients(normal, right, self.factors[mode], steps=steps, precondition=precondition)
-        self.factors[mode] = found
+        factor, _ = conjugate_gradients(normal, right, self.factors[mode], steps=steps, precondition=precondition)
+        self.factors[mode] = factor
 
     def _spread(self, x: Tensor, mode: int) -> Tensor:
         """Return Z with ``x`` in the place of one factor."""

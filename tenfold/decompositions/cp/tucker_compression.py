@@ -1,4 +1,4 @@
-"""Tensors seen in orthonormal frames of their modes: smaller where a mode has less than full rank, and as good."""
+"""Compression of tensors to a core in orthonormal bases of their modes before CP (CANDELINC; Bro & Andersson 1998)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 # Gram matrices are summed in float64 over so many columns at a time.
 _PIECE = 1024
 
-# A frame pays where it leaves less than this share of a mode.
+# A basis pays where it leaves less than this share of a mode.
 _WORTH = 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Frames:
-    """A batch of tensors as a core in orthonormal frames: X = core ×_1 Q_1 ×_2 Q_2 … (a lossless Tucker decomposition).
+class TuckerCompression:
+    """A batch of tensors as a core in orthonormal bases: X = core ×_1 Q_1 ×_2 Q_2 … (a lossless Tucker decomposition).
 
     Attributes:
         core: (batch, r_1, …, r_N).
-        bases: for each mode the frame (batch, n, r); None where the mode is as it was.
+        bases: for each mode the basis (batch, n, r); None where the mode is not compressed.
         lossless: whether the core is all there is of the tensors, but for rounding.
     """
 
@@ -33,12 +33,12 @@ class Frames:
 
     @classmethod
     def trivial(cls, tensor: Tensor) -> Self:
-        """Return tensors as they are."""
+        """Return the tensors uncompressed."""
         return cls(tensor, (None,) * (tensor.dim() - 1))
 
     @classmethod
     def of(cls, tensor: Tensor, most: int | None = None) -> Self:
-        """Return tensors (batch, n_1, …) in frames that keep all but rounding: 1e-7 of the norm, in float64 3e-8.
+        """Return tensors (batch, n_1, …) in bases that keep all but rounding: 1e-7 of the norm, in float64 3e-8.
 
         With ``most``, modes that need more columns than that keep their leading ones (a truncated HOSVD).
         """
@@ -66,9 +66,9 @@ class Frames:
 
 
 def _range(matrix: Tensor, negligible: Tensor, most: int | None) -> tuple[Tensor | None, bool]:
-    """Return a frame (batch, n, r) of the columns of (batch, n, m), and whether it spans them but for rounding.
+    """Return a basis (batch, n, r) of the columns of (batch, n, m), and whether it spans them but for rounding.
 
-    ``negligible`` are the squares that count as rounding. None where a frame would not pay.
+    ``negligible`` are the squares that count as rounding. None where a basis would not pay.
     """
     rows, columns = matrix.shape[1:]
     if rows == 1:

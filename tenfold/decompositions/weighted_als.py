@@ -1,4 +1,4 @@
-"""Decompositions that know the data: they minimise the error of the layer's output instead of that of its weight.
+"""Closed-form and alternating least squares on the error of the layer's output instead of that of its weight.
 
 With x the centred input patches, C = E[x xᵀ] and ‖A‖²_C = tr(A C Aᵀ), the expected error of the output is
 E‖(W−Ŵ)x‖² = ‖W−Ŵ‖²_C. All formats here are one problem: a kernel (out, c, k) is written as U · core ×_c V, where c are
@@ -11,42 +11,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, AwareDecomposition, ComputeDtype, Factors
-from tenfold.decompositions.metric import Square, channel_blocks, mean_variance, ridged, roots, sandwich, solve_spd
-from tenfold.decompositions.sketch import Sketch
-from tenfold.formats import Factorization, Rank, Tucker2
+from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
+from tenfold.decompositions.covariance import (
+    Covariance,
+    Sketch,
+    add_ridge,
+    channel_blocks,
+    sandwich,
+    solve_spd,
+    sqrt_and_inverse_sqrt,
+)
+from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Remembered, interpolated, tails
+from tenfold.formats import Factorization, MatrixFormat, Tucker2
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.records import LayerSpec
 from tenfold.tensors import gram, leading_eigenvectors
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
-
-@dataclass(frozen=True)
-class InDoubles(AwareDecomposition):
-    """What the data-aware algorithms share: float64, because covariances are squares, and a ridge on the covariance."""
-
-    dtype: ComputeDtype = "float64"
-
-    def ridged(self, weight: Tensor, covariance: Square | None) -> Square:
-        """Return the covariance (batch, n, n) to measure with, scaled to a mean variance of 1 and never singular."""
-        width = prod(weight.shape[2:])
-        if covariance is None:
-            return torch.eye(width, dtype=weight.dtype, device=weight.device).expand(len(weight), -1, -1)
-        square = covariance.to(weight)
-        level = mean_variance(square)
-        level = torch.where(level > 0, level, torch.ones_like(level))
-        if isinstance(square, Sketch):
-            return ridged(square.scaled(1 / level), max(self.ridge, 1e-9))
-        return ridged(square / level[:, None, None], max(self.ridge, 1e-9))
+# For curves few sweeps do: they rank the candidates, and the chosen one is decomposed with care.
+_QUICK = {"n_iter": 3, "cg_steps": 4}
 
 
 @DECOMPOSITIONS.register("whitened_svd")
 @dataclass(frozen=True)
-class WhitenedSVD(InDoubles):
+class WhitenedSVD(CovarianceDecomposition):
     """Truncated SVD of W C^½: the low-rank weight with the least output error, in closed form.
 
     As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
@@ -57,31 +50,24 @@ class WhitenedSVD(InDoubles):
         ridge: added to the covariance, as a share of the mean variance.
     """
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is low rank."""
-        return format is LowRank
+    formats = (LowRank,)
 
-    def fit(
-        self,
-        weight: Tensor,
-        spec: LayerSpec,
-        format: type[Factorization],
-        rank: Rank,
-        covariance: Square | None = None,
-    ) -> Factors:
+    def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors."""
-        del format
-        matrix = weight.flatten(2)
-        left = leading_eigenvectors(gram_under(matrix, self.ridged(weight, covariance)), rank["rank"])
-        right = left.mT @ matrix
-        found = LowRank(spec, **LowRank.from_matrices(left, right, spec))
-        return Factors(dict(found.balanced().tensors()))
+        matrix = problem.weight.flatten(2)
+        left = leading_eigenvectors(gram_under(matrix, self.regularized(problem)), problem.rank["rank"])
+        value = LowRank(problem.spec, **LowRank.from_matrices(left, left.mT @ matrix, problem.spec))
+        return Factors(value.balanced().tensors())
+
+    def error_curve(self, problem: CurveProblem) -> ErrorCurve:
+        """Return the tails of the eigenvalues of the output covariance, which are exact."""
+        lost = tails(torch.linalg.eigvalsh(gram_under(problem.kernel.flatten(2), problem.covariance)))
+        return lambda ranks: lost[ranks[:, 0]]
 
 
 @DECOMPOSITIONS.register("weighted_als")
 @dataclass(frozen=True)
-class WeightedALS(InDoubles):
+class WeightedALS(CovarianceDecomposition):
     """Alternating least squares on the output error, for Tucker-2 and spatial; the error never grows.
 
     The problem of Kalle et al. 2025 (arXiv 2511.04494). Core and output factor are found together, exactly, from the
@@ -100,39 +86,59 @@ class WeightedALS(InDoubles):
     tol: float = 1e-4
     cg_steps: int = 6
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is Tucker-2 or spatial."""
-        return format in (Tucker2, Spatial)
+    formats = (Tucker2, Spatial)
 
-    def fit(
-        self,
-        weight: Tensor,
-        spec: LayerSpec,
-        format: type[Factorization],
-        rank: Rank,
-        covariance: Square | None = None,
-    ) -> Factors:
+    def fit(self, problem: FitProblem) -> Factors:
         """Return the factors; the outer factors are orthonormal, a full-rank side of Tucker-2 has none."""
-        square = self.ridged(weight, covariance)
-        batch, out, inner = weight.shape[:3]
-        if format is Spatial:
-            kernel = weight.reshape(batch, out, inner * spec.kernel[0], -1)
-            r_out, r_in = out, min(rank["rank"], inner * spec.kernel[0])
-        else:
-            kernel, r_out, r_in = weight.flatten(3), rank["out"], rank["in"]
-        solved = alternate(Weighted.of(kernel, square), r_out, r_in, self)
+        spec, rank = problem.spec, problem.rank
+        kernel = _kernel(problem.weight, spec, problem.format)
+        batch, out, inner, _ = kernel.shape
+        one_sided = issubclass(problem.format, MatrixFormat)
+        r_out, r_in = (out, min(rank["rank"], inner)) if one_sided else (rank["out"], rank["in"])
+        solved = alternate(Weighted.of(kernel, self.regularized(problem)), r_out, r_in, self)
         u, core, v = solved.u, solved.core, solved.v
-        if format is Spatial:
-            first = torch.eye(kernel.shape[2]).to(kernel).expand(batch, -1, -1) if v is None else v.mT
+        if one_sided:
+            first = torch.eye(inner).to(kernel).expand(batch, -1, -1) if v is None else v.mT
             second = core.reshape(batch, out, -1, *spec.kernel[1:])
-            padded = {"first": first.reshape(batch, -1, inner, spec.kernel[0]), "second": second}
-            return Factors(dict(padded), solved.sweeps, solved.converged)
+            padded = {"first": first.reshape(batch, -1, inner // spec.kernel[0], spec.kernel[0]), "second": second}
+            return Factors(padded, solved.sweeps, solved.converged)
         tensors = {"core": core.reshape(*core.shape[:3], *spec.kernel), "out_factor": u, "in_factor": v}
         return Factors(tensors, solved.sweeps, solved.converged)
 
+    def error_curve(self, problem: CurveProblem) -> ErrorCurve:
+        """Return what quick fits at a dozen input ranks miss, of Tucker-2 each with all output ranks, and in between.
 
-def gram_under(matrix: Tensor, covariance: Square) -> Tensor:
+        At each input rank one input factor is found, from which the errors at all output ranks follow.
+        """
+        weighted = Weighted.of(_kernel(problem.kernel, problem.spec, problem.format), problem.covariance)
+        quick, power = self.with_settings(_QUICK), float(weighted.power.sum())
+        out, most = weighted.kernel.shape[1:3]
+        one_sided = issubclass(problem.format, MatrixFormat)
+
+        def errors(r_in: int) -> Floats:
+            # Output ranks near this one are the useful ones.
+            r_out = out if one_sided else min(out, max(1, round(1.1 * r_in * out / most)))
+            v = None if r_in >= most else alternate(weighted, r_out, r_in, quick).v
+            _, explained = weighted.outputs(v)
+            if one_sided:
+                return np.array([max(power - float(explained.diagonal(dim1=-2, dim2=-1).sum()), 0.0)])
+            return tails(torch.linalg.eigvalsh(explained), power)
+
+        known = Remembered(errors)
+        if one_sided:
+            return lambda ranks: interpolated(known, ranks[:, 0])[:, 0]
+        return lambda ranks: interpolated(known, ranks[:, 1])[np.arange(len(ranks)), ranks[:, 0]]
+
+
+def _kernel(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Tensor:
+    """Return the weight as (batch, out, c, k): the input factor acts on c."""
+    if not issubclass(format, MatrixFormat):
+        return weight.flatten(3)
+    batch, out, inner = weight.shape[:3]
+    return weight.reshape(batch, out, inner * spec.kernel[0], prod(spec.kernel[1:]))
+
+
+def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return A C Aᵀ (batch, m, m), exactly symmetric."""
     square = sandwich(matrix, covariance)
     return (square + square.mT) / 2
@@ -143,13 +149,13 @@ class Weighted:
     """A kernel and the covariance under which it is approximated, with what all sweeps need of both."""
 
     kernel: Tensor  # (batch, out, c, k)
-    covariance: Square  # (batch, c·k, c·k)
+    covariance: Covariance  # (batch, c·k, c·k)
     product: Tensor  # kernel · covariance: (batch, out, c, k)
     power: Tensor  # tr(W C Wᵀ): (batch,)
     channels: Tensor  # covariance of c alone, averaged over k: (batch, c, c)
 
     @classmethod
-    def of(cls, kernel: Tensor, covariance: Square) -> Weighted:
+    def of(cls, kernel: Tensor, covariance: Covariance) -> Weighted:
         """Return the problem of approximating ``kernel`` (batch, out, c, k) under ``covariance`` (batch, c·k, c·k)."""
         taps = kernel.shape[-1]
         product = (kernel.flatten(2) @ covariance).view_as(kernel)
@@ -158,7 +164,7 @@ class Weighted:
 
     def start(self, r_out: int, r_in: int) -> Tensor:
         """Return orthonormal columns (batch, c, r_in) that span the leading inputs of the channel-whitened kernel."""
-        root, inverse = roots(self.channels)
+        root, inverse = sqrt_and_inverse_sqrt(self.channels)
         white = torch.einsum("bock,bcd->bodk", self.kernel, root)
         u = leading_eigenvectors(gram(white.flatten(2)), r_out) if r_out < white.shape[1] else None
         inner = white if u is None else torch.einsum("bock,boa->back", white, u)
@@ -167,7 +173,7 @@ class Weighted:
         return basis
 
     def explained(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is left of covariance (batch, m, m) and product (batch, out, m) seen through V, m = r_in·k."""
+        """Return covariance (batch, m, m) and product (batch, out, m) seen through V, m = r_in·k."""
         product = torch.einsum("bock,bcr->bork", self.product, v).flatten(2)
         if isinstance(self.covariance, Sketch):
             return self.covariance.through(v), product
@@ -236,18 +242,17 @@ def _input_step(problem: Weighted, u: Tensor | None, core: Tensor, v: Tensor, st
     rows = problem.product if u is None else torch.einsum("bock,boa->back", problem.product, u)
     right = torch.einsum("back,bark->bcr", rows, core)
     weights = torch.einsum("bark,bask->brs", core, core)
-    scale = ridged(weights, 1e-6)
 
     def normal(x: Tensor) -> Tensor:
         dense = torch.einsum("bark,bcr->back", core, x)
         moved = (dense.reshape(batch, core.shape[1], -1) @ problem.covariance).view_as(dense)
         return torch.einsum("back,bark->bcr", moved, core)
 
-    lower_c = torch.linalg.cholesky(ridged(problem.channels, 1e-6))
-    lower_r = torch.linalg.cholesky(scale)
+    lower_c = torch.linalg.cholesky(add_ridge(problem.channels, 1e-6))
+    lower_r = torch.linalg.cholesky(add_ridge(weights, 1e-6))
 
     def precondition(x: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(x, lower_c).mT, lower_r).mT
 
-    found, _ = conjugate_gradients(normal, right, v, steps=steps, precondition=precondition)
-    return found
+    result, _ = conjugate_gradients(normal, right, v, steps=steps, precondition=precondition)
+    return result
