@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.profiling.inputs import tensors_in
 from tenfold.profiling.modes import evaluating, layer_by_layer
-from tenfold.profiling.replay import Forward, Replay, _Reached
+from tenfold.profiling.replay import SPARE, Forward, Replay, _Reached
 from tenfold.profiling.sums import UntilAdded, Uses
 
 
@@ -26,12 +26,21 @@ class ResidualReplay(Replay):
         batches: inputs as ``call_model`` takes them, on the device of the model.
         forward: runs the model on one batch; ``call_model`` by default.
         limit: bytes of outputs to keep; beyond that things are computed again.
+        spare: bytes within which outputs are kept that are cheap to compute again.
+        changing: whether the caller may change a layer after having read it.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Any], *, forward: Forward | None = None, limit: int = 4 << 30
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        *,
+        forward: Forward | None = None,
+        limit: int = 4 << 30,
+        spare: int = SPARE,
+        changing: bool = True,
     ) -> None:
-        super().__init__(model, batches, forward=forward, limit=limit)
+        super().__init__(model, batches, forward=forward, limit=limit, spare=spare, changing=changing)
         self._uses: Counter[str] = Counter()
         self._sums: Counter[str] = Counter()
         self._count()
@@ -66,6 +75,7 @@ class ResidualReplay(Replay):
                 stack.enter_context(layer.register_forward_hook(leave, prepend=True))
                 stack.enter_context(watch)
                 shortcut = self._run(path, number, end.register_forward_hook(watch.expect, prepend=True))
+            self._keep_read(path, number, seen["output"])
             yield seen["input"], seen["output"], shortcut
 
     def _count(self) -> None:

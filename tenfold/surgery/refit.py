@@ -84,7 +84,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if original is None else with_networks_open(original, plan.opened)
     dense, new = (
-        ResidualReplay(original, batches, forward=forward),
+        ResidualReplay(original, batches, forward=forward, changing=False),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
     )
     changing = ResidualReplay(new, batches, forward=forward)
