@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tenfold.profiling import Comparison, compare_latency
-from tenfold.profiling.inputs import arguments, batch_size_of
-from tenfold.profiling.latency import median_interval
+from tenfold.profiling.latency.measure import median_interval
 from tenfold.records import Latency, Speedup
+from tenfold.tracing.inputs import arguments, batch_size_of
 
 BLOCK = 0.02  # seconds of a block: long against the resolution of the clock
 

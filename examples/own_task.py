@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.tasks import InMemoryTask, TensorSet
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 CLASSES, LENGTH = 4, 64
 

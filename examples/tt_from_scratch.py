@@ -13,7 +13,7 @@ from torch import nn
 
 from tenfold.layers import TTLinear
 from tenfold.tasks import load_task
-from tenfold.tuning import BayesianConfig, TuneConfig, train_bayesian
+from tenfold.training import BayesianConfig, TuneConfig, train_bayesian
 
 EPOCHS = 20
 

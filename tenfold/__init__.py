@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "tenfold.records",
     "Compressed": "tenfold.pipeline",
-    "Distillation": "tenfold.tuning",
+    "Distillation": "tenfold.training",
     "ExportRecord": "tenfold.records",
     "Fit": "tenfold.decompositions",
     "LayerSpec": "tenfold.records",
@@ -27,7 +27,7 @@ _HOMES = {
     "Schedule": "tenfold.staging",
     "Task": "tenfold.tasks",
     "TenfoldError": "tenfold.errors",
-    "TuneConfig": "tenfold.tuning",
+    "TuneConfig": "tenfold.training",
     "apply": "tenfold.surgery",
     "apply_": "tenfold.surgery",
     "compare_latency": "tenfold.profiling",
@@ -36,9 +36,9 @@ _HOMES = {
     "densify": "tenfold.surgery",
     "densify_": "tenfold.surgery",
     "export": "tenfold.exporting",
-    "finetune": "tenfold.tuning",
-    "fold": "tenfold.surgery",
-    "fold_": "tenfold.surgery",
+    "finetune": "tenfold.training",
+    "fuse_batchnorm": "tenfold.surgery",
+    "fuse_batchnorm_": "tenfold.surgery",
     "load": "tenfold.checkpoint",
     "plan": "tenfold.planning",
     "profile": "tenfold.profiling",
@@ -73,8 +73,8 @@ __all__ = [
     "densify_",
     "export",
     "finetune",
-    "fold",
-    "fold_",
+    "fuse_batchnorm",
+    "fuse_batchnorm_",
     "load",
     "plan",
     "profile",
@@ -92,15 +92,15 @@ if TYPE_CHECKING:
     from tenfold.exporting.export import export
     from tenfold.pipeline import Compressed, compress
     from tenfold.planning.plan import plan
-    from tenfold.profiling.latency import compare_latency
+    from tenfold.profiling.latency.measure import compare_latency
     from tenfold.profiling.profile import profile
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, ExportRecord, LayerSpec, Plan, Profile, RunRecord
     from tenfold.staging import Schedule, run_stages, stages
-    from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
+    from tenfold.surgery import apply, apply_, densify, densify_, fuse_batchnorm, fuse_batchnorm_, reestimate_batchnorm_
     from tenfold.tasks import Task
-    from tenfold.tuning import Distillation, TuneConfig
-    from tenfold.tuning.finetune import finetune
+    from tenfold.training import Distillation, TuneConfig
+    from tenfold.training.finetune import finetune
 
 
 def __getattr__(name: str) -> Any:

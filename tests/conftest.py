@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,13 @@ _torchvision_ops = supply_torchvision_ops()  # held for the whole run: the defin
 def _seed() -> None:
     """Start every test from the same state of torch's global generator."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Count the skipped tests by reason, below the summary that lists them: CI logs are read from their end."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    why = "".join(f"; {number} × {reason}" for reason, number in reasons.most_common())
+    terminalreporter.write_line(f"Tests skipped: {len(skipped)}{why}")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tenfold import tuning
+from tenfold import training
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.ranks import RULES
@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 METHODS = sorted((DOCS / "methods").glob("[!i]*.md"))
 SECTIONS = ["Formula", "Cost", "When to use it", "Measured", "Source"]
 
-# What is public in tuning without being a method of its own: settings, outcomes, and what methods are made of.
+# What is public in training without being a method of its own: settings, outcomes, and what methods are made of.
 PARTS = re.compile(r".*(Config|Result|Record|Progress)|Batches|LearnedRanks|log_likelihood|ranks_plan", re.DOTALL)
 
 
@@ -45,7 +45,7 @@ def methods() -> list[str]:
     found = [f"formats/{name}" for name in own(FORMATS)]
     found += [f"decompositions/{name}" for name in own(DECOMPOSITIONS)]
     found += [f"ranks/{name}" for name in own(RULES)]
-    return found + [f"tuning/{name}" for name in tuning.__all__ if not PARTS.fullmatch(name)]
+    return found + [f"training/{name}" for name in training.__all__ if not PARTS.fullmatch(name)]
 
 
 @pytest.mark.parametrize("name", methods())

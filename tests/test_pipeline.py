@@ -16,7 +16,7 @@ from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
 from tenfold.ranks import rule_from
 from tenfold.surgery import apply
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 
 def network() -> nn.Module:

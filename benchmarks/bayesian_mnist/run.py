@@ -20,10 +20,10 @@ from torch import nn
 
 from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
-from tenfold.tuning import TuneConfig
-from tenfold.tuning.bayesian_config import BayesianConfig
-from tenfold.tuning.bayesian_training import train_bayesian
-from tenfold.tuning.svgd import log_likelihood
+from tenfold.training import TuneConfig
+from tenfold.training.low_rank.priors import BayesianConfig
+from tenfold.training.low_rank.svgd import log_likelihood
+from tenfold.training.low_rank.train_bayesian import train_bayesian
 
 HERE = Path(__file__).parent
 

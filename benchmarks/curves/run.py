@@ -21,9 +21,10 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold.calibration import calibrate, called_layers
 from tenfold.decompositions import Moments
 from tenfold.planning import plan as make_plan
-from tenfold.profiling import calibrate, called_layers, environment, profile
+from tenfold.profiling import environment, profile
 from tenfold.ranks import rule_from
 from tenfold.records import Plan
 from tenfold.surgery import apply, apply_in_order, reestimate_batchnorm_

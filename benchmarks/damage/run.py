@@ -24,12 +24,13 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold.calibration import calibrate, called_layers
+from tenfold.calibration.gradients import collect_gradients
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, split_groups
 from tenfold.planning.damage import with_damage
-from tenfold.profiling import calibrate, called_layers, environment, profile
-from tenfold.profiling.gradients import collect_gradients
+from tenfold.profiling import environment, profile
 from tenfold.ranks import Choice, Choose, Keep, OneKnobRule, RankProblem, total_cost
 from tenfold.ranks.candidates import tail_damage
 from tenfold.tasks import load_task

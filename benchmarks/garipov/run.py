@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.garipov.net import build
 from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 HERE = Path(__file__).parent
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 HERE = Path(__file__).parent
 

@@ -23,7 +23,7 @@ from tenfold.ranks import rule_from
 from tenfold.records import Budget, Plan
 from tenfold.staging import Schedule, run_stages
 from tenfold.tasks.base import Task
-from tenfold.tuning import Batches, EpochRecord, TuneConfig, finetune, train_admm
+from tenfold.training import Batches, EpochRecord, TuneConfig, finetune, train_admm
 
 Loss = Callable[[nn.Module, Any, Any], Any]
 

@@ -32,7 +32,7 @@ from tenfold.profiling import environment, profile
 from tenfold.records import Plan, Profile, RunRecord, held_alone, write_text
 from tenfold.tasks import load_task
 from tenfold.tasks.base import Task
-from tenfold.tuning import Distillation, EpochRecord, StoredAnswers, TuneConfig
+from tenfold.training import Distillation, EpochRecord, StoredAnswers, TuneConfig
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

@@ -24,9 +24,9 @@ from torch import nn
 import tenfold
 from tenfold.planning import close_idle
 from tenfold.profiling import environment
-from tenfold.surgery import with_networks_open
+from tenfold.surgery import unroll_rnns
 from tenfold.tasks import Task, load_task
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -111,7 +111,7 @@ def compressed(task: Task, model: nn.Module, name: str, way: Row, config: Row, f
 @torch.no_grad()
 def timed(task: Task, model: nn.Module, config: Row, rows: list[Row]) -> list[list[float]]:
     """Return milliseconds of the processor for one sentence of 20 words, of all rows in turns."""
-    opened, example = with_networks_open(model), task.example_inputs(1)
+    opened, example = unroll_rnns(model), task.example_inputs(1)
     cost = tenfold.profile(opened, example)
     models = [model]
     for row, way in zip(rows[1:], config["rows"].values(), strict=True):

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.trials import Row, Trials, finished
 from tenfold.records import write_text
 from tenfold.tasks import Task, load_task, load_weights
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 HERE = Path(__file__).parent
 

@@ -1,8 +1,8 @@
 """Save and load without pickle: a folder that is whole or not there."""
 
-from tenfold.checkpoint.folder import ANALYSIS, check_target, load, read_record, save
+from tenfold.checkpoint.model_folder import ANALYSIS, check_target, load, read_record, save
 from tenfold.checkpoint.pretrained import load_pretrained, save_pretrained
-from tenfold.checkpoint.weights import read_weights, write_weights
+from tenfold.checkpoint.weights_file import read_weights, write_weights
 from tenfold.tensors import digest
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.checkpoint.folder import load, save
+from tenfold.checkpoint.model_folder import load, save
 from tenfold.errors import CheckpointError, require
 from tenfold.records import Plan, RunRecord, write_text
 

@@ -76,8 +76,8 @@ def with_data(choices: dict[str, Any], opened: Opened, profile: Profile, data: D
     A rule may choose by it, and the algorithms in the plan follow from it. Only where a table stands for what the data
     say of the damage are they not looked at.
     """
+    from tenfold.calibration import calibrate, called_layers
     from tenfold.cli.recovering import calibration
-    from tenfold.profiling import calibrate, called_layers
 
     batches = calibration(opened, data, seed)
     if batches is None or data.use_data == "norms" or "damages" in choices:

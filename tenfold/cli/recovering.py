@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tenfold.cli.options import Data, Recover, Training
     from tenfold.cli.scaling import Launch
     from tenfold.cli.sources import Opened
-    from tenfold.tuning import Distillation, EpochRecord, TuneConfig, TuneResult
+    from tenfold.training import Distillation, EpochRecord, TuneConfig, TuneResult
 
 DEFAULT_CALIBRATION = 2000
 CALIBRATION_BATCH = 100
@@ -37,8 +37,8 @@ class Calibration:
     seed: int
 
     def __iter__(self) -> Iterator[Any]:
-        from tenfold.profiling import to_device
-        from tenfold.profiling.modes import dtype_of
+        from tenfold.tracing import to_device
+        from tenfold.tracing.contexts import dtype_of
 
         dtype, task = dtype_of(self.opened.model), self.opened.task
         for batch in task.calibration_batches(self.samples, batch_size=CALIBRATION_BATCH, seed=self.seed):
@@ -70,7 +70,7 @@ def tune_config(
     from pydantic import ValidationError
 
     from tenfold.records import explain
-    from tenfold.tuning.config import GENTLE, TuneConfig
+    from tenfold.training.config import GENTLE, TuneConfig
 
     given = {"epochs": epochs, "lr": training.lr, "batch_size": training.batch_size}
     recommended = opened.task.recipe() | (GENTLE if label_free else {})
@@ -122,7 +122,7 @@ class Teaching:
 
     def loss(self, teacher: nn.Module, config: TuneConfig) -> Distillation:
         """Return the loss with the dense model as the teacher."""
-        from tenfold.tuning import Distillation
+        from tenfold.training import Distillation
 
         smoothing = config.label_smoothing
         return Distillation(teacher, share=self.share, temperature=self.temperature, label_smoothing=smoothing)
@@ -157,7 +157,7 @@ class Tuner:
 
     def __call__(self, model: nn.Module) -> TuneResult:
         """Return the history of tuning the model."""
-        from tenfold.tuning import RichProgress, finetune
+        from tenfold.training import RichProgress, finetune
 
         if self.launch is not None:
             model = self.launch.share(model)

@@ -35,8 +35,8 @@ class Opened:
 
     def inputs(self, batch_size: int = 1) -> Any:
         """Return example inputs on the device and in the floating point type of the model."""
-        from tenfold.profiling import to_device
-        from tenfold.profiling.modes import dtype_of
+        from tenfold.tracing import to_device
+        from tenfold.tracing.contexts import dtype_of
 
         return to_device(self.task.example_inputs(batch_size), self.device, dtype_of(self.model))
 

@@ -10,7 +10,7 @@ from torch import nn
 from tenfold.errors import ExportError, require
 from tenfold.exporting.base import EXPORTERS, Exporter
 from tenfold.exporting.quiet import quiet
-from tenfold.profiling.inputs import arguments, tensors_in
+from tenfold.tracing.inputs import arguments, tensors_in
 
 
 @EXPORTERS.register("executorch")

@@ -14,10 +14,11 @@ from tenfold.exporting.base import EXPORTERS, Exporter
 from tenfold.exporting.parity import check_parity
 from tenfold.exporting.program import first_words, program_of
 from tenfold.exporting.target import check_free, written_whole
-from tenfold.profiling import Comparison, compare_latency, environment, to_device
-from tenfold.profiling.inputs import batch_size_of
+from tenfold.profiling import Comparison, compare_latency, environment
 from tenfold.records import Environment, ExportRecord
-from tenfold.surgery import fold_
+from tenfold.surgery import fuse_batchnorm_
+from tenfold.tracing import to_device
+from tenfold.tracing.inputs import batch_size_of
 
 
 def export(
@@ -44,7 +45,7 @@ def export(
         path: the file.
         to: the target: ``onnx``, ``torch-export`` (.pt2) or ``executorch`` (.pte); `tenfold list exports`.
         dynamic_batch: leave the first axis open, so that the file takes batches of any size.
-        fold: merge batch norms into the layers before them first, where that is exact (see ``fold``).
+        fold: merge batch norms into the layers before them first, where that is exact (see ``fuse_batchnorm``).
         tolerance: how far an output may be from that of the model, as a share of the largest entry of that output.
         opset: version of the ONNX operators; torch's default if None.
         seconds: about how long to measure latency, the model in torch and the file in turns; 0 for not at all.
@@ -71,7 +72,7 @@ def export(
     dynamic_batch = dynamic_batch and batch_size_of(example_inputs) is not None
     inputs = to_device(example_inputs, "cpu")
     ready = copy.deepcopy(model).cpu().eval()
-    folded = len(fold_(ready, inputs).pairs) if fold else 0
+    folded = len(fuse_batchnorm_(ready, inputs).pairs) if fold else 0
     program = program_of(ready, inputs, dynamic_batch=dynamic_batch, max_batch=exporter.max_batch)
     with written_whole(path) as partial:
         found_opset = _write(exporter, program, partial, opset)

@@ -16,8 +16,8 @@ from tenfold.exporting.quiet import quiet
 from tenfold.exporting.runtime import OnnxModule, feeds
 from tenfold.exporting.target import check_free, written_whole
 from tenfold.profiling import compare_latency
-from tenfold.profiling.inputs import batch_size_of, call_model, tensors_in
 from tenfold.records import Int8Record, Speedup
+from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 
 Ranges = Literal["minmax", "entropy", "percentile"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import ExportError, TenfoldError
 from tenfold.exporting.program import at_batch, first_words
-from tenfold.profiling.inputs import batch_size_of, call_model, tensors_in
+from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 
 _SIZES = (1, 2, 5)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import ExportError
 from tenfold.exporting.quiet import quiet
-from tenfold.profiling.inputs import arguments, batch_size_of, describe_inputs, map_tensors, tensors_in
+from tenfold.tracing.inputs import arguments, batch_size_of, describe_inputs, map_tensors, tensors_in
 
 _HINT = " With a fixed batch size (dynamic_batch=False, --fixed-batch) it may go."
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tenfold.errors import ExportError, TenfoldError, require
 from tenfold.exporting.base import EXPORTERS
-from tenfold.profiling.inputs import arguments, tensors_in
 from tenfold.registry import did_you_mean
+from tenfold.tracing.inputs import arguments, tensors_in
 
 
 class OnnxModule(nn.Module):

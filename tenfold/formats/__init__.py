@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Stage, Structure, join_groups, split_groups
+from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Structure, SubLayer, join_groups, split_groups
 from tenfold.formats.kruskal import Kruskal
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.formats.tucker2 import Tucker2
@@ -18,8 +18,8 @@ __all__ = [
     "MatrixFormat",
     "Rank",
     "Reduced",
-    "Stage",
     "Structure",
+    "SubLayer",
     "Tucker2",
     "join_groups",
     "split_groups",

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise, product
+from itertools import product
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.errors import RankError, WeightError
-from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
+from tenfold.records import (
+    ContractSpec,
+    LayerSpec,
+    Shape,
+    SharedSliceSpec,
+    SubLayerSpec,
+    TTGatherSpec,
+    chain_macs,
+    chain_params,
+)
 from tenfold.registry import Registry
 from tenfold.tensors.kruskal import Stability
 
 Rank = dict[str, int]
-Structure = tuple[StageSpec, ...]
+Structure = tuple[SubLayerSpec, ...]
+Ints = NDArray[np.int64]
 
 _ALL_PAIRS = 2
 
 
 @dataclass(frozen=True)
-class Stage:
+class SubLayer:
     """One step of a factorized layer: a plain layer, one for many slices, or one einsum, and its weight.
 
     The weight is in torch's own layout.
     """
 
-    spec: StageSpec
+    spec: SubLayerSpec
     weight: Tensor
 
 
@@ -170,16 +182,33 @@ class Factorization(abc.ABC):
         return next((rank for rank in cls.rank_family(spec) if enough(rank)), most)
 
     @classmethod
-    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return what tells where costs change their form: among ranks with equal ones they are multilinear."""
-        most = cls.max_rank(spec)
-        return tuple(rank[name] == most[name] for name in cls.rank_names)
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates at many ranks at once.
+
+        This evaluates ``structure`` rank by rank. Formats with many ranks override it with a closed form, which the
+        laws hold equal to ``structure``.
+
+        Args:
+            spec: geometry of the layer.
+            ranks: (n, names) within 1..max_rank, in the order of ``rank_names``.
+            in_shape: shape of one input, batch included.
+
+        Returns:
+            Parameters (n,), the bias included, and multiply-accumulates (n,).
+        """
+        rows = [dict(zip(cls.rank_names, row, strict=True)) for row in ranks.tolist()]
+        costs = [(cls.num_params(spec, rank), cls.macs(spec, rank, in_shape)) for rank in rows]
+        params, macs = np.array(costs, dtype=np.int64).reshape(-1, 2).T
+        return params, macs
 
     @classmethod
-    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
-        """Return the numbers whose weighted sum is a cost, among ranks of one ``cost_case``: neighbours' products."""
-        del spec
-        return tuple(left * right for left, right in pairwise((1, *(rank[name] for name in cls.rank_names), 1)))
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...] | None:
+        """Return input and output channels of each sub-layer at many ranks (n, names), the same of which are full.
+
+        None, unless nothing else of the sub-layers changes with the ranks: then ``structure`` is to be asked for each.
+        """
+        del spec, ranks
+        return None
 
     @classmethod
     def num_params(cls, spec: LayerSpec, rank: Rank) -> int:
@@ -221,10 +250,10 @@ class Factorization(abc.ABC):
         """Return the dense weight in torch's own layout for this kind of layer."""
         return join_groups(self.to_grouped(), self.spec)
 
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[SubLayer, ...]:
         """Return how a layer runs this factorization: one stage after the other."""
         structure = type(self).structure(self.spec, self.rank)
-        return tuple(Stage(s, join_groups(w, s)) for s, w in zip(structure, self.chain(), strict=True))
+        return tuple(SubLayer(s, join_groups(w, s)) for s, w in zip(structure, self.chain(), strict=True))
 
     @classmethod
     def from_stages(cls, spec: LayerSpec, rank: Rank, weights: Sequence[Tensor]) -> Self:
@@ -274,7 +303,24 @@ class Factorization(abc.ABC):
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
 
 
-def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
+def total_cost(spec: LayerSpec, steps: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return parameters and multiply-accumulates of steps given as (weights, how often each is used), and the bias.
+
+    The numbers may be arrays, one entry for each rank.
+    """
+    params, macs = (spec.out_channels if spec.bias else 0), 0
+    for weights, uses in steps:
+        params, macs = params + weights, macs + weights * uses
+    return params, macs
+
+
+def proportional_cost(smallest: Structure, rank: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+    """Return the costs of sub-layers that all grow with one rank, from those at rank 1; the bias does not grow."""
+    bias = sum(stage.out_channels for stage in smallest if stage.bias)
+    return (chain_params(smallest) - bias) * rank + bias, chain_macs(smallest, in_shape) * rank
+
+
+def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     """Return a weight in torch's layout with its groups apart: (groups, out/groups, in/groups, *kernel).
 
     Raises:
@@ -283,9 +329,9 @@ def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
     if tuple(weight.shape) != spec.weight_shape:
         msg = f"the weight has shape {tuple(weight.shape)}, the layer {spec} needs {spec.weight_shape}"
         raise WeightError(msg)
-    if isinstance(spec, ContractSpec | GatherSpec):
+    if isinstance(spec, ContractSpec | TTGatherSpec):
         return weight
-    if isinstance(spec, FoldedSpec):
+    if isinstance(spec, SharedSliceSpec):
         spec = spec.layer
     g, o, i, *kernel = spec.group_shape
     match spec.kind:
@@ -297,11 +343,11 @@ def split_groups(weight: Tensor, spec: StageSpec) -> Tensor:
             return weight.reshape(g, o, i, *kernel)
 
 
-def join_groups(weight: Tensor, spec: StageSpec) -> Tensor:
+def join_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     """Return a weight (groups, out/groups, in/groups, *kernel) in torch's layout; inverse of ``split_groups``."""
-    if isinstance(spec, ContractSpec | GatherSpec):
+    if isinstance(spec, ContractSpec | TTGatherSpec):
         return weight.reshape(spec.weight_shape)
-    if isinstance(spec, FoldedSpec):
+    if isinstance(spec, SharedSliceSpec):
         spec = spec.layer
     match spec.kind:
         case "conv_transpose":

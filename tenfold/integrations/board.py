@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from tenfold.errors import require
 from tenfold.records import RunRecord, StageRecord
-from tenfold.tuning.admm import Residual
+from tenfold.training.low_rank.admm import Residual
 
 
 class Board:

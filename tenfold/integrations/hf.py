@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tenfold.checkpoint import load_pretrained, read_weights, save_pretrained
-from tenfold.checkpoint.folder import WEIGHTS
+from tenfold.checkpoint.model_folder import WEIGHTS
 from tenfold.checkpoint.pretrained import MARK
 from tenfold.errors import CheckpointError, TenfoldError, require
 from tenfold.surgery import restructure_

@@ -15,8 +15,8 @@ from tenfold.records import Plan, StageRecord
 from tenfold.staging import Schedule, Stage, stages
 from tenfold.surgery import find
 from tenfold.surgery.modules import put
-from tenfold.tuning import Admm, AdmmConfig
-from tenfold.tuning.admm import Residual
+from tenfold.training import Admm, AdmmConfig
+from tenfold.training.low_rank.admm import Residual
 
 Optimizers = Sequence[Any]  # torch optimizers, or what wraps them: with param_groups and state
 

@@ -1,9 +1,10 @@
 """How a factorized weight runs: the layer that stands in for a dense one, and layers that are trains from the start."""
 
-from tenfold.layers.describe import Contract, build, dense_weight, describe, own_layout
+from tenfold.layers.dense_layers import dense_weight, own_layout, spec_of
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
+from tenfold.layers.sublayers import Contract, build
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
 from tenfold.layers.tt_linear import TTLinear
 from tenfold.layers.tt_recurrent import TTGRU, TTLSTM
@@ -22,11 +23,11 @@ __all__ = [
     "TTLinear",
     "build",
     "dense_weight",
-    "describe",
     "open_recurrent",
     "orthogonal_init_",
     "orthogonalize_",
     "own_layout",
+    "spec_of",
     "stage_specs",
     "stiefel_params",
 ]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.formats import FORMATS, Factorization, Rank
-from tenfold.layers.describe import build
-from tenfold.layers.lazy import LazyWeight
-from tenfold.records import LayerSpec, StageSpec
+from tenfold.layers.lazy_weight import LazyWeight
+from tenfold.layers.sublayers import build
+from tenfold.records import LayerSpec, SubLayerSpec
 from tenfold.tensors.kruskal import Stability
 
 
@@ -128,7 +128,7 @@ class FactorizedLayer(nn.Module):
         return f"{self.format}({ranks}) for {self.spec}"
 
 
-def stage_specs(layer: FactorizedLayer) -> tuple[StageSpec, ...]:
+def stage_specs(layer: FactorizedLayer) -> tuple[SubLayerSpec, ...]:
     """Return the geometry of the stages of a factorized layer, in the order in which they run."""
     return FORMATS.get(layer.format).structure(layer.spec, layer.rank)
 

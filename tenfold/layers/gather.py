@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.layers.joining import NARROW, JoinPicked, join
-from tenfold.records import GatherSpec, TrainShape
+from tenfold.layers.batched_matmul import NARROW, JoinPicked, join
+from tenfold.records import TrainShape, TTGatherSpec
 from tenfold.records.gather import Segments
 
 # From this many ids on, repeated ones are looked for; they are computed once if at most this share is distinct.
@@ -137,11 +137,11 @@ def _multiplied(cores: Sequence[Tensor]) -> Tensor:
 
 
 class Gather(nn.Module):
-    """One gather of rows from a train whose cores lie in one flat weight; see ``GatherSpec``."""
+    """One gather of rows from a train whose cores lie in one flat weight; see ``TTGatherSpec``."""
 
     bias = None
 
-    def __init__(self, spec: GatherSpec, weight: nn.Parameter) -> None:
+    def __init__(self, spec: TTGatherSpec, weight: nn.Parameter) -> None:
         super().__init__()
         self.spec = spec
         self.weight = weight

@@ -10,8 +10,8 @@ from tenfold import tensors
 from tenfold.decompositions import Moments
 from tenfold.planning.measuring import Bench
 from tenfold.planning.substituting import digest
-from tenfold.profiling.inputs import batch_size_of, digest_batches
 from tenfold.records import SensitivityKey
+from tenfold.tracing.inputs import batch_size_of, digest_batches
 
 
 def conditions_of(

@@ -14,8 +14,18 @@ from tenfold.errors import PlanError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, build
 from tenfold.profiling import Comparison, compare_latency, to_memory_format
-from tenfold.profiling.stage_timing import constant_input
-from tenfold.records import ContractSpec, FoldedSpec, GatherSpec, LayerPlan, LayerSpec, Plan, Profile, Shape, StageSpec
+from tenfold.profiling.latency.layer_timer import constant_input
+from tenfold.records import (
+    ContractSpec,
+    LayerPlan,
+    LayerSpec,
+    Plan,
+    Profile,
+    Shape,
+    SharedSliceSpec,
+    SubLayerSpec,
+    TTGatherSpec,
+)
 
 MARGIN = 0.02
 _RETRY = 4.0
@@ -115,11 +125,11 @@ class LayerBench:
         before, after = (result.latencies[name].median_ms for name in variants)
         return LayerTiming(before, after, speedup.ratio, speedup.low, speedup.high)
 
-    def _neutral(self, spec: StageSpec) -> nn.Module:
+    def _neutral(self, spec: SubLayerSpec) -> nn.Module:
         return neutral_layer(spec, torch.empty(0, device=self.device, dtype=self.dtype))
 
 
-def neutral_layer(spec: StageSpec, like: Tensor) -> nn.Module:
+def neutral_layer(spec: SubLayerSpec, like: Tensor) -> nn.Module:
     """Return a layer that averages its inputs: through any number of these, values neither vanish nor overflow."""
     weight = like.new_empty(spec.weight_shape)
     fill_neutral_(weight, spec)
@@ -127,14 +137,14 @@ def neutral_layer(spec: StageSpec, like: Tensor) -> nn.Module:
     return build(spec, nn.Parameter(weight), bias).eval()
 
 
-def fill_neutral_(weight: Tensor, spec: StageSpec) -> None:
+def fill_neutral_(weight: Tensor, spec: SubLayerSpec) -> None:
     """Set all entries of a weight to one over the number of inputs that an output sees, in place."""
-    if isinstance(spec, FoldedSpec):
+    if isinstance(spec, SharedSliceSpec):
         spec = spec.layer
     seen: float
     if isinstance(spec, ContractSpec):
         seen = spec.fan_in
-    elif isinstance(spec, GatherSpec):
+    elif isinstance(spec, TTGatherSpec):
         seen = prod(spec.shape.ranks) ** (1 / len(spec.shape.row_modes))
     else:
         seen = 1 if spec.kind == "embedding" else spec.in_channels // spec.groups * prod(spec.kernel)

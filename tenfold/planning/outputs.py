@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.profiling.inputs import call_model, real_tokens, tensors_in, token_mask
-from tenfold.profiling.modes import evaluating, layer_by_layer
 from tenfold.surgery import find
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import call_model, real_tokens, tensors_in, token_mask
 
 
 def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module], batches: Iterable[Any]) -> list[float]:

@@ -20,7 +20,7 @@ from tenfold.planning.conditions import conditions_of
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
 from tenfold.planning.undecided import problem_of, reason_to_keep
-from tenfold.profiling.monotone import isotonic
+from tenfold.profiling.latency.monotone import isotonic
 from tenfold.ranks import RankProblem, check_patterns
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import (

@@ -200,7 +200,7 @@ def _algorithm(rule: ErrorBound, format: str, metric: Moments | None) -> Decompo
 
 def _digest(weight: torch.Tensor, spec: LayerSpec, metric: Moments | None) -> str:
     """Return what tells a weight under its data from all others."""
-    return digest({"weight": weight}, spec.to_json() + ("" if metric is None else metric.digest()))
+    return digest({"weight": weight}, repr(spec) + ("" if metric is None else metric.digest()))
 
 
 def _key(own: str, format: str, algorithm: Decomposition) -> str:

@@ -5,8 +5,16 @@ from tenfold.records.base import Record, explain, held_alone, read_json, write_t
 from tenfold.records.candidates import Candidates, ForwardTime, LayerCandidates, Merged, Options
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.exports import ExportRecord, Int8Record
-from tenfold.records.gather import GatherSpec, TrainShape
-from tenfold.records.geometry import ContractSpec, FoldedSpec, LayerSpec, Shape, StageSpec, chain_macs, chain_params
+from tenfold.records.gather import TrainShape, TTGatherSpec
+from tenfold.records.geometry import (
+    ContractSpec,
+    LayerSpec,
+    Shape,
+    SharedSliceSpec,
+    SubLayerSpec,
+    chain_macs,
+    chain_params,
+)
 from tenfold.records.plans import Budget, LayerPlan, Measurement, Plan, RunRecord
 from tenfold.records.sensitivity import (
     LayerSensitivity,
@@ -28,9 +36,7 @@ __all__ = [
     "CurvePoint",
     "Environment",
     "ExportRecord",
-    "FoldedSpec",
     "ForwardTime",
-    "GatherSpec",
     "Int8Record",
     "Latency",
     "LayerAnalysis",
@@ -50,11 +56,13 @@ __all__ = [
     "SensitivityPoint",
     "SensitivityTable",
     "Shape",
+    "SharedSliceSpec",
     "Spectrum",
     "Speedup",
     "StageLayer",
     "StageRecord",
-    "StageSpec",
+    "SubLayerSpec",
+    "TTGatherSpec",
     "TradeOff",
     "TradeOffPoint",
     "TrainShape",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -49,6 +50,19 @@ class Record(BaseModel):
         except ValidationError as error:
             msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
             raise TenfoldError(msg) from error
+
+
+class Spec:
+    """Base of the geometries: frozen dataclasses, because planning derives hundreds of thousands of them.
+
+    Where a record holds one, it is validated as it is read; what is derived from it is not validated again.
+    """
+
+    __slots__ = ()
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 def _values(text: str) -> Any:

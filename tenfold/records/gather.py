@@ -1,16 +1,15 @@
-"""The geometry of rows gathered from a tensor train: which cores are multiplied once for all rows, and the cost."""
+"""Geometry of a table held as a tensor train: which cores are multiplied out once for all rows, and what that costs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
 from math import prod
-from typing import Literal
+from typing import ClassVar
 
-from pydantic import PositiveInt, model_validator
-
-from tenfold.records.base import Record
+from tenfold.records.base import Spec
 
 Shape = tuple[int, ...]
 Segments = tuple[tuple[int, int], ...]
@@ -22,10 +21,12 @@ _STARTED = 2000
 _NARROW, _LINE = 2, 16
 
 
-class TrainShape(Record):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainShape:
     """The shape of a table (∏ row modes, ∏ column modes) held as a tensor train, cores (rows, r, columns, r').
 
-    Row and column indices are mixed-radix numbers of their modes, the first mode the slowest.
+    Row and column indices are mixed-radix numbers of their modes, the first mode the slowest. The formulas of costs
+    hold for arrays of ranks as well.
 
     Example:
         >>> shape = TrainShape(row_modes=(25, 30, 40), col_modes=(4, 8, 8), ranks=(16, 16))
@@ -35,19 +36,17 @@ class TrainShape(Record):
         68160
     """
 
-    row_modes: tuple[PositiveInt, ...]
-    col_modes: tuple[PositiveInt, ...]
-    ranks: tuple[PositiveInt, ...]
+    row_modes: Shape
+    col_modes: Shape
+    ranks: Shape
 
-    @model_validator(mode="after")
-    def _check(self) -> TrainShape:
+    def __post_init__(self) -> None:
         if not len(self.row_modes) == len(self.col_modes) == len(self.ranks) + 1:
             msg = (
                 f"a train of {len(self.row_modes)} row modes needs as many column modes and one rank fewer, "
                 f"not {len(self.col_modes)} and {len(self.ranks)}"
             )
             raise ValueError(msg)
-        return self
 
     @property
     def sides(self) -> Shape:
@@ -77,32 +76,63 @@ class TrainShape(Record):
 
     def cost(self, count: int) -> float:
         """Return what ``count`` rows cost on a CPU in MACs, memory moved included: to compare shapes, not to report."""
-        return _cost(self, self.segments(count), max(count, 1))
+        return self.cost_by(self.segments(count), count)
 
     def macs(self, count: int) -> int:
         """Return the multiply-accumulates that ``count`` rows take."""
-        segments = self.segments(count)
-        return sum(_table(self, *s)[0] for s in segments) + count * sum(m for m, _, _ in _joins(self, segments))
+        return self.macs_by(self.segments(count), count)
+
+    def cost_by(self, segments: Segments, count: int) -> int:
+        """Return the ``cost`` of going by these segments."""
+        count = max(count, 1)
+        start, stop = segments[0]
+        cost = count * _MOVED * prod(self.col_modes[start:stop]) * self.sides[stop]
+        for segment in segments:
+            macs, written = self._table(*segment)
+            cost += macs + _MOVED * written
+        for macs, read, width in self._joins(segments):
+            cost += count * (_STARTED + _MOVED * read + macs * (1 + (_NARROW - 1) * (width < _LINE)))
+        return cost
+
+    def macs_by(self, segments: Segments, count: int) -> int:
+        """Return the multiply-accumulates of going by these segments."""
+        return sum(self._table(*s)[0] for s in segments) + count * sum(m for m, _, _ in self._joins(segments))
+
+    def _table(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the MACs of multiplying out the cores from ``start`` to ``stop``, and the numbers written."""
+        sides, rows, columns, macs, written = self.sides, self.row_modes, self.col_modes, 0, 0
+        for k in range(start + 1, stop):
+            size = sides[start] * sides[k + 1] * prod(rows[start : k + 1]) * prod(columns[start : k + 1])
+            macs, written = macs + size * sides[k], written + size
+        return macs, written
+
+    def _joins(self, segments: Segments) -> Iterator[tuple[int, int, int]]:
+        """Yield for each run after the first: MACs of joining one row, its numbers read, the length of its rows."""
+        columns = prod(self.col_modes[: segments[0][1]])
+        for start, stop in segments[1:]:
+            width = prod(self.col_modes[start:stop]) * self.sides[stop]
+            yield columns * self.sides[start] * width, self.sides[start] * width, width
+            columns *= prod(self.col_modes[start:stop])
 
 
-class GatherSpec(Record):
-    """One gather of rows from a tensor train, the stage of a factorized embedding; the ids are its input.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TTGatherSpec(Spec):
+    """One gather of rows from a tensor train, the only sub-layer of a factorized embedding; the ids are its input.
 
     The weight is flat: all cores (row mode, r, column mode, r') one after the other and, where there is a
     ``padding_idx``, the row it stands for, which no gradient reaches.
 
     Example:
         >>> shape = TrainShape(row_modes=(3, 4), col_modes=(2, 3), ranks=(2,))
-        >>> spec = GatherSpec(rows=11, shape=shape, padding_idx=0)
+        >>> spec = TTGatherSpec(rows=11, shape=shape, padding_idx=0)
         >>> spec.weight_shape, spec.out_shape((5, 7))
         ((42,), (5, 7, 6))
     """
 
-    type: Literal["gather"] = "gather"
-    rows: PositiveInt
+    rows: int
     shape: TrainShape
     padding_idx: int | None = None
-    bias: Literal[False] = False
+    bias: ClassVar[bool] = False
 
     @property
     def in_channels(self) -> int:
@@ -133,37 +163,17 @@ class GatherSpec(Record):
         return self.shape.macs(prod(in_shape))
 
 
-def _table(shape: TrainShape, start: int, stop: int) -> tuple[int, int]:
-    """Return the MACs that multiplying out the cores from ``start`` to ``stop`` takes, and the numbers written."""
-    sides, macs, written = shape.sides, 0, 0
-    for k in range(start + 1, stop):
-        size = sides[start] * sides[k + 1] * prod(shape.row_modes[start : k + 1]) * prod(shape.col_modes[start : k + 1])
-        macs, written = macs + size * sides[k], written + size
-    return macs, written
+def segmentations(order: int) -> tuple[Segments, ...]:
+    """Return all ways to divide so many cores into runs.
 
-
-def _joins(shape: TrainShape, segments: Segments) -> Iterator[tuple[int, int, int]]:
-    """Yield for each run after the first: MACs of joining one row, its numbers read and the length of its rows."""
-    columns = prod(shape.col_modes[: segments[0][1]])
-    for start, stop in segments[1:]:
-        width = prod(shape.col_modes[start:stop]) * shape.sides[stop]
-        yield columns * shape.sides[start] * width, shape.sides[start] * width, width
-        columns *= prod(shape.col_modes[start:stop])
+    Example:
+        >>> segmentations(2)
+        (((0, 2),), ((0, 1), (1, 2)))
+    """
+    cuts = (cuts for size in range(order) for cuts in combinations(range(1, order), size))
+    return tuple(tuple(pairwise((0, *c, order))) for c in cuts)
 
 
 @lru_cache(maxsize=4096)
 def _cheapest(shape: TrainShape, count: int) -> Segments:
-    order = len(shape.row_modes)
-    ways = (tuple(pairwise((0, *cuts, order))) for size in range(order) for cuts in combinations(range(1, order), size))
-    return min(ways, key=lambda way: _cost(shape, way, count))
-
-
-def _cost(shape: TrainShape, segments: Segments, count: int) -> float:
-    start, stop = segments[0]
-    cost = count * _MOVED * prod(shape.col_modes[start:stop]) * shape.sides[stop]
-    for segment in segments:
-        macs, written = _table(shape, *segment)
-        cost += macs + _MOVED * written
-    for macs, read, width in _joins(shape, segments):
-        cost += count * (_STARTED + _MOVED * read + macs * (_NARROW if width < _LINE else 1))
-    return cost
+    return min(segmentations(len(shape.row_modes)), key=lambda way: shape.cost_by(way, count))

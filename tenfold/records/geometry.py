@@ -1,31 +1,38 @@
-"""The geometry of a layer and of the stages that a factorized layer runs: shapes and costs, no numbers.
+"""Geometry of a layer and of its sub-layers once it is factorized: shapes and costs, no weights.
 
-``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is dropped when the layer is
-rebuilt. A stage of a factorized layer is again a ``LayerSpec`` (one plain torch layer), a ``ContractSpec`` (one einsum)
-or a ``FoldedSpec`` (one layer for many slices of the channels).
+``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is lost when the layer is rebuilt. A
+sub-layer of a factorized layer is again a ``LayerSpec`` (one plain torch layer), a ``ContractSpec`` (one einsum), a
+``SharedSliceSpec`` (one layer for many slices of the channels) or a ``TTGatherSpec`` (rows of a tensor train).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt
 
-from tenfold.records.base import Record
-from tenfold.records.gather import GatherSpec
+from tenfold.records.base import Spec
+from tenfold.records.gather import TTGatherSpec
 
 LayerKind = Literal["linear", "conv", "conv_transpose", "embedding"]
 Shape = tuple[int, ...]
 
 _MIDDLE = "...abc,db->...adc"
+_NEUTRAL = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
 
 
-class LayerSpec(Record):
-    """All that defines a layer but its weights.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec(Spec):
+    """Everything that defines a layer except its weights.
 
     ``kernel`` has one entry per spatial axis and is empty for linear and embedding layers, whose ``in_channels`` are
     the input features or the number of rows. ``padding`` is one int per spatial axis, ``"same"`` or ``"valid"``.
+    Options per axis that are left out take their neutral value.
+
+    Raises:
+        ValueError: options that do not fit together, such as a linear layer with a kernel.
 
     Example:
         >>> LayerSpec(kind="conv", in_channels=3, out_channels=8, kernel=(3, 3)).weight_shape
@@ -47,31 +54,21 @@ class LayerSpec(Record):
     padding_idx: int | None = None
     sparse: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_axes(cls, values: object) -> object:
-        """Give every per-axis field its neutral value where it was left out."""
-        if not isinstance(values, dict):
-            return values
-        axes = len(values.get("kernel", ()))
-        neutral = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
-        return values | {k: (v,) * axes for k, v in neutral.items() if not values.get(k)}
-
-    @model_validator(mode="after")
-    def _check(self) -> LayerSpec:
+    def __post_init__(self) -> None:
         axes = len(self.kernel)
         if (axes > 0) != (self.kind in ("conv", "conv_transpose")):
             msg = f"a {self.kind} layer cannot have the kernel {self.kernel}"
             raise ValueError(msg)
-        for field in ("stride", "output_padding", "dilation", "padding"):
+        for field, neutral in _NEUTRAL.items():
             value = getattr(self, field)
-            if not isinstance(value, str) and len(value) != axes:
+            if axes and not value:
+                object.__setattr__(self, field, (neutral,) * axes)
+            elif len(value) != axes and not isinstance(value, str):
                 msg = f"{field}={value} needs one entry for each of the {axes} spatial axes"
                 raise ValueError(msg)
         if self.in_channels % self.groups or self.out_channels % self.groups:
             msg = f"groups={self.groups} must divide {self.in_channels} and {self.out_channels} channels"
             raise ValueError(msg)
-        return self
 
     @property
     def axes(self) -> int:
@@ -117,18 +114,19 @@ class LayerSpec(Record):
                 lead = in_shape[: len(in_shape) - self.axes - 1]
                 return (*lead, self.out_channels, *self._out_size(in_shape[len(in_shape) - self.axes :]))
 
+    def positions(self, in_shape: Shape) -> tuple[int, int, int]:
+        """Return how often a weight is used for one input: of a 1×1 before this layer, of itself, of a 1×1 after it.
+
+        Samples and places count alike. A lookup uses its weights without multiplying: 0.
+        """
+        if self.kind == "embedding":
+            return prod(in_shape), 0, prod(in_shape)
+        before, after = prod(in_shape) // self.in_channels, prod(self.out_shape(in_shape)) // self.out_channels
+        return before, before if self.kind == "conv_transpose" else after, after
+
     def macs(self, in_shape: Shape) -> int:
         """Return the multiply-accumulates for an input of shape ``in_shape``: half of torch's flop count."""
-        match self.kind:
-            case "linear":
-                return prod(in_shape[:-1]) * prod(self.weight_shape)
-            case "embedding":
-                return 0
-            case "conv":
-                positions = prod(self.out_shape(in_shape)) // self.out_channels
-            case _:
-                positions = prod(in_shape) // self.in_channels
-        return positions * prod(self.weight_shape)
+        return self.positions(in_shape)[1] * prod(self.weight_shape)
 
     def core(self, in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
         """Return the same layer between other numbers of channels: it keeps kernel, stride, padding and groups."""
@@ -188,7 +186,8 @@ class LayerSpec(Record):
         return text + (f" g{self.groups}" if self.groups > 1 else "")
 
 
-class ContractSpec(Record):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContractSpec(Spec):
     """One einsum over the feature axis: unflatten it to ``modes``, contract with the weight, flatten again.
 
     ``equation`` names the feature modes with letters and everything else with the ellipsis, as in
@@ -200,12 +199,11 @@ class ContractSpec(Record):
         (7, 20)
     """
 
-    type: Literal["contract"] = "contract"
-    modes: tuple[PositiveInt, ...]
+    modes: Shape
     equation: str
-    weight_shape: tuple[PositiveInt, ...]
+    weight_shape: Shape
     bias: bool = False
-    axes: NonNegativeInt = 0
+    axes: int = 0
 
     @classmethod
     def middle(
@@ -274,20 +272,20 @@ class ContractSpec(Record):
         return f"Contract {'×'.join(map(str, self.modes))}→{self.out_channels}"
 
 
-class FoldedSpec(Record):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSliceSpec(Spec):
     """One layer that every slice of the channels goes through alike: ``copies`` slices, folded into the batch.
 
     Slice c of the output is what the ``layer`` makes of slice c of the input, with the same weight for all.
 
     Example:
         >>> one = LayerSpec(kind="conv", in_channels=1, out_channels=4, kernel=(3, 3), padding=(1, 1))
-        >>> FoldedSpec(layer=one, copies=16).out_shape((2, 16, 8, 8))
+        >>> SharedSliceSpec(layer=one, copies=16).out_shape((2, 16, 8, 8))
         (2, 64, 8, 8)
     """
 
-    type: Literal["folded"] = "folded"
     layer: LayerSpec
-    copies: PositiveInt
+    copies: int
 
     @property
     def bias(self) -> bool:
@@ -336,15 +334,15 @@ class FoldedSpec(Record):
         return f"{self.copies} × {self.layer}"
 
 
-StageSpec = Annotated[LayerSpec | ContractSpec | FoldedSpec | GatherSpec, Field(discriminator="type")]
+SubLayerSpec = LayerSpec | ContractSpec | SharedSliceSpec | TTGatherSpec
 
 
-def chain_params(stages: tuple[StageSpec, ...]) -> int:
+def chain_params(stages: tuple[SubLayerSpec, ...]) -> int:
     """Return the number of parameters of stages run one after another."""
     return sum(s.num_params for s in stages)
 
 
-def chain_macs(stages: tuple[StageSpec, ...], in_shape: Shape) -> int:
+def chain_macs(stages: tuple[SubLayerSpec, ...], in_shape: Shape) -> int:
     """Return the multiply-accumulates of stages run one after another on an input of shape ``in_shape``."""
     total, shape = 0, in_shape
     for stage in stages:

@@ -165,7 +165,7 @@ def _draw_layer(
     panel: Any, layer: LayerSensitivity, format: str, value: str, baseline: float | None, number: int
 ) -> None:
     """Draw the measured points of one format, and the nearest curve that never rises with cost."""
-    from tenfold.profiling.monotone import isotonic  # brings torch along, which reading records does not need
+    from tenfold.profiling.latency.monotone import isotonic  # brings torch along, which reading records does not need
 
     points = [p for p in layer.curve(format) if _of(p, value) is not None]
     if not points:

@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from tenfold import __version__
+from tenfold.calibration import calibrate, called_layers
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Decomposition
 from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, check_use_data, measurement, replace_layers
 from tenfold.planning import analyse
-from tenfold.profiling import Clock, calibrate, called_layers, device_of, environment, gathered, profile
-from tenfold.profiling.inputs import arguments, digest_batches, tensors_in
+from tenfold.profiling import Clock, environment, profile
 from tenfold.profiling.steps import Steps
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.registry import check_choice
@@ -28,8 +28,10 @@ from tenfold.staging.folder import Run, RunFolder
 from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
 from tenfold.surgery import reestimate_batchnorm_
-from tenfold.tuning import TuneResult
-from tenfold.tuning.modes import kept_modes
+from tenfold.tracing import device_of, gathered
+from tenfold.tracing.contexts import kept_modes
+from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
+from tenfold.training import TuneResult
 
 logger = logging.getLogger("tenfold")
 

@@ -14,7 +14,7 @@ from tenfold.pipeline import Compressed
 from tenfold.staging.run import stages
 from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
-from tenfold.tuning import Batches, TuneConfig, TuneProgress, TuneResult, finetune
+from tenfold.training import Batches, TuneConfig, TuneProgress, TuneResult, finetune
 
 Loss = Callable[[nn.Module, Any, Any], Tensor]
 Tune = Callable[[Stage], Any]

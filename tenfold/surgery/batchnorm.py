@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tenfold.errors import DataError
-from tenfold.profiling.inputs import call_model
+from tenfold.tracing.inputs import call_model
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,21 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenfold.calibration.input_moments import MomentSums, collect_moments
 from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError, TenfoldError
-from tenfold.layers import FactorizedLayer, describe
-from tenfold.profiling.inputs import token_mask
-from tenfold.profiling.moments import MomentSums, collect_moments
-from tenfold.profiling.replay import Forward
-from tenfold.profiling.residual import ResidualReplay
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
-from tenfold.surgery.fold import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opening import with_networks_open
-from tenfold.surgery.repair import branch_of, targets
-from tenfold.surgery.replacement import check_planned, geometry, layer_of, refuse_tied, spec_of
+from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
+from tenfold.surgery.shortcut_correction import branch_of, targets
+from tenfold.surgery.unroll_rnn import unroll_rnns
+from tenfold.tracing.inputs import token_mask
+from tenfold.tracing.replay import Forward, Replay
 
 Progress = Callable[[int, int], None]
 
@@ -79,22 +78,22 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
-    model = with_networks_open(model, plan.opened)
+    model = unroll_rnns(model, plan.opened)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if original is None else with_networks_open(original, plan.opened)
+    original = model if original is None else unroll_rnns(original, plan.opened)
     dense, new = (
-        ResidualReplay(original, batches, forward=forward, changing=False),
+        Replay(original, batches, forward=forward, changing=False),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
     )
-    changing = ResidualReplay(new, batches, forward=forward)
+    changing = Replay(new, batches, forward=forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
         old: Any = find(model, path)
         (spec, weight), bias = geometry(old, path), getattr(old, "bias", None)
-        branch = branch_of(new, changing, path) if repair else None
-        if changing.calls[path] == 1:
+        branch = branch_of(new, changing.trace, path) if repair else None
+        if changing.trace.calls[path] == 1:
             sums = MomentSums(widest, seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 target = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
@@ -106,7 +105,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
             metric = collect_moments(
                 new, batches, own, dense=original, positions=positions, seed=seed, widest=widest, forward=forward
             )[path]
-        follower = changing.follower(path)
+        follower = changing.trace.follower(path)
         norm: Any = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.about_zero()  # nothing could take the shift of the mean
@@ -120,7 +119,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         new = put(new, {path: layer_of(fit, old, algorithm)})
         if progress is not None:
             progress(done + 1, len(ordered))
-    return fold_pairs_(new, plan.folded)
+    return fuse_pairs_(new, plan.folded)
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
@@ -129,12 +128,12 @@ def _check(model: nn.Module, plan: Plan) -> None:
     check_pairs(model, plan.folded)
     refuse_tied(model, plan.factorized)
     for layer in plan.factorized:
-        check_planned(layer, spec_of(find(model, layer.path), layer.path))
+        check_planned(layer, factorizable_spec(find(model, layer.path), layer.path))
 
 
 def _looks_up(module: nn.Module) -> bool:
     """Whether a layer takes indices."""
-    spec = module.spec if isinstance(module, FactorizedLayer) else describe(module)[0]
+    spec = module.spec if isinstance(module, FactorizedLayer) else spec_of(module)[0]
     return spec is not None and spec.kind == "embedding"
 
 
@@ -142,7 +141,7 @@ def _with_looked_up(
     model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
-    specs = {layer.path: spec_of(find(model, layer.path), layer.path) for layer in plan.layers}
+    specs = {layer.path: factorizable_spec(find(model, layer.path), layer.path) for layer in plan.layers}
     found = collect_moments(model, batches, specs, forward=forward) if specs else {}
     return apply(model, plan, moments={path: own.replace(output=outputs.get(path)) for path, own in found.items()})
 

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from tenfold.decompositions import Decomposition, Fit, Moments
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, describe
-from tenfold.profiling.entries import entries
+from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, spec_of
 from tenfold.records import LayerPlan, LayerSpec
+from tenfold.tracing.layers import entries
 
 
-def spec_of(module: nn.Module, path: str = "") -> LayerSpec:
+def factorizable_spec(module: nn.Module, path: str = "") -> LayerSpec:
     """Return the geometry of a layer that can be factorized; ``path`` is for the error.
 
     Raises:
         PlanError: it cannot.
     """
-    spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else describe(module)
+    spec, reason = (module.spec, "") if isinstance(module, FactorizedLayer) else spec_of(module)
     if spec is None:
         msg = f"{f'layer {path!r}' if path else 'the layer'} cannot be factorized: {reason}"
         raise PlanError(msg)
@@ -29,8 +29,8 @@ def spec_of(module: nn.Module, path: str = "") -> LayerSpec:
 
 
 def geometry(module: nn.Module, path: str = "") -> tuple[LayerSpec, Tensor]:
-    """Return geometry and dense weight of a layer that can be factorized; see ``spec_of``."""
-    spec = spec_of(module, path)
+    """Return geometry and dense weight of a layer that can be factorized; see ``factorizable_spec``."""
+    spec = factorizable_spec(module, path)
     with torch.no_grad():
         return spec, dense_weight(module)
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError, UnknownNameError
-from tenfold.profiling.inputs import call_model, to_device
-from tenfold.profiling.modes import device_of, dtype_of, evaluating
 from tenfold.registry import Registry, did_you_mean
-from tenfold.tasks.weights import load_weights
+from tenfold.tasks.dense_weights import load_weights
+from tenfold.tracing.contexts import device_of, dtype_of, evaluating
+from tenfold.tracing.inputs import call_model, to_device
 
 Batch_co = TypeVar("Batch_co", covariant=True)
 Progress = Callable[[int, int], None]  # (samples done, samples in total; 0 where that is not known)
@@ -217,7 +217,7 @@ class _WithoutLabels:
 def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progress: Progress | None = None) -> float:
     """Return the fraction of samples whose largest output (or largest of its ``logits``) is the label.
 
-    Inputs are passed on as :func:`~tenfold.profiling.inputs.call_model` takes them, on the device and in the
+    Inputs are passed on as :func:`~tenfold.tracing.inputs.call_model` takes them, on the device and in the
     floating-point type of the model. The modes of all modules are restored.
 
     Example:

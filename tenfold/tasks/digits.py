@@ -13,7 +13,7 @@ from tenfold.errors import require
 from tenfold.tasks.base import TASKS, seeded
 from tenfold.tasks.images import ImageTransform
 from tenfold.tasks.in_memory import InMemoryTask, Split, TensorSet, Transform
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 WIDTHS = (32, 128, 128)  # wide enough that a third of the multiplications is also measurably faster
 TEST_SHARE = 0.2

@@ -32,7 +32,7 @@ class Geometry:
 
 def _case(name: str, kind: str, channels: tuple[int, int], in_shape: Shape, **options: Any) -> Geometry:
     values = {"kind": kind, "in_channels": channels[0], "out_channels": channels[1], **options}
-    return Geometry(name, LayerSpec.model_validate(values), in_shape)
+    return Geometry(name, LayerSpec(**values), in_shape)
 
 
 def _conv(name: str, channels: tuple[int, int], kernel: Shape, size: Shape, **options: Any) -> Geometry:

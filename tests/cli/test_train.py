@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tenfold.checkpoint import load
 from tenfold.tasks import load_task
-from tenfold.tuning import TuneConfig, finetune
+from tenfold.training import TuneConfig, finetune
 
 Run = Callable[..., Any]
 

@@ -62,7 +62,7 @@ def tuned(spec: LayerSpec, format: str, rank: Rank, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("case", CASES)
 def test_equals_going_through_the_dense_weight(case: str) -> None:
     fields, format, before, after = CASES[case]
-    spec = LayerSpec.model_validate(fields)
+    spec = LayerSpec(**fields)
     value = tuned(spec, format, before)
     algorithm = SVD(method="full") if format != "tucker2" else default_algorithm(format)
     small, _ = reduce(value, format, after, algorithm)
@@ -92,7 +92,7 @@ def test_the_optimum_of_eckart_and_young_from_deficient_factors() -> None:
 
 
 def test_zero_and_broken_factors() -> None:
-    spec = LayerSpec.model_validate(CONV)
+    spec = LayerSpec(**CONV)
     value = tuned(spec, "tucker2", {"out": 10, "in": 8})
     zero = recompress(value.map(core=torch.zeros_like(value.core)), "tucker2", {"out": 4, "in": 4})  # type: ignore[attr-defined]
     assert not zero.value.to_dense().any()
@@ -107,7 +107,7 @@ def test_zero_and_broken_factors() -> None:
     [("low_rank", {"rank": 4}), ("tucker2", {"out": 12, "in": 4}), ("spatial", {"rank": 7})],
 )
 def test_other_formats_and_larger_ranks_go_through_the_dense_weight(format: str, rank: Rank) -> None:
-    spec = LayerSpec.model_validate(CONV)
+    spec = LayerSpec(**CONV)
     value = tuned(spec, "tucker2", {"out": 10, "in": 8})
     problem, _ = reduce(value, format, rank, default_algorithm(format))
     assert problem.weight.shape == spec.weight_shape
@@ -124,7 +124,7 @@ def test_nearly_full_factors_are_multiplied_out() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes_keep_theirs_and_tell_the_error_of_what_is_stored(dtype: torch.dtype) -> None:
-    spec = LayerSpec.model_validate(CONV)
+    spec = LayerSpec(**CONV)
     value = tuned(spec, "tucker2", {"out": 10, "in": 8}, dtype)
     found = recompress(value, "tucker2", {"out": 10, "in": 7})
     assert {t.dtype for t in found.value.tensors().values()} == {dtype}

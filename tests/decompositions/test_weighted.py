@@ -11,7 +11,7 @@ from tenfold.decompositions import Moments, decompose, default_algorithm
 from tenfold.decompositions.metric import roots, solve_spd
 from tenfold.decompositions.weighted import Weighted, WeightedALS, WhitenedSVD, alternate
 from tenfold.errors import WeightError
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 
 F64 = torch.float64
 RANKS = [
@@ -201,7 +201,7 @@ def test_errors_count_where_the_network_minds_them(format, rank, case):
 @pytest.mark.parametrize(("format", "rank"), RANKS)
 def test_groups_are_small_convolutions_of_their_own(format, rank):
     layer = nn.Conv2d(12, 16, 3, groups=2).double()
-    spec, _ = describe(layer)
+    spec, _ = spec_of(layer)
     x = torch.stack([correlated(200, 54), correlated(200, 54, offset=1.0)])
     algorithm = WhitenedSVD() if format == "low_rank" else WeightedALS(n_iter=5, tol=-1)
     both = decompose(layer.weight, format, rank, algorithm, spec=spec, metric=Moments.of(x))

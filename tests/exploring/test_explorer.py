@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration import calibrate, called_layers
 from tenfold.errors import BudgetError, PlanError
 from tenfold.exploring import Explorer, Pin, Wish
 from tenfold.planning import Timing, recost
-from tenfold.profiling import Clock, calibrate, called_layers
+from tenfold.profiling import Clock
 from tenfold.records import Plan
 from tenfold.surgery import apply
 from tests.exploring.nets import Made, X

@@ -12,8 +12,8 @@ from tenfold.formats import FORMATS
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.layers import FactorizedLayer
 from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import _one_by_one, costs_at, grids
-from tenfold.records import Call, Cost, FoldedSpec, LayerSpec, chain_macs
+from tenfold.ranks.candidates import grids
+from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs, chain_params
 from tenfold.testing.weights import random_factors
 
 F64 = torch.float64
@@ -24,7 +24,7 @@ LINEAR = LayerSpec(kind="linear", in_channels=60, out_channels=48, bias=True)
 def test_three_convolutions_of_which_the_middle_one_serves_all_slices():
     rank = {"r1": 3, "r2": 4, "r3": 5}
     first, middle, last = TensorRing.structure(CONV, rank)
-    assert isinstance(middle, FoldedSpec)
+    assert isinstance(middle, SharedSliceSpec)
     assert (first.weight_shape, last.weight_shape) == ((15, 12, 1, 1), (16, 12, 1, 1))
     assert (middle.copies, middle.weight_shape, middle.layer.stride) == (3, (4, 5, 3, 5), (2, 1))
     assert [s.bias for s in (first, middle, last)] == [False, False, True]
@@ -130,7 +130,6 @@ def test_candidates_have_several_rings_with_exact_costs(format, spec):
     (grid,) = grids(problem)
     assert len(grid) >= 4
     assert len(set(grid.ranks[:, 0].tolist())) >= 2
-    exact = _one_by_one(problem, format, grid.ranks)
-    params, macs = costs_at(problem, format, grid.ranks)
-    assert params.tolist() == exact[:, 0].tolist()
-    assert macs.tolist() == exact[:, 1].tolist()
+    for row, params, macs in zip(grid.ranks.tolist(), grid.params, grid.macs, strict=True):
+        structure = kind.structure(spec, dict(zip(kind.rank_names, row, strict=True)))
+        assert (params, macs) == (chain_params(structure), chain_macs(structure, shape))

@@ -10,16 +10,16 @@ from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, TTEmbedding, build
 from tenfold.planning.gate import neutral_layer
-from tenfold.profiling.stage_charts import chart
-from tenfold.profiling.stage_timing import StageTimer
-from tenfold.records import GatherSpec, LayerSpec, StageSpec
+from tenfold.profiling.latency.grid import chart
+from tenfold.profiling.latency.layer_timer import StageTimer
+from tenfold.records import LayerSpec, SubLayerSpec, TTGatherSpec
 
 SPEC = LayerSpec(kind="embedding", in_channels=55, out_channels=24, padding_idx=3)
 
 
 def test_structure_is_one_gather_with_the_parameters_of_the_cores_and_the_padding() -> None:
     (stage,) = FORMATS.get("tt_embedding").structure(SPEC, {"r1": 2, "r2": 3})
-    assert isinstance(stage, GatherSpec)
+    assert isinstance(stage, TTGatherSpec)
     assert stage.shape.row_modes == (3, 4, 5)
     assert stage.shape.col_modes == (4, 3, 2)
     assert stage.num_params == 3 * 4 * 2 + 2 * 4 * 3 * 3 + 3 * 5 * 2 + 24
@@ -64,7 +64,7 @@ def test_the_clock_and_the_gate_can_build_and_time_it() -> None:
     assert point.family.startswith("gather")
     assert all(found.curve(p) is not None for level in found.levels for p in level)
     assert StageTimer("cpu", torch.float32, "contiguous")(point.spec, (4, 7)) > 0
-    stage: StageSpec = point.spec
+    stage: SubLayerSpec = point.spec
     out = neutral_layer(stage, torch.empty(0))(torch.arange(1, 3))
     assert 0.1 < float(out.detach().abs().mean()) < 10
     assert build(stage, nn.Parameter(torch.zeros(stage.weight_shape)))(torch.tensor([1])).shape == (1, 24)

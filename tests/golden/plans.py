@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tenfold.calibration import calibrate, called_layers
 from tenfold.errors import TenfoldError
 from tenfold.planning import Sensitivity, plan
 from tenfold.planning.timing import Timing
-from tenfold.profiling import Clock, calibrate, called_layers, profile
+from tenfold.profiling import Clock, profile
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import LayerSpec, Plan
 from tests.golden.nets import NETS

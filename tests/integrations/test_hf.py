@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import tenfold
+from tenfold.calibration.input_moments import collect_moments
 from tenfold.checkpoint import load_pretrained, save_pretrained
 from tenfold.errors import CheckpointError
-from tenfold.layers import FactorizedLayer, dense_weight, describe
+from tenfold.layers import FactorizedLayer, dense_weight, spec_of
 from tenfold.pipeline import Compressed
-from tenfold.profiling.inputs import call_model
-from tenfold.profiling.moments import collect_moments
+from tenfold.tracing.inputs import call_model
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("tenfold.integrations.hf")  # teaches from_pretrained
@@ -102,7 +102,7 @@ def test_text_generators_keep_tied_embeddings_and_generate_alike(make: Callable[
 
 def test_conv1d_is_a_linear_layer_with_its_weight_turned() -> None:
     conv = transformers.pytorch_utils.Conv1D(6, 4)
-    spec, reason = describe(conv)
+    spec, reason = spec_of(conv)
     assert spec is not None, reason
     assert (spec.kind, spec.in_channels, spec.out_channels, spec.bias) == ("linear", 4, 6, True)
     x = torch.randn(5, 4)
@@ -137,9 +137,9 @@ def test_padding_counts_in_no_moment() -> None:
     model, _ = bert()
     batch = tokens(3, 8)
     path = "encoder.layer.0.attention.self.query"
-    spec = describe(model.get_submodule(path))[0]
+    spec = spec_of(model.get_submodule(path))[0]
     found = collect_moments(
-        model, [batch], {path: spec, "embeddings.word_embeddings": describe(model.embeddings.word_embeddings)[0]}
+        model, [batch], {path: spec, "embeddings.word_embeddings": spec_of(model.embeddings.word_embeddings)[0]}
     )
     seen = []
     handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))

@@ -17,7 +17,7 @@ from tenfold.integrations.lightning import LowRankCallback, StagesCallback
 from tenfold.integrations.live import LivePull, LiveStages
 from tenfold.layers import FactorizedLayer
 from tenfold.staging import Schedule
-from tenfold.tuning import AdmmConfig
+from tenfold.training import AdmmConfig
 
 SCHEDULE = Schedule(rounds=2, epochs=2, budget={"macs": 0.25}, keep_ends=False)
 

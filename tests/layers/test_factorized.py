@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from tenfold.decompositions import decompose
-from tenfold.layers import Contract, FactorizedLayer, build, describe, stage_specs
+from tenfold.layers import Contract, FactorizedLayer, build, spec_of, stage_specs
 from tenfold.records import ContractSpec, LayerSpec
 from tenfold.testing.weights import random_factors
 
 
 def factorized(layer: nn.Module, format: str, rank: dict[str, int]) -> FactorizedLayer:
-    spec, _ = describe(layer)
+    spec, _ = spec_of(layer)
     return FactorizedLayer.of(decompose(layer.weight, format, rank, spec=spec).value, getattr(layer, "bias", None))
 
 
@@ -84,7 +84,7 @@ def test_empty_has_the_structure_and_takes_the_state():
     empty.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(empty(x), layer(x))
-    assert stage_specs(layer) == tuple(describe(s)[0] for s in layer.stages)
+    assert stage_specs(layer) == tuple(spec_of(s)[0] for s in layer.stages)
     meta = FactorizedLayer.empty(layer.spec, "tucker2", {"out": 4}, like=torch.zeros(1, device="meta"))
     assert all(p.is_meta for p in meta.parameters())
 
@@ -159,18 +159,18 @@ class Quiet(nn.Module):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_not_served_says_why(layer, reason):
-    spec, text = describe(layer)
+    spec, text = spec_of(layer)
     assert spec is None
     assert reason in text
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_old_weight_norm_is_seen():
-    assert "computed, not a parameter of its own" in describe(weight_norm(nn.Linear(4, 4)))[1]
+    assert "computed, not a parameter of its own" in spec_of(weight_norm(nn.Linear(4, 4)))[1]
 
 
 def test_a_subclass_that_changes_nothing_is_served():
-    assert describe(OnlyRenamed(4, 3))[0] == LayerSpec(kind="linear", in_channels=4, out_channels=3, bias=True)
+    assert spec_of(OnlyRenamed(4, 3))[0] == LayerSpec(kind="linear", in_channels=4, out_channels=3, bias=True)
 
 
 def test_the_input_may_be_given_by_torchs_name():

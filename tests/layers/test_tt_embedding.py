@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.errors import RankError, WeightError
-from tenfold.layers import TTEmbedding, TTEmbeddingBag, joining
+from tenfold.layers import TTEmbedding, TTEmbeddingBag, batched_matmul
 from tenfold.layers import gather as module
 from tenfold.layers.gather import distinct_ids, gather_distinct, gather_rows
 from tenfold.records import TrainShape
@@ -108,11 +108,11 @@ def test_distinct_ids_are_all_there_once_and_found_again(size: int, dtype: torch
 def test_picked_products_and_their_gradients_over_several_blocks(
     rows: int, left: Any, right: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joining, "_BLOCK", 8 * max(left[1] * right[2], 80))  # eight rows: the last block is shorter
+    monkeypatch.setattr(batched_matmul, "_BLOCK", 8 * max(left[1] * right[2], 80))  # 8 rows: the last block is short
     generator = torch.Generator().manual_seed(5)
     tables = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in (left, right)]
     i, j = torch.randint(6, (rows,), generator=generator), torch.randint(5, (rows,), generator=generator)
-    found = joining.JoinPicked.apply(*tables, i, j)  # type: ignore[no-untyped-call]
+    found = batched_matmul.JoinPicked.apply(*tables, i, j)  # type: ignore[no-untyped-call]
     wanted = (tables[0][i] @ tables[1][j]).flatten(1)
     torch.testing.assert_close(found, wanted)
     weighting = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)

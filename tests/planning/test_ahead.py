@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration import calibrate
 from tenfold.decompositions import curves
 from tenfold.parallel import Workers
 from tenfold.planning import plan
-from tenfold.profiling import calibrate, profile
+from tenfold.profiling import profile
 from tenfold.ranks import base, error_bound, rule_from
 
 X = torch.randn(40, 4, 5, 5, generator=torch.Generator().manual_seed(0))

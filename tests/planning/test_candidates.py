@@ -118,7 +118,7 @@ def test_candidates_of_a_plan_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> N
     from tests.planning.test_gate import FakeCompare, clock, model_ms
 
     compare = FakeCompare(bias=1.2)  # slower as a whole than the clock says
-    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
     torch.manual_seed(0)
     layers = [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten()]
     model, inputs = nn.Sequential(*layers, nn.Linear(32 * 64, 64)).eval(), torch.zeros(4, 32, 8, 8)

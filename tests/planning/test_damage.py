@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.gradients import collect_gradients
+from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.errors import PlanError
 from tenfold.formats import split_groups
 from tenfold.planning.damage import with_damage
 from tenfold.profiling import profile
-from tenfold.profiling.gradients import collect_gradients
-from tenfold.profiling.moments import collect_moments, measurable
 from tenfold.ranks import RankProblem
 
 

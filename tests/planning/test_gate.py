@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from tenfold.errors import BudgetError
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.planning import LayerBench, LayerTiming, Timing, plan, plan_fast, plan_never_slower
 from tenfold.planning.fast import with_structure
 from tenfold.planning.gate import neutral_layer, together
 from tenfold.profiling import Clock, Comparison, profile
 from tenfold.ranks import rule_from
 from tenfold.records import ContractSpec, Latency, LayerSpec, Speedup
-from tenfold.surgery import apply, fold
+from tenfold.surgery import apply, fuse_batchnorm
 
 FAST, SLOW = LayerTiming(2.0, 1.0, 2.0, 1.9, 2.1), LayerTiming(1.0, 1.25, 0.8, 0.7, 0.9)
 OVERHEAD_MS = 0.3  # of everything that is no layer
@@ -47,7 +47,7 @@ def model_ms(model, inputs):
 
     def add(module, args, _output):
         nonlocal total
-        spec, _ = describe(module)
+        spec, _ = spec_of(module)
         total += stage_ms(spec, tuple(args[0].shape)) if spec is not None else 0
 
     hooks = [m.register_forward_hook(add) for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear)]
@@ -91,7 +91,7 @@ class FakeCompare:
 @pytest.fixture
 def fake(monkeypatch):
     compare = FakeCompare()
-    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
     return compare
 
 
@@ -200,7 +200,7 @@ def test_a_latency_budget_is_met_from_below(net, costs, fake, share):
 
 def test_a_model_slower_than_predicted_is_planned_anew_until_the_budget_is_met(net, costs, monkeypatch):
     compare = FakeCompare(bias=1.3)
-    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
     result = plan_fast(
         net, costs, X, clock=clock(), budget={"latency": 0.6}, rule=rule_from("ratio"), keep_ends=False, compare=compare
     )
@@ -230,7 +230,7 @@ def test_what_the_clock_learns_on_the_way_is_not_taken_twice(monkeypatch, share)
         return 0.5 * sum(model_ms(chain, inputs if chain is model else x) - OVERHEAD_MS for chain in chains)
 
     compare = Chained()
-    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
     result = plan_fast(
         deep,
         profile(deep, x),
@@ -294,7 +294,7 @@ def test_folded_models_are_planned_and_measured_against_the_folded_dense_one(fak
     assert result.plan.folded == {"1": "0", "4": "3", "7": "6"}
     small = apply(net, result.plan)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
-    assert model_ms(small, X) <= 0.5 * model_ms(fold(net, X), X)
+    assert model_ms(small, X) <= 0.5 * model_ms(fuse_batchnorm(net, X), X)
     assert plan_fast(net, profile(net, X), X, compare=compare, **options).plan.folded == {}
 
 
@@ -342,7 +342,7 @@ def test_made_up_layers_keep_values_in_range(spec):
 
 def test_the_memory_format_that_is_faster_takes_over(net, costs, monkeypatch):
     compare = FakeCompare(channels_last=0.5)
-    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
     formats = []
 
     def watch(variants, **options):
@@ -364,7 +364,7 @@ def test_a_model_that_is_not_faster_as_a_whole_is_never_handed_back(net, costs, 
     def compare(variants, **options):
         return FakeCompare(bias=1.0 if "factorized" in variants else 50.0)(variants, **options)
 
-    monkeypatch.setattr("tenfold.profiling.memory_format.compare_latency", compare)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
     with pytest.raises(BudgetError, match="no plan makes the model faster"):
         plan_fast(
             net,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tenfold.formats import FORMATS
-from tenfold.layers import describe
+from tenfold.layers import spec_of
 from tenfold.planning import plan
 from tenfold.planning.merging import without_idle_stages
 from tenfold.profiling import profile
@@ -17,7 +17,7 @@ from tenfold.surgery import apply
 
 
 def problem(layer=None, shape=(1, 64, 8, 8), **options):
-    spec = describe(layer or nn.Conv2d(64, 64, 3, padding=1))[0]
+    spec = spec_of(layer or nn.Conv2d(64, 64, 3, padding=1))[0]
     cost = Cost(params=spec.num_params, macs=spec.macs(shape))
     return RankProblem("conv", spec, ("tucker2",), (Call(in_shape=shape),), cost, lambda: torch.empty(0), **options)
 

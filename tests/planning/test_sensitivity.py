@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tenfold.calibration.input_moments import collect_moments
 from tenfold.decompositions import Decomposition, decompose
 from tenfold.errors import DataError, PlanError, UnknownNameError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import Sensitivity
 from tenfold.planning.outputs import output_errors
 from tenfold.planning.substituting import digest, replaced, substitute
-from tenfold.profiling.moments import collect_moments
 from tenfold.records import SensitivityTable
 from tests.planning.fakes import BASELINE, Scorer, costs, inputs, net
 

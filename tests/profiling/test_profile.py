@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.errors import ProfileError
 from tenfold.formats import FORMATS
-from tenfold.layers import FactorizedLayer, describe
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.profiling import profile
-from tenfold.profiling.inputs import call_model
 from tenfold.profiling.profile import NEVER_CALLED
 from tenfold.records import Profile
+from tenfold.tracing.inputs import call_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TF32 acceleration on top of oneDNN"),
@@ -218,11 +218,11 @@ def test_packed_sequences_and_lists() -> None:
 def test_a_factorized_layer_is_one_entry(name: str, transposed: bool) -> None:
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     dense: nn.Module = kind(8, 12, 3, padding=1, stride=2)
-    if FORMATS.get(name).refuses(describe(dense)[0]):
+    if FORMATS.get(name).refuses(spec_of(dense)[0]):
         dense = nn.Linear(8, 12)
-        if FORMATS.get(name).refuses(describe(dense)[0]):
+        if FORMATS.get(name).refuses(spec_of(dense)[0]):
             pytest.skip("serves neither")
-    spec = describe(dense)[0]
+    spec = spec_of(dense)[0]
     x = torch.randn(2, 8, 7, 7) if spec.axes else torch.randn(3, 8)
     halves = {k: max(1, r // 2) for k, r in FORMATS.get(name).max_rank(spec).items()}
     rank = FORMATS.get(name).check_rank(spec, halves)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from tenfold.errors import BudgetError, TenfoldError
-from tenfold.layers import describe
+from tenfold.layers import spec_of
 from tenfold.records import (
     Budget,
     ContractSpec,
     Cost,
     LayerPlan,
+    LayerProfile,
     LayerSpec,
     chain_macs,
     chain_params,
@@ -25,27 +28,56 @@ from tenfold.records import (
 from tenfold.testing import GEOMETRIES
 
 
+def of_layer(spec):
+    return LayerProfile(path="a", kind="x", spec=spec, params=0, bytes=0, macs=0)
+
+
 @pytest.mark.parametrize("at", GEOMETRIES, ids=str)
 def test_specs_survive_json_and_yaml(at):
-    assert LayerSpec.from_text(at.spec.to_json()) == at.spec
-    assert LayerSpec.from_text(at.spec.to_yaml()) == at.spec
+    record = of_layer(at.spec)
+    assert LayerProfile.from_text(record.to_json()) == record
+    assert LayerProfile.from_text(record.to_yaml()) == record
+    assert next(iter(record.model_dump(mode="json")["spec"].items())) == ("type", "layer")
 
 
-def test_specs_are_strict_and_frozen():
+def test_specs_fill_in_neutral_options_and_are_frozen():
     spec = LayerSpec(kind="conv", in_channels=4, out_channels=6, kernel=(3, 5))
     assert (spec.stride, spec.padding, spec.dilation, spec.output_padding) == ((1, 1), (0, 0), (1, 1), (0, 0))
-    with pytest.raises(ValidationError):
+    with pytest.raises(FrozenInstanceError):
         spec.stride = (2, 2)
-    for wrong in (
-        {"kind": "linear", "kernel": (3,)},
-        {"kind": "conv"},
-        {"kind": "conv", "kernel": (3, 3), "stride": (1,)},
-        {"kind": "conv", "kernel": (3,), "groups": 3},
+
+
+MISFITS = (
+    {"kind": "linear", "kernel": (3,)},
+    {"kind": "conv"},
+    {"kind": "conv", "kernel": (3, 3), "stride": (1,)},
+    {"kind": "conv", "kernel": (3,), "groups": 3},
+)
+
+
+@pytest.mark.parametrize("wrong", MISFITS, ids=str)
+def test_options_that_do_not_fit_together_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"cannot have the kernel|needs one entry|must divide"):
+        LayerSpec(in_channels=4, out_channels=6, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *MISFITS,
         {"kind": "conv", "kernel": (3,), "padding_mode": "wrap"},
         {"kind": "linear", "colour": "red"},
-    ):
-        with pytest.raises(ValidationError):
-            LayerSpec(in_channels=4, out_channels=6, **wrong)
+        {"kind": "linear", "in_channels": 0},
+        {"kind": "linear", "in_channels": "many"},
+        {"kind": "folding"},
+    ],
+    ids=str,
+)
+def test_records_check_the_specs_that_are_read_with_them(wrong):
+    spec = {"type": "layer", "in_channels": 4, "out_channels": 6, **wrong}
+    values = of_layer(None).model_dump() | {"spec": spec}
+    with pytest.raises(TenfoldError, match="not a valid LayerProfile: spec"):
+        LayerProfile.from_text(json.dumps(values))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +91,7 @@ def test_specs_are_strict_and_frozen():
     ],
 )
 def test_specs_read_like_layers(layer, text):
-    assert str(describe(layer)[0]) == text
+    assert str(spec_of(layer)[0]) == text
 
 
 def test_costs_add_and_compare():

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tenfold.staging import Schedule, run_stages
-from tenfold.tuning import TuneConfig
+from tenfold.training import TuneConfig
 from tests.staging.small import Batch, batches, cnn, images
 
 SCHEDULE = Schedule(

@@ -17,7 +17,7 @@ from tenfold import checkpoint
 from tenfold.errors import CheckpointError
 from tenfold.pipeline import Compressed
 from tenfold.staging import Schedule, Stage, folder, run_stages, stages
-from tenfold.tuning import TuneConfig
+from tenfold.training import TuneConfig
 from tests.staging.killed import CONFIG, SCHEDULE
 from tests.staging.small import accuracy, batches, cnn, images, unlabeled
 
@@ -36,7 +36,7 @@ def go(run: Path | None, **choices: Any) -> Compressed:
 
 
 def weights(run: Path) -> list[bytes]:
-    return [(run / name / checkpoint.folder.WEIGHTS).read_bytes() for name in STAGES]
+    return [(run / name / checkpoint.model_folder.WEIGHTS).read_bytes() for name in STAGES]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
 from tenfold.profiling import profile
 from tenfold.staging import Schedule, Stage, run_stages, stages
-from tenfold.tuning import TuneConfig
+from tenfold.training import TuneConfig
 from tests.staging.small import accuracy, batches, cnn, images, unlabeled
 
 X = images()[0]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.input_moments import collect_moments
 from tenfold.decompositions import DECOMPOSITIONS, Decomposition, default_algorithm
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning.substituting import substitute
-from tenfold.profiling.moments import collect_moments
 from tenfold.records import Cost, LayerPlan, Plan
 from tenfold.surgery import apply, apply_in_order, restructure_, with_errors
 from tenfold.surgery.replacement import geometry

@@ -8,7 +8,7 @@ import pytest
 
 from tenfold.errors import TenfoldError, UnknownNameError
 from tenfold.tasks import TASKS, Task, load_task
-from tenfold.tuning import TuneConfig
+from tenfold.training import TuneConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_task.py"
 

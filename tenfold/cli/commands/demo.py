@@ -61,7 +61,7 @@ def _compress(opened: Opened, seed: int, terminal: Terminal) -> Compressed:
 
     from tenfold.cli.recovering import calibration, tune_config
     from tenfold.pipeline import compress
-    from tenfold.tuning import RichProgress, TuneResult, finetune
+    from tenfold.training import RichProgress, TuneResult, finetune
 
     config = tune_config(opened, Training(), None, seed)
     batches = partial(opened.task.train_batches, batch_size=config.batch_size, seed=seed)

@@ -130,7 +130,8 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
 
     from tenfold.exporting import open_exported, quantize_onnx
     from tenfold.exporting.target import check_free
-    from tenfold.profiling import measure_latency, to_device
+    from tenfold.profiling import measure_latency
+    from tenfold.tracing import to_device
 
     check_free(file.out, overwrite=file.overwrite)
     samples, size = file.calibration or _INT8_CALIBRATION, file.batch if file.fixed_batch else _CALIBRATION_BATCH
@@ -149,7 +150,7 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
 def _keep(checkpoint: Path, made: ExportRecord) -> None:
     """Put the record of the file into that of the checkpoint; one of the same name goes."""
     from tenfold.checkpoint import read_record
-    from tenfold.checkpoint.folder import RECORD
+    from tenfold.checkpoint.model_folder import RECORD
     from tenfold.records import write_text
 
     record = read_record(checkpoint) if checkpoint.is_dir() else None

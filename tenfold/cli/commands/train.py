@@ -18,7 +18,7 @@ from tenfold.cli.terminal import Misuse, Terminal
 if TYPE_CHECKING:
     from tenfold.cli.sources import Opened
     from tenfold.records import RunRecord
-    from tenfold.tuning import LowRankResult
+    from tenfold.training import LowRankResult
 
 ORDER = 37
 _HOW = "Recovery"
@@ -141,7 +141,7 @@ class _Job:
     def _train(self) -> LowRankResult:
         from tenfold.cli.recovering import Teaching, identity_of, tune_config
         from tenfold.profiling import profile
-        from tenfold.tuning import AdmmConfig, RichProgress, train_admm, train_lc
+        from tenfold.training import AdmmConfig, RichProgress, train_admm, train_lc
 
         opened, towards = self.opened, self.towards
         cost = profile(opened.model, opened.inputs())

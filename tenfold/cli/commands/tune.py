@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tenfold.cli.recovering import Tuner
     from tenfold.cli.sources import Opened
     from tenfold.records import Plan, RunRecord
-    from tenfold.tuning import TuneResult
+    from tenfold.training import TuneResult
 
 ORDER = 40
 LAUNCHABLE = True  # in several processes, which tune together

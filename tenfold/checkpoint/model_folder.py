@@ -1,0 +1,239 @@
+"""Save and load a compressed model as a folder: weights with the plan in their header, plan, record, model card."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tenfold.checkpoint.card import model_card
+from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
+from tenfold.errors import CheckpointError, TenfoldError
+from tenfold.layers import FactorizedLayer
+from tenfold.records import Analysis, Candidates, Plan, RunRecord, write_text
+from tenfold.surgery import fused_pairs, restructure_, unrolled_rnns
+
+WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
+ANALYSIS, CANDIDATES = "analysis.json", "candidates.json"
+
+
+def save(
+    model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    *,
+    record: RunRecord | None = None,
+    analysis: Analysis | None = None,
+    candidates: Candidates | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a compressed model to the folder ``path`` and return it.
+
+    The folder holds ``model.safetensors`` (the plan is in its header, and is what ``load`` goes by), ``plan.yaml`` and
+    ``README.md`` to read, and ``record.json`` if there is a record. Which batch norms were folded is read off the
+    model, and is in the plan that is written.
+
+    A new folder is there whole, or not at all. An earlier checkpoint is replaced, other files beside it stay; after an
+    error it is as it was, and whenever the process is killed ``load`` returns the earlier model or the new one, beside
+    which files may be missing, but none is of the other.
+
+    Args:
+        model: the compressed model.
+        plan: what was done to it.
+        path: the folder.
+        record: of the run.
+        analysis: what a report shows of spectra and errors; written as ``analysis.json``.
+        candidates: what the plan chose from, for ``tenfold explore``; written as ``candidates.json``.
+        beside: called with a folder, to write into it whatever else is to lie there (the configuration of the model, a
+            tokenizer): plain files, no folders.
+
+    Raises:
+        CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
+    """
+    _check_model(model, plan)
+    plan = plan.replace(folded=fused_pairs(model), opened=unrolled_rnns(model))
+    path = Path(path)
+    check_target(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    except OSError as error:
+        msg = f"cannot write to {path.parent}: {error.strerror or error}. Choose another folder."
+        raise CheckpointError(msg) from error
+    try:
+        write_weights(partial / WEIGHTS, model.state_dict(), plan)
+        (partial / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+        write_text(partial / PLAN, plan.to_yaml())
+        write_text(partial / CARD, model_card(plan, record))
+        if record is not None:
+            write_text(partial / RECORD, record.to_json())
+        if analysis is not None:
+            write_text(partial / ANALYSIS, analysis.model_dump_json())
+        if candidates is not None:
+            candidates.save(partial / CANDIDATES)
+        if beside is not None:
+            beside(partial)
+        partial.chmod(0o755)
+        _swap(partial, path)
+    except OSError as error:
+        msg = f"cannot write the checkpoint {path}: {error.strerror or error}"
+        raise CheckpointError(msg) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
+    """Return the saved model, bit for bit, and its plan.
+
+    The structure is rebuilt on a copy of ``skeleton``: a freshly built dense model of the same architecture, on any
+    device (also ``meta``), whose weights do not matter. Dtypes are those that were saved; devices those of the
+    skeleton, the CPU in place of ``meta``. Every tensor must be there, with the right shape; nothing is unpickled.
+
+    Args:
+        skeleton: stays as it is.
+        path: the folder that ``save`` wrote, or the weights file in it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, foreign, newer, changed, or made for another model.
+    """
+    path = Path(path)
+    state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
+    model = copy.deepcopy(skeleton)
+    try:
+        model = restructure_(model, plan)  # another module where the model is one layer itself
+    except TenfoldError as error:
+        msg = f"{path} was made for another model: {error}"
+        raise CheckpointError(msg) from error
+    _fill(model, state, path)
+    return model, plan
+
+
+def read_record(path: str | Path) -> RunRecord | None:
+    """Return the record that lies in a checkpoint folder; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    file = Path(path) / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return RunRecord.from_text(file.read_text(encoding="utf-8"), source=str(file))
+    except (TenfoldError, UnicodeDecodeError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def check_target(path: str | Path) -> None:
+    """Raise CheckpointError if ``save`` could not write to the folder ``path``: better known early.
+
+    A folder that holds an earlier checkpoint will do, and so will an empty one or none.
+    """
+    path = Path(path)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        msg = f"{there} is a file: choose a folder" if there == path else f"cannot write to {path}: {there} is a file"
+        raise CheckpointError(msg)
+    if there == path and any(path.iterdir()) and not _replaceable(path):
+        msg = f"{path} holds other files: choose a new folder, or one with an earlier checkpoint"
+        raise CheckpointError(msg)
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.", suffix=".partial"):
+            pass
+    except OSError as error:
+        msg = f"cannot write to {there}: {error.strerror or error}. Choose another folder."
+        raise CheckpointError(msg) from error
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, be it damaged, or be it that a kill left nothing but its weights."""
+    return (path / WEIGHTS).is_file() and ((path / PLAN).is_file() or is_checkpoint(path / WEIGHTS))
+
+
+def _check_model(model: nn.Module, plan: Plan) -> None:
+    gone = sorted(set(plan.folded) - set(fused_pairs(model)))
+    if gone:
+        msg = (
+            f"the plan has the batch norm {gone[0]!r} folded, the model does not: fold it, or take that out of the plan"
+        )
+        raise CheckpointError(msg)
+    has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+    for layer in plan.layers:
+        if layer.format and layer.path not in has:
+            msg = f"the plan has {layer.path!r} factorized, the model does not: save what apply(model, plan) returned"
+            raise CheckpointError(msg)
+    planned = {name for layer in plan.layers if layer.format for name in (layer.path, *layer.aliases)}
+    for name in has:
+        if name not in planned:
+            msg = f"the model has a factorized layer {name!r} that the plan does not know: save it with its own plan"
+            raise CheckpointError(msg)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put the folder ``new`` in the place of ``path``; files there that are not of a checkpoint stay.
+
+    What lies beside the old weights goes before them, what lies beside the new ones comes after them: whenever this is
+    killed, there are whole weights, and nothing beside them that tells of others.
+    """
+    if not path.exists():
+        new.rename(path)
+        return
+    beside = {ANALYSIS, CANDIDATES, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
+    beside = {name for name in beside if not _equal(new / name, path / name)}
+    old = new / ".old"
+    old.mkdir()
+    try:
+        for name in beside:
+            if (path / name).is_file():
+                (path / name).replace(old / name)
+        (new / WEIGHTS).replace(path / WEIGHTS)
+    except BaseException:
+        for file in old.iterdir():
+            file.replace(path / file.name)
+        raise
+    for name in beside:
+        if (new / name).is_file():
+            (new / name).replace(path / name)
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put stored tensors in the place of all parameters and buffers; those that were one stay one."""
+    slots = model.state_dict(keep_vars=True)
+    missing, unexpected = sorted(set(slots) - set(state)), sorted(set(state) - set(slots))
+    if missing or unexpected:
+        parts = [f"lacks {missing[0]!r}" if missing else "", f"has {unexpected[0]!r} too many" if unexpected else ""]
+        msg = f"{path} was made for another model: it {' and '.join(filter(None, parts))}"
+        raise CheckpointError(msg)
+    for name, slot in slots.items():
+        if slot.shape != state[name].shape:
+            msg = f"{path} was made for another model: {name} is {tuple(state[name].shape)}, not {tuple(slot.shape)}"
+            raise CheckpointError(msg)
+    empty = [name for name, b in model.named_buffers() if b.is_meta and name not in slots]
+    if empty:
+        msg = (
+            f"the buffer {empty[0]!r} is not stored (persistent=False) and has no values on the meta device: build the "
+            "model on the CPU"
+        )
+        raise CheckpointError(msg)
+    renewed: dict[int, Tensor] = {}
+    for name, slot in slots.items():
+        if id(slot) not in renewed:
+            renewed[id(slot)] = _renew(slot, state[name])
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        held = module._parameters if leaf in module._parameters else module._buffers
+        held[leaf] = renewed[id(slot)]  # type: ignore[assignment]
+
+
+def _renew(slot: Tensor, stored: Tensor) -> Tensor:
+    device = "cpu" if slot.is_meta else slot.device
+    tensor = stored.to(device, copy=True)
+    return nn.Parameter(tensor, slot.requires_grad) if isinstance(slot, nn.Parameter) else tensor

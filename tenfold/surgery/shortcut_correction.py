@@ -1,0 +1,72 @@
+"""What a layer should put out so that its branch makes up for what its shortcut has lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.records import LayerSpec
+from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.tracing.replay import Replay
+from tenfold.tracing.trace import Trace
+
+# Channels that batch norm scales down to less than this share of the largest are dead: nothing can pass through them.
+DEAD = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """Where a layer meets a shortcut: out = scale·y + shift + shortcut.
+
+    Attributes:
+        last: the module whose output is added to the shortcut: the layer itself, or the batch norm after it.
+        scale: γ/√(var + ε) of that batch norm (out,); None for the layer itself.
+    """
+
+    last: str
+    scale: Tensor | None = None
+
+    def importance(self, spec: LayerSpec) -> Tensor | None:
+        """Return how much the sum minds errors of the layer's outputs, as in ``Moments.output``; None for all alike."""
+        if self.scale is None or len(self.scale) != spec.out_channels:
+            return None
+        return torch.diag_embed(self.scale.double().square().view(spec.groups, -1))
+
+    def correction(self, lost: Tensor) -> Tensor:
+        """Return what to add to the outputs of the layer so that ``lost`` is added to the sum; 0 in dead channels."""
+        if self.scale is None:
+            return lost
+        live = self.scale.abs() > DEAD * self.scale.abs().max()
+        inverse = torch.where(live, 1 / self.scale, torch.zeros_like(self.scale))
+        return lost * inverse.view(-1, *[1] * (lost.dim() - 2))  # batch norm has its channels on axis 1
+
+
+def branch_of(model: nn.Module, trace: Trace, path: str) -> Branch | None:
+    """Return where the output of the layer at ``path`` meets a shortcut; None if that is not seen, or not all of it."""
+    if trace.is_added(path):
+        return Branch(path)
+    follower = trace.follower(path)
+    norm = None if follower is None else model.get_submodule(follower)
+    if follower is None or not isinstance(norm, BATCH_NORMS) or norm.running_var is None:
+        return None
+    if not trace.is_added(follower):
+        return None
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps).rsqrt()
+        return Branch(follower, scale if norm.weight is None else scale * norm.weight)
+
+
+def targets(dense: Replay, new: Replay, path: str, branch: Branch | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over what enters a layer of the new model and what should leave it, with its bias, batch by batch.
+
+    That is what leaves it in the dense model; with a branch, plus what the shortcut has lost, so that the sum is met.
+    """
+    if branch is None:
+        yield from zip(new.inputs(path), dense.outputs(path), strict=True)
+        return
+    pairs = zip(new.branches(path, branch.last), dense.branches(path, branch.last), strict=True)
+    for (x, _, own), (_, y, wanted) in pairs:
+        yield x, y + branch.correction(wanted - own)

@@ -1,0 +1,84 @@
+"""Run a model without leaving a trace: no gradients, evaluation mode, and everything as it was afterwards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.tracing.inputs import tensors_in
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own train or eval mode back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode without gradients, and each back into its own mode afterwards.
+
+    The flags are set directly: ``eval()`` may be overridden to do more (merge adapters, freeze layers), which would not
+    be undone. ``no_grad`` and not ``inference_mode``, because what a model caches in its forward must stay trainable.
+    """
+    with kept_modes(model), torch.no_grad():
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the state of torch's random number generators as it was."""
+    kind = device.type if device.type not in ("cpu", "meta") else "cuda"
+    devices = [] if device.type in ("cpu", "meta") else [device.index or 0]
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        yield
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Switch off what bypasses modules: the fused kernel of transformer layers, and compiled code.
+
+    The fused kernel is one opaque operation in which the flop counter sees nothing and that never calls the linear
+    layers; compiled code runs no hooks.
+    """
+    with ExitStack() as stack:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        if "torch._dynamo" in sys.modules:  # nothing is compiled before that is imported, which takes a second
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def device_of(model: nn.Module, inputs: Any = ()) -> torch.device:
+    """Return the device of the first parameter or buffer, else of the first input, else the CPU."""
+    for tensor in chain(model.parameters(), model.buffers(), tensors_in(inputs)):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def dtype_of(model: nn.Module, inputs: Any = ()) -> torch.dtype:
+    """Return the dtype of the first floating point parameter, else of the first such input, else the default."""
+    for tensor in chain(model.parameters(), tensors_in(inputs)):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.get_default_dtype()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,70 @@
+"""Watch the layers of a model during real forwards, by hooks: shapes, MACs or times. Nothing is traced."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold.records import Shape
+from tenfold.tracing.inputs import shape_of, tensors_in
+from tenfold.tracing.layers import Entry
+
+
+@dataclass
+class Observation:
+    """What one layer did so far. ``amount`` is its share of the gauge, that of the layers within it left out."""
+
+    calls: Counter[tuple[Shape, Shape]] = field(default_factory=Counter)
+    activation_bytes: int = 0
+    amount: float = 0
+
+
+@contextmanager
+def observing(layers: Sequence[Entry], gauge: Callable[[], float]) -> Iterator[dict[str, Observation]]:
+    """Yield what each layer does while the context is open, by path.
+
+    Args:
+        layers: the layers to watch.
+        gauge: a counter that only grows, MACs or seconds; it is read at every entry to and exit from a layer.
+    """
+    seen = {layer.path: Observation() for layer in layers}
+    open_calls: list[list[float]] = []  # of every running layer: the gauge at its start, and what inner layers took
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        open_calls.append([gauge(), 0])
+
+    def leave_from(observation: Observation) -> Callable[..., None]:
+        def leave(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            start, inner = open_calls.pop()
+            spent = gauge() - start
+            observation.amount += spent - inner
+            if open_calls:
+                open_calls[-1][1] += spent
+            _note(observation, (args, kwargs), output)
+
+        return leave
+
+    handles = []
+    try:
+        for layer in layers:
+            if isinstance(layer.module, torch.jit.ScriptModule):
+                continue  # takes no hooks; what it does counts for whoever calls it
+            handles.append(layer.module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(layer.module.register_forward_hook(leave_from(seen[layer.path]), with_kwargs=True))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(observation: Observation, inputs: Any, output: Any) -> None:
+    first_in, first_out = next(tensors_in(inputs), None), next(tensors_in(output), None)
+    shapes = tuple(() if t is None else shape_of(t) for t in (first_in, first_out))
+    observation.calls[shapes[0], shapes[1]] += 1
+    observation.activation_bytes += sum(t.numel() * t.element_size() for t in tensors_in(output))

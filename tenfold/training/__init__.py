@@ -1,0 +1,48 @@
+"""Bring the accuracy back: fine-tuning that can be killed at any time and resumed to the same end.
+
+Any other training loop does as well: the result of ``apply`` is an ordinary module.
+"""
+
+from tenfold.training.batches import Batches
+from tenfold.training.cached_logits import StoredAnswers
+from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
+from tenfold.training.distillation import Distillation
+from tenfold.training.finetune import finetune
+from tenfold.training.losses import SensitivityPenalty
+from tenfold.training.low_rank.admm import Admm, AdmmConfig
+from tenfold.training.low_rank.bayesian import BayesianRanks
+from tenfold.training.low_rank.learned_ranks import LearnedRanks, train_lc
+from tenfold.training.low_rank.priors import BayesianConfig
+from tenfold.training.low_rank.svgd import Ensemble, log_likelihood
+from tenfold.training.low_rank.train_admm import LowRankResult, train_admm, train_towards
+from tenfold.training.low_rank.train_bayesian import BayesianResult, ranks_plan, train_bayesian
+from tenfold.training.optimizer import parameter_groups
+from tenfold.training.progress import RichProgress, TuneProgress
+
+__all__ = [
+    "Admm",
+    "AdmmConfig",
+    "Batches",
+    "BayesianConfig",
+    "BayesianRanks",
+    "BayesianResult",
+    "Distillation",
+    "Ensemble",
+    "EpochRecord",
+    "LearnedRanks",
+    "LowRankResult",
+    "RichProgress",
+    "SensitivityPenalty",
+    "StoredAnswers",
+    "TuneConfig",
+    "TuneProgress",
+    "TuneResult",
+    "finetune",
+    "log_likelihood",
+    "parameter_groups",
+    "ranks_plan",
+    "train_admm",
+    "train_bayesian",
+    "train_lc",
+    "train_towards",
+]

@@ -1,0 +1,159 @@
+"""Labeled batches as a function of the epoch, and each process's share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from tenfold.errors import DataError
+
+T = TypeVar("T")
+
+Batch = tuple[Any, Any]
+Batches = Callable[[int], Iterable[Batch]] | Iterable[Batch]
+"""(inputs, targets) pairs: a function of the epoch number, or a re-iterable such as a DataLoader."""
+
+
+def at_epoch(batches: Batches, epoch: int) -> Iterable[Batch]:
+    """Return the batches of one epoch, counted from 0.
+
+    Raises:
+        DataError: not a function and not something that can be gone through again and again.
+    """
+    data = batches(epoch) if callable(batches) else batches
+    if not isinstance(data, Iterable) or (data is batches and iter(data) is data):
+        msg = (
+            f"batches of type {type(batches).__name__} serve one epoch at most. Pass a function of the epoch number "
+            "that returns (inputs, targets) pairs, a list of them, or a DataLoader."
+        )
+        raise DataError(msg)
+    return data
+
+
+def seed_epoch(device: torch.device, seed: int, epoch: int, process: int = 0) -> None:
+    """Make all randomness of an epoch a function of the seed and its number, so that no state need be stored."""
+    value = (seed * 1_000_003 + epoch + process * 7_368_787_001) % 2**63
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)
+
+
+def count_steps(batches: Batches) -> int:
+    """Return the number of batches in an epoch: ``len`` where there is one, else by going through epoch 0 once."""
+    data = at_epoch(batches, 0)
+    return len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+
+
+def share(data: Iterable[Batch], index: int, count: int) -> Iterator[Batch]:
+    """Return every ``count``-th batch from ``index`` on, as many for each process; the first ones fill the last round.
+
+    So all processes must be given the same batches in the same order. These are drawn in a random state of their own,
+    the one in which this is called: what training draws in one process does not change what it is given. A DataLoader
+    reads the samples of the share alone; of other iterables all batches are made, and those of others left out.
+
+    Raises:
+        DataError: batches that somebody has divided up already.
+    """
+    if isinstance(data, DataLoader) and (
+        isinstance(data.sampler, DistributedSampler) or getattr(data, "_is_accelerate_prepared", False)
+    ):
+        msg = "the DataLoader is divided up among the processes already: pass a plain one, and leave that to finetune"
+        raise DataError(msg)
+    if type(data) is DataLoader and data.batch_sampler is not None and not isinstance(data.dataset, IterableDataset):
+        return _in_own_state(_loader_of(data, index, count))
+    return _in_own_state(_every(data, index, count))
+
+
+def grouped(data: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Iterate over lists of ``size`` elements; the last may be shorter."""
+    iterator = iter(data)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _every(data: Iterable[T], index: int, count: int) -> Iterator[T]:
+    first: list[T] = []
+    number = -1
+    for number, batch in enumerate(data):
+        if number < count:
+            first.append(batch)
+        if number % count == index:
+            yield batch
+    rest = (number + 1) % count
+    if rest and index >= rest:
+        yield first[(index - rest) % len(first)]
+
+
+class _Every:
+    """Every so-manyth list of indices of a batch sampler."""
+
+    def __init__(self, sampler: Iterable[list[int]], index: int, count: int) -> None:
+        self._sampler, self._index, self._count = sampler, index, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return _every(self._sampler, self._index, self._count)
+
+
+def _loader_of(loader: DataLoader[Any], index: int, count: int) -> DataLoader[Any]:
+    """Return a loader like this one that reads a share of the batches."""
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+    settings: dict[str, Any] = {name: getattr(loader, name) for name in (*names, "generator", "prefetch_factor")}
+    sampler: Any = _Every(loader.batch_sampler, index, count)  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, batch_sampler=sampler, **settings)
+
+
+def _in_own_state(data: Iterable[T]) -> Iterator[T]:
+    """Return an iterator that draws from torch's global generator as it is now, and leaves that as it is."""
+    return _swapping(data, torch.get_rng_state())
+
+
+def _swapping(data: Iterable[T], state: torch.Tensor) -> Iterator[T]:
+    iterator: Iterator[T] | None = None
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(state)
+        try:
+            iterator = iter(data) if iterator is None else iterator
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            state = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield item
+
+
+def peek(data: Iterable[Batch]) -> tuple[Any, Iterable[Batch]]:
+    """Return the first inputs, and the batches with nothing lost.
+
+    Raises:
+        DataError: there are no batches.
+    """
+    iterator = iter(data)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        msg = "there are no batches to train on. Pass at least one (inputs, targets) pair per epoch."
+        raise DataError(msg) from None
+    return as_pair(first)[0], chain([first], iterator)
+
+
+def as_pair(batch: Any) -> Batch:
+    """Return the batch as inputs and targets.
+
+    Raises:
+        DataError: the batch is not a pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        msg = (
+            f"a batch must be a pair (inputs, targets), not a {type(batch).__name__}{size}. Several inputs go into a "
+            "tuple or dict: ((x1, x2), targets). Without targets, pass (inputs, None) and your own loss."
+        )
+        raise DataError(msg)
+    return batch[0], batch[1]

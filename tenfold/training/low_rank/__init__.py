@@ -1,0 +1,1 @@
+"""Training towards low rank: ADMM, the LC algorithm, low-rank priors, SVGD."""

@@ -1,0 +1,149 @@
+"""From weights to the nearest ones of low rank: what the Z-step does, for any format."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
+from tenfold.errors import PlanError, TenfoldError
+from tenfold.formats import FORMATS, Factorization
+from tenfold.layers import dense_weight, spec_of
+from tenfold.records import Plan
+from tenfold.surgery import find, put
+from tenfold.surgery.replacement import layer_of
+
+
+class Projection(nn.Module, abc.ABC):
+    """Maps the weights of some layers to the nearest ones that are wanted.
+
+    A module, so that what it remembers from one projection to the next can be in buffers, which are stored with a run.
+    """
+
+    @property
+    @abc.abstractmethod
+    def paths(self) -> tuple[str, ...]:
+        """The layers that it is about."""
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """All that its images depend on besides the targets, in words: a run with another one is another run."""
+
+    @abc.abstractmethod
+    def forward(self, model: nn.Module, targets: Mapping[str, Tensor], strengths: Tensor) -> Mapping[str, Tensor]:
+        """Return the images of the targets, by path, in torch's own layout.
+
+        Args:
+            model: the model whose weights the targets belong to; stays as it is.
+            targets: what to project, by path.
+            strengths: (layers,) ρ of the penalties Σ ρ/2 · ‖W − Z + U‖² as scheduled. Boosts are left out: they make
+                weights follow, and what follows badly is not worth more.
+        """
+
+
+class PlanProjection(Projection):
+    """The nearest weights in the formats and at the ranks of a plan, as good as the planned algorithms find them.
+
+    Weights of equal shape are decomposed together. Where it matters from where an algorithm starts (CP), it goes on
+    from the factors of the last time: another local optimum would be a jump. Algorithms that want moments of the data
+    give way to the default of the format: moments of another model would mislead.
+
+    Args:
+        plan: formats, ranks and algorithms of its factorized layers count.
+
+    Example:
+        >>> from tenfold.records import Cost
+        >>> layer = {"path": "0", "kind": "", "action": "factorize", "format": "low_rank", "rank": {"rank": 1}}
+        >>> layer |= {"reason": "", "before": Cost(), "after": Cost()}
+        >>> plan = Plan(tenfold="", model="", before=Cost(), after=Cost(), layers=[layer])
+        >>> net = nn.Sequential(nn.Linear(3, 3))
+        >>> image = PlanProjection(plan)(net, {"0": torch.diag(torch.tensor([3.0, 2.0, 1.0]))}, torch.ones(1))["0"]
+        >>> image.diagonal().round().abs()
+        tensor([3., 0., 0.])
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = weight_only(plan)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The factorized layers of the plan."""
+        return tuple(layer.path for layer in self.plan.factorized)
+
+    @property
+    def identity(self) -> str:
+        """Formats, ranks and algorithms by layer."""
+        return ", ".join(f"{p.path}: {p.format} {p.rank} {p.algorithm}" for p in self.plan.factorized)
+
+    def forward(self, model: nn.Module, targets: Mapping[str, Tensor], strengths: Tensor) -> dict[str, Tensor]:
+        """Return the nearest weights at the planned ranks, by path.
+
+        Raises:
+            PlanError: a layer that cannot be factorized as planned.
+        """
+        del strengths  # the nearest weights do not depend on how hard the pull to them is
+        problems = [self._problem(i, model, targets[layer.path]) for i, layer in enumerate(self.plan.factorized)]
+        fits = decompose_many(problems)
+        for i, fit in enumerate(fits):
+            self._remember(i, fit.value)
+        return {path: fit.value.to_dense() for path, fit in zip(self.paths, fits, strict=True)}
+
+    @torch.no_grad()
+    def factorize(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model in which the factors of its weights stand for them, found as for an image."""
+        problems = [self._problem(i, model, _weight(model, layer.path)) for i, layer in enumerate(self.plan.factorized)]
+        small = copy.deepcopy(model)
+        found = zip(self.paths, problems, decompose_many(problems), strict=True)
+        return put(small, {path: layer_of(fit, find(small, path), own.algorithm) for path, own, fit in found})
+
+    def extra_repr(self) -> str:
+        """Return the formats."""
+        return " and ".join(sorted({str(layer.format) for layer in self.plan.factorized}))
+
+    def _problem(self, i: int, model: nn.Module, target: Tensor) -> Problem:
+        layer = self.plan.factorized[i]
+        spec, reason = spec_of(find(model, layer.path))
+        if spec is None:
+            msg = f"layer {layer.path!r} cannot be factorized: {reason}"
+            raise PlanError(msg)
+        format, seed = str(layer.format), self.plan.seed
+        try:
+            known = layer.algorithm
+            algorithm = default_algorithm(format, seed) if known is None else Decomposition.from_dict(known)
+            known_factors = {n.partition("_")[2]: t for n, t in self._buffers.items() if n.startswith(f"factors{i}_")}
+            start = FORMATS.get(format)(spec, **known_factors) if known_factors else None
+        except TenfoldError as error:
+            msg = f"layer {layer.path!r}: {error}"
+            raise PlanError(msg) from error
+        return Problem(target, spec, format, layer.rank or {}, algorithm, start=start)
+
+    def _remember(self, i: int, value: Factorization) -> None:
+        """Keep factors to start from, where that matters."""
+        if value.tails_bound:
+            return
+        for name, tensor in value.tensors().items():
+            key = f"factors{i}_{name}"
+            if key in self._buffers:
+                self.get_buffer(key).copy_(tensor)
+            else:
+                self.register_buffer(key, tensor.detach().clone(memory_format=torch.contiguous_format))
+
+
+def weight_only(plan: Plan) -> Plan:
+    """Return the plan with the default algorithm of the format wherever one was planned that wants to know the data."""
+    layers = []
+    for layer in plan.layers:
+        aware = layer.algorithm is not None and isinstance(Decomposition.from_dict(layer.algorithm), AwareDecomposition)
+        known = default_algorithm(str(layer.format), plan.seed).to_dict() if aware else layer.algorithm
+        layers.append(layer.replace(algorithm=known, fingerprint=None))
+    return plan.replace(layers=tuple(layers))
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    return dense_weight(find(model, path)).detach()

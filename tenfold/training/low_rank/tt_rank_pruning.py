@@ -1,0 +1,67 @@
+"""Take indices out of the bonds of a layer in training, and let the optimizer go on with what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.errors import PlanError
+from tenfold.layers import FactorizedLayer
+from tenfold.layers.tt_ranks import without_indices
+
+
+def prune_bonds_(
+    model: nn.Module, path: str, kept: Sequence[Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> nn.Module:
+    """Return the smaller layer that stands now wherever the layer at ``path`` stood, with its ``kept`` indices.
+
+    Args:
+        model: changed in place.
+        path: of a layer that is a tensor train.
+        kept: for every bond the indices that stay, ascending, at least one.
+        optimizer: goes on with the new parameters. What it knows of the old ones in their shape, such as moments, is
+            sliced as they are; all else, such as counts of steps, stays.
+
+    Raises:
+        PlanError: the model itself is the layer; or an optimizer with a factorized layer, whose factors may change
+            their order.
+
+    Example:
+        >>> from tenfold.layers import TTLinear
+        >>> model = nn.Sequential(TTLinear(12, 8, 3, cores=2))
+        >>> prune_bonds_(model, "0", [torch.tensor([0, 2])]).ranks
+        (2,)
+    """
+    layer = model.get_submodule(path)
+    if layer is model:
+        msg = "the model itself is the tensor train: put it into an nn.Sequential, where it can be replaced"
+        raise PlanError(msg)
+    if optimizer is not None and isinstance(layer, FactorizedLayer):
+        msg = f"the factors of {path!r} change their order: prune without the optimizer, and make a new one"
+        raise PlanError(msg)
+    smaller, moves = without_indices(layer, kept)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is layer:
+                setattr(parent, name, smaller)
+    if optimizer is not None:
+        new = list(smaller.get_submodule("cores").parameters())
+        for (old, cut), parameter in zip(moves, new, strict=True):
+            _follow_(optimizer, old, parameter, cut)
+    return smaller
+
+
+def _follow_(
+    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, cut: Callable[[Tensor], Tensor]
+) -> None:
+    """Put ``new`` in the place of ``old``, with the part of its state that stays."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: cut(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in state.items()
+        }

@@ -1,0 +1,119 @@
+"""Who is told how training goes, and a bar that tells it to a person."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from tenfold.training.config import EpochRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class TuneProgress(Protocol):
+    """What a fine-tuning run reports to. The library itself never prints."""
+
+    def start(self, *, epochs: int, steps: int, done: int) -> None:
+        """Begin: ``epochs`` of ``steps`` each, of which ``done`` epochs were taken from the folder."""
+
+    def advance(self, loss: Tensor) -> None:
+        """Take note of one step. Reading ``loss`` waits for the device: do it seldom."""
+
+    def end_epoch(self, record: EpochRecord) -> None:
+        """Take note of an epoch that is complete and on disk."""
+
+    def stop(self) -> None:
+        """End, whether well or by an error."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def start(self, *, epochs: int, steps: int, done: int) -> None:
+        """Say nothing."""
+
+    def advance(self, loss: Tensor) -> None:
+        """Say nothing."""
+
+    def end_epoch(self, record: EpochRecord) -> None:
+        """Say nothing."""
+
+    def stop(self) -> None:
+        """Say nothing."""
+
+
+class RichProgress:
+    """A bar over all epochs with loss, score and the time left, on standard error; silent where that is no terminal.
+
+    Args:
+        console: where to draw; standard error by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+        self._bar: Any = None
+        self._text = ""
+        self._pending = 0
+        self._drawn = 0.0
+
+    def start(self, *, epochs: int, steps: int, done: int) -> None:
+        """Draw the bar, if there is a terminal."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = self._console or Console(stderr=True)
+        if not console.is_terminal:
+            return
+        columns = (
+            TextColumn("tune {task.fields[epoch]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._epochs, self._done = epochs, done
+        self._bar = Progress(*columns, console=console, speed_estimate_period=600)
+        self._task = self._bar.add_task("", total=epochs * steps, completed=done * steps, epoch=self._place(), text="")
+        self._bar.start()
+
+    def advance(self, loss: Tensor) -> None:
+        """Move the bar, at most ten times a second."""
+        if self._bar is None:
+            return
+        self._pending += 1
+        now = time.monotonic()
+        if now - self._drawn >= 0.1:
+            self._flush(f"loss {loss.item():.3f} {self._text}")
+            self._drawn = now
+
+    def end_epoch(self, record: EpochRecord) -> None:
+        """Show the score of the epoch from now on."""
+        if self._bar is None:
+            return
+        self._done = record.epoch
+        self._text = "" if record.score is None else f"score {record.score:.4f}"
+        self._flush(f"loss {record.loss:.3f} {self._text}")
+
+    def stop(self) -> None:
+        """Leave the bar as it is and give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _flush(self, text: str) -> None:
+        self._bar.update(self._task, advance=self._pending, epoch=self._place(), text=text.strip())
+        self._pending = 0
+
+    def _place(self) -> str:
+        return f"{min(self._done + 1, self._epochs)}/{self._epochs}"
