@@ -54,16 +54,17 @@ def collect_gradients(
         torch.Size([1, 3, 3])
     """
     sums: dict[str, Tensor] = {}
-    looked_up: list[Tensor] = []
+    starts: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     samples = 0
-    with evaluating(model), layer_by_layer(), _catching(model, specs, sums, looked_up):
+    trainable = any(p.requires_grad for p in model.parameters())
+    with evaluating(model), layer_by_layer(), _frozen(model), _catching(model, specs, sums, starts, trainable):
         for batch in batches:
             for _ in range(draws):
                 with torch.enable_grad():
                     value = _loss((forward or call_model)(model, batch), loss, generator, token_mask(batch))
-                _back_to_inputs(value, model, looked_up)
-                looked_up.clear()
+                torch.autograd.grad(value, starts, allow_unused=True)  # for its hooks only
+                starts.clear()
                 samples += batch_size_of(batch) or 1
     missing = [path for path in specs if path not in sums]
     if samples == 0 or missing:
@@ -93,19 +94,27 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
     return total
 
 
-def _back_to_inputs(value: Tensor, model: nn.Module, looked_up: list[Tensor]) -> None:
-    """Run the backward pass for its hooks only: the gradients of the parameters are not kept."""
-    wanted = [*looked_up, *(p for p in model.parameters() if p.requires_grad)]
-    torch.autograd.grad(value, wanted, allow_unused=True)
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients: they would take as long as those of the activations, and nobody reads them."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad = True
 
 
 @contextmanager
 def _catching(
-    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], looked_up: list[Tensor]
+    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], starts: list[Tensor], trainable: bool
 ) -> Iterator[None]:
     """Let the gradients at the outputs of the layers add to the sums.
 
-    Nothing before an embedding has gradients, and a frozen one itself has none: what it looks up goes to ``looked_up``.
+    The graph begins at the outputs of the first layers, which go to ``starts``; of a model without trainable parameters
+    only at those of embeddings.
     """
 
     def leaving(path: str, spec: LayerSpec) -> Callable[..., Tensor]:
@@ -116,9 +125,10 @@ def _catching(
             sums[path] = sums[path] + square if path in sums else square
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if spec.kind == "embedding" and torch.is_grad_enabled() and not output.requires_grad:
-                looked_up.append(output.detach().requires_grad_())
-                output = looked_up[-1].clone()  # an operation in place may follow
+            begins = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
+            if begins and not output.requires_grad:
+                starts.append(output.detach().requires_grad_())
+                output = starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
                 output.register_hook(add)
             return output
