@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,25 +53,64 @@ def collect_gradients(
         >>> collect_gradients(model, [torch.randn(8, 4)], specs)["0"].shape
         torch.Size([1, 3, 3])
     """
-    sums: dict[str, Tensor] = {}
-    starts: list[Tensor] = []
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0
-    trainable = any(p.requires_grad for p in model.parameters())
-    with evaluating(model), layer_by_layer(), _frozen(model), _catching(model, specs, sums, starts, trainable):
+    with GradientSums(model, specs, loss=loss, seed=seed, forward=forward) as sums:
         for batch in batches:
             for _ in range(draws):
-                with torch.enable_grad():
-                    value = _loss((forward or call_model)(model, batch), loss, generator, token_mask(batch))
-                torch.autograd.grad(value, starts, allow_unused=True)  # for its hooks only
-                starts.clear()
-                samples += batch_size_of(batch) or 1
-    missing = [path for path in specs if path not in sums]
-    if samples == 0 or missing:
-        what = f"no gradient reaches {', '.join(missing[:3])}" if samples else "there are no batches"
-        msg = f"cannot tell how much the network minds errors: {what}"
-        raise DataError(msg)
-    return {path: value / samples for path, value in sums.items()}
+                sums.add(model, batch)
+    return sums.mean()
+
+
+class GradientSums:
+    """A context in which batches can be run for the gradients at the outputs of layers: see ``collect_gradients``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Mapping[str, LayerSpec],
+        *,
+        loss: Loss = "outputs",
+        seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
+        self._sums: dict[str, Tensor] = {}
+        self._starts: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self._samples = 0
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        trainable = any(p.requires_grad for p in self._model.parameters())
+        with ExitStack() as stack:
+            for context in (evaluating(self._model), layer_by_layer(), _frozen(self._model)):
+                stack.enter_context(context)
+            stack.enter_context(_catching(self._model, self._specs, self._sums, self._starts, trainable))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Run one batch forward and, from one random projection or draw of labels, backward."""
+        self._starts.clear()
+        with torch.enable_grad():
+            value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch))
+        torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
+        self._samples += batch_size_of(batch) or 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the sums divided by the number of samples.
+
+        Raises:
+            DataError: no batches, or a layer that no gradient reached.
+        """
+        missing = [path for path in self._specs if path not in self._sums]
+        if self._samples == 0 or missing:
+            what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
+            msg = f"cannot tell how much the network minds errors: {what}"
+            raise DataError(msg)
+        return {path: value / self._samples for path, value in self._sums.items()}
 
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
