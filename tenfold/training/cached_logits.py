@@ -23,7 +23,7 @@ from tenfold.training.losses import logits_of
 from tenfold.training.precision import uses_bf16
 
 
-class StoredAnswers:
+class CachedLogits:
     """Batches for ``finetune`` whose targets are pairs (labels, logits of the teachers).
 
     A teacher costs a third of the training again, in each epoch and in each run. Here the augmented data of the first
@@ -47,7 +47,7 @@ class StoredAnswers:
         >>> teacher, x = nn.Linear(4, 3), torch.randn(8, 4)
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     batches = StoredAnswers(teacher, lambda epoch: [(x, torch.zeros(8))], folder, views=2)
+        ...     batches = CachedLogits(teacher, lambda epoch: [(x, torch.zeros(8))], folder, views=2)
         ...     (inputs, (labels, logits)), = batches(epoch=5)
         >>> logits.shape  # (samples, teachers, classes)
         torch.Size([8, 1, 3])

@@ -33,7 +33,7 @@ class Distillation:
 
     Args:
         teacher: one model or several, on the device of the student, with the student's inputs. None: the targets of
-            the batches are pairs (labels, logits (samples, teachers, classes)), as ``StoredAnswers`` gives them.
+            the batches are pairs (labels, logits (samples, teachers, classes)), as ``CachedLogits`` gives them.
         share: a, the share of the teacher in the loss, 0 to 1.
         temperature: T ≥ 1 says how much the small probabilities count.
         features: paths of modules whose outputs are compared, present in the student and in the first teacher.
@@ -154,7 +154,7 @@ def _answered(targets: Any) -> tuple[Any, Tensor]:
         case _:
             msg = (
                 f"without a teacher the targets must be pairs (labels, logits), not {type(targets).__name__}: train on "
-                "StoredAnswers(...), or pass the teacher"
+                "CachedLogits(...), or pass the teacher"
             )
             raise TuningError(msg)
 
