@@ -44,7 +44,7 @@ def fit_pieces(
         pieces: problems that are ``together``.
         workers: who decomposes them if all weights are on the CPU; this process if None.
     """
-    if workers is None or workers.here or any(p.weight.device.type != "cpu" for piece in pieces for p in piece):
+    if workers is None or workers.is_local or any(p.weight.device.type != "cpu" for piece in pieces for p in piece):
         return (_fits(None, piece) for piece in pieces)
     return workers.map(_fits, None, ([_sendable(p) for p in piece] for piece in pieces))
 
