@@ -38,12 +38,12 @@ from tenfold.reporting import render_record
 from tenfold.surgery import (
     apply,
     apply_in_order,
-    fold_,
-    folds_of,
-    opened_networks,
+    fuse_batchnorm_,
+    fused_pairs,
     reestimate_batchnorm_,
+    unroll_rnns,
+    unrolled_rnns,
     with_errors,
-    with_networks_open,
 )
 from tenfold.tracing import device_of, gathered
 from tenfold.training import TuneResult
@@ -131,7 +131,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
-        fold: for inference: merge batch norms into the layers before them once all else is done (see ``fold``).
+        fold: for inference: fuse batch norms into the layers before them once all else is done: ``fuse_batchnorm``.
             Latencies, and the budget of latency, are then those of both models with batch norm folded.
         latency: measure original and result, interleaved.
         latency_inputs: what to measure latency on, such as a larger batch; the example inputs if left out.
@@ -182,8 +182,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
             plan = recost(plan, before)
         plan = close_idle(plan, model)
         _refuse_empty(plan)
-        if plan.opened != opened_networks(source):
-            source = with_networks_open(model, plan.opened)
+        if plan.opened != unrolled_rnns(source):
+            source = unroll_rnns(model, plan.opened)
             before = profile(source, example_inputs)
     fold, plan = fold or bool(plan.folded), plan.replace(folded={})  # at the end: what is folded cannot be tuned
     with steps("apply"):
@@ -192,8 +192,8 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     scores, tuning = _recover(model, small, steps, data=stale, tune=tune, evaluate=evaluate)
     if fold:
         with steps("fold"):
-            fold_(small.eval(), example_inputs)
-            plan = plan.replace(folded=folds_of(small))
+            fuse_batchnorm_(small.eval(), example_inputs)
+            plan = plan.replace(folded=fused_pairs(small))
     after = profile(small, example_inputs)
     times = Comparison({}, {})
     if latency:
@@ -244,7 +244,7 @@ def decide(
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
     if budget.latency is None:
         plan = make_plan(model, before, rule=rule, budget=budget, moments=moments, **choices)
-        return plan.replace(folded=folds_of(_folded(model, latency_inputs)) if fold else {}), None
+        return plan.replace(folded=fused_pairs(_folded(model, latency_inputs)) if fold else {}), None
     limits = budget.replace(latency=None).allowance(before.cost)
     shares = {name: min(1.0, limit / getattr(before.cost, name)) for name, limit in limits.items()}
     if clock is None:
@@ -303,7 +303,7 @@ def replace_layers(
 def _folded(model: nn.Module, inputs: Any) -> nn.Module:
     """Return a copy in evaluation mode with its batch norms folded."""
     copied = copy.deepcopy(model).eval()
-    fold_(copied, inputs)
+    fuse_batchnorm_(copied, inputs)
     return copied
 
 

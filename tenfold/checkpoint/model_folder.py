@@ -15,7 +15,7 @@ from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_w
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Analysis, Candidates, Plan, RunRecord, write_text
-from tenfold.surgery import folds_of, opened_networks, restructure_
+from tenfold.surgery import fused_pairs, restructure_, unrolled_rnns
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
 ANALYSIS, CANDIDATES = "analysis.json", "candidates.json"
@@ -55,7 +55,7 @@ def save(
         CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
     """
     _check_model(model, plan)
-    plan = plan.replace(folded=folds_of(model), opened=opened_networks(model))
+    plan = plan.replace(folded=fused_pairs(model), opened=unrolled_rnns(model))
     path = Path(path)
     check_target(path)
     try:
@@ -155,7 +155,7 @@ def _replaceable(path: Path) -> bool:
 
 
 def _check_model(model: nn.Module, plan: Plan) -> None:
-    gone = sorted(set(plan.folded) - set(folds_of(model)))
+    gone = sorted(set(plan.folded) - set(fused_pairs(model)))
     if gone:
         msg = (
             f"the plan has the batch norm {gone[0]!r} folded, the model does not: fold it, or take that out of the plan"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise, product
+from itertools import product
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.errors import RankError, WeightError
@@ -26,6 +28,7 @@ from tenfold.tensors.kruskal import Stability
 
 Rank = dict[str, int]
 Structure = tuple[SubLayerSpec, ...]
+Ints = NDArray[np.int64]
 
 _ALL_PAIRS = 2
 
@@ -179,16 +182,33 @@ class Factorization(abc.ABC):
         return next((rank for rank in cls.rank_family(spec) if enough(rank)), most)
 
     @classmethod
-    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return what tells where costs change their form: among ranks with equal ones they are multilinear."""
-        most = cls.max_rank(spec)
-        return tuple(rank[name] == most[name] for name in cls.rank_names)
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates at many ranks at once.
+
+        This evaluates ``structure`` rank by rank. Formats with many ranks override it with a closed form, which the
+        laws hold equal to ``structure``.
+
+        Args:
+            spec: geometry of the layer.
+            ranks: (n, names) within 1..max_rank, in the order of ``rank_names``.
+            in_shape: shape of one input, batch included.
+
+        Returns:
+            Parameters (n,), the bias included, and multiply-accumulates (n,).
+        """
+        rows = [dict(zip(cls.rank_names, row, strict=True)) for row in ranks.tolist()]
+        costs = [(cls.num_params(spec, rank), cls.macs(spec, rank, in_shape)) for rank in rows]
+        params, macs = np.array(costs, dtype=np.int64).reshape(-1, 2).T
+        return params, macs
 
     @classmethod
-    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
-        """Return the numbers whose weighted sum is a cost, among ranks of one ``cost_case``: neighbours' products."""
-        del spec
-        return tuple(left * right for left, right in pairwise((1, *(rank[name] for name in cls.rank_names), 1)))
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...] | None:
+        """Return input and output channels of each sub-layer at many ranks (n, names), the same of which are full.
+
+        None, unless nothing else of the sub-layers changes with the ranks: then ``structure`` is to be asked for each.
+        """
+        del spec, ranks
+        return None
 
     @classmethod
     def num_params(cls, spec: LayerSpec, rank: Rank) -> int:
@@ -281,6 +301,23 @@ class Factorization(abc.ABC):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the factorization with every factor passed through ``Tensor.to``."""
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
+
+
+def total_cost(spec: LayerSpec, steps: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return parameters and multiply-accumulates of steps given as (weights, how often each is used), and the bias.
+
+    The numbers may be arrays, one entry for each rank.
+    """
+    params, macs = (spec.out_channels if spec.bias else 0), 0
+    for weights, uses in steps:
+        params, macs = params + weights, macs + weights * uses
+    return params, macs
+
+
+def proportional_cost(smallest: Structure, rank: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+    """Return the costs of sub-layers that all grow with one rank, from those at rank 1; the bias does not grow."""
+    bias = sum(stage.out_channels for stage in smallest if stage.bias)
+    return (chain_params(smallest) - bias) * rank + bias, chain_macs(smallest, in_shape) * rank
 
 
 def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:

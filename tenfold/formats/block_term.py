@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Structure, join_groups
-from tenfold.records import LayerSpec
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Reduced, Structure, join_groups, total_cost
+from tenfold.records import LayerSpec, Shape
 
 # The numbers of blocks that plans try, and the one that rules with a single knob take. One block is Tucker-2.
 _BLOCKS = (2, 4, 8, 16, 32)
@@ -122,16 +124,14 @@ class BlockTerm(Factorization):
         return kept or [{"blocks": blocks, "out": 1, "in": 1}]
 
     @classmethod
-    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return whether it is the dense layer."""
-        return cls.is_dense(spec, cls.check_rank(spec, rank))
-
-    @classmethod
-    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
-        """Return the entries of a block by which costs grow, times the number of blocks."""
-        del spec
-        blocks, r_out, r_in = (rank[name] for name in cls.rank_names)
-        return blocks * r_in, blocks * r_in * r_out, blocks * r_out
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates of blocks·(in·r_in + r_in·r_out·K + out·r_out), or all at full."""
+        groups, out, inner, *kernel = spec.group_shape
+        before, core, after = spec.positions(in_shape)
+        blocks, r_out, r_in = ranks.T
+        thin = groups * blocks * ((r_out < out) | (r_in < inner))
+        middle = np.where(thin, thin * r_in * r_out, groups * inner * out) * prod(kernel)
+        return total_cost(spec, ((thin * inner * r_in, before), (middle, core), (thin * out * r_out, after)))
 
     @classmethod
     def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

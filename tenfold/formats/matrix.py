@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import Factorization, Rank, Reduced, join_groups
-from tenfold.records import LayerSpec
+from tenfold.formats.base import Factorization, Ints, Rank, Reduced, join_groups, proportional_cost
+from tenfold.records import LayerSpec, Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,11 @@ class MatrixFormat(Factorization):
     def max_rank(cls, spec: LayerSpec) -> Rank:
         """Return {rank: min(m, n)}."""
         return {"rank": min(cls.matrix_shape(spec))}
+
+    @classmethod
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates, which grow in proportion to the rank."""
+        return proportional_cost(cls.structure(spec, {"rank": 1}), ranks[:, 0], in_shape)
 
     @classmethod
     def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

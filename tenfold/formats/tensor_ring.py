@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, total_cost
 from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
 from tenfold.tensors import mode_factors, rings, trains
 
@@ -185,16 +187,38 @@ class TensorRing(Factorization):
         return kept or [dict.fromkeys(cls.rank_names, 1)]
 
     @classmethod
-    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return whether it is the dense layer."""
-        return cls.is_dense(spec, cls.check_rank(spec, rank))
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates of the three convolutions, the four products, or the layer."""
+        before, core, after = spec.positions(in_shape)
+        r1, r2, r3, dense = cls._usable(spec, ranks)
+        if spec.pointwise:
+            q, p, first, second = cls.modes(spec)
+            steps = (
+                (second * r2 * r1, after * first),
+                (first * r2 * r3, after * r1),
+                (r3 * p * r2, after * r1),
+                (r2 * r1 * q, after * p),
+            )
+        else:
+            out, taps, inner = cls.modes(spec)
+            steps = ((inner * r3 * r1, before), (taps * r2 * r3, core * r1), (out * r1 * r2, after))
+        params, macs = total_cost(spec, steps)
+        return np.where(dense, spec.num_params, params), np.where(dense, spec.macs(in_shape), macs)
 
     @classmethod
-    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
-        """Return the products of neighbouring ranks, and those of three."""
-        del spec
-        r1, r2, r3 = (rank[name] for name in cls.rank_names)
-        return r1 * r2, r2 * r3, r3 * r1, r1 * r2 * r3
+    def _usable(cls, spec: LayerSpec, ranks: Ints) -> tuple[Ints, Ints, Ints, NDArray[np.bool_]]:
+        """Return columns of what ``check_rank`` makes of many ranks, and where that is the dense layer."""
+        most, modes = tuple(cls.max_rank(spec).values()), cls.modes(spec)
+        bonds = list(ranks.T[[0, 1, 2, 1]] if spec.pointwise else ranks.T)
+        opened = zip(bonds[1:], trains.max_ranks(modes), strict=True)
+        dense = np.logical_and.reduce([bond >= enough for bond, enough in opened])
+        for _ in modes:  # so often at most until nothing changes any more
+            for k, n in enumerate(modes):
+                after = (k + 1) % len(bonds)
+                bonds[k] = np.minimum(bonds[k], n * bonds[after])
+                bonds[after] = np.minimum(bonds[after], n * bonds[k])
+        r1, r2, r3 = bonds[0], np.maximum.reduce(bonds[1::2]), bonds[2]
+        return r1, r2, r3, dense | ((r1 == most[0]) & (r2 == most[1]) & (r3 == most[2]))
 
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Rank, Structure
+from tenfold.formats.base import FORMATS, Rank, Structure, total_cost
 from tenfold.formats.train import Runs, TrainFormat
 from tenfold.records import ContractSpec, LayerSpec, Shape, SubLayerSpec
 from tenfold.tensors import mode_factors
@@ -85,33 +85,40 @@ class TensorTrain(TrainFormat):
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the input steps, the convolution, the output steps."""
         rank = cls.check_rank(spec, rank)
-        stages = [step.stage(spec) for step in cls.steps(spec, cls.runs(spec, rank), rank)]
+        stages = [step.stage(spec) for step in cls.steps(spec, cls.runs(spec, rank), cls.sides(spec, rank))]
         return (*stages[:-1], stages[-1].replace(bias=spec.bias))
 
     @classmethod
-    def steps(cls, spec: LayerSpec, runs: Runs, rank: Rank) -> Iterator[Step]:
+    def cost_of_runs(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any], in_shape: Shape) -> tuple[Any, Any]:
+        """Return parameters and multiply-accumulates of the input steps, the convolution, the output steps."""
+        before, core, after = spec.positions(in_shape)
+        places, costs = before, []
+        for step in cls.steps(spec, runs, sides):
+            weights = step.rows * step.cols * (prod(spec.kernel) if step.kernel else 1)
+            costs.append((weights, core if step.kernel else places * step.before * step.after))
+            places = after if step.kernel else places
+        return total_cost(spec, costs)
+
+    @classmethod
+    def steps(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any]) -> Iterator[Step]:
         """Iterate over what a layer does for a division of the train into runs, in the order in which it runs."""
         outer, inner = cls.channel_modes(spec)
-        ranks = [1, *(rank[name] for name in cls.rank_names), 1]
-        kernel = next(run for run in runs if run[0] <= cls.out_order <= run[1])
-        place = runs.index(kernel)
         modes = (*outer, 1, *inner)  # the kernel's own mode apart
-        for first, last in reversed(runs[place + 1 :]):
-            rows, width = ranks[first], prod(modes[first : last + 1])
-            yield Step(rows, width * ranks[last + 1], before=prod(modes[cls.out_order : first]))
-        first, last = kernel
-        made, taken = prod(modes[first : cls.out_order]), prod(modes[cls.out_order : last + 1])
-        yield Step(ranks[first] * made, taken * ranks[last + 1], kernel=True)
-        for first, last in reversed(runs[:place]):
-            width = prod(modes[first : last + 1])
-            yield Step(ranks[first] * width, ranks[last + 1], after=prod(modes[last + 1 : cls.out_order]))
+        for at, (first, last) in reversed(list(enumerate(runs))):
+            left, right, width = sides[at], sides[at + 1], prod(modes[first : last + 1])
+            if first > cls.out_order:
+                yield Step(left, width * right, before=prod(modes[cls.out_order : first]))
+            elif last < cls.out_order:
+                yield Step(left * width, right, after=prod(modes[last + 1 : cls.out_order]))
+            else:
+                made, taken = prod(modes[first : cls.out_order]), prod(modes[cls.out_order : last + 1])
+                yield Step(left * made, taken * right, kernel=True)
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
         """Return the factorization from the weights of the steps."""
         rank = cls.check_rank(spec, rank)
-        runs, (sizes, bonds) = cls.runs(spec, rank), cls.merged(spec, rank)
-        sides = (1, *bonds, 1)
+        runs, (sizes, _), sides = cls.runs(spec, rank), cls.merged(spec, rank), cls.sides(spec, rank)
         cores = []
         for k, at in enumerate(cls._order(runs)):
             shape = (1, sides[at], sizes[at], sides[at + 1])
@@ -121,7 +128,7 @@ class TensorTrain(TrainFormat):
     def chain(self) -> tuple[Tensor, ...]:
         """Return the weights of the steps."""
         runs = self.runs(self.spec, self.rank)
-        steps = self.steps(self.spec, runs, self.rank)
+        steps = self.steps(self.spec, runs, self.sides(self.spec, self.rank))
         cores = self.cores
         return tuple(
             self._as_weight(cores[at], runs[at], step) for at, step in zip(self._order(runs), steps, strict=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 from math import prod
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from torch import Tensor
 
-from tenfold.formats.base import Factorization, Rank
+from tenfold.formats.base import Factorization, Ints, Rank
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors import trains
 
@@ -95,14 +96,34 @@ class TrainFormat(Factorization):
         return tuple(cls._named(values) for values in dict.fromkeys(ranks))
 
     @classmethod
-    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return which cores are one."""
-        return cls.runs(spec, rank)
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates: a closed form for each way in which cores are merged."""
+        modes, columns = cls.modes(spec), cls._usable(spec, ranks)
+        costs = np.zeros((2, len(ranks)), dtype=np.int64)
+        for runs, rows in _by_runs(modes, columns):
+            sides = [1, *(columns[last][rows] for _, last in runs[:-1]), 1]
+            costs[0, rows], costs[1, rows] = cls.cost_of_runs(spec, runs, sides, in_shape)
+        return costs[0], costs[1]
 
     @classmethod
-    def cost_terms(cls, spec: LayerSpec, rank: Rank) -> tuple[int, ...]:
-        """Return the products of the two ranks of each run."""
-        return tuple(left * right for left, right in pairwise((1, *cls.merged(spec, rank)[1], 1)))
+    @abc.abstractmethod
+    def cost_of_runs(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any], in_shape: Shape) -> tuple[Any, Any]:
+        """Return parameters and multiply-accumulates of a division of the train into runs, at many ranks.
+
+        ``sides`` are the ranks at the sides of the runs, an array for each: 1 at both ends.
+        """
+
+    @classmethod
+    def _usable(cls, spec: LayerSpec, ranks: Ints) -> list[Ints]:
+        """Return columns of what ``check_rank`` makes of many ranks."""
+        modes, columns = cls.modes(spec), list(ranks.T)
+        size: Any = 1
+        for k in range(len(columns)):
+            size = columns[k] = np.minimum(columns[k], size * modes[k])
+        size = 1
+        for k in reversed(range(len(columns))):
+            size = columns[k] = np.minimum(columns[k], size * modes[k + 1])
+        return columns
 
     @classmethod
     def undominated(cls, spec: LayerSpec, ranks: Any) -> tuple[Rank, ...]:
@@ -138,6 +159,11 @@ class TrainFormat(Factorization):
         runs, modes, ranks = cls.runs(spec, rank), cls.modes(spec), [rank[name] for name in cls.rank_names]
         sizes = tuple(prod(modes[first : last + 1]) for first, last in runs)
         return sizes, tuple(ranks[last] for _, last in runs[:-1])
+
+    @classmethod
+    def sides(cls, spec: LayerSpec, rank: Rank) -> Shape:
+        """Return the ranks at the sides of the runs, 1 at both ends."""
+        return (1, *cls.merged(spec, rank)[1], 1)
 
     @classmethod
     def named_cores(cls, spec: LayerSpec, rank: Rank, cores: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -185,6 +211,25 @@ class TrainFormat(Factorization):
     @classmethod
     def _named(cls, ranks: Sequence[int]) -> Rank:
         return dict(zip(cls.rank_names, ranks, strict=True))
+
+
+def _by_runs(modes: Shape, columns: Sequence[Ints]) -> Iterator[tuple[Runs, Ints]]:
+    """Iterate over the ways in which cores are merged, each with the rows of the ranks that lead to it.
+
+    The same as ``TrainFormat.runs``, for many ranks.
+    """
+    cuts = np.ones((len(columns[0]), len(columns)), dtype=bool)
+    left: Any = 1
+    size: Any = modes[0]
+    for k, rank in enumerate(columns):
+        after = columns[k + 1] if k + 1 < len(columns) else 1
+        cuts[:, k] = cut = rank < np.minimum(left * size, modes[k + 1] * after)
+        left, size = np.where(cut, rank, left), np.where(cut, 1, size) * modes[k + 1]
+    patterns, member = np.unique(cuts, axis=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        starts = [0, *(np.flatnonzero(pattern) + 1).tolist(), len(modes)]
+        runs = tuple((first, stop - 1) for first, stop in pairwise(starts))
+        yield runs, np.flatnonzero(member.reshape(-1) == number)
 
 
 def quarters(top: int) -> tuple[int, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Rank, Structure
-from tenfold.formats.train import TrainFormat
+from tenfold.formats.base import FORMATS, Rank, Structure, total_cost
+from tenfold.formats.train import Runs, TrainFormat
 from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
 from tenfold.tensors import mode_factors, trains
 
@@ -69,15 +69,24 @@ class TTConv(TrainFormat):
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the convolution of every slice of the channels alike, then the pairs from the last to the first."""
-        stages = [step.stage(spec) for step in cls._steps(spec, cls.check_rank(spec, rank))]
+        rank = cls.check_rank(spec, rank)
+        stages = [step.stage(spec) for step in cls._steps(spec, cls.runs(spec, rank), cls.sides(spec, rank))]
         return (*stages[:-1], stages[-1].replace(bias=spec.bias))
+
+    @classmethod
+    def cost_of_runs(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any], in_shape: Shape) -> tuple[Any, Any]:
+        """Return parameters and multiply-accumulates of the convolution of all slices, then the pairs."""
+        _, core, after = spec.positions(in_shape)
+        steps = cls._steps(spec, runs, sides)
+        return total_cost(spec, ((s.weights, s.before * s.after * (core if s.taps > 1 else after)) for s in steps))
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
         """Return the factorization from the weights of the steps."""
         rank = cls.check_rank(spec, rank)
         cores = []
-        for step, weight in zip(cls._steps(spec, rank), chain, strict=True):
+        steps = cls._steps(spec, cls.runs(spec, rank), cls.sides(spec, rank))
+        for step, weight in zip(steps, chain, strict=True):
             apart = weight.reshape(step.left, step.made, step.taken, step.right * step.taps)
             cores.append(cls._joined(spec, step, apart))
         return cls(spec, **cls.named_cores(spec, rank, list(reversed(cores))))
@@ -85,7 +94,9 @@ class TTConv(TrainFormat):
     def chain(self) -> tuple[Tensor, ...]:
         """Return the weights of the steps."""
         weights = []
-        for step, core in zip(self._steps(self.spec, self.rank), reversed(self.cores), strict=True):
+        spec, rank = self.spec, self.rank
+        steps = self._steps(spec, self.runs(spec, rank), self.sides(spec, rank))
+        for step, core in zip(steps, reversed(self.cores), strict=True):
             apart = self._apart(self.spec, step, core)  # (r, m, n, r' or K)
             if step.taps > 1:
                 weights.append(apart.reshape(1, step.left * step.made, step.taken, *self.spec.kernel))
@@ -95,11 +106,9 @@ class TTConv(TrainFormat):
         return tuple(weights)
 
     @classmethod
-    def _steps(cls, spec: LayerSpec, rank: Rank) -> Iterator[Step]:
+    def _steps(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any]) -> Iterator[Step]:
         """Iterate over the runs from the last, which holds the kernel, to the first."""
         outer, inner = cls.pairs(spec)
-        runs, (_, bonds) = cls.runs(spec, rank), cls.merged(spec, rank)
-        sides = (1, *bonds, 1)
         for at in reversed(range(len(runs))):
             first, last = runs[at]
             yield Step(
@@ -144,6 +153,11 @@ class Step(NamedTuple):
     before: int
     after: int
     taps: int
+
+    @property
+    def weights(self) -> int:
+        """How many entries the core has."""
+        return self.left * self.made * self.taken * self.right * self.taps
 
     def stage(self, spec: LayerSpec) -> SubLayerSpec:
         """Return the layer or the contraction that does it, without bias."""

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
-from tenfold.formats.train import TrainFormat
+from tenfold.formats.train import Runs, TrainFormat
 from tenfold.records import LayerSpec, Shape, TrainShape, TTGatherSpec
+from tenfold.records.gather import segmentations
 from tenfold.tensors import mode_factors, trains
 
 
@@ -88,6 +90,17 @@ class TTEmbeddingFormat(TrainFormat):
         return (TTGatherSpec(rows=spec.in_channels, shape=cls._shape(spec, rank), padding_idx=spec.padding_idx),)
 
     @classmethod
+    def cost_of_runs(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any], in_shape: Shape) -> tuple[Any, Any]:
+        """Return parameters, the row of the padding included, and multiply-accumulates."""
+        shape, count = cls._shape_of_runs(spec, runs, sides), prod(in_shape)
+        ways, size = segmentations(len(runs)), np.shape(sides[len(sides) // 2])
+        costs, macs = (
+            np.stack([np.broadcast_to(of(way, count), size) for way in ways]) for of in (shape.cost_by, shape.macs_by)
+        )
+        least = np.take_along_axis(macs, costs.argmin(0)[None], 0)[0]
+        return shape.num_params + (0 if spec.padding_idx is None else spec.out_channels), least
+
+    @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
         """Return the factorization from the flat weight of the gather."""
         rank = cls.check_rank(spec, rank)
@@ -142,12 +155,15 @@ class TTEmbeddingFormat(TrainFormat):
     def _shape(cls, spec: LayerSpec, rank: Rank) -> TrainShape:
         """Return modes and ranks of the runs."""
         rank = cls.check_rank(spec, rank)
+        return cls._shape_of_runs(spec, cls.runs(spec, rank), cls.sides(spec, rank))
+
+    @classmethod
+    def _shape_of_runs(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any]) -> TrainShape:
         rows, columns = cls.pairs(spec)
-        runs = cls.runs(spec, rank)
         return TrainShape(
             row_modes=tuple(prod(rows[first : last + 1]) for first, last in runs),
             col_modes=tuple(prod(columns[first : last + 1]) for first, last in runs),
-            ranks=cls.merged(spec, rank)[1],
+            ranks=tuple(sides[1:-1]),
         )
 
     @classmethod

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Rank, Structure
-from tenfold.formats.train import TrainFormat
+from tenfold.formats.base import FORMATS, Rank, Structure, total_cost
+from tenfold.formats.train import Runs, TrainFormat
 from tenfold.records import ContractSpec, LayerSpec, Shape, SubLayerSpec
 from tenfold.tensors import mode_factors, trains
 
@@ -74,9 +75,11 @@ class TTMatrix(TrainFormat):
         return (*stages[:-1], stages[-1].replace(bias=spec.bias))
 
     @classmethod
-    def cost_case(cls, spec: LayerSpec, rank: Rank) -> Hashable:
-        """Return what it is for all trains, and in which order the cores are contracted."""
-        return super().cost_case(spec, rank), tuple(at for at, _ in cls._steps(spec, rank))
+    def cost_of_runs(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any], in_shape: Shape) -> tuple[Any, Any]:
+        """Return parameters and the multiply-accumulates of the best order in which to contract the cores."""
+        shapes = cls._core_shapes(spec, runs, sides)
+        params, _ = total_cost(spec, ((prod(shape), 0) for shape in shapes))
+        return params, least_macs(shapes) * spec.positions(in_shape)[1]
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
@@ -101,16 +104,18 @@ class TTMatrix(TrainFormat):
 
     @classmethod
     def _steps(cls, spec: LayerSpec, rank: Rank) -> tuple[tuple[int, Step], ...]:
-        shapes = tuple(cls._core_shape(spec, rank, at) for at in range(len(cls.runs(spec, rank))))
-        return cheapest(shapes)
+        return cheapest(cls._core_shapes(spec, cls.runs(spec, rank), cls.sides(spec, rank)))
+
+    @classmethod
+    def _core_shapes(cls, spec: LayerSpec, runs: Runs, sides: Sequence[Any]) -> tuple[Shape, ...]:
+        """Return (r, m, n, r') of each run."""
+        outer, inner = cls.pairs(spec)
+        widths = [(prod(outer[first : last + 1]), prod(inner[first : last + 1])) for first, last in runs]
+        return tuple((sides[at], m, n, sides[at + 1]) for at, (m, n) in enumerate(widths))
 
     @classmethod
     def _core_shape(cls, spec: LayerSpec, rank: Rank, at: int) -> Shape:
-        """Return (r, m, n, r') of a run."""
-        (first, last), (_, bonds) = cls.runs(spec, rank)[at], cls.merged(spec, rank)
-        outer, inner = cls.pairs(spec)
-        sides = (1, *bonds, 1)
-        return sides[at], prod(outer[first : last + 1]), prod(inner[first : last + 1]), sides[at + 1]
+        return cls._core_shapes(spec, cls.runs(spec, rank), cls.sides(spec, rank))[at]
 
     @classmethod
     def _apart(cls, spec: LayerSpec, rank: Rank, at: int, core: Tensor) -> Tensor:
@@ -190,6 +195,18 @@ def cheapest(shapes: tuple[Shape, ...]) -> tuple[tuple[int, Step], ...]:
     return best[0, d - 1]
 
 
+def least_macs(shapes: Sequence[tuple[Any, ...]]) -> Any:
+    """Return the multiply-accumulates for one position of the order that ``cheapest`` finds; ranks may be arrays."""
+    d = len(shapes)
+    best: dict[tuple[int, int], Any] = {(k, k): _first(shapes, k).macs for k in range(d)}
+    for length in range(1, d):
+        for i in range(d - length):
+            j = i + length
+            to_right, to_left = _right(shapes, i, j).macs, _left(shapes, i, j).macs
+            best[i, j] = np.minimum(best[i, j - 1] + to_right, best[i + 1, j] + to_left)
+    return best[0, d - 1]
+
+
 def _inputs(shapes: Sequence[Shape]) -> int:
     return prod(n for _, _, n, _ in shapes)
 
@@ -198,19 +215,19 @@ def _outputs(shapes: Sequence[Shape]) -> int:
     return prod(m for _, m, _, _ in shapes)
 
 
-def _first(shapes: tuple[Shape, ...], k: int) -> Step:
+def _first(shapes: Sequence[Shape], k: int) -> Step:
     left, m, n, right = shapes[k]
     return Step(left * m * right, n, _inputs(shapes[:k]), _inputs(shapes[k + 1 :]), "first")
 
 
-def _right(shapes: tuple[Shape, ...], i: int, j: int) -> Step:
+def _right(shapes: Sequence[Shape], i: int, j: int) -> Step:
     """Return the step of core j once those from i to j - 1 are done."""
     left, m, n, right = shapes[j]
     before = _inputs(shapes[:i]) * shapes[i][0] * _outputs(shapes[i:j])
     return Step(m * right, left * n, before, _inputs(shapes[j + 1 :]), "right")
 
 
-def _left(shapes: tuple[Shape, ...], i: int, j: int) -> Step:
+def _left(shapes: Sequence[Shape], i: int, j: int) -> Step:
     """Return the step of core i once those from i + 1 to j are done."""
     left, m, n, right = shapes[i]
     after = _outputs(shapes[i + 1 : j + 1]) * shapes[j][3] * _inputs(shapes[j + 1 :])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from math import prod
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Structure, join_groups
-from tenfold.records import LayerSpec
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Reduced, Structure, join_groups, total_cost
+from tenfold.records import LayerSpec, Shape
 
 
 @FORMATS.register("tucker2")
@@ -59,6 +61,25 @@ class Tucker2(Factorization):
         if narrow_out:
             stages.append(spec.mix(r_out, spec.out_channels, bias=spec.bias))
         return tuple(stages)
+
+    @classmethod
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates of in·r_in + r_in·r_out·K + out·r_out, less full-rank sides."""
+        groups, out, inner, *kernel = spec.group_shape
+        before, core, after = spec.positions(in_shape)
+        r_out, r_in = ranks.T
+        first, last = np.where(r_in < inner, inner * r_in, 0), np.where(r_out < out, out * r_out, 0)
+        steps = ((groups * first, before), (groups * r_in * r_out * prod(kernel), core), (groups * last, after))
+        return total_cost(spec, steps)
+
+    @classmethod
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...]:
+        """Return those of the core, and of the mixes beside it where their sides are not full."""
+        most = cls.max_rank(spec)
+        r_out, r_in = ranks.T * spec.groups
+        first = ((spec.in_channels, r_in),) if ranks[0, 1] < most["in"] else ()
+        last = ((r_out, spec.out_channels),) if ranks[0, 0] < most["out"] else ()
+        return *first, (r_in, r_out), *last
 
     @classmethod
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Rank, Structure
-from tenfold.records import LayerSpec
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, total_cost
+from tenfold.records import LayerSpec, Shape
 from tenfold.tensors.kruskal import Stability, stability
 
 
@@ -74,6 +75,23 @@ class TuckerCP(Factorization):
             spec.mix(inner, r_out, bias=spec.bias and not narrow_out),
             *last,
         )
+
+    @classmethod
+    def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
+        """Return parameters and multiply-accumulates of in·r_in + R·(r_in + K + r_out) + out·r_out, less frames."""
+        groups, out, inner, *kernel = spec.group_shape
+        before, core, after = spec.positions(in_shape)
+        r_out, r_in, rank = ranks.T
+        framed_out, framed_in = out * rank > r_out * (out + rank), inner * rank > r_in * (inner + rank)
+        r_out, r_in = np.where(framed_out, r_out, out), np.where(framed_in, r_in, inner)
+        steps = (
+            (groups * np.where(framed_in, inner * r_in, 0), before),
+            (groups * rank * r_in, before),
+            (groups * rank * prod(kernel), core),
+            (groups * rank * r_out, after),
+            (groups * np.where(framed_out, out * r_out, 0), after),
+        )
+        return total_cost(spec, steps)
 
     @classmethod
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:

@@ -22,7 +22,7 @@ from tenfold.planning.timing import Timing
 from tenfold.planning.tradeoff import BY_WEIGHT
 from tenfold.planning.undecided import Memory, kept_layers, problems_of
 from tenfold.ranks import Choose, RankProblem
-from tenfold.ranks.candidates import Grid, costs_at, grids
+from tenfold.ranks.candidates import Grid, grids
 from tenfold.ranks.globally import damages_of, latencies_of
 from tenfold.records import Candidates, LayerCandidates, LayerProfile, Merged, Options, Plan, Profile
 
@@ -207,7 +207,7 @@ def _cheaper_when_fuller(problem: RankProblem, grid: Grid) -> list[int]:
         for names in map(list, combinations(range(count), size)):
             ranks = grid.ranks.copy()
             ranks[:, names] = full[names]
-            params, macs = costs_at(problem, grid.format, ranks)
+            params, macs = problem.costs_at(grid.format, ranks)
             less, no_more = (params < grid.params, params <= grid.params)
             if problem.cost.macs:  # what has none, a lookup in an embedding, is judged by its parameters
                 less, no_more = less | (macs < grid.macs), no_more & (macs <= grid.macs)

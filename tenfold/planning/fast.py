@@ -19,7 +19,7 @@ from tenfold.planning.timing import Timing
 from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
 from tenfold.profiling.latency.memory_format import candidates_for
 from tenfold.records import Budget, Latency, LayerPlan, Plan, Profile, Speedup
-from tenfold.surgery import fold_, folds_of, restructure_
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
 
 _LOG = logging.getLogger("tenfold")
 _SLACK = 0.02  # a plan may stay this far below the allowance before it is made anew with more
@@ -105,7 +105,7 @@ def plan_fast(  # noqa: PLR0913 - all choices of one search
     runs = model
     if fold:
         runs = copy.deepcopy(model).eval()
-        fold_(runs, inputs)
+        fuse_batchnorm_(runs, inputs)
     planning.setdefault("memory", {})
     search = _Search(model, runs, profile, inputs, clock, budget, (seconds, layer_seconds), compare, planning)
     if budget.latency is None:
@@ -195,7 +195,7 @@ class _Search:
     def attempt(self, timing: Timing | None, number: int) -> tuple[FastPlan, str | None]:
         """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
         gated = plan_never_slower(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
-        plan = gated.plan.replace(folded=folds_of(self.runs))
+        plan = gated.plan.replace(folded=fused_pairs(self.runs))
         small = with_structure(self.runs, plan)
         own = self.clock.memory_format
         if own not in self.formats:

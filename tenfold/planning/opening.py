@@ -8,7 +8,7 @@ from torch import nn
 
 from tenfold.ranks import first_match
 from tenfold.records import Budget, Cost, LayerPlan, Plan
-from tenfold.surgery import closed_networks, opened_networks, with_networks_open
+from tenfold.surgery import fused_rnns, unroll_rnns, unrolled_rnns
 
 
 def open_for_plan(
@@ -26,10 +26,10 @@ def open_for_plan(
         budget: what the whole model may cost.
     """
     if plan is not None:
-        return with_networks_open(model, plan.opened)
+        return unroll_rnns(model, plan.opened)
     if budget is not None and budget.latency is not None:
         return model
-    return with_networks_open(model, [path for path in closed_networks(model) if first_match(keep, path) is None])
+    return unroll_rnns(model, [path for path in fused_rnns(model) if first_match(keep, path) is None])
 
 
 def close_idle(plan: Plan, model: nn.Module) -> Plan:
@@ -44,7 +44,7 @@ def close_idle(plan: Plan, model: nn.Module) -> Plan:
     for path, kind in plan.opened.items():
         inside = f"{path}.cells." if path else "cells."
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
-        if path in opened_networks(model) or any(layer.format for layer in layers):
+        if path in unrolled_rnns(model) or any(layer.format for layer in layers):
             continue
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
         whole = LayerPlan(

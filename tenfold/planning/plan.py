@@ -21,7 +21,7 @@ from tenfold.planning.undecided import Memory, kept_layers, problems_of
 from tenfold.ranks import Choice, Choose, Keep, Limits, RankProblem, RankRule
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile
 from tenfold.registry import listed
-from tenfold.surgery import opened_networks
+from tenfold.surgery import unrolled_rnns
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
 _SAID = dict.fromkeys(("rel_error", "damage", "latency_before_ms", "latency_after_ms"))
@@ -115,7 +115,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
         before=profile.cost,
         after=_total(profile, layers),
         layers=layers,
-        opened=opened_networks(model),
+        opened=unrolled_rnns(model),
     )
 
 

@@ -84,8 +84,15 @@ class RankProblem:
     def cost_at(self, format: str, rank: Rank) -> Cost:
         """Return what the layer would cost in this format at this rank."""
         kind = FORMATS.get(format)
-        macs = sum(kind.macs(self.spec, rank, call.in_shape) * call.count for call in self.calls)
-        return Cost(params=kind.num_params(self.spec, rank), macs=macs)
+        full = kind.check_rank(self.spec, rank)
+        ((params,), (macs,)) = self.costs_at(format, np.array([[full[name] for name in kind.rank_names]]))
+        return Cost(params=int(params), macs=int(macs))
+
+    def costs_at(self, format: str, ranks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return parameters and multiply-accumulates (n,) of the layer in this format at many ranks (n, names)."""
+        costs = [FORMATS.get(format).cost(self.spec, ranks, call.in_shape) for call in self.calls]
+        macs = [macs * call.count for (_, macs), call in zip(costs, self.calls, strict=True)]
+        return costs[0][0], np.sum(macs, axis=0)
 
     def latency(self, choice: Choice) -> float:
         """Return the milliseconds that the layer would take after this choice; 0 when there is no clock."""
@@ -99,8 +106,13 @@ class RankProblem:
         """Return the ranks that a rule with one knob walks along, from small to full, with their costs."""
         key = ("family", format)
         if key not in self._cache:
-            ranks = FORMATS.get(format).rank_family(self.spec)
-            self._cache[key] = tuple((rank, self.cost_at(format, rank)) for rank in ranks)
+            kind = FORMATS.get(format)
+            ranks = kind.rank_family(self.spec)
+            costs = self.costs_at(format, np.array([[rank[name] for name in kind.rank_names] for rank in ranks]))
+            self._cache[key] = tuple(
+                (rank, Cost(params=params, macs=macs))
+                for rank, params, macs in zip(ranks, *(column.tolist() for column in costs), strict=True)
+            )
         return self._cache[key]  # type: ignore[no-any-return]
 
     def fitted(self, format: str) -> Callable[[NDArray[np.int64]], FloatArray]:

@@ -25,7 +25,8 @@ _NARROW, _LINE = 2, 16
 class TrainShape:
     """The shape of a table (∏ row modes, ∏ column modes) held as a tensor train, cores (rows, r, columns, r').
 
-    Row and column indices are mixed-radix numbers of their modes, the first mode the slowest.
+    Row and column indices are mixed-radix numbers of their modes, the first mode the slowest. The formulas of costs
+    hold for arrays of ranks as well.
 
     Example:
         >>> shape = TrainShape(row_modes=(25, 30, 40), col_modes=(4, 8, 8), ranks=(16, 16))
@@ -75,12 +76,43 @@ class TrainShape:
 
     def cost(self, count: int) -> float:
         """Return what ``count`` rows cost on a CPU in MACs, memory moved included: to compare shapes, not to report."""
-        return _cost(self, self.segments(count), max(count, 1))
+        return self.cost_by(self.segments(count), count)
 
     def macs(self, count: int) -> int:
         """Return the multiply-accumulates that ``count`` rows take."""
-        segments = self.segments(count)
-        return sum(_table(self, *s)[0] for s in segments) + count * sum(m for m, _, _ in _joins(self, segments))
+        return self.macs_by(self.segments(count), count)
+
+    def cost_by(self, segments: Segments, count: int) -> int:
+        """Return the ``cost`` of going by these segments."""
+        count = max(count, 1)
+        start, stop = segments[0]
+        cost = count * _MOVED * prod(self.col_modes[start:stop]) * self.sides[stop]
+        for segment in segments:
+            macs, written = self._table(*segment)
+            cost += macs + _MOVED * written
+        for macs, read, width in self._joins(segments):
+            cost += count * (_STARTED + _MOVED * read + macs * (1 + (_NARROW - 1) * (width < _LINE)))
+        return cost
+
+    def macs_by(self, segments: Segments, count: int) -> int:
+        """Return the multiply-accumulates of going by these segments."""
+        return sum(self._table(*s)[0] for s in segments) + count * sum(m for m, _, _ in self._joins(segments))
+
+    def _table(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the MACs of multiplying out the cores from ``start`` to ``stop``, and the numbers written."""
+        sides, rows, columns, macs, written = self.sides, self.row_modes, self.col_modes, 0, 0
+        for k in range(start + 1, stop):
+            size = sides[start] * sides[k + 1] * prod(rows[start : k + 1]) * prod(columns[start : k + 1])
+            macs, written = macs + size * sides[k], written + size
+        return macs, written
+
+    def _joins(self, segments: Segments) -> Iterator[tuple[int, int, int]]:
+        """Yield for each run after the first: MACs of joining one row, its numbers read, the length of its rows."""
+        columns = prod(self.col_modes[: segments[0][1]])
+        for start, stop in segments[1:]:
+            width = prod(self.col_modes[start:stop]) * self.sides[stop]
+            yield columns * self.sides[start] * width, self.sides[start] * width, width
+            columns *= prod(self.col_modes[start:stop])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,37 +163,17 @@ class TTGatherSpec(Spec):
         return self.shape.macs(prod(in_shape))
 
 
-def _table(shape: TrainShape, start: int, stop: int) -> tuple[int, int]:
-    """Return the MACs that multiplying out the cores from ``start`` to ``stop`` takes, and the numbers written."""
-    sides, macs, written = shape.sides, 0, 0
-    for k in range(start + 1, stop):
-        size = sides[start] * sides[k + 1] * prod(shape.row_modes[start : k + 1]) * prod(shape.col_modes[start : k + 1])
-        macs, written = macs + size * sides[k], written + size
-    return macs, written
+def segmentations(order: int) -> tuple[Segments, ...]:
+    """Return all ways to divide so many cores into runs.
 
-
-def _joins(shape: TrainShape, segments: Segments) -> Iterator[tuple[int, int, int]]:
-    """Yield for each run after the first: MACs of joining one row, its numbers read and the length of its rows."""
-    columns = prod(shape.col_modes[: segments[0][1]])
-    for start, stop in segments[1:]:
-        width = prod(shape.col_modes[start:stop]) * shape.sides[stop]
-        yield columns * shape.sides[start] * width, shape.sides[start] * width, width
-        columns *= prod(shape.col_modes[start:stop])
+    Example:
+        >>> segmentations(2)
+        (((0, 2),), ((0, 1), (1, 2)))
+    """
+    cuts = (cuts for size in range(order) for cuts in combinations(range(1, order), size))
+    return tuple(tuple(pairwise((0, *c, order))) for c in cuts)
 
 
 @lru_cache(maxsize=4096)
 def _cheapest(shape: TrainShape, count: int) -> Segments:
-    order = len(shape.row_modes)
-    ways = (tuple(pairwise((0, *cuts, order))) for size in range(order) for cuts in combinations(range(1, order), size))
-    return min(ways, key=lambda way: _cost(shape, way, count))
-
-
-def _cost(shape: TrainShape, segments: Segments, count: int) -> float:
-    start, stop = segments[0]
-    cost = count * _MOVED * prod(shape.col_modes[start:stop]) * shape.sides[stop]
-    for segment in segments:
-        macs, written = _table(shape, *segment)
-        cost += macs + _MOVED * written
-    for macs, read, width in _joins(shape, segments):
-        cost += count * (_STARTED + _MOVED * read + macs * (_NARROW if width < _LINE else 1))
-    return cost
+    return min(segmentations(len(shape.row_modes)), key=lambda way: shape.cost_by(way, count))

@@ -114,18 +114,19 @@ class LayerSpec(Spec):
                 lead = in_shape[: len(in_shape) - self.axes - 1]
                 return (*lead, self.out_channels, *self._out_size(in_shape[len(in_shape) - self.axes :]))
 
+    def positions(self, in_shape: Shape) -> tuple[int, int, int]:
+        """Return how often a weight is used for one input: of a 1×1 before this layer, of itself, of a 1×1 after it.
+
+        Samples and places count alike. A lookup uses its weights without multiplying: 0.
+        """
+        if self.kind == "embedding":
+            return prod(in_shape), 0, prod(in_shape)
+        before, after = prod(in_shape) // self.in_channels, prod(self.out_shape(in_shape)) // self.out_channels
+        return before, before if self.kind == "conv_transpose" else after, after
+
     def macs(self, in_shape: Shape) -> int:
         """Return the multiply-accumulates for an input of shape ``in_shape``: half of torch's flop count."""
-        match self.kind:
-            case "linear":
-                return prod(in_shape[:-1]) * prod(self.weight_shape)
-            case "embedding":
-                return 0
-            case "conv":
-                positions = prod(self.out_shape(in_shape)) // self.out_channels
-            case _:
-                positions = prod(in_shape) // self.in_channels
-        return positions * prod(self.weight_shape)
+        return self.positions(in_shape)[1] * prod(self.weight_shape)
 
     def core(self, in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
         """Return the same layer between other numbers of channels: it keeps kernel, stride, padding and groups."""

@@ -15,7 +15,7 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
-from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import (
     check_planned,
@@ -26,7 +26,7 @@ from tenfold.surgery.replacement import (
     refuse_tied,
     trainable,
 )
-from tenfold.surgery.unroll_rnn import open_networks_
+from tenfold.surgery.unroll_rnn import unroll_rnns_
 
 Progress = Callable[[int, int], None]
 Job = tuple[Problem, Callable[[Fit], Fit]]
@@ -56,7 +56,7 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    copied = open_networks_(copy.deepcopy(model), plan.opened)
+    copied = unroll_rnns_(copy.deepcopy(model), plan.opened)
     return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
 
 
@@ -70,7 +70,7 @@ def apply_(
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
 
-    Recurrent networks that the plan has opened are to be open: see ``open_networks_``.
+    Recurrent networks that the plan has opened are to be open: see ``unroll_rnns_``.
     """
     wanted = plan.factorized
     for layer in plan.layers:
@@ -83,7 +83,7 @@ def apply_(
         layer.path: layer_of(fit, find(model, layer.path), problem.algorithm)
         for layer, fit, (problem, _) in zip(wanted, fits, jobs, strict=True)
     }
-    return fold_pairs_(put(model, new), plan.folded)
+    return fuse_pairs_(put(model, new), plan.folded)
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -95,8 +95,8 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = open_networks_(model, plan.opened)
-    fold_pairs_(model, plan.folded)
+    model = unroll_rnns_(model, plan.opened)
+    fuse_pairs_(model, plan.folded)
     for layer in plan.layers:
         if layer.format is None:
             continue

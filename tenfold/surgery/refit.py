@@ -15,14 +15,13 @@ from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
-from tenfold.surgery.fuse_batchnorm import check_pairs, fold_pairs_
+from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
 from tenfold.surgery.shortcut_correction import branch_of, targets
-from tenfold.surgery.unroll_rnn import with_networks_open
+from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
-from tenfold.tracing.replay import Forward
-from tenfold.tracing.residual import ResidualReplay
+from tenfold.tracing.replay import Forward, Replay
 
 Progress = Callable[[int, int], None]
 
@@ -79,22 +78,22 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
-    model = with_networks_open(model, plan.opened)
+    model = unroll_rnns(model, plan.opened)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if original is None else with_networks_open(original, plan.opened)
+    original = model if original is None else unroll_rnns(original, plan.opened)
     dense, new = (
-        ResidualReplay(original, batches, forward=forward),
+        Replay(original, batches, forward=forward),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
     )
-    changing = ResidualReplay(new, batches, forward=forward)
+    changing = Replay(new, batches, forward=forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
         old: Any = find(model, path)
         (spec, weight), bias = geometry(old, path), getattr(old, "bias", None)
-        branch = branch_of(new, changing, path) if repair else None
-        if changing.calls[path] == 1:
+        branch = branch_of(new, changing.trace, path) if repair else None
+        if changing.trace.calls[path] == 1:
             sums = MomentSums(widest, seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 target = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
@@ -106,7 +105,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
             metric = collect_moments(
                 new, batches, own, dense=original, positions=positions, seed=seed, widest=widest, forward=forward
             )[path]
-        follower = changing.follower(path)
+        follower = changing.trace.follower(path)
         norm: Any = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.about_zero()  # nothing could take the shift of the mean
@@ -120,7 +119,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         new = put(new, {path: layer_of(fit, old, algorithm)})
         if progress is not None:
             progress(done + 1, len(ordered))
-    return fold_pairs_(new, plan.folded)
+    return fuse_pairs_(new, plan.folded)
 
 
 def _check(model: nn.Module, plan: Plan) -> None:

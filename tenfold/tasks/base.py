@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import DataError, UnknownNameError
+from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.registry import Registry, did_you_mean
 from tenfold.tasks.dense_weights import load_weights
 from tenfold.tracing.contexts import device_of, dtype_of, evaluating
@@ -75,13 +75,17 @@ class Task(abc.ABC):
     def architecture(self) -> nn.Module:
         """Return the model with fresh weights. ``build`` calls this with torch's random numbers seeded."""
 
-    @abc.abstractmethod
     def pretrained(self) -> nn.Module:
-        """Return the trained model where no weights file is given: trained here, or from another library.
+        """Return the trained model if no weights file is given: trained here, or from another library.
 
         Raises:
-            CheckpointError: the task has none; the message says where to get a file.
+            CheckpointError: the task has none, as by default.
         """
+        msg = (
+            f"{self.id} has no built-in weights. Pass a .safetensors file with the state dict "
+            "(weights=FILE, or --weights FILE)."
+        )
+        raise CheckpointError(msg)
 
     def build(self) -> nn.Module:
         """Return a freshly initialised model in eval mode, the same for the same seed: the skeleton for checkpoints."""
@@ -174,8 +178,8 @@ class Task(abc.ABC):
         read = self.test_batches if split == "test" else self.validation_batches
         return accuracy(model, read(limit, batch_size=batch_size), progress)
 
-    def recipe(self) -> dict[str, Any]:
-        """Return how a compressed model of this task is tuned: plain values for fields of ``TuneConfig``."""
+    def tune_settings(self) -> dict[str, Any]:
+        """Return fields of ``TuneConfig`` for fine-tuning a compressed model of this task."""
         return {}
 
     # --- its checkpoints ---

@@ -51,7 +51,7 @@ class ModelOnly(Task):
             return 0
         return len(self.inputs_of(self.data, None, batch_size=1, seed=seed))
 
-    def recipe(self) -> dict[str, Any]:
+    def tune_settings(self) -> dict[str, Any]:
         """Return that there is nothing to train on."""
         return {"epochs": 0}
 

@@ -103,7 +103,7 @@ class MovingMnist(InMemoryTask):
         chosen = torch.randperm(len(every), generator=generator)[: SAMPLES[split]]
         return TensorSet(with_motion(every.inputs[chosen].flatten(1), generator), every.labels[chosen])
 
-    def recipe(self) -> dict[str, Any]:
+    def tune_settings(self) -> dict[str, Any]:
         """Return settings for tuning after compression."""
         return {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005}
 

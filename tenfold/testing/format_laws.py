@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tenfold.errors import RankError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.layers import FactorizedLayer, build, spec_of
-from tenfold.records import LayerSpec
+from tenfold.records import LayerSpec, chain_macs, chain_params
 from tenfold.testing.geometries import GEOMETRIES, Geometry, served
 from tenfold.testing.laws import LawBroken, expect, expect_close, law
 from tenfold.testing.weights import DTYPES, lowest_error, random_bias, random_factors, random_weight, some_ranks
@@ -66,6 +67,40 @@ def check_family_costs(format: Format, at: Geometry) -> None:
         for (low, *cheap), (high, *dear) in pairwise(costs):
             dropped = any(high[k] == most[k] > low[k] for k in most)
             expect(dropped or cheap <= dear, f"{low} costs {cheap}, {high} only {dear}")
+
+
+def check_costs(format: Format, at: Geometry) -> None:
+    """Raise LawBroken unless ``cost`` at many ranks at once is what ``structure`` costs at each of them."""
+    spec = at.spec
+    ranks = np.array(list(product(*(_some_below(top) for top in format.max_rank(spec).values()))), dtype=np.int64)
+    with law(3, format.name(), at, "costs of many ranks"):
+        params, macs = format.cost(spec, ranks, at.in_shape)
+        for row, *found in zip(ranks.tolist(), params, macs, strict=True):
+            rank = dict(zip(format.max_rank(spec), row, strict=True))
+            stages = format.structure(spec, format.check_rank(spec, rank))
+            wanted = [chain_params(stages), chain_macs(stages, at.in_shape)]
+            expect(found == wanted, f"cost says {found} at {rank}, the structure {wanted}")
+
+
+def check_channels(format: Format, at: Geometry) -> None:
+    """Raise LawBroken unless ``channels``, where a format says them, are those of ``structure`` at each rank."""
+    spec, most = at.spec, format.max_rank(at.spec)
+    for full in product((False, True), repeat=len(most)):
+        options = [(top,) if whole else _some_below(top)[:-1] for top, whole in zip(most.values(), full, strict=True)]
+        ranks = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(most))
+        channels = format.channels(spec, ranks) if len(ranks) else None
+        for row, values in enumerate(ranks.tolist() if channels is not None else ()):
+            rank = dict(zip(most, values, strict=True))
+            wanted = [(stage.in_channels, stage.out_channels) for stage in format.structure(spec, rank)]
+            found = [tuple(int(np.broadcast_to(side, len(ranks))[row]) for side in pair) for pair in channels or ()]
+            with law(3, format.name(), at, rank):
+                expect(found == wanted, f"channels says {found}, the structure {wanted}")
+
+
+def _some_below(top: int) -> tuple[int, ...]:
+    """Return the ends of 1..top, their neighbours, and some numbers in between."""
+    numbers = {1, 2, 3, top // 3, top // 2, 2 * top // 3, top - 1, top}
+    return tuple(sorted(n for n in numbers if 1 <= n <= top))
 
 
 def check_unfoldings(format: Format, at: Geometry) -> None:
@@ -219,6 +254,8 @@ def check_face(format: Format, at: Geometry) -> None:
 FORMAT_LAWS: dict[str, Callable[[Format, Geometry], None]] = {
     "ranks": check_ranks,
     "family_costs": check_family_costs,
+    "costs": check_costs,
+    "channels": check_channels,
     "unfoldings": check_unfoldings,
     "round_trips": check_round_trips,
     "params": check_params,

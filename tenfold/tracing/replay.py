@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.errors import DataError
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, tensors_in
+from tenfold.tracing.trace import Tracer, trace
 
 Forward = Callable[[nn.Module, Any], object]
 
 
 class _Reached(BaseException):
     """Raised where the forward has come as far as was asked for; no error, so that nothing on the way catches it."""
+
+
+class _Stop:
+    """Ends a forward by a hook or a callback, and keeps the tensor that was seen there."""
+
+    tensor: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        raise _Reached
+
+    def at_input(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self(next(tensors_in((args, kwargs))))
+
+    def at_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self(next(tensors_in(output)))
 
 
 class Replay:
@@ -55,11 +70,9 @@ class Replay:
         self._model, self._batches, self._forward, self._limit = model, batches, forward or call_model, limit
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._bytes = 0
-        self.calls: Counter[str] = Counter()
-        self._span: dict[str, tuple[int, int]] = {}
-        self._follows: dict[str, str] = {}
-        self._single: set[str] = set()
-        self._record()
+        self.trace = trace(model, batches[0], forward=self._forward)
+        self._span = self.trace.spans
+        self._single = {path for path in self._span if self._once(path)}
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -78,42 +91,58 @@ class Replay:
             raise DataError(msg)
         return self._span[path][0]
 
-    def follower(self, path: str) -> str | None:
-        """Return the module that took the output of this one, and that nothing else took; None if there is none.
-
-        It runs once, like this one, and nothing has changed the output in place before.
-        """
-        return self._follows.get(path)
-
     def inputs(self, path: str) -> Iterator[Tensor]:
         """Iterate over the first input of the module at ``path``, batch by batch."""
-
-        def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            raise _Reached(next(tensors_in((args, kwargs))).detach())
-
         for number in range(len(self._batches)):
-            module = self._model.get_submodule(path)
-            yield self._run(path, number, module.register_forward_pre_hook(enter, with_kwargs=True))
+            module, stop = self._model.get_submodule(path), _Stop()
+            yield self._run(path, number, stop, module.register_forward_pre_hook(stop.at_input, with_kwargs=True))
 
     def outputs(self, path: str) -> Iterator[Tensor]:
         """Iterate over the output of the module at ``path``, batch by batch."""
+        for number in range(len(self._batches)):
+            module, stop = self._model.get_submodule(path), _Stop()
+            yield self._run(path, number, stop, module.register_forward_hook(stop.at_output, prepend=True))
+
+    def branches(self, path: str, last: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Iterate over first input and output of the layer at ``path``, and the shortcut its branch is added to.
+
+        Args:
+            path: the layer.
+            last: the module at the end of its branch, itself or one after it; ``trace.is_added`` must hold for it.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            seen["input"] = next(tensors_in((args, kwargs))).detach().clone()  # an operation in place may follow
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            raise _Reached(next(tensors_in(output)).detach())
+            seen["output"] = next(tensors_in(output)).detach().clone()  # a hook of the layer may change it
 
         for number in range(len(self._batches)):
-            module = self._model.get_submodule(path)
-            yield self._run(path, number, module.register_forward_hook(leave, prepend=True))
+            layer, end, stop = self._model.get_submodule(path), self._model.get_submodule(last), _Stop()
+            shortcut = self._run(
+                path,
+                number,
+                stop,
+                layer.register_forward_pre_hook(enter, with_kwargs=True),
+                layer.register_forward_hook(leave, prepend=True),
+                Tracer({last: end}, on_addition=stop),
+            )
+            yield seen["input"], seen["output"], shortcut
 
-    def _run(self, path: str, number: int, handle: Any) -> Tensor:
-        try:
-            with evaluating(self._model), layer_by_layer(), self._settled(path, number):
-                self._forward(self._model, self._batches[number])
-        except _Reached as reached:
-            found: Tensor = reached.args[0]
-            return found
-        finally:
-            handle.remove()
+    def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> Tensor:
+        """Run one batch until ``stop`` is called, with the hooks in ``watching``, which are removed again."""
+        with ExitStack() as stack:
+            for context in watching:
+                stack.enter_context(context)
+            try:
+                with evaluating(self._model), layer_by_layer(), self._settled(path, number):
+                    self._forward(self._model, self._batches[number])
+            except (_Reached, Exception):  # scripted code turns whatever is raised within it into an error of its own
+                if stop.tensor is None:
+                    raise
+        if stop.tensor is not None:
+            return stop.tensor
         msg = (
             f"the forward reached layer {path!r} on the first batch, but not on batch {number + 1}: layers can be "
             "fitted in order only on batches that all take the same way through the model"
@@ -154,61 +183,7 @@ class Replay:
         """Whether the module runs once, and nothing within it runs outside of it."""
         start, end = self._span[path]
         inner = [span for p, span in self._span.items() if p.startswith(f"{path}.")]
-        return self.calls[path] == 1 and all(start < s and e < end for s, e in inner)
-
-    def _record(self) -> None:
-        """Run one batch, to see when each module starts and ends, and what follows what."""
-        clock = iter(range(1 << 62))
-        outputs: dict[int, tuple[str, Any]] = {}
-        uses = _Uses()
-        handles = []
-
-        def entering(path: str) -> Callable[..., None]:
-            def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                self.calls[path] += 1
-                if self.calls[path] == 1:
-                    self._span[path] = (next(clock), 0)
-                first = next(tensors_in((args, kwargs)), None)
-                if id(first) in outputs:
-                    self._follows.setdefault(outputs[id(first)][0], path)
-
-            return enter
-
-        def leaving(path: str) -> Callable[..., None]:
-            def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-                self._span[path] = (self._span[path][0], next(clock))
-                if isinstance(output, Tensor) and id(output) not in outputs:
-                    outputs[id(output)] = (path, output)  # held, so that its id stays its own
-                    uses.of[id(output)] = 0
-
-            return leave
-
-        for path, module in self._model.named_modules():
-            handles.append(module.register_forward_pre_hook(entering(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving(path), prepend=True))
-        try:
-            with evaluating(self._model), layer_by_layer(), uses:
-                self._forward(self._model, self._batches[0])
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._single = {path for path in self._span if self._once(path)}
-        alone = {path for key, (path, _) in outputs.items() if uses.of[key] == 1}
-        alone = {path for path in alone if self.calls[path] == 1 == self.calls[self._follows.get(path, path)]}
-        self._follows = {path: after for path, after in self._follows.items() if path in alone}
-
-
-class _Uses(TorchDispatchMode):
-    """Counts the operations that take each of the tensors whose ids are in ``of``."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.of: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for key in {id(t) for t in tensors_in((args, kwargs or {}))} & self.of.keys():
-            self.of[key] += 1
-        return func(*args, **(kwargs or {}))
+        return self.trace.calls[path] == 1 and all(start < s and e < end for s, e in inner)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from tenfold.formats import FORMATS
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.layers import FactorizedLayer
 from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import _one_by_one, costs_at, grids
-from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs
+from tenfold.ranks.candidates import grids
+from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs, chain_params
 from tenfold.testing.weights import random_factors
 
 F64 = torch.float64
@@ -130,7 +130,6 @@ def test_candidates_have_several_rings_with_exact_costs(format, spec):
     (grid,) = grids(problem)
     assert len(grid) >= 4
     assert len(set(grid.ranks[:, 0].tolist())) >= 2
-    exact = _one_by_one(problem, format, grid.ranks)
-    params, macs = costs_at(problem, format, grid.ranks)
-    assert params.tolist() == exact[:, 0].tolist()
-    assert macs.tolist() == exact[:, 1].tolist()
+    for row, params, macs in zip(grid.ranks.tolist(), grid.params, grid.macs, strict=True):
+        structure = kind.structure(spec, dict(zip(kind.rank_names, row, strict=True)))
+        assert (params, macs) == (chain_params(structure), chain_macs(structure, shape))

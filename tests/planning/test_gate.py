@@ -16,7 +16,7 @@ from tenfold.planning.gate import neutral_layer, together
 from tenfold.profiling import Clock, Comparison, profile
 from tenfold.ranks import rule_from
 from tenfold.records import ContractSpec, Latency, LayerSpec, Speedup
-from tenfold.surgery import apply, fold
+from tenfold.surgery import apply, fuse_batchnorm
 
 FAST, SLOW = LayerTiming(2.0, 1.0, 2.0, 1.9, 2.1), LayerTiming(1.0, 1.25, 0.8, 0.7, 0.9)
 OVERHEAD_MS = 0.3  # of everything that is no layer
@@ -294,7 +294,7 @@ def test_folded_models_are_planned_and_measured_against_the_folded_dense_one(fak
     assert result.plan.folded == {"1": "0", "4": "3", "7": "6"}
     small = apply(net, result.plan)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
-    assert model_ms(small, X) <= 0.5 * model_ms(fold(net, X), X)
+    assert model_ms(small, X) <= 0.5 * model_ms(fuse_batchnorm(net, X), X)
     assert plan_fast(net, profile(net, X), X, compare=compare, **options).plan.folded == {}
 
 

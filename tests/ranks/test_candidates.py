@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import pytest
 import torch
 
 from tenfold.decompositions import decompose
 from tenfold.errors import RankError
-from tenfold.formats import FORMATS, Rank, Structure
-from tenfold.formats.low_rank import LowRank
+from tenfold.formats import FORMATS, Rank
 from tenfold.knapsack import solve
 from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import candidates, costs_at, grids, tail_damage
+from tenfold.ranks.candidates import candidates, grids, tail_damage
 from tenfold.records import Call, Cost, LayerSpec
 
 CONV = {"kind": "conv", "kernel": (3, 3), "padding": (1, 1)}
@@ -67,7 +63,7 @@ def test_costs_are_exact_on_the_whole_grid(name: str) -> None:
         ranks = np.stack([g.integers(1, full[n] + 1, size=60) for n in kind.rank_names], axis=1)
         ranks[:20, 0] = full[kind.rank_names[0]]  # the sides that have no factor at full rank
         ranks[15:35, -1] = full[kind.rank_names[-1]]
-        params, macs = costs_at(problem, format, ranks)
+        params, macs = problem.costs_at(format, ranks)
         for row, p, m in zip(ranks.tolist(), params, macs, strict=True):
             assert problem.cost_at(format, dict(zip(kind.rank_names, row, strict=True))) == Cost(params=p, macs=m)
 
@@ -125,25 +121,6 @@ def test_factorized_layer_only_goes_further() -> None:
 def test_steps_that_cannot_be(step: int) -> None:
     with pytest.raises(RankError, match="step"):
         candidates(problem_of(SPECS["conv"]), step=step)
-
-
-@dataclass(frozen=True, eq=False)
-class Quadratic(LowRank):
-    """A format whose costs are no multilinear function of its rank: R² channels inside."""
-
-    rank_names: ClassVar[tuple[str, ...]] = ("rank",)
-
-    @classmethod
-    def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
-        return LowRank.structure(spec, {"rank": rank["rank"] ** 2})
-
-
-def test_costs_of_another_form_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS._entries, "quadratic", Quadratic)
-    problem = problem_of(SPECS["conv"])
-    ranks = np.arange(1, 30)[:, None]
-    params, _ = costs_at(problem, "quadratic", ranks)
-    assert params.tolist() == [problem.cost_at("quadratic", {"rank": int(r)}).params for r in ranks[:, 0]]
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,8 @@ class Preactivated(nn.Module):
 def test_batch_norm_takes_a_mean_only_where_it_alone_takes_the_output(way, follower):
     model = Preactivated(way).eval()
     replay = Replay(model, images(1))
-    assert replay.follower("conv") == follower
-    assert replay.follower("conv2") == {"alone": "bn2", "in place": "bn2"}.get(way)
+    assert replay.trace.follower("conv") == follower
+    assert replay.trace.follower("conv2") == {"alone": "bn2", "in place": "bn2"}.get(way)
 
 
 def test_replay_keeps_what_a_module_does_to_its_input():
@@ -218,7 +218,7 @@ def test_replay_sees_what_a_whole_forward_sees_with_layers_changed_on_the_way(li
     model, batches = network(), images(2)
     replay = Replay(model, batches, limit=limit)
     assert replay.order[:4] == ("0", "1.conv1", "1.bn1", "1.relu")
-    assert replay.follower("1.conv1") == "1.bn1"
+    assert replay.trace.follower("1.conv1") == "1.bn1"
     for path in ("0", "1.conv1", "1.conv2", "2.conv1", "2.conv2", "5"):
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         module = model.get_submodule(path)
