@@ -115,6 +115,5 @@ class CifarResNet(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    """Return ``blocks`` blocks, the first of which changes the shape."""
     rest = (BasicBlock(channels, channels, 1) for _ in range(blocks - 1))
     return nn.Sequential(BasicBlock(in_channels, channels, stride), *rest)

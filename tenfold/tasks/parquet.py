@@ -30,7 +30,7 @@ logger = logging.getLogger("tenfold")
 def load_images(
     dataset: str, split: Split, *, data: Path | None, shape: tuple[int, ...], classes: int, source: str
 ) -> TensorSet:
-    """Return all pictures of a split as uint8 (samples, *shape) and their labels.
+    """Return the pictures of a split as uint8 (samples, *shape), and their labels.
 
     Pictures are decoded once: the pixels are cached in ~/.cache/tenfold/decoded under a digest of the files' contents.
 
@@ -40,7 +40,7 @@ def load_images(
         data: where to look; see :func:`find_shards`.
         shape: (channels, height, width) of every picture; 3 channels for colour, 1 for grey.
         classes: labels must lie in 0..classes-1.
-        source: where the data can be had, for messages.
+        source: id of the data set on the Hub, for messages.
 
     Raises:
         DataError: files that are missing, empty, damaged or of another shape.
@@ -62,12 +62,12 @@ def load_images(
 def find_shards(dataset: str, split: Split, *, data: Path | None = None, source: str) -> list[Path]:
     """Return the files ``{split}-*.parquet`` of a data set, in order.
 
-    They are looked for in one place only: ``data`` if given, else $TENFOLD_DATA if set, else
-    ~/.cache/tenfold/datasets. The place is the data set's own folder, or one that has a folder named after it; the
-    files may lie one folder deeper, in those that the Hub uses (``data``, ``plain_text``, the data set's name).
+    Only one place is searched: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets. It is the
+    folder of the data set, or one with a subfolder of its name; the files may be one level deeper, in the folders that
+    the Hub uses (``data``, ``plain_text``, the name of the data set).
 
     Raises:
-        DataError: there are none, or some shards of a series are missing; the message says where it looked.
+        DataError: there are none, or shards of a series are missing; the message names the place.
     """
     root = data_root(data)
     for folder in (base / sub for base in (root / dataset, root) for sub in ("", "data", "plain_text", dataset)):
@@ -84,7 +84,7 @@ def find_shards(dataset: str, split: Split, *, data: Path | None = None, source:
 
 
 def data_root(data: Path | None) -> Path:
-    """Return the one place to look in: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets."""
+    """Return the place to search: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets."""
     if data is not None:
         return data.expanduser()
     named = os.environ.get(DATA_VARIABLE)
@@ -92,7 +92,7 @@ def data_root(data: Path | None) -> Path:
 
 
 def _check_complete(shards: Sequence[Path]) -> None:
-    """Refuse a series that is incomplete by its own names: part of a set has another score."""
+    """Refuse an incomplete series of shards: part of a set would have another score."""
     matches = [re.search(r"-(\d+)-of-(\d+)\.parquet$", path.name) for path in shards]
     numbers = [(int(m[1]), int(m[2])) for m in matches if m]
     if not numbers:
@@ -105,7 +105,6 @@ def _check_complete(shards: Sequence[Path]) -> None:
 
 
 def _decode(shards: Sequence[Path], shape: tuple[int, ...]) -> TensorSet:
-    """Return the pictures and labels of all shards."""
     pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[int] = []
     for shard in shards:
@@ -119,7 +118,7 @@ def _decode(shards: Sequence[Path], shape: tuple[int, ...]) -> TensorSet:
 
 
 def _rows(shard: Path) -> Iterator[tuple[bytes, int]]:
-    """Iterate over (encoded picture, label) of one file."""
+    """Yield (encoded picture, label) of one file."""
     pyarrow: Any = require("pyarrow", "data")
     parquet: Any = require("pyarrow.parquet", "data")
     try:
