@@ -24,7 +24,7 @@ FORMS = "Write NAME[:VARIANT], pkg.module:Class[:VARIANT] or file.py:Class[:VARI
 def load_task(text: str, *, data: Path | str | None = None, seed: int = 0) -> Task:
     """Return the task that ``text`` names.
 
-    ``"cifar10"`` and ``"cifar10:resnet56"`` are registered names, with the default or another variant. A task of your own is
+    ``"cifar10"`` and ``"cifar10:resnet56"`` are registered names, with the default or another variant. Your own task is
     a class in a module (``"pkg.module:MyTask"``) or a file (``"folder/my_task.py:MyTask"``), with a variant after
     another colon. The module is imported; it may import other files beside it.
 
