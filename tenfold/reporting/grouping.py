@@ -1,4 +1,4 @@
-"""Many layers that share kind and reason, in one line."""
+"""One line for many layers that share kind and reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMED = 2  # so many paths of a group are spelled out
 
 
 def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Return the items that share a key together, in the order of the first of each.
+    """Group items that share a key, in the order of the first of each group.
 
     Example:
         >>> grouped(["a1", "b1", "a2"], lambda text: text[0])
@@ -34,7 +34,7 @@ def kind_name(kind: str) -> str:
 
 
 def paths_in_short(paths: Sequence[str]) -> str:
-    """Return a few paths and how many more there are.
+    """Return the first paths and how many more there are.
 
     Example:
         >>> paths_in_short(["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer1.1.bn1"])
@@ -47,7 +47,7 @@ def paths_in_short(paths: Sequence[str]) -> str:
 
 
 def kinds_in_short(kinds: Sequence[str]) -> str:
-    """Return what the layers of one group are: the kind in full if it is one, else how many of what.
+    """Return the one kind of a group in full, or how many there are of what.
 
     Example:
         >>> kinds_in_short(["Linear 64→10"]), kinds_in_short(["Conv2d 3→8 1×1", "Conv2d 8→8 1×1"])

@@ -1,4 +1,4 @@
-"""The table of all layers and that of all stages, as rows of a page."""
+"""The tables of all layers and of all stages, as columns and rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from tenfold.records import Analysis, LayerPlan, RunRecord
-from tenfold.reporting.cells import Cell, Column, Row, number
+from tenfold.reporting.columns import Cell, Column, Row, number
 from tenfold.reporting.numbers import change, count, percent, ranks, three_digits
 
 _STABILITY = re.compile(r"; sensitivity (\S+), largest term (\S+)")
@@ -58,7 +58,6 @@ def _now(layer: LayerPlan) -> Cell:
 
 
 def _change(before: int, after: int) -> Cell:
-    """Return both numbers, sorted by the first: what cost most."""
     return Cell(change(before, after) if before != after else count(before), before)
 
 
@@ -77,7 +76,7 @@ def _stability(layer: LayerPlan) -> re.Match[str] | None:
 
 
 def _stability_cell(layer: LayerPlan) -> Cell:
-    """Return how sensitive the factors of a CP fit are, as its reason says (see ``Stability``)."""
+    # A CP fit says in its reason how sensitive its factors are (see ``Stability``).
     found = _stability(layer)
     return Cell("—") if found is None else Cell(found[1], float(found[1]), note=f"largest term {found[2]}")
 

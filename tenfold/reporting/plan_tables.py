@@ -1,4 +1,4 @@
-"""A plan as two tables: what is factorized, and what is kept and why."""
+"""The tables of a plan: layers to factorize, and layers kept, with reasons."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tenfold.records import LayerPlan, Plan
-from tenfold.reporting.folding import grouped, kind_name, kinds_in_short, paths_in_short
-from tenfold.reporting.numbers import change, count, factor, ranks
-from tenfold.reporting.style import grid
+from tenfold.records import LayerPlan, LayerSensitivity, Plan
+from tenfold.reporting.columns import grid
+from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
+from tenfold.reporting.numbers import change, count, factor, plural, ranks
 
 WHOLE_PATH = 28  # paths up to this length are not broken, however narrow the page
 
 
 def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
-    """Return what a person wants to see of a plan: the layers to factorize, then the layers to keep, with reasons.
+    """Return the totals of a plan, its layers to factorize, then its layers to keep, with reasons.
 
     Kept layers of one kind that share a reason take one line. Layers without parameters and MACs are left out.
     """
@@ -26,7 +26,7 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     if plan.factorized:
         parts.append(_factorized(plan.factorized))
     if kept:
-        parts.append(_kept(kept))
+        parts.append(reasons_table("Kept", kept))
     return tuple(parts)
 
 
@@ -48,7 +48,7 @@ def _totals(plan: Plan) -> Text:
 def _factorized(layers: Sequence[LayerPlan]) -> Table:
     reasons = {layer.reason for layer in layers}
     shared = next(iter(reasons)) if len(reasons) == 1 else ""
-    title = f"Factorized: {len(layers)} {_layers(len(layers))}" + (f" — {shared}" if shared else "")
+    title = f"Factorized: {plural(len(layers), 'layer')}" + (f" — {shared}" if shared else "")
     table = grid(title)
     fitted = any(layer.rel_error is not None for layer in layers)
     longest = max(len(layer.path) for layer in layers)
@@ -69,8 +69,9 @@ def _factorized(layers: Sequence[LayerPlan]) -> Table:
     return table
 
 
-def _kept(layers: Sequence[LayerPlan]) -> Table:
-    table = grid(f"Kept: {len(layers)} {_layers(len(layers))}")
+def reasons_table(title: str, layers: Sequence[LayerPlan | LayerSensitivity]) -> Table:
+    """Return layers with the reason why each is not factorized; those of one kind that share a reason take one line."""
+    table = grid(f"{title}: {plural(len(layers), 'layer')}")
     table.add_column("layer", overflow="fold", max_width=36)
     table.add_column("is", no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)
@@ -85,7 +86,3 @@ def _kept(layers: Sequence[LayerPlan]) -> Table:
             group[0].reason,
         )
     return table
-
-
-def _layers(number: int) -> str:
-    return "layer" if number == 1 else "layers"

@@ -1,4 +1,4 @@
-"""What each layer minds, as a table: errors and losses of score at a few costs, and what cannot be compressed."""
+"""The tables of a sensitivity: errors and losses of score at a few costs, and layers that cannot be compressed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerSensitivity, SensitivityPoint, SensitivityTable
-from tenfold.reporting.folding import grouped, kind_name, kinds_in_short, paths_in_short
+from tenfold.reporting.columns import grid
 from tenfold.reporting.numbers import count, percent
-from tenfold.reporting.style import grid
+from tenfold.reporting.plan_tables import reasons_table
 
 _SHARES = (0.25, 0.5, 0.75)
 
 
 def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
-    """Return what a person wants to see of a sensitivity table: numbers near a few shares of each layer's cost."""
+    """Return a sensitivity table in short: numbers near a few shares of each layer's cost."""
     scored = any(p.score is not None for layer in table.layers for p in layer.points)
     head = Text(f"Sensitivity of {table.model}", style="bold")
     head.append(": each layer factorized alone", style="not bold")
@@ -28,7 +28,7 @@ def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
         parts.append(_measured(table, scored=scored))
     rest = [layer for layer in table.layers if layer.state != "compressible"]
     if rest:
-        parts.append(_rest(rest))
+        parts.append(reasons_table("Not compressible", rest))
     return tuple(parts)
 
 
@@ -49,7 +49,6 @@ def _measured(table: SensitivityTable, *, scored: bool) -> Table:
 
 
 def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: float, baseline: float | None) -> str:
-    """Return error and loss at the point whose cost is nearest to a share of the layer's."""
     whole = layer.before.macs or layer.before.params
 
     def left(point: SensitivityPoint) -> float:
@@ -60,17 +59,3 @@ def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: fl
     if near.score is not None and baseline is not None:
         text += f"  {100 * (near.score - baseline):+.1f}".replace("-", "−")
     return text
-
-
-def _rest(layers: Sequence[LayerSensitivity]) -> Table:
-    shown = grid(f"Not compressible: {len(layers)} {'layer' if len(layers) == 1 else 'layers'}")
-    shown.add_column("layer", overflow="fold", max_width=36)
-    shown.add_column("is", no_wrap=True)
-    shown.add_column("why", ratio=1)
-    for group in grouped(layers, lambda layer: (kind_name(layer.kind), layer.reason)):
-        shown.add_row(
-            paths_in_short([layer.path for layer in group]),
-            kinds_in_short([layer.kind for layer in group]),
-            group[0].reason,
-        )
-    return shown

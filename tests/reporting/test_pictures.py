@@ -20,8 +20,8 @@ from tenfold.records import (
     TradeOff,
     TradeOffPoint,
 )
-from tenfold.reporting import plots
-from tenfold.reporting.plots import plot_sensitivity, plot_tradeoff
+from tenfold.reporting import pictures
+from tenfold.reporting.pictures import plot_sensitivity, plot_tradeoff
 
 pytest.importorskip("matplotlib")
 
@@ -74,8 +74,8 @@ def curve(**changes: Any) -> TradeOff:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return the list into which every figure drawn from now on goes."""
     figures: list[Any] = []
-    make = plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    make = pictures._figure
+    monkeypatch.setattr(pictures, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
     return figures
 
 

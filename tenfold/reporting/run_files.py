@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: a checkpoint folder, the folder of a run in stages, or a record. No torch."""
+"""Read runs from disk: a checkpoint folder, the folder of a run in stages, or a record. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORD, ANALYSIS = "record.json", "analysis.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was read: the record, and what lies beside it to be drawn.
+    """The record of a run, and the curves beside it.
 
     ``name`` is that of the folder, or of the file and the place in it.
     """

@@ -1,4 +1,4 @@
-"""A profile as a table: what each layer costs."""
+"""The table of a profile: what each layer costs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerProfile, Profile
-from tenfold.reporting.folding import grouped, kinds_in_short, paths_in_short
-from tenfold.reporting.numbers import count, milliseconds, ranks, size, three_digits
-from tenfold.reporting.style import grid
+from tenfold.reporting.columns import grid
+from tenfold.reporting.grouping import grouped, kinds_in_short, paths_in_short
+from tenfold.reporting.numbers import count, interval, milliseconds, plural, ranks, size
 
 
 def profile_tables(profile: Profile) -> tuple[RenderableType, ...]:
     """Return the totals, a table of the layers, and what could not be counted.
 
-    Layers that no format could ever serve take one line per kind and note; those that cost nothing are left out.
+    Layers that no format supports take one line per kind and note; layers without cost are left out.
     """
     parts: list[RenderableType] = [_totals(profile), _layers(profile)]
     if profile.uncounted:
@@ -34,8 +34,8 @@ def _totals(profile: Profile) -> Text:
     if profile.latency is not None:
         t = profile.latency
         text.append(
-            f", {milliseconds(t.median_ms)} [{three_digits(t.low_ms)}–{three_digits(t.high_ms)}]"
-            f" ({t.dtype}, {t.memory_format}, {t.device}, {t.threads} {'thread' if t.threads == 1 else 'threads'})",
+            f", {interval(t.median_ms, t.low_ms, t.high_ms)}"
+            f" ({t.dtype}, {t.memory_format}, {t.device}, {plural(t.threads, 'thread')})",
             style="not bold",
         )
     return text

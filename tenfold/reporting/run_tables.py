@@ -1,4 +1,4 @@
-"""The outcome of a run: what the model cost and scored before, and what it does after."""
+"""The tables of a run: what the model cost and scored before and after, stage by stage, and under which conditions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import Latency, Measurement, RunRecord
-from tenfold.reporting.numbers import count, factor, milliseconds, percent, points, seconds, size, speed, three_digits
-from tenfold.reporting.plans import plan_tables
-from tenfold.reporting.stages import stages_table
-from tenfold.reporting.style import grid
+from tenfold.reporting.columns import grid, rich_table
+from tenfold.reporting.numbers import (
+    count,
+    factor,
+    interval,
+    milliseconds,
+    percent,
+    plural,
+    points,
+    seconds,
+    size,
+    speed,
+)
+from tenfold.reporting.page_tables import stage_table
+from tenfold.reporting.plan_tables import plan_tables
 
 
 def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:
     """Return the tables of before and after, of the stages if there were any, of conditions, and of the plan."""
-    way = (stages_table(record),) if record.stages else ()
-    return (cost_table(record), *way, conditions(record), *plan_tables(record.plan))
+    stages = (rich_table("stages", *stage_table(record)),) if record.stages else ()
+    return (cost_table(record), *stages, conditions(record), *plan_tables(record.plan))
 
 
 def cost_table(record: RunRecord) -> Table:
@@ -26,12 +37,12 @@ def cost_table(record: RunRecord) -> Table:
     table.add_column("", no_wrap=True)
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("parameters", count(before.params), count(after.params), _fewer(before.params, after.params))
-    table.add_row("MACs", count(before.macs), count(after.macs), _fewer(before.macs, after.macs))
+    for name, old, new in (("parameters", before.params, after.params), ("MACs", before.macs, after.macs)):
+        table.add_row(name, count(old), count(new), f"{factor(old, new)} fewer")
     if before.bytes and after.bytes:
         table.add_row("size", size(before.bytes), size(after.bytes), f"{factor(before.bytes, after.bytes)} smaller")
     if before.latency_ms and after.latency_ms:
-        table.add_row("latency", _latency(before), _latency(after), _speedup(record))
+        table.add_row("latency", latency_cell(before), latency_cell(after), _speedup(record))
     for name, score in _scores(record):
         start = record.scores.get("original", before.score)
         change = "" if start is None else points(start, score)
@@ -44,25 +55,25 @@ def conditions(record: RunRecord) -> Text:
     lines = []
     latency = record.after.latency or record.before.latency
     if latency is not None:
-        lines.append(f"Latency: {_measured_on(latency)}.")
+        lines.append(f"Latency: {latency_conditions(latency)}; speed-up with its 95 % interval.")
     e = record.environment
-    machine = f"{e.device_name or e.device}, {e.threads} {'thread' if e.threads == 1 else 'threads'}"
     total = f", {seconds(sum(record.seconds.values()))} in all" if record.seconds else ""
-    lines.append(f"On {machine}, torch {e.torch}{total}.")
+    lines.append(f"On {e.device_name or e.device}, {plural(e.threads, 'thread')}, torch {e.torch}{total}.")
     return Text("\n".join(lines), style="dim")
 
 
-def _measured_on(latency: Latency) -> str:
+def latency_conditions(latency: Latency) -> str:
+    """Return how a latency was measured."""
     batch = "" if latency.batch_size is None else f"batch {latency.batch_size}, "
-    how = f"median of {latency.runs} rounds in turns [quartiles], speed-up with its 95 % interval"
-    return f"{batch}{latency.dtype}, {latency.memory_format}; {how}"
+    how = f"median of {latency.runs} interleaved rounds [quartiles]"
+    return f"{how}, {batch}{latency.dtype}, {latency.memory_format}, {plural(latency.threads, 'thread')}"
 
 
-def _latency(measured: Measurement) -> str:
+def latency_cell(measured: Measurement) -> str:
+    """Return the latency of a model with its quartiles."""
     if measured.latency is None:
         return milliseconds(measured.latency_ms or 0.0)
-    low, high = measured.latency.low_ms, measured.latency.high_ms
-    return f"{milliseconds(measured.latency.median_ms)} [{three_digits(low)}–{three_digits(high)}]"
+    return interval(measured.latency.median_ms, measured.latency.low_ms, measured.latency.high_ms)
 
 
 def _speedup(record: RunRecord) -> str:
@@ -71,12 +82,7 @@ def _speedup(record: RunRecord) -> str:
     return f"{speed(record.speedup.ratio)} [{record.speedup.low:.2f}–{record.speedup.high:.2f}×]"
 
 
-def _fewer(before: int, after: int) -> str:
-    return f"{factor(before, after)} fewer"
-
-
 def _scores(record: RunRecord) -> list[tuple[str, float]]:
-    """Return the scores on the way to the last one, named."""
     steps = [(name, value) for name, value in record.scores.items() if name != "original"]
     if len(steps) > 1:
         return [(f"score, {name}", value) for name, value in steps]
