@@ -1,4 +1,4 @@
-"""Files that run elsewhere: checked against the model before they are kept. Adding a file here adds a target."""
+"""Export to files for other runtimes, checked against the model. Adding a file here adds a target."""
 
 from importlib import import_module
 from pkgutil import iter_modules

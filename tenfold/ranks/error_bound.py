@@ -15,7 +15,7 @@ import torch
 from tenfold.decompositions import Decomposition, Moments, algorithm_for, decompose
 from tenfold.errors import DataError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank, join_groups
-from tenfold.parallel import Workers, spread
+from tenfold.parallel import Workers, parallel_map
 from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_saving
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
@@ -101,7 +101,7 @@ class ErrorBound(OneKnobRule):
         table = _Table.open(self.table)
         found: list[dict[str, Rank | None]] = []
         searches = [_Search.of(problem, self, table) for problem in problems]
-        for search, (ranks, errors) in zip(searches, spread(self.workers, _run, None, searches), strict=True):
+        for search, (ranks, errors) in zip(searches, parallel_map(self.workers, _run, None, searches), strict=True):
             found.append(ranks)
             table.add(search, errors)
             if self.progress is not None:

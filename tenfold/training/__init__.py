@@ -4,7 +4,7 @@ Any other training loop works as well: the result of ``apply`` is an ordinary mo
 """
 
 from tenfold.training.batches import Batches
-from tenfold.training.cached_logits import StoredAnswers
+from tenfold.training.cached_logits import CachedLogits
 from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.distillation import Distillation
 from tenfold.training.finetune import finetune
@@ -27,6 +27,7 @@ __all__ = [
     "BayesianConfig",
     "BayesianRanks",
     "BayesianResult",
+    "CachedLogits",
     "Distillation",
     "Ensemble",
     "EpochRecord",
@@ -36,7 +37,6 @@ __all__ = [
     "LowRankResult",
     "RichProgress",
     "SensitivityPenalty",
-    "StoredAnswers",
     "TrainingFolder",
     "TuneConfig",
     "TuneProgress",

@@ -230,13 +230,13 @@ class Snapshot:
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the parameters and buffers, each once."""
+    """Yield the parameters and buffers, each once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the state of the optimizer under the names of the parameters that it is about."""
+    """Yield the state of the optimizer by name of the parameter."""
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -244,7 +244,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> It
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return the value with the strides of the parameter: fused optimizers walk through both in memory order."""
+    """Return the value with the strides of the parameter: fused optimizers iterate over both in memory order."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

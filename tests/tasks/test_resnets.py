@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tenfold.tasks.cifar_resnet import BasicBlock, CifarResNet
+from tenfold.tasks.cifar10 import BasicBlock, CifarResNet
 
 
 @pytest.mark.parametrize(
