@@ -150,7 +150,7 @@ def fit_batches(
         workers: who decomposes weights on the CPU, with the same factors as here; this process if None.
     """
     batches = batches_of(requests)
-    if workers is None or workers.here or any(r.weight.device.type != "cpu" for r in requests):
+    if workers is None or workers.is_local or any(r.weight.device.type != "cpu" for r in requests):
         return ((members, _fit_each(None, [requests[i] for i in members])) for members in batches)
     detached = ([_detached(requests[i]) for i in members] for members in batches)
     return zip(batches, workers.map(_fit_each, None, detached), strict=True)
