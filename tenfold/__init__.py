@@ -37,8 +37,8 @@ _HOMES = {
     "densify_": "tenfold.surgery",
     "export": "tenfold.exporting",
     "finetune": "tenfold.training",
-    "fold": "tenfold.surgery",
-    "fold_": "tenfold.surgery",
+    "fuse_batchnorm": "tenfold.surgery",
+    "fuse_batchnorm_": "tenfold.surgery",
     "load": "tenfold.checkpoint",
     "plan": "tenfold.planning",
     "profile": "tenfold.profiling",
@@ -73,8 +73,8 @@ __all__ = [
     "densify_",
     "export",
     "finetune",
-    "fold",
-    "fold_",
+    "fuse_batchnorm",
+    "fuse_batchnorm_",
     "load",
     "plan",
     "profile",
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from tenfold.ranks import rule_from
     from tenfold.records import Budget, ExportRecord, LayerSpec, Plan, Profile, RunRecord
     from tenfold.staging import Schedule, run_stages, stages
-    from tenfold.surgery import apply, apply_, densify, densify_, fold, fold_, reestimate_batchnorm_
+    from tenfold.surgery import apply, apply_, densify, densify_, fuse_batchnorm, fuse_batchnorm_, reestimate_batchnorm_
     from tenfold.tasks import Task
     from tenfold.training import Distillation, TuneConfig
     from tenfold.training.finetune import finetune

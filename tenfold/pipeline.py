@@ -20,7 +20,14 @@ from tenfold.profiling import Comparison, compare_latency, environment, profile,
 from tenfold.records import Analysis, Latency, Measurement, OptionTable, Plan, Profile, Recipe, RunRecord
 from tenfold.reporting import render_record
 from tenfold.runtime import Runtime
-from tenfold.surgery import apply, apply_in_order, fold_, folds_of, reestimate_batchnorm_, with_errors
+from tenfold.surgery import (
+    apply,
+    apply_in_order,
+    fuse_batchnorm_,
+    fused_pairs,
+    reestimate_batchnorm_,
+    with_errors,
+)
 from tenfold.tracing import device_of
 from tenfold.training import TuneResult
 
@@ -136,8 +143,8 @@ def carry_out(
     tuning = recovery.run(model, small, tune, decision.batches if stale else [])
     if fuse:
         with runtime.step("fuse batch norm", seconds):
-            fold_(small.eval(), decision.inputs)
-            plan = plan.replace(fused=folds_of(small))
+            fuse_batchnorm_(small.eval(), decision.inputs)
+            plan = plan.replace(fused=fused_pairs(small))
     after = profile(small, decision.inputs)
     times = Comparison({}, {})
     if runtime.measure:
@@ -174,7 +181,7 @@ def apply_decision(
     """
     moments, source = decision.moments, decision.source
     if moments is not None and decision.recipe.calibration.method == "sequential":
-        grams = {path: own.output for path, own in moments.items() if own.output is not None}
+        grams = {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
         small = apply_in_order(
             source, plan, decision.batches, original=target, outputs=grams, seed=decision.recipe.seed
         )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tenfold.ranks import RULES
 
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
-from tenfold.ranks import RULES
 from tenfold.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent

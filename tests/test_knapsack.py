@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.optimize
+from tenfold.knapsack import _quiet, pareto, solve
 
 from tenfold.errors import BudgetError
-from tenfold.knapsack import _quiet, pareto, solve
 from tests.ranks.oracles import brute_force, dp_alloc, lagrange_alloc
 
 Instance = tuple[list[np.ndarray], list[np.ndarray], np.ndarray]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +15,6 @@ from tenfold.errors import BudgetError, DataError, PlanError, TenfoldError, Unkn
 from tenfold.pipeline import compress
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import yaml
+from tenfold.ranks import rule_from
 
 from benchmarks.latency.run import decay_
 from benchmarks.zoo import build
 from tenfold.parallel import Workers
 from tenfold.planning import plan
 from tenfold.profiling import environment, profile
-from tenfold.ranks import rule_from
 from tenfold.surgery import apply
 
 HERE = Path(__file__).parent

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 import yaml
 from scipy.stats import rankdata, spearmanr
+from tenfold.planning.damage import with_damage
+from tenfold.ranks import Choice, Choose, Keep, OneKnobRule, RankProblem, total_cost
+from tenfold.ranks.candidates import tail_damage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,10 +32,7 @@ from tenfold.calibration.gradients import collect_gradients
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, split_groups
-from tenfold.planning.damage import with_damage
 from tenfold.profiling import environment, profile
-from tenfold.ranks import Choice, Choose, Keep, OneKnobRule, RankProblem, total_cost
-from tenfold.ranks.candidates import tail_damage
 from tenfold.tasks import load_task
 
 HERE = Path(__file__).parent
@@ -124,8 +124,8 @@ class Trial:
         fisher = collect_gradients(self.model, batches, specs, loss="fisher", seed=self.seed)
         self.damages = {
             "weight": self._damages(None),
-            "output": self._damages({k: m.replace(output=None) for k, m in self.moments.items()}),
-            "fisher": self._damages({k: m.replace(output=fisher[k]) for k, m in self.moments.items()}),
+            "output": self._damages({k: m.replace(output_gram=None) for k, m in self.moments.items()}),
+            "fisher": self._damages({k: m.replace(output_gram=fisher[k]) for k, m in self.moments.items()}),
             "outputs": self._damages(self.moments),
         }
         held = list(task.validation_batches(config["held_out"], batch_size=125))
@@ -198,7 +198,7 @@ class Trial:
                 key = (problem.path, choice.format, *choice.rank.values())
                 if key not in self.known:
                     metric = self.moments[problem.path]
-                    fit = decompose(conv.weight, choice.format, choice.rank, spec=problem.spec, metric=metric)
+                    fit = decompose(conv.weight, choice.format, choice.rank, spec=problem.spec, moments=metric)
                     shift = torch.zeros(()) if fit.bias_shift is None else fit.bias_shift.float()
                     self.known[key] = (fit.value.to_dense(), shift)
                 weight, shift = self.known[key]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from tenfold.ranks import rule_from
 from torch import nn
 
 from benchmarks.zoo import Subject, build
@@ -32,9 +33,8 @@ from tenfold.profiling import (
     profile,
     to_memory_format,
 )
-from tenfold.ranks import rule_from
 from tenfold.records import LayerPlan, Profile
-from tenfold.surgery import apply, fold
+from tenfold.surgery import apply, fuse_batchnorm
 
 HERE = Path(__file__).parent
 HEAD = """\
@@ -104,7 +104,7 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     plain = compared(subject.model, small, subject.inputs, found, config)
     ran = plain
     if wanted.get("fold"):
-        dense, slim = (fold(model, subject.inputs) for model in (subject.model, small))
+        dense, slim = (fuse_batchnorm(model, subject.inputs) for model in (subject.model, small))
         ran = compared(dense, slim, subject.inputs, found, config)
     speedup = ran.speedups["small"]
     per_macs = speedup.ratio * after.macs / cost.macs
@@ -151,7 +151,7 @@ def figures(result: Comparison) -> dict[str, Any]:
 
 def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dict[str, Any]) -> FastPlan:
     """Return the plan for the latency budget, as near to it as the layers allow."""
-    runs = fold(subject.model, subject.inputs) if wanted.get("fold") else subject.model
+    runs = fuse_batchnorm(subject.model, subject.inputs) if wanted.get("fold") else subject.model
     layout, _ = best_memory_format(runs, subject.inputs, seconds=config["model_seconds"] / 2)
     return plan_fast(
         subject.model,

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import yaml
+from tenfold.ranks.globally import Global
 
 from benchmarks.zoo import build
 from tenfold.planning import plan
 from tenfold.profiling import environment, profile
-from tenfold.ranks.globally import Global
 
 HERE = Path(__file__).parent
 

@@ -24,7 +24,7 @@ from torch import nn
 import tenfold
 from tenfold.planning import close_idle
 from tenfold.profiling import environment
-from tenfold.surgery import with_networks_open
+from tenfold.surgery import unroll_rnns
 from tenfold.tasks import Task, load_task
 from tenfold.training import TuneConfig, finetune
 
@@ -111,7 +111,7 @@ def compressed(task: Task, model: nn.Module, name: str, way: Row, config: Row, f
 @torch.no_grad()
 def timed(task: Task, model: nn.Module, config: Row, rows: list[Row]) -> list[list[float]]:
     """Return milliseconds of the processor for one sentence of 20 words, of all rows in turns."""
-    opened, example = with_networks_open(model), task.example_inputs(1)
+    opened, example = unroll_rnns(model), task.example_inputs(1)
     cost = tenfold.profile(opened, example)
     models = [model]
     for row, way in zip(rows[1:], config["rows"].values(), strict=True):
@@ -140,7 +140,7 @@ def _copy(model: nn.Module, task: Task) -> nn.Module:
 
 
 def _tune(model: nn.Module, task: Task, folder: Path) -> None:
-    config = TuneConfig(**task.recipe(), autocast="off", seed=task.seed)
+    config = TuneConfig(**task.tune_settings(), autocast="off", seed=task.seed)
     batches = partial(task.train_batches, batch_size=config.batch_size, seed=config.seed, hold_out=True)
     finetune(model, batches, config, folder=folder)
 

@@ -58,7 +58,9 @@ class Selection:
     chosen: bool
 
 
-def choose(table: OptionTable, recipe: Recipe | None = None, *, overrides: Mapping[str, Override] | None = None) -> Plan:
+def choose(
+    table: OptionTable, recipe: Recipe | None = None, *, overrides: Mapping[str, Override] | None = None
+) -> Plan:
     """Return what is to happen to every layer: the rows that the rule selects within the budget.
 
     Args:

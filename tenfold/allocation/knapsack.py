@@ -115,7 +115,9 @@ def _checked(
     wanted, total = [np.asarray(d, dtype=np.float64) for d in distortions], [columns_of(c) for c in costs]
     shapes = [(w.shape, t.shape) for w, t in zip(wanted, total, strict=False)]
     if len(wanted) != len(total) or not all(a == (b[0],) and b == (*a, len(limit)) and a[0] > 0 for a, b in shapes):
-        msg = f"each of {len(wanted)} layers needs distortions (n,) and costs (n, {len(limit)}), n > 0, not {shapes[:4]}"
+        msg = (
+            f"each of {len(wanted)} layers needs distortions (n,) and costs (n, {len(limit)}), n > 0, not {shapes[:4]}"
+        )
         raise BudgetError(msg)
     if not all(np.isfinite(a).all() for a in (*wanted, *total, limit)):
         msg = "distortions, costs and limits must be finite numbers"

@@ -25,7 +25,9 @@ def pareto(distortion: ArrayLike, costs: ArrayLike) -> Picks:
         [0, 1]
     """
     distortion, costs = np.asarray(distortion, dtype=np.float64), columns_of(costs)
-    order = np.lexsort((np.arange(len(distortion)), *costs.T[::-1], distortion))  # a beaten option comes after what beats it
+    order = np.lexsort(
+        (np.arange(len(distortion)), *costs.T[::-1], distortion)
+    )  # a beaten option comes after what beats it
     kept: list[Picks] = []
     while len(order):
         head, order = order[:_BLOCK], order[_BLOCK:]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def collect_gradients(
 
     An error e of the outputs then costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
     2015, arXiv 1503.05671, with the layer's own error in place of its inputs): the errors of different layers are on
-    one scale and add up. It goes into ``Moments.output``. Labels are not needed.
+    one scale and add up. It goes into ``Moments.output_gram``. Labels are not needed.
 
     Args:
         model: is as before afterwards; its parameters get no gradients.
@@ -53,24 +53,64 @@ def collect_gradients(
         >>> collect_gradients(model, [torch.randn(8, 4)], specs)["0"].shape
         torch.Size([1, 3, 3])
     """
-    sums: dict[str, Tensor] = {}
-    looked_up: list[Tensor] = []
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0
-    with evaluating(model), layer_by_layer(), _catching(model, specs, sums, looked_up):
+    with GradientSums(model, specs, loss=loss, seed=seed, forward=forward) as sums:
         for batch in batches:
             for _ in range(draws):
-                with torch.enable_grad():
-                    value = _loss((forward or call_model)(model, batch), loss, generator, token_mask(batch))
-                _back_to_inputs(value, model, looked_up)
-                looked_up.clear()
-                samples += batch_size_of(batch) or 1
-    missing = [path for path in specs if path not in sums]
-    if samples == 0 or missing:
-        what = f"no gradient reaches {', '.join(missing[:3])}" if samples else "there are no batches"
-        msg = f"cannot tell how much the network minds errors: {what}"
-        raise DataError(msg)
-    return {path: value / samples for path, value in sums.items()}
+                sums.add(model, batch)
+    return sums.mean()
+
+
+class GradientSums:
+    """A context in which batches can be run for the gradients at the outputs of layers: see ``collect_gradients``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Mapping[str, LayerSpec],
+        *,
+        loss: Loss = "outputs",
+        seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
+        self._sums: dict[str, Tensor] = {}
+        self._starts: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self._samples = 0
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        trainable = any(p.requires_grad for p in self._model.parameters())
+        with ExitStack() as stack:
+            for context in (evaluating(self._model), layer_by_layer(), _frozen(self._model)):
+                stack.enter_context(context)
+            stack.enter_context(_catching(self._model, self._specs, self._sums, self._starts, trainable))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Run one batch forward and, from one random projection or draw of labels, backward."""
+        self._starts.clear()
+        with torch.enable_grad():
+            value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch))
+        torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
+        self._samples += batch_size_of(batch) or 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the sums divided by the number of samples.
+
+        Raises:
+            DataError: no batches, or a layer that no gradient reached.
+        """
+        missing = [path for path in self._specs if path not in self._sums]
+        if self._samples == 0 or missing:
+            what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
+            msg = f"cannot tell how much the network minds errors: {what}"
+            raise DataError(msg)
+        return {path: value / self._samples for path, value in self._sums.items()}
 
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
@@ -93,19 +133,27 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
     return total
 
 
-def _back_to_inputs(value: Tensor, model: nn.Module, looked_up: list[Tensor]) -> None:
-    """Run the backward pass for its hooks only: the gradients of the parameters are not kept."""
-    wanted = [*looked_up, *(p for p in model.parameters() if p.requires_grad)]
-    torch.autograd.grad(value, wanted, allow_unused=True)
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter ask for gradients: they would take as long as those of the activations, and nobody reads them."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad = True
 
 
 @contextmanager
 def _catching(
-    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], looked_up: list[Tensor]
+    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], starts: list[Tensor], trainable: bool
 ) -> Iterator[None]:
     """Let the gradients at the outputs of the layers add to the sums.
 
-    Nothing before an embedding has gradients, and a frozen one itself has none: what it looks up goes to ``looked_up``.
+    The graph begins at the outputs of the first layers, which go to ``starts``; of a model without trainable parameters
+    only at those of embeddings.
     """
 
     def leaving(path: str, spec: LayerSpec) -> Callable[..., Tensor]:
@@ -116,9 +164,10 @@ def _catching(
             sums[path] = sums[path] + square if path in sums else square
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if spec.kind == "embedding" and torch.is_grad_enabled() and not output.requires_grad:
-                looked_up.append(output.detach().requires_grad_())
-                output = looked_up[-1].clone()  # an operation in place may follow
+            begins = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
+            if begins and not output.requires_grad:
+                starts.append(output.detach().requires_grad_())
+                output = starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
                 output.register_hook(add)
             return output

@@ -33,6 +33,9 @@ WIDEST = 8192
 # Patches are gathered for as many samples at a time as fit into this many bytes.
 _CHUNK_BYTES = 1 << 27
 
+# Squares of matrices narrower than this are faster whole than by halves.
+_BLOCK = 96
+
 
 def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, widest: int | None = None) -> int:
     """Return the bytes that the moments of these layers take at most, in float64; with those of ``targets`` if so.
@@ -236,7 +239,7 @@ class MomentSums:
                 self._sketch.add(patches, rows)
 
     def _add(self, patches: Tensor, rows: Tensor | None) -> None:
-        self._sum("second", patches @ patches.mT)
+        self._sum("input_second_moment", _square(patches))
         self._sum("mean", patches.sum(-1))
         if rows is not None:
             self._sum("cross", rows @ patches.mT)
@@ -261,12 +264,26 @@ class MomentSums:
         if self._counts is not None:
             return moments_of_ids(self._counts)
         sketch = self._sketch
-        if not (bool(torch.isfinite(self._sums["second"]).all()) if sketch is None else sketch.finite()):
+        if not (bool(torch.isfinite(self._sums["input_second_moment"]).all()) if sketch is None else sketch.finite()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
             raise DataError(msg)
         if sketch is not None:
             return sketch.moments()
         return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
+
+
+def _square(rows: Tensor) -> Tensor:
+    """Return A Aᵀ (groups, n, n) of A (groups, n, rows), which is most of the work: only half of it is computed."""
+    groups, width, _ = rows.shape
+    if width <= _BLOCK:
+        return rows @ rows.mT
+    half = width // 2
+    square = rows.new_empty(groups, width, width)
+    square[:, :half, :half] = _square(rows[:, :half])
+    square[:, half:, half:] = _square(rows[:, half:])
+    square[:, half:, :half] = rows[:, half:] @ rows[:, :half].mT
+    square[:, :half, half:] = square[:, half:, :half].mT
+    return square
 
 
 def _chunks(x: Tensor, spec: LayerSpec, positions: int | None) -> Iterator[slice]:

@@ -202,6 +202,15 @@ class Factorization(abc.ABC):
         return params, macs
 
     @classmethod
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...] | None:
+        """Return input and output channels of each sub-layer at many ranks (n, names), the same of which are full.
+
+        None, unless nothing else of the sub-layers changes with the ranks: then ``structure`` is to be asked for each.
+        """
+        del spec, ranks
+        return None
+
+    @classmethod
     def num_params(cls, spec: LayerSpec, rank: Rank) -> int:
         """Return the number of parameters at ``rank``, bias included."""
         return chain_params(cls.structure(spec, cls.check_rank(spec, rank)))

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,13 @@ class Kruskal(Factorization):
     def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
         """Return parameters and multiply-accumulates, which grow in proportion to the rank."""
         return proportional_cost(cls.structure(spec, {"rank": 1}), ranks[:, 0], in_shape)
+
+    @classmethod
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...]:
+        """Return those of the two mixes, and of the depthwise convolutions in between."""
+        inner = ranks[:, 0] * spec.groups
+        depthwise = len(cls.structure(spec, {"rank": 1})) - 2
+        return (spec.in_channels, inner), *((inner, inner),) * depthwise, (inner, spec.out_channels)
 
     @classmethod
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:

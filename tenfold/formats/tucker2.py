@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -71,6 +71,15 @@ class Tucker2(Factorization):
         first, last = np.where(r_in < inner, inner * r_in, 0), np.where(r_out < out, out * r_out, 0)
         steps = ((groups * first, before), (groups * r_in * r_out * prod(kernel), core), (groups * last, after))
         return total_cost(spec, steps)
+
+    @classmethod
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...]:
+        """Return those of the core, and of the mixes beside it where their sides are not full."""
+        most = cls.max_rank(spec)
+        r_out, r_in = ranks.T * spec.groups
+        first = ((spec.in_channels, r_in),) if ranks[0, 1] < most["in"] else ()
+        last = ((r_out, spec.out_channels),) if ranks[0, 0] < most["out"] else ()
+        return *first, (r_in, r_out), *last
 
     @classmethod
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:

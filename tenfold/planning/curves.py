@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.decompositions.curves import damage_curve, error_curve
+from tenfold.decompositions import error_curve
 from tenfold.formats import FORMATS
 from tenfold.planning.eligible import EligibleLayer
 from tenfold.tensors import singular_values
@@ -56,8 +56,8 @@ def distortion_curve(layer: EligibleLayer, format: str, weight: Tensor) -> Curve
     moments = layer.moments
     if moments is None:
         return weight_curve(layer, format, weight)
-    curve = damage_curve(weight, layer.spec, FORMATS.get(format), moments)
-    if moments.output is not None:
+    curve = error_curve(weight, layer.spec, FORMATS.get(format), moments)
+    if moments.output_gram is not None:
         return curve
     flat = weight.detach().double().flatten(2)
     power = float(moments.errors(flat, flat)[1].sum())

@@ -22,7 +22,7 @@ from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import Clock, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
-from tenfold.surgery import fold_, folds_of, opened_networks, with_networks_open
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
 from tenfold.tracing import device_of, gathered
 
 
@@ -104,8 +104,8 @@ def decide(
             table = tabulate(source, cost, wanted, moments=moments, scores=made, runtime=runtime)
             decision = _chosen(replace(decision, table=table), runtime)
         plan = refuse_unused(decision.plan, model)
-        if plan.unrolled != opened_networks(source):
-            source = with_networks_open(model, plan.unrolled)
+        if plan.unrolled != unrolled_rnns(source):
+            source = unroll_rnns(model, plan.unrolled)
             cost = profile(source, example_inputs)
     return replace(decision, plan=plan, source=source, profile=cost)
 
@@ -122,7 +122,7 @@ def refuse_empty(plan: Plan) -> None:
 def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
     """Return a copy in evaluation mode with its batch norms fused."""
     copied = copy.deepcopy(model).eval()
-    fold_(copied, inputs)
+    fuse_batchnorm_(copied, inputs)
     return copied
 
 
@@ -150,7 +150,7 @@ def _chosen(decision: Decision, runtime: Runtime) -> Decision:
     if table is None:
         return decision
     if "latency" not in decision.recipe.budget.limited:
-        fused = folds_of(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
+        fused = fused_pairs(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
         return replace(decision, plan=choose(table).replace(fused=fused))
     clock = runtime.clock
     if clock is None:

@@ -81,8 +81,8 @@ class ErrorSearch:
             rank = json.dumps(ranks[index], sort_keys=True)
             if rank not in known:
                 start = fits[min(fits, key=lambda i: abs(i - index))] if fits else None
-                options = {"spec": self.layer.spec, "metric": self.layer.moments, "start": start}
-                fit = decompose(dense, format, ranks[index], algorithm, **options)
+                spec, moments = self.layer.spec, self.layer.moments
+                fit = decompose(dense, format, ranks[index], algorithm, spec=spec, moments=moments, start=start)
                 fits[index] = fit.value
                 known[rank] = fit.rel_error if fit.output_error is None else fit.output_error
             found[index] = known[rank]
@@ -94,7 +94,7 @@ class ErrorSearch:
 
     def _algorithm(self, format: str) -> Decomposition:
         """Return the format's algorithm with few sweeps."""
-        settings = default_algorithm(format, self.rule.seed, aware=self.layer.moments is not None).to_dict()
+        settings = default_algorithm(format, self.rule.seed, data_aware=self.layer.moments is not None).to_dict()
         if "n_iter" in settings:
             settings["n_iter"] = min(settings["n_iter"], self.rule.sweeps)
         return Decomposition.from_dict(settings)

@@ -19,7 +19,7 @@ from tenfold.planning.timing import Timing
 from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
 from tenfold.profiling.latency.memory_format import candidates_for
 from tenfold.records import Budget, Latency, LayerPlan, OptionTable, Plan, Profile, Speedup
-from tenfold.surgery import fold_, folds_of, restructure_
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
 
 _LOG = logging.getLogger("tenfold")
 _SLACK = 0.02  # a plan may stay this far below the allowance before it is made anew with more
@@ -112,7 +112,7 @@ def plan_within_latency(
     runs = model
     if table.recipe.fuse_batchnorm:
         runs = copy.deepcopy(model).eval()
-        fold_(runs, inputs)
+        fuse_batchnorm_(runs, inputs)
     state = _State(model, runs, table, profile, inputs, clock, search)
     if "latency" not in table.recipe.budget.limited:
         found, better = state.attempt(None, 1)
@@ -189,7 +189,13 @@ class _State:
         """Times layers as the clock does, each geometry once."""
         c = self.clock
         return LayerBench(
-            self.profile, c.device, c.dtype, c.memory_format, c.threads, self.search.layer_seconds, compare=self.search.compare
+            self.profile,
+            c.device,
+            c.dtype,
+            c.memory_format,
+            c.threads,
+            self.search.layer_seconds,
+            compare=self.search.compare,
         )
 
     def timing(self) -> Timing:
@@ -203,7 +209,7 @@ class _State:
     def attempt(self, timing: Timing | None, number: int) -> tuple[FastPlan, str | None]:
         """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
         gated = keep_slower_layers_dense(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
-        plan = gated.plan.replace(fused=folds_of(self.runs))
+        plan = gated.plan.replace(fused=fused_pairs(self.runs))
         small = with_structure(self.runs, plan)
         own = self.clock.memory_format
         if own not in self.formats:

@@ -14,11 +14,12 @@ from torch import Tensor
 from tenfold.allocation import RankRule
 from tenfold.allocation.rules.evbmf import EVBMF
 from tenfold.allocation.rules.fixed import Fixed
+from tenfold.decompositions import error_curve
 from tenfold.errors import UnknownNameError
 from tenfold.formats import FORMATS, Rank
 from tenfold.patterns import first_match
 from tenfold.planning.costs import costs_of, saves
-from tenfold.planning.curves import error_curve, spectra_of, tail_shares
+from tenfold.planning.curves import spectra_of, tail_shares
 from tenfold.planning.eligible import EligibleLayer
 from tenfold.registry import did_you_mean
 from tenfold.tensors.vbmf import evbmf
@@ -90,9 +91,7 @@ def _fuller(layer: EligibleLayer, format: str, ranks: Ranks) -> tuple[Ranks, NDA
     return best, changed
 
 
-def _below(
-    layer: EligibleLayer, costs: tuple[Ranks, Ranks], than: tuple[Ranks, Ranks]
-) -> NDArray[np.bool_]:
+def _below(layer: EligibleLayer, costs: tuple[Ranks, Ranks], than: tuple[Ranks, Ranks]) -> NDArray[np.bool_]:
     (params, macs), (old_params, old_macs) = costs, than
     if not layer.cost.macs:  # what has none, a lookup in an embedding, is judged by its parameters
         return np.asarray(params < old_params)
@@ -209,7 +208,9 @@ def given(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> 
     if pattern is None or format != layer.formats[0]:
         return _array(format, []), {}
     rank = rule.ranks[pattern]
-    return _array(format, [kind.check_rank(layer.spec, dict.fromkeys(kind.rank_names, rank) if isinstance(rank, int) else rank)]), {}
+    return _array(
+        format, [kind.check_rank(layer.spec, dict.fromkeys(kind.rank_names, rank) if isinstance(rank, int) else rank)]
+    ), {}
 
 
 def _rank_now(layer: EligibleLayer, format: str) -> Rank:

@@ -19,9 +19,9 @@ from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
 from tenfold.patterns import check_patterns
 from tenfold.planning.conditions import conditions_of
-from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.curves import weight_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, reason_to_keep
+from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.profiling.latency.monotone import isotonic
 from tenfold.records import (
     Cost,
@@ -30,7 +30,7 @@ from tenfold.records import (
     Recipe,
     SensitivityPoint,
     SensitivityTable,
-    held_alone,
+    locked,
 )
 
 T = TypeVar("T")
@@ -317,7 +317,7 @@ class Sensitivity:
     def _save(self) -> None:
         """Write the table down, with what others measured under the same conditions and wrote there meanwhile."""
         if self._path is not None:
-            with held_alone(self._path):
+            with locked(self._path):
                 if self._path.exists():
                     self._take_over(SensitivityTable.load(self._path))
                 self.table.save(self._path)

@@ -12,20 +12,21 @@ from torch import nn
 from tenfold import __version__
 from tenfold.allocation import RankRule, rule_of
 from tenfold.allocation.rules.threshold import ErrorBound
-from tenfold.decompositions import Decomposition, Moments, default_algorithm
+from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.planning.columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.costs import costs_of
-from tenfold.planning.curves import BY_DATA, BY_WEIGHT as WEIGHT_ERRORS
+from tenfold.planning.curves import BY_DATA
+from tenfold.planning.curves import BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, kept_reasons
 from tenfold.planning.error_search import Errors, ErrorSearch
 from tenfold.planning.rows import rows_of, without_idle_factors
 from tenfold.planning.timing import Timing
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
-from tenfold.records.base import held_alone, read_json, write_text
+from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
-from tenfold.surgery import opened_networks
+from tenfold.surgery import unrolled_rnns
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -77,7 +78,7 @@ def tabulate(
         for layer in profile.layers
         if not kept[layer.path]
     ]
-    if len({layer.moments.output is None for layer in layers if layer.moments is not None}) > 1:
+    if len({layer.moments.output_gram is None for layer in layers if layer.moments is not None}) > 1:
         msg = "some moments have output Gram matrices and some do not: their distortions are not on one scale"
         raise PlanError(msg)
     options = _weighed(layers, rule, scores, runtime)
@@ -93,16 +94,13 @@ def tabulate(
             if layer.spec is not None or layer.params or layer.macs
         ),
         distortion=BY_SCORES if scores is not None else WEIGHT_ERRORS if moments is None else BY_DATA,
-        algorithms={f: algorithm_for(recipe, f, aware=moments is not None).to_dict() for f in used},
-        unrolled=opened_networks(model),
+        algorithms={
+            f: algorithm_for(f, recipe.algorithms.get(f), recipe.seed, data_aware=moments is not None).to_dict()
+            for f in used
+        },
+        unrolled=unrolled_rnns(model),
     )
     return table if timing is None else timing.time(table)
-
-
-def algorithm_for(recipe: Recipe, format: str, *, aware: bool) -> Decomposition:
-    """Return what finds the factors of a format: as the recipe says, else the format's default."""
-    given = recipe.algorithms.get(format)
-    return default_algorithm(format, recipe.seed, aware=aware) if given is None else Decomposition.from_dict(given)
 
 
 def _layer(layer: LayerProfile, reason: str, options: Sequence[FormatOptions]) -> LayerOptions:
@@ -130,20 +128,24 @@ class _Work:
 def _weighed(
     layers: Sequence[EligibleLayer], rule: RankRule, scores: Scores | None, runtime: Runtime
 ) -> dict[str, list[FormatOptions]]:
-    cache = _ErrorCache(runtime.cache) if isinstance(rule, ErrorBound) and rule.rel_error is not None else None
-    work = _Work(rule, scores is not None, {} if cache is None else cache.load())
-    pieces = layers if runtime.workers.here else [_alone(layer) for layer in layers]
+    cache = None
+    if runtime.cache is not None and "fitted_error" in rule.columns:
+        cache = JsonCache(Path(runtime.cache), {"version": 1, "what": "errors of trial fits"})
+    work = _Work(rule, scores is not None, {} if cache is None else _known_errors(cache))
+    pieces = layers if runtime.workers.is_local else [_alone(layer) for layer in layers]
     options: dict[str, list[FormatOptions]] = {}
     for layer, (own, errors) in zip(layers, runtime.workers.map(_options, work, pieces), strict=True):
         options[layer.path] = own
         runtime.report(STEP, len(options), len(layers))
-        if cache is not None:
+        if cache is not None and errors:
             cache.add(errors)
     ranks = {path: {o.format: o.ranks for o in own} for path, own in options.items()}
     measured = score_columns(rule.columns, ranks, rule, scores)
     replaces = rule.rows != "grid" and not rule.by_name
     return {
-        layer.path: [_finished(layer, own, measured[layer.path][own.format], replaces=replaces) for own in options[layer.path]]
+        layer.path: [
+            _finished(layer, own, measured[layer.path][own.format], replaces=replaces) for own in options[layer.path]
+        ]
         for layer in layers
     }
 
@@ -164,6 +166,15 @@ def _costed(layer: EligibleLayer, format: str, ranks: Any, columns: Mapping[str,
     params, macs = costs_of(layer, format, ranks)
     names = FORMATS.get(format).rank_names
     return FormatOptions(format=format, names=names, ranks=ranks, params=params, macs=macs, columns=dict(columns))
+
+
+def _known_errors(cache: JsonCache) -> dict[str, Errors]:
+    """Return the errors of earlier trial fits, by key and rank: a search that was interrupted goes on there."""
+    try:
+        return {key: {r: float(e) for r, e in own.items()} for key, own in cache.load().items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        msg = f"{cache.path} is not a table of errors by rank: {error}. Choose another file, or delete this one."
+        raise DataError(msg) from error
 
 
 def _alone(layer: EligibleLayer) -> EligibleLayer:
@@ -188,37 +199,3 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
             columns = {**columns, "fitted_error": fitted[format]}
         options.append(_costed(layer, format, ranks, columns))
     return options, {} if search is None else search.new
-
-
-class _ErrorCache:
-    """Errors of trial fits on disk: a search that was interrupted goes on there."""
-
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = None if path is None else Path(path)
-
-    def load(self) -> dict[str, Errors]:
-        """Return what is on disk, by key and rank; nothing without a file.
-
-        Raises:
-            DataError: the file is no such table.
-        """
-        if self.path is None or not self.path.exists():
-            return {}
-        try:
-            stored = read_json(self.path)
-            return {key: {r: float(e) for r, e in own.items()} for key, own in stored["errors"].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            msg = f"{self.path} is not a table of errors by rank: {error}. Choose another file, or delete this one."
-            raise DataError(msg) from error
-
-    def add(self, errors: Mapping[str, Errors]) -> None:
-        """Store errors beside what other searches wrote meanwhile."""
-        if self.path is None or not any(errors.values()):
-            return
-        with held_alone(self.path):
-            there = self.load()
-            for key, own in errors.items():
-                there[key] = there.get(key, {}) | own
-            import json
-
-            write_text(self.path, json.dumps({"version": 1, "errors": there}, indent=1) + "\n")

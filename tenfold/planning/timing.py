@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +82,11 @@ class Timing:
         """Return the table with what its layers take now and as each of their options; measures what is missing."""
         used = [(layer, self.profile.layer(layer.path)) for layer in table.eligible]
         self.clock.prepare(
-            [_Timed(known.spec, tuple(o.format for o in layer.options), known.calls) for layer, known in used if known.spec]
+            [
+                _Timed(known.spec, tuple(o.format for o in layer.options), known.calls)
+                for layer, known in used
+                if known.spec
+            ]
         )
         timed = {layer.path: self._timed(layer, known) for layer, known in used}
         layers = tuple(timed.get(layer.path, layer) for layer in table.layers)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tenfold.patterns import first_match
 from tenfold.records import Budget, Cost, LayerPlan, Plan
-from tenfold.surgery import closed_networks, opened_networks, with_networks_open
+from tenfold.surgery import fused_rnns, unroll_rnns, unrolled_rnns
 
 
 def unroll_for_plan(
@@ -26,10 +26,10 @@ def unroll_for_plan(
         budget: what the whole model may cost.
     """
     if plan is not None:
-        return with_networks_open(model, plan.unrolled)
+        return unroll_rnns(model, plan.unrolled)
     if budget is not None and "latency" in budget.limited:
         return model
-    return with_networks_open(model, [path for path in closed_networks(model) if first_match(keep, path) is None])
+    return unroll_rnns(model, [path for path in fused_rnns(model) if first_match(keep, path) is None])
 
 
 def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
@@ -44,7 +44,7 @@ def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
     for path, kind in plan.unrolled.items():
         inside = f"{path}.cells." if path else "cells."
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
-        if path in opened_networks(model) or any(layer.format for layer in layers):
+        if path in unrolled_rnns(model) or any(layer.format for layer in layers):
             continue
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
         whole = LayerPlan(

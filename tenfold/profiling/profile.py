@@ -15,7 +15,7 @@ from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same
 from tenfold.tracing.inputs import call_model, input_shapes
 from tenfold.tracing.layers import Entry, entries
 from tenfold.tracing.observing import Observation, observing
-from tenfold.tracing.reads import watching_reads
+from tenfold.tracing.trace import Trace, Tracer
 
 NEVER_CALLED = "never called by this forward (its weight may be read by its parent)"
 
@@ -55,7 +55,7 @@ def profile(
         layer_by_layer(),
         same_random_numbers(device),
         counter,
-        watching_reads(layers) as read,
+        Tracer(dict(model.named_modules())) as trace,
         observing(layers, lambda: counter.flops) as seen,
     ):
         call_model(model, example_inputs)
@@ -65,7 +65,7 @@ def profile(
         total = measure_latency(model, example_inputs, seconds=seconds, threads=threads)
         times = layer_latency(model, example_inputs, layers, seconds=seconds, threads=threads)
     profiles = tuple(
-        _layer_profile(layer, seen[layer.path], times.get(layer.path), read=layer.path in read) for layer in layers
+        _layer_profile(layer, seen[layer.path], times.get(layer.path), read=_is_read(layer, trace)) for layer in layers
     )
     return Profile(
         model=type(model).__name__,
@@ -80,6 +80,16 @@ def profile(
         latency=total,
         environment=environment(device),
     )
+
+
+def _is_read(layer: Entry, trace: Trace) -> bool:
+    """Whether others compute with the weight of a layer that could be factorized.
+
+    A shared weight does not count, which all layers that hold it compute with.
+    """
+    if layer.spec is None or layer.tied or isinstance(layer.module, FactorizedLayer):
+        return False
+    return layer.path in trace.read_outside
 
 
 def _layer_profile(layer: Entry, seen: Observation, time: LayerTime | None, *, read: bool) -> LayerProfile:

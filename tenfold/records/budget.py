@@ -75,7 +75,9 @@ class Budget(Record):
         values = dict(budget or {})
         for name, value in values.items():
             if name not in cls.model_fields:
-                msg = f"a budget names {', '.join(cls.model_fields)}, not {name}. {did_you_mean(name, cls.model_fields)}"
+                msg = (
+                    f"a budget names {', '.join(cls.model_fields)}, not {name}. {did_you_mean(name, cls.model_fields)}"
+                )
                 raise BudgetError(msg)
             if value is not None:
                 _check(name, value)
@@ -94,7 +96,9 @@ class Budget(Record):
     @property
     def limited(self) -> tuple[str, ...]:
         """Which of ``params``, ``macs`` and ``latency`` are limited."""
-        return tuple(k for k, most in LIMITED.items() if getattr(self, k) is not None or getattr(self, most) is not None)
+        return tuple(
+            k for k, most in LIMITED.items() if getattr(self, k) is not None or getattr(self, most) is not None
+        )
 
     def without_latency(self) -> Self:
         """Return the budget of what can be counted."""
@@ -115,9 +119,13 @@ class Budget(Record):
             share, most = getattr(self, name), getattr(self, LIMITED[name])
             whole = latency_ms if name == "latency" else getattr(cost, name)
             if share is not None and whole is None:
-                msg = f"latency={share:g} is a share of a latency that was not measured: pass a clock, or max_latency_ms"
+                msg = (
+                    f"latency={share:g} is a share of a latency that was not measured: pass a clock, or max_latency_ms"
+                )
                 raise BudgetError(msg)
-            limits[name] = min(*(v for v in (None if share is None else share * whole, most) if v is not None), float("inf"))
+            limits[name] = min(
+                *(v for v in (None if share is None else share * whole, most) if v is not None), float("inf")
+            )
         return limits
 
     def __bool__(self) -> bool:

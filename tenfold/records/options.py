@@ -19,9 +19,10 @@ from pydantic import (
 )
 
 from tenfold.errors import DataError
-from tenfold.records.base import Record, explain, write_text
+from tenfold.records.base import Record, explain
 from tenfold.records.costs import Cost
 from tenfold.records.recipe import Recipe
+from tenfold.records.store import write_text
 
 OPTIONS_VERSION = 2
 

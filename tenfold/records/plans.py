@@ -10,11 +10,12 @@ from typing import Any, Literal, Self
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from tenfold.errors import PlanError, TenfoldError
-from tenfold.records.base import Record, write_text
+from tenfold.records.base import Record
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
-from tenfold.records.recipe import Recipe
 from tenfold.records.exports import ExportRecord
+from tenfold.records.recipe import Recipe
 from tenfold.records.stages import StageRecord
+from tenfold.records.store import write_text
 
 PLAN_VERSION = 2
 PLAN_HEADER = """\

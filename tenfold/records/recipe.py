@@ -9,8 +9,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from tenfold.errors import RecipeError, TenfoldError
-from tenfold.records.base import Record, explain, write_text
+from tenfold.records.base import Record, explain
 from tenfold.records.budget import Budget
+from tenfold.records.store import write_text
 from tenfold.registry import as_tuple
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")

@@ -2,41 +2,41 @@
 
 from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_, with_errors
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
-from tenfold.surgery.fuse_batchnorm import FoldedNorm, fold, fold_, fold_pairs_, folds_of
-from tenfold.surgery.fused_pairs import Folds, find_folds
+from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
+from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
 from tenfold.surgery.refit import apply_in_order
 from tenfold.surgery.unroll_rnn import (
-    close_networks_,
-    closed_networks,
-    open_networks_,
-    opened_networks,
-    with_networks_open,
+    fuse_rnns_,
+    fused_rnns,
+    unroll_rnns,
+    unroll_rnns_,
+    unrolled_rnns,
 )
 
 __all__ = [
-    "FoldedNorm",
-    "Folds",
+    "FusedNorm",
+    "FusedPairs",
     "apply",
     "apply_",
     "apply_in_order",
-    "close_networks_",
-    "closed_networks",
     "densify",
     "densify_",
     "find",
-    "find_folds",
     "fits_of",
-    "fold",
-    "fold_",
-    "fold_pairs_",
-    "folds_of",
-    "open_networks_",
-    "opened_networks",
+    "fusable_pairs",
+    "fuse_batchnorm",
+    "fuse_batchnorm_",
+    "fuse_pairs_",
+    "fuse_rnns_",
+    "fused_pairs",
+    "fused_rnns",
     "paths_of",
     "put",
     "reestimate_batchnorm_",
     "restructure_",
+    "unroll_rnns",
+    "unroll_rnns_",
+    "unrolled_rnns",
     "with_errors",
-    "with_networks_open",
 ]

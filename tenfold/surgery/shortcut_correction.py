@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
-from tenfold.tracing.residual import ResidualReplay
+from tenfold.tracing.replay import Replay
+from tenfold.tracing.trace import Trace
 
 # Channels that batch norm scales down to less than this share of the largest are dead: nothing can pass through them.
 DEAD = 1e-3
@@ -29,7 +30,7 @@ class Branch:
     scale: Tensor | None = None
 
     def importance(self, spec: LayerSpec) -> Tensor | None:
-        """Return how much the sum minds errors of the layer's outputs, as in ``Moments.output``; None for all alike."""
+        """Return how errors of the layer's outputs count in the sum, as ``Moments.output_gram``; None for all alike."""
         if self.scale is None or len(self.scale) != spec.out_channels:
             return None
         return torch.diag_embed(self.scale.double().square().view(spec.groups, -1))
@@ -43,24 +44,22 @@ class Branch:
         return lost * inverse.view(-1, *[1] * (lost.dim() - 2))  # batch norm has its channels on axis 1
 
 
-def branch_of(model: nn.Module, replay: ResidualReplay, path: str) -> Branch | None:
+def branch_of(model: nn.Module, trace: Trace, path: str) -> Branch | None:
     """Return where the output of the layer at ``path`` meets a shortcut; None if that is not seen, or not all of it."""
-    if replay.is_added(path):
+    if trace.is_added(path):
         return Branch(path)
-    follower = replay.follower(path)
+    follower = trace.follower(path)
     norm = None if follower is None else model.get_submodule(follower)
     if follower is None or not isinstance(norm, BATCH_NORMS) or norm.running_var is None:
         return None
-    if not replay.is_added(follower):
+    if not trace.is_added(follower):
         return None
     with torch.no_grad():
         scale = (norm.running_var + norm.eps).rsqrt()
         return Branch(follower, scale if norm.weight is None else scale * norm.weight)
 
 
-def targets(
-    dense: ResidualReplay, new: ResidualReplay, path: str, branch: Branch | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def targets(dense: Replay, new: Replay, path: str, branch: Branch | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over what enters a layer of the new model and what should leave it, with its bias, batch by batch.
 
     That is what leaves it in the dense model; with a branch, plus what the shortcut has lost, so that the sum is met.

@@ -13,24 +13,24 @@ from tenfold.layers.recurrent import stacked_weights
 from tenfold.surgery.modules import find, put
 
 
-def closed_networks(model: nn.Module) -> dict[str, str]:
+def fused_rnns(model: nn.Module) -> dict[str, str]:
     """Return path and kind of torch's recurrent networks that can be opened: GRUs and LSTMs, no derived classes.
 
     One with a projection, or whose weights are made anew by hooks in each forward, cannot be.
 
     Example:
-        >>> closed_networks(nn.ModuleDict({"words": nn.Embedding(9, 4), "rnn": nn.LSTM(4, 8)}))
+        >>> fused_rnns(nn.ModuleDict({"words": nn.Embedding(9, 4), "rnn": nn.LSTM(4, 8)}))
         {'rnn': 'LSTM'}
     """
     return {path: type(m).__name__ for path, m in model.named_modules() if _can_open(m)}
 
 
-def opened_networks(model: nn.Module) -> dict[str, str]:
+def unrolled_rnns(model: nn.Module) -> dict[str, str]:
     """Return path and kind of the recurrent networks that were opened."""
     return {path: m.mode for path, m in model.named_modules() if isinstance(m, Recurrent) and type(m) in (GRU, LSTM)}
 
 
-def open_networks_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
+def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Open recurrent networks in place, all that can be or those at ``paths``; return the model.
 
     Outputs stay the same. The linear layers, such as ``rnn.cells.0.ih``, hold the very parameters of the network. Those
@@ -40,12 +40,12 @@ def open_networks_(model: nn.Module, paths: Collection[str] | None = None) -> nn
         PlanError: no such network, or one that cannot be opened.
 
     Example:
-        >>> model = open_networks_(nn.ModuleDict({"rnn": nn.GRU(4, 8)}))
+        >>> model = unroll_rnns_(nn.ModuleDict({"rnn": nn.GRU(4, 8)}))
         >>> model["rnn"].cells[0].hh
         Linear(in_features=8, out_features=24, bias=True)
     """
     if paths is None:
-        paths = closed_networks(model)
+        paths = fused_rnns(model)
     new: dict[str, nn.Module] = {}
     for path in paths:
         network = find(model, path)
@@ -61,15 +61,15 @@ def open_networks_(model: nn.Module, paths: Collection[str] | None = None) -> nn
     return put(model, new)
 
 
-def with_networks_open(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
+def unroll_rnns(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Return a copy in which recurrent networks are open; the model itself where there is nothing to open."""
-    wanted = closed_networks(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
-    return open_networks_(copy.deepcopy(model), wanted) if wanted else model
+    wanted = fused_rnns(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
+    return unroll_rnns_(copy.deepcopy(model), wanted) if wanted else model
 
 
-def close_networks_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
+def fuse_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Put torch's own networks in the place of opened ones, in place, factors multiplied out; return the model."""
-    open_ones = opened_networks(model)
+    open_ones = unrolled_rnns(model)
     new: Mapping[str, nn.Module] = {
         path: network.close()
         for path in (open_ones if paths is None else paths)

@@ -82,6 +82,21 @@ def check_costs(format: Format, at: Geometry) -> None:
             expect(found == wanted, f"cost says {found} at {rank}, the structure {wanted}")
 
 
+def check_channels(format: Format, at: Geometry) -> None:
+    """Raise LawBroken unless ``channels``, where a format says them, are those of ``structure`` at each rank."""
+    spec, most = at.spec, format.max_rank(at.spec)
+    for full in product((False, True), repeat=len(most)):
+        options = [(top,) if whole else _some_below(top)[:-1] for top, whole in zip(most.values(), full, strict=True)]
+        ranks = np.array(list(product(*options)), dtype=np.int64).reshape(-1, len(most))
+        channels = format.channels(spec, ranks) if len(ranks) else None
+        for row, values in enumerate(ranks.tolist() if channels is not None else ()):
+            rank = dict(zip(most, values, strict=True))
+            wanted = [(stage.in_channels, stage.out_channels) for stage in format.structure(spec, rank)]
+            found = [tuple(int(np.broadcast_to(side, len(ranks))[row]) for side in pair) for pair in channels or ()]
+            with law(3, format.name(), at, rank):
+                expect(found == wanted, f"channels says {found}, the structure {wanted}")
+
+
 def _some_below(top: int) -> tuple[int, ...]:
     """Return the ends of 1..top, their neighbours, and some numbers in between."""
     numbers = {1, 2, 3, top // 3, top // 2, 2 * top // 3, top - 1, top}
@@ -240,6 +255,7 @@ FORMAT_LAWS: dict[str, Callable[[Format, Geometry], None]] = {
     "ranks": check_ranks,
     "family_costs": check_family_costs,
     "costs": check_costs,
+    "channels": check_channels,
     "unfoldings": check_unfoldings,
     "round_trips": check_round_trips,
     "params": check_params,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tenfold.ranks import rule_from
 from torch import Tensor, nn
 
 from tenfold.checkpoint import check_target, load, model_folder, read_record, save
@@ -20,7 +21,6 @@ from tenfold.errors import CheckpointError
 from tenfold.pipeline import compress
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.records import Plan
 from tenfold.surgery import apply
 

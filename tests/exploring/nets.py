@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.exploring import Explorer
 from tenfold.planning import candidates, plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.records import Candidates, Plan
 
 FORMATS = ("tucker2", "low_rank", "spatial")

@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 import torch
+from tenfold.ranks import RankProblem
+from tenfold.ranks.candidates import grids
 from torch.nn import functional
 
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.layers import FactorizedLayer
-from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import grids
 from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs, chain_params
 from tenfold.testing.weights import random_factors
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+from tenfold.planning.gate import neutral_layer
 from torch import nn
 
 from tenfold import apply, plan, profile, rule_from
 from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, TTEmbedding, build
-from tenfold.planning.gate import neutral_layer
 from tenfold.profiling.latency.grid import chart
 from tenfold.profiling.latency.layer_timer import StageTimer
 from tenfold.records import LayerSpec, SubLayerSpec, TTGatherSpec

@@ -72,7 +72,9 @@ class Subject:
         """Return scores for the one rule that needs some."""
         if rule != "accuracy_drop":
             return None
-        return Sensitivity(self.model, self.profile, {"formats": self.untimed}, evaluate=self.score, batches=[self.seen])
+        return Sensitivity(
+            self.model, self.profile, {"formats": self.untimed}, evaluate=self.score, batches=[self.seen]
+        )
 
     def plans(self, rule_name: str) -> dict[str, Found]:
         """Return what comes of every budget, with and without data and clock."""

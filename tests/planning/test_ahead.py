@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tenfold.ranks import base, error_bound, rule_from
 from torch import nn
 
 from tenfold.calibration import calibrate
@@ -14,7 +15,6 @@ from tenfold.decompositions import curves
 from tenfold.parallel import Workers
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import base, error_bound, rule_from
 
 X = torch.randn(40, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tenfold.knapsack import solve
+from tenfold.planning.candidates import fronts
+from tenfold.planning.fast import with_structure
+from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.exploring import Explorer, Wish
-from tenfold.knapsack import solve
 from tenfold.planning import LayerTiming, candidates, candidates_for, plan, plan_fast, recost
-from tenfold.planning.candidates import fronts
-from tenfold.planning.fast import with_structure
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.records import Candidates, Profile
 from tests.planning import fakes
 

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tenfold.planning.fast import with_structure
+from tenfold.planning.gate import neutral_layer, together
+from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.planning import LayerBench, LayerTiming, Timing, plan, plan_fast, plan_never_slower
-from tenfold.planning.fast import with_structure
-from tenfold.planning.gate import neutral_layer, together
 from tenfold.profiling import Clock, Comparison, profile
-from tenfold.ranks import rule_from
 from tenfold.records import ContractSpec, Latency, LayerSpec, Speedup
-from tenfold.surgery import apply, fold
+from tenfold.surgery import apply
 
 FAST, SLOW = LayerTiming(2.0, 1.0, 2.0, 1.9, 2.1), LayerTiming(1.0, 1.25, 0.8, 0.7, 0.9)
 OVERHEAD_MS = 0.3  # of everything that is no layer

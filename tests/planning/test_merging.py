@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tenfold.planning.merging import without_idle_stages
+from tenfold.ranks import Choose, Keep, RankProblem, rule_from
 from torch import nn
 
 from tenfold.formats import FORMATS
 from tenfold.layers import spec_of
 from tenfold.planning import plan
-from tenfold.planning.merging import without_idle_stages
 from tenfold.profiling import profile
-from tenfold.ranks import Choose, Keep, RankProblem, rule_from
 from tenfold.records import Call, Cost
 from tenfold.surgery import apply
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -12,7 +13,6 @@ from tenfold.decompositions.tucker import HOSVD
 from tenfold.errors import BudgetError, PlanError, UnknownNameError
 from tenfold.planning import plan, recost
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.records import Plan
 from tenfold.surgery import apply
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.decompositions import decompose
 from tenfold.planning import plan, tradeoff
 from tenfold.planning.tradeoff import BY_RULE, BY_WEIGHT
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.records import Plan, Profile
 
 

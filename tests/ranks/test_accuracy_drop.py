@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tenfold.ranks import RankProblem, rule_from
+from tenfold.ranks.accuracy_drop import AccuracyDrop, _bisect, _gallop
 from torch import nn
 
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
 from tenfold.planning import Sensitivity, plan
 from tenfold.profiling import profile
-from tenfold.ranks import RankProblem, rule_from
-from tenfold.ranks.accuracy_drop import AccuracyDrop, _bisect, _gallop
 from tenfold.records import Call, Cost, LayerSpec
 from tests.planning.fakes import Scorer, costs, inputs, net
 

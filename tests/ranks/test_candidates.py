@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tenfold.knapsack import solve
+from tenfold.ranks import RankProblem
+from tenfold.ranks.candidates import candidates, grids, tail_damage
 
 from tenfold.decompositions import decompose
 from tenfold.errors import RankError
 from tenfold.formats import FORMATS, Rank
-from tenfold.knapsack import solve
-from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import candidates, grids, tail_damage
 from tenfold.records import Call, Cost, LayerSpec
 
 CONV = {"kind": "conv", "kernel": (3, 3), "padding": (1, 1)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tenfold.ranks import Choose, Keep, RankProblem, rule_from, total_cost
+from tenfold.ranks.evbmf import EVBMF, evbmf, unfolding_columns
 from torch import Tensor
 
 from tenfold.errors import BudgetError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Rank
-from tenfold.ranks import Choose, Keep, RankProblem, rule_from, total_cost
-from tenfold.ranks.evbmf import EVBMF, evbmf, unfolding_columns
 from tenfold.records import Call, Cost, LayerSpec
 from tests.ranks.oracles import evbmf_rank
 

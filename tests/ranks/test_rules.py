@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from tenfold.errors import BudgetError, PlanError, RankError, TenfoldError, UnknownNameError
-from tenfold.formats import FORMATS, split_groups
 from tenfold.ranks import Choose, Keep, RankProblem, check_patterns, first_match, matches, rule_from, total_cost
 from tenfold.ranks.candidates import grids
 from tenfold.ranks.energy import Energy
 from tenfold.ranks.error_bound import ErrorBound
 from tenfold.ranks.fixed import Fixed
 from tenfold.ranks.ratio import Ratio
+
+from tenfold.errors import BudgetError, PlanError, RankError, TenfoldError, UnknownNameError
+from tenfold.formats import FORMATS, split_groups
 from tenfold.records import Call, Cost, LayerSpec
 from tenfold.testing import check_rule
 from tenfold.testing.rule_laws import RULE_LAWS

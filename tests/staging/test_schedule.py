@@ -6,10 +6,10 @@ import math
 from itertools import pairwise
 
 import pytest
-
-from tenfold.errors import TuningError
 from tenfold.ranks.evbmf import EVBMF
 from tenfold.ranks.ratio import Ratio
+
+from tenfold.errors import TuningError
 from tenfold.records import Cost
 from tenfold.staging import Schedule
 

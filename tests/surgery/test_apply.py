@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.surgery import apply, apply_, densify, densify_, find, fits_of, paths_of, put
 
 

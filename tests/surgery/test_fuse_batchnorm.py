@@ -1,4 +1,4 @@
-"""Folding batch norm must change no output, and must leave alone what it cannot merge, with the reason."""
+"""Fusing batch norm must change no output, and must leave alone what it cannot merge, with the reason."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 
 import tenfold
@@ -13,8 +14,16 @@ from tenfold.errors import CheckpointError, PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
-from tenfold.surgery import FoldedNorm, apply, densify, find_folds, fold, fold_, fold_pairs_, folds_of
+from tenfold.surgery import (
+    FusedNorm,
+    apply,
+    densify,
+    fusable_pairs,
+    fuse_batchnorm,
+    fuse_batchnorm_,
+    fuse_pairs_,
+    fused_pairs,
+)
 
 
 def awake_(model, seed=0):
@@ -61,18 +70,18 @@ def test_outputs_stay_and_the_batch_norm_goes(layer, norm, shape, format):
         if not made.factorized:
             pytest.skip(made.layers[0].reason)
         model = apply(model, made)
-    folded = fold(model, x)
-    assert folds_of(folded) == {"1": "0"}
-    assert not norms_in(folded)
+    fused = fuse_batchnorm(model, x)
+    assert fused_pairs(fused) == {"1": "0"}
+    assert not norms_in(fused)
     with torch.no_grad():
-        assert float((folded(x) - model(x)).abs().max()) < 1e-10
+        assert float((fused(x) - model(x)).abs().max()) < 1e-10
     assert norms_in(model) == ["1"]
     if format != "dense":
-        assert isinstance(folded[0], FactorizedLayer)
-        assert folded[0].spec.bias
-        assert profile(folded, x).layer("0").params == sum(p.numel() for p in folded[0].parameters())
+        assert isinstance(fused[0], FactorizedLayer)
+        assert fused[0].spec.bias
+        assert profile(fused, x).layer("0").params == sum(p.numel() for p in fused[0].parameters())
         with torch.no_grad():
-            torch.testing.assert_close(densify(folded)(x), model(x), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(densify(fused)(x), model(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
@@ -80,12 +89,12 @@ def test_smaller_dtypes_stay_what_they_are(dtype, near):
     model = awake_(nn.Sequential(nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8))).to(dtype)
     model[0].to(memory_format=torch.channels_last)
     x = torch.randn(2, 6, 7, 5).to(dtype)
-    folded = fold(model, x)
-    assert {p.dtype for p in folded.parameters()} == {dtype}
-    assert folded[0].weight.is_contiguous(memory_format=torch.channels_last)
+    fused = fuse_batchnorm(model, x)
+    assert {p.dtype for p in fused.parameters()} == {dtype}
+    assert fused[0].weight.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         wanted = copy.deepcopy(model).double()(x.double())
-        error = (folded(x).double() - wanted).norm() / wanted.norm()
+        error = (fused(x).double() - wanted).norm() / wanted.norm()
     assert float(error) < near
 
 
@@ -122,7 +131,7 @@ class Odd(nn.Module):
 def test_what_cannot_be_merged_stays_with_the_reason():
     model = awake_(Odd()).double()
     x = torch.randn(2, 4, 2, 2, dtype=torch.float64)
-    found = find_folds(model, x)
+    found = fusable_pairs(model, x)
     assert found.pairs == {}
     expected = {
         "norm.used": "used elsewhere",
@@ -141,7 +150,7 @@ def test_what_cannot_be_merged_stays_with_the_reason():
     for path, reason in found.kept.items():
         assert any(part in reason for part in expected[path].split("|")), (path, reason)
     before = model(x)
-    assert fold_(model, x) == found
+    assert fuse_batchnorm_(model, x) == found
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
@@ -149,16 +158,16 @@ def test_training_mode_is_refused_and_a_training_norm_kept():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(PlanError, match=r"call model\.eval\(\) first"):
-        fold(model, x)
+        fuse_batchnorm(model, x)
     model.eval()[1].train()
-    assert "training mode" in find_folds(model, x).kept["1"]
+    assert "training mode" in fusable_pairs(model, x).kept["1"]
 
 
 def test_what_overflows_stays():
     model = awake_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=0.0))).half()
     model[1].running_var.fill_(6e-8)
     model[1].weight.data.fill_(6e4)
-    found = fold_(model, torch.zeros(1, 3, 2, 2).half())
+    found = fuse_batchnorm_(model, torch.zeros(1, 3, 2, 2).half())
     assert "does not fit into the dtype" in found.kept["1"]
     assert norms_in(model) == ["1"]
 
@@ -177,11 +186,11 @@ def zoo(name):
 def test_networks_of_torchvision_lose_all_their_batch_norms(name):
     pytest.importorskip("torchvision")
     model, x = awake_(zoo(name)).double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    folded = fold(model, x)
-    assert not norms_in(folded)
+    fused = fuse_batchnorm(model, x)
+    assert not norms_in(fused)
     with torch.no_grad():
         wanted = model(x)
-        assert float((folded(x) - wanted).abs().max()) < 1e-10 * max(float(wanted.abs().max()), 1)
+        assert float((fused(x) - wanted).abs().max()) < 1e-10 * max(float(wanted.abs().max()), 1)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
@@ -195,11 +204,11 @@ def test_activations_of_timm_stay(name):
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.7)
     model, x = model.eval().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    folded = fold(model, x)
-    assert not norms_in(folded)
+    fused = fuse_batchnorm(model, x)
+    assert not norms_in(fused)
     with torch.no_grad():
         wanted = model(x)
-        assert float((folded(x) - wanted).abs().max()) < 1e-10 * max(float(wanted.abs().max()), 1)
+        assert float((fused(x) - wanted).abs().max()) < 1e-10 * max(float(wanted.abs().max()), 1)
 
 
 def small_net():
@@ -208,23 +217,23 @@ def small_net():
     return awake_(nn.Sequential(*head, nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten())).double()
 
 
-def test_a_folded_model_is_saved_loaded_profiled_and_made_dense(tmp_path):
+def test_a_fused_model_is_saved_loaded_profiled_and_made_dense(tmp_path):
     model, x = small_net(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     made = plan(model, profile(model, x), rule=rule_from("ratio", share=0.5), keep_ends=False)
     small = apply(model, made)
-    folded = fold(small, x)
-    tenfold.save(folded, made, tmp_path / "folded")
+    fused = fuse_batchnorm(small, x)
+    tenfold.save(fused, made, tmp_path / "fused")
     with torch.device("meta"):
         skeleton = small_net_on_meta()
-    loaded, told = tenfold.load(skeleton, tmp_path / "folded")
+    loaded, told = tenfold.load(skeleton, tmp_path / "fused")
     assert told.folded == {"1": "0", "4": "3"}
     assert told.factorized == made.factorized
-    assert torch.equal(loaded(x), folded(x))
-    assert profile(loaded, x).params == sum(p.numel() for p in folded.parameters())
+    assert torch.equal(loaded(x), fused(x))
+    assert profile(loaded, x).params == sum(p.numel() for p in fused.parameters())
     with pytest.raises(CheckpointError, match="folded, the model does not"):
         tenfold.save(small, told, tmp_path / "other")
     again = apply(model, told)  # the plan as it was saved does all of it
-    torch.testing.assert_close(again(x), folded(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(again(x), fused(x), rtol=1e-9, atol=1e-9)
 
 
 def small_net_on_meta():
@@ -233,8 +242,11 @@ def small_net_on_meta():
     return model.double()
 
 
-def test_a_folded_model_can_be_compressed_further(tmp_path):
-    model, x = fold(small_net(), torch.zeros(1, 3, 6, 6).double()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+def test_a_fused_model_can_be_compressed_further(tmp_path):
+    model, x = (
+        fuse_batchnorm(small_net(), torch.zeros(1, 3, 6, 6).double()),
+        torch.randn(2, 3, 6, 6, dtype=torch.float64),
+    )
     made = plan(model, profile(model, x), rule=rule_from("ratio", share=0.5), keep_ends=False)
     small = apply(model, made)
     tenfold.save(small, made, tmp_path / "small")
@@ -248,11 +260,11 @@ def test_pairs_that_do_not_fit_leave_the_model_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for pairs, message in (
         ({"1": "0", "2": "3"}, "not a batch norm"),
-        ({"1": "0", "4": "5"}, "cannot be folded into '5'"),
+        ({"1": "0", "4": "5"}, "cannot be fused into '5'"),
         ({"1": "0", "4": "conv"}, "no layer 'conv'"),
     ):
         with pytest.raises(PlanError, match=message):
-            fold_pairs_(model, pairs)
+            fuse_pairs_(model, pairs)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert isinstance(fold_pairs_(model, {"1": "0"})[1], FoldedNorm)
-    assert folds_of(fold_pairs_(model, {"1": "0"})) == {"1": "0"}
+    assert isinstance(fuse_pairs_(model, {"1": "0"})[1], FusedNorm)
+    assert fused_pairs(fuse_pairs_(model, {"1": "0"})) == {"1": "0"}

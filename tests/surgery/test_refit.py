@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.calibration.frequencies import frequencies, id_counts
@@ -14,7 +15,6 @@ from tenfold.errors import DataError, PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.surgery import apply
 from tenfold.surgery.refit import apply_in_order
 from tenfold.tracing.replay import Replay
@@ -78,8 +78,8 @@ def test_the_last_layer_alone_is_the_closed_form():
     with torch.no_grad():
         x = torch.cat([model[:5](b) for b in batches])
         y = x @ model[5].weight.T
-    few = replace(default_algorithm("low_rank", 0, aware=True), ridge=0.1 * (48 / 96) ** 2)  # 96 rows, 48 wide
-    fit = decompose(model[5].weight, "low_rank", todo.layer("5").rank, few, metric=Moments.of(x, y))
+    few = replace(default_algorithm("low_rank", 0, data_aware=True), ridge=0.1 * (48 / 96) ** 2)  # 96 rows, 48 wide
+    fit = decompose(model[5].weight, "low_rank", todo.layer("5").rank, few, moments=Moments.of(x, y))
     torch.testing.assert_close(new[5].weight, fit.value.to_dense(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(new[5].bias, model[5].bias + fit.bias_shift.float(), rtol=1e-3, atol=1e-4)
 
@@ -182,8 +182,8 @@ class Preactivated(nn.Module):
 def test_batch_norm_takes_a_mean_only_where_it_alone_takes_the_output(way, follower):
     model = Preactivated(way).eval()
     replay = Replay(model, images(1))
-    assert replay.follower("conv") == follower
-    assert replay.follower("conv2") == {"alone": "bn2", "in place": "bn2"}.get(way)
+    assert replay.trace.follower("conv") == follower
+    assert replay.trace.follower("conv2") == {"alone": "bn2", "in place": "bn2"}.get(way)
 
 
 def test_replay_keeps_what_a_module_does_to_its_input():
@@ -218,7 +218,7 @@ def test_replay_sees_what_a_whole_forward_sees_with_layers_changed_on_the_way(li
     model, batches = network(), images(2)
     replay = Replay(model, batches, limit=limit)
     assert replay.order[:4] == ("0", "1.conv1", "1.bn1", "1.relu")
-    assert replay.follower("1.conv1") == "1.bn1"
+    assert replay.trace.follower("1.conv1") == "1.bn1"
     for path in ("0", "1.conv1", "1.conv2", "2.conv1", "2.conv2", "5"):
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         module = model.get_submodule(path)

@@ -7,17 +7,18 @@ import operator
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.surgery.refit import apply_in_order
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
-from tenfold.tracing.residual import ResidualReplay
+from tenfold.tracing.replay import Replay
+from tenfold.tracing.trace import trace
 
 
 class Block(nn.Module):
@@ -153,8 +154,8 @@ def test_ends_of_branches_are_found_and_their_targets_meet_the_sums_of_the_dense
     with torch.no_grad():
         changed[0].weight.add_(torch.randn_like(changed[0].weight) / 4)
     before = [batch.clone() for batch in batches]
-    dense, new = ResidualReplay(model, batches), ResidualReplay(changed, batches)
-    found = {path: branch_of(changed, new, path) for path in new.order if "bn" not in path}
+    dense, new = Replay(model, batches), Replay(changed, batches)
+    found = {path: branch_of(changed, new.trace, path) for path in new.order if "bn" not in path}
     assert {path: branch.last for path, branch in found.items() if branch is not None} == ends
     for path in [path for path in new.order if path in ends]:
         branch, layer = found[path], model.get_submodule(path)
@@ -183,7 +184,7 @@ def inputs_of(model: nn.Module, layer: nn.Module, batches: list[torch.Tensor]) -
 def test_the_shortcut_is_what_enters_the_block():
     model, batches = convolutional(inplace=True), pictures(2)
     wanted = inputs_of(model, model[2], batches)
-    found = [shortcut for _, _, shortcut in ResidualReplay(model, batches).branches("2.conv2", "2.bn2")]
+    found = [shortcut for _, _, shortcut in Replay(model, batches).branches("2.conv2", "2.bn2")]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -206,7 +207,7 @@ def test_the_shortcut_is_what_enters_the_block():
 )
 def test_where_no_one_partner_is_found_nothing_changes(join):
     model, batches = two(join), rows()
-    assert branch_of(model, ResidualReplay(model, batches), "branch") is None
+    assert branch_of(model, trace(model, batches[0]), "branch") is None
     todo = ranks(model, batches[0], short=1, branch=2)
     first, second = (apply_in_order(model, todo, batches, repair=r).state_dict() for r in (True, False))
     assert all(torch.equal(first[k], v) for k, v in second.items())
@@ -216,7 +217,7 @@ def test_other_norms_and_batch_norm_without_statistics_are_left_alone():
     model, batches = two(torch.add), rows()
     for norm in (nn.LayerNorm(12), nn.BatchNorm1d(12, track_running_stats=False)):
         model.norm = norm
-        assert branch_of(model, ResidualReplay(model, batches), "branch") is None
+        assert branch_of(model, trace(model, batches[0]), "branch") is None
 
 
 class Odd(Two):
@@ -237,8 +238,8 @@ class Odd(Two):
 
 def test_inputs_are_seen_as_they_were_when_the_layer_took_them():
     model, batches = Odd("overwritten").eval(), rows()
-    replay = ResidualReplay(model, batches)
-    assert branch_of(model, replay, "branch").last == "norm"
+    replay = Replay(model, batches)
+    assert branch_of(model, replay.trace, "branch").last == "norm"
     for (x, y, shortcut), batch in zip(replay.branches("branch", "norm"), batches, strict=True):
         with torch.no_grad():
             torch.testing.assert_close((x, y), (model.short(batch), model.branch(model.short(batch))))
@@ -247,7 +248,7 @@ def test_inputs_are_seen_as_they_were_when_the_layer_took_them():
 
 def test_a_layer_whose_output_goes_elsewhere_too_is_no_end_of_a_branch():
     model, batches = Odd("shared").eval(), rows()
-    assert branch_of(model, ResidualReplay(model, batches), "branch") is None
+    assert branch_of(model, trace(model, batches[0]), "branch") is None
 
 
 def test_of_two_branches_that_meet_the_last_repairs_the_first():
@@ -279,7 +280,7 @@ def test_all_is_as_it_was_afterwards():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     new = apply_in_order(model, ranks(model, batches[0], short=1, branch=4), batches)
     assert isinstance(new.branch, FactorizedLayer)
-    assert _len_torch_function_stack() == 0
+    assert not _get_current_dispatch_mode_stack()
     for found in (model, new):
         assert all(m.training for m in found.modules())
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in found.modules())
@@ -293,8 +294,8 @@ def test_errors_on_the_way_leave_nothing_on():
         return x + y
 
     model, batches = two(join), [*rows(1), torch.randn(3, 12)]
-    replay = ResidualReplay(model, batches)
+    replay = Replay(model, batches)
     with pytest.raises(Exception, match="does not run"):
         list(replay.branches("branch", "branch"))
-    assert _len_torch_function_stack() == 0
+    assert not _get_current_dispatch_mode_stack()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

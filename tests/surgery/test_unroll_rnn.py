@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tenfold.ranks import rule_from
 from torch import Tensor, nn
 
 import tenfold
@@ -14,16 +15,15 @@ from tenfold.pipeline import UseData
 from tenfold.planning import close_idle, open_for_plan
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.records import Budget, Plan
 from tenfold.surgery import (
     apply,
     apply_,
-    close_networks_,
-    closed_networks,
-    open_networks_,
-    opened_networks,
-    with_networks_open,
+    fuse_rnns_,
+    fused_rnns,
+    unroll_rnns,
+    unroll_rnns_,
+    unrolled_rnns,
 )
 
 IDS = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
@@ -53,24 +53,24 @@ def tagger() -> Tagger:
 
 
 def test_opening_and_closing_keep_the_outputs(tagger: Tagger) -> None:
-    opened = with_networks_open(tagger)
-    assert closed_networks(tagger) == {"rnn": "LSTM", "top": "GRU"}
-    assert opened_networks(tagger) == {}
-    assert opened_networks(opened) == {"rnn": "LSTM", "top": "GRU"}
+    opened = unroll_rnns(tagger)
+    assert fused_rnns(tagger) == {"rnn": "LSTM", "top": "GRU"}
+    assert unrolled_rnns(tagger) == {}
+    assert unrolled_rnns(opened) == {"rnn": "LSTM", "top": "GRU"}
     assert torch.allclose(opened(IDS), tagger(IDS), atol=1e-6)
-    assert with_networks_open(opened) is opened
-    back = close_networks_(opened)
-    assert closed_networks(back) == {"rnn": "LSTM", "top": "GRU"}
+    assert unroll_rnns(opened) is opened
+    back = fuse_rnns_(opened)
+    assert fused_rnns(back) == {"rnn": "LSTM", "top": "GRU"}
     assert torch.equal(back(IDS), tagger(IDS))
 
 
 def test_an_open_network_costs_what_the_closed_one_does(tagger: Tagger) -> None:
-    assert profile(with_networks_open(tagger), IDS).cost == profile(tagger, IDS).cost
+    assert profile(unroll_rnns(tagger), IDS).cost == profile(tagger, IDS).cost
 
 
 def test_weights_answer_to_the_names_of_torch(tagger: Tagger) -> None:
     """Models ask a weight of theirs for its dtype, or copy it."""
-    opened = with_networks_open(tagger, ["rnn", "top"])
+    opened = unroll_rnns(tagger, ["rnn", "top"])
     for path in ("rnn", "top"):
         network = opened.get_submodule(path)
         for name, weight in tagger.get_submodule(path).named_parameters():
@@ -82,14 +82,14 @@ def test_weights_answer_to_the_names_of_torch(tagger: Tagger) -> None:
 def test_what_cannot_be_opened_stays(tagger: Tagger) -> None:
     tagger.rnn = nn.LSTM(16, 24, batch_first=True, proj_size=12)
     tagger.top = nn.utils.parametrizations.weight_norm(tagger.top, "weight_hh_l0")
-    assert closed_networks(tagger) == {}
+    assert fused_rnns(tagger) == {}
     with pytest.raises(PlanError, match="'rnn' is a LSTM that cannot be opened"):
-        open_networks_(tagger, ["rnn"])
+        unroll_rnns_(tagger, ["rnn"])
 
 
 def test_one_network_in_two_places_stays_one(tagger: Tagger) -> None:
     both = nn.ModuleDict({"a": tagger.rnn, "b": tagger.rnn})
-    open_networks_(both)
+    unroll_rnns_(both)
     assert both["a"] is both["b"]
 
 
@@ -139,12 +139,12 @@ def test_an_idle_network_is_left_closed_and_the_plan_says_why(tagger: Tagger) ->
 
 
 def test_networks_named_as_a_whole_and_budgets_of_latency_open_nothing(tagger: Tagger) -> None:
-    assert opened_networks(open_for_plan(tagger, keep=["rnn"])) == {"top": "GRU"}
+    assert unrolled_rnns(open_for_plan(tagger, keep=["rnn"])) == {"top": "GRU"}
     assert open_for_plan(tagger, budget=Budget(latency=0.5)) is tagger
 
 
 def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:
-    opened = with_networks_open(tagger, ["top"])
+    opened = unroll_rnns(tagger, ["top"])
     rule = rule_from("fixed", ranks={"head": 2})
     made = make_plan(opened, profile(opened, IDS), rule=rule)
     assert close_idle(made, opened).opened == {"top": "GRU"}
@@ -154,7 +154,7 @@ def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:
 
 
 def test_applying_in_place_needs_open_networks(tagger: Tagger) -> None:
-    opened = with_networks_open(tagger)
+    opened = unroll_rnns(tagger)
     made = make_plan(opened, profile(opened, IDS), rule=rule_from("fixed", ranks={"rnn.cells.0.ih": 3}))
     small = apply(tagger, made)
     assert isinstance(small.get_submodule("rnn.cells.0.ih"), FactorizedLayer)

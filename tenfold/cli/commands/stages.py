@@ -221,11 +221,11 @@ def _folded(result: Compressed, opened: Opened) -> Compressed:
     """Return the outcome with batch norm merged into the layers: at the end, since what is folded cannot be tuned."""
     from tenfold.pipeline import measurement
     from tenfold.profiling import profile
-    from tenfold.surgery import fold_, folds_of
+    from tenfold.surgery import fuse_batchnorm_, fused_pairs
 
     small = result.model.eval()
-    fold_(small, opened.inputs())
-    plan = result.plan.replace(fused=folds_of(small))
+    fuse_batchnorm_(small, opened.inputs())
+    plan = result.plan.replace(fused=fused_pairs(small))
     after = measurement(profile(small, opened.inputs()), score=result.record.after.score)
     return dataclasses.replace(result, model=small, plan=plan, record=result.record.replace(plan=plan, after=after))
 

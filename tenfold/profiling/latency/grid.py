@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tenfold.formats import FORMATS, Rank
+from tenfold.formats.base import Ints
 from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec, TTGatherSpec
-
-Indices = NDArray[np.int64]
 
 LEVELS = 3
 _MOST_COMBINATIONS = 400
@@ -142,57 +140,26 @@ def stage_points(format: str, spec: LayerSpec, in_shape: Shape, rank: Rank) -> t
 
 def stage_columns(
     format: str, spec: LayerSpec, in_shape: Shape, ranks: Sequence[Rank]
-) -> Iterator[tuple[Point, Indices, Indices, Indices]]:
+) -> Iterator[tuple[Point, Ints, Ints, Ints]]:
     """Iterate over the stages of a layer at many ranks at once: (one of them, which ranks, their x, their y).
 
-    As long as the same ranks are full (a full side may have no factor), the channels of each stage are affine in the
-    ranks. So they are read off at one rank and its neighbours and continued, which is checked at the last of the ranks;
-    where it fails, the ranks go one by one.
+    Ranks of which the same are full have the same stages but for their channels, where the format says these.
     """
-    most = FORMATS.get(format).max_rank(spec)
-    table = np.array([[(most | rank)[name] for name in most] for rank in ranks], dtype=np.int64).reshape(-1, len(most))
-    full = np.array(list(most.values()))
-    cases, member = np.unique(table == full, axis=0, return_inverse=True)
-
-    def points(row: Indices) -> tuple[Point, ...]:
-        return stage_points(format, spec, in_shape, dict(zip(most, row.tolist(), strict=True)))
-
+    kind = FORMATS.get(format)
+    most = kind.max_rank(spec)
+    table = np.array([list((most | rank).values()) for rank in ranks], dtype=np.int64).reshape(-1, len(most))
+    cases, member = np.unique(table == list(most.values()), axis=0, return_inverse=True)
     for number in range(len(cases)):
-        (rows,) = np.nonzero(member.reshape(-1) == number)
-        own = table[rows]
-        first = points(own[0])
-        found = _affine(first, own, full, points) if len(full) <= 2 else None  # ranks of a train bound each other
-        if found is None:
-            for index, row in zip(rows, own, strict=True):
-                for point in points(row):
-                    yield point, np.array([index]), np.array([point.at[0]]), np.array([point.at[1]])
+        rows = np.flatnonzero(member.reshape(-1) == number)
+        channels = kind.channels(spec, table[rows])
+        if channels is not None:
+            first = stage_points(format, spec, in_shape, ranks[rows[0]])
+            for point, (x, y) in zip(first, channels, strict=True):
+                yield point, rows, np.broadcast_to(x, rows.shape), np.broadcast_to(y, rows.shape)
             continue
-        for point, at in zip(first, found, strict=True):
-            yield point, rows, at[:, 0], at[:, 1]
-
-
-def _affine(
-    first: tuple[Point, ...], table: Indices, full: Indices, points: Callable[[Indices], tuple[Point, ...]]
-) -> list[Indices] | None:
-    """Return (n, 2) channels of each stage at all ranks of the table; None where they are not affine in the ranks."""
-    base = np.array([p.at for p in first])
-    slopes = np.zeros((*base.shape, len(full)), dtype=np.int64)
-    for name in np.flatnonzero(table[0] != full):
-        step = 1 if table[0][name] + 1 < full[name] else -1
-        beside = table[0].copy()
-        beside[name] += step
-        if not 1 <= beside[name] < full[name]:
-            if (table[:, name] != table[0][name]).any():
-                return None
-            continue  # the only rank below the full one
-        near = points(beside)
-        if len(near) != len(first):
-            return None
-        slopes[..., name] = (np.array([p.at for p in near]) - base) * step
-    moves = table - table[0]
-    columns = [base[i] + moves @ slopes[i].T for i in range(len(first))]
-    last = [p.at for p in points(table[-1])]
-    return columns if last == [tuple(c[-1].tolist()) for c in columns] else None
+        for row in rows.tolist():
+            for point in stage_points(format, spec, in_shape, ranks[row]):
+                yield point, np.array([row]), np.array([point.at[0]]), np.array([point.at[1]])
 
 
 def sample_ranks(
@@ -208,10 +175,11 @@ def sample_ranks(
     else:
         family = kind.rank_family(spec)
         combinations = [family[n - 1] for n in ladder(len(family), level=level, step=1)]
-    dense = spec.macs(in_shape)
-    ranks = list(combinations)
-    useful = [r for r in ranks if not dense or kind.macs(spec, r, in_shape) <= share * dense]
-    return useful or ranks[:1]
+    dense, ranks = spec.macs(in_shape), list(combinations)
+    if not dense:
+        return ranks
+    _, macs = kind.cost(spec, np.array([[rank[name] for name in most] for rank in ranks]), in_shape)
+    return [ranks[row] for row in np.flatnonzero(macs <= share * dense)] or ranks[:1]
 
 
 def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:

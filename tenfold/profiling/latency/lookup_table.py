@@ -260,7 +260,7 @@ class Clock:
             if curve is None:  # no sampled rank led there: it costs more than the dense layer
                 self._known.setdefault(point)  # its family may have no other: slices and groups are numbers of a rank
                 curve = Curve(point.family, tuple(np.unique(x).tolist()), tuple(np.unique(y).tolist()))
-            np.add.at(total, rows, self._fit(curve, Point.of(spec, in_shape))(x, y))
+            np.add.at(total, rows, self._fit(curve, point, Point.of(spec, in_shape))(x, y))
         return total
 
     def _chart(self, place: Place) -> Chart:
@@ -269,7 +269,7 @@ class Clock:
             self._known |= dict.fromkeys(p for level in self._charts[place].levels for p in level)
         return self._charts[place]
 
-    def _fit(self, curve: Curve, dense: Point) -> MonotoneFit:
+    def _fit(self, curve: Curve, point: Point, dense: Point) -> MonotoneFit:
         if curve not in self._fits:
             family = [p for p in self._known if p.family == curve.family]
             near = [p for p in family if p.key in self._samples]
@@ -278,7 +278,7 @@ class Clock:
                 _LOG.warning("there was no time for %s: taken in proportion to the dense layer", curve.family)
                 share = self._ms(dense) / max(1, dense.spec.macs(dense.in_shape))
                 guessed = {p.at: share * max(1, p.spec.macs(p.in_shape)) for p in family if curve.holds(*p.at)}
-                points = guessed | points
+                points = guessed | points or _in_proportion(curve, point, share)
             self._fits[curve] = MonotoneFit.through(curve.xs, curve.ys, points)
         return self._fits[curve]
 
@@ -319,3 +319,13 @@ class Clock:
                 self._reference = median([self._timer(REFERENCE.spec, REFERENCE.in_shape) for _ in range(5)])
             self._last = self._timer(REFERENCE.spec, REFERENCE.in_shape)
         return self._last
+
+
+def _in_proportion(curve: Curve, point: Point, share: float) -> dict[tuple[int, int], float]:
+    """Return milliseconds at the nodes of a curve of whose family no point was sampled, from one point on it.
+
+    ``share`` are milliseconds per multiplication, whose number grows with the channels of both sides.
+    """
+    x, y = point.at
+    each = share * max(1, point.spec.macs(point.in_shape)) / (x * y)
+    return {(a, b): each * a * b for a in curve.xs for b in curve.ys}

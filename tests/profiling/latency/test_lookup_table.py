@@ -325,3 +325,13 @@ def test_slices_and_groups_are_timed_for_each_number_of_them(format, rank, unsee
     assert near == pytest.approx(chain_ms(format, CONV, CALLS[0].in_shape, rank), rel=0.1)
     # No sampled rank has so many slices or blocks: their stage is taken in proportion to the dense layer.
     assert other == pytest.approx(chain_ms(format, CONV, CALLS[0].in_shape, unseen), rel=0.5)
+
+
+def test_stages_of_which_no_kind_was_sampled_are_taken_in_proportion_to_the_dense_layer(caplog):
+    spec = LayerSpec(kind="conv", in_channels=24, out_channels=40, kernel=(3, 5), padding=(1, 2))
+    calls = (Call(in_shape=(4, 24, 4, 4)),)
+    ranks = [{"r1": r1, "r2": r, "r3": r} for r1 in (2, 4, 8) for r in (1, 3, 6)]
+    with caplog.at_level(logging.WARNING, "tenfold"):
+        found = clock().predict("tensor_ring", spec, calls, ranks)
+    assert "taken in proportion" in caplog.text
+    assert found == pytest.approx([chain_ms("tensor_ring", spec, calls[0].in_shape, r) for r in ranks], rel=0.5)

@@ -1,0 +1,272 @@
+"""One record of a model's data flow: which module made which tensor, what took it, and which weights were read.
+
+Use :func:`trace` for one run of a model, and ask the :class:`Trace`. Where a question has to be answered during the run
+(stop at an addition), or the run is watched by others as well, open a :class:`Tracer` around it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import TensorWeakRef
+
+from tenfold.records import Shape
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import call_model, shape_of, tensors_in
+
+_ADDITIONS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, torch.ops.aten.add.out}
+
+
+@dataclass(frozen=True)
+class Use:
+    """An operation that took a value, or the return of the model.
+
+    Attributes:
+        by: path of the innermost module that ran, empty for the model itself.
+        added: whether it added another tensor of the same shape, once.
+    """
+
+    by: str
+    added: bool = False
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor that a module returned, until it is changed in place; what it is then is another value.
+
+    Attributes:
+        shape: of the tensor.
+        makers: paths of the modules that returned it, innermost first: a layer, dropout that did nothing, the block
+            around both. Empty if something else changed a tensor in place.
+        uses: what took it, in order. A view of it is a use; what hands it on unchanged is none.
+        changed_from: the value that the tensor had before it was changed in place.
+    """
+
+    shape: Shape
+    makers: list[str] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    changed_from: Value | None = None
+
+
+@dataclass(eq=False)
+class Trace:
+    """The data flow of one run of a model, by paths of its modules. No tensor is held.
+
+    Attributes:
+        calls: how often each module ran.
+        spans: when each module first started and last ended, in steps of a counter.
+        values: the tensors that modules returned as they are, not inside a container, in order.
+        read_outside: modules whose own weights something computed with while they did not run.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    values: list[Value] = field(default_factory=list)
+    read_outside: set[str] = field(default_factory=set)
+
+    def taken_by(self, path: str) -> Value | None:
+        """Return the first value that the module at ``path`` took itself; None if it took none."""
+        return next((value for value in self.values if any(use.by == path for use in value.uses)), None)
+
+    def is_added(self, path: str) -> bool:
+        """Return whether all that is made of a module's output is its sum with another tensor of its shape."""
+        use = self._only_use(path)
+        return use is not None and use.added
+
+    def follower(self, path: str) -> str | None:
+        """Return the module that took the output of this one, and that nothing else took; None if there is none.
+
+        It runs once, like this one, and nothing has changed the output in place before.
+        """
+        use = self._only_use(path)
+        if use is None or self.calls[use.by] != 1 or not use.by or f"{path}.".startswith(f"{use.by}."):
+            return None
+        return use.by
+
+    def _only_use(self, path: str) -> Use | None:
+        uses = [use for value in self.values if path in value.makers for use in value.uses]
+        return uses[0] if len(uses) == self.calls[path] == 1 else None
+
+
+def trace(model: nn.Module, inputs: Any, *, forward: Callable[[nn.Module, Any], object] | None = None) -> Trace:
+    """Run a model once, in evaluation mode, and return the record of its data flow.
+
+    Args:
+        model: unchanged afterwards.
+        inputs: example inputs as ``forward`` takes them.
+        forward: runs the model on the inputs; ``call_model`` by default.
+
+    Example:
+        >>> found = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 2))
+        >>> found.follower("0"), found.is_added("0"), found.read_outside
+        ('1', False, set())
+    """
+    with evaluating(model), layer_by_layer(), Tracer(dict(model.named_modules())) as found:
+        (forward or call_model)(model, inputs)
+    return found
+
+
+class Tracer(TorchDispatchMode):
+    """A context that writes a :class:`Trace` of what runs while it is open.
+
+    Every operation that reaches torch's dispatcher is seen, those of scripted code included; modules are followed by
+    hooks, except scripted ones, which take none.
+
+    Args:
+        modules: the modules to follow, by path.
+        on_addition: called with the tensor that is about to be added, once and in its shape, to what a module returned.
+            It may raise to end the run.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], *, on_addition: Callable[[Tensor], None] | None = None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trace = Trace()
+        self._modules = {p: m for p, m in modules.items() if not isinstance(m, torch.jit.ScriptModule)}
+        self._on_addition = on_addition
+        self._running: list[str] = []
+        self._clock = count()
+        self._known: dict[int, _Known] = {}
+        self._weights = _weights_by_storage(self._modules)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Trace:  # type: ignore[override]
+        for path, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._entering(path), prepend=True))
+            # before the hooks of others, which may change the output
+            self._handles.append(module.register_forward_hook(self._leaving(path), prepend=True))
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self._trace
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what the operation takes, and call it."""
+        kwargs = kwargs or {}
+        taken = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
+        for tensor in taken.values():
+            value = self._value_of(tensor)
+            if value is not None:
+                other = addend(func, args, kwargs, tensor)
+                value.uses.append(Use(self._innermost, other is not None))
+                if other is not None and value.makers and self._on_addition is not None:
+                    self._on_addition(other)
+        result = func(*args, **kwargs)
+        if _computes(func) and any(True for _ in tensors_in(result)):
+            for tensor in taken.values():
+                self._note_weight(tensor)
+        return result
+
+    @property
+    def _innermost(self) -> str:
+        return self._running[-1] if self._running else ""
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        def enter(_module: nn.Module, _args: Any) -> None:
+            self._running.append(path)
+            self._trace.calls[path] += 1
+            if path not in self._trace.spans:
+                self._trace.spans[path] = (next(self._clock), 0)
+
+        return enter
+
+    def _leaving(self, path: str) -> Callable[..., None]:
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            while self._running and self._running.pop() != path:
+                pass  # modules that ended with an error that was caught
+            self._trace.spans[path] = (self._trace.spans[path][0], next(self._clock))
+            if isinstance(output, Tensor):
+                (self._value_of(output) or self._start(output)).makers.append(path)
+            if not path:
+                for value in map(self._value_of, tensors_in(output)):
+                    if value is not None:
+                        value.uses.append(Use(path))
+
+        return leave
+
+    def _value_of(self, tensor: Tensor) -> Value | None:
+        known = self._known.get(id(tensor))
+        if known is None or known.tensor() is not tensor:
+            return None
+        return known.value if known.version == _version(tensor) else self._start(tensor, known.value)
+
+    def _start(self, tensor: Tensor, changed_from: Value | None = None) -> Value:
+        value = Value(shape_of(tensor), changed_from=changed_from)
+        self._trace.values.append(value)
+        self._known[id(tensor)] = _Known(TensorWeakRef(tensor), _version(tensor), value)
+        return value
+
+    def _note_weight(self, tensor: Tensor) -> None:
+        weights = self._weights.get(_storage(tensor), ())
+        owners = {path for path, start, stop in weights if start <= tensor.storage_offset() < stop}
+        if not owners.intersection(self._running):
+            self._trace.read_outside |= owners
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A tensor that has a value. A weak reference tells whether the id is still its own, and keeps no memory."""
+
+    tensor: TensorWeakRef
+    version: int | None
+    value: Value
+
+
+def addend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Tensor) -> Tensor | None:
+    """Return what an operation adds to this very tensor: another one of the same shape, once; None for any other.
+
+    Example:
+        >>> x, y = torch.ones(2), torch.ones(2)
+        >>> addend(torch.ops.aten.add.Tensor, (x, y), {}, x) is y
+        True
+    """
+    if func not in _ADDITIONS or kwargs.get("alpha", 1) != 1:
+        return None
+    others = [operand for operand in args if operand is not tensor]
+    if len(args) != 2 or len(others) != 1 or not isinstance(others[0], Tensor):
+        return None
+    return others[0] if others[0].shape == tensor.shape else None
+
+
+def _computes(func: Any) -> bool:
+    """Whether an operation looks at numbers: it makes no view of a tensor, and no tensor that is merely like it."""
+    name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+    return not (getattr(func, "is_view", False) or name.startswith("new_") or name.endswith("_like"))
+
+
+def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, list[tuple[str, int, int]]]:
+    """Return (path, first element, end) of every parameter by its storage, by which views of it are known as well."""
+    weights: dict[int | None, list[tuple[str, int, int]]] = {}
+    for path, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            key = _storage(parameter)
+            if key is not None:
+                start = parameter.storage_offset()
+                weights.setdefault(key, []).append((path, start, start + parameter.numel()))
+    return weights
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return int(StorageWeakRef(tensor.untyped_storage()).cdata)
+    except RuntimeError:
+        return None  # sparse tensors have none
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often the tensor was changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch's own count
