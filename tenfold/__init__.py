@@ -16,20 +16,30 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "tenfold.records",
+    "Calibration": "tenfold.records",
     "Compressed": "tenfold.pipeline",
     "Distillation": "tenfold.training",
+    "Event": "tenfold.runtime",
     "ExportRecord": "tenfold.records",
     "Fit": "tenfold.decompositions",
     "LayerSpec": "tenfold.records",
+    "OptionTable": "tenfold.records",
     "Plan": "tenfold.records",
     "Profile": "tenfold.records",
+    "Recipe": "tenfold.records",
     "RunRecord": "tenfold.records",
-    "Schedule": "tenfold.staging",
+    "Runtime": "tenfold.runtime",
+    "Schedule": "tenfold.iterative",
+    "Score": "tenfold.planning",
+    "Sensitivity": "tenfold.planning",
     "Task": "tenfold.tasks",
     "TenfoldError": "tenfold.errors",
     "TuneConfig": "tenfold.training",
+    "Workers": "tenfold.parallel",
     "apply": "tenfold.surgery",
     "apply_": "tenfold.surgery",
+    "calibrate": "tenfold.calibration",
+    "choose": "tenfold.allocation",
     "compare_latency": "tenfold.profiling",
     "compress": "tenfold.pipeline",
     "decompose": "tenfold.decompositions",
@@ -43,29 +53,38 @@ _HOMES = {
     "plan": "tenfold.planning",
     "profile": "tenfold.profiling",
     "reestimate_batchnorm_": "tenfold.surgery",
-    "rule_from": "tenfold.ranks",
-    "run_stages": "tenfold.staging",
+    "run_stages": "tenfold.iterative",
     "save": "tenfold.checkpoint",
-    "stages": "tenfold.staging",
+    "stages": "tenfold.iterative",
+    "tabulate": "tenfold.planning",
 }
 
 __all__ = [
     "Budget",
+    "Calibration",
     "Compressed",
     "Distillation",
+    "Event",
     "ExportRecord",
     "Fit",
     "LayerSpec",
+    "OptionTable",
     "Plan",
     "Profile",
+    "Recipe",
     "RunRecord",
+    "Runtime",
     "Schedule",
+    "Score",
+    "Sensitivity",
     "Task",
     "TenfoldError",
     "TuneConfig",
-    "__version__",
+    "Workers",
     "apply",
     "apply_",
+    "calibrate",
+    "choose",
     "compare_latency",
     "compress",
     "decompose",
@@ -79,24 +98,39 @@ __all__ = [
     "plan",
     "profile",
     "reestimate_batchnorm_",
-    "rule_from",
     "run_stages",
     "save",
     "stages",
+    "tabulate",
 ]
 
 if TYPE_CHECKING:
+    from tenfold.allocation import choose
+    from tenfold.calibration import calibrate
     from tenfold.checkpoint import load, save
     from tenfold.decompositions import Fit, decompose
     from tenfold.errors import TenfoldError
     from tenfold.exporting.export import export
+    from tenfold.iterative import Schedule, run_stages, stages
+    from tenfold.parallel import Workers
     from tenfold.pipeline import Compressed, compress
+    from tenfold.planning import Score, Sensitivity
     from tenfold.planning.plan import plan
+    from tenfold.planning.tabulate import tabulate
     from tenfold.profiling.latency.measure import compare_latency
     from tenfold.profiling.profile import profile
-    from tenfold.ranks import rule_from
-    from tenfold.records import Budget, ExportRecord, LayerSpec, Plan, Profile, RunRecord
-    from tenfold.staging import Schedule, run_stages, stages
+    from tenfold.records import (
+        Budget,
+        Calibration,
+        ExportRecord,
+        LayerSpec,
+        OptionTable,
+        Plan,
+        Profile,
+        Recipe,
+        RunRecord,
+    )
+    from tenfold.runtime import Event, Runtime
     from tenfold.surgery import apply, apply_, densify, densify_, fuse_batchnorm, fuse_batchnorm_, reestimate_batchnorm_
     from tenfold.tasks import Task
     from tenfold.training import Distillation, TuneConfig

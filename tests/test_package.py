@@ -70,7 +70,7 @@ def test_records_and_the_explorer_load_without_torch() -> None:
         package.__path__ = [{str(PACKAGE)!r}]
         package.__version__ = "0"
         import tenfold.records
-        import tenfold.exploring.server
+        import tenfold.explorer.server
         """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import PlanError, RankError, TenfoldError
+from tenfold.iterative import stages
 from tenfold.parallel import Workers
 from tenfold.pipeline import compress
 from tenfold.planning import Sensitivity
 from tenfold.profiling import profile
-from tenfold.staging import stages
 from tenfold.surgery import apply
 
 BACKENDS = ["loky", "ray"]

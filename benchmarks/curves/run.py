@@ -51,7 +51,7 @@ labels.
 
 * *weight-only*: Tucker-2, the same share of MACs in every layer, by HOOI. {weight-only}.
 * *data-aware*: Tucker-2, the same share of MACs in every layer, factors by the data. {data-aware}.
-* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted damage. {global}.
+* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted distortion. {global}.
 * *sequential*: the same plan, each layer fitted to the dense layer's output given what now enters it; batch norm keeps
   its statistics but for the shift of the means.
 * *cp3*: a 1×1, a depthwise 3×3 and a 1×1 stage, planned and fitted likewise. Not among the default formats: depthwise
@@ -63,7 +63,7 @@ images, for each of them alone: `curves_pilot.json`. There, re-estimated batch n
 batch norm's. Ranks of equal ratio also end up to three points of MACs below the budget.
 
 *Seconds*: plan, factors and batch norm of the row, on a machine shared with other work: a rough guide. The first
-plan of a network computes the curves of damage for all that follow. Calibration is once per network: {calibrations}.
+plan of a network computes the curves of distortion for all that follow. Calibration is once per network: {calibrations}.
 """
 FITTED = {
     "weight": "least error of the weight",
@@ -110,7 +110,7 @@ def wanted(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str
 
 
 class Network:
-    """A trained network with what data say of it, and the curves of damage that its plans have in common."""
+    """A trained network with what data say of it, and the curves of distortion that its plans have in common."""
 
     def __init__(self, name: str, config: dict[str, Any], weights_dir: Path) -> None:
         self.name, self.config, self.seed = name, config, int(config["seed"])

@@ -22,8 +22,8 @@ import yaml
 from tenfold.ranks import rule_from
 
 from benchmarks.zoo import build
-from tenfold.exploring import Explorer, Wish
-from tenfold.exploring.view import shown_answer, shown_explorer
+from tenfold.explorer import Explorer, Wish
+from tenfold.explorer.view import shown_answer, shown_explorer
 from tenfold.planning import candidates, plan
 from tenfold.profiling import environment, profile
 from tenfold.records import Candidates

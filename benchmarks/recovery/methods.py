@@ -17,11 +17,11 @@ from torch.func import functional_call
 
 import tenfold
 from tenfold.decompositions import Decomposition
+from tenfold.iterative import Schedule, run_stages
 from tenfold.layers import FactorizedLayer, build
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
 from tenfold.records import Budget, Plan
-from tenfold.staging import Schedule, run_stages
 from tenfold.tasks.base import Task
 from tenfold.training import (
     Batches,

@@ -90,12 +90,13 @@ def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Overri
 
     Where all layers are set by hand, the budget decides nothing.
     """
-    rule, layers = rule_of(recipe.rule), table.eligible
+    layers = table.eligible
     accounts = Accounts(table)
     fixed = _rows_by_hand(table, overrides or {})
     free = [layer for layer in layers if layer.path not in fixed]
     choices: dict[str, Choice] = {path: Factorize(row, SET_BY_HAND) for path, row in fixed.items()}
     if free or not layers:
+        rule = rule_of(recipe.rule)
         _check_serves(table, rule)
         limits = accounts.limits(recipe.budget, fixed) if recipe.budget else None
         choices |= {layer.path: choice for layer, choice in zip(free, rule.select(free, limits), strict=True)}

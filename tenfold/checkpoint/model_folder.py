@@ -14,11 +14,11 @@ from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
-from tenfold.records import Analysis, Candidates, Plan, RunRecord, write_text
+from tenfold.records import Analysis, OptionTable, Plan, RunRecord, write_text
 from tenfold.surgery import fused_pairs, restructure_, unrolled_rnns
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
-ANALYSIS, CANDIDATES = "analysis.json", "candidates.json"
+ANALYSIS, OPTIONS, RECIPE = "analysis.json", "options.json", "recipe.yaml"
 
 
 def save(
@@ -28,7 +28,7 @@ def save(
     *,
     record: RunRecord | None = None,
     analysis: Analysis | None = None,
-    candidates: Candidates | None = None,
+    table: OptionTable | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a compressed model to the folder ``path``, atomically, and return the folder.
@@ -46,7 +46,7 @@ def save(
         path: the folder.
         record: of the run.
         analysis: spectra and errors for a report; written as ``analysis.json``.
-        candidates: what the plan chose from, for ``tenfold explore``; written as ``candidates.json``.
+        table: what the plan was chosen from, for ``tenfold explore``; written as ``options.json``.
         beside: called with a folder to write further files to (the configuration of the model, a tokenizer), no
             folders.
 
@@ -72,8 +72,9 @@ def save(
             write_text(partial / RECORD, record.to_json())
         if analysis is not None:
             write_text(partial / ANALYSIS, analysis.model_dump_json())
-        if candidates is not None:
-            candidates.save(partial / CANDIDATES)
+        plan.recipe.save(partial / RECIPE)
+        if table is not None:
+            table.save(partial / OPTIONS)
         if beside is not None:
             beside(partial)
         partial.chmod(0o755)
@@ -181,7 +182,7 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    beside = {ANALYSIS, CANDIDATES, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
+    beside = {ANALYSIS, OPTIONS, RECIPE, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
     beside = {name for name in beside if not _equal(new / name, path / name)}
     old = new / ".old"
     old.mkdir()

@@ -74,13 +74,13 @@ def with_data(choices: dict[str, Any], opened: Opened, profile: Profile, data: D
     """Return the choices with what unlabeled data say of the layers, as ``compress`` finds it, whatever the rule.
 
     A rule may choose by it, and the algorithms in the plan follow from it. Only where a table stands for what the data
-    say of the damage are they not looked at.
+    say of the distortion are they not looked at.
     """
     from tenfold.calibration import calibrate, called_layers
     from tenfold.cli.recovering import calibration
 
     batches = calibration(opened, data, seed)
-    if batches is None or data.use_data == "norms" or "damages" in choices:
+    if batches is None or data.use_data == "norms" or "distortions" in choices:
         return choices
     return choices | {"moments": calibrate(opened.model, list(batches), called_layers(profile), seed=seed)}
 

@@ -124,7 +124,7 @@ def with_scores(
     from tenfold.records import SensitivityTable
 
     rule = choices["rule"]
-    if not isinstance(rule, AccuracyDrop) and not (rule.by_damage and table is not None):
+    if not isinstance(rule, AccuracyDrop) and not (rule.by_distortion and table is not None):
         return choices
     conditions = Conditions()
     if table is not None and table.exists():
@@ -139,7 +139,7 @@ def with_scores(
     )
     if isinstance(rule, AccuracyDrop):
         return choices | {"rule": dataclasses.replace(rule, scores=scores)}
-    return choices | {"damages": scores.damage_at}
+    return choices | {"distortions": scores.distortion_at}
 
 
 def draw_tradeoff(

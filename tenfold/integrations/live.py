@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from tenfold.errors import TuningError
+from tenfold.iterative import Stage
+from tenfold.iterative.run import Stages
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
 from tenfold.records import Plan, StageRecord
-from tenfold.staging import Stage
-from tenfold.staging.run import Stages
 from tenfold.surgery import find
 from tenfold.surgery.modules import put
 from tenfold.tracing.contexts import kept_modes
@@ -39,7 +39,7 @@ class LiveStages:
         on_stage: called with the record of each stage as it begins: ``Board.stage`` for one.
 
     Example:
-        >>> from tenfold.staging import Schedule, stages
+        >>> from tenfold.iterative import Schedule, stages
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> optimizer = torch.optim.Adam(net.parameters())
         >>> schedule = Schedule(rounds=2, epochs=1, budget={"macs": 0.25})

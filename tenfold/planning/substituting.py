@@ -43,7 +43,9 @@ def substitute(
     algorithm = algorithm_for(format, algorithm, seed, data_aware=metric is not None)
     with torch.no_grad():
         weight = module.factorization() if isinstance(module, FactorizedLayer) else geometry(module)[1]
-        fit = fit_layer(weight, format, rank, algorithm, spec=factorizable_spec(module), moments=metric_for(module, metric))
+        fit = fit_layer(
+            weight, format, rank, algorithm, spec=factorizable_spec(module), moments=metric_for(module, metric)
+        )
     return layer_of(fit, module, algorithm).requires_grad_(requires_grad=False)
 
 

@@ -14,7 +14,7 @@ from tenfold.planning.eligible import eligible_layer
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
 
 SHARES = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))
-BY_RULE = "predicted damage of the rule"
+BY_RULE = "predicted distortion of the rule"
 BY_WEIGHT = "sum of the layers' squared relative weight errors"
 
 Progress = Callable[[int, int], None]
@@ -33,7 +33,7 @@ def tradeoff(
 ) -> TradeOff:
     """Return what budgets from small to large lead to, so that a person can choose one by looking.
 
-    The predicted damage is the sum of what the rule says of each layer; for a rule that says nothing, the sum of the
+    The predicted distortion is the sum of what the rule says of each layer; for a rule that says nothing, the sum of the
     squared relative errors of the weights, as the tails of their spectra bound them.
 
     Args:
@@ -70,16 +70,16 @@ def tradeoff(
         if progress is not None:
             progress(done, len(shares))
     told = all(layer.distortion is not None for made in plans.values() for layer in made.factorized)
-    damage = _by_rule if told and any(made.factorized for made in plans.values()) else _Weights(model, profile)
+    distortion = _by_rule if told and any(made.factorized for made in plans.values()) else _Weights(model, profile)
     return TradeOff(
         model=profile.model,
         budget=budget,
         rule=next((made.recipe.rule for made in plans.values()), {}),
-        damage=BY_RULE if damage is _by_rule else BY_WEIGHT,
+        distortion=BY_RULE if distortion is _by_rule else BY_WEIGHT,
         before=profile.cost,
         baseline=baseline,
         points=tuple(
-            TradeOffPoint(budget=share, cost=made.after, damage=damage(made), score=scores.get(share))
+            TradeOffPoint(budget=share, cost=made.after, distortion=distortion(made), score=scores.get(share))
             for share, made in plans.items()
         ),
         unreachable=tuple(unreachable),

@@ -145,25 +145,25 @@ class SensitivityTable(Record):
 
 
 class TradeOffPoint(Record):
-    """The plan for one budget: what it costs, the damage that it predicts, and the score if it was carried out."""
+    """The plan for one budget: what it costs, the distortion that it predicts, and the score if it was carried out."""
 
     budget: float
     cost: Cost
-    damage: float | None = None
+    distortion: float | None = None
     score: float | None = None
 
 
 class TradeOff(Record):
     """Plans for several budgets of one kind (``params``, ``macs`` or ``latency``), the smallest first.
 
-    ``damage`` tells in words what the predicted damage is. Budgets that no plan can meet are in ``unreachable``.
+    ``distortion`` tells in words what the predicted distortion is. Budgets that no plan can meet are in ``unreachable``.
     """
 
     version: int = TRADEOFF_VERSION
     model: str
     budget: str
     rule: dict[str, Any] = {}
-    damage: str = ""
+    distortion: str = ""
     before: Cost
     baseline: float | None = None
     points: tuple[TradeOffPoint, ...]

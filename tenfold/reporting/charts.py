@@ -141,7 +141,7 @@ def equal_error(plan: Plan, analysis: Analysis) -> Chart | None:
 
 
 def trade_offs(curve: TradeOff, marked: TradeOffPoint | None, label: str) -> dict[str, Chart]:
-    """Return score and predicted damage of plans for a row of budgets, as far as there are any, by name.
+    """Return score and predicted distortion of plans for a row of budgets, as far as there are any, by name.
 
     Args:
         curve: plans for a row of budgets.
@@ -152,7 +152,10 @@ def trade_offs(curve: TradeOff, marked: TradeOffPoint | None, label: str) -> dic
     name = QUANTITIES.get(curve.budget, curve.budget)
     axis: Chart = {"label": f"{name} left (% of {count(whole)})" if whole else f"{name} left (%)"}
     found = {}
-    for value, label_y, scale, unit in (("score", "score (%)", 100, " %"), ("damage", "predicted damage", 1, "")):
+    for value, label_y, scale, unit in (
+        ("score", "score (%)", 100, " %"),
+        ("distortion", "predicted distortion", 1, ""),
+    ):
         measured = [p for p in curve.points if getattr(p, value) is not None]
         points = [(left_of(curve, p), scale * getattr(p, value), p) for p in measured]
         rings: list[Chart] = [

@@ -86,7 +86,7 @@ def plot_sensitivity(
 def plot_tradeoff(
     curve: TradeOff, path: str | Path, *, chosen: float | None = None, cost: Cost | None = None
 ) -> tuple[Path, ...]:
-    """Write predicted damage, and the score where it was measured, against what is left; return the files written.
+    """Write predicted distortion, and the score where it was measured, against what is left; return the files written.
 
     Args:
         curve: plans for a row of budgets.
@@ -109,7 +109,9 @@ def plot_tradeoff(
     drawn = charts.trade_offs(curve, marked, label)
     figure = _figure(6.4, 1.1 + 2.9 * len(drawn))
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False).ravel()
-    labels = {"damage": curve.damage} if curve.damage else {}  # says what kind; on a page, the text beside it does
+    labels = (
+        {"distortion": curve.distortion} if curve.distortion else {}
+    )  # says what kind; on a page, the text beside it does
     for number, (panel, (name, chart)) in enumerate(zip(panels, drawn.items(), strict=True)):
         chart["series"][0]["colour"] = number
         _draw(panel, chart)
@@ -188,7 +190,7 @@ def _tradeoff_rows(curve: TradeOff, marked: TradeOffPoint | None) -> list[dict[s
             "share": p.budget,
             "params": p.cost.params,
             "macs": p.cost.macs,
-            "damage": p.damage,
+            "distortion": p.distortion,
             "score": p.score,
             "chosen": int(p is marked),
         }

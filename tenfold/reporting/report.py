@@ -159,7 +159,7 @@ def _choices(run: Run) -> list[Figure]:
     plan = run.record.plan
     found: list[Figure] = []
     if run.tradeoff is not None:
-        about = f"Plans by the rule {run.tradeoff.rule.get('name', '')}. {run.tradeoff.damage.capitalize()}."
+        about = f"Plans by the rule {run.tradeoff.rule.get('name', '')}. {run.tradeoff.distortion.capitalize()}."
         marked = charts.nearest(run.tradeoff, plan.after)
         drawn = charts.trade_offs(run.tradeoff, marked, "nearest to this plan")
         found += [(name, chart, f"{name.capitalize()} by budget", about) for name, chart in drawn.items()]

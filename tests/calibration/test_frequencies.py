@@ -108,8 +108,8 @@ def test_the_whitened_svd_has_the_least_weighted_error(model, batches):
         assert missed < (weights[:, None] * (weight - blind).double().numpy() ** 2).sum()
 
 
-def test_damage_is_the_change_of_the_outputs_that_brute_force_finds():
-    """A net that is linear behind the embedding: its damage is exact, up to the random projections of the gradients."""
+def test_distortion_is_the_change_of_the_outputs_that_brute_force_finds():
+    """A net that is linear behind the embedding: its distortion is exact, up to the random projections of the gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 5)).double().eval()
     ids = torch.randint(0, 25, (4000, 1)).square() % 25
@@ -139,7 +139,7 @@ def test_embeddings_join_plans_by_data_and_a_budget_of_parameters_is_met(model, 
     assert "embed" in moments
     made = plan(model, cost, rule=rule_from("global"), budget={"params": 0.8}, moments=moments, keep_ends=False)
     layer = made.layer("embed")
-    assert layer.damage is not None or "what it would save elsewhere" in layer.reason
+    assert layer.distortion is not None or "what it would save elsewhere" in layer.reason
     assert made.after.params <= 0.8 * cost.params
     forced = plan(
         model, cost, rule=rule_from("fixed", ranks={"embed": 5}), moments=moments, keep_ends=False, formats=["low_rank"]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tenfold.exploring import Explorer, Wish
-from tenfold.exploring.reading import free_name, read_candidates
-from tenfold.exploring.server import Service
+from tenfold.explorer import Explorer, Wish
+from tenfold.explorer.server import Service
+from tenfold.explorer.table_files import free_name, read_candidates
 from tenfold.records import Candidates, Plan
 from tests.reporting import runs
 
@@ -28,7 +28,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Service, dict[str, Any
         ready("http://127.0.0.1:1/token/")
         found.append((service, options))
 
-    monkeypatch.setattr("tenfold.exploring.server.serve", serve)
+    monkeypatch.setattr("tenfold.explorer.server.serve", serve)
     return found
 
 

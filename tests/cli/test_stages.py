@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tenfold.iterative import Schedule
 from tenfold.records import RunRecord
-from tenfold.staging import Schedule
 
 Run = Callable[..., Any]
 RULE = ("--path", "rule", "--rule", "ratio", "--set", "share=0.7", "--format", "low_rank", "--no-keep-ends")

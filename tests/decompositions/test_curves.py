@@ -32,7 +32,7 @@ def moments(minded: bool) -> Moments:
         ("tucker2", [(2, 2), (4, 3), (8, 3), (3, 6), (8, 6)]),
     ],
 )
-def test_the_curve_is_the_damage_of_the_fits(format, ranks, minded):
+def test_the_curve_is_the_distortion_of_the_fits(format, ranks, minded):
     weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded)
     kind = FORMATS.get(format)
     curve = error_curve(weight, SPEC, kind, metric)(np.array(ranks))

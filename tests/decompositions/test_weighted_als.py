@@ -187,14 +187,14 @@ def test_errors_count_where_the_network_minds_them(format, rank, case):
     minds = minds @ minds.T
     aware = metric.replace(output_gram=minds[None])
 
-    def damage(fit):
+    def distortion(fit):
         delta = (weight - fit.value.to_dense()).flatten(1)
         return float((delta @ metric.covariance()[0] @ delta.T * minds).sum())
 
     own, blind = (decompose(weight, format, rank, moments=m) for m in (aware, metric))
-    assert damage(own) < (1.0001 if rank == {"in": 3} else 0.99) * damage(blind)
+    assert distortion(own) < (1.0001 if rank == {"in": 3} else 0.99) * distortion(blind)
     assert aware.distortion(weight.flatten(1)[None], own.value.to_grouped().flatten(2)) == pytest.approx(
-        damage(own), rel=1e-5
+        distortion(own), rel=1e-5
     )
 
 

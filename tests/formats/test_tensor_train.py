@@ -181,12 +181,14 @@ def inputs(width: int) -> torch.Tensor:
     return torch.randn(400, width, dtype=F64, generator=torch.Generator().manual_seed(2)).cumsum(1)
 
 
-def fitted_damage(weight: torch.Tensor, format: str, spec: LayerSpec, rank: dict[str, int], moments: Moments) -> float:
+def fitted_distortion(
+    weight: torch.Tensor, format: str, spec: LayerSpec, rank: dict[str, int], moments: Moments
+) -> float:
     fit = decompose(weight, format, rank, spec=spec, moments=moments)
     return moments.distortion(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
 
 
-def test_the_damage_of_tucker2_and_more_where_outer_bonds_are_cut():
+def test_the_distortion_of_tucker2_and_more_where_outer_bonds_are_cut():
     spec = LayerSpec(kind="conv", in_channels=12, out_channels=16, kernel=(3, 3))
     moments, weight = Moments.of(inputs(108)), random_weight(spec)
     curve = error_curve(weight[None], spec, TensorTrain, moments)
@@ -197,12 +199,12 @@ def test_the_damage_of_tucker2_and_more_where_outer_bonds_are_cut():
     cut = full - np.array([1, 0, 0, 1])
     assert np.all(curve(cut) > 1.1 * curve(full))
     for row, told in zip(cut[:2], curve(cut[:2]), strict=True):
-        reached = fitted_damage(weight, "tensor_train", spec, named("tensor_train", *map(int, row)), moments)
+        reached = fitted_distortion(weight, "tensor_train", spec, named("tensor_train", *map(int, row)), moments)
         assert reached < told < 2 * reached
 
 
 @pytest.mark.parametrize("format", ["tt_matrix", "tt_conv"])
-def test_a_few_fits_tell_the_damage_of_all_ranks(format, monkeypatch):
+def test_a_few_fits_tell_the_distortion_of_all_ranks(format, monkeypatch):
     if format == "tt_matrix":
         spec = LayerSpec(kind="linear", in_channels=36, out_channels=24)
     else:
@@ -222,7 +224,7 @@ def test_a_few_fits_tell_the_damage_of_all_ranks(format, monkeypatch):
     middle = [row for row, told in zip(grid, found, strict=True) if 0.2 < told / found.max() < 0.8][::7]
     assert len(middle) > 4
     for row in middle:
-        reached = fitted_damage(weight, format, spec, named(format, *row), moments)
+        reached = fitted_distortion(weight, format, spec, named(format, *row), moments)
         assert reached / 2 < found[grid.index(row)] < 2 * reached
 
 

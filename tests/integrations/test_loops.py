@@ -15,8 +15,8 @@ from tenfold.errors import TuningError
 from tenfold.integrations.board import Board
 from tenfold.integrations.lightning import LowRankCallback, StagesCallback
 from tenfold.integrations.live import LivePull, LiveStages
+from tenfold.iterative import Schedule
 from tenfold.layers import FactorizedLayer
-from tenfold.staging import Schedule
 from tenfold.training import AdmmConfig
 
 SCHEDULE = Schedule(rounds=2, epochs=2, budget={"macs": 0.25}, keep_ends=False)

@@ -62,7 +62,7 @@ def net() -> nn.Module:
 
 @pytest.mark.parametrize("step", [None, 3])
 @pytest.mark.parametrize("seeing", [False, True])
-def test_a_rule_that_weighs_damages_waits_for_nothing(
+def test_a_rule_that_weighs_distortions_waits_for_nothing(
     calls: list[tuple[str, bool]], *, step: int | None, seeing: bool
 ) -> None:
     model = net()

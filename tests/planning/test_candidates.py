@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tenfold.knapsack import solve
 from tenfold.planning.candidates import fronts
 from tenfold.planning.fast import with_structure
 from tenfold.ranks import rule_from
 from torch import nn
 
-from tenfold.exploring import Explorer, Wish
+from tenfold.allocation.knapsack import solve
+from tenfold.explorer import Explorer, Wish
 from tenfold.planning import LayerTiming, candidates, candidates_for, plan, plan_fast, recost
 from tenfold.profiling import profile
 from tenfold.records import Candidates, Profile
@@ -53,7 +53,7 @@ def test_costs_are_those_of_the_layers(costs: Profile, found: Candidates) -> Non
 def test_the_kept_layer_has_none_and_the_algorithms_are_those_of_the_plan(found: Candidates) -> None:
     planned = {str(layer.format): layer.algorithm for layer in found.plan.factorized}
     assert {format: found.algorithms[format] for format in planned} == planned
-    assert "squared relative weight errors" in found.damage
+    assert "squared relative weight errors" in found.distortion
     assert found.time is None
 
 
@@ -62,7 +62,7 @@ def test_fronts_lose_nothing(seed: int) -> None:
     """For any choice of budgets and limits, the optimum is the same one, to the tie."""
     rng = np.random.default_rng(seed)
     layers = [(rng.integers(1, 12, 40) / 8, rng.integers(1, 9, (40, 3)).astype(float)) for _ in range(4)]
-    kept = [fronts(damage, costs) for damage, costs in layers]
+    kept = [fronts(distortion, costs) for distortion, costs in layers]
     assert all(len(k) < 40 for k in kept)
     for names in ([0], [1], [2], [0, 1], [1, 2], [2, 0], [0, 1, 2]):
         for tight in (0.3, 0.6):
@@ -76,7 +76,7 @@ def test_fronts_lose_nothing(seed: int) -> None:
                 limits,
             )
             assert tuple(int(k[i]) for k, i in zip(kept, part.choice, strict=True)) == whole.choice
-            assert (part.damage, part.cost, part.bound) == (whole.damage, whole.cost, whole.bound)
+            assert (part.distortion, part.cost, part.bound) == (whole.distortion, whole.cost, whole.bound)
 
 
 def test_other_rules_have_no_candidates(net: nn.Module, costs: Profile) -> None:

@@ -54,10 +54,10 @@ def test_nothing_is_merged_that_measures_slower():
     assert without_idle_stages(slow, chosen) is chosen
 
 
-def test_the_damage_is_that_of_the_new_ranks():
-    minded = problem(damage_at=lambda _: lambda ranks: 1.0 / ranks.prod(1))
+def test_the_distortion_is_that_of_the_new_ranks():
+    minded = problem(distortion_at=lambda _: lambda ranks: 1.0 / ranks.prod(1))
     found = without_idle_stages(minded, Choose("tucker2", {"out": 20, "in": 62}, "so", 1 / 1240))
-    assert found.damage == pytest.approx(1 / 1280)
+    assert found.distortion == pytest.approx(1 / 1280)
 
 
 def test_plans_have_no_such_ranks_unless_somebody_asked_for_them():

@@ -235,10 +235,10 @@ def edit(made: Plan, path: str, **changes: object) -> Plan:
 
 def test_what_was_said_of_a_layer_goes_when_it_is_edited(zoo):
     cost = profile(zoo, X)
-    made = edit(planned(zoo), "body", damage=0.1, rel_error=0.2, latency_before_ms=1.0, latency_after_ms=0.5)
+    made = edit(planned(zoo), "body", distortion=0.1, rel_error=0.2, latency_before_ms=1.0, latency_after_ms=0.5)
     assert recost(made, cost) == made
     layer = recost(edit(made, "body", rank={"out": 3, "in": 2}), cost).layer("body")
-    assert (layer.damage, layer.rel_error, layer.latency_before_ms, layer.latency_after_ms) == (None,) * 4
+    assert (layer.distortion, layer.rel_error, layer.latency_before_ms, layer.latency_after_ms) == (None,) * 4
     assert "edited" in layer.reason
     kept = recost(edit(made, "body", action="keep"), cost).layer("body")
     assert (kept.format, kept.rank, kept.algorithm, kept.after) == (None, None, None, kept.before)
@@ -292,13 +292,13 @@ def test_a_factorized_model_is_planned_further_in_its_own_format():
         assert all(v <= first.layer(layer.path).rank[k] for k, v in layer.rank.items())
 
 
-def test_damages_from_elsewhere_decide_for_the_global_rule(zoo):
-    def damages(path, format):
+def test_distortions_from_elsewhere_decide_for_the_global_rule(zoo):
+    def distortions(path, format):
         del format
         return lambda ranks: np.full(len(ranks), 0.0 if path == "body" else 1.0)
 
-    made = planned(zoo, rule="global", settings={"step": None}, budget={"macs": 0.9}, damages=damages)
-    assert {layer.path: layer.damage for layer in made.factorized} == {"body": 0.0, "fc": 1.0}
+    made = planned(zoo, rule="global", settings={"step": None}, budget={"macs": 0.9}, distortions=distortions)
+    assert {layer.path: layer.distortion for layer in made.factorized} == {"body": 0.0, "fc": 1.0}
 
 
 def test_an_embedding_has_no_macs_and_is_judged_by_its_parameters():
@@ -327,14 +327,14 @@ def test_an_edit_that_costs_the_same_is_noticed(tmp_path, old, new):
     model, x = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1)), torch.randn(1, 24, 6, 6)
     cost = profile(model, x)
     made = planned(model, x, rule="fixed", settings={"ranks": {"0": {"out": 12, "in": 8}}})
-    made = edit(made, "0", damage=0.1, rel_error=0.2, latency_after_ms=0.5)
+    made = edit(made, "0", distortion=0.1, rel_error=0.2, latency_after_ms=0.5)
     (tmp_path / "plan.yaml").write_text(made.to_yaml().replace(old, new, 1))
     read = Plan.load(tmp_path / "plan.yaml")
     assert read != made
     again = recost(read, cost)
     (layer,) = again.layers
     assert again.after == made.after
-    assert (layer.damage, layer.rel_error, layer.latency_after_ms) == (None,) * 3
+    assert (layer.distortion, layer.rel_error, layer.latency_after_ms) == (None,) * 3
     assert layer.reason == "edited after it was planned"
     told = edit(again, "0", rel_error=0.3)
     assert recost(told, cost) == told  # what is said of the edited layer stays

@@ -258,17 +258,17 @@ def test_noisy_scores_are_fitted_monotone(model: nn.Sequential) -> None:
     assert straight[0] == pytest.approx(BASELINE - 0.4 * (1 - 11 / 32), abs=1e-3)
 
 
-def test_damage_follows_what_the_ranks_drop(model: nn.Sequential) -> None:
+def test_distortion_follows_what_the_ranks_drop(model: nn.Sequential) -> None:
     with torch.no_grad():  # otherwise the small ranks of a random weight all drop "everything"
         model[3].weight *= (0.7 ** torch.arange(16.0)).view(-1, 1, 1, 1) * (0.7 ** torch.arange(16.0)).view(1, -1, 1, 1)
     found = made(model, evaluate=Scorer({"3": 0.5}))
-    damage = found.damage_at("3", "tucker2")
-    full, some, little = damage(np.array([[16, 16], [8, 8], [2, 2]]))
+    distortion = found.distortion_at("3", "tucker2")
+    full, some, little = distortion(np.array([[16, 16], [8, 8], [2, 2]]))
     assert full == 0
     assert 0 < some < little <= 0.5
     along = found.candidates("3", "tucker2", 6)
     at = np.array([[r["out"], r["in"]] for r in along])
-    assert damage(at) == pytest.approx([0.5 * (1 - r["in"] / 16) for r in along], abs=1e-6)
+    assert distortion(at) == pytest.approx([0.5 * (1 - r["in"] / 16) for r in along], abs=1e-6)
 
 
 def test_candidates_are_spread_from_the_smallest_to_the_largest(model: nn.Sequential) -> None:

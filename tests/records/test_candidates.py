@@ -20,7 +20,7 @@ def options(**changes: Any) -> Options:
         "ranks": ((1, 2), (3, 4)),
         "params": (10, 20),
         "macs": (100, 200),
-        "damage": (0.1 + 0.2, 1e-300),
+        "distortion": (0.1 + 0.2, 1e-300),
     }
     return Options(**values | changes)
 
@@ -43,7 +43,7 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"params": (10,)}, "columns"),
-        ({"damage": (0.1, 0.2, 0.3)}, "columns"),
+        ({"distortion": (0.1, 0.2, 0.3)}, "columns"),
         ({"latency_ms": (0.1,)}, "columns"),
         ({"ranks": ((1,), (3,))}, "columns"),
         ({"merged": (Merged(option=2, rank={"out": 1}, cost=DENSE, note=""),)}, "not among them"),

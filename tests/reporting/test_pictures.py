@@ -64,7 +64,7 @@ def table(layers: int = 3, *, scores: bool = True) -> SensitivityTable:
 
 def curve(**changes: Any) -> TradeOff:
     points = tuple(
-        TradeOffPoint(budget=s, cost=Cost(params=900, macs=round(9_900 * s)), damage=1 - s, score=0.8 + s / 10)
+        TradeOffPoint(budget=s, cost=Cost(params=900, macs=round(9_900 * s)), distortion=1 - s, score=0.8 + s / 10)
         for s in (0.25, 0.5, 0.75)
     )
     whole = TradeOff(model="Net", budget="macs", rule={"name": "ratio"}, before=WHOLE, baseline=0.9, points=points)
@@ -141,16 +141,16 @@ def test_tradeoff_marks_the_chosen_point(tmp_path: Path, monkeypatch: pytest.Mon
     written = plot_tradeoff(curve(), tmp_path / "trade.png", chosen=0.52)
     found = rows(written[1])
     assert [row["chosen"] for row in found] == ["0", "1", "0"]
-    assert [float(row["damage"]) for row in found] == [0.75, 0.5, 0.25]
+    assert [float(row["distortion"]) for row in found] == [0.75, 0.5, 0.25]
     assert json.loads(written[2].read_text())["points"][1]["cost"] == {"params": 900, "macs": 4950}
-    score, damage = figures[0].axes
+    score, distortion = figures[0].axes
     assert list(score.get_lines()[0].get_xdata()) == pytest.approx([24.75, 49.5, 74.25])
     assert list(score.get_lines()[0].get_ydata()) == pytest.approx([82.5, 85, 87.5])
-    assert list(damage.get_lines()[1].get_xydata()[0]) == pytest.approx([49.5, 0.5])
-    assert any("49.5 %" in text.get_text() for text in damage.texts)
+    assert list(distortion.get_lines()[1].get_xydata()[0]) == pytest.approx([49.5, 0.5])
+    assert any("49.5 %" in text.get_text() for text in distortion.texts)
 
 
-def test_tradeoff_by_cost_by_latency_and_by_damage_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tradeoff_by_cost_by_latency_and_by_distortion_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = curve(points=tuple(p.replace(score=None) for p in curve().points))
     written = plot_tradeoff(bare, tmp_path / "a.png", cost=Cost(macs=7000))
     assert [row["chosen"] for row in rows(written[1])] == ["0", "0", "1"]

@@ -165,12 +165,13 @@ def test_trade_off_is_drawn_with_the_nearest_point_marked(tmp_path: Path) -> Non
     folder = runs.write(tmp_path / "half")
     before = runs.record().plan.before
     points = tuple(
-        TradeOffPoint(budget=s, cost=Cost(params=1, macs=int(s * before.macs)), damage=1 - s) for s in (0.1, 0.2, 0.5)
+        TradeOffPoint(budget=s, cost=Cost(params=1, macs=int(s * before.macs)), distortion=1 - s)
+        for s in (0.1, 0.2, 0.5)
     )
     curve = TradeOff(model="Net", budget="macs", rule={"name": "global"}, before=before, points=points)
     (tmp_path / "budgets.json").write_text(curve.to_json(), encoding="utf-8")
     data = json.loads(Page(report(read_run(folder, curves=[tmp_path / "budgets.json"]))).data)
-    assert data["charts"]["damage"]["rings"][0]["x"] == pytest.approx(20, abs=0.1)  # the plan has 19 %
+    assert data["charts"]["distortion"]["rings"][0]["x"] == pytest.approx(20, abs=0.1)  # the plan has 19 %
 
 
 def test_a_large_model_stays_small(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tenfold.training.low_rank.learned_rules import PenalizedRank
 from torch import Tensor, nn
 
 from tenfold.checkpoint import load, save
@@ -18,7 +19,6 @@ from tenfold.profiling import profile
 from tenfold.records import Profile
 from tenfold.surgery import apply
 from tenfold.training import LcConfig, LearnedRanks, LowRankConfig, LowRankResult, finetune, train_admm
-from tenfold.training.low_rank.learned_rules import PenalizedRank
 from tests.training.narrow import CONFIG, Cut, accuracy, batches, cut_in_epoch, network, same, state
 
 X = torch.zeros(1, 16)

@@ -32,7 +32,7 @@ Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the 
 
 
 def run(terminal: Terminal, path: RunPath, out: Out = None, port: Port = 0, browser: Browser = True) -> None:  # noqa: FBT002
-    """Move a budget or the rank of a layer on a page, see cost and predicted damage change, and save the plan.
+    """Move a budget or the rank of a layer on a page, see cost and predicted distortion change, and save the plan.
 
     tenfold explore half
 
@@ -47,9 +47,9 @@ def run(terminal: Terminal, path: RunPath, out: Out = None, port: Port = 0, brow
         msg = f"--out {out} is a folder: name the file of the plan."
         raise Misuse(msg)
     with terminal.session():
-        from tenfold.exploring.explorer import Explorer
-        from tenfold.exploring.reading import free_name, read_candidates, run_name
-        from tenfold.exploring.server import Service, serve
+        from tenfold.explorer.explorer import Explorer
+        from tenfold.explorer.server import Service, serve
+        from tenfold.explorer.table_files import free_name, read_candidates, run_name
 
         folder = path if path.is_dir() else path.parent
         target = free_name(folder / "explored.yaml") if out is None else out

@@ -99,7 +99,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
 
 def _save_candidates(candidates: Candidates | None, out: Path) -> None:
     """Write what a plan chose from beside it; what an earlier plan of that name did goes."""
-    from tenfold.exploring.reading import candidates_file
+    from tenfold.explorer.table_files import candidates_file
 
     file = candidates_file(out)
     if candidates is None:

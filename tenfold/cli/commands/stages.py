@@ -16,8 +16,8 @@ from tenfold.cli.terminal import Misuse, Terminal
 if TYPE_CHECKING:
     from tenfold.cli.recovering import Teaching
     from tenfold.cli.sources import Opened
+    from tenfold.iterative import Schedule, Stage
     from tenfold.pipeline import Compressed
-    from tenfold.staging import Schedule, Stage
     from tenfold.training import TuneConfig
 
 ORDER = 35
@@ -175,7 +175,7 @@ class _Job:
     def run(self, terminal: Terminal) -> Compressed:
         """Return the outcome, not yet saved."""
         from tenfold.cli.recovering import calibration, evaluator
-        from tenfold.staging import run_stages
+        from tenfold.iterative import run_stages
         from tenfold.training import RichProgress
 
         task, opened, config = self.opened.task, self.opened, self.config
@@ -245,7 +245,7 @@ def _announce(schedule: Schedule, stage: Stage) -> None:
 def _schedule(staging: Staging, decide: Decide, epochs: int, seed: int) -> Schedule:
     """Return the schedule that the options stand for."""
     from tenfold.cli.deciding import plan_choices
-    from tenfold.staging import Schedule
+    from tenfold.iterative import Schedule
 
     choices = plan_choices(decide, seed)
     return Schedule.of(
@@ -272,7 +272,7 @@ def _read(staging: Staging, decide: Decide, epochs: int | None) -> Schedule:
         TuningError: there is none, or it cannot be.
     """
     from tenfold.errors import TenfoldError, TuningError
-    from tenfold.staging import Schedule
+    from tenfold.iterative import Schedule
 
     changed = [field for field in dataclasses.fields(staging) if field.name not in ("schedule", "fit_to")]
     given = [f.name for f in changed if getattr(staging, f.name) != f.default]

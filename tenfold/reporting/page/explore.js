@@ -153,16 +153,16 @@
     const points = curves.get(kind);
     if (points === null) return;
     const name = data.budgets.find((budget) => budget.kind === kind).name;
-    const y = answer.damage;
+    const y = answer.distortion;
     const x = percent(answer.left[kind]);
     const high = points.map((point) => point[1]).filter((v) => v > 0);
     Charts.place(document.getElementById("curve"), {
       type: "xy",
-      alt: `predicted damage against ${name} left`,
+      alt: `predicted distortion against ${name} left`,
       x: { label: `${name} left (%)`, max: 100 },
-      y: { label: "predicted damage", log: high.length > 1 && Math.max(...high) > 50 * Math.min(...high) },
-      series: [{ name: "least damage", points: points.map((p) => [100 * p[0], p[1], `${percent(p[0])} % left\ndamage ${Number(p[1].toPrecision(3))}`]) }],
-      rings: [{ x, y, label: "now", words: `now: ${x} % left\ndamage ${Number(y.toPrecision(3))}` }],
+      y: { label: "predicted distortion", log: high.length > 1 && Math.max(...high) > 50 * Math.min(...high) },
+      series: [{ name: "least distortion", points: points.map((p) => [100 * p[0], p[1], `${percent(p[0])} % left\ndistortion ${Number(p[1].toPrecision(3))}`]) }],
+      rings: [{ x, y, label: "now", words: `now: ${x} % left\ndistortion ${Number(y.toPrecision(3))}` }],
     });
   }
 

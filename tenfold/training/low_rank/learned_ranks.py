@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, field_validator
 from torch import Tensor, nn
 
+from tenfold.allocation import Override, choose
 from tenfold.errors import BudgetError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.formats.matrix import MatrixFormat
-from tenfold.planning import plan as make_plan
-from tenfold.ranks import Choice, Choose, Keep, RankRule
-from tenfold.records import Budget, Plan, Profile, Record
+from tenfold.planning import tabulate
+from tenfold.records import Budget, LayerOptions, LayerPlan, OptionTable, Plan, Profile, Recipe, Record
 from tenfold.surgery import find
 from tenfold.tracing.contexts import device_of
 from tenfold.training.low_rank.admm import plugged
-from tenfold.training.low_rank.learned_rules import NOT_WORTH_IT, CostName, FoundRanks, PenalizedRank
 from tenfold.training.low_rank.projection import PlanProjection, Projection
 
-_OPEN = "its rank is to be learned"
+NOT_WORTH_IT = "learned: what it would save is worth less than what it would lose"
+CostName = Literal["params", "macs"]
 
 
 class LcConfig(Record):
@@ -50,7 +51,7 @@ class LcConfig(Record):
     @field_validator("budget", mode="before")
     @classmethod
     def _read_budget(cls, value: Any) -> Any:
-        return Budget.of(dict(value)) if isinstance(value, Mapping) else value
+        return value if isinstance(value, Budget) else Budget.of(value)
 
 
 class LearnedRanks(Projection):
@@ -83,7 +84,8 @@ class LearnedRanks(Projection):
 
     def __init__(self, model: nn.Module, profile: Profile, config: LcConfig) -> None:
         super().__init__()
-        if bool(config.budget) == (config.cost_weight is not None) or config.budget.latency is not None:
+        limited = config.budget.limited
+        if bool(config.budget) == (config.cost_weight is not None) or "latency" in limited:
             msg = "learned ranks need one of a budget of params or macs, such as macs=0.5, and a cost_weight"
             raise BudgetError(msg)
         odd = [name for name in config.formats if not issubclass(FORMATS.get(name), MatrixFormat)]
@@ -92,8 +94,7 @@ class LearnedRanks(Projection):
             msg = f"ranks are learned in the formats {', '.join(known)}, not {', '.join(odd) or 'in none'}"
             raise PlanError(msg)
         self.profile, self.config = profile, config
-        eligible = self._plan(model, FoundRanks("lc", {}, _OPEN))
-        self._paths = tuple(layer.path for layer in eligible.layers if layer.reason == _OPEN)
+        self._paths = tuple(layer.path for layer in self._table(model).eligible)
         # Index of the format, and rank; -1 for layers that stay dense.
         self.register_buffer("chosen", torch.full((len(self._paths), 2), -1, device=device_of(model)))
 
@@ -108,15 +109,20 @@ class LearnedRanks(Projection):
         return f"learned at {self.config!r} of {', '.join(self._paths)}"
 
     def forward(self, model: nn.Module, targets: Mapping[str, Tensor], strengths: Tensor) -> dict[str, Tensor]:
-        """Choose the ranks anew (C-step), and return the nearest weights at these ranks, by path."""
-        rule = PenalizedRank(
-            cost_weight=self.config.cost_weight,
-            cost=self.config.cost,
-            strengths=dict(zip(self._paths, strengths.tolist(), strict=True)),
-            whole={"params": self.profile.params, "macs": self.profile.macs},
-        )
+        """Choose the ranks anew (C-step), and return the nearest weights at these ranks, by path.
+
+        r* = argmin λ·C(r) + ρ/2 · Σ_{i>r} σ_i², exact, each layer alone: σ are the singular values of the weight in one
+        of its formats, all of whose ranks are tried (Idelbayev and Carreira-Perpiñán, CVPR 2020, theorem 1); C is the
+        layer's share of the model's cost. Within a budget the knapsack chooses instead.
+        """
         with plugged({find(model, p): t for p, t in targets.items()}):
-            plan = self._plan(model, rule)
+            table = self._table(model)
+            losses = {
+                path: 0.5 * float(strength) * float(targets[path].double().square().sum())
+                for path, strength in zip(self._paths, strengths.tolist(), strict=True)
+            }
+            table = table.replace(layers=tuple(_scaled(layer, losses.get(layer.path)) for layer in table.layers))
+            plan = choose(table) if self.config.budget else choose(table, overrides=self._at_price(table))
         for i, path in enumerate(self._paths):
             layer = plan.layer(path)
             chosen = (-1, -1)
@@ -127,25 +133,54 @@ class LearnedRanks(Projection):
 
     def plan_for(self, model: nn.Module) -> Plan:
         """Return the plan with the ranks of the last choice."""
+        table = self._table(model)
+        overrides = {}
+        for path, (index, rank) in zip(self._paths, self.chosen.tolist(), strict=True):
+            overrides[path] = Override()
+            if index >= 0:
+                options = table.layer(path).of(self.config.formats[index])
+                option = int(np.flatnonzero(options.ranks[:, 0] == rank)[0])
+                overrides[path] = Override(format=options.format, option=option)
+        plan = choose(table, overrides=overrides)
         config = self.config
         note = f"rank learned at {config.budget or f'a price of {config.cost_weight}'}"
-        chosen: dict[str, Choice] = {
-            path: Keep(NOT_WORTH_IT) if index < 0 else Choose(config.formats[index], {"rank": rank}, note)
-            for path, (index, rank) in zip(self._paths, self.chosen.tolist(), strict=True)
-        }
-        plan = self._plan(model, FoundRanks("lc", chosen, NOT_WORTH_IT))
-        return plan.replace(rule=PenalizedRank(config.cost_weight, config.cost).to_dict())
+        layers = tuple(self._explained(layer, note) if layer.path in overrides else layer for layer in plan.layers)
+        rule = {"name": "lc", "cost_weight": config.cost_weight, "cost": config.cost}
+        return plan.replace(layers=layers, recipe=table.recipe.replace(rule=rule))
 
-    def _plan(self, model: nn.Module, rule: RankRule) -> Plan:
-        """Plan by a rule: the one place where the planner is called."""
+    def _explained(self, layer: LayerPlan, note: str) -> LayerPlan:
+        return layer.replace(reason=note if layer.action == "factorize" else NOT_WORTH_IT)
+
+    def _at_price(self, table: OptionTable) -> dict[str, Override]:
+        """Return for each layer the row of the least loss plus price."""
+        cost, weight = self.config.cost, self.config.cost_weight or 0.0
+        price = weight / max(getattr(self.profile, cost), 1)
+        overrides = {}
+        for layer in table.eligible:
+            row = int((layer.column("distortion") + price * layer.column(cost)).argmin())
+            overrides[layer.path] = Override()
+            if row:
+                options, option = layer.place(row)
+                overrides[layer.path] = Override(format=options.format, option=option)
+        return overrides
+
+    def _table(self, model: nn.Module) -> OptionTable:
+        """Return all ranks of all formats: the one place where the planner is called."""
         config = self.config
-        return make_plan(
-            model,
-            self.profile,
-            rule=rule,
+        recipe = Recipe(
+            budget=config.budget,
+            rule={"name": "global", "step": 1},
             formats=config.formats,
             keep=config.keep,
             keep_ends=config.keep_ends,
-            budget=config.budget or None,
             seed=config.seed,
         )
+        return tabulate(model, self.profile, recipe)
+
+
+def _scaled(layer: LayerOptions, loss: float | None) -> LayerOptions:
+    """Return a layer whose distortions, which are shares of the energy of its weight, are in units of the loss."""
+    if loss is None:
+        return layer
+    scaled = (own.replace(columns={"distortion": loss * own.columns["distortion"]}) for own in layer.options)
+    return layer.replace(options=tuple(scaled))

@@ -8,19 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenfold.allocation import Override, choose
 from tenfold.formats import FORMATS
 from tenfold.formats.train import TrainFormat
 from tenfold.layers import FactorizedLayer
-from tenfold.planning import plan as make_plan
-from tenfold.ranks import Choice, Choose
-from tenfold.records import Plan, Profile
+from tenfold.planning import tabulate
+from tenfold.records import Plan, Profile, Recipe
 from tenfold.training.batches import Batches
 from tenfold.training.config import TuneConfig, TuneResult
 from tenfold.training.finetune import finetune
 from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.low_rank.bayesian import BayesianRanks
-from tenfold.training.low_rank.learned_rules import FoundRanks
 from tenfold.training.low_rank.priors import BayesianConfig
 from tenfold.training.progress import TuneProgress
 from tenfold.training.snapshot import TrainingFolder
@@ -119,14 +118,24 @@ def ranks_plan(model: nn.Module, dense: nn.Module, profile: Profile, *, seed: in
         profile: of the dense model.
         seed: of every algorithm that draws random numbers.
     """
-    found: dict[str, Choice] = {
-        path: Choose(layer.format, dict(layer.rank), "rank found by the low-rank prior")
-        for path, layer in model.named_modules()
-        if isinstance(layer, FactorizedLayer) and issubclass(FORMATS.get(layer.format), TrainFormat)
-    }
-    formats = tuple(dict.fromkeys(choice.format for choice in found.values() if isinstance(choice, Choose)))
-    rule = FoundRanks("bayesian", found, "the prior is on tensor trains only")
-    return make_plan(dense, profile, rule=rule, formats=formats, keep_ends=False, seed=seed)
+    ranks: dict[str, dict[str, dict[str, int]]] = {}  # by format and path
+    for path, layer in model.named_modules():
+        if isinstance(layer, FactorizedLayer) and issubclass(FORMATS.get(layer.format), TrainFormat):
+            ranks.setdefault(layer.format, {})[path] = dict(layer.rank)
+    recipe = Recipe(rule={"name": "fixed"}, formats=tuple(ranks) or ("tensor_train",), keep_ends=False, seed=seed)
+    table = tabulate(dense, profile, recipe)
+    for format, own in ranks.items():
+        rule = {"name": "fixed", "ranks": own}
+        part = tabulate(dense, profile, recipe.replace(rule=rule, formats=(format,)))
+        layers = tuple(part.layer(layer.path) if layer.path in own else layer for layer in table.layers)
+        table = table.replace(layers=layers, algorithms={**table.algorithms, **part.algorithms})
+    chosen = {path: Override(format=format) for format, own in ranks.items() for path in own}
+    others = {layer.path: Override() for layer in table.eligible if layer.path not in chosen}
+    plan = choose(table, overrides={**chosen, **others})
+    reasons = dict.fromkeys(chosen, "rank found by the low-rank prior")
+    reasons |= dict.fromkeys(others, "the prior is on tensor trains only")
+    explained = (layer.replace(reason=reasons.get(layer.path, layer.reason)) for layer in plan.layers)
+    return plan.replace(layers=tuple(explained), recipe=recipe.replace(rule={"name": "bayesian"}))
 
 
 class _Run(nn.Module):
