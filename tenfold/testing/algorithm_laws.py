@@ -50,7 +50,9 @@ def check_monotone(trial: Trial) -> None:
         with law(2, trial, rank):
             fit = trial.fit(weight, rank)
             seen = rel_error(fit.value.to_dense(), weight)
-            expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit reports the error {fit.rel_error:.6g}, it is {seen:.6g}")
+            expect(
+                abs(seen - fit.rel_error) <= 1e-7, f"the fit reports the error {fit.rel_error:.6g}, it is {seen:.6g}"
+            )
             expect(fit.value.rank == rank, f"the factors have rank {fit.value.rank}")
             falls = trial.algorithm.initializer_only or seen <= last * (1 + SLACK) + 1e-6
             expect(falls, f"the error rises from {last:.6g} to {seen:.6g}")

@@ -100,7 +100,8 @@ def check_outputs(trial: Trial) -> None:
         missed, power = at.errors(fit)
         claimed, seen = fit.output_error or 0.0, float(missed.sum() / power.sum()) ** 0.5
         expect(
-            abs(claimed - seen) <= 1e-6, f"the fit reports the output error {claimed:.6g}, over the rows it is {seen:.6g}"
+            abs(claimed - seen) <= 1e-6,
+            f"the fit reports the output error {claimed:.6g}, over the rows it is {seen:.6g}",
         )
         blind = default_algorithm(trial.format.name())
         moments = Moments.of(at.rows)
