@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -145,8 +144,8 @@ class Factorization(abc.ABC):
         return tuple({k: -(-v * step // steps) for k, v in most.items()} for step in range(1, steps + 1))
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
-        """Return the ranks among which a rule that weighs all of them chooses.
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
+        """Return the ranks (n, names) among which a rule that weighs all of them chooses.
 
         All combinations of one or two ranks; formats with more go along their family, unless they know better.
 
@@ -156,11 +155,16 @@ class Factorization(abc.ABC):
         """
         most = cls.max_rank(spec)
         if len(most) <= _ALL_PAIRS:
-            axes = [axis(top) for top in most.values()]
-            return tuple(dict(zip(most, values, strict=True)) for values in product(*axes))
-        family = cls.rank_family(spec)
-        stride = axis(max(most.values()))[0]
-        return family[stride - 1 :: stride] or family[-1:]
+            return combinations([axis(top) for top in most.values()])
+        family = cls.rows(cls.rank_family(spec))
+        stride = min(axis(max(most.values()))[0], len(family))
+        return family[stride - 1 :: stride]
+
+    @classmethod
+    def rows(cls, ranks: Iterable[Rank]) -> Ints:
+        """Return ranks as (n, names), the names in the order of ``rank_names``."""
+        rows = [[rank[name] for name in cls.rank_names] for rank in ranks]
+        return np.array(rows, dtype=np.int64).reshape(-1, len(cls.rank_names))
 
     @classmethod
     def unfolding_ranks(cls, spec: LayerSpec, rank: Rank) -> Rank:
@@ -200,6 +204,12 @@ class Factorization(abc.ABC):
         costs = [(cls.num_params(spec, rank), cls.macs(spec, rank, in_shape)) for rank in rows]
         params, macs = np.array(costs, dtype=np.int64).reshape(-1, 2).T
         return params, macs
+
+    @classmethod
+    def params_at(cls, spec: LayerSpec, ranks: Ints) -> Ints:
+        """Return the parameters (n,) at many ranks (n, names)."""
+        params, _ = cls.cost(spec, ranks, (spec.in_channels, *(1,) * spec.axes))
+        return params
 
     @classmethod
     def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...] | None:
@@ -301,6 +311,17 @@ class Factorization(abc.ABC):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the factorization with every factor passed through ``Tensor.to``."""
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
+
+
+def combinations(axes: Sequence[Sequence[int]]) -> Ints:
+    """Return all combinations (n, axes) of one number of each axis, the last axis the fastest."""
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes)).astype(np.int64)
+
+
+def distinct(rows: Ints) -> Ints:
+    """Return each row once, in the order in which they came first."""
+    _, first = np.unique(rows, axis=0, return_index=True)
+    return rows[np.sort(first)]
 
 
 def total_cost(spec: LayerSpec, steps: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:

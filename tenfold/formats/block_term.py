@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Reduced, Structure, join_groups, total_cost
+from tenfold.formats.base import (
+    FORMATS,
+    Factorization,
+    Ints,
+    Rank,
+    Reduced,
+    Structure,
+    distinct,
+    join_groups,
+    total_cost,
+)
 from tenfold.records import LayerSpec, Shape
 
 # The numbers of blocks that plans try, and the one that rules with a single knob take. One block is Tucker-2.
@@ -93,7 +103,7 @@ class BlockTerm(Factorization):
         return (*cls._line(spec, min(_USUAL, most["blocks"])), most)
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
         """Return for each of a few numbers of blocks the ranks whose channels between the stages are on the ``axis``.
 
         These numbers divide them, so that no block is wider than another one would be.
@@ -102,8 +112,7 @@ class BlockTerm(Factorization):
         steps = axis(max(most["out"], most["in"]))
         counts = [c for c in _BLOCKS if c <= max(most["blocks"] // 2, 2)]  # more blocks have one channel each: cp3
         found = [rank for c in counts for rank in cls._line(spec, c, [s for s in steps if s >= c])]
-        unique = {tuple(rank.values()): rank for rank in (*found, most)}
-        return tuple(unique.values())
+        return distinct(cls.rows((*found, most)))
 
     @classmethod
     def _line(cls, spec: LayerSpec, blocks: int, steps: Sequence[int] | None = None) -> list[Rank]:
@@ -114,13 +123,13 @@ class BlockTerm(Factorization):
         most = cls.max_rank(spec)
         top = max(most["out"], most["in"])
         widths = steps or range(1, blocks * top + 1, max(blocks * top // _STEPS, 1))
-        kept: list[Rank] = []
-        for width in widths:
-            sides = {k: min(-(-most[k] * width // (top * blocks)), most[k]) for k in ("out", "in")}
-            rank = {"blocks": blocks, **sides}
-            full = any(sides[k] == most[k] for k in sides)
-            if not full and rank not in kept[-1:] and cls.num_params(spec, rank) < spec.num_params:
-                kept.append(rank)
+        line = [
+            {"blocks": blocks} | {k: min(-(-most[k] * width // (top * blocks)), most[k]) for k in ("out", "in")}
+            for width in widths
+        ]
+        line = [rank for rank in line if rank["out"] < most["out"] and rank["in"] < most["in"]]
+        fewer = cls.params_at(spec, cls.rows(line)) < spec.num_params
+        kept = [rank for rank, before, less in zip(line, [{}, *line], fewer, strict=False) if less and rank != before]
         return kept or [{"blocks": blocks, "out": 1, "in": 1}]
 
     @classmethod

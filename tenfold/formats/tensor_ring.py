@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, total_cost
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, distinct, total_cost
 from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
 from tenfold.tensors import mode_factors, rings, trains
 
@@ -151,15 +151,14 @@ class TensorRing(Factorization):
         return (*cls._line(spec, min(_USUAL, most["r1"])), most)
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
         """Return for each of a few closing bonds the ranks whose channels between the stages are on the ``axis``."""
         most = cls.max_rank(spec)
         closing = [r for r in _CLOSING if r <= max(most["r1"] // 2, 2)]
         top = max(spec.in_channels, spec.out_channels)
         steps = range(1, most["r2"] + 1) if spec.pointwise else axis(top)
         found = [rank for r in closing for rank in cls._line(spec, r, steps)]
-        unique = {tuple(rank.values()): rank for rank in (*found, most)}
-        return tuple(unique.values())
+        return distinct(cls.rows((*found, most)))
 
     @classmethod
     def _line(cls, spec: LayerSpec, closing: int, steps: Sequence[int] | None = None) -> list[Rank]:
@@ -178,12 +177,14 @@ class TensorRing(Factorization):
                 {"r1": closing, **{k: min(-(-n * width // (top * closing)), most[k]) for k, n in sides.items()}}
                 for width in widths
             ]
+        rows = cls.rows(line)
+        *usable, dense = cls._usable(spec, rows)
+        fewer = ~dense & (cls.params_at(spec, rows) < spec.num_params)
         kept: list[Rank] = []
-        for rank in line:
-            fitted = cls.check_rank(spec, rank)
-            new = not kept or (fitted != kept[-1] and all(fitted[k] >= kept[-1][k] for k in fitted))
-            if new and fitted != most and cls.num_params(spec, fitted) < spec.num_params:
-                kept.append(fitted)
+        for values in np.stack(usable, axis=1)[fewer].tolist():
+            rank = dict(zip(cls.rank_names, values, strict=True))
+            if not kept or (rank != kept[-1] and all(rank[k] >= kept[-1][k] for k in rank)):
+                kept.append(rank)
         return kept or [dict.fromkeys(cls.rank_names, 1)]
 
     @classmethod

@@ -84,7 +84,7 @@ class RankProblem:
         """Return what the layer would cost in this format at this rank."""
         kind = FORMATS.get(format)
         full = kind.check_rank(self.spec, rank)
-        ((params,), (macs,)) = self.costs_at(format, np.array([[full[name] for name in kind.rank_names]]))
+        ((params,), (macs,)) = self.costs_at(format, kind.rows([full]))
         return Cost(params=int(params), macs=int(macs))
 
     def costs_at(self, format: str, ranks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -107,7 +107,7 @@ class RankProblem:
         if key not in self._cache:
             kind = FORMATS.get(format)
             ranks = kind.rank_family(self.spec)
-            costs = self.costs_at(format, np.array([[rank[name] for name in kind.rank_names] for rank in ranks]))
+            costs = self.costs_at(format, kind.rows(ranks))
             self._cache[key] = tuple(
                 (rank, Cost(params=params, macs=macs))
                 for rank, params, macs in zip(ranks, *(column.tolist() for column in costs), strict=True)

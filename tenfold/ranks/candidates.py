@@ -125,8 +125,7 @@ def _tail(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _grid(problem: RankProblem, format: str, step: int | None) -> Grid:
     kind = FORMATS.get(format)
     names = kind.rank_names
-    grid = kind.rank_grid(problem.spec, lambda full: _axis(full, step))
-    ranks = np.array([[rank[name] for name in names] for rank in grid], dtype=np.int64)
+    ranks = kind.rank_grid(problem.spec, lambda full: _axis(full, step))
     params, macs = problem.costs_at(format, ranks)
     now = problem.cost
     counted = macs if now.macs else np.zeros_like(macs)  # a lookup is judged by its parameters
