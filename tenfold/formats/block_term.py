@@ -49,10 +49,10 @@ class BlockTerm(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("blocks", "out", "in")
     default_algorithm: ClassVar[str] = "btd_als"
-    tails_bound: ClassVar[bool] = False
+    svd_bounds_error: ClassVar[bool] = False
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, whose blocks would add up to one matrix, and narrow ones."""
         if spec.axes == 0 or spec.pointwise:
             return "a sum of blocks of a matrix is one product of two: low_rank serves this layer"
@@ -213,7 +213,7 @@ class BlockTerm(Factorization):
             out_factor=outer.unflatten(2, (blocks, -1)).transpose(1, 2),
             in_factor=inner.unflatten(2, (blocks, -1)).transpose(1, 2),
         )
-        if type(self).refuses(small.spec) is not None:
+        if type(self).unsupported_reason(small.spec) is not None:
             return None
 
         def lift(found: Factorization) -> Factorization:

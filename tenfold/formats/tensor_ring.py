@@ -47,10 +47,10 @@ class TensorRing(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("r1", "r2", "r3")
     default_algorithm: ClassVar[str] = "tr_als"
-    tails_bound: ClassVar[bool] = False
+    svd_bounds_error: ClassVar[bool] = False
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers that no ring makes smaller, or whose stages would not be a ring's."""
         if spec.kind not in ("linear", "conv"):
             return "tensor_ring serves linear layers and convolutions that are not transposed"

@@ -30,7 +30,7 @@ class TrainFormat(Factorization):
     """
 
     default_algorithm: ClassVar[str] = "tt_svd"
-    aware_algorithm: ClassVar[str | None] = "tt_als"
+    data_aware_algorithm: ClassVar[str | None] = "tt_als"
     splits_inputs: ClassVar[bool] = True  # into modes whose product is their number
     tucker2_ranks: ClassVar[tuple[str, str] | None] = (
         None  # which ranks are those of Tucker-2, where all others are full

@@ -70,4 +70,4 @@ def _key(format: str, moments: Mapping[str, Moments] | None) -> Any:
     """Return under which key it does so: that of curves, or without moments of what ``tail_damage`` goes by."""
     if moments is not None:
         return format
-    return ("spectra" if FORMATS.get(format).tails_bound else "fitted", format)
+    return ("spectra" if FORMATS.get(format).svd_bounds_error else "fitted", format)

@@ -46,7 +46,7 @@ def analyse(model: nn.Module, profile: Profile, plan: Plan) -> Analysis:
 
 def _layer(model: nn.Module, profile: Profile, layer: LayerPlan) -> LayerAnalysis | None:
     format = str(layer.format)
-    if not FORMATS.get(format).tails_bound:
+    if not FORMATS.get(format).svd_bounds_error:
         return None
     try:
         problem = problem_of(model, profile.layer(layer.path), [format])

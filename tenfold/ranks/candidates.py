@@ -100,7 +100,7 @@ def tail_damage(problem: RankProblem, format: str) -> Damage:
     whose error no spectrum bounds (CP) it is that of quick fits.
     """
     kind = FORMATS.get(format)
-    if not kind.tails_bound:
+    if not kind.svd_bounds_error:
         return problem.fitted(format)
     spectra = problem.spectra(format)
     tails = [_tail(spectra[name].double().numpy()) for name in kind.rank_names]

@@ -53,7 +53,7 @@ class Energy(OneKnobRule):
         """Return the smallest ranks that keep the share ``knob`` of ‖W‖²."""
 
         def smallest(format: str) -> Rank:
-            if not FORMATS.get(format).tails_bound:
+            if not FORMATS.get(format).svd_bounds_error:
                 return _smallest_fitted(problem, format, 1 - knob)
             spectra = problem.spectra(format)
             allowed = (1 - knob) / len(spectra)

@@ -184,7 +184,7 @@ def _run(shared: None, search: _Search) -> tuple[dict[str, Rank | None], dict[st
     found: dict[str, Rank | None] = {}
     for format, ranks in search.ranks.items():
         kind = FORMATS.get(format)
-        exact = search.metric is None and kind.tails_bound and len(kind.rank_names) == 1
+        exact = search.metric is None and kind.svd_bounds_error and len(kind.rank_names) == 1
         found[format] = None if not ranks else search.at_once(format) if exact else search.smallest(format)
         if found[format] is not None:
             break
