@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,6 +192,7 @@ class TensorRing(Factorization):
         """Return parameters and multiply-accumulates of the three convolutions, the four products, or the layer."""
         before, core, after = spec.positions(in_shape)
         r1, r2, r3, dense = cls._usable(spec, ranks)
+        steps: tuple[tuple[Any, Any], ...]
         if spec.pointwise:
             q, p, first, second = cls.modes(spec)
             steps = (

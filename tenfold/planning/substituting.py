@@ -14,7 +14,7 @@ from tenfold.decompositions import Decomposition, Moments, algorithm_for, fit_la
 from tenfold.formats import Rank
 from tenfold.layers import FactorizedLayer
 from tenfold.surgery import find, put, reestimate_batchnorm_
-from tenfold.surgery.replacement import geometry, layer_of, metric_for, spec_of
+from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
 
 
 def substitute(
@@ -43,7 +43,9 @@ def substitute(
     algorithm = algorithm_for(format, algorithm, seed, data_aware=metric is not None)
     with torch.no_grad():
         weight = module.factorization() if isinstance(module, FactorizedLayer) else geometry(module)[1]
-        fit = fit_layer(weight, format, rank, algorithm, spec=spec_of(module), moments=metric_for(module, metric))
+        fit = fit_layer(
+            weight, format, rank, algorithm, spec=factorizable_spec(module), moments=metric_for(module, metric)
+        )
     return layer_of(fit, module, algorithm).requires_grad_(requires_grad=False)
 
 
