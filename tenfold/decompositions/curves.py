@@ -98,7 +98,7 @@ class CurveProblem:
 
         Where the error depends on the start of the algorithm, half a dozen, which lie the denser the smaller the rank.
         """
-        local = not self.format.tails_bound
+        local = not self.format.svd_bounds_error
         errors = Memo(lambda *rank: np.array([self.fitted(algorithm, list(rank))]))
 
         def curve(ranks: Ranks) -> Floats:
