@@ -18,11 +18,11 @@ from torch import nn
 from tenfold.checkpoint import load, read_record, save
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.iterative.schedule import Schedule
-from tenfold.records import Plan, Record, RunRecord, write_text
+from tenfold.records import Plan, Recipe, Record, RunRecord, write_text
 
 RUN, LATEST, RECORD, PLAN, START, TRAINING = "run.json", "latest", "record.json", "plan.yaml", "start", "training"
 _STAGE = re.compile(r"stage-(\d{4,})")
-VERSION = 1
+VERSION = 2
 
 
 class Run(Record):
@@ -31,6 +31,7 @@ class Run(Record):
     Attributes:
         model: digest of the original weights.
         data: digest of the calibration batches; empty without.
+        recipe: in full.
         schedule: in full.
         choices: everything else that the outcome depends on, in words.
     """
@@ -39,6 +40,7 @@ class Run(Record):
     tenfold: str
     model: str
     data: str = ""
+    recipe: Recipe
     schedule: Schedule
     choices: dict[str, str] = Field(default_factory=dict)
 
