@@ -38,9 +38,7 @@ def selection_view(explorer: Explorer, selection: Selection, query: Query) -> Va
         "tiles": _tiles(explorer, selection),
         "left": left,
         "distortion": selection.distortion,
-        "layers": [
-            _picked(layer, pick, planned, pinned=pick.path in query.overrides) for layer, pick, planned in rows
-        ],
+        "layers": [_picked(layer, pick, planned, pinned=pick.path in query.overrides) for layer, pick, planned in rows],
         "summary": f"{summary} left; predicted distortion {_distortion(selection.distortion)}",
     }
 

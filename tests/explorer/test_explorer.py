@@ -46,9 +46,7 @@ def ask(explorer: Explorer, overrides: dict[str, Override] | None = None, **budg
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_what_is_left_out_of_the_file_is_never_chosen(
-    made: Made, explorer: Explorer, budget: dict[str, float]
-) -> None:
+def test_what_is_left_out_of_the_file_is_never_chosen(made: Made, explorer: Explorer, budget: dict[str, float]) -> None:
     assert ask(explorer, **budget) == made.plan(**budget)
 
 
