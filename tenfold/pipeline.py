@@ -29,8 +29,8 @@ from tenfold.planning import (
     recost,
 )
 from tenfold.planning import plan as make_plan
-from tenfold.profiling import Clock, Comparison, compare_latency, environment, profile, to_memory_format
-from tenfold.profiling.steps import Observe, Steps
+from tenfold.profiling import Comparison, LatencyTable, compare_latency, environment, profile, to_memory_format
+from tenfold.profiling.step_timer import Observe, StepTimer
 from tenfold.ranks import RankRule, rule_from
 from tenfold.records import Analysis, Budget, Candidates, Latency, Measurement, Plan, Profile, RunRecord
 from tenfold.registry import check_choice, listed
@@ -101,7 +101,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
     fold: bool = False,
     latency: bool = True,
     latency_inputs: Any = None,
-    clock: Clock | None = None,
+    clock: LatencyTable | None = None,
     seed: int = 0,
     workers: Workers | None = None,
     observe: Observe | None = None,
@@ -154,7 +154,7 @@ def compress(  # noqa: PLR0913 - the one call that has every choice
         (8192, 4096)
     """
     check_use_data(use_data)
-    steps = Steps(observe)
+    steps = StepTimer(observe)
     inputs = example_inputs if latency_inputs is None else latency_inputs
     device = device_of(model, example_inputs)
     budget = Budget.of(dict(budget) if isinstance(budget, Mapping) else budget)
@@ -223,7 +223,7 @@ def decide(
     budget: Budget | Mapping[str, float] | None = None,
     rule: RankRule | str = "global",
     moments: Mapping[str, Moments] | None = None,
-    clock: Clock | None = None,
+    clock: LatencyTable | None = None,
     fold: bool = False,
     **choices: Any,
 ) -> tuple[Plan, FastPlan | None]:
@@ -249,7 +249,7 @@ def decide(
     shares = {name: min(1.0, limit / getattr(before.cost, name)) for name, limit in limits.items()}
     if clock is None:
         weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        clock = Clock(device=device_of(model, latency_inputs), dtype=weight.dtype)
+        clock = LatencyTable(device=device_of(model, latency_inputs), dtype=weight.dtype)
     fast = plan_fast(
         model,
         profile(model, latency_inputs),
@@ -342,7 +342,7 @@ def measurement(cost: Profile, latency: Latency | None = None, score: float | No
 def _recover(
     model: nn.Module,
     small: nn.Module,
-    steps: Steps,
+    steps: StepTimer,
     *,
     data: Sequence[Any],
     tune: Callable[[nn.Module], Any] | None,

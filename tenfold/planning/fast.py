@@ -16,8 +16,8 @@ from tenfold.layers import FactorizedLayer, stage_specs
 from tenfold.planning.gate import Compare, LayerBench, LayerTiming, fill_neutral_, plan_never_slower
 from tenfold.planning.plan import plan as make_plan
 from tenfold.planning.timing import Timing
-from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
-from tenfold.profiling.latency.memory_format import candidates_for
+from tenfold.profiling import Comparison, LatencyTable, compare_latency, to_memory_format
+from tenfold.profiling.latency.memory_format import memory_formats_for
 from tenfold.records import Budget, Latency, LayerPlan, Plan, Profile, Speedup
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
 
@@ -65,7 +65,7 @@ def plan_fast(  # noqa: PLR0913 - all choices of one search
     profile: Profile,
     inputs: Any,
     *,
-    clock: Clock,
+    clock: LatencyTable,
     budget: Budget | Mapping[str, float] | None = None,
     strict: bool = True,
     fold: bool = False,
@@ -169,7 +169,7 @@ class _Search:
     runs: nn.Module
     profile: Profile
     inputs: Any
-    clock: Clock
+    clock: LatencyTable
     budget: Budget
     seconds: tuple[float, float]
     compare: Compare
@@ -222,7 +222,7 @@ class _Search:
 
     def _best_formats(self, small: nn.Module) -> tuple[str, str]:
         """Return the memory formats for the model as it is and the smaller one, which moves only for a good gain."""
-        names = candidates_for(self.inputs)
+        names = memory_formats_for(self.inputs)
         models = {"before": self.runs, "after": small}
         variants = {(kind, n): to_memory_format(model, self.inputs, n) for kind, model in models.items() for n in names}
         times = self._compared({f"{kind} {n}": variant for (kind, n), variant in variants.items()}).latencies

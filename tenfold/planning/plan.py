@@ -186,7 +186,8 @@ def _limits(profile: Profile, problems: Sequence[RankProblem], budget: Budget, t
     limits: dict[str, float] = {}
     if budget.latency is not None:
         if timing is None:
-            msg = f"the budget latency={budget.latency:g} needs a clock: pass timing=Timing.of(model, inputs, Clock())"
+            remedy = "pass timing=Timing.of(model, inputs, LatencyTable())"
+            msg = f"the budget latency={budget.latency:g} needs latencies: {remedy}"
             raise BudgetError(msg)
         limits["latency"] = timing.allowance(budget, profile.cost, problems)
     for name, allowed in budget.replace(latency=None).allowance(profile.cost).items():

@@ -20,7 +20,6 @@ from tenfold.planning.conditions import conditions_of
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.planning.plan import DEFAULT_FORMATS
 from tenfold.planning.undecided import problem_of, reason_to_keep
-from tenfold.profiling.latency.monotone import isotonic
 from tenfold.ranks import RankProblem, check_patterns
 from tenfold.ranks.candidates import tail_damage
 from tenfold.records import (
@@ -218,6 +217,8 @@ class Sensitivity:
         Scores on few images are noisy: what was measured is replaced by the nearest non-decreasing sequence, which
         ends at the baseline. Where nothing is measured yet, ``measured`` ranks are.
         """
+        from scipy.optimize import isotonic_regression
+
         problem = self._problem_at(path)
 
         def size(cost: Cost) -> int:
@@ -226,7 +227,7 @@ class Sensitivity:
         points = self._scored(path, format, measured)
         x = np.array([*(size(p.cost) for p in points), size(problem.cost)], dtype=np.float64)
         y = [*(float(p.score or 0.0) for p in points), self.baseline]
-        fitted = isotonic(y, [1.0] * len(points) + [_CERTAIN])
+        fitted = isotonic_regression(y, weights=[1.0] * len(points) + [_CERTAIN]).x
         wanted = [float(size(problem.cost_at(format, rank))) for rank in ranks]
         return [float(v) for v in np.interp(wanted, x, fitted)]
 
@@ -235,6 +236,8 @@ class Sensitivity:
 
         The measured ranks lie along one family; others are compared with these by what their unfoldings drop.
         """
+        from scipy.optimize import isotonic_regression
+
         tails = tail_damage(self._problem_at(path), format)
         names = FORMATS.get(format).rank_names
         points = self._scored(path, format, measured)
@@ -242,7 +245,7 @@ class Sensitivity:
         lost = self.baseline - np.array([float(p.score or 0.0) for p in points])
         errors, group, weights = np.unique(tails(at), return_inverse=True, return_counts=True)
         mean = np.bincount(group.ravel(), lost) / weights
-        fitted = np.maximum(isotonic([0.0, *mean], [_CERTAIN, *weights]), 0.0)
+        fitted = np.maximum(isotonic_regression([0.0, *mean], weights=[_CERTAIN, *weights]).x, 0.0)
         errors = np.concatenate([[0.0], errors])
         return lambda ranks: np.interp(tails(ranks), errors, fitted)
 

@@ -165,7 +165,7 @@ def _draw_layer(
     panel: Any, layer: LayerSensitivity, format: str, value: str, baseline: float | None, number: int
 ) -> None:
     """Draw the measured points of one format, and the nearest curve that never rises with cost."""
-    from tenfold.profiling.latency.monotone import isotonic  # brings torch along, which reading records does not need
+    from scipy.optimize import isotonic_regression
 
     points = [p for p in layer.curve(format) if _of(p, value) is not None]
     if not points:
@@ -175,7 +175,9 @@ def _draw_layer(
     raw = [float(_of(p, value) or 0.0) for p in points]
     top = baseline if baseline is not None else max(raw)
     y = [100 * (top - v) for v in raw] if value == "score" else raw
-    fitted = -isotonic([*(-v for v in y), 0.0], [1.0] * len(y) + [1e6])  # untouched, the layer loses nothing
+    fitted = -isotonic_regression(
+        [*(-v for v in y), 0.0], weights=[1.0] * len(y) + [1e6]
+    ).x  # untouched, the layer loses nothing
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
     panel.plot([*x, 100.0], fitted, color=colour, linewidth=1.4, alpha=0.8)
     panel.plot(x, y, marker, color=colour, markersize=4, markeredgewidth=0, label=format)

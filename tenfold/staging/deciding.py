@@ -16,7 +16,7 @@ from tenfold.pipeline import decide
 from tenfold.planning import plan as make_plan
 from tenfold.planning import recost
 from tenfold.planning.undecided import cheap_ends
-from tenfold.profiling import Clock
+from tenfold.profiling import LatencyTable
 from tenfold.records import Budget, LayerPlan, Plan, Profile, StageRecord
 from tenfold.staging.schedule import Schedule
 
@@ -52,7 +52,7 @@ class Decider:
     original: Profile
     latency_inputs: Any
     algorithms: Mapping[str, Decomposition] | None = None
-    clock: Clock | None = None
+    clock: LatencyTable | None = None
     seed: int = 0
     workers: Workers | None = None
     _memory: dict[str, dict[Any, Any]] = field(default_factory=dict, repr=False)  # of the original weights

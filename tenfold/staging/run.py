@@ -19,8 +19,8 @@ from tenfold.decompositions import Decomposition
 from tenfold.parallel import Workers
 from tenfold.pipeline import Compressed, UseData, check_use_data, measurement, replace_layers
 from tenfold.planning import analyse
-from tenfold.profiling import Clock, environment, profile
-from tenfold.profiling.steps import Steps
+from tenfold.profiling import LatencyTable, environment, profile
+from tenfold.profiling.step_timer import StepTimer
 from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
 from tenfold.registry import check_choice
 from tenfold.staging.deciding import Decider, Step, unchanged_plan, whole_plan
@@ -52,7 +52,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
     folder: str | Path | None = None,
     identity: str = "",
     latency_inputs: Any = None,
-    clock: Clock | None = None,
+    clock: LatencyTable | None = None,
     seed: int = 0,
     workers: Workers | None = None,
     observe: Callable[[str], None] | None = None,
@@ -116,7 +116,7 @@ def stages(  # noqa: PLR0913 - the one call that has every choice
         choices = {"use_data": use_data, "fit_to": fit_to, "seed": str(seed), "the identity": repr(identity)}
         choices["algorithms"] = str({k: v.to_dict() for k, v in (algorithms or {}).items()} or "the default")
         kept = RunFolder(folder, _identify(model, example_inputs, schedule, batches, choices))
-    watch = Steps(observe)
+    watch = StepTimer(observe)
     run = _Run(model, example_inputs, decider, batches, use_data, fit_to, evaluate, kept, identity, watch)
     return run.go()  # what is wrong with the arguments is said at the call and not at the first stage
 
@@ -146,7 +146,7 @@ class _Run:
     evaluate: Callable[[nn.Module], float] | None
     folder: RunFolder | None
     identity: str
-    watch: Steps
+    watch: StepTimer
 
     @property
     def schedule(self) -> Schedule:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 Observe = Callable[[str], None]
 
 
-class Steps:
+class StepTimer:
     """Names the steps of a job to an observer as they begin, and adds up their seconds.
 
     Example:
-        >>> steps = Steps(print)
+        >>> steps = StepTimer(print)
         >>> with steps("plan"):
         ...     pass
         plan
