@@ -18,19 +18,20 @@ def isotonic_grid(values: Array, weights: Array, *, sweeps: int = 50) -> Array:
     """Return the grid nearest to ``values`` that falls along neither axis (Dykstra's alternating projections)."""
     from scipy.optimize import isotonic_regression
 
+    def along_rows(grid: Array, weights: Array) -> Array:
+        return np.stack([isotonic_regression(row, weights=w).x for row, w in zip(grid, weights, strict=True)])
+
     if all((np.diff(values, axis=axis) >= 0).all() for axis in (0, 1)):
         return values.copy()
     if 1 in values.shape:
-        return np.asarray(isotonic_regression(values.ravel(), weights=weights.ravel()).x).reshape(values.shape)
+        return along_rows(values.reshape(1, -1), weights.reshape(1, -1)).reshape(values.shape)
     fitted = values.copy()
     by_row, by_column = np.zeros_like(values), np.zeros_like(values)
     for _ in range(sweeps):
         before = fitted
-        rows = np.stack([isotonic_regression(r, weights=w).x for r, w in zip(fitted + by_row, weights, strict=True)])
+        rows = along_rows(fitted + by_row, weights)
         by_row = fitted + by_row - rows
-        columns = np.stack(
-            [isotonic_regression(c, weights=w).x for c, w in zip((rows + by_column).T, weights.T, strict=True)]
-        ).T
+        columns = along_rows((rows + by_column).T, weights.T).T
         by_column = rows + by_column - columns
         fitted = columns
         if np.abs(fitted - before).max() < 1e-9:
