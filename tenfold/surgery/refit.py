@@ -83,7 +83,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if original is None else unroll_rnns(original, plan.opened)
     dense, new = (
-        Replay(original, batches, forward=forward),
+        Replay(original, batches, forward=forward, changing=False),
         _with_looked_up(model, plan.replace(layers=blind, folded={}), batches, outputs or {}, forward),
     )
     changing = Replay(new, batches, forward=forward)

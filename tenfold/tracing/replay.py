@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
@@ -14,6 +17,8 @@ from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.trace import Tracer, trace
 
 Forward = Callable[[nn.Module, Any], object]
+
+_FEW = 4  # layers that are computed again rather than their output kept beyond ``spare``
 
 
 class _Reached(BaseException):
@@ -42,6 +47,10 @@ class Replay:
     What ran before the layer asked for and was not changed since is taken from memory: the outputs of the largest
     modules that end before it. So a model of L layers costs about L times one layer, not L²/2.
 
+    Of these outputs only those are held that something still to run reads: in a residual network those at one depth,
+    not those of all blocks. Modules that only such modules read return a hollow tensor of the right shape. What at most
+    four layers compute from an output in memory is held only while all outputs together take at most ``spare`` bytes.
+
     Hooks of a layer stay with it, whatever takes its place: what is seen is what its forward takes and returns, after
     the hooks that change its inputs and before those that change its output.
 
@@ -53,9 +62,10 @@ class Replay:
         batches: inputs as ``call_model`` takes them, on the device of the model.
         forward: runs the model on one batch; ``call_model`` by default.
         limit: bytes of outputs to keep; beyond that things are computed again.
+        spare: bytes up to which outputs are kept that a few layers could compute again.
+        changing: whether the caller may change a layer once it is read. If not, what was read is kept as well.
 
     Example:
-        >>> import torch
         >>> model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> replay = Replay(model, [torch.ones(4, 3)])
         >>> replay.order
@@ -65,14 +75,31 @@ class Replay:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Any], *, forward: Forward | None = None, limit: int = 4 << 30
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        *,
+        forward: Forward | None = None,
+        limit: int = 4 << 30,
+        spare: int = 128 << 20,
+        changing: bool = True,
     ) -> None:
-        self._model, self._batches, self._forward, self._limit = model, batches, forward or call_model, limit
-        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._model, self._batches, self._forward = model, batches, forward or call_model
+        self._limit, self._spare, self._changing = limit, spare, changing
+        self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
+        self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self._bytes = 0
         self.trace = trace(model, batches[0], forward=self._forward)
         self._span = self.trace.spans
+        self._leaves = sorted(self._span[path][0] for path in self.order)
         self._single = {path for path in self._span if self._once(path)}
+        self._readers = {
+            path: [f"{use.by}." for use in value.uses]
+            for value in self.trace.values
+            for path in value.makers
+            if path in self._single
+        }
+        self._before: dict[str, list[str]] = {}
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -101,7 +128,9 @@ class Replay:
         """Iterate over the output of the module at ``path``, batch by batch."""
         for number in range(len(self._batches)):
             module, stop = self._model.get_submodule(path), _Stop()
-            yield self._run(path, number, stop, module.register_forward_hook(stop.at_output, prepend=True))
+            output = self._run(path, number, stop, module.register_forward_hook(stop.at_output, prepend=True))
+            self._keep_read(path, number, output)
+            yield output
 
     def branches(self, path: str, last: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Iterate over first input and output of the layer at ``path``, and the shortcut its branch is added to.
@@ -128,6 +157,7 @@ class Replay:
                 layer.register_forward_hook(leave, prepend=True),
                 Tracer({last: end}, on_addition=stop),
             )
+            self._keep_read(path, number, seen["output"])
             yield seen["input"], seen["output"], shortcut
 
     def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> Tensor:
@@ -141,6 +171,7 @@ class Replay:
             except (_Reached, Exception):  # scripted code turns whatever is raised within it into an error of its own
                 if stop.tensor is None:
                     raise
+        self._standing(path, number)  # what was kept on the way has made other outputs dispensable
         if stop.tensor is not None:
             return stop.tensor
         msg = (
@@ -151,33 +182,87 @@ class Replay:
 
     @contextmanager
     def _settled(self, path: str, number: int) -> Iterator[None]:
-        """Let the largest modules that end before ``path`` return what they returned before."""
-        start = self._span[path][0]
-        done = {p for p in self._single if self._span[p][1] < start}
-        largest = {p for p in done if not any(a in done for a in _ancestors(p))}
-        for key in [key for key in self._kept if key[0] not in largest]:
-            self._bytes -= _size(self._kept.pop(key))
+        """Let modules that end before ``path`` return what they returned before."""
         with ExitStack() as stack:
-            for name in largest:
+            for name, known in self._standing(path, number).items():
                 module = self._model.get_submodule(name)
-                stack.enter_context(_stand_in(module, self._keeper(name, number, module.forward)))
+                stack.enter_context(_stand_in(module, self._keeper(name, number, known, module.forward)))
             yield
 
-    def _keeper(self, name: str, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            known = self._kept.get((name, number))
+    def _standing(self, path: str, number: int) -> dict[str, Tensor | None]:
+        """Return what modules before ``path`` are to return instead of running; None if they run and it may be kept.
+
+        Outputs that nothing reads any more are forgotten.
+        """
+        kept, hollow = self._kept[number], self._hollow[number]
+        result: dict[str, Tensor | None] = {}
+        idle: tuple[str, ...] = ()  # prefixes of what does not run
+        whole: tuple[str, ...] = ()  # prefixes of what runs and may be kept as a whole
+        for name in self._done(path):  # the last first: whether the readers of an output run is known by then
+            if name.startswith(idle):
+                self._forget(name, number)
+                continue
+            read = any(not reader.startswith(idle) for reader in self._readers[name])
+            if name in kept and not read:
+                hollow[name] = _hollow(kept[name])
+                self._forget(name, number)
+            known = kept.get(name) if read else hollow.get(name)
             if known is not None:
-                return known.clone()  # an operation in place may follow
-            versions = _versions((args, kwargs))
+                idle += (f"{name}.",)
+                result[name] = known
+            elif not name.startswith(whole):
+                result[name] = None
+                if name not in hollow:  # else it changes its input in place, and cannot be kept
+                    whole += (f"{name}.",)
+        return result
+
+    def _done(self, path: str) -> list[str]:
+        """Return the modules that return a tensor before ``path`` starts, the last first."""
+        if path not in self._before:
+            done = [name for name in self._readers if self._span[name][1] < self._span[path][0]]
+            self._before[path] = sorted(done, key=lambda name: self._span[name][1], reverse=True)
+        return self._before[path]
+
+    def _keeper(
+        self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        hollow = name not in self._kept[number]
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            if known is not None:
+                return known if hollow else known.clone()  # an operation in place may follow
+            before = _versions((args, kwargs))
             output = forward(*args, **kwargs)
-            if versions != _versions((args, kwargs)):
-                return output  # it changed its input, for whoever uses that after it: it must run every time
-            if isinstance(output, Tensor) and self._bytes + _size(output) <= self._limit:
-                self._kept[name, number] = output.detach().clone()
-                self._bytes += _size(output)
+            after = _versions((args, kwargs))
+            changed = [key for key in before if before[key] != after.get(key)]
+            if changed == [id(output)]:  # others may read the input that it changed: it runs whenever one of them does
+                self._hollow[number][name] = _hollow(output)
+            elif not changed and isinstance(output, Tensor):
+                self._keep(name, number, output)
             return output
 
         return remembered
+
+    def _keep_read(self, path: str, number: int, output: Tensor) -> None:
+        if not self._changing and path in self._readers:
+            self._keep(path, number, output)
+
+    def _keep(self, name: str, number: int, output: Tensor) -> None:
+        """Hold the output of a module if there is room for it, in place of what was held of the modules within."""
+        kept, (start, end) = self._kept[number], self._span[name]
+        ends = (self._span[other][1] for other in kept)
+        nearest = max((other for other in ends if other < start), default=-1)
+        few = bisect_left(self._leaves, end) - bisect_left(self._leaves, nearest) <= _FEW
+        limit = min(self._limit, self._spare) if few else self._limit
+        if name not in kept and self._bytes + _size(output) <= limit:
+            kept[name] = output.detach().clone()
+            self._bytes += _size(output)
+            for other in [other for other in kept if other.startswith(f"{name}.")]:
+                self._forget(other, number)
+
+    def _forget(self, name: str, number: int) -> None:
+        if name in self._kept[number]:
+            self._bytes -= _size(self._kept[number].pop(name))
 
     def _once(self, path: str) -> bool:
         """Whether the module runs once, and nothing within it runs outside of it."""
@@ -200,15 +285,15 @@ def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = own
 
 
-def _ancestors(path: str) -> Iterator[str]:
-    parts = path.split(".")
-    for n in range(1, len(parts)):
-        yield ".".join(parts[:n])
+def _hollow(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape that takes the memory of one element. NaN tells if something reads it."""
+    value = torch.nan if tensor.is_floating_point() else 0
+    return torch.full((1,), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _versions(tree: Any) -> list[int]:
-    """Return how often each of the tensors was changed in place, as far as torch counts it."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_in(tree)]  # noqa: SLF001
+def _versions(tree: Any) -> dict[int, int]:
+    """Return how often each of the tensors was changed in place, by id, as far as torch counts it."""
+    return {id(t): 0 if t.is_inference() else t._version for t in tensors_in(tree)}  # noqa: SLF001
 
 
 def _size(tensor: Tensor) -> int:
