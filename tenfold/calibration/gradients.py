@@ -1,4 +1,4 @@
-"""How much a network minds errors at the outputs of its layers, from unlabeled batches."""
+"""Output-gradient covariances of layers, from unlabeled batches."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def collect_gradients(
     seed: int = 0,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Return Σ E[g gᵀ] (groups, out/groups, out/groups) by path, g the gradient at each output position of a layer.
+    """Collect G = Σ E[g gᵀ] (groups, out/groups, out/groups) by path, g the gradient at an output position of a layer.
 
-    An error e of the outputs then costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
+    An error e of the outputs costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
     2015, arXiv 1503.05671, with the layer's own error in place of its inputs): the errors of different layers are on
     one scale and add up. It goes into ``Moments.output``. Labels are not needed.
 
     Args:
-        model: is as before afterwards; its parameters get no gradients.
+        model: unchanged afterwards; its parameters get no gradients.
         batches: inputs as ``call_model`` takes them, on the device of the model.
         specs: the layers, with their dense geometry.
         loss: ``outputs`` is the squared error of the model's outputs (any model): gradients of random projections of
             these. ``fisher`` is the divergence from the model's own predictions (classifiers): gradients of the
-            cross-entropy with labels drawn from these; where a model is very sure of itself, few samples say much.
+            cross-entropy with labels drawn from these; of very confident predictions few samples contribute.
         draws: random projections or labels for each batch.
-        seed: of these.
+        seed: of the projections and labels.
         forward: runs the model on one batch and returns its outputs; ``call_model`` by default.
 
     Raises:
@@ -68,16 +68,13 @@ def collect_gradients(
     missing = [path for path in specs if path not in sums]
     if samples == 0 or missing:
         what = f"no gradient reaches {', '.join(missing[:3])}" if samples else "there are no batches"
-        msg = f"cannot tell how much the network minds errors: {what}"
+        msg = f"cannot estimate how errors of layers affect the outputs: {what}"
         raise DataError(msg)
     return {path: value / samples for path, value in sums.items()}
 
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
-    """Return a scalar, summed over the batch, whose gradients have the second moments that are asked for.
-
-    What comes out at padding does not matter to anybody: it is left out.
-    """
+    """Return a scalar, summed over the batch, whose gradients have the second moments of ``loss``, without padding."""
     found = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
     if not found:
         msg = "the model's outputs have no gradients: are all of its parameters frozen, or its forward under no_grad?"
@@ -94,7 +91,7 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
 
 
 def _back_to_inputs(value: Tensor, model: nn.Module, looked_up: list[Tensor]) -> None:
-    """Run the backward pass for its hooks only: the gradients of the parameters are not kept."""
+    """Run the backward pass for its hooks only, without accumulating gradients of parameters."""
     wanted = [*looked_up, *(p for p in model.parameters() if p.requires_grad)]
     torch.autograd.grad(value, wanted, allow_unused=True)
 
@@ -103,9 +100,9 @@ def _back_to_inputs(value: Tensor, model: nn.Module, looked_up: list[Tensor]) ->
 def _catching(
     model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], looked_up: list[Tensor]
 ) -> Iterator[None]:
-    """Let the gradients at the outputs of the layers add to the sums.
+    """Add the gradients at the outputs of the layers to the sums.
 
-    Nothing before an embedding has gradients, and a frozen one itself has none: what it looks up goes to ``looked_up``.
+    Outputs of a frozen embedding have no gradient of their own: they are made leaves, and go to ``looked_up``.
     """
 
     def leaving(path: str, spec: LayerSpec) -> Callable[..., Tensor]:

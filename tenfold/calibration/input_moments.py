@@ -1,4 +1,4 @@
-"""Moments of what enters the layers of a model, from one pass over unlabeled batches."""
+"""First and second moments of layer inputs, collected in one pass over unlabeled batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.calibration.frequencies import id_counts, moments_of_ids
 from tenfold.calibration.im2col import input_patches, output_rows
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
-from tenfold.decompositions import Moments
+from tenfold.decompositions import Moments, Sketch
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
@@ -27,23 +26,23 @@ logger = logging.getLogger("tenfold")
 
 Forward = Callable[[nn.Module, Any], object]
 
-# Second moments of wider patches are sketched: that of this width takes 512 MiB, as does a sketch at most.
+# Second moments of wider patches are sketched. One of this width takes 512 MiB, and a sketch at most as much.
 WIDEST = 8192
 
-# Patches are gathered for as many samples at a time as fit into this many bytes.
+# Patches are extracted for as many samples at a time as fit into this many bytes.
 _CHUNK_BYTES = 1 << 27
 
 
 def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, widest: int | None = None) -> int:
-    """Return the bytes that the moments of these layers take at most, in float64; with those of ``targets`` if so.
+    """Return an upper bound on the bytes that the moments of these layers take in float64.
 
-    Patches of n ≤ ``widest`` entries take 8·n² and a little; wider ones 8·k·n for a sketch of k·n ≤ ``widest``²
-    entries, and while it is made 4·k·n for its projection. An embedding of n rows takes 24·n: counts and frequencies.
+    Patches of n ≤ ``widest`` entries take slightly more than 8·n²; wider ones 8·k·n for a sketch of k·n ≤ ``widest``²
+    entries, plus 4·k·n for its projection during collection. An embedding of n rows takes 24·n: counts and frequencies.
 
     Args:
         specs: the layers.
-        targets: with what the layers of a dense model put out.
-        widest: width beyond which there is a sketch; 8192 by default. It is √(bytes/8) for a limit of bytes a layer.
+        targets: include the outputs of the same layers of a dense model.
+        widest: width beyond which moments are sketched, 8192 by default: √(bytes/8) for a limit in bytes per layer.
 
     Example:
         >>> moment_bytes({"fc": LayerSpec(kind="linear", in_channels=100, out_channels=10)})
@@ -68,7 +67,7 @@ def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, wides
 
 
 def _sketch_rows(spec: LayerSpec, widest: int | None) -> int | None:
-    """Return how many rows the sketch of a layer has, or None where the second moment is exact."""
+    """Return the number of rows of a layer's sketch, or None if its second moment is exact."""
     if spec.kind == "embedding":
         return None
     limit, width = WIDEST if widest is None else widest, prod(spec.group_shape[2:])
@@ -76,9 +75,9 @@ def _sketch_rows(spec: LayerSpec, widest: int | None) -> int | None:
 
 
 def measurable(model: nn.Module) -> dict[str, LayerSpec]:
-    """Return the geometry, by path, of all layers whose moments can be taken: linear layers, convolutions, embeddings.
+    """Return the geometry, by path, of all layers with measurable inputs: linear layers, convolutions, embeddings.
 
-    A factorized layer counts as the dense one that it stands for. Modules that appear twice are listed once.
+    A factorized layer counts as the dense one that it replaces. Modules that appear twice are listed once.
     """
     found: dict[str, LayerSpec] = {}
     inside: tuple[str, ...] = ()
@@ -105,22 +104,22 @@ def collect_moments(
     widest: int | None = None,
     forward: Forward | None = None,
 ) -> dict[str, Moments]:
-    """Return the moments of the input patches of layers, by path, from one pass over unlabeled batches.
+    """Collect the moments of the input patches of layers, by path, in one pass over unlabeled batches.
 
-    The model runs in evaluation mode, without gradients, and is as before afterwards. Products are taken in the dtype
-    of the activations (float32 at least) and summed over batches in float64. A layer that is called several times, or
-    at every position of a sequence, gives a row for each. Of an embedding the ids are counted: see ``MomentSums.add``.
-    Where a batch has the keyword ``attention_mask`` (batch, sequence), padding gives no rows.
+    The model runs in evaluation mode, without gradients, and is unchanged afterwards. Products are computed in the
+    dtype of the activations (float32 at least) and summed in float64. Each call of a layer and each position of a
+    sequence is a row. For an embedding the ids are counted: see ``MomentSums.add``. If a batch has the keyword
+    ``attention_mask`` (batch, sequence), padding contributes no rows.
 
     Args:
         model: whose inputs are measured.
         batches: inputs as ``call_model`` takes them, on the device of the model.
         specs: the layers, with their dense geometry; all that ``measurable`` finds if None.
-        dense: the dense model, when ``model`` is a compressed copy of it: then the moments also hold what the same
-            layers of the dense model put out on the same batches, so that each layer can make up for those before it.
-        positions: output positions taken from each map of a convolution, drawn anew for every batch; None for all. A
-            few dozen are enough, because neighbours resemble each other.
-        seed: of that draw, and of the sketches.
+        dense: the dense model, if ``model`` is a compressed copy of it: the moments then also hold the outputs of the
+            same layers of the dense model on the same batches, so that each layer can correct errors of those before.
+        positions: output positions sampled from each map of a convolution, other ones for every batch; None for all.
+            A few dozen are enough, because neighbouring positions are correlated.
+        seed: of the positions and the sketches.
         widest: second moments of patches wider than this are sketched, see ``moment_bytes``; 8192 by default.
         forward: runs the model on one batch; ``call_model`` by default.
 
@@ -128,7 +127,7 @@ def collect_moments(
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
 
     Warns:
-        CalibrationWarning: fewer rows than a patch is wide, which leaves the moments singular.
+        CalibrationWarning: fewer rows than a patch has entries, which makes the moments singular.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -170,7 +169,7 @@ def _announce(specs: Mapping[str, LayerSpec], *, targets: bool, widest: int | No
 
 @dataclass
 class _Draw:
-    """Which positions and tokens to take: the same in both models, others in each batch."""
+    """Positions and tokens to sample: the same in both models, different in each batch."""
 
     positions: int | None
     seed: int
@@ -206,11 +205,11 @@ class MomentSums:
         seed: int = 0,
         mask: Tensor | None = None,
     ) -> None:
-        """Add the inputs of one call, and what the layer should put out there, without its bias.
+        """Add the inputs of one call, and the target outputs of the layer, without its bias.
 
-        Of an embedding these are ids, which stand for one-hot rows: their second moment is diagonal, and says how often
-        each came. What a row is to put out does not depend on other layers, so ``y`` does not matter there. Where a
-        ``mask`` says which tokens (batch, sequence) are real, only these count.
+        Inputs of an embedding are ids, which stand for one-hot rows: their second moment is diagonal and holds the
+        counts of the ids. Targets of an embedding do not depend on other layers, so ``y`` is ignored there. With a
+        ``mask`` of real tokens (batch, sequence), only these are counted.
         """
         if spec.kind in {"linear", "embedding"}:
             features = spec.kind == "linear"
@@ -250,7 +249,7 @@ class MomentSums:
             self._sums[name] = value.double()
 
     def moments(self, path: str) -> Moments:
-        """Return the moments of all that was added; ``path`` names the layer in errors.
+        """Return the moments of all rows added so far; ``path`` names the layer in errors.
 
         Raises:
             DataError: nothing was added, or it is not finite.
@@ -269,8 +268,53 @@ class MomentSums:
         return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
 
 
+def id_counts(ids: Tensor, rows: int, counts: Tensor | None = None) -> Tensor:
+    """Count how often each id below ``rows`` occurs (rows,), in float64, on top of earlier ``counts``.
+
+    Example:
+        >>> id_counts(torch.tensor([[0, 2], [2, 2]]), 4).tolist()
+        [1.0, 0.0, 3.0, 0.0]
+    """
+    own = torch.bincount(ids.flatten().long(), minlength=rows).double()
+    return own if counts is None else counts + own
+
+
+def frequencies(counts: Tensor) -> Tensor:
+    """Return the probabilities (n,) of ids with these counts (n,), smoothed for ids that were never seen.
+
+    All unseen ids together get the weight of all ids seen once (Good 1953, Biometrika 40: the probability that the next
+    id is a new one), or of one such id if there is none; it is spread evenly, each at most half an id seen once.
+
+    Example:
+        >>> (18 * frequencies(torch.tensor([6.0, 1.0, 1.0, 0.0, 0.0]))).tolist()
+        [12.0, 2.0, 2.0, 1.0, 1.0]
+    """
+    unseen = counts == 0
+    once = (counts == 1).sum().clamp_min(1).to(counts)
+    each = (once / unseen.sum().clamp_min(1)).clamp_max(0.5)
+    smooth = torch.where(unseen, each, counts)
+    return smooth / smooth.sum()
+
+
+def moments_of_ids(counts: Tensor) -> Moments:
+    """Return the moments of the one-hot inputs of an embedding: a diagonal (1, n, n), of which only n are stored.
+
+    They are uncentered, because an embedding has no bias to absorb a shift of the mean.
+
+    Args:
+        counts: how often each id was seen (n,), as ``id_counts`` returns it.
+
+    Example:
+        >>> moments_of_ids(torch.tensor([2.0, 1.0, 1.0])).covariance().diagonal().tolist()
+        [[0.5, 0.25, 0.25]]
+    """
+    rest = frequencies(counts)[None]
+    empty = rest.new_zeros(1, 0, rest.shape[1])
+    return Moments(Sketch(empty, rest, rest.new_zeros(1, 0)), torch.zeros_like(rest), int(counts.sum()))
+
+
 def _chunks(x: Tensor, spec: LayerSpec, positions: int | None) -> Iterator[slice]:
-    """Iterate over slices of the batch whose patches are not too large at a time."""
+    """Iterate over slices of the batch whose patches fit into memory together."""
     if spec.kind == "linear" or x.dim() == spec.axes + 1:
         yield slice(None)
         return
@@ -285,7 +329,7 @@ def _chunks(x: Tensor, spec: LayerSpec, positions: int | None) -> Iterator[slice
 def _watching(
     model: nn.Module, dense: nn.Module | None, specs: Mapping[str, LayerSpec], sums: dict[str, MomentSums], draw: _Draw
 ) -> Iterator[None]:
-    """Let the inputs of the layers, and the outputs of those of the dense model, add to the sums."""
+    """Add the inputs of the layers, and the outputs of the dense model's layers, to the sums."""
     waiting: dict[str, list[Tensor]] = {path: [] for path in specs}  # outputs of the dense model, which runs first
 
     def entering(path: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
+"""Cost of a model: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
 
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment

@@ -1,4 +1,4 @@
-"""Count the FLOPs of what runs inside a block: torch's flop counter, plus a list of what it could not count."""
+"""Counter of multiply-accumulates: torch's flop counter, and the operations that it could not count."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.profiling.formulas import fused_kernels
 
-# At most a handful of multiplications per element read or written, as with the pointwise operations, which torch tags
-# itself; a flop counter leaves them out on purpose. Names without the underscore of their in-place forms.
+# Operations with at most a handful of multiplications per element, like the pointwise ones that torch tags itself;
+# flop counters leave them out on purpose. Names are without the underscore of in-place forms.
 _CREATE = """
     arange bernoulli empty empty_like empty_strided exponential eye fill full full_like lift_fresh
     lift_fresh_copy linspace multinomial _nested_tensor_from_mask new_empty new_empty_strided new_full new_ones
@@ -59,10 +59,10 @@ _NEGLIGIBLE = frozenset(f"{_UNTAGGED_POINTWISE} {_CREATE} {_MOVE} {_REDUCE} {_NO
 
 
 class MacCounter:
-    """A context that counts multiply-accumulates while it is open; half of what torch's flop counter finds.
+    """A context that counts multiply-accumulates: half of what torch's flop counter finds.
 
     Attributes:
-        uncounted: name -> calls of operations without a formula that may do multiply-accumulates.
+        uncounted: name -> calls of operations that have no formula and may multiply and accumulate.
 
     Example:
         >>> import torch
@@ -90,17 +90,17 @@ class MacCounter:
 
     @property
     def fused_macs(self) -> dict[str, int]:
-        """MACs, by kernel, that are in ``macs`` by a formula of ours and that torch's flop counter has none for."""
+        """MACs by kernel for which torch's flop counter has no formula; they are part of ``macs``."""
         counts: dict[Any, int] = self._flops.get_flop_counts().get("Global", {})
         return {str(op): flops // 2 for op, flops in counts.items() if op in self._fused}
 
     @property
     def uncounted(self) -> dict[str, int]:
-        """Operations that may do multiply-accumulates and have no formula, with the number of calls."""
+        """Operations that have no formula and may multiply and accumulate, with the number of calls."""
         return dict(sorted(self._watch.missed.items()))
 
     def __enter__(self) -> Self:
-        # The watch is entered first, hence called last: it sees composite operations after the counter took them apart.
+        # Entered first, hence called last: composite operations arrive after the counter has decomposed them.
         self._watch.__enter__()  # type: ignore[no-untyped-call]
         self._flops.__enter__()
         return self
@@ -125,7 +125,7 @@ class _Watch(TorchDispatchMode):
 
 
 def costs_macs(op: Any) -> bool:
-    """Return whether an operation may do multiply-accumulates worth counting: no view, not pointwise, not negligible.
+    """Return whether an operation may have MACs worth counting: no view, not pointwise, not negligible.
 
     Example:
         >>> costs_macs(torch.ops.aten.mv.default), costs_macs(torch.ops.aten.relu.default)

@@ -1,4 +1,4 @@
-"""Where and with what a result was made."""
+"""Environment of a result: versions, device and threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def environment(device: torch.device | str = "cpu") -> Environment:
-    """Return versions, device and threads as they are now.
+    """Return the current versions, device and threads.
 
     Example:
         >>> environment().torch == torch.__version__
@@ -38,7 +38,7 @@ def environment(device: torch.device | str = "cpu") -> Environment:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the maker calls the device, as far as the system tells."""
+    """Return the product name of a device, or an empty string if the system does not say."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

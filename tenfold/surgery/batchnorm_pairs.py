@@ -165,6 +165,6 @@ def _checking(path: str, odd: dict[str, str]) -> Callable[..., None]:
         for name in AFTER:
             value = norm.get_submodule(name)(value)
         if not torch.allclose(value, output, rtol=1e-4, atol=1e-5, equal_nan=True):
-            odd[path] = f"{type(norm).__name__} does more than to normalize, drop and activate"
+            odd[path] = f"{type(norm).__name__} does more than normalize, drop and activate"
 
     return check

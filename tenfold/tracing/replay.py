@@ -1,4 +1,4 @@
-"""Run a model up to one of its layers, again and again, without computing anew what is settled before it."""
+"""Repeated forwards up to one layer of a model, without recomputing what is settled before it."""
 
 from __future__ import annotations
 
@@ -223,9 +223,7 @@ class Replay:
             self._before[path] = sorted(done, key=lambda name: self._span[name][1], reverse=True)
         return self._before[path]
 
-    def _keeper(
-        self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _keeper(self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]) -> Callable[..., Any]:
         hollow = name not in self._kept[number]
 
         def remembered(*args: Any, **kwargs: Any) -> Any:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from tenfold.calibration import calibrate, called_layers
-from tenfold.calibration.frequencies import frequencies, id_counts
-from tenfold.calibration.input_moments import collect_moments, moment_bytes
+from tenfold.calibration.input_moments import collect_moments, frequencies, id_counts, moment_bytes
 from tenfold.decompositions import decompose, default_algorithm
 from tenfold.decompositions.curves import damage_curve
 from tenfold.formats import FORMATS, split_groups

@@ -1,4 +1,4 @@
-"""Latencies: of models, interleaved and compared; of layers, tabulated and interpolated."""
+"""Latency of models, measured in turns, and of layers, from a lookup table."""
 
 from tenfold.profiling.latency.lookup_table import LatencyTable
 from tenfold.profiling.latency.measure import Comparison, compare_latency, measure_latency
