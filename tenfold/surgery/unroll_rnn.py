@@ -52,7 +52,8 @@ def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.M
         if type(network) in (GRU, LSTM):
             continue
         if not _can_unroll(network):
-            msg = f"{path!r} is a {type(network).__name__} that cannot be unrolled: only plain GRUs and LSTMs of torch can"
+            kind = type(network).__name__
+            msg = f"{path!r} is a {kind} that cannot be unrolled: only plain GRUs and LSTMs of torch can"
             raise PlanError(msg)
         assert isinstance(network, nn.GRU | nn.LSTM)  # noqa: S101 - asked before
         new[path] = open_recurrent(network)

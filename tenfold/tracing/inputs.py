@@ -202,8 +202,8 @@ def gathered(data: Iterable[Any], device: torch.device) -> list[Any]:
     batches = [to_device(batch, device) for batch in data]
     if not batches:
         msg = (
-            "no calibration batches: the iterable is empty (an exhausted generator?). Pass a list or a new generator, or "
-            "leave data out to plan by the weights alone."
+            "no calibration batches: the iterable is empty (an exhausted generator?). Pass a list or a new generator, "
+            "or leave data out to plan by the weights alone."
         )
         raise DataError(msg)
     return batches

@@ -281,7 +281,7 @@ def test_a_config_needs_batches() -> None:
 @pytest.mark.parametrize(
     ("choices", "kind", "words"),
     [
-        ({"data": iter(())}, DataError, "hold no batch"),
+        ({"data": iter(())}, DataError, "no calibration batches"),
         ({"use_data": "layer"}, UnknownNameError, r"use_data='layer' must be .* Did you mean layers\?"),
         ({"fit_to": "orignal"}, UnknownNameError, r"fit_to='orignal' must be .* Did you mean original\?"),
     ],
