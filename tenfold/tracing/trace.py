@@ -141,7 +141,7 @@ class Tracer(TorchDispatchMode):
         self._weights = _weights_by_storage(self._modules)
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Trace:  # type: ignore[override]
+    def __enter__(self) -> Trace:
         for path, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._entering(path), prepend=True))
             # before the hooks of others, which may change the output
@@ -255,7 +255,7 @@ def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, li
         for parameter in module.parameters(recurse=False):
             key = _storage(parameter)
             if key is not None:
-                start = parameter.storage_offset()
+                start = int(parameter.storage_offset())
                 weights.setdefault(key, []).append((path, start, start + parameter.numel()))
     return weights
 

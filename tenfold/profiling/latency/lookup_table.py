@@ -23,7 +23,7 @@ from tenfold.profiling.latency.grid import LEVELS, Curve, MeasurementGrid, Point
 from tenfold.profiling.latency.layer_timer import LayerTimer, Timer
 from tenfold.profiling.latency.measure import layer_latency, using_threads
 from tenfold.profiling.latency.monotone import MonotoneFit
-from tenfold.records import Call, LayerSpec, Shape
+from tenfold.records import Call, LayerProfile, LayerSpec, Shape
 from tenfold.tracing.layers import Entry, entries
 
 CACHE = "~/.cache/tenfold/latency"
@@ -50,18 +50,6 @@ class Timed(Protocol):
     @property
     def formats(self) -> tuple[str, ...]:
         """Names of the formats that it may get."""
-
-    @property
-    def calls(self) -> tuple[Call, ...]:
-        """Its inputs in one forward."""
-
-
-class Used(Protocol):
-    """A layer of a profile."""
-
-    @property
-    def spec(self) -> LayerSpec | None:
-        """Geometry of the dense layer, if it has one."""
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -194,7 +182,7 @@ class LatencyTable:
         factor = min(_MOST_CORRECTION, max(1 / _MOST_CORRECTION, wanted / predicted))
         self._chains.setdefault(place, []).append(log(factor))
 
-    def share_of_layers(self, model: nn.Module, inputs: Any, layers: Sequence[Used], *, seconds: float = 2.0) -> float:
+    def share_of_layers(self, model: nn.Module, inputs: Any, layers: Sequence[LayerProfile], *, seconds: float = 2.0) -> float:
         """Return the share of a forward, in (0, 1], that is spent in layers with a geometry.
 
         Both sides of the ratio are measured within the same forwards, so that a busy machine and caches affect both.
