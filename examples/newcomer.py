@@ -108,7 +108,7 @@ with torch.no_grad():
     assert torch.equal(loaded.eval()(test_images), wanted)  # bit for bit
 
 for name, network in (("shapes", model), ("shapes-small", loaded)):
-    tenfold.export(network, images[:1], f"{name}.onnx", overwrite=True, seconds=0)
+    tenfold.export(network, images[:1], f"{name}.onnx", overwrite=True)
 sessions = {name: onnxruntime.InferenceSession(f"{name}.onnx") for name in ("shapes", "shapes-small")}
 
 

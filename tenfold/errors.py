@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TenfoldError(Exception):
     """Root of every error that tenfold raises on purpose."""
@@ -57,6 +60,23 @@ class TenfoldWarning(UserWarning):
 
 class CalibrationWarning(TenfoldWarning):
     """Too little calibration data for what is estimated from it."""
+
+
+@contextmanager
+def naming_layer(path: str) -> Iterator[None]:
+    """Raise what goes wrong meanwhile as a PlanError that names the layer.
+
+    Example:
+        >>> with naming_layer("fc"):
+        ...     raise RankError("the rank is too large")
+        Traceback (most recent call last):
+        tenfold.errors.PlanError: layer 'fc': the rank is too large
+    """
+    try:
+        yield
+    except TenfoldError as error:
+        msg = f"layer {path!r}: {error}"
+        raise PlanError(msg) from error
 
 
 def require(module: str, extra: str) -> object:

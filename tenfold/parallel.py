@@ -1,4 +1,4 @@
-"""Independent work in other processes of this machine or on a Ray cluster: the same results, in the same order."""
+"""Parallel map over independent work, in processes of this machine or on a Ray cluster: ordered and deterministic."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does work that falls into independent pieces.
+    """Workers for independent pieces of work.
 
-    Each piece is a function of what all share and of an item of its own. Results come in the order of the items and do
-    not depend on the number of workers. They are those of this process to the last bit where it computes with as many
-    ``threads`` as a worker does (``torch.set_num_threads``); other numbers of threads add up in another order.
+    Each piece is a function of a shared value and of an item of its own. Results come in the order of the items and do
+    not depend on the number of workers. They equal those of this process to the last bit if it computes with as many
+    ``threads`` as a worker does (``torch.set_num_threads``); another number of threads sums in another order.
 
-    Functions and data travel as cloudpickle writes them, from this process to workers that it has started and back.
-    What a script has registered by itself, such as a format, workers know only if it is installed as a plugin.
+    Functions and data are sent by cloudpickle between this process and the workers that it has started. Workers know
+    entries that a script registers, such as a format, only if they are installed as a plugin.
 
     Attributes:
-        jobs: pieces in work at a time. 1: one after the other in this process, unless the backend is Ray.
+        jobs: pieces in progress at a time. 1: one after the other in this process, unless the backend is Ray.
         backend: "loky", processes of this machine by joblib; or "ray": the Ray instance that this process is connected
             to, else the one that is running (or that RAY_ADDRESS names), else a new one of this machine.
         threads: of torch in each worker.
@@ -58,15 +58,15 @@ class Workers:
             raise TenfoldError(msg)
 
     @property
-    def here(self) -> bool:
-        """Whether all work is done in this process."""
+    def is_local(self) -> bool:
+        """Whether all work runs in this process."""
         return self.backend == "loky" and self.jobs == 1
 
     def map(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         """Iterate over ``function(shared, item)`` in the order of the items, as they become ready.
 
         Args:
-            function: of what is shared and an item; depends on nothing else, and changes neither.
+            function: of the shared value and an item; depends on nothing else, and changes neither.
             shared: sent once to each worker.
             items: one for each piece of work.
 
@@ -74,13 +74,13 @@ class Workers:
             MissingExtraError: joblib or Ray is not installed.
             TenfoldError: as the function raises it.
         """
-        if self.here:
+        if self.is_local:
             return (function(shared, item) for item in items)
         return self._ray(function, shared, items) if self.backend == "ray" else self._loky(function, shared, items)
 
     @staticmethod
     def send_along(module: ModuleType) -> None:
-        """Let workers do without importing this module: what is in it travels with what uses it.
+        """Send the contents of a module along with their uses, so that workers need not import it.
 
         For modules that were loaded from a file, which workers could not find by name.
         """
@@ -97,6 +97,8 @@ class Workers:
             parallel = joblib.Parallel(n_jobs=self.jobs, backend="loky", return_as="generator", batch_size=1)
             yield from map(_opened, parallel(calls))
 
+    # joblib has a Ray backend, but one without generators (supports_return_generator is False): results could only be
+    # returned all at once.
     def _ray(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         ray: Any = require("ray", "ray")
         connect_to_ray(self.jobs * self.threads)
@@ -128,8 +130,8 @@ def connect_to_ray(cpus: int) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
-def spread(workers: Workers | None, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
-    """Iterate over ``function(shared, item)`` in the order of the items: by the workers, or here if there are none."""
+def parallel_map(workers: Workers | None, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
+    """Iterate over ``function(shared, item)`` in the order of the items; in this process if ``workers`` is None."""
     return (workers or Workers()).map(function, shared, items)
 
 
@@ -142,7 +144,7 @@ def _from_store(common: bytes, token: str, item: bytes, threads: int) -> bytes:
 
 
 class _Payload:
-    """Bytes that are all alike to a cache: their token tells them apart."""
+    """Bytes that compare equal for a cache, whose token tells them apart: hashing megabytes would be slow."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -166,7 +168,7 @@ def _kept(token: str, payload: _Payload) -> Any:
 
 
 def _done(common: tuple[Callable[[Any, Any], Any], Any], item: bytes, threads: int) -> bytes:
-    """Return the pickled result of a piece of work, or the error that it ends with."""
+    """Return the pickled result of a piece of work, or the pickled error."""
     import torch
 
     torch.set_num_threads(threads)
@@ -178,7 +180,6 @@ def _done(common: tuple[Callable[[Any, Any], Any], Any], item: bytes, threads: i
 
 
 def _opened(content: bytes) -> Any:
-    """Return a result in this process; raises what its worker raised."""
     well, value = _load(content)
     if not well:
         raise value
@@ -194,7 +195,7 @@ def _load(content: bytes) -> Any:
 
 
 def _pickler() -> Any:
-    """Return the cloudpickle that joblib or Ray brings: what one writes the other reads."""
+    """Return the cloudpickle of joblib or Ray: what one writes the other reads."""
     try:
         return import_module("joblib.externals.cloudpickle")
     except ImportError:

@@ -293,7 +293,7 @@ def replace_layers(
         workers: who decomposes layers that do not wait for others; this process if None.
     """
     if moments is not None and use_data == "sequential":
-        minded = {path: own.output for path, own in moments.items() if own.output is not None}
+        minded = {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
         small = apply_in_order(model, plan, batches, original=original, outputs=minded, seed=seed)
     else:
         small = apply(model, plan, moments=moments, workers=workers)

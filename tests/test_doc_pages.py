@@ -25,7 +25,7 @@ METHODS = sorted((DOCS / "methods").glob("[!i]*.md"))
 SECTIONS = ["Formula", "Cost", "When to use it", "Measured", "Source"]
 
 # What is public in training without being a method of its own: settings, outcomes, and what methods are made of.
-PARTS = re.compile(r".*(Config|Result|Record|Progress)|Batches|LearnedRanks|log_likelihood|ranks_plan", re.DOTALL)
+PARTS = re.compile(r".*(Config|Result|Record|Progress)|Batches|TrainingFolder|log_likelihood|ranks_plan", re.DOTALL)
 
 
 def front_matter(page: Path) -> dict[str, Any]:

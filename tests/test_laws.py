@@ -22,7 +22,7 @@ from tenfold.testing.model_laws import check_replanned
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
-PAIRS = [(d, f) for d, kind in DECOMPOSITIONS.items() for f, format in FORMATS.items() if kind.serves(format)]
+PAIRS = [(d, f) for d, kind in DECOMPOSITIONS.items() for f, format in FORMATS.items() if kind.supports(format)]
 
 
 @pytest.mark.parametrize("law", FORMAT_LAWS)

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
-from tenfold.training import TuneConfig
+from tenfold.training import TrainingFolder, TuneConfig
 from tenfold.training.low_rank.priors import BayesianConfig
 from tenfold.training.low_rank.svgd import log_likelihood
 from tenfold.training.low_rank.train_bayesian import train_bayesian
@@ -56,10 +56,8 @@ def trained(task: Task, config: Row, folder: Path, *, test: bool) -> Row:
     model = task.build()
     before = _params(model)
     evaluate = partial(task.evaluate, split="validation")
-    identity = f"{task.id} {config['training']} {config['prior']}"
-    told = train_bayesian(
-        model, batches, training, prior, tune=tuning, evaluate=evaluate, folder=folder, identity=identity
-    )
+    run = TrainingFolder(folder, f"{task.id} {config['training']} {config['prior']}")
+    told = train_bayesian(model, batches, training, prior, tune=tuning, evaluate=evaluate, folder=run)
     tuned = told.tuning.history if told.tuning is not None else ()
     row: Row = {
         "seed": task.seed,

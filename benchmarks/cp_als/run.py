@@ -29,9 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.hooi.run import make
-from tenfold.decompositions import Fit, Problem, decompose_many
-from tenfold.decompositions.base import spec_of_weight
-from tenfold.decompositions.cp_als import CPALS
+from tenfold.decompositions import Fit, FitRequest, decompose_many, spec_of_weight
+from tenfold.decompositions.cp.als import CPALS
 from tenfold.errors import require
 from tenfold.profiling import environment
 from tenfold.tensors import kruskal, rel_error
@@ -139,7 +138,7 @@ def compare(weights: list[Tensor], wanted: dict[str, Any], seed: int) -> dict[st
 def fit(weights: list[Tensor], rank: int, n_iter: int, seed: int) -> list[Fit]:
     """Return the CPs of order 3 after at most so many sweeps."""
     algorithm = CPALS(n_iter=n_iter, tol=0.0, start="random", seed=seed)
-    return decompose_many([Problem(w, spec_of_weight(w), "cp3", {"rank": rank}, algorithm) for w in weights])
+    return decompose_many([FitRequest(w, spec_of_weight(w), "cp3", {"rank": rank}, algorithm) for w in weights])
 
 
 def together(fits: list[Fit]) -> float:

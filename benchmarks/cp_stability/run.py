@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from tenfold.decompositions.cp_als import CPSettings, fit_cp
-from tenfold.decompositions.cp_epc import CPEPC
-from tenfold.decompositions.gauss_newton import descend
+from tenfold.decompositions.cp.als import CPALS, fit_cp
+from tenfold.decompositions.cp.epc import CPEPC
+from tenfold.decompositions.cp.gauss_newton import descend
 from tenfold.profiling import environment
 from tenfold.tensors import kruskal
 
@@ -91,7 +91,7 @@ def stabilised(name: str, tensor: Tensor, rank: int, config: Config) -> Row:
     row: Row = {"name": name, "shape": list(tensor.shape[1:]), "rank": rank}
     plain, seconds = timed(lambda: plain_als(tensor, rank, config))
     row["plain"] = {**seen(tensor, plain, config), "seconds": seconds}
-    own, seconds = timed(lambda: fit_cp(tensor, rank, CPSettings(seed=config["seed"])))
+    own, seconds = timed(lambda: fit_cp(tensor, rank, CPALS(seed=config["seed"])))
     row["cp_als"] = {**seen(tensor, own.factors, config), "seconds": seconds, "sweeps": own.n_iter}
     epc = CPEPC(slack=1.0, bound=min(config["more"] * row["plain"]["rel_error"], 0.999), seed=config["seed"])
     ways = {"corrected": lambda: epc.stabilise(tensor, plain), "cp_epc": lambda: epc.fit_terms(tensor, rank)}
@@ -184,11 +184,11 @@ def synthetic(case: Config, seed: int) -> Tensor:
 def accurate(name: str, tensor: Tensor, rank: int, wanted: Config, seed: int) -> Row:
     """Return errors and seconds of more alternating least squares, and of damped Gauss-Newton after a few."""
     row: Row = {"name": name, "shape": list(tensor.shape[1:]), "rank": rank, "als": []}
-    few, many = (CPSettings(n_iter=n, tol=0.0, start="random", seed=seed) for n in wanted["sweeps"])
+    few, many = (CPALS(n_iter=n, tol=0.0, start="random", seed=seed) for n in wanted["sweeps"])
     for settings in (few, many):
         found, seconds = timed(lambda settings=settings: fit_cp(tensor, rank, settings))
         row["als"].append({"sweeps": found.n_iter, "rel_error": error(tensor, found.factors), "seconds": seconds})
-    start, first = timed(lambda: fit_cp(tensor, rank, CPSettings(start="random", seed=seed)))
+    start, first = timed(lambda: fit_cp(tensor, rank, CPALS(start="random", seed=seed)))
     steps, seconds = timed(lambda: descend(tensor, start.factors, n_iter=wanted["steps"], tol=1e-12))
     row["gauss_newton"] = {
         "steps": steps.n_iter,

@@ -164,7 +164,7 @@ class Network:
     def apply(self, method: str, plan: Plan) -> nn.Module:
         """Return the model that a method makes of a plan, with the batch norms that belong to it."""
         if "fit" not in self.config["methods"][method]:
-            minded = {path: own.output for path, own in self.moments.items() if own.output is not None}
+            minded = {path: own.output_gram for path, own in self.moments.items() if own.output_gram is not None}
             return apply_in_order(self.model, plan, self.batches, outputs=minded, seed=self.seed)
         how = self.config["methods"][method]
         small = apply(self.model, plan, moments=self.fitted(how["fit"]))
@@ -182,7 +182,9 @@ class Network:
             return None if how == "weight" else self.moments
         bare = {path for path in self.moments if getattr(self.model.get_submodule(path), "bias", None) is None}
         return {
-            path: own.replace(second=own.covariance(), mean=torch.zeros_like(own.mean)) if path in bare else own
+            path: own.replace(input_second_moment=own.covariance(), mean=torch.zeros_like(own.mean))
+            if path in bare
+            else own
             for path, own in self.moments.items()
         }
 

@@ -124,8 +124,8 @@ class Trial:
         fisher = collect_gradients(self.model, batches, specs, loss="fisher", seed=self.seed)
         self.damages = {
             "weight": self._damages(None),
-            "output": self._damages({k: m.replace(output=None) for k, m in self.moments.items()}),
-            "fisher": self._damages({k: m.replace(output=fisher[k]) for k, m in self.moments.items()}),
+            "output": self._damages({k: m.replace(output_gram=None) for k, m in self.moments.items()}),
+            "fisher": self._damages({k: m.replace(output_gram=fisher[k]) for k, m in self.moments.items()}),
             "outputs": self._damages(self.moments),
         }
         held = list(task.validation_batches(config["held_out"], batch_size=125))
@@ -198,7 +198,7 @@ class Trial:
                 key = (problem.path, choice.format, *choice.rank.values())
                 if key not in self.known:
                     metric = self.moments[problem.path]
-                    fit = decompose(conv.weight, choice.format, choice.rank, spec=problem.spec, metric=metric)
+                    fit = decompose(conv.weight, choice.format, choice.rank, spec=problem.spec, moments=metric)
                     shift = torch.zeros(()) if fit.bias_shift is None else fit.bias_shift.float()
                     self.known[key] = (fit.value.to_dense(), shift)
                 weight, shift = self.known[key]

@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from tenfold.decompositions import Problem, decompose_many, default_algorithm
+from tenfold.decompositions import FitRequest, decompose_many, default_algorithm
 from tenfold.formats import Rank
 from tenfold.profiling.environment import environment
 from tenfold.ranks import Choose, RankProblem, rule_from
@@ -136,7 +136,7 @@ def by_gram(kernels: list[Tensor], weaken: float) -> tuple[float, float, Outcome
     ranks = [choice.rank for choice in choices if isinstance(choice, Choose)]
     algorithm = default_algorithm("tucker2")
     parts = zip(kernels, problems, ranks, strict=True)
-    fits = decompose_many([Problem(kernel, p.spec, "tucker2", rank, algorithm) for kernel, p, rank in parts])
+    fits = decompose_many([FitRequest(kernel, p.spec, "tucker2", rank, algorithm) for kernel, p, rank in parts])
     end = time.perf_counter()
     return middle - start, end - middle, [(rank, fit.rel_error) for rank, fit in zip(ranks, fits, strict=True)]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.garipov.net import build
 from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
-from tenfold.training import TuneConfig, finetune
+from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 
 HERE = Path(__file__).parent
 
@@ -42,9 +42,8 @@ def trained(task: Task, variant: str, config: Row, folder: Path) -> Row:
         partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
         tuning,
         evaluate=partial(task.evaluate, split="validation"),
-        folder=folder / "epochs",
-        identity=f"{variant} {config['variants'][variant]}",
-        on_epoch=lambda epoch: print(variant, epoch, flush=True),
+        folder=TrainingFolder(folder / "epochs", f"{variant} {config['variants'][variant]}"),
+        progress=TuneProgress(lambda epoch: print(variant, epoch, flush=True)),
     )
     return {
         "variant": variant,

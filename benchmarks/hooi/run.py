@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from tenfold.decompositions import Fit, Problem, decompose, decompose_many, default_algorithm
+from tenfold.decompositions import Fit, FitRequest, decompose, decompose_many, default_algorithm
 from tenfold.errors import require
 from tenfold.profiling import environment
 from tenfold.records import LayerSpec
@@ -60,7 +60,7 @@ def network(config: dict[str, Any], kind: str) -> dict[str, Any]:
         rank = {"out": int(wanted["rank"] * shape["out"]), "in": int(wanted["rank"] * shape["in"])}
         for _ in range(shape["count"]):
             weight = make(kind, spec.weight_shape, config["seed"] + len(problems))
-            problems.append(Problem(weight, spec, "tucker2", rank, default_algorithm("tucker2")))
+            problems.append(FitRequest(weight, spec, "tucker2", rank, default_algorithm("tucker2")))
     fits: list[Fit] = decompose_many(problems)  # warm-up
     seconds = [timed(lambda: decompose_many(problems)) for _ in range(wanted["rounds"])]
     return {

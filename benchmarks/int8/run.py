@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.turns import compare
 from benchmarks.zoo import build
 from tenfold import compress, load
-from tenfold.exporting import export, open_exported, quantize_onnx
+from tenfold.exporting import ExportConfig, export, open_exported, quantize_onnx
 from tenfold.profiling import Comparison, environment
 from tenfold.tasks import Task, load_task
 
@@ -96,7 +96,7 @@ def recipe(config: dict[str, Any], options: argparse.Namespace, folder: Path) ->
     for name, model in models.items():
         for suffix in ("", " int8"):
             files[name + suffix] = folder / f"{name}{suffix.replace(' ', '-')}.onnx"
-        export(model, task.example_inputs(1), files[name], seconds=0)
+        export(model, task.example_inputs(1), files[name], config=ExportConfig(seconds=0))
         quantize_onnx(files[name], files[f"{name} int8"], ranges, seconds=0)
     scores = {name: task.evaluate(open_exported(file), limit=options.limit) for name, file in files.items()}
     scores["dense in torch"] = task.evaluate(dense, limit=options.limit)
@@ -121,7 +121,7 @@ def zoo(wanted: dict[str, Any], config: dict[str, Any], folder: Path) -> list[di
     for name, model in (("dense", subject.model), ("compressed", small)):
         files[name] = folder / f"zoo-{name}.onnx"
         # Noise of a network that was never trained grows from layer to layer: a looser bound, still one.
-        export(model, subject.inputs, files[name], seconds=0, tolerance=1e-3, overwrite=True)
+        export(model, subject.inputs, files[name], config=ExportConfig(seconds=0, tolerance=1e-3), overwrite=True)
     return rows_of(wanted["name"], files, timed(files, subject.inputs, config), {})
 
 

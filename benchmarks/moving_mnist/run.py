@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.trials import Row, Trials, finished
 from tenfold.tasks import Task, load_task
-from tenfold.training import TuneConfig, finetune
+from tenfold.training import TrainingFolder, TuneConfig, finetune
 
 HERE = Path(__file__).parent
 
@@ -46,8 +46,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
         partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
         tuning,
         evaluate=partial(task.evaluate, split="validation"),
-        folder=folder / "epochs",
-        identity=f"{task.id} {config}",
+        folder=TrainingFolder(folder / "epochs", f"{task.id} {config}"),
     )
     return {
         "variant": task.variant,

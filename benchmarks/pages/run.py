@@ -27,8 +27,8 @@ from tenfold.planning import candidates, plan
 from tenfold.profiling import environment, profile
 from tenfold.ranks import rule_from
 from tenfold.records import Candidates
-from tenfold.reporting.reading import read_run
 from tenfold.reporting.report import write_report
+from tenfold.reporting.run_files import read_run
 from tests.browser import Browser, chromium
 from tests.reporting import runs
 

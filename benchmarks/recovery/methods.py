@@ -23,7 +23,16 @@ from tenfold.ranks import rule_from
 from tenfold.records import Budget, Plan
 from tenfold.staging import Schedule, run_stages
 from tenfold.tasks.base import Task
-from tenfold.training import Batches, EpochRecord, TuneConfig, finetune, train_admm
+from tenfold.training import (
+    Batches,
+    EpochRecord,
+    LowRankConfig,
+    TrainingFolder,
+    TuneConfig,
+    TuneProgress,
+    finetune,
+    train_admm,
+)
 
 Loss = Callable[[nn.Module, Any, Any], Any]
 
@@ -81,9 +90,8 @@ def one_shot(work: Work, started: tuple[nn.Module, Plan | None] | None = None) -
             work.batches,
             work.train,
             loss=work.loss,
-            folder=work.folder / "tuning",
-            identity=work.name,
-            on_epoch=work.report,
+            folder=TrainingFolder(work.folder / "tuning", work.name),
+            progress=TuneProgress(work.report),
         )
     return Outcome(model, plan, told.history, before)
 
@@ -162,17 +170,15 @@ def admm(work: Work) -> Outcome:
         work.model,
         plan,
         work.batches,
-        first,
-        tune=after,
+        LowRankConfig(train=first, tune=after),
         loss=work.loss,
         evaluate=work.task.evaluate,
-        folder=work.folder,
-        identity=work.name,
-        on_epoch=work.report,
+        folder=TrainingFolder(work.folder, work.name),
+        progress=TuneProgress(work.report),
     )
     tuned = found.tuning.history if found.tuning is not None else ()
-    before = {"towards": found.towards.scores[-1], "compressed": found.towards.history[-1].score or 0.0}
-    return Outcome(found.model, found.plan, (*found.towards.history, *tuned), before)
+    before = {"towards": found.training.scores[-1], "compressed": found.training.history[-1].score or 0.0}
+    return Outcome(found.model, found.plan, (*found.training.history, *tuned), before)
 
 
 WAYS: dict[str, Callable[[Work], Outcome]] = {"one-shot": one_shot, "stages": staged, "musco": staged, "admm": admm}

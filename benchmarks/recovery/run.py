@@ -29,10 +29,10 @@ from benchmarks.recovery.methods import WAYS, Work, compressed, one_shot
 from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
 from tenfold.profiling import environment, profile
-from tenfold.records import Plan, Profile, RunRecord, held_alone, write_text
+from tenfold.records import Plan, Profile, RunRecord, locked, write_text
 from tenfold.tasks import load_task
 from tenfold.tasks.base import Task
-from tenfold.training import Distillation, EpochRecord, StoredAnswers, TuneConfig
+from tenfold.training import CachedLogits, Distillation, EpochRecord, TuneConfig
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -168,7 +168,7 @@ class Row:
             return unlabeled, Distillation(self.model, share=1.0)
         teachers = [self.dense(name) for name in taught["teachers"]]
         views, about = taught["views"], f"cifar10 train, batches of {config.batch_size}, seed 0"
-        answers = StoredAnswers(teachers, batches, self.work.parent / "answers", views=views, about=about)
+        answers = CachedLogits(teachers, batches, self.work.parent / "answers", views=views, about=about)
         loss = Distillation(None, share=taught["share"], temperature=taught["temperature"])
         return lambda epoch: answers(epoch + self.seed), loss  # seeds share the answers; each begins at another view
 
@@ -185,7 +185,7 @@ def read(target: Path) -> dict[str, Any]:
 
 def add(target: Path, config: dict[str, Any], name: str, row: dict[str, Any]) -> None:
     """Add a row to the result; other processes may be adding theirs."""
-    with held_alone(target):
+    with locked(target):
         result = {"benchmark": "recovery", "rows": {}} | read(target)
         result["rows"][name] = row
         result["environment"] = json.loads(environment().to_json())

@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.trials import Row, Trials, finished
 from tenfold.records import write_text
 from tenfold.tasks import Task, load_task, load_weights
-from tenfold.training import TuneConfig, finetune
+from tenfold.training import TrainingFolder, TuneConfig, finetune
 
 HERE = Path(__file__).parent
 
@@ -48,7 +48,8 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
     model = task.build()
     batches = partial(task.train_batches, batch_size=tuning.batch_size, seed=tuning.seed, hold_out=True)
     best = _Best(task, folder)
-    result = finetune(model, batches, tuning, evaluate=best, folder=folder / "epochs", identity=f"{task.id} {config}")
+    epochs = TrainingFolder(folder / "epochs", f"{task.id} {config}")
+    result = finetune(model, batches, tuning, evaluate=best, folder=epochs)
     chosen = load_weights(task.build(), best.weights)
     table: Any = chosen.get_submodule("embedding")
     return {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from tenfold.calibration.gradients import collect_gradients
+from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
@@ -27,12 +28,12 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
-    Layers are linear layers, convolutions and embeddings. Two passes over the batches: one forward for the moments, one
-    forward and backward for the gradients. No labels are needed, and the model is unchanged afterwards.
+    Layers are linear layers, convolutions and embeddings. One pass over the batches, forward for the moments and
+    backward for the gradients. No labels are needed, and the model is unchanged afterwards.
 
     Args:
         model: any module.
-        batches: inputs as ``call_model`` takes them, on the device of the model; iterated over twice.
+        batches: inputs as ``call_model`` takes them, on the device of the model; iterated over once per draw.
         specs: the layers, with their dense geometry: see ``called_layers``. All layers if None.
         positions: output positions sampled from each map of a convolution and batch; None for all.
         draws: random projections of the outputs for each batch.
@@ -49,17 +50,23 @@ def calibrate(
     Example:
         >>> import torch
         >>> known = calibrate(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), [torch.randn(64, 4)])
-        >>> known["0"].output.shape
+        >>> known["0"].output_gram.shape
         torch.Size([1, 3, 3])
     """
     specs = measurable(model) if specs is None else specs
-    moments = collect_moments(model, batches, specs, positions=positions, seed=seed, widest=widest)
+    collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
+    moments = None
     try:
-        grams = collect_gradients(model, batches, specs, draws=draws, seed=seed)
+        with GradientSums(model, specs, seed=seed) as gradients:
+            moments = collect(forward=gradients.add)
+            for batch in (batch for _ in range(draws - 1) for batch in batches):
+                gradients.add(model, batch)
+        grams = gradients.mean()
     except DataError as error:
+        moments = collect() if moments is None else moments
         warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
         return moments
-    return {path: own.replace(output=grams[path]) for path, own in moments.items()}
+    return {path: own.replace(output_gram=grams[path]) for path, own in moments.items()}
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

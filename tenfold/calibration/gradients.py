@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def collect_gradients(
 
     An error e of the outputs costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
     2015, arXiv 1503.05671, with the layer's own error in place of its inputs): the errors of different layers are on
-    one scale and add up. It goes into ``Moments.output``. Labels are not needed.
+    one scale and add up. It goes into ``Moments.output_gram``. Labels are not needed.
 
     Args:
         model: unchanged afterwards; its parameters get no gradients.
@@ -53,24 +53,87 @@ def collect_gradients(
         >>> collect_gradients(model, [torch.randn(8, 4)], specs)["0"].shape
         torch.Size([1, 3, 3])
     """
-    sums: dict[str, Tensor] = {}
-    looked_up: list[Tensor] = []
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0
-    with evaluating(model), layer_by_layer(), _catching(model, specs, sums, looked_up):
+    with GradientSums(model, specs, loss=loss, seed=seed, forward=forward) as sums:
         for batch in batches:
             for _ in range(draws):
-                with torch.enable_grad():
-                    value = _loss((forward or call_model)(model, batch), loss, generator, token_mask(batch))
-                _back_to_inputs(value, model, looked_up)
-                looked_up.clear()
-                samples += batch_size_of(batch) or 1
-    missing = [path for path in specs if path not in sums]
-    if samples == 0 or missing:
-        what = f"no gradient reaches {', '.join(missing[:3])}" if samples else "there are no batches"
-        msg = f"cannot estimate how errors of layers affect the outputs: {what}"
-        raise DataError(msg)
-    return {path: value / samples for path, value in sums.items()}
+                sums.add(model, batch)
+    return sums.mean()
+
+
+class GradientSums:
+    """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: Mapping[str, LayerSpec],
+        *,
+        loss: Loss = "outputs",
+        seed: int = 0,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
+        self._sums: dict[str, Tensor] = {}
+        self._starts: list[Tensor] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self._samples = 0
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        trainable = any(p.requires_grad for p in self._model.parameters())
+        with ExitStack() as stack:
+            for context in (evaluating(self._model), layer_by_layer(), _frozen(self._model)):
+                stack.enter_context(context)
+            for path, spec in self._specs.items():
+                layer, hook = self._model.get_submodule(path), self._leaving(path, spec, trainable=trainable)
+                stack.enter_context(layer.register_forward_hook(hook, prepend=True))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Run one batch forward, and backward from one random projection or draw of labels."""
+        self._starts.clear()
+        with torch.enable_grad():
+            value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch))
+        torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
+        self._samples += batch_size_of(batch) or 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the sums divided by the number of samples.
+
+        Raises:
+            DataError: no batches, or a layer that no gradient reached.
+        """
+        missing = [path for path in self._specs if path not in self._sums]
+        if self._samples == 0 or missing:
+            what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
+            msg = f"cannot estimate how errors of layers affect the outputs: {what}"
+            raise DataError(msg)
+        return {path: value / self._samples for path, value in self._sums.items()}
+
+    def _leaving(self, path: str, spec: LayerSpec, *, trainable: bool) -> Callable[..., Tensor]:
+        """Return a hook that adds the gradients at the outputs of a layer to its sum."""
+
+        def add(gradient: Tensor) -> None:
+            axis = -1 - spec.axes
+            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
+            square = (rows @ rows.mT).double()
+            self._sums[path] = self._sums[path] + square if path in self._sums else square
+
+        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            # The graph starts at the outputs of the first layers; without trainable parameters only at embeddings.
+            starts = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
+            if starts and not output.requires_grad:
+                self._starts.append(output.detach().requires_grad_())
+                output = self._starts[-1].clone()  # an operation in place may follow
+            if output.requires_grad:
+                output.register_hook(add)
+            return output
+
+        return leave
 
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
@@ -90,43 +153,14 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
     return total
 
 
-def _back_to_inputs(value: Tensor, model: nn.Module, looked_up: list[Tensor]) -> None:
-    """Run the backward pass for its hooks only, without accumulating gradients of parameters."""
-    wanted = [*looked_up, *(p for p in model.parameters() if p.requires_grad)]
-    torch.autograd.grad(value, wanted, allow_unused=True)
-
-
 @contextmanager
-def _catching(
-    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], looked_up: list[Tensor]
-) -> Iterator[None]:
-    """Add the gradients at the outputs of the layers to the sums.
-
-    Outputs of a frozen embedding have no gradient of their own: they are made leaves, and go to ``looked_up``.
-    """
-
-    def leaving(path: str, spec: LayerSpec) -> Callable[..., Tensor]:
-        def add(gradient: Tensor) -> None:
-            axis = -1 - spec.axes
-            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
-            square = (rows @ rows.mT).double()
-            sums[path] = sums[path] + square if path in sums else square
-
-        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if spec.kind == "embedding" and torch.is_grad_enabled() and not output.requires_grad:
-                looked_up.append(output.detach().requires_grad_())
-                output = looked_up[-1].clone()  # an operation in place may follow
-            if output.requires_grad:
-                output.register_hook(add)
-            return output
-
-        return leave
-
-    handles = []
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Run without gradients of parameters: they would take as long as those of the activations, and are not used."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for path, spec in specs.items():
-            handles.append(model.get_submodule(path).register_forward_hook(leaving(path, spec), prepend=True))
+        for parameter in trainable:
+            parameter.requires_grad = False
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad = True

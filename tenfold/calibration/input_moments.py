@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.calibration.frequencies import id_counts, moments_of_ids
 from tenfold.calibration.im2col import input_patches, output_rows
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
-from tenfold.decompositions import Moments, Sketch
+from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
@@ -31,6 +32,9 @@ WIDEST = 8192
 
 # Patches are extracted for as many samples at a time as fit into this many bytes.
 _CHUNK_BYTES = 1 << 27
+
+# Squares of matrices narrower than this are faster whole than by halves.
+_BLOCK = 96
 
 
 def moment_bytes(specs: Mapping[str, LayerSpec], *, targets: bool = False, widest: int | None = None) -> int:
@@ -235,7 +239,7 @@ class MomentSums:
                 self._sketch.add(patches, rows)
 
     def _add(self, patches: Tensor, rows: Tensor | None) -> None:
-        self._sum("second", patches @ patches.mT)
+        self._sum("input_second_moment", _square(patches))
         self._sum("mean", patches.sum(-1))
         if rows is not None:
             self._sum("cross", rows @ patches.mT)
@@ -260,7 +264,7 @@ class MomentSums:
         if self._counts is not None:
             return moments_of_ids(self._counts)
         sketch = self._sketch
-        if not (bool(torch.isfinite(self._sums["second"]).all()) if sketch is None else sketch.finite()):
+        if not (bool(torch.isfinite(self._sums["input_second_moment"]).all()) if sketch is None else sketch.finite()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
             raise DataError(msg)
         if sketch is not None:
@@ -268,49 +272,18 @@ class MomentSums:
         return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
 
 
-def id_counts(ids: Tensor, rows: int, counts: Tensor | None = None) -> Tensor:
-    """Count how often each id below ``rows`` occurs (rows,), in float64, on top of earlier ``counts``.
-
-    Example:
-        >>> id_counts(torch.tensor([[0, 2], [2, 2]]), 4).tolist()
-        [1.0, 0.0, 3.0, 0.0]
-    """
-    own = torch.bincount(ids.flatten().long(), minlength=rows).double()
-    return own if counts is None else counts + own
-
-
-def frequencies(counts: Tensor) -> Tensor:
-    """Return the probabilities (n,) of ids with these counts (n,), smoothed for ids that were never seen.
-
-    All unseen ids together get the weight of all ids seen once (Good 1953, Biometrika 40: the probability that the next
-    id is a new one), or of one such id if there is none; it is spread evenly, each at most half an id seen once.
-
-    Example:
-        >>> (18 * frequencies(torch.tensor([6.0, 1.0, 1.0, 0.0, 0.0]))).tolist()
-        [12.0, 2.0, 2.0, 1.0, 1.0]
-    """
-    unseen = counts == 0
-    once = (counts == 1).sum().clamp_min(1).to(counts)
-    each = (once / unseen.sum().clamp_min(1)).clamp_max(0.5)
-    smooth = torch.where(unseen, each, counts)
-    return smooth / smooth.sum()
-
-
-def moments_of_ids(counts: Tensor) -> Moments:
-    """Return the moments of the one-hot inputs of an embedding: a diagonal (1, n, n), of which only n are stored.
-
-    They are uncentered, because an embedding has no bias to absorb a shift of the mean.
-
-    Args:
-        counts: how often each id was seen (n,), as ``id_counts`` returns it.
-
-    Example:
-        >>> moments_of_ids(torch.tensor([2.0, 1.0, 1.0])).covariance().diagonal().tolist()
-        [[0.5, 0.25, 0.25]]
-    """
-    rest = frequencies(counts)[None]
-    empty = rest.new_zeros(1, 0, rest.shape[1])
-    return Moments(Sketch(empty, rest, rest.new_zeros(1, 0)), torch.zeros_like(rest), int(counts.sum()))
+def _square(rows: Tensor) -> Tensor:
+    """Return A Aᵀ (groups, n, n) of A (groups, n, rows). It dominates the cost, so only one triangle is computed."""
+    groups, width, _ = rows.shape
+    if width <= _BLOCK:
+        return rows @ rows.mT
+    half = width // 2
+    square = rows.new_empty(groups, width, width)
+    square[:, :half, :half] = _square(rows[:, :half])
+    square[:, half:, half:] = _square(rows[:, half:])
+    square[:, half:, :half] = rows[:, half:] @ rows[:, :half].mT
+    square[:, :half, half:] = square[:, half:, :half].mT
+    return square
 
 
 def _chunks(x: Tensor, spec: LayerSpec, positions: int | None) -> Iterator[slice]:

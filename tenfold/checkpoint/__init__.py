@@ -1,4 +1,4 @@
-"""Save and load without pickle: a folder that is whole or not there."""
+"""Save and load compressed models as folders, atomically and without pickle."""
 
 from tenfold.checkpoint.model_folder import ANALYSIS, check_target, load, read_record, save
 from tenfold.checkpoint.pretrained import load_pretrained, save_pretrained

@@ -1,4 +1,4 @@
-"""The model card: what a person should read beside the weights."""
+"""The model card of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tenfold.records import Cost, Measurement, Plan, RunRecord
 
 
 def model_card(plan: Plan, record: RunRecord | None = None) -> str:
-    """Return Markdown that tells what the model is, what it costs before and after, and how to load it."""
+    """Return Markdown with the model, its costs before and after, its layers, and how to load it."""
     lines = [f"# {plan.model}, compressed with tenfold {plan.tenfold}", ""]
     lines += _measured(record) if record is not None else _planned(plan.before, plan.after)
     lines += ["", f"{len(plan.factorized)} of {len(plan.layers)} layers are factorized.", ""]

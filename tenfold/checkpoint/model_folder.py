@@ -31,28 +31,27 @@ def save(
     candidates: Candidates | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a compressed model to the folder ``path`` and return it.
+    """Write a compressed model to the folder ``path``, atomically, and return the folder.
 
-    The folder holds ``model.safetensors`` (the plan is in its header, and is what ``load`` goes by), ``plan.yaml`` and
-    ``README.md`` to read, and ``record.json`` if there is a record. Which batch norms were folded is read off the
-    model, and is in the plan that is written.
+    It holds ``model.safetensors``, with the plan for ``load`` in its header, ``plan.yaml`` and ``README.md`` to read,
+    and ``record.json`` if there is a record. The written plan names the batch norms that are fused in the model.
 
-    A new folder is there whole, or not at all. An earlier checkpoint is replaced, other files beside it stay; after an
-    error it is as it was, and whenever the process is killed ``load`` returns the earlier model or the new one, beside
-    which files may be missing, but none is of the other.
+    An earlier checkpoint is replaced, other files in the folder stay. After an error it is unchanged; if the process is
+    killed at any time, ``load`` returns the earlier model or the new one, beside which files may be missing, but none
+    belongs to the other.
 
     Args:
         model: the compressed model.
-        plan: what was done to it.
+        plan: carried out on it.
         path: the folder.
         record: of the run.
-        analysis: what a report shows of spectra and errors; written as ``analysis.json``.
+        analysis: spectra and errors for a report; written as ``analysis.json``.
         candidates: what the plan chose from, for ``tenfold explore``; written as ``candidates.json``.
-        beside: called with a folder, to write into it whatever else is to lie there (the configuration of the model, a
-            tokenizer): plain files, no folders.
+        beside: called with a folder to write further files to (the configuration of the model, a tokenizer), no
+            folders.
 
     Raises:
-        CheckpointError: the model is not what the plan says, or the folder cannot be written or holds other things.
+        CheckpointError: model and plan disagree, or the folder is not writable or holds other files.
     """
     _check_model(model, plan)
     plan = plan.replace(folded=fused_pairs(model), opened=unrolled_rnns(model))
@@ -91,15 +90,15 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
     """Return the saved model, bit for bit, and its plan.
 
     The structure is rebuilt on a copy of ``skeleton``: a freshly built dense model of the same architecture, on any
-    device (also ``meta``), whose weights do not matter. Dtypes are those that were saved; devices those of the
-    skeleton, the CPU in place of ``meta``. Every tensor must be there, with the right shape; nothing is unpickled.
+    device (also ``meta``), with any weights. Dtypes are those that were saved; devices those of the skeleton, the CPU
+    in place of ``meta``. Every tensor must be present with the right shape; nothing is unpickled.
 
     Args:
-        skeleton: stays as it is.
-        path: the folder that ``save`` wrote, or the weights file in it.
+        skeleton: left unchanged.
+        path: a folder written by ``save``, or the weights file in it.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, foreign, newer, changed, or made for another model.
+        CheckpointError: the checkpoint is missing, damaged, foreign, newer, modified, or for another model.
     """
     path = Path(path)
     state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
@@ -114,7 +113,7 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
 
 
 def read_record(path: str | Path) -> RunRecord | None:
-    """Return the record that lies in a checkpoint folder; None where there is none.
+    """Return the record in a checkpoint folder; None if there is none.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -129,9 +128,9 @@ def read_record(path: str | Path) -> RunRecord | None:
 
 
 def check_target(path: str | Path) -> None:
-    """Raise CheckpointError if ``save`` could not write to the folder ``path``: better known early.
+    """Raise CheckpointError early if ``save`` could not write to the folder ``path``.
 
-    A folder that holds an earlier checkpoint will do, and so will an empty one or none.
+    A folder with an earlier checkpoint is fine, and so is an empty or missing one.
     """
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -150,7 +149,7 @@ def check_target(path: str | Path) -> None:
 
 
 def _replaceable(path: Path) -> bool:
-    """Whether a folder holds a checkpoint, be it damaged, or be it that a kill left nothing but its weights."""
+    """Whether a folder holds a checkpoint, even if damaged or incomplete."""
     return (path / WEIGHTS).is_file() and ((path / PLAN).is_file() or is_checkpoint(path / WEIGHTS))
 
 
@@ -174,10 +173,10 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put the folder ``new`` in the place of ``path``; files there that are not of a checkpoint stay.
+    """Replace the checkpoint in ``path`` by the folder ``new``; files that belong to no checkpoint stay.
 
-    What lies beside the old weights goes before them, what lies beside the new ones comes after them: whenever this is
-    killed, there are whole weights, and nothing beside them that tells of others.
+    Files beside the old weights are removed before the weights are replaced, and new ones are added after: if this is
+    killed at any time, the weights are complete and no file beside them belongs to others.
     """
     if not path.exists():
         new.rename(path)
@@ -205,7 +204,7 @@ def _equal(one: Path, other: Path) -> bool:
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Put stored tensors in the place of all parameters and buffers; those that were one stay one."""
+    """Replace all parameters and buffers by the stored tensors; shared tensors stay shared."""
     slots = model.state_dict(keep_vars=True)
     missing, unexpected = sorted(set(slots) - set(state)), sorted(set(state) - set(slots))
     if missing or unexpected:

@@ -1,4 +1,4 @@
-"""Folders of transformers: compressed weights beside the config and the tokenizer, and the model out of them again."""
+"""Save and load compressed models of transformers, with config and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tenfold.errors import CheckpointError, require
 from tenfold.records import Plan, RunRecord, write_text
 
 CONFIG = "config.json"
-MARK = {"quant_method": "tenfold"}  # tells transformers that the weights are not those of the dense layers
+MARK = {"quant_method": "tenfold"}  # so that transformers does not load the weights into dense layers
 
 
 def save_pretrained(
@@ -27,21 +27,21 @@ def save_pretrained(
     tokenizer: Any = None,
     record: RunRecord | None = None,
 ) -> Path:
-    """Write a compressed model of transformers to a folder and return it: a checkpoint that carries its own skeleton.
+    """Write a compressed model of transformers to a folder and return that: a checkpoint with its own skeleton.
 
-    Beside what ``tenfold.save`` writes lie ``config.json``, ``generation_config.json`` where the model generates, and
-    the files of the tokenizer. ``load_pretrained`` opens it, and so does ``tenfold.load`` with a skeleton.
+    It adds ``config.json``, ``generation_config.json`` for generative models, and the files of the tokenizer to what
+    ``tenfold.save`` writes. Open it with ``load_pretrained``, or with ``tenfold.load`` and a skeleton.
 
     Args:
         model: a ``PreTrainedModel`` in which the plan was carried out.
-        plan: what was done to it.
+        plan: carried out on it.
         path: the folder.
         tokenizer: or any processor; None for none.
         record: of the run.
 
     Raises:
-        CheckpointError: the model is not one of transformers, is not what the plan says, or the folder cannot be
-            written or holds other things.
+        CheckpointError: the model is not one of transformers, model and plan disagree, or the folder is not writable or
+            holds other files.
     """
     if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
         msg = f"{type(model).__name__} is not a model of transformers, which have a config: use tenfold.save"
@@ -64,16 +64,16 @@ def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> None:
 
 
 def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
-    """Return the model in a folder that ``save_pretrained`` or ``tenfold compress --task hf:...`` wrote, in eval mode.
+    """Load a model, in eval mode, from a folder of ``save_pretrained`` or ``tenfold compress --task hf:...``.
 
-    The class is the one that the config names, with its code from transformers, never from the folder.
+    The class is named by the config; its code comes from transformers, never from the folder.
 
     Args:
         path: the folder.
-        model_class: takes the config, where transformers does not have the class: one of your own.
+        model_class: a class of your own that takes the config, if transformers does not have the class.
 
     Raises:
-        CheckpointError: there is no config, its class is unknown, or the weights are not whole or for another model.
+        CheckpointError: there is no config, its class is unknown, or the weights are damaged or for another model.
 
     Example:
         >>> load_pretrained("nowhere")

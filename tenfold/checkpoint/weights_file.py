@@ -1,4 +1,4 @@
-"""The weights file: safetensors whose header carries the plan. Nothing is ever unpickled."""
+"""The weights file: safetensors with the plan in the header. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERSION = 1
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
-    """Write a state dict and its plan to ``path``; tensors that are one in memory are stored once."""
+    """Write a state dict and its plan to ``path``; tensors that share memory are stored once."""
     unique, aliases = _without_aliases(state)
     stored = {name: t.detach().contiguous().cpu() for name, t in unique.items()}
     text, shared = plan.to_json(), json.dumps(aliases)
@@ -37,16 +37,16 @@ def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, in place: it is written in another one each time.
+    """Sort the metadata of a safetensors file in place, which has a random order otherwise.
 
-    With that, equal models have equal files, byte for byte.
+    Equal models then have equal files, byte for byte.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:  # it is the same text in another order, unless something was escaped in another way
+        if len(text) == size:  # else something was escaped differently
             file.seek(8)
             file.write(text)
 
@@ -55,7 +55,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
     """Return the state dict and the plan stored in ``path``, each tensor exactly as it was written.
 
     Raises:
-        CheckpointError: the file is missing, truncated, not tenfold's, written by a newer version, or was changed.
+        CheckpointError: the file is missing, truncated, not from tenfold, of a newer version, or modified.
     """
     if not path.is_file():
         msg = f"there is no checkpoint at {path}"
@@ -81,7 +81,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the file is one that ``write_weights`` wrote, as far as its header tells."""
+    """Whether the header of the file is that of ``write_weights``."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
@@ -104,7 +104,7 @@ def _check_header(header: Mapping[str, str], path: Path) -> None:
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors with each one named once, and for the other names the one that is stored."""
+    """Return each tensor under its first name, and the other names as aliases of that."""
     first: dict[tuple[int, ...], str] = {}
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

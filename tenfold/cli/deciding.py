@@ -142,8 +142,8 @@ def algorithms_of(texts: list[str] | None, formats: Sequence[str], seed: int) ->
             msg = f"cannot read --algorithm {text!r}: write FORMAT=NAME, such as tucker2=hosvd, each format once."
             raise Misuse(msg)
         kind, algorithm = FORMATS.get(format), DECOMPOSITIONS.get(name)
-        if not algorithm.serves(kind):
-            finders = [n for n, d in DECOMPOSITIONS.items() if d.serves(kind)]
+        if not algorithm.supports(kind):
+            finders = [n for n, d in DECOMPOSITIONS.items() if d.supports(kind)]
             msg = f"{name} does not find {format} factors. Use {' or '.join(finders)}."
             raise Misuse(msg)
         if format not in formats:

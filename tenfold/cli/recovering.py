@@ -73,7 +73,7 @@ def tune_config(
     from tenfold.training.config import GENTLE, TuneConfig
 
     given = {"epochs": epochs, "lr": training.lr, "batch_size": training.batch_size}
-    recommended = opened.task.recipe() | (GENTLE if label_free else {})
+    recommended = opened.task.tune_settings() | (GENTLE if label_free else {})
     settings = {"seed": seed, **recommended, **{k: v for k, v in given.items() if v is not None}}
     try:
         return TuneConfig(**settings)
@@ -157,7 +157,7 @@ class Tuner:
 
     def __call__(self, model: nn.Module) -> TuneResult:
         """Return the history of tuning the model."""
-        from tenfold.training import RichProgress, finetune
+        from tenfold.training import RichProgress, TrainingFolder, TuneProgress, finetune
 
         if self.launch is not None:
             model = self.launch.share(model)
@@ -171,10 +171,8 @@ class Tuner:
                 batches,
                 self.config,
                 loss=None if self.teaching is None else self.teaching.loss(self._teacher(), self.config),
-                folder=self.folder,
-                identity=self.identity,
-                on_epoch=self._log,
-                progress=None if self.quiet else RichProgress(),
+                folder=TrainingFolder(self.folder, self.identity),
+                progress=TuneProgress(self._log) if self.quiet else RichProgress(on_epoch=self._log),
                 accelerator=None if self.launch is None else self.launch.accelerator,
             )
         except KeyboardInterrupt:

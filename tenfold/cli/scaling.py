@@ -53,7 +53,7 @@ class Spread:
         from tenfold.parallel import Workers
 
         workers = Workers(self.jobs, self.backend, machine.threads or 1)
-        if workers.here:
+        if workers.is_local:
             return None
         workers.send_along(sys.modules[type(opened.task).__module__])
         return workers

@@ -149,7 +149,7 @@ def draw_tradeoff(
     from tenfold.planning import plan as make_plan
     from tenfold.planning import tradeoff
     from tenfold.ranks import OneKnobRule
-    from tenfold.reporting.plots import plot_tradeoff
+    from tenfold.reporting.pictures import plot_tradeoff
 
     if isinstance(rule := choices["rule"], OneKnobRule):
         choices = {**choices, "rule": rule.without_number()}

@@ -1,40 +1,46 @@
-"""How factors are found. Each module registers algorithms; adding a file here adds one."""
+"""Algorithms that find factors. Each module registers some; adding a file here, or in a folder, adds one."""
 
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 from tenfold.decompositions.base import (
     DECOMPOSITIONS,
-    AwareDecomposition,
+    CovarianceDecomposition,
     Decomposition,
     Factors,
-    Fit,
-    Problem,
-    decompose,
-    decompose_many,
+    FitProblem,
+    algorithm_for,
     default_algorithm,
-    spec_of_weight,
 )
-from tenfold.decompositions.metric import Moments
-from tenfold.decompositions.recompress import recompress, reduce
-from tenfold.decompositions.sketch import Sketch
+from tenfold.decompositions.covariance import Sketch
+from tenfold.decompositions.curves import CurveProblem, ErrorCurve, error_curve
+from tenfold.decompositions.fitting import Fit, FitRequest, decompose, decompose_many, fit_batches, spec_of_weight
+from tenfold.decompositions.input_moments import Moments
+from tenfold.decompositions.recompress import fit_layer, layer_request, recompress
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+for _module in walk_packages(__path__, f"{__name__}."):
+    import_module(_module.name)
 
 __all__ = [
     "DECOMPOSITIONS",
-    "AwareDecomposition",
+    "CovarianceDecomposition",
+    "CurveProblem",
     "Decomposition",
+    "ErrorCurve",
     "Factors",
     "Fit",
+    "FitProblem",
+    "FitRequest",
     "Moments",
-    "Problem",
     "Sketch",
+    "algorithm_for",
     "decompose",
     "decompose_many",
     "default_algorithm",
+    "error_curve",
+    "fit_batches",
+    "fit_layer",
+    "layer_request",
     "recompress",
-    "reduce",
     "spec_of_weight",
 ]

@@ -1,22 +1,19 @@
-"""Further compression of what is factorized already, at the cost of its factors instead of the dense weight's."""
+"""Fit layers: dense ones, and factorized ones at the cost of their factors instead of the dense weight's."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from tenfold.decompositions.base import (
-    Decomposition,
-    Fit,
-    Problem,
-    decompose_many,
-    default_algorithm,
-    refuse_overflow,
-)
-from tenfold.decompositions.metric import Moments
+from tenfold.decompositions.base import Decomposition, algorithm_for
+from tenfold.decompositions.fitting import Fit, FitRequest, decompose_many, refuse_overflow, spec_of_weight
+from tenfold.decompositions.input_moments import Moments
 from tenfold.formats import FORMATS, Factorization, Rank, Reduced
+from tenfold.records import LayerSpec
 from tenfold.tensors import rel_error
 
 Lift = Callable[[Fit], Fit]
@@ -25,13 +22,46 @@ Lift = Callable[[Fit], Fit]
 _WORTH = 0.8
 
 
+def fit_layer(
+    weight: Tensor | Factorization,
+    format: str,
+    rank: Rank,
+    algorithm: Decomposition | Mapping[str, Any] | str | None = None,
+    *,
+    spec: LayerSpec | None = None,
+    moments: Moments | None = None,
+) -> Fit:
+    """Return the fit of a layer, dense or factorized: ``decompose`` or ``recompress``, as its weight asks for."""
+    algorithm = algorithm_for(format, algorithm, data_aware=moments is not None)
+    request, lift = layer_request(weight, format, rank, algorithm, spec=spec, moments=moments)
+    return lift(decompose_many([request])[0])
+
+
+def layer_request(
+    weight: Tensor | Factorization,
+    format: str,
+    rank: Rank,
+    algorithm: Decomposition,
+    *,
+    spec: LayerSpec | None = None,
+    moments: Moments | None = None,
+) -> tuple[FitRequest, Lift]:
+    """Return what to decompose for a layer, and the function that makes of its fit one of the layer's own weight.
+
+    Many such requests can be solved at once by ``decompose_many`` or ``fit_batches``.
+    """
+    if isinstance(weight, Factorization):
+        return _recompression(weight, format, rank, algorithm, moments)
+    return FitRequest(weight, spec or spec_of_weight(weight), format, rank, algorithm, moments), lambda fit: fit
+
+
 def recompress(
     value: Factorization,
     format: str,
     rank: Rank,
-    algorithm: Decomposition | None = None,
+    algorithm: Decomposition | Mapping[str, Any] | str | None = None,
     *,
-    metric: Moments | None = None,
+    moments: Moments | None = None,
 ) -> Fit:
     """Return the best factorization of the weight that ``value`` stands for, as if decomposed from that dense weight.
 
@@ -43,7 +73,7 @@ def recompress(
         format: name of the format to go to.
         rank: ranks by name; a name left out stands for full rank.
         algorithm: the format's default algorithm if None.
-        metric: moments of the layer's inputs; with these the dense weight is multiplied out.
+        moments: of the layer's inputs; with these the dense weight is multiplied out.
 
     Raises:
         RankError: a rank outside of what the weight allows.
@@ -56,43 +86,36 @@ def recompress(
         >>> fit.value.left.shape, round(fit.rel_error**2, 4)  # (2² + 3² + 4²)/(2² + ... + 7²)
         (torch.Size([1, 8, 3]), 0.2086)
     """
-    algorithm = algorithm or default_algorithm(format, aware=metric is not None)
-    problem, lift = reduce(value, format, rank, algorithm, metric=metric)
-    return lift(decompose_many([problem])[0])
+    return fit_layer(value, format, rank, algorithm, moments=moments)
 
 
-def reduce(
-    value: Factorization, format: str, rank: Rank, algorithm: Decomposition, *, metric: Moments | None = None
-) -> tuple[Problem, Lift]:
-    """Return the problem to solve, and what makes of its fit one of the weight that ``value`` stands for.
-
-    Many such problems can be solved at once by ``decompose_many``.
-    """
+def _recompression(
+    value: Factorization, format: str, rank: Rank, algorithm: Decomposition, moments: Moments | None
+) -> tuple[FitRequest, Lift]:
     dtype = next(iter(value.tensors().values())).dtype
     wide = value.to(torch.float64 if dtype == torch.float64 else torch.float32)
     rank = FORMATS.get(format).check_rank(value.spec, rank)
-    small = _reduced(wide, format, rank, algorithm) if metric is None else None
+    small = _reduced(wide, format, rank, algorithm) if moments is None else None
     if small is None:
         start = wide if format == value.name() else None
-        problem = Problem(wide.to_dense(), value.spec, format, rank, algorithm, metric, start)
+        request = FitRequest(wide.to_dense(), value.spec, format, rank, algorithm, moments, start)
     else:
-        problem = Problem(small.weight, small.spec, small.format, rank, algorithm, start=small.start)
+        request = FitRequest(small.weight, small.spec, small.format, rank, algorithm, start=small.start)
 
     def lift(fit: Fit) -> Fit:
-        found = fit.value if small is None else small.lift(fit.value)
-        stored = found.to(dtype)
-        refuse_overflow(stored, problem.weight)
+        stored = (fit.value if small is None else small.lift(fit.value)).to(dtype)
+        refuse_overflow(stored, request.weight)
         if dtype in (torch.float32, torch.float64):
             return dataclasses.replace(fit, value=stored)
         error = rel_error(stored.to(torch.float32).to_grouped(), wide.to_grouped())  # rounding to 16 bits shows
         return dataclasses.replace(fit, value=stored, rel_error=error)
 
-    return problem, lift
+    return request, lift
 
 
 def _reduced(value: Factorization, format: str, rank: Rank, algorithm: Decomposition) -> Reduced | None:
     """Return the small weight to decompose, or None where only the dense one will do or costs no more."""
-    if format != value.name() or any(rank[name] > own for name, own in value.rank.items()):
+    if format != value.name() or any(rank[name] > current for name, current in value.rank.items()):
         return None
     if not all(torch.isfinite(t).all() for t in value.tensors().values()):
         return None  # the dense weight gets the error that says so
@@ -100,4 +123,4 @@ def _reduced(value: Factorization, format: str, rank: Rank, algorithm: Decomposi
     if small is None or small.weight.numel() > _WORTH * value.spec.num_params:
         return None
     kind = FORMATS.get(small.format)
-    return small if kind.refuses(small.spec) is None and algorithm.serves(kind) else None
+    return small if kind.refuses(small.spec) is None and algorithm.supports(kind) else None

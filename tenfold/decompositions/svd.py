@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
-from tenfold.formats import Factorization, MatrixFormat, Rank
-from tenfold.records import LayerSpec
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
+from tenfold.formats import MatrixFormat
 from tenfold.tensors import SVDMethod, truncated_svd
 
 
@@ -23,18 +20,13 @@ class SVD(Decomposition):
 
     method: SVDMethod = "auto"
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is the product of two matrices."""
-        return issubclass(format, MatrixFormat)
+    formats = (MatrixFormat,)
 
-    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+    def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors, each with half of every singular value."""
-        if not issubclass(format, MatrixFormat):
-            msg = f"svd finds factors of matrix formats, not of {format.name()}"
-            raise TypeError(msg)
-        matrix = format.unfold(weight, spec)
-        u, s, vh, method = truncated_svd(matrix, rank["rank"], method=self.method, seed=self.seed)
+        format = problem.format_as(MatrixFormat)
+        matrix = format.unfold(problem.weight, problem.spec)
+        u, s, vh, method = truncated_svd(matrix, problem.rank["rank"], method=self.method, seed=self.seed)
         root = s.sqrt()
         left, right = u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
-        return Factors(dict(format.from_matrices(left, right, spec)), note=method)
+        return Factors(format.from_matrices(left, right, problem.spec), note=method)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors
-from tenfold.formats import Factorization, Rank, Tucker2
+from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem
+from tenfold.formats import Rank, Tucker2
 from tenfold.records import LayerSpec
 from tenfold.tensors import gram, leading_eigenpairs, leading_eigenvectors
 
@@ -20,17 +20,12 @@ class HOSVD(Decomposition):
     The squared error is at most the sum of the two unfoldings' tails, and at most twice the optimum.
     """
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is Tucker-2."""
-        return format is Tucker2
+    formats = (Tucker2,)
 
-    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+    def fit(self, problem: FitProblem) -> Factors:
         """Return core and orthonormal factors; a full-rank side has no factor."""
-        del format
-        sides = _Sides.of(weight)
-        out, inner = sides.start(rank)
-        return Factors(sides.finish(out, inner, spec))
+        sides = _Sides.of(problem.weight)
+        return Factors(sides.finish(*sides.start(problem.rank), problem.spec))
 
 
 @DECOMPOSITIONS.register("hooi")
@@ -50,14 +45,11 @@ class HOOI(Decomposition):
     n_iter: int = 20
     tol: float = 5e-4
 
-    @classmethod
-    def serves(cls, format: type[Factorization]) -> bool:
-        """Whether the format is Tucker-2."""
-        return format is Tucker2
+    formats = (Tucker2,)
 
-    def fit(self, weight: Tensor, spec: LayerSpec, format: type[Factorization], rank: Rank) -> Factors:
+    def fit(self, problem: FitProblem) -> Factors:
         """Return core and orthonormal factors; a full-rank side has no factor."""
-        del format
+        weight, spec, rank = problem.weight, problem.spec, problem.rank
         sides = _Sides.of(weight)
         if rank["out"] == weight.shape[1] or rank["in"] == weight.shape[2]:  # one side alone: its own eigenvectors
             return Factors(sides.finish(*sides.start(rank), spec))
@@ -95,11 +87,11 @@ class _Sides:
 
     def start(self, rank: Rank) -> tuple[Tensor | None, Tensor | None]:
         """Return the leading left singular vectors of both unfoldings; None where a side keeps full rank."""
-        found = []
-        for side, size in ((self.by_out, rank["out"]), (self.by_in, rank["in"])):
-            full = size == side.shape[1]
-            found.append(None if full else leading_eigenvectors(gram(side.flatten(2)), size))
-        return found[0], found[1]
+        out, inner = (
+            None if size == side.shape[1] else leading_eigenvectors(gram(side.flatten(2)), size)
+            for side, size in ((self.by_out, rank["out"]), (self.by_in, rank["in"]))
+        )
+        return out, inner
 
     def project_inputs(self, inner: Tensor) -> Tensor:
         """Return the kernels seen through the input factor: (batch, out, K·r_in)."""

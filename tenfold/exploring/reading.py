@@ -1,4 +1,4 @@
-"""Candidates as they lie on disk: in the folder of a run, or beside the file of a plan."""
+"""Read candidates from disk: from the folder of a run, or beside the file of a plan."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tenfold.errors import DataError
 from tenfold.records import Candidates, Plan
-from tenfold.reporting.reading import read_run
+from tenfold.reporting.run_files import read_run
 
 CANDIDATES = "candidates.json"
 
 
 def candidates_file(path: str | Path) -> Path:
-    """Return where the candidates lie: in the folder of a run, or beside a plan.
+    """Return the file of the candidates: in the folder of a run, or beside a plan.
 
     Example:
         >>> [candidates_file(name).as_posix() for name in ("half/plan.yaml", "plans/half.yaml")]
@@ -30,7 +30,7 @@ def candidates_file(path: str | Path) -> Path:
 
 
 def read_candidates(path: str | Path) -> Candidates:
-    """Return what the plan of a run chose from.
+    """Return the candidates that the plan of a run was chosen from.
 
     Args:
         path: the folder of a run, the file of a plan, or that of the candidates.
@@ -45,21 +45,21 @@ def read_candidates(path: str | Path) -> Candidates:
         raise DataError(msg)
     if not file.is_file():
         msg = (
-            f"{path} has no {file.name}, which says what its plan chose from. Plans by the rule global leave one, of "
-            "this version on: make it with tenfold plan ... --budget macs=0.5 --out plan.yaml, then explore plan.yaml"
+            f"{path} has no {file.name}, the options of its plan. Plans by the rule global leave one: make "
+            "it with tenfold plan ... --budget macs=0.5 --out plan.yaml, then explore plan.yaml"
         )
         raise DataError(msg)
     return Candidates.load(file)
 
 
 def free_name(path: Path) -> Path:
-    """Return the path, numbered where there is a file of that name already."""
+    """Return the path, numbered if the file exists."""
     names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in count(1))
     return next(name for name in names if not name.exists())
 
 
 def run_name(path: str | Path, plan: Plan, out: Path) -> tuple[str, str]:
-    """Return how to call a run, and the command that carries out a plan which is saved at ``out``."""
+    """Return the name of a run, and the command that carries out a plan saved at ``out``."""
     task, file = None, candidates_file(path)
     if file.name == CANDIDATES:
         with suppress(DataError):

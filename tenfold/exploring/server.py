@@ -1,11 +1,14 @@
-"""The page and its answers over HTTP, for one person on one machine."""
+"""The page and its answers over HTTP: a server for the browser of this machine alone, until it is stopped."""
 
 from __future__ import annotations
 
 import json
 import secrets
+import socket
 import threading
+import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ from pydantic import ValidationError
 
 from tenfold.errors import BudgetError, DataError, TenfoldError, require
 from tenfold.exploring.explorer import Explorer
-from tenfold.exploring.guard import Guard
 from tenfold.exploring.view import kept, shown_answer, shown_explorer
 from tenfold.exploring.wishes import Wish
 from tenfold.records import explain
@@ -23,17 +25,27 @@ from tenfold.reporting.pages import page
 SCRIPTS = ("table.js", "chart.js", "page.js", "explore.js")
 STYLES = ("style.css", "explore.css")
 POINTS = 24
-_LARGEST = 1 << 20  # bytes of a wish
+HOST = "127.0.0.1"
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # the rest of it is in the page
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",  # the address has the token in it
+    "X-Content-Type-Options": "nosniff",
+}
+_LARGEST = 1 << 20  # bytes of a request
+_LAST_ANSWERS = 2  # seconds for what is under way when the server is stopped
 
 
 class Service:
-    """What can be asked of an explorer: answers, curves, and to save a plan. One thing at a time.
+    """What the page can ask for: answers, curves, and a plan to be saved. Requests are served one at a time.
 
     Args:
-        explorer: that answers.
+        explorer: answers the requests.
         name: of the run, for the title.
-        out: where plans are saved.
-        command: what carries out the plan that was saved.
+        out: file that plans are saved to.
+        command: carries out a saved plan; shown to the user.
     """
 
     def __init__(self, explorer: Explorer, *, name: str, out: Path, command: str = "") -> None:
@@ -60,12 +72,12 @@ class Service:
         )
 
     def answer(self, wish: Wish) -> dict[str, Any]:
-        """Return what the page shows of the answer to a wish."""
+        """Return the answer to a query, as the page shows it."""
         with self._busy:
             return shown_answer(self.explorer, self.explorer.answer(wish))
 
     def curve(self, kind: str) -> dict[str, Any]:
-        """Return the damage of the best plans for budgets of one kind: points of share left and damage.
+        """Return the damage of the best plans for a row of budgets of one kind: points of share left and damage.
 
         Raises:
             DataError: there is no such kind of budget.
@@ -86,43 +98,125 @@ class Service:
         return {"kind": kind, "points": self._curves[kind]}
 
     def save(self, wish: Wish) -> dict[str, Any]:
-        """Write the plan of a wish, whole or not at all, and return where it is and how to carry it out."""
+        """Write the plan for a query, whole or not at all; return its file and the command to carry it out."""
         with self._busy:
             plan = self.explorer.plan(self.explorer.answer(wish))
         plan.save(self.out)
         return {"out": str(self.out), "command": self.command, "factorized": len(plan.factorized)}
 
 
-def application(service: Service, token: str, port: int) -> Any:
-    """Return the ASGI application: the page at ``/TOKEN/``, and what it asks below.
-
-    Whoever does not know the token, or comes by another name than that of this machine, gets nothing.
+def serve(service: Service, *, port: int = 0, browser: bool = True, ready: Callable[[str], None] | None = None) -> None:
+    """Serve the page until an interrupt (Ctrl-C), to this machine alone, at an address that nobody can guess.
 
     Args:
-        service: that answers.
+        service: answers the requests.
+        port: to listen at; any free one if 0.
+        browser: open the page in the browser of this machine.
+        ready: called with the address as soon as it can be opened.
+
+    Raises:
+        TenfoldError: the port is taken.
+    """
+    token = secrets.token_urlsafe(24)
+    with listening(port) as listener:
+        running = server(service, token)
+        address = address_of(token, listener)
+        if ready is not None:
+            ready(address)
+        if browser:  # in a thread: browsers in a terminal do not return
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        with suppress(KeyboardInterrupt):  # uvicorn has closed everything by then
+            running.run(sockets=[listener])
+
+
+def listening(port: int) -> socket.socket:
+    """Return a socket that listens on the loopback interface.
+
+    Raises:
+        TenfoldError: the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        msg = f"cannot listen at port {port}: {error.strerror or error}. Name another one, or 0 for any that is free."
+        raise TenfoldError(msg) from error
+    return listener
+
+
+def address_of(token: str, listener: socket.socket) -> str:
+    """Return the address of the page."""
+    return f"http://{HOST}:{listener.getsockname()[1]}/{token}/"
+
+
+def server(service: Service, token: str) -> Any:
+    """Return uvicorn's ``Server`` of the page, ready to run."""
+    uvicorn: Any = require("uvicorn", "explore")
+    config = uvicorn.Config(
+        application(service, token),
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_ANSWERS,
+    )
+    return uvicorn.Server(config)
+
+
+def application(service: Service, token: str) -> Any:
+    """Return the ASGI application: the page at ``/TOKEN/``, and its requests below.
+
+    Without the token, or under another name than this machine's, there is nothing: a name that a foreign page made
+    point to this machine (DNS rebinding) is in the header ``Host``.
+
+    Args:
+        service: answers the requests.
         token: a secret in the address.
-        port: that it is served at.
     """
     applications: Any = require("starlette.applications", "explore")
-    routing: Any = require("starlette.routing", "explore")
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.routing import Route
 
     def route(path: str, answer: Callable[[bytes], Any], method: str) -> Any:
-        return routing.Route(f"/{{token}}/{path}", partial(_respond, answer, token), methods=[method])
+        return Route(f"/{{token}}/{path}", partial(_respond, answer, token), methods=[method])
 
-    def wished(answer: Callable[[Wish], Any]) -> Callable[[bytes], Any]:
+    def asked(answer: Callable[[Wish], Any]) -> Callable[[bytes], Any]:
         return lambda body: answer(_wish(body))
 
     routes = [
         route("", lambda _: service.page(), "GET"),
-        route("answer", wished(service.answer), "POST"),
-        route("save", wished(service.save), "POST"),
+        route("answer", asked(service.answer), "POST"),
+        route("save", asked(service.save), "POST"),
         route("curve", lambda body: service.curve(_kind(body)), "POST"),
     ]
-    return Guard(applications.Starlette(routes=routes), port)
+    here = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
+    return applications.Starlette(routes=routes, middleware=[here, Middleware(BaseHTTPMiddleware, dispatch=_same_page)])
+
+
+async def _same_page(request: Any, respond: Callable[[Any], Any]) -> Any:
+    # A foreign page that posts is in the header Origin. No form of one can send JSON without asking first.
+    from starlette.responses import PlainTextResponse
+
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    if request.headers.get("origin", address := f"http://{request.headers['host']}") != address:
+        response = PlainTextResponse("another page may not ask this one", 403)
+    elif request.method == "POST" and media_type != "application/json":
+        response = PlainTextResponse("post JSON", 415)
+    else:
+        response = await respond(request)
+    response.headers.update(HEADERS)
+    return response
 
 
 async def _respond(answer: Callable[[bytes], Any], token: str, request: Any) -> Any:
-    """Return the response to one request: HTML, JSON, or what was wrong in one line."""
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 
@@ -135,7 +229,7 @@ async def _respond(answer: Callable[[bytes], Any], token: str, request: Any) -> 
             return JSONResponse({"error": f"a request has at most {_LARGEST:,} bytes"}, 413)
     try:
         found = await run_in_threadpool(answer, body)
-    except BudgetError as error:  # an answer like any other: nothing is wrong with the question
+    except BudgetError as error:  # an answer like any other: nothing is wrong with the request
         return JSONResponse({"error": " ".join(str(error).split())})
     except (TenfoldError, OSError) as error:
         return JSONResponse({"error": " ".join(str(error).split())}, 400)
@@ -146,7 +240,7 @@ def _wish(body: bytes) -> Wish:
     try:
         return Wish.model_validate_json(body)
     except ValidationError as error:
-        msg = f"this is no wish: {explain(error)}"
+        msg = f"invalid request: {explain(error)}"
         raise DataError(msg) from error
 
 
@@ -154,5 +248,5 @@ def _kind(body: bytes) -> str:
     try:
         return str(json.loads(body)["kind"])
     except (ValueError, KeyError, TypeError) as error:
-        msg = 'a curve is of a kind of budget: {"kind": "macs"}'
+        msg = 'invalid request: a curve needs a kind of budget, as {"kind": "macs"}'
         raise DataError(msg) from error

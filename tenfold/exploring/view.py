@@ -11,7 +11,7 @@ from tenfold.records import LayerPlan, Options
 from tenfold.reporting.numbers import change, count, factor, milliseconds, percent, ranks, speed, three_digits
 
 NAMES = {"params": "Parameters", "macs": "MACs", "latency": "Latency"}
-AS_IT_IS = "as it is"
+AS_IT_IS = "kept"
 
 Values = dict[str, Any]
 

@@ -1,9 +1,9 @@
-"""Files that run elsewhere: checked against the model before they are kept. Adding a file here adds a target."""
+"""Export to files for other runtimes, checked against the model. Adding a file here adds a target."""
 
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter
 from tenfold.exporting.export import export
 from tenfold.exporting.int8_linear import int8_linear
 from tenfold.exporting.int8_onnx import quantize_onnx
@@ -14,6 +14,7 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "EXPORTERS",
+    "ExportConfig",
     "Exporter",
     "export",
     "int8_linear",

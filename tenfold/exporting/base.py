@@ -1,23 +1,45 @@
-"""What a target of exports is. One subclass in one file makes a target."""
+"""Export targets and settings. One subclass of ``Exporter`` in one file makes a target."""
 
 from __future__ import annotations
 
 import abc
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
+from tenfold.errors import ExportError
+from tenfold.records import Record
 from tenfold.registry import Registry
 
 
+class ExportConfig(Record):
+    """How to export a model, and how closely the file must agree with it.
+
+    Attributes:
+        dynamic_batch: leave the first axis open, so that the file takes batches of any size.
+        fuse_batchnorm: merge batch norms into the layers before them first, where that is exact.
+        tolerance: largest error of an output, as a share of the largest entry of that output of the model.
+        opset: version of the ONNX operators; torch's default if None.
+        seconds: time budget for measuring latency, model and file in turns; 0 to skip it.
+    """
+
+    dynamic_batch: bool = True
+    fuse_batchnorm: bool = True
+    tolerance: NonNegativeFloat = 1e-4
+    opset: PositiveInt | None = None
+    seconds: NonNegativeFloat = 1.0
+
+
 class Exporter(abc.ABC):
-    """A kind of file that runs without the Python code of the model.
+    """A file format that runs without the Python code of the model.
 
     Attributes:
         suffix: how the names of its files usually end.
-        packages: what it needs besides torch, whose versions belong into the record.
-        max_batch: the largest batch that a file with an open batch size can take; None for any.
+        packages: required besides torch; their versions go into the record.
+        max_batch: largest batch of a file with an open batch size; None for no limit.
     """
 
     suffix: ClassVar[str]
@@ -30,17 +52,34 @@ class Exporter(abc.ABC):
 
     @abc.abstractmethod
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
-        """Write a ``torch.export.ExportedProgram`` to a file; return the version of the operators, if there is one.
+        """Write a ``torch.export.ExportedProgram`` to a file; return the version of its operators, if it has one.
 
         Args:
-            program: what the model computes.
+            program: the model.
             file: does not exist yet.
-            opset: the version to use; the exporter's default if None.
+            opset: version of the operators; the exporter's default if None.
         """
 
     @abc.abstractmethod
     def open(self, file: Path) -> nn.Module:
-        """Return the file as a module: called with the inputs of the model, it runs in the runtime of the target."""
+        """Return the file as a module, which runs the inputs of the model in the runtime of the target."""
 
 
 EXPORTERS: Registry[Exporter] = Registry("export target")
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise ExportError early if ``path`` may not or cannot be written."""
+    if path.is_dir():
+        msg = f"{path} is a folder: name a file"
+        raise ExportError(msg)
+    if path.exists() and not overwrite:
+        msg = f"{path} exists: choose another file, or say that it may be overwritten (overwrite=True, --overwrite)"
+        raise ExportError(msg)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        msg = f"cannot write to {path.parent}: {error.strerror or error}. Choose another folder."
+        raise ExportError(msg) from error

@@ -1,4 +1,4 @@
-"""ExecuTorch: torch's own runtime for phones and small devices, here with the XNNPACK kernels for CPUs."""
+"""ExecuTorch: torch's runtime for phones and small devices, with the XNNPACK kernels for CPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ExecutorchExporter(Exporter):
 
     suffix = ".pte"
     packages = ("executorch",)
-    max_batch = 64  # memory is planned ahead, for the largest
+    max_batch = 64  # memory is planned for the largest
 
     def check(self) -> None:
         """Raise MissingExtraError if the package is not installed."""
@@ -27,7 +27,7 @@ class ExecutorchExporter(Exporter):
             require("executorch.exir", "executorch")
 
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
-        """Write the program, with all that XNNPACK can compute handed over to that.
+        """Write the program, delegated to XNNPACK as far as possible.
 
         Raises:
             ExportError: a version of operators was asked for.
@@ -48,7 +48,7 @@ class ExecutorchExporter(Exporter):
 
 
 class ExecutorchModule(nn.Module):
-    """A .pte file in the runtime, called as the model was."""
+    """A .pte file in the runtime, called like the model."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ExecutorchModule(nn.Module):
         self._method = self._loaded.load_method("forward")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs, copied out of the memory that the next call overwrites."""
+        """Return the outputs, copied because the next call overwrites them."""
         given, named = arguments((args, kwargs))
         outputs = tuple(value.clone() for value in self._method.execute(list(tensors_in((given, named)))))
         return outputs[0] if len(outputs) == 1 else outputs

@@ -1,8 +1,9 @@
-"""export(): a file that runs elsewhere, kept only if it computes what the model does."""
+"""Export a model to a file for another runtime, kept only if its outputs agree with the model's."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ from typing import Any
 from torch import nn
 
 from tenfold.errors import ExportError, TenfoldError
-from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter, check_free
 from tenfold.exporting.parity import check_parity
 from tenfold.exporting.program import first_words, program_of
-from tenfold.exporting.target import check_free, written_whole
-from tenfold.profiling import Comparison, compare_latency, environment
-from tenfold.records import Environment, ExportRecord
+from tenfold.profiling import compare_latency, environment
+from tenfold.records import Environment, ExportRecord, atomic_write
 from tenfold.surgery import fuse_batchnorm_
 from tenfold.tracing import to_device
 from tenfold.tracing.inputs import batch_size_of
@@ -27,28 +27,20 @@ def export(
     path: str | Path,
     *,
     to: str = "onnx",
-    dynamic_batch: bool = True,
-    fold: bool = True,
-    tolerance: float = 1e-4,
-    opset: int | None = None,
-    seconds: float = 1.0,
+    config: ExportConfig | None = None,
     overwrite: bool = False,
 ) -> ExportRecord:
-    """Return the record of a file that was written to ``path`` and runs without the code of the model.
+    """Write a model to a file that runs without its code, and return the record of the file.
 
-    The file is opened in its runtime and compared with the model on batches of several sizes first: it is at ``path``
-    whole and right, or not at all. Factorized layers are exported as what they run: plain layers, one after the other.
+    The file is opened in its runtime and compared with the model on batches of several sizes first; only a file that
+    agrees is kept. Factorized layers are exported as what they run: plain layers, one after the other.
 
     Args:
-        model: any module; stays as it is. It is exported in evaluation mode and from the CPU.
-        example_inputs: what its forward takes; see ``call_model``.
+        model: any module, left unchanged; exported in evaluation mode and from the CPU.
+        example_inputs: inputs of its forward; see ``call_model``.
         path: the file.
         to: the target: ``onnx``, ``torch-export`` (.pt2) or ``executorch`` (.pte); `tenfold list exports`.
-        dynamic_batch: leave the first axis open, so that the file takes batches of any size.
-        fold: merge batch norms into the layers before them first, where that is exact (see ``fuse_batchnorm``).
-        tolerance: how far an output may be from that of the model, as a share of the largest entry of that output.
-        opset: version of the ONNX operators; torch's default if None.
-        seconds: about how long to measure latency, the model in torch and the file in turns; 0 for not at all.
+        config: ``ExportConfig()`` by default.
         overwrite: whether ``path`` may exist.
 
     Raises:
@@ -61,41 +53,42 @@ def export(
         >>> import tempfile, torch
         >>> net = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     made = export(net, torch.randn(1, 8), f"{folder}/net.pt2", to="torch-export", seconds=0)
-        >>> made.target, list(made.parity), made.bytes > 0
+        ...     untimed = ExportConfig(seconds=0)
+        ...     record = export(net, torch.randn(1, 8), f"{folder}/net.pt2", to="torch-export", config=untimed)
+        >>> record.target, list(record.parity), record.bytes > 0
         ('torch-export', [1, 2, 5], True)
     """
-    path = Path(path)
+    path, config = Path(path), config or ExportConfig()
     exporter = EXPORTERS.get(to)()
     check_free(path, overwrite=overwrite)
     exporter.check()
-    dynamic_batch = dynamic_batch and batch_size_of(example_inputs) is not None
+    dynamic = config.dynamic_batch and batch_size_of(example_inputs) is not None
     inputs = to_device(example_inputs, "cpu")
-    ready = copy.deepcopy(model).cpu().eval()
-    folded = len(fuse_batchnorm_(ready, inputs).pairs) if fold else 0
-    program = program_of(ready, inputs, dynamic_batch=dynamic_batch, max_batch=exporter.max_batch)
-    with written_whole(path) as partial:
-        found_opset = _write(exporter, program, partial, opset)
+    eager = copy.deepcopy(model).cpu().eval()
+    fused = len(fuse_batchnorm_(eager, inputs).pairs) if config.fuse_batchnorm else 0
+    program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=exporter.max_batch)
+    with atomic_write(path) as partial:
+        opset = _write(exporter, program, partial, config.opset)
         exported = exporter.open(partial)
-        parity = check_parity(ready, exported, inputs, dynamic_batch=dynamic_batch, tolerance=tolerance)
-        timed = (
-            compare_latency({"eager": (ready, inputs), "file": (exported, inputs)}, seconds=seconds)
-            if seconds
-            else None
-        )
+        parity = check_parity(eager, exported, inputs, dynamic_batch=dynamic, tolerance=config.tolerance)
+        timed: dict[str, Any] = {}
+        if config.seconds:
+            both = compare_latency({"eager": (eager, inputs), "file": (exported, inputs)}, seconds=config.seconds)
+            timed = {**both.latencies, "speedup": both.speedups["file"]}
+            timed["latency"] = timed.pop("file")
         size = partial.stat().st_size
         del exported
     return ExportRecord(
         target=to,
         file=path.name,
         bytes=size,
-        opset=found_opset,
-        dynamic_batch=dynamic_batch,
-        folded=folded,
+        opset=opset,
+        dynamic_batch=dynamic,
+        folded=fused,
         parity=parity,
-        tolerance=tolerance,
+        tolerance=config.tolerance,
         environment=environment_of(exporter),
-        **_timing(timed),
+        **timed,
     )
 
 
@@ -109,23 +102,10 @@ def _write(exporter: Exporter, program: Any, file: Path, opset: int | None) -> i
         raise ExportError(msg) from error
 
 
-def _timing(timed: Comparison | None) -> dict[str, Any]:
-    if timed is None:
-        return {}
-    return {
-        "eager": timed.latencies["eager"],
-        "latency": timed.latencies["file"],
-        "speedup": timed.speedups["file"],
-    }
-
-
 def environment_of(exporter: Exporter) -> Environment:
-    """Return the environment with the versions of the packages that wrote and run the file."""
-    made = environment("cpu")
-    found = {}
+    """Return the environment, with the versions of the packages that write and run the file."""
+    current, versions = environment("cpu"), {}
     for package in exporter.packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # part of another distribution
-            continue
-    return made.replace(versions=made.versions | found)
+        with suppress(PackageNotFoundError):  # part of another distribution
+            versions[package] = version(package)
+    return current.replace(versions=current.versions | versions)

@@ -1,4 +1,4 @@
-"""Eight-bit integers for linear layers inside torch, by torchao: those of a factorized layer are as plain as any."""
+"""Eight-bit integers for linear layers in torch, factors included, by torchao."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ def int8_linear(model: nn.Module, *, activations: bool = True) -> nn.Module:
     """Return a copy of a model whose linear layers hold eight-bit integers, factors included.
 
     For inference, after compression and recovery. Weights are rounded with a scale for each output, symmetric;
-    activations, if wanted, for each token as they come. Under ``torch.compile`` the products are those of integers.
-    The weights of what comes back are tensors of torchao's own, which only torchao reads: keep the checkpoint in
-    floating point, and call this after ``load``.
+    activations, if quantized, dynamically per token. Under ``torch.compile`` products are computed in integers. The
+    new weights are tensors of torchao, which nothing else reads: keep the checkpoint in floating point, and call this
+    after ``load``.
 
     Args:
-        model: in evaluation mode, on its device; stays as it is.
-        activations: round the inputs of the layers too; otherwise only the weights, which saves memory and no time
-            on most CPUs.
+        model: in evaluation mode, on its device; left unchanged.
+        activations: quantize the inputs of the layers too; weights alone save memory, but no time on most CPUs.
 
     Raises:
         ExportError: the model has no linear layer.

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tenfold.errors import DataError, ExportError, TenfoldError, require
+from tenfold.exporting.base import check_free
 from tenfold.exporting.program import first_words
 from tenfold.exporting.quiet import quiet
 from tenfold.exporting.runtime import OnnxModule, feeds
-from tenfold.exporting.target import check_free, written_whole
 from tenfold.profiling import compare_latency
-from tenfold.records import Int8Record, Speedup
+from tenfold.records import Int8Record, Speedup, atomic_write
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 
 Ranges = Literal["minmax", "entropy", "percentile"]
@@ -35,21 +35,21 @@ def quantize_onnx(
     seconds: float = 1.0,
     overwrite: bool = False,
 ) -> Int8Record:
-    """Return the record of an ONNX file in eight-bit integers, written to ``path`` whole or not at all.
+    """Quantize an ONNX file to eight-bit integers at ``path``, and return the record of the new file.
 
     Static quantization (QDQ): weights to signed integers with a scale for each output channel, symmetric; activations
-    to unsigned ones with a scale and a zero point from what they are on the calibration inputs (Jacob et al. 2018,
-    arXiv 1712.05877). Compress and recover first, quantize last, with batch norm folded: a factor that is decomposed
-    after rounding decomposes the rounding too.
+    to unsigned ones with a scale and a zero point from the calibration inputs (Jacob et al. 2018,
+    arXiv 1712.05877). Compress and fine-tune first, quantize last, with batch norm fused: decomposing rounded
+    weights would fit the rounding too.
 
     Args:
-        source: a file in floating point, as ``export`` wrote it.
+        source: a file in floating point, written by ``export``.
         path: the new file.
-        batches: calibration inputs as the forward takes them, from the training set; a few hundred samples will do.
-        operators: types of operators to quantize, such as ``("Conv",)``; all that ONNX Runtime can if None.
+        batches: calibration inputs of the forward, from the training set; a few hundred samples suffice.
+        operators: types of operators to quantize, such as ``("Conv",)``; all that ONNX Runtime supports if None.
         keep: names of nodes to leave in floating point.
-        ranges: how ranges are found: the extremes, or clipped by entropy or at a percentile.
-        seconds: about how long to measure latency, both files in turns on one calibration sample; 0 for not at all.
+        ranges: calibration of ranges: minimum and maximum, or clipped by entropy or at a percentile.
+        seconds: time budget for measuring latency, both files in turns on one calibration sample; 0 to skip it.
         overwrite: whether ``path`` may exist.
 
     Raises:
@@ -69,7 +69,7 @@ def quantize_onnx(
     if not samples:
         msg = "there are no calibration inputs: static quantization needs some, a few hundred are plenty"
         raise DataError(msg)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         try:
             _quantize(source, partial, inputs, operators, keep, ranges)
         except TenfoldError:
@@ -112,13 +112,13 @@ def _quantize(
 
 
 def _shape_inference(source: Path, target: Path) -> None:
-    """Write the file with the shapes of all values in it, which the quantizer goes by, and operators merged."""
+    """Write the file with inferred shapes, which the quantizer needs, and merged operators."""
     shaping: Any = require("onnxruntime.quantization.shape_inference", "export")
     shaping.quant_pre_process(source, target, skip_symbolic_shape=True)
 
 
 def _reader(names: list[str], inputs: list[Any]) -> Any:
-    """Return the calibration inputs as ONNX Runtime reads them: one batch after the other, then None."""
+    """Return a calibration reader of ONNX Runtime over the inputs."""
     quantization: Any = require("onnxruntime.quantization", "export")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -133,7 +133,7 @@ def _reader(names: list[str], inputs: list[Any]) -> Any:
 
 
 def _in_integers(file: Path) -> dict[str, int]:
-    """Return how many operators of each type take dequantized values: those are what the runtime fuses."""
+    """Count the operators of each type with dequantized inputs: those the runtime fuses."""
     onnx: Any = require("onnx", "export")
     nodes = onnx.load(file).graph.node
     dequantized = {output for node in nodes if node.op_type == _DEQUANTIZE for output in node.output}
@@ -149,7 +149,7 @@ def _in_integers(file: Path) -> dict[str, int]:
 
 
 def _compared(before: OnnxModule, after: OnnxModule, inputs: list[Any]) -> tuple[float, float | None]:
-    """Return the relative change of the outputs, and how often the largest one stays the same."""
+    """Return the relative change of the outputs, and the share of samples with the same largest output."""
     off = size = 0.0
     same: list[Tensor] = []
     for batch in inputs:

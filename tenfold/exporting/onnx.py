@@ -1,4 +1,4 @@
-"""ONNX: what most runtimes on servers, phones and in browsers read."""
+"""ONNX: the format of most runtimes on servers, on phones and in browsers."""
 
 from __future__ import annotations
 

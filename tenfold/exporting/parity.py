@@ -1,4 +1,4 @@
-"""Whether a file computes what the model does: outputs against eager execution, on batches of several sizes."""
+"""Compare the outputs of an exported file with eager execution, on batches of several sizes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SIZES = (1, 2, 5)
 def check_parity(
     model: nn.Module, exported: nn.Module, inputs: Any, *, dynamic_batch: bool, tolerance: float
 ) -> dict[int, float]:
-    """Return the largest error of an output, relative to its largest entry, by the size of the batch.
+    """Return the largest error of an output, relative to its largest entry, by batch size.
 
     Args:
         model: in evaluation mode.
         exported: the file as a module.
         inputs: as ``call_model`` takes them.
-        dynamic_batch: whether other sizes of the batch are to be tried as well.
-        tolerance: how large an error may be.
+        dynamic_batch: whether to try other batch sizes too.
+        tolerance: the largest error allowed.
 
     Raises:
         ExportError: an error is larger, the number or shape of the outputs differs, or the file does not run.

@@ -1,4 +1,4 @@
-"""From a model to the program that torch.export sees in it, the size of the batch left open."""
+"""Trace a model by torch.export, with an open batch size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
     """Return the ``torch.export.ExportedProgram`` of a model in evaluation mode.
 
     Args:
-        model: stays as it is.
+        model: left unchanged.
         inputs: as ``call_model`` takes them.
-        dynamic_batch: leave the first axis of all inputs that have the size of the batch open.
-        max_batch: the largest batch that the program has to take; None for any.
+        dynamic_batch: leave the first axis open in all inputs where it has the batch size.
+        max_batch: the largest batch size; None for no limit.
 
     Raises:
-        ExportError: what the forward does depends on values, or on the size of the batch.
+        ExportError: the control flow of the forward depends on values, or on the batch size.
     """
     example = at_batch(inputs, max(2, batch_size_of(inputs) or 2)) if dynamic_batch else inputs
     args, kwargs = arguments(example)
@@ -46,7 +46,7 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
 
 
 def at_batch(inputs: Any, size: int) -> Any:
-    """Return the inputs with another number of samples; samples that repeat are shifted along their last axis.
+    """Return the inputs with another batch size; repeated samples are shifted along their last axis.
 
     Example:
         >>> at_batch(torch.tensor([[1, 2, 3]]), 2)
@@ -65,7 +65,7 @@ def at_batch(inputs: Any, size: int) -> Any:
 
 
 def first_words(error: BaseException, length: int = 300) -> str:
-    """Return how the message of an error begins, in one line."""
+    """Return the beginning of an error message, in one line."""
     text = " ".join(str(error).split()) or "no message"
     cut = text if len(text) <= length else text[: length - 1].rstrip() + "…"
     return f"{type(error).__name__}: {cut}".rstrip(".")

@@ -1,4 +1,4 @@
-"""Other libraries' remarks about themselves, kept from the user's terminal."""
+"""Keep warnings of exporter libraries from the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported files as modules, so that whatever measures a model measures a file: latency, accuracy, parity."""
+"""Exported files as modules, to measure their latency, accuracy and parity like those of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tenfold.tracing.inputs import arguments, tensors_in
 
 
 class OnnxModule(nn.Module):
-    """An ONNX file in ONNX Runtime on the CPU, called as the model was; returns one tensor, or a tuple of several.
+    """An ONNX file in ONNX Runtime on the CPU, called like the model; returns one tensor, or a tuple of several.
 
     Args:
         file: the ``.onnx`` file.
@@ -40,7 +40,7 @@ class OnnxModule(nn.Module):
 
 
 def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:
-    """Return the arrays that ONNX Runtime takes: keyword arguments by their names, the rest in order."""
+    """Return the input arrays of ONNX Runtime: keyword arguments by name, the rest in order."""
     args, kwargs = arguments(inputs)
     named = {name: value for name, value in kwargs.items() if name in names and isinstance(value, Tensor)}
     others = tensors_in((*args, {name: value for name, value in kwargs.items() if name not in named}))
@@ -50,16 +50,16 @@ def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:
 
 
 def open_exported(path: str | Path, *, to: str | None = None) -> nn.Module:
-    """Return an exported file as a module that is called like the model it was made from.
+    """Open an exported file as a module that is called like its model, without parameters and on the CPU.
 
-    ``compare_latency`` and ``Task.evaluate`` take it like any model. It has no parameters and runs on the CPU.
+    ``compare_latency`` and ``Task.evaluate`` take it like any model.
 
     Args:
         path: the file.
-        to: its target; by the ending of the name if left out.
+        to: its target; by default that of the suffix.
 
     Raises:
-        ExportError: the file is missing or damaged, or its name does not tell what it is.
+        ExportError: the file is missing or damaged, or has an unknown suffix.
     """
     path = Path(path)
     if not path.is_file():

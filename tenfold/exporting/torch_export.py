@@ -1,4 +1,4 @@
-"""torch.export: the program without the Python code, for torch itself, AOTInductor and ExecuTorch."""
+"""torch.export: a program for torch itself and AOTInductor, without the Python code of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TorchExporter(Exporter):
     suffix = ".pt2"
 
     def check(self) -> None:
-        """Torch is all it takes."""
+        """Do nothing: torch suffices."""
 
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
         """Write the program.
@@ -43,11 +43,11 @@ class TorchExporter(Exporter):
 
 
 class _Opened(nn.Module):
-    """A program, which refuses ``eval()`` and ``train()``: it is what it was exported as."""
+    """An exported program, hidden from ``eval()`` and ``train()``, which it does not support."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
-        self._program = [program]  # not a submodule, which modes would be set on
+        self._program = [program]  # not a submodule, whose mode would be set
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the program."""

@@ -25,6 +25,7 @@ class TensorTrain(TrainFormat):
     """
 
     rank_names: ClassVar[tuple[str, ...]] = ("r1", "r2", "r3", "r4")
+    tucker2_ranks: ClassVar[tuple[str, str] | None] = ("r2", "r3")
     out_order: ClassVar[int] = 2
     in_order: ClassVar[int] = 2
 

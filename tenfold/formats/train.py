@@ -32,6 +32,9 @@ class TrainFormat(Factorization):
     default_algorithm: ClassVar[str] = "tt_svd"
     aware_algorithm: ClassVar[str | None] = "tt_als"
     splits_inputs: ClassVar[bool] = True  # into modes whose product is their number
+    tucker2_ranks: ClassVar[tuple[str, str] | None] = (
+        None  # which ranks are those of Tucker-2, where all others are full
+    )
 
     def __init__(self, spec: LayerSpec, **cores: Tensor) -> None:
         object.__setattr__(self, "spec", spec)

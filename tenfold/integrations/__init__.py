@@ -1,1 +1,1 @@
-"""Where other people's libraries meet tenfold: the Hub, training loops, boards. Each is imported where it is used."""
+"""Integrations with other libraries: the Hub, training loops, boards. Each is imported where it is used."""

@@ -1,4 +1,4 @@
-"""Curves of a run for TensorBoard, or for anything else that takes scalars: stages, ranks, scores, distances."""
+"""Log stages, ranks, scores and ADMM residuals to TensorBoard or any other logger of scalars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tenfold.training.low_rank.admm import Residual
 
 
 class Board:
-    """Writes scalars under one tree of names: ``stage/``, ``rank/LAYER/``, ``score/``, ``admm/``.
+    """Writes scalars under the names ``stage/``, ``rank/LAYER/``, ``score/``, ``admm/``.
 
     Args:
         writer: has ``add_scalar(tag, value, step)``, as the ``SummaryWriter`` of torch does.
@@ -41,7 +41,7 @@ class Board:
         return cls(writer(log_dir=str(folder)))
 
     def stage(self, record: StageRecord) -> None:
-        """Write what a stage costs and how it ranks its layers; its scores where it has any."""
+        """Write costs, ranks and scores of a stage."""
         step = record.index
         self._add("stage/params", record.after.params, step)
         self._add("stage/macs", record.after.macs, step)
@@ -54,13 +54,13 @@ class Board:
             self._add(f"score/{name}", score, step)
 
     def admm(self, residuals: Mapping[str, Residual], step: int) -> None:
-        """Write how far each weight is from its low-rank image, ‖W − Z‖/‖W‖, and the largest of these."""
-        for path, found in residuals.items():
-            self._add(f"admm/primal/{path}", found.primal, step)
-            self._add(f"admm/dual/{path}", found.dual, step)
-            self._add(f"admm/rho/{path}", found.rho, step)
+        """Write the ADMM residuals of each layer, and the largest primal one."""
+        for path, residual in residuals.items():
+            self._add(f"admm/primal/{path}", residual.primal, step)
+            self._add(f"admm/dual/{path}", residual.dual, step)
+            self._add(f"admm/rho/{path}", residual.rho, step)
         if residuals:
-            self._add("admm/largest_primal", max(found.primal for found in residuals.values()), step)
+            self._add("admm/largest_primal", max(residual.primal for residual in residuals.values()), step)
 
     def run(self, record: RunRecord) -> None:
         """Write a whole run from its record: stages, scores and the epochs of its training."""

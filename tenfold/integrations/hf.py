@@ -1,4 +1,4 @@
-"""Hugging Face: folders that open again, ``AutoModel.from_pretrained`` on them, and the Hub.
+"""Hugging Face: save and load compressed models, ``AutoModel.from_pretrained``, and the Hub.
 
 Importing this module teaches transformers to open compressed folders: ``AutoModel...from_pretrained(folder)`` then
 gives the layers the structure of the plan before it loads the weights.
@@ -26,21 +26,21 @@ METHOD = MARK["quant_method"]
 
 
 class TenfoldConfig(_config.QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``config.json`` says of a compressed model: that it is one. The plan is in the header of the weights."""
+    """Mark of a compressed model in ``config.json``. The plan is in the header of the weights."""
 
     def __init__(self, **unknown: Any) -> None:
         del unknown
         self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what goes into ``config.json``."""
+        """Return the entries of ``config.json``."""
         return dict(MARK)
 
 
 class TenfoldQuantizer(_base.HfQuantizer):  # type: ignore[misc]
-    """Gives the dense skeleton of ``from_pretrained`` the structure of the plan before the weights are loaded."""
+    """Restructures the dense skeleton of ``from_pretrained`` by the plan before the weights are loaded."""
 
-    requires_calibration = True  # there is nothing to load a dense checkpoint with: that is what compress is for
+    requires_calibration = True  # dense checkpoints cannot be quantized on loading: use compress
 
     def _process_model_before_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
         files = [Path(f) for f in given.get("checkpoint_files") or ()]
@@ -61,11 +61,11 @@ class TenfoldQuantizer(_base.HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the model can be trained on: like any other."""
+        """True: the model can be trained like any other."""
         return True
 
 
-if METHOD not in _auto.AUTO_QUANTIZER_MAPPING:  # this module is run anew in tests and notebooks
+if METHOD not in _auto.AUTO_QUANTIZER_MAPPING:  # the module may be reloaded
     _auto.register_quantization_config(METHOD)(TenfoldConfig)
     _auto.register_quantizer(METHOD)(TenfoldQuantizer)
 
@@ -79,18 +79,18 @@ def push(
     message: str = "Add a model compressed with tenfold",
     api: Any = None,
 ) -> str:
-    """Return the address of a commit on the Hub that holds the files of a compressed folder.
+    """Upload a compressed folder to the Hub, and return the URL of the commit.
 
     Args:
-        path: a folder that ``save_pretrained`` wrote; it is opened first, so that nothing damaged goes up.
-        repo_id: ``"owner/name"``; made if it does not exist.
-        private: whether a new one is.
+        path: a folder written by ``save_pretrained``, which is checked first.
+        repo_id: ``"owner/name"``; created if it does not exist.
+        private: whether a new repository is private.
         revision: branch.
         message: of the commit.
         api: an ``HfApi``; one with the stored login if None.
 
     Raises:
-        CheckpointError: the folder is not a whole compressed model.
+        CheckpointError: the folder is not a complete compressed model.
     """
     path = Path(path)
     read_weights(path / WEIGHTS)
@@ -103,16 +103,16 @@ def push(
 
 
 def pull(repo_id: str, path: str | Path | None = None, *, revision: str | None = None, api: Any = None) -> Path:
-    """Return a folder with the compressed model of a repository on the Hub; from its cache if that has it.
+    """Download a compressed model from the Hub, or take it from the cache, and return its folder.
 
     Args:
         repo_id: ``"owner/name"``.
-        path: where to; the cache of the Hub if None.
+        path: target folder; the cache of the Hub if None.
         revision: branch, tag or commit.
         api: an ``HfApi``; one with the stored login if None.
 
     Raises:
-        CheckpointError: the repository does not hold a model that tenfold wrote.
+        CheckpointError: the repository holds no model written by tenfold.
     """
     if api is None:
         hub: Any = require("huggingface_hub", "hf")

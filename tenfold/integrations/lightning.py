@@ -1,4 +1,4 @@
-"""Callbacks for Lightning: compression in stages, and training towards low rank.
+"""Callbacks for Lightning: iterative compression, and training to low rank.
 
 They have the hooks of ``lightning.Callback``, and derive from it where Lightning is installed.
 """
@@ -34,7 +34,7 @@ class StagesCallback(_Base):  # type: ignore[misc]
     """Compresses the module of a ``lightning.Trainer`` in stages while it trains.
 
     Args:
-        live: what to do; its ``result`` is there once the last stage is trained.
+        live: the stages; has a ``result`` after the last one.
         of: the part of the module to compress, such as ``lambda module: module.net``; the module itself if left out.
     """
 
@@ -43,19 +43,19 @@ class StagesCallback(_Base):  # type: ignore[misc]
         self.live, self.of = live, of
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Carry out the first stage."""
+        """Start the first stage."""
         self.live.begin(self.of(pl_module), trainer.optimizers)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Carry out the next stage when the last one is trained."""
+        """Start the next stage if the current one is complete."""
         self.live.epoch_ended(self.of(pl_module), trainer.optimizers)
 
 
 class LowRankCallback(_Base):  # type: ignore[misc]
-    """Draws the weights of the module of a ``lightning.Trainer`` to low rank while it trains; decompose it afterwards.
+    """Trains the weights of the module of a ``lightning.Trainer`` to low rank; decompose it afterwards.
 
     Args:
-        pull: how.
+        pull: penalty and updates.
         of: the part of the module whose weights the plan names; the module itself if left out.
     """
 
@@ -64,7 +64,7 @@ class LowRankCallback(_Base):  # type: ignore[misc]
         self.pull, self.of = pull, of
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the weights for the first time."""
+        """Start from the current weights."""
         del trainer
         self.pull.begin(self.of(pl_module))
 
@@ -74,6 +74,6 @@ class LowRankCallback(_Base):  # type: ignore[misc]
         self.pull.before_step(self.of(pl_module))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draw the low-rank images after the weights."""
+        """Update the low-rank images."""
         del trainer
         self.pull.epoch_ended(self.of(pl_module))

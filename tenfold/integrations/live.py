@@ -1,8 +1,9 @@
-"""Compress a model while somebody else's loop trains it: layers and the optimizer's parameters change in place."""
+"""Compress a model in place, with the optimizer's parameters, while a foreign loop trains it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from tenfold.errors import TuningError
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
 from tenfold.records import Plan, StageRecord
-from tenfold.staging import Schedule, Stage, stages
+from tenfold.staging import Stage
+from tenfold.staging.run import Stages
 from tenfold.surgery import find
 from tenfold.surgery.modules import put
+from tenfold.tracing.contexts import kept_modes
 from tenfold.training import Admm, AdmmConfig
 from tenfold.training.low_rank.admm import Residual
 
@@ -22,25 +25,25 @@ Optimizers = Sequence[Any]  # torch optimizers, or what wraps them: with param_g
 
 
 class LiveStages:
-    """Compression in stages, carried out on the very model that a loop is training.
+    """Iterative compression of the very model that a foreign loop is training.
 
     Call ``begin`` when training begins and ``epoch_ended`` after each epoch: after every ``schedule.epochs`` of them
-    the next stage takes place. Factors enter the optimizer in the group of the weight that they replace; what that
-    remembered of the weight goes, all else and the learning rate schedule stay.
+    the next stage takes place. Factors enter the optimizer in the group of the weight that they replace; the optimizer
+    forgets its state of the weight, all else and the learning-rate schedule stay.
 
-    One process; with a folder of its own, or to be killed and resumed, use ``tenfold.stages``.
+    For one process, without a folder. To be able to resume, use ``tenfold.stages``.
 
     Args:
-        example_inputs: what the forward of the model takes.
-        schedule: in how many stages, and how far in each.
-        data: unlabeled batches; see ``tenfold.stages``.
+        start: returns the stages of a model, such as ``lambda model: tenfold.stages(model, inputs, schedule)``; called
+            with a copy of the trained model.
         on_stage: called with the record of each stage as it begins: ``Board.stage`` for one.
-        choices: all else that ``tenfold.stages`` takes, but for a folder.
 
     Example:
+        >>> from tenfold.staging import Schedule, stages
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> optimizer = torch.optim.Adam(net.parameters())
-        >>> live = LiveStages(torch.zeros(1, 64), Schedule(rounds=2, epochs=1, budget={"macs": 0.25}))
+        >>> schedule = Schedule(rounds=2, epochs=1, budget={"macs": 0.25})
+        >>> live = LiveStages(lambda model: stages(model, torch.zeros(1, 64), schedule))
         >>> live.begin(net, [optimizer])
         >>> for _ in range(2):
         ...     live.epoch_ended(net, [optimizer])  # after an epoch of training
@@ -49,22 +52,12 @@ class LiveStages:
     """
 
     def __init__(
-        self,
-        example_inputs: Any,
-        schedule: Schedule | Mapping[str, Any],
-        *,
-        data: Iterable[Any] | None = None,
-        on_stage: Callable[[StageRecord], None] | None = None,
-        **choices: Any,
+        self, start: Callable[[nn.Module], Stages], *, on_stage: Callable[[StageRecord], None] | None = None
     ) -> None:
-        if choices.get("folder") is not None or choices.get("fit_to", "current") != "current":
-            msg = "a model that is trained in place has no folder and no original: use tenfold.stages for these"
-            raise TuningError(msg)
-        self.schedule = Schedule.of(dict(schedule)) if isinstance(schedule, Mapping) else schedule
         self.result: Compressed | None = None
-        self._given = {"example_inputs": example_inputs, "data": data, **choices}
+        self._start = start
         self._on_stage = on_stage
-        self._running: Any = None
+        self._running: Stages | None = None
         self._stage: Stage | None = None
         self._epochs = 0
 
@@ -72,14 +65,14 @@ class LiveStages:
         """Carry out the first stage.
 
         Raises:
-            TuningError: several processes train the model.
+            TuningError: several processes train the model, or the stages are stored in a folder.
             TenfoldError: see ``tenfold.stages``.
         """
-        spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if spread and torch.distributed.get_world_size() > 1:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
             msg = "stages in place are for one process: use tenfold.run_stages with an accelerator for several"
             raise TuningError(msg)
-        self._running = stages(model, schedule=self.schedule, **self._given)
+        self._running = self._start(copy.deepcopy(model))
         self._next(model, optimizers)
 
     def epoch_ended(self, model: nn.Module, optimizers: Optimizers) -> None:
@@ -92,34 +85,36 @@ class LiveStages:
             self._next(model, optimizers)
 
     def _next(self, model: nn.Module, optimizers: Optimizers) -> None:
+        assert self._running is not None  # noqa: S101 - begin() has set it
         self._epochs = 0
         try:
             self._stage = next(self._running)
         except StopIteration as end:
             self._stage, self.result = None, end.value
             return
+        if self._stage.folder is not None:
+            msg = "a model that is trained in place cannot be resumed from a folder: use tenfold.stages for that"
+            raise TuningError(msg)
         graft_(model, self._stage.model, optimizers)
         if self._on_stage is not None:
             self._on_stage(self._stage.record)
 
 
 def graft_(model: nn.Module, small: nn.Module, optimizers: Optimizers) -> None:
-    """Give the model the factorized layers of a compressed copy and its values, and the optimizers the parameters.
+    """Move the factorized layers and values of a compressed copy into a model, and their parameters into optimizers.
 
     Args:
         model: changed in place.
         small: a copy in which layers were factorized; shares them with the model afterwards.
         optimizers: of the model.
     """
-    modes = [(module, module.training) for module in model.modules()]
     new: dict[str, nn.Module] = {p: m for p, m in small.named_modules() if isinstance(m, FactorizedLayer)}
     if "" in new:
         msg = "the model is one layer itself, which cannot be replaced in place: put it into an nn.Sequential"
         raise TuningError(msg)
     pairs = [(find(model, path), layer) for path, layer in new.items()]
-    put(model, new)
-    for module, training in modes:
-        module.training = training
+    with kept_modes(model):
+        put(model, new)
     for optimizer in optimizers:
         for old, layer in pairs:
             _exchange(optimizer, old, layer)
@@ -130,7 +125,7 @@ def graft_(model: nn.Module, small: nn.Module, optimizers: Optimizers) -> None:
 
 
 def _exchange(optimizer: Any, old: nn.Module, new: nn.Module) -> None:
-    """Put the parameters of a layer in the place of those of another, by kind: weights for weights, bias for bias."""
+    """Replace the parameters of one layer by those of another: weights by factors, bias by bias."""
     for kind in ("weight", "bias"):
         gone = [p for n, p in old.named_parameters() if n.endswith(kind)]
         come = [p for n, p in new.named_parameters() if n.endswith(kind)]
@@ -143,14 +138,14 @@ def _exchange(optimizer: Any, old: nn.Module, new: nn.Module) -> None:
 
 
 class LivePull:
-    """Training towards low rank (see ``Admm``) in a loop that is not ours: the penalty goes straight into gradients.
+    """Training to low rank (see ``Admm``) in a foreign loop: the penalty is added to the gradients.
 
     Call ``begin`` when training begins, ``before_step`` when gradients are complete, ``epoch_ended`` after each epoch.
-    Clip gradients before, and train in float32 or bfloat16: gradients that are scaled up would drown the pull.
+    Clip gradients before, and train in float32 or bfloat16: scaled gradients would drown the penalty.
 
     Args:
-        plan: formats and ranks to reach; what is to be factorized in the end.
-        config: how hard to pull.
+        plan: formats and ranks to reach.
+        config: strength of the penalty.
         on_update: called with the residuals by path after each update, and its number: ``Board.admm`` for one.
     """
 
@@ -167,7 +162,7 @@ class LivePull:
         self._updates = 0
 
     def begin(self, model: nn.Module) -> None:
-        """Look at the weights for the first time."""
+        """Start from the current weights."""
         self.admm = Admm(model, self.plan, self.config)
 
     def before_step(self, model: nn.Module) -> None:
@@ -176,7 +171,7 @@ class LivePull:
             self.admm.penalty(model).backward()
 
     def epoch_ended(self, model: nn.Module) -> None:
-        """Draw the low-rank images and the multipliers after the weights."""
+        """Update the low-rank images and the multipliers."""
         if self.admm is None:
             return
         found = self.admm.update(model)

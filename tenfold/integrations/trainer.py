@@ -1,4 +1,4 @@
-"""Callbacks for the ``Trainer`` of transformers: compression in stages, and training towards low rank."""
+"""Callbacks for the ``Trainer`` of transformers: iterative compression, and training to low rank."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ class StagesCallback(_transformers.TrainerCallback):  # type: ignore[misc]
     """Compresses the model of a ``Trainer`` in stages: ``Trainer(..., callbacks=[StagesCallback(live)])``.
 
     Args:
-        live: what to do; its ``result`` is there once the last stage is trained.
+        live: the stages; has a ``result`` after the last one.
     """
 
     def __init__(self, live: LiveStages) -> None:
         self.live = live
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Carry out the first stage."""
+        """Start the first stage."""
         del args, state, control
         self.live.begin(given["model"], [given["optimizer"]])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Carry out the next stage when the last one is trained."""
+        """Start the next stage if the current one is complete."""
         del args, state, control
         self.live.epoch_ended(given["model"], [given["optimizer"]])
 
 
 class LowRankCallback(_transformers.TrainerCallback):  # type: ignore[misc]
-    """Draws the weights of the model of a ``Trainer`` to low rank while it trains; decompose it afterwards."""
+    """Trains the weights of the model of a ``Trainer`` to low rank; decompose it afterwards."""
 
     def __init__(self, pull: LivePull) -> None:
         self.pull = pull
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Look at the weights for the first time."""
+        """Start from the current weights."""
         del args, state, control
         self.pull.begin(given["model"])
 
@@ -50,6 +50,6 @@ class LowRankCallback(_transformers.TrainerCallback):  # type: ignore[misc]
         self.pull.before_step(given["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Draw the low-rank images after the weights."""
+        """Update the low-rank images."""
         del args, state, control
         self.pull.epoch_ended(given["model"])

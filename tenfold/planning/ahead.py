@@ -33,7 +33,7 @@ def compute_ahead(
         workers: who computes; nothing is done ahead if that is this process.
         step: of the grid of ranks that the rule asks for.
     """
-    if workers.here:
+    if workers.is_local:
         return
     new = [(p, format) for p in problems for format in p.formats if _key(format, moments) not in _memory(p, moments)]
     pieces = (_piece(p, format, None if moments is None else moments[p.path]) for p, format in new)

@@ -99,7 +99,7 @@ def candidates(  # noqa: PLR0913 - what a plan was made with
     now = {path: profile.layer(path) for path in undecided}
     layers = tuple(_layer(p, now[p.path], plan.rule.get("step")) for p in found)
     used = dict.fromkeys(o.format for layer in layers for o in layer.options)
-    finders = {f: (algorithms or {}).get(f) or default_algorithm(f, seed, aware=moments is not None) for f in used}
+    finders = {f: (algorithms or {}).get(f) or default_algorithm(f, seed, data_aware=moments is not None) for f in used}
     return Candidates(
         tenfold=__version__,
         plan=plan,

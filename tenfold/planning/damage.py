@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tenfold.decompositions import Moments
-from tenfold.decompositions.curves import damage_curve
+from tenfold.decompositions import Moments, error_curve
 from tenfold.errors import PlanError
 from tenfold.formats import FORMATS
 from tenfold.ranks import RankProblem
@@ -20,9 +19,9 @@ Curve = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments]) -> list[RankProblem]:
     """Return the problems, told what each format and rank would do to the network.
 
-    With gradients in ``Moments.output`` the damage is tr(G Δ C Δᵀ), the second-order change of the loss from which the
-    gradients are; these add up over layers. Without them it is the share E‖y−ŷ‖²/E‖y−ȳ‖² of the output that is missed,
-    every layer as important as any other.
+    With gradients in ``Moments.output_gram`` the damage is tr(G Δ C Δᵀ), the second-order change of the loss from which
+    the gradients are; these add up over layers. Without them it is the share E‖y−ŷ‖²/E‖y−ȳ‖² of the output that is
+    missed, every layer as important as any other.
 
     Args:
         problems: of the layers to decide on.
@@ -37,7 +36,7 @@ def with_damage(problems: Sequence[RankProblem], moments: Mapping[str, Moments])
             f"there are no moments of layer {missing[0]!r} ({len(missing)} in all): collect them, or keep these layers"
         )
         raise PlanError(msg)
-    if len({moments[p.path].output is None for p in problems}) > 1:
+    if len({moments[p.path].output_gram is None for p in problems}) > 1:
         msg = "some moments know what the network minds and some do not: their damages are not on one scale"
         raise PlanError(msg)
     return [dataclasses.replace(p, damage_at=_damage_at(p, moments[p.path]), metric=moments[p.path]) for p in problems]
@@ -71,8 +70,8 @@ def known_curves(problem: RankProblem, moments: Moments) -> dict[str, Curve]:
 def layer_curve(problem: RankProblem, format: str, moments: Moments) -> Curve:
     """Return the function from ranks (n, names) to the damage (n,) of a layer; see ``with_damage``."""
     weight = problem.load_weight()
-    curve = damage_curve(weight, problem.spec, FORMATS.get(format), moments)
-    if moments.output is not None:
+    curve = error_curve(weight, problem.spec, FORMATS.get(format), moments)
+    if moments.output_gram is not None:
         return curve
     flat = weight.detach().double().flatten(2)
     power = float(moments.errors(flat, flat)[1].sum())

@@ -37,7 +37,7 @@ class Bench:
 
     def algorithm(self, path: str, format: str) -> Decomposition:
         """Return what finds the factors of a layer in a format."""
-        return self.algorithms.get(format) or default_algorithm(format, self.seed, aware=path in self.moments)
+        return self.algorithms.get(format) or default_algorithm(format, self.seed, data_aware=path in self.moments)
 
     def errors(self, place: Place, ranks: Sequence[Rank]) -> list[float]:
         """Return the relative errors of a layer's output at some ranks; one pass over the batches finds them all."""

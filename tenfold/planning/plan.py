@@ -10,7 +10,7 @@ from torch import nn
 
 from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments, default_algorithm
-from tenfold.errors import BudgetError, PlanError, TenfoldError
+from tenfold.errors import BudgetError, PlanError, naming_layer
 from tenfold.formats import FORMATS
 from tenfold.parallel import Workers
 from tenfold.planning.ahead import compute_ahead
@@ -98,7 +98,7 @@ def plan(  # noqa: PLR0913 - the one verb that decides everything
 
     def find_algorithm(format: str) -> Decomposition:
         given = (algorithms or {}).get(format)
-        return given or default_algorithm(format, seed, aware=moments is not None)
+        return given or default_algorithm(format, seed, data_aware=moments is not None)
 
     costs = {p.path: _cost_after(p, choices[p.path]) for p in problems}
     layers = tuple(
@@ -164,11 +164,8 @@ def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
         msg = f"layer {layer.path!r} is {layer.kind} in the plan and {known.spec} in the model: another model's plan"
         raise PlanError(msg)
     problem = RankProblem(layer.path, known.spec, (), known.calls, known.cost, lambda: torch.empty(0))
-    try:
+    with naming_layer(layer.path):
         FORMATS.get(str(layer.format)).check_rank(known.spec, layer.rank or {})
-    except TenfoldError as error:
-        msg = f"layer {layer.path!r}: {error}"
-        raise PlanError(msg) from error
     return problem.cost_at(str(layer.format), layer.rank or {})
 
 

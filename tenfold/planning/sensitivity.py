@@ -28,7 +28,7 @@ from tenfold.records import (
     Profile,
     SensitivityPoint,
     SensitivityTable,
-    held_alone,
+    locked,
 )
 from tenfold.registry import listed
 
@@ -312,7 +312,7 @@ class Sensitivity:
     def _save(self) -> None:
         """Write the table down, with what others measured under the same conditions and wrote there meanwhile."""
         if self._path is not None:
-            with held_alone(self._path):
+            with locked(self._path):
                 if self._path.exists():
                     self._take_over(SensitivityTable.load(self._path))
                 self.table.save(self._path)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from tenfold import tensors
-from tenfold.decompositions import Decomposition, Fit, Moments, decompose, default_algorithm, recompress
+from tenfold.decompositions import Decomposition, Moments, algorithm_for, fit_layer
 from tenfold.formats import Rank
 from tenfold.layers import FactorizedLayer
 from tenfold.surgery import find, put, reestimate_batchnorm_
-from tenfold.surgery.replacement import geometry, layer_of, metric_for
+from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
 
 
 def substitute(
@@ -40,8 +40,12 @@ def substitute(
         PlanError: the layer is of a kind that no format serves.
         RankError: a rank outside of what the layer allows.
     """
-    algorithm = algorithm or default_algorithm(format, seed, aware=metric is not None)
-    fit = _fit(module, format, rank, algorithm, metric_for(module, metric))
+    algorithm = algorithm_for(format, algorithm, seed, data_aware=metric is not None)
+    with torch.no_grad():
+        weight = module.factorization() if isinstance(module, FactorizedLayer) else geometry(module)[1]
+        fit = fit_layer(
+            weight, format, rank, algorithm, spec=factorizable_spec(module), moments=metric_for(module, metric)
+        )
     return layer_of(fit, module, algorithm).requires_grad_(requires_grad=False)
 
 
@@ -83,11 +87,3 @@ def digest(model: nn.Module) -> str:
         False
     """
     return tensors.digest(model.state_dict(), type(model).__name__)
-
-
-def _fit(module: nn.Module, format: str, rank: Rank, algorithm: Decomposition, metric: Moments | None) -> Fit:
-    with torch.no_grad():
-        if isinstance(module, FactorizedLayer):
-            return recompress(module.factorization(), format, rank, algorithm, metric=metric)
-        spec, weight = geometry(module)
-        return decompose(weight, format, rank, algorithm, spec=spec, metric=metric)

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from tenfold.decompositions import Moments
-from tenfold.decompositions.curves import error_curve
+from tenfold.decompositions import Moments, error_curve
 from tenfold.errors import BudgetError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.parallel import Workers

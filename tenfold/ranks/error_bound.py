@@ -12,15 +12,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from tenfold.decompositions import Decomposition, Moments, decompose, default_algorithm
+from tenfold.decompositions import Decomposition, Moments, algorithm_for, decompose
 from tenfold.errors import DataError, TenfoldError
 from tenfold.formats import FORMATS, Factorization, Rank, join_groups
-from tenfold.parallel import Workers, spread
+from tenfold.parallel import Workers, parallel_map
 from tenfold.ranks.base import RULES, Choice, OneKnobRule, RankProblem, first_saving
 from tenfold.ranks.bracket import smallest_within
 from tenfold.ranks.candidates import tail_damage
-from tenfold.records import LayerSpec
-from tenfold.records.base import held_alone, write_text
+from tenfold.records import LayerSpec, locked, write_text
 from tenfold.tensors import digest
 
 Progress = Callable[[int, int], None]
@@ -102,7 +101,7 @@ class ErrorBound(OneKnobRule):
         table = _Table.open(self.table)
         found: list[dict[str, Rank | None]] = []
         searches = [_Search.of(problem, self, table) for problem in problems]
-        for search, (ranks, errors) in zip(searches, spread(self.workers, _run, None, searches), strict=True):
+        for search, (ranks, errors) in zip(searches, parallel_map(self.workers, _run, None, searches), strict=True):
             found.append(ranks)
             table.add(search, errors)
             if self.progress is not None:
@@ -158,7 +157,9 @@ class _Search:
             if rank not in self.known[format]:
                 near = min(fits, key=lambda i: abs(i - index), default=None)
                 start = None if near is None else fits[near]
-                fit = decompose(dense, format, ranks[index], algorithm, spec=self.spec, metric=self.metric, start=start)
+                fit = decompose(
+                    dense, format, ranks[index], algorithm, spec=self.spec, moments=self.metric, start=start
+                )
                 fits[index] = fit.value
                 self.known[format][rank] = fit.rel_error if fit.output_error is None else fit.output_error
             return self.known[format][rank]
@@ -192,10 +193,8 @@ def _run(shared: None, search: _Search) -> tuple[dict[str, Rank | None], dict[st
 
 def _algorithm(rule: ErrorBound, format: str, metric: Moments | None) -> Decomposition:
     """Return the format's algorithm with few sweeps."""
-    settings = default_algorithm(format, rule.seed, aware=metric is not None).to_dict()
-    if "n_iter" in settings:
-        settings["n_iter"] = min(settings["n_iter"], rule.sweeps)
-    return Decomposition.from_dict(settings)
+    algorithm = algorithm_for(format, seed=rule.seed, data_aware=metric is not None)
+    return algorithm.with_settings({"n_iter": min(algorithm.to_dict().get("n_iter", rule.sweeps), rule.sweeps)})
 
 
 def _digest(weight: torch.Tensor, spec: LayerSpec, metric: Moments | None) -> str:
@@ -237,7 +236,7 @@ class _Table:
         new = {search.keys[format]: own for format, own in errors.items() if own}
         if self.path is None or all(self.errors.get(key) == own for key, own in new.items()):
             return
-        with held_alone(self.path):
+        with locked(self.path):
             there = _Table.open(self.path).errors
             for own in (self.errors, new):
                 there |= {key: there.get(key, {}) | found for key, found in own.items()}

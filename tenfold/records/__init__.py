@@ -1,7 +1,7 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
-from tenfold.records.base import Record, explain, held_alone, read_json, write_text, written_whole
+from tenfold.records.base import Record, explain
 from tenfold.records.candidates import Candidates, ForwardTime, LayerCandidates, Merged, Options
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.exports import ExportRecord, Int8Record
@@ -25,6 +25,7 @@ from tenfold.records.sensitivity import (
     TradeOffPoint,
 )
 from tenfold.records.stages import StageLayer, StageRecord
+from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
 
 __all__ = [
     "Analysis",
@@ -38,6 +39,7 @@ __all__ = [
     "ExportRecord",
     "ForwardTime",
     "Int8Record",
+    "JsonCache",
     "Latency",
     "LayerAnalysis",
     "LayerCandidates",
@@ -66,11 +68,11 @@ __all__ = [
     "TradeOff",
     "TradeOffPoint",
     "TrainShape",
+    "atomic_write",
     "chain_macs",
     "chain_params",
     "explain",
-    "held_alone",
+    "locked",
     "read_json",
     "write_text",
-    "written_whole",
 ]

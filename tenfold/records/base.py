@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Self
 
 import yaml
@@ -77,54 +73,3 @@ def explain(error: ValidationError) -> str:
     """Return the first problems of a validation error in one line."""
     problems = [f"{'.'.join(str(part) for part in e['loc']) or 'top level'}: {e['msg']}" for e in error.errors()[:3]]
     return "; ".join(problems)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a file to be written beside ``path``: it replaces ``path`` at the end, and is removed on an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    except OSError as error:  # names the temporary file, of which nobody has heard
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def held_alone(path: Path) -> Iterator[None]:
-    """Hold a file that several processes read, add to and replace, until they have done so; the others wait.
-
-    What is held is a file beside it, ``.NAME.lock``, which stays: were it removed, two processes could hold two files
-    of that name. A process that dies lets go of it.
-
-    Example:
-        >>> file = Path(tempfile.mkdtemp()) / "count.json"
-        >>> with held_alone(file):
-        ...     write_text(file, json.dumps((read_json(file) if file.exists() else 0) + 1))
-        >>> read_json(file)
-        1
-    """
-    from filelock import FileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Return the JSON value stored in ``path``."""
-    return json.loads(path.read_text(encoding="utf-8"))

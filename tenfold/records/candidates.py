@@ -8,9 +8,10 @@ from typing import Any, Self
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from tenfold.errors import DataError
-from tenfold.records.base import Record, explain, write_text
+from tenfold.records.base import Record, explain
 from tenfold.records.costs import Cost
 from tenfold.records.plans import Plan
+from tenfold.records.store import write_text
 
 CANDIDATES_VERSION = 1
 

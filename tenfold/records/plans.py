@@ -10,10 +10,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from tenfold.errors import BudgetError, PlanError, TenfoldError
-from tenfold.records.base import Record, write_text
+from tenfold.records.base import Record
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
 from tenfold.records.exports import ExportRecord
 from tenfold.records.stages import StageRecord
+from tenfold.records.store import write_text
 
 PLAN_VERSION = 1
 PLAN_HEADER = """\

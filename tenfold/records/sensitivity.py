@@ -8,8 +8,9 @@ from typing import Any, Literal, Self
 from pydantic import NonNegativeFloat, ValidationError, model_validator
 
 from tenfold.errors import DataError
-from tenfold.records.base import Record, explain, write_text
+from tenfold.records.base import Record, explain
 from tenfold.records.costs import Cost
+from tenfold.records.store import write_text
 
 SENSITIVITY_VERSION = 2  # 1 had no digests of the data, and only algorithms that were not the default
 TRADEOFF_VERSION = 1

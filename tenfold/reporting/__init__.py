@@ -1,8 +1,8 @@
-"""Tables for people, from records only: no model, no torch."""
+"""Tables, pages and charts of plans, profiles and runs, from records only: no model, no torch."""
 
-from tenfold.reporting.plans import plan_tables
-from tenfold.reporting.profiles import profile_tables
-from tenfold.reporting.runs import cost_table, record_tables
+from tenfold.reporting.plan_tables import plan_tables
+from tenfold.reporting.profile_tables import profile_tables
+from tenfold.reporting.run_tables import cost_table, record_tables
 from tenfold.reporting.text import as_text, render_plan, render_profile, render_record
 
 __all__ = [

@@ -1,19 +1,47 @@
-"""Charts as descriptions, which ``page/chart.js`` draws: from records only."""
+"""Charts as descriptions, from records only: ``page/chart.js`` draws them on a page, ``pictures`` into a PNG.
+
+A description is JSON. ``type`` is ``xy`` or ``bars``, ``alt`` says what is shown, ``x`` and ``y`` are axes with a
+``label`` and, if wanted, ``min``, ``max`` and ``log``. Each of the ``series`` has a ``name`` and ``points``: x, y, the
+words of its tooltip, and a standard deviation. It is drawn as markers unless ``dots`` is false and as a line unless
+``line`` is false, through the points of ``fit`` if it has one. ``rings`` mark points, ``rules`` mark an x or a y.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from tenfold.records import Analysis, LayerAnalysis, LayerPlan, Plan, RunRecord, SensitivityTable, TradeOff
-from tenfold.reporting.numbers import count, percent, ranks
+from tenfold.records import (
+    Analysis,
+    Cost,
+    LayerAnalysis,
+    LayerPlan,
+    LayerSensitivity,
+    Plan,
+    RunRecord,
+    SensitivityPoint,
+    SensitivityTable,
+    TradeOff,
+    TradeOffPoint,
+)
+from tenfold.reporting.numbers import QUANTITIES, count, percent, ranks
 
 Chart = dict[str, Any]
 
 
+def xy(alt: str, x: Chart, y: Chart, series: Sequence[Chart], **marks: list[Chart]) -> Chart:
+    """Return a chart of points and lines; ``marks`` are its ``rings`` and ``rules``."""
+    return {"type": "xy", "alt": alt, "x": x, "y": y, "series": list(series), **marks}
+
+
+def dense_rule(score: float | None) -> list[Chart]:
+    """Return a rule at the score of the dense model; none where nobody measured it."""
+    return [] if score is None else [{"y": 100 * score, "label": f"dense {percent(score)}"}]
+
+
 def cost_bars(layers: Sequence[LayerPlan], of: str = "macs") -> Chart:
-    """Return what each layer cost before, and what it does now, in the order of the model."""
-    name = "MACs" if of == "macs" else "parameters"
+    """Return the cost of each layer before and after, in the order of the model."""
+    name = QUANTITIES[of]
     return {
         "type": "bars",
         "alt": f"{name} of each layer before and after",
@@ -28,28 +56,28 @@ def cost_bars(layers: Sequence[LayerPlan], of: str = "macs") -> Chart:
 
 
 def spectrum(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
-    """Return the singular values of a layer's unfoldings and its chosen ranks."""
+    """Return the singular values of a layer's unfoldings, its ranks marked."""
     chosen = plan.rank or {}
-    names = list(layer.spectra)
-    return {
-        "type": "xy",
-        "alt": f"singular values of {layer.path}, chosen: {ranks(chosen)}",
-        "x": {"label": "number of the singular value", "min": 1},
-        "y": {"label": "singular value, relative", "log": True},
-        "series": [
-            {"name": name, "dots": False, "points": list(zip(found.index, found.values, strict=True))}
-            for name, found in layer.spectra.items()
-        ],
-        "rules": [
-            {"x": chosen[name], "label": f"{name} = {chosen[name]}", "colour": i, "row": i}
-            for i, name in enumerate(names)
-            if name in chosen
-        ],
-    }
+    series = [
+        {"name": name, "dots": False, "points": list(zip(found.index, found.values, strict=True))}
+        for name, found in layer.spectra.items()
+    ]
+    rules = [
+        {"x": chosen[name], "label": f"{name} = {chosen[name]}", "colour": i, "row": i}
+        for i, name in enumerate(layer.spectra)
+        if name in chosen
+    ]
+    return xy(
+        f"singular values of {layer.path}, chosen: {ranks(chosen)}",
+        {"label": "number of the singular value", "min": 1},
+        {"label": "singular value, relative", "log": True},
+        series,
+        rules=rules,
+    )
 
 
 def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
-    """Return the error of a layer's weight against its cost along a family of ranks, and what was chosen."""
+    """Return the error of a layer's weight against its cost along a family of ranks, its own ranks marked."""
     of = "macs" if plan.before.macs else "params"
     whole = getattr(plan.before, of) or 1
     points = [
@@ -61,27 +89,26 @@ def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
         for p in layer.curve
         if getattr(p.cost, of) < whole
     ]
-    points = [*sorted(points, key=lambda p: float(p[0])), [100.0, 0.0, "as it was"]]
+    points = [*sorted(points, key=lambda p: float(p[0])), [100.0, 0.0, "dense"]]
     rings = []
     if plan.rel_error is not None:
         x = 100 * getattr(plan.after, of) / whole
         words = f"chosen: {ranks(plan.rank)}\n{x:.3g} % left, error {plan.rel_error:.3g}"
         rings.append({"x": x, "y": plan.rel_error, "label": ranks(plan.rank), "words": words})
-    return {
-        "type": "xy",
-        "alt": f"error of {layer.path} against its cost",
-        "x": {"label": f"{'MACs' if of == 'macs' else 'parameters'} left of the layer (%)", "min": 0, "max": 100},
-        "y": {"label": "relative error of the weight", "min": 0},
-        "series": [{"name": f"{layer.format}, ranks in proportion", "points": points}],
-        "rings": rings,
-    }
+    return xy(
+        f"error of {layer.path} against its cost",
+        {"label": f"{QUANTITIES[of]} left of the layer (%)", "min": 0, "max": 100},
+        {"label": "relative error of the weight", "min": 0},
+        [{"name": f"{layer.format}, ranks in proportion", "points": points}],
+        rings=rings,
+    )
 
 
 def equal_error(plan: Plan, analysis: Analysis) -> Chart | None:
-    """Return what is left of the model if all factorized layers had the same error at most, and where the plan is.
+    """Return what is left of the model if no factorized layer had more than some error, and where the plan is.
 
     It needs nothing but the error–cost curves of the layers: at each error, every layer takes its cheapest rank that
-    is no worse, or stays as it is. None where there are no curves.
+    is no worse, or stays dense. None where there are no curves.
     """
     known = {layer.path: layer for layer in analysis.layers if layer.curve}
     planned = [layer for layer in plan.factorized if layer.path in known]
@@ -104,81 +131,121 @@ def equal_error(plan: Plan, analysis: Analysis) -> Chart | None:
         mean = (sum(e**2 for e in errors) / len(errors)) ** 0.5
         words = f"this plan\n{100 * own:.3g} % of the MACs, error {mean:.3g}"
         rings.append({"x": 100 * own, "y": mean, "label": "this plan", "words": words})
-    return {
-        "type": "xy",
-        "alt": "error of the weights against what is left of the model",
-        "x": {"label": "MACs left of the model (%)", "max": 100},
-        "y": {"label": "error of the weights (root mean square)", "min": 0},
-        "series": [{"name": "the same error in all factorized layers", "points": points}],
-        "rings": rings,
-    }
+    return xy(
+        "error of the weights against what is left of the model",
+        {"label": "MACs left of the model (%)", "max": 100},
+        {"label": "error of the weights (root mean square)", "min": 0},
+        [{"name": "the same error in all factorized layers", "points": points}],
+        rings=rings,
+    )
 
 
-def trade_off(curve: TradeOff, plan: Plan, value: str) -> Chart:
-    """Return predicted damage or score of plans for a row of budgets, that of this plan's cost marked."""
+def trade_offs(curve: TradeOff, marked: TradeOffPoint | None, label: str) -> dict[str, Chart]:
+    """Return score and predicted damage of plans for a row of budgets, as far as there are any, by name.
+
+    Args:
+        curve: plans for a row of budgets.
+        marked: the point of the curve to mark.
+        label: what to call that.
+    """
     whole = getattr(curve.before, curve.budget, None)
-    points, marked = [], None
-    for p in curve.points:
-        y = getattr(p, value)
-        if y is None:
-            continue
-        x = 100 * getattr(p.cost, curve.budget) / whole if whole else 100 * p.budget
-        points.append([x, 100 * y if value == "score" else y])
-    own = getattr(plan.after, curve.budget, None)
-    if own is not None and whole and points:
-        marked = min(points, key=lambda p: abs(p[0] - 100 * own / whole))
-    rules = []
-    if value == "score" and curve.baseline is not None:
-        rules.append({"y": 100 * curve.baseline, "label": f"dense {percent(curve.baseline)}"})
-    names = {"macs": "MACs", "params": "parameters", "latency": "latency"}
-    return {
-        "type": "xy",
-        "alt": f"{value} against the budget",
-        "x": {"label": f"{names.get(curve.budget, curve.budget)} left (%)"},
-        "y": {"label": "score (%)" if value == "score" else "predicted damage"},
-        "series": [{"name": value, "points": points}],
-        "rings": [] if marked is None else [{"x": marked[0], "y": marked[1], "label": "nearest to this plan"}],
-        "rules": rules,
-    }
-
-
-def sensitivities(table: SensitivityTable, most: int = 6) -> Chart | None:
-    """Return the errors of the costliest layers' outputs against what is left of each; None where nobody measured."""
-    measured = [layer for layer in table.compressible if any(p.output_error is not None for p in layer.points)]
-    shown = sorted(measured, key=lambda layer: (layer.before.macs, layer.before.params), reverse=True)[:most]
-    if not shown:
-        return None
-    series = []
-    for layer in shown:
-        of = "macs" if layer.before.macs else "params"
-        curve = layer.curve(layer.formats[0])
-        points = [
-            [100 * getattr(p.cost, of) / getattr(layer.before, of), p.output_error]
-            for p in curve
-            if p.output_error is not None
+    name = QUANTITIES.get(curve.budget, curve.budget)
+    axis: Chart = {"label": f"{name} left (% of {count(whole)})" if whole else f"{name} left (%)"}
+    found = {}
+    for value, label_y, scale, unit in (("score", "score (%)", 100, " %"), ("damage", "predicted damage", 1, "")):
+        measured = [p for p in curve.points if getattr(p, value) is not None]
+        points = [(left_of(curve, p), scale * getattr(p, value), p) for p in measured]
+        rings: list[Chart] = [
+            {"x": x, "y": y, "label": label, "words": f"{label}: {x:.3g} % left, {value} {y:.3g}{unit}"}
+            for x, y, point in points
+            if point is marked
         ]
-        series.append({"name": f"{layer.path}, {layer.formats[0]}", "points": points})
-    return {
-        "type": "xy",
-        "alt": "error of layers' outputs against their cost, as measured",
-        "x": {"label": "left of the layer (%)", "min": 0, "max": 100},
-        "y": {"label": "error of the output", "min": 0},
-        "series": series,
-    }
+        rules = dense_rule(curve.baseline) if value == "score" else []
+        series = [{"name": value, "points": [[x, y] for x, y, _ in points]}]
+        if points:
+            found[value] = xy(f"{value} against the budget", axis, {"label": label_y}, series, rings=rings, rules=rules)
+    return found
+
+
+def nearest(curve: TradeOff, cost: Cost) -> TradeOffPoint | None:
+    """Return the point of a curve whose plan costs most nearly so much; None for budgets of latency."""
+    if not hasattr(cost, curve.budget):
+        return None
+    wanted = getattr(cost, curve.budget)
+    return min(curve.points, key=lambda p: abs(getattr(p.cost, curve.budget) - wanted), default=None)
+
+
+def left_of(curve: TradeOff, point: TradeOffPoint) -> float:
+    """Return what is left of the model, in percent: as the plan comes out, or for latency as the budget says."""
+    whole = getattr(curve.before, curve.budget, None)
+    return float(100 * getattr(point.cost, curve.budget) / whole if whole else 100 * point.budget)
+
+
+def sensitivity(layers: Sequence[LayerSensitivity], value: str, baseline: float | None) -> Chart:
+    """Return the loss of layers against what is left of them, each factorized alone: one series for each format.
+
+    Markers are measured; lines are the nearest curves that never rise with cost.
+
+    Args:
+        layers: to draw together; their paths are in the names of the series if there are several.
+        value: ``score`` for the loss of score, ``output_error`` for the relative error of the layer's output.
+        baseline: score of the model.
+    """
+    series = []
+    for layer in layers:
+        for format in layer.formats if len(layers) == 1 else layer.formats[:1]:
+            points = _losses(layer, layer.curve(format), value, baseline)
+            if points:
+                name = format if len(layers) == 1 else f"{layer.path}, {format}"
+                series.append({"name": name, "points": points, "fit": _falling(points)})
+    lost = "score lost (percentage points)"
+    return xy(
+        "loss against cost, as measured, each layer factorized alone",
+        {"label": "left of the layer (%)", "min": 0, "max": 100},
+        {"label": lost if value == "score" else "error of the layer's output, ‖y−ŷ‖ / ‖y−ȳ‖", "min": 0},
+        series,
+    )
+
+
+def _losses(
+    layer: LayerSensitivity, curve: Sequence[SensitivityPoint], value: str, baseline: float | None
+) -> list[list[float]]:
+    of = "macs" if layer.before.macs else "params"
+    whole = getattr(layer.before, of)
+    found = [(100 * getattr(p.cost, of) / whole, getattr(p, value)) for p in curve if getattr(p, value) is not None]
+    if value != "score":
+        return [[x, y] for x, y in found]
+    top = baseline if baseline is not None else max((y for _, y in found), default=0.0)
+    return [[x, 100 * (top - y)] for x, y in found]
+
+
+def _falling(points: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return the nearest curve that never rises; the last weight pins its end: a dense layer loses nothing."""
+    from scipy.optimize import isotonic_regression
+
+    values, weights = [*(y for _, y in points), 0.0], [1.0] * len(points) + [1e6]
+    fitted = isotonic_regression(values, weights=weights, increasing=False).x
+    return [[x, float(y)] for x, y in zip([*(x for x, _ in points), 100.0], fitted, strict=True)]
+
+
+def measured_layers(table: SensitivityTable, value: str) -> list[LayerSensitivity]:
+    """Return the layers with measurements of ``value``, the costliest first."""
+    found = [layer for layer in table.compressible if any(getattr(p, value) is not None for p in layer.points)]
+    return sorted(found, key=lambda layer: (layer.before.macs, layer.before.params), reverse=True)
 
 
 def training(record: RunRecord) -> dict[str, Chart]:
-    """Return loss and score by epoch, with the stages marked; nothing where nobody trained."""
-    parts = [(f"stage {s.index}", s.tuning, s.scores.get("compressed")) for s in record.stages if s.tuning]
-    parts = parts or ([("tuning", record.tuning, record.scores.get("compressed"))] if record.tuning else [])
+    """Return loss and score by epoch, with the stages marked; nothing without training."""
+    parts = [(f"stage {s.index}", s.tuning, s.scores) for s in record.stages if s.tuning]
+    parts = parts or ([("tuning", record.tuning, record.scores)] if record.tuning else [])
     loss: list[list[Any]] = []
     score: list[list[Any]] = []
     rules: list[Chart] = []
     done = 0
-    for name, epochs, start in parts:
+    for name, epochs, scores in parts:
         if len(parts) > 1:
             rules.append({"x": done, "label": name, "row": len(rules) % 3})
-        if start is not None:
+        if (start := scores.get("compressed")) is not None:
             score.append([done, 100 * start, f"{name}, before training\nscore {percent(start)}"])
         for number, epoch in enumerate(epochs, start=1):
             where = f"{name}, epoch {number}"
@@ -187,25 +254,16 @@ def training(record: RunRecord) -> dict[str, Chart]:
             if epoch.get("score") is not None:
                 score.append([done + number, 100 * epoch["score"], f"{where}\nscore {percent(epoch['score'])}"])
         done += len(epochs)
-        last = record.scores.get("tuned") if name == "tuning" else None
-        last = next((s.scores.get("tuned") for s in record.stages if name == f"stage {s.index}"), last)
-        if last is not None and not any(epoch.get("score") is not None for epoch in epochs):
-            score.append([done, 100 * last, f"{name}, after training\nscore {percent(last)}"])
-    return _by_epoch(loss, score, rules, record.scores.get("original", record.before.score))
-
-
-def _by_epoch(loss: list[Any], score: list[Any], rules: list[Chart], dense: float | None) -> dict[str, Chart]:
-    found: dict[str, Chart] = {}
-    x: Chart = {"label": "epochs of training", "min": 0}
+        end = scores.get("tuned")
+        if end is not None and not any(epoch.get("score") is not None for epoch in epochs):
+            score.append([done, 100 * end, f"{name}, after training\nscore {percent(end)}"])
+    x, found = {"label": "epochs of training", "min": 0}, {}
     if loss:
-        series: list[Chart] = [{"name": "loss", "points": loss}]
-        found["loss"] = {"type": "xy", "alt": "loss by epoch", "x": x, "y": {"label": "loss"}, "series": series}
-        found["loss"]["rules"] = rules
+        found["loss"] = xy("loss by epoch", x, {"label": "loss"}, [{"name": "loss", "points": loss}], rules=rules)
     if score:
-        level = [] if dense is None else [{"y": 100 * dense, "label": f"dense {percent(dense)}"}]
         series = [{"name": "score", "points": score, "colour": 2}]
-        found["score"] = {"type": "xy", "alt": "score by epoch", "x": x, "y": {"label": "score (%)"}, "series": series}
-        found["score"]["rules"] = [*rules, *level]
+        level = dense_rule(record.scores.get("original", record.before.score))
+        found["score"] = xy("score by epoch", x, {"label": "score (%)"}, series, rules=[*rules, *level])
     return found
 
 
@@ -222,15 +280,9 @@ def stage_path(record: RunRecord) -> Chart:
                 words = f"stage {stage.index}, {name}\n{percent(score)}"
                 found.append([100 * stage.after.macs / whole, 100 * score, words])
                 way.append(found[-1])
-    series: list[Chart] = [{"name": "the way", "points": way, "dots": False, "colour": 5}]
+    series: list[Chart] = [{"name": "all steps", "points": way, "dots": False, "colour": 5}]
     for number, (name, found) in enumerate(steps.items()):
         if found:
             series.append({"name": name, "points": found, "line": False, "colour": number})
-    return {
-        "type": "xy",
-        "alt": "score of each stage against the MACs left",
-        "x": {"label": "MACs left of the model (%)", "max": 100},
-        "y": {"label": "score (%)"},
-        "series": series,
-        "rules": [] if dense is None else [{"y": 100 * dense, "label": f"dense {percent(dense)}"}],
-    }
+    x = {"label": "MACs left of the model (%)", "max": 100}
+    return xy("score of each stage against the MACs left", x, {"label": "score (%)"}, series, rules=dense_rule(dense))

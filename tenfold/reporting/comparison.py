@@ -1,127 +1,176 @@
-"""The page that compares runs."""
+"""Comparison of runs: methods by budgets, over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
 from typing import Any
 
-from tenfold.records import write_text
-from tenfold.reporting.cells import Cell, Column, Row
-from tenfold.reporting.charts import Chart
-from tenfold.reporting.comparing import Group, Spread, best
-from tenfold.reporting.folding import grouped
-from tenfold.reporting.pages import page
-
-_SHOWN = {"params": "params (%)", "macs": "MACs (%)", "speedup": "speed-up", "score": "score (%)"}
-_COSTS = {"params": "parameters left (%)", "macs": "MACs left (%)", "speedup": "times faster"}
+from tenfold.records import RunRecord
+from tenfold.reporting.grouping import grouped
+from tenfold.reporting.numbers import limits, plural
+from tenfold.reporting.run_files import Run
 
 
-def write_comparison(groups: Sequence[Group], path: str | Path) -> Path:
-    """Write the comparison as one HTML file, whole or not at all, and return its path.
-
-    Args:
-        groups: as ``compare`` returned them.
-        path: of the file.
-    """
-    path = Path(path)
-    write_text(path, comparison(groups))
-    return path
+def _ratio(after: float | None, before: float | None) -> float | None:
+    return None if not before or after is None else after / before
 
 
-def comparison(groups: Sequence[Group]) -> str:
-    """Return the comparison of runs as HTML that needs nothing else."""
-    drawn: dict[str, Chart] = {}
-    charts = []
-    for number, same in enumerate(grouped(groups, lambda group: group.model)):
-        for cost in ("macs", "params", "speedup"):
-            chart = front_chart(same, cost)
-            if chart is not None and (cost != "params" or "macs" not in same[0].values):
-                drawn[f"{cost}-{number}"] = chart
-                about = "Means over seeds with their standard deviations; dashed, the dense model."
-                charts.append({"id": f"{cost}-{number}", "title": f"{same[0].model}: {_TITLES[cost]}", "about": about})
-    columns, rows = _table(groups)
-    runs = sum(len(group.runs) for group in groups)
-    models = len({group.model for group in groups})
-    return page(
-        "compare.html",
-        title=f"{runs} {'run' if runs == 1 else 'runs'} compared",
-        data={"charts": drawn},
-        lead=f"{len(groups)} settings of {models} {'model' if models == 1 else 'models'}; those that differ only in "
-        "their seed are one row, mean ± standard deviation.",
-        charts=charts,
-        columns=columns,
-        rows=rows,
-        runs=[(run.name, group.method, group.budget, str(run.record.seed)) for group in groups for run in group.runs],
-    )
+def _speedup(record: RunRecord) -> float | None:
+    if record.speedup is not None:
+        return record.speedup.ratio
+    return _ratio(record.before.latency_ms, record.after.latency_ms)
 
 
-_TITLES = {"macs": "score by MACs", "params": "score by parameters", "speedup": "score by speed"}
+def _drop(record: RunRecord) -> float | None:
+    start = record.scores.get("original", record.before.score)
+    return None if start is None or record.after.score is None else record.after.score - start
 
 
-def front_chart(groups: Sequence[Group], cost: str) -> Chart | None:
-    """Return score against a cost, one series for each method, with its spread; None where there are no scores."""
-    scored = [group for group in groups if "score" in group.values and cost in group.values]
-    if not scored:
-        return None
-    scale = 1.0 if cost == "speedup" else 100.0
-    methods = list(dict.fromkeys(group.method for group in groups))  # of one colour in all charts
-    series = []
-    for same in grouped(scored, lambda group: group.method):
-        points: list[list[Any]] = [
-            [
-                scale * group.values[cost].mean,
-                100 * group.values["score"].mean,
-                f"{group.method}\n{group.budget}: score {text(group.values['score'], 100)} %",
-                None if group.values["score"].sd is None else 100 * group.values["score"].sd,
-            ]
-            for group in same
-        ]
-        series.append(
-            {
-                "name": same[0].method,
-                "points": sorted(points, key=lambda point: float(point[0])),
-                "colour": methods.index(same[0].method),
-            }
-        )
-    dense = groups[0].runs[0].record.before.score
-    return {
-        "type": "xy",
-        "alt": f"score by {cost} of {groups[0].model}",
-        "x": {"label": _COSTS[cost]},
-        "y": {"label": "score (%)"},
-        "series": series,
-        "rules": [] if dense is None else [{"y": 100 * dense, "label": f"dense {100 * dense:.2f} %"}],
-    }
+# Shares of the model before, how many times faster, the score, and what it changed by.
+METRICS: dict[str, Callable[[RunRecord], float | None]] = {
+    "params": lambda r: _ratio(r.after.params, r.before.params),
+    "macs": lambda r: _ratio(r.after.macs, r.before.macs),
+    "speedup": _speedup,
+    "score": lambda r: r.after.score,
+    "change": _drop,
+}
 
 
-def text(spread: Spread, scale: float = 1.0) -> str:
-    """Return mean ± standard deviation.
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of the runs that have a number; the latter None for a single one."""
+
+    mean: float
+    sd: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """Return the spread of numbers; None without any.
+
+        Example:
+            >>> Spread.of([1.0, 3.0])
+            Spread(mean=2.0, sd=1.4142135623730951, count=2)
+        """
+        if not values:
+            return None
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in nothing but their seed, with the spread of everything that was measured in one of them."""
+
+    model: str
+    method: str
+    budget: str
+    runs: tuple[Run, ...]
+    values: Mapping[str, Spread] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the runs, in order."""
+        return tuple(sorted(run.record.seed for run in self.runs))
+
+
+def compare(runs: Sequence[Run]) -> tuple[Group, ...]:
+    """Return runs in groups of the same task, method, budget and settings, by model, method and the MACs left.
+
+    Methods whose names are the same though some setting differs have that setting in their name.
 
     Example:
-        >>> text(Spread(0.5, 0.01, 3), 100), text(Spread(2.0, None, 1))
-        ('50.00 ± 1.00', '2.00')
+        >>> compare([])
+        ()
     """
-    return f"{scale * spread.mean:.2f}" + ("" if spread.sd is None else f" ± {scale * spread.sd:.2f}")
+    same = grouped(runs, lambda run: _key(run.record))
+    names = _method_names([group[0].record for group in same])
+    groups = [_group(group, name) for group, name in zip(same, names, strict=True)]
+    return tuple(sorted(groups, key=_order))
 
 
-def _table(groups: Sequence[Group]) -> tuple[list[Column], list[Row]]:
-    shown = [name for name in _SHOWN if any(name in group.values for group in groups)]
-    columns = [Column("model"), Column("method", css="why"), Column("budget", css="kind"), Column("runs", numeric=True)]
-    columns += [Column(_SHOWN[name], numeric=True) for name in shown]
-    columns += [Column("points", numeric=True)] if any("change" in g.values for g in groups) else []
-    front = best(groups) if len(groups) > 1 else set()
-    rows = []
-    for group in groups:
-        cells = [Cell(group.model), Cell(group.method), Cell(group.budget), Cell(str(len(group.runs)), len(group.runs))]
-        cells += [_cell(group, name, 1.0 if name == "speedup" else 100.0) for name in shown]
-        cells += [_cell(group, "change", 100.0)] if len(columns) > len(cells) else []
-        if group in front:
-            cells[1] = Cell(group.method, badge="", note="★ best at its cost")
-        rows.append(Row(tuple(cells)))
-    return columns, rows
+def best(groups: Sequence[Group], cost: str = "macs") -> set[Group]:
+    """Return the groups that no other of the same model beats both in score and in cost (the Pareto front).
+
+    Those without a score are not among them.
+    """
+    return {g for g in _scored(groups, cost) if not any(_beats(o, g, cost) for o in _scored(groups, cost))}
 
 
-def _cell(group: Group, name: str, scale: float) -> Any:
-    spread = group.values.get(name)
-    return Cell("—") if spread is None else Cell(text(spread, scale), spread.mean)
+def _scored(groups: Sequence[Group], cost: str) -> list[Group]:
+    return [group for group in groups if "score" in group.values and cost in group.values]
+
+
+def _beats(one: Group, other: Group, cost: str) -> bool:
+    if one.model != other.model:
+        return False
+    a, b = one.values, other.values
+    no_worse = a["score"].mean >= b["score"].mean and a[cost].mean <= b[cost].mean
+    return no_worse and (a["score"].mean > b["score"].mean or a[cost].mean < b[cost].mean)
+
+
+def _order(group: Group) -> tuple[str, str, float]:
+    return group.model, group.method, group.values["macs"].mean if "macs" in group.values else 0.0
+
+
+def _group(runs: Sequence[Run], method: str) -> Group:
+    values = {}
+    for name, measure in METRICS.items():
+        spread = Spread.of([v for v in (measure(run.record) for run in runs) if v is not None])
+        if spread is not None:
+            values[name] = spread
+    record = runs[0].record
+    return Group(record.task or record.plan.model, method, budget_of(record), tuple(runs), values)
+
+
+def budget_of(record: RunRecord) -> str:
+    """Return the budget in words, as shares of the model before; a dash where there was none."""
+    stated = record.settings.get("schedule")
+    given = stated.get("budget") if isinstance(stated, dict) and isinstance(stated.get("budget"), dict) else None
+    budget = {k: v for k, v in (given or record.plan.budget).items() if v is not None}
+    return ", ".join(limits(budget, record.before, of=" ")) or "—"
+
+
+def _key(record: RunRecord) -> str:
+    return json.dumps([record.task or record.plan.model, budget_of(record), _settings(record)], sort_keys=True)
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """Return what was chosen, by dotted name, without seeds and the budget."""
+    algorithms = {str(x.format): (x.algorithm or {}).get("name", "") for x in record.plan.factorized}
+    chosen = {"rule": dict(record.plan.rule), "algorithm": algorithms, **record.settings}
+    epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)
+    chosen |= {"epochs": epochs, "stages": len(record.stages)}
+    found = dict(_flat(chosen, ""))
+    return {k: v for k, v in found.items() if k.rpartition(".")[2] not in {"seed", "budget"} and ".budget." not in k}
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [] if value is None else [(name, value)]
+    return [pair for k, v in value.items() for pair in _flat(v, f"{name}.{k}" if name else str(k))]
+
+
+def _plain_name(record: RunRecord) -> str:
+    formats = " + ".join(sorted({str(layer.format) for layer in record.plan.factorized}))
+    parts = [formats or "nothing", str(record.plan.rule.get("name", "")) if record.plan.rule else ""]
+    if record.stages:
+        parts.append(plural(len(record.stages), "stage"))
+    epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)
+    parts.append(plural(epochs, "epoch"))
+    return ", ".join(filter(None, parts))
+
+
+def _method_names(records: Sequence[RunRecord]) -> list[str]:
+    """Return a name for each, with the settings in which those of one name, model and budget differ."""
+    plain = [(r.task or r.plan.model, budget_of(r), _plain_name(r)) for r in records]
+    settings = [_settings(r) for r in records]
+    names = []
+    for i, own in enumerate(plain):
+        alike = [settings[j] for j, other in enumerate(plain) if other == own]
+        differing = sorted({k for s in alike for k in s if any(o.get(k) != s.get(k) for o in alike)})
+        difference = ", ".join(f"{k}={settings[i].get(k)}" for k in differing)
+        names.append(f"{own[2]} ({difference})" if difference else own[2])
+    return names

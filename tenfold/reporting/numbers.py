@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tenfold.records import Measurement
+
+QUANTITIES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
@@ -93,6 +96,16 @@ def milliseconds(value: float) -> str:
     return f"{three_digits(value)} ms"
 
 
+def interval(value: float, low: float, high: float) -> str:
+    """Return milliseconds with their quartiles.
+
+    Example:
+        >>> interval(8.0, 7.5, 8.5)
+        '8.00 ms [7.50–8.50]'
+    """
+    return f"{milliseconds(value)} [{three_digits(low)}–{three_digits(high)}]"
+
+
 def three_digits(value: float) -> str:
     """Return a number with three significant digits, and no fewer than it has before the point.
 
@@ -135,3 +148,29 @@ def ranks(rank: Mapping[str, int] | None) -> str:
         ('out=24 in=20', 'rank=7')
     """
     return " ".join(f"{name}={value}" for name, value in (rank or {}).items())
+
+
+def plural(number: int, word: str) -> str:
+    """Return how many there are of something.
+
+    Example:
+        >>> plural(1, "layer"), plural(2, "layer")
+        ('1 layer', '2 layers')
+    """
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def limits(budget: Mapping[str, float], before: Measurement, of: str = " of the ") -> list[str]:
+    """Return budgets in words, as shares of the model before where what that costs is known.
+
+    Example:
+        >>> limits({"macs": 0.5, "params": 300}, Measurement(params=1000, macs=9000))
+        ['50 % of the MACs', '30 % of the parameters']
+    """
+    found = []
+    for name, value in budget.items():
+        whole = getattr(before, {"latency": "latency_ms"}.get(name, name), None)
+        share = value if value <= 1 else value / whole if whole else None
+        words = QUANTITIES.get(name, name)
+        found.append(f"{value:g} {words}" if share is None else f"{100 * share:.3g} %{of}{words}")
+    return found

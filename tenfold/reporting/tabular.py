@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from tenfold.reporting.comparing import METRICS, Group, Spread
+from tenfold.reporting.comparison import METRICS, Group, Spread
 
 _HEADS = {"params": "Params (\\%)", "macs": "MACs (\\%)", "speedup": "Speed-up", "score": "Score (\\%)"}
 _SPECIAL = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}

@@ -7,9 +7,9 @@ import io
 from rich.console import Console, RenderableType
 
 from tenfold.records import Plan, Profile, RunRecord
-from tenfold.reporting.plans import plan_tables
-from tenfold.reporting.profiles import profile_tables
-from tenfold.reporting.runs import record_tables
+from tenfold.reporting.plan_tables import plan_tables
+from tenfold.reporting.profile_tables import profile_tables
+from tenfold.reporting.run_tables import record_tables
 
 WIDTH = 120
 

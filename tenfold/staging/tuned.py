@@ -14,7 +14,7 @@ from tenfold.pipeline import Compressed
 from tenfold.staging.run import stages
 from tenfold.staging.schedule import Schedule
 from tenfold.staging.stage import Stage
-from tenfold.training import Batches, TuneConfig, TuneProgress, TuneResult, finetune
+from tenfold.training import Batches, TrainingFolder, TuneConfig, TuneProgress, TuneResult, finetune
 
 Loss = Callable[[nn.Module, Any, Any], Tensor]
 Tune = Callable[[Stage], Any]
@@ -113,8 +113,7 @@ def tune_stage(
         shifted(batches, stage.done_epochs),
         own,
         loss=loss,
-        folder=stage.folder,
-        identity=stage.identity,
+        folder=None if stage.folder is None else TrainingFolder(stage.folder, stage.identity),
         progress=progress,
     )
 

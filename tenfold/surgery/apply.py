@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from tenfold.decompositions import Decomposition, Fit, Moments, Problem, decompose_many, default_algorithm, reduce
-from tenfold.decompositions.spreading import fit_pieces, together
-from tenfold.errors import PlanError, TenfoldError
+from tenfold.decompositions import Fit, FitRequest, Moments, algorithm_for, fit_batches, layer_request
+from tenfold.errors import TenfoldError, naming_layer
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
@@ -29,7 +28,7 @@ from tenfold.surgery.replacement import (
 from tenfold.surgery.unroll_rnn import unroll_rnns_
 
 Progress = Callable[[int, int], None]
-Job = tuple[Problem, Callable[[Fit], Fit]]
+Job = tuple[FitRequest, Callable[[Fit], Fit]]
 
 
 def apply(
@@ -80,8 +79,8 @@ def apply_(
     refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress, workers)
     new = {
-        layer.path: layer_of(fit, find(model, layer.path), problem.algorithm)
-        for layer, fit, (problem, _) in zip(wanted, fits, jobs, strict=True)
+        layer.path: layer_of(fit, find(model, layer.path), request.algorithm)
+        for layer, fit, (request, _) in zip(wanted, fits, jobs, strict=True)
     }
     return fuse_pairs_(put(model, new), plan.folded)
 
@@ -103,13 +102,10 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         old = find(model, layer.path)
         spec, weight = geometry(old, layer.path)
         check_planned(layer, spec)
-        try:
+        with naming_layer(layer.path):
             new[layer.path] = FactorizedLayer.empty(
                 spec, str(layer.format), layer.rank or {}, like=weight, requires_grad=trainable(old)
             )
-        except TenfoldError as error:
-            msg = f"layer {layer.path!r}: {error}"
-            raise PlanError(msg) from error
     return put(model, new)
 
 
@@ -146,26 +142,17 @@ def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
     return told if layer.edited else told.replace(fingerprint=None)  # that of what is said of it now
 
 
-def _job(model: nn.Module, layer: LayerPlan, seed: int, metric: Moments | None) -> Job:
+def _job(model: nn.Module, layer: LayerPlan, seed: int, moments: Moments | None) -> Job:
     """Return what to decompose for a layer, and what makes of the fit one of the layer's own weight."""
     module = find(model, layer.path)
     spec = factorizable_spec(module, layer.path)
     check_planned(layer, spec)
     format, rank = str(layer.format), layer.rank or {}
-    try:
-        if layer.algorithm is None:
-            algorithm = default_algorithm(format, seed, aware=metric is not None)
-        else:
-            algorithm = Decomposition.from_dict(layer.algorithm)
+    with naming_layer(layer.path), torch.no_grad():
+        algorithm = algorithm_for(format, layer.algorithm, seed, data_aware=moments is not None)
         FORMATS.get(format).check_rank(spec, rank)
-        if isinstance(module, FactorizedLayer) and metric is None:
-            with torch.no_grad():
-                return reduce(module.factorization(), format, rank, algorithm)
-    except TenfoldError as error:
-        msg = f"layer {layer.path!r}: {error}"
-        raise PlanError(msg) from error
-    weight, minded = geometry(module, layer.path)[1], metric_for(module, metric)
-    return Problem(weight, spec, format, rank, algorithm, minded), lambda fit: fit
+        weight = module.factorization() if isinstance(module, FactorizedLayer) else geometry(module, layer.path)[1]
+        return layer_request(weight, format, rank, algorithm, spec=spec, moments=metric_for(module, moments))
 
 
 def _decompose(
@@ -173,24 +160,15 @@ def _decompose(
 ) -> list[Fit]:
     """Decompose all layers; equal ones together. An error names its layer."""
     fits: dict[int, Fit] = {}
-    groups = together([problem for problem, _ in jobs])
-    pieces = [[jobs[i][0] for i in members] for members in groups]
-    for members, found in zip(groups, fit_pieces(pieces, workers), strict=True):
-        known: Sequence[Fit | None] = [None] * len(members) if isinstance(found, TenfoldError) else found
-        fits.update({i: _finish(jobs[i], wanted[i], fit) for i, fit in zip(members, known, strict=True)})
+    for members, results in fit_batches([request for request, _ in jobs], workers):
+        for i, result in zip(members, results, strict=True):
+            with naming_layer(wanted[i].path):
+                if isinstance(result, TenfoldError):
+                    raise result
+                fits[i] = jobs[i][1](result)
         if progress is not None:
             progress(len(fits), len(jobs))
     return [fits[i] for i in range(len(jobs))]
-
-
-def _finish(job: Job, layer: LayerPlan, fit: Fit | None) -> Fit:
-    """Return the fit of the layer's own weight; decomposed alone where there is none yet."""
-    problem, lift = job
-    try:
-        return lift(decompose_many([problem])[0] if fit is None else fit)
-    except TenfoldError as error:
-        msg = f"layer {layer.path!r}: {error}"
-        raise PlanError(msg) from error
 
 
 def _dense(layer: FactorizedLayer) -> nn.Module:

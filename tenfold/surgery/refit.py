@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from tenfold.calibration.input_moments import MomentSums, collect_moments
-from tenfold.decompositions import AwareDecomposition, Decomposition, Fit, Moments, decompose, default_algorithm
-from tenfold.errors import DataError, PlanError, TenfoldError
+from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
+from tenfold.errors import DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply
@@ -61,7 +60,7 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
             times: a list, not an iterator.
         original: whose outputs are to be met, where ``model`` was compressed from it before: a model with layers of the
             same shapes at the same paths. ``model`` itself if None.
-        outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output``.
+        outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output_gram``.
         positions: output positions taken from each map of a convolution and batch; None for all.
         ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance; of
             algorithms that the plan does not name. Few rows get more than that in any case.
@@ -108,11 +107,11 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         follower = changing.trace.follower(path)
         norm: Any = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
-            metric = metric.about_zero()  # nothing could take the shift of the mean
+            metric = metric.uncentered()  # nothing could take the shift of the mean
         minded = (outputs or {}).get(path)
         if minded is None and branch is not None:
             minded = branch.importance(spec)
-        metric = metric.replace(output=minded)
+        metric = metric.replace(output_gram=minded)
         fit, algorithm = _fit(weight, spec, wanted[path], metric, ridge, plan.seed)
         if bias is None and fit.bias_shift is not None and _takes_mean(norm):
             norm.running_mean.sub_(fit.bias_shift.to(norm.running_mean))
@@ -143,7 +142,7 @@ def _with_looked_up(
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
     specs = {layer.path: factorizable_spec(find(model, layer.path), layer.path) for layer in plan.layers}
     found = collect_moments(model, batches, specs, forward=forward) if specs else {}
-    return apply(model, plan, moments={path: own.replace(output=outputs.get(path)) for path, own in found.items()})
+    return apply(model, plan, moments={path: own.replace(output_gram=outputs.get(path)) for path, own in found.items()})
 
 
 def _takes_mean(norm: nn.Module | None) -> bool:
@@ -152,26 +151,22 @@ def _takes_mean(norm: nn.Module | None) -> bool:
 
 def _algorithm(layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> Decomposition:
     """Return the algorithm of a layer: the one that its plan names, unless another of the format knows the data."""
-    given = Decomposition.from_dict(layer.algorithm) if layer.algorithm else None
-    if not isinstance(given, AwareDecomposition):
-        aware = default_algorithm(str(layer.format), seed, aware=True)
-        if not isinstance(aware, AwareDecomposition):
-            return given or aware
-        given = type(aware)(seed=seed, ridge=ridge)
-    return dataclasses.replace(given, ridge=max(given.ridge, _ridge_of_few(metric)))
+    given = algorithm_for(str(layer.format), layer.algorithm or None, seed, data_aware=True)
+    if not (given.uses_covariance and layer.algorithm):
+        aware = default_algorithm(str(layer.format), seed, data_aware=True)
+        if not aware.uses_covariance:
+            return given
+        given = aware.with_settings({"ridge": ridge})
+    return given.with_settings({"ridge": max(given.covariance_ridge, _ridge_of_few(metric))})
 
 
 def _fit(
     weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, ridge: float, seed: int
 ) -> tuple[Fit, Decomposition]:
     """Return the fit of a layer, and what found it."""
-    try:
+    with naming_layer(layer.path):
         algorithm = _algorithm(layer, metric, ridge, seed)
-        fit = decompose(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, metric=metric)
-        return fit, algorithm
-    except TenfoldError as error:
-        msg = f"layer {layer.path!r}: {error}"
-        raise PlanError(msg) from error
+        return fit_layer(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, moments=metric), algorithm
 
 
 def _ridge_of_few(metric: Moments) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.decompositions import Decomposition, Fit, Moments
-from tenfold.errors import PlanError, TenfoldError
+from tenfold.errors import PlanError, naming_layer
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, dense_weight, spec_of
 from tenfold.records import LayerPlan, LayerSpec
@@ -37,7 +37,7 @@ def geometry(module: nn.Module, path: str = "") -> tuple[LayerSpec, Tensor]:
 
 def metric_for(module: nn.Module, metric: Moments | None) -> Moments | None:
     """Return the moments by which a layer is fitted: about zero without a bias, as nothing can take a shift then."""
-    return metric if metric is None or getattr(module, "bias", None) is not None else metric.about_zero()
+    return metric if metric is None or getattr(module, "bias", None) is not None else metric.uncentered()
 
 
 def layer_of(fit: Fit, old: nn.Module, algorithm: Decomposition | None = None) -> FactorizedLayer:
@@ -75,11 +75,8 @@ def check_planned(layer: LayerPlan, spec: LayerSpec) -> None:
     if layer.kind and layer.kind != str(spec):
         msg = f"layer {layer.path!r} is {layer.kind} in the plan and {spec} in the model: another model's plan"
         raise PlanError(msg)
-    try:
+    with naming_layer(layer.path):
         FORMATS.get(str(layer.format))
-    except TenfoldError as error:
-        msg = f"layer {layer.path!r}: {error}"
-        raise PlanError(msg) from error
 
 
 def refuse_tied(model: nn.Module, wanted: Sequence[LayerPlan]) -> None:

@@ -30,7 +30,7 @@ class Branch:
     scale: Tensor | None = None
 
     def importance(self, spec: LayerSpec) -> Tensor | None:
-        """Return the weight of the layer's output errors in the sum, as ``Moments.output``; None if all are equal."""
+        """Return how output errors of the layer weigh in the sum, as ``Moments.output_gram``; None if all are equal."""
         if self.scale is None or len(self.scale) != spec.out_channels:
             return None
         return torch.diag_embed(self.scale.double().square().view(spec.groups, -1))

@@ -1,4 +1,4 @@
-"""What the command line and the benchmarks run on: a model, its data, its score. Adding a file here adds a task."""
+"""Tasks for the command line and the benchmarks: a model, its data, its score. Adding a file here adds a task."""
 
 from importlib import import_module
 from pkgutil import iter_modules

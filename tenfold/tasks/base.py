@@ -1,4 +1,4 @@
-"""What a task is: a model, its data and its score. One subclass in one file makes a task."""
+"""Tasks: a model, its data and its score. One subclass in one file makes a task."""
 
 from __future__ import annotations
 
@@ -6,59 +6,60 @@ import abc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import DataError, UnknownNameError
+from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.registry import Registry, did_you_mean
 from tenfold.tasks.dense_weights import load_weights
 from tenfold.tracing.contexts import device_of, dtype_of, evaluating
 from tenfold.tracing.inputs import call_model, to_device
 
+T = TypeVar("T")
 Batch_co = TypeVar("Batch_co", covariant=True)
-Progress = Callable[[int, int], None]  # (samples done, samples in total; 0 where that is not known)
+Progress = Callable[[int, int], None]  # (samples done, samples in total or 0 if unknown)
 
 SPLITS = ("test", "validation")
 
 
 class SizedBatches(Protocol[Batch_co]):
-    """Batches whose number is known and that come out identically each time they are gone through."""
+    """Batches with a length, identical in every iteration."""
 
     def __len__(self) -> int:
         """Return the number of batches."""
         ...
 
     def __iter__(self) -> Iterator[Batch_co]:
-        """Go through the batches, from the first."""
+        """Iterate over the batches, from the first."""
         ...
 
 
 class Task(abc.ABC):
-    """A model, its data and its score: what the command line and the benchmarks run on.
+    """A model, its data and its score, for the command line and the benchmarks.
 
-    Making a task is cheap: no data is read and no model built before a method asks for it. Training, calibration and
-    validation draw on the training set only; the test set serves ``evaluate(split="test")`` and nothing else. The
-    validation part is fixed for good, whatever the seed, and calibration never sees it; ``train_batches`` uses *all*
-    training samples unless ``hold_out=True`` leaves the validation part out.
+    Creating a task is cheap: data is read and models are built on demand. Training, calibration and validation use the
+    training set only, and the test set is for ``evaluate(split="test")`` alone. The validation part does not depend on
+    the seed, and calibration never sees it; ``train_batches`` uses *all* training samples unless ``hold_out=True``
+    leaves the validation part out.
 
     With the whole data set in memory, derive from :class:`~tenfold.tasks.in_memory.InMemoryTask`, which needs four
     methods; for anything else implement the methods here.
 
     Args:
-        variant: which of ``variants``; the first when left out.
-        data: where to look for the data; each task says what it expects there.
-        seed: fixes the fresh weights of ``build`` and whatever training ``pretrained`` does.
+        variant: one of ``variants``; the first by default.
+        data: folder or file of the data; see the task.
+        seed: of the initial weights of ``build`` and of any training in ``pretrained``.
 
     Raises:
         UnknownNameError: the task has no such variant.
     """
 
     name: ClassVar[str]
-    variants: ClassVar[tuple[str, ...]] = ()  # the first is the default; empty: there is only one
-    labelled: ClassVar[bool] = True  # whether there is anything to train on and to score
+    variants: ClassVar[tuple[str, ...]] = ()  # the first is the default
+    labelled: ClassVar[bool] = True  # whether it has labels to train and score with
 
     def __init__(self, variant: str | None = None, *, data: Path | str | None = None, seed: int = 0) -> None:
         if variant is not None and variant not in self.variants:
@@ -73,33 +74,37 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def architecture(self) -> nn.Module:
-        """Return the model with fresh weights. ``build`` calls this with torch's random numbers seeded."""
+        """Return the model with initial weights. ``build`` calls this with torch's generator seeded."""
 
-    @abc.abstractmethod
     def pretrained(self) -> nn.Module:
-        """Return the trained model where no weights file is given: trained here, or from another library.
+        """Return the trained model if no weights file is given: trained here, or from another library.
 
         Raises:
-            CheckpointError: the task has none; the message says where to get a file.
+            CheckpointError: the task has none, as by default.
         """
+        msg = (
+            f"{self.id} has no built-in weights. Pass a .safetensors file with the state dict "
+            "(weights=FILE, or --weights FILE)."
+        )
+        raise CheckpointError(msg)
 
     def build(self) -> nn.Module:
-        """Return a freshly initialised model in eval mode, the same for the same seed: the skeleton for checkpoints."""
+        """Return a freshly initialised model in eval mode, deterministic in the seed: the skeleton for checkpoints."""
         with torch.random.fork_rng(devices=[]):  # CPU only: the model is built there
             torch.manual_seed(self.seed)
             return self.architecture().eval()
 
     def dense(self, weights: Path | str | None = None) -> nn.Module:
-        """Return the trained dense model in eval mode: from a .safetensors file, or else what ``pretrained`` gives.
+        """Return the trained dense model in eval mode, from a .safetensors file or else from ``pretrained``.
 
         Raises:
-            CheckpointError: the file is missing, damaged or made for another model, or there is nothing without one.
+            CheckpointError: the file is missing, damaged or for another model, or there are no built-in weights.
         """
         return (self.pretrained() if weights is None else load_weights(self.build(), weights)).eval()
 
     @abc.abstractmethod
     def example_inputs(self, batch_size: int = 1) -> Any:
-        """Return what the model's forward takes, always the same for one ``batch_size``; no data needed."""
+        """Return inputs of the model's forward, deterministic in ``batch_size``, without data."""
 
     # --- the data ---
 
@@ -114,31 +119,31 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> SizedBatches[Any]:
-        """Return inputs chosen by ``seed`` from the training set outside its validation part, not augmented."""
+        """Return inputs sampled by ``seed`` from the training set without its validation part, not augmented."""
 
     def calibration_size(self, seed: int) -> int:
-        """Return how many samples ``calibration_batches`` can choose from."""
+        """Return the number of samples available for calibration."""
         return len(self.train_batches(0, batch_size=1, seed=seed, hold_out=True))
 
     def unlabeled_batches(
         self, epoch: int, samples: int, *, batch_size: int, seed: int
     ) -> SizedBatches[tuple[Any, None]]:
-        """Return one epoch of the calibration samples as (inputs, None), to train on by a teacher's answers alone.
+        """Return one epoch of the calibration samples as (inputs, None), for distillation without labels.
 
-        Augmented and shuffled by (seed, epoch) where the task knows how; here as ``calibration_batches`` gives them.
+        Subclasses may augment and shuffle by (seed, epoch); here they are those of ``calibration_batches``.
         """
         del epoch
-        return _WithoutLabels(self.calibration_batches(samples, batch_size=batch_size, seed=seed))
+        return MappedBatches(self.calibration_batches(samples, batch_size=batch_size, seed=seed), unlabeled)
 
     @abc.abstractmethod
     def validation_batches(
         self, samples: int | None = None, *, batch_size: int, seed: int = 0
     ) -> SizedBatches[tuple[Any, Tensor]]:
-        """Return (inputs, labels) of the validation part of the training set, for choices; at most ``samples``."""
+        """Return (inputs, labels) of the validation part of the training set, at most ``samples``."""
 
     @abc.abstractmethod
     def test_batches(self, samples: int | None = None, *, batch_size: int) -> SizedBatches[tuple[Any, Tensor]]:
-        """Return (inputs, labels) of the whole test set, or of a fixed choice of at most ``samples`` from it."""
+        """Return (inputs, labels) of the test set, or of a fixed subset of at most ``samples``."""
 
     # --- the score ---
 
@@ -153,15 +158,15 @@ class Task(abc.ABC):
     ) -> float:
         """Return the fraction of samples whose largest output is the label.
 
-        Inputs go to the device and floating-point type of the model; the model runs in eval mode and gets the modes
-        of its modules back.
+        Inputs are moved to the device and floating-point type of the model, which runs in eval mode; the modes of its
+        modules are restored.
 
         Args:
-            model: gives one row of class scores for each sample.
-            split: "test", or "validation": the held-out part of the training set, on which choices may be made. A
-                network that was trained on the whole training set has seen those samples: its score there flatters.
-            limit: so many samples at most, a fixed choice; the whole split by default.
-            batch_size: samples a forward.
+            model: returns one row of class scores per sample.
+            split: "test", or "validation", the held-out part of the training set, for making choices. The score of a
+                network that was trained on the whole training set is optimistic there.
+            limit: at most so many samples, a fixed subset; the whole split by default.
+            batch_size: samples per forward.
             progress: called with (samples done, samples in total) after each batch.
 
         Raises:
@@ -174,51 +179,62 @@ class Task(abc.ABC):
         read = self.test_batches if split == "test" else self.validation_batches
         return accuracy(model, read(limit, batch_size=batch_size), progress)
 
-    def recipe(self) -> dict[str, Any]:
-        """Return how a compressed model of this task is tuned: plain values for fields of ``TuneConfig``."""
+    def tune_settings(self) -> dict[str, Any]:
+        """Return fields of ``TuneConfig`` for fine-tuning a compressed model of this task."""
         return {}
 
     # --- its checkpoints ---
 
     @classmethod
     def recorded(cls, text: str, checkpoint: Path) -> str:
-        """Return the text of the task for a checkpoint that was made for ``text``: usually just that."""
+        """Return the task text to record in a checkpoint made for ``text``; usually ``text`` itself."""
         del checkpoint
         return text
 
     def write_beside(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - most have nothing
-        """Write what else a checkpoint of ``model`` should hold into its folder; usually nothing."""
+        """Write further files of a checkpoint of ``model`` into its folder; usually none."""
 
     @property
     def id(self) -> str:
-        """The text that loads this task again: ``name``, or ``name:variant``."""
+        """The text that loads this task: ``name``, or ``name:variant``."""
         return self.name if self.variant is None else f"{self.name}:{self.variant}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies the task, as plain values for records and cards."""
+        """Return the identity of the task as plain values, for records and cards."""
         summary = (type(self).__doc__ or "").strip().split("\n", 1)[0]
         data = None if self.data is None else str(self.data)
         return {"task": self.id, "summary": summary, "data": data, "seed": self.seed}
 
 
 @dataclass(frozen=True, eq=False)
-class _WithoutLabels:
-    """Inputs, each with None in the place of the labels."""
+class MappedBatches(Generic[T]):
+    """Batches that are transformed one by one as they are read."""
 
-    inputs: SizedBatches[Any]
+    batches: SizedBatches[Any]
+    function: Callable[[Any], T]
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all batches; 0 if unknown."""
+        return int(getattr(self.batches, "samples", 0))
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Any, None]]:
-        return ((inputs, None) for inputs in self.inputs)
+    def __iter__(self) -> Iterator[T]:
+        return map(self.function, self.batches)
+
+
+def unlabeled(inputs: Any) -> tuple[Any, None]:
+    """Return the inputs with None in place of labels."""
+    return inputs, None
 
 
 def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progress: Progress | None = None) -> float:
     """Return the fraction of samples whose largest output (or largest of its ``logits``) is the label.
 
-    Inputs are passed on as :func:`~tenfold.tracing.inputs.call_model` takes them, on the device and in the
-    floating-point type of the model. The modes of all modules are restored.
+    Inputs are passed as :func:`~tenfold.tracing.inputs.call_model` takes them, on the device and in the floating-point
+    type of the model. The modes of all modules are restored.
 
     Example:
         >>> scores, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
@@ -243,7 +259,7 @@ def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progre
 
 
 def seeded(*seeds: int) -> torch.Generator:
-    """Return a random generator for this sequence of seeds; neighbouring seeds give unrelated numbers.
+    """Return a random generator for a sequence of seeds; neighbouring seeds give unrelated numbers.
 
     Example:
         >>> torch.equal(torch.rand(3, generator=seeded(0, 1)), torch.rand(3, generator=seeded(0, 1)))

@@ -1,4 +1,4 @@
-"""Trained weights from a .safetensors file into a freshly built model, strictly."""
+"""Load the weights of a dense model from a .safetensors file, strictly."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError
 
 M = TypeVar("M", bound=nn.Module)
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".th")
 
 
 def load_weights(model: M, path: Path | str) -> M:
-    """Return ``model`` with the tensors of a .safetensors file copied in, cast to the dtypes that the model has.
+    """Copy the tensors of a .safetensors file into ``model``, cast to its dtypes, and return it.
 
-    Every tensor of the model must be in the file with the same shape, and nothing else; only the counters
-    ``num_batches_tracked`` of batch norms may be absent, since many published files lack them.
+    The file must hold exactly the tensors of the model, with the same shapes; only the counters
+    ``num_batches_tracked`` of batch norms may be absent, as in many published files.
 
     Raises:
         CheckpointError: the file is missing, not a safetensors file, truncated, or made for another model (the message
@@ -47,10 +50,6 @@ def load_weights(model: M, path: Path | str) -> M:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file by name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if path.is_dir():
         msg = f"{path} is a folder; weights are one .safetensors file. A compressed model is loaded as a checkpoint."
         raise CheckpointError(msg)
@@ -70,11 +69,8 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _first(what: str, keys: list[str]) -> str:
-    """Return a phrase with the first of the keys and how many more there are; empty for no keys."""
+    """Return a phrase with the first of the keys and the number of others; empty for no keys."""
     if not keys:
         return ""
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
     return f"{what} {keys[0]}{more}; "
-
-
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".th")

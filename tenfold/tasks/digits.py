@@ -65,7 +65,7 @@ class Digits(InMemoryTask):
         chosen = order[:held] if split == "test" else order[held:]
         return TensorSet(pictures[chosen], labels[chosen])
 
-    def recipe(self) -> dict[str, Any]:
+    def tune_settings(self) -> dict[str, Any]:
         """Return settings for a few seconds of tuning after compression."""
         return {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.003, "label_smoothing": 0.05}
 

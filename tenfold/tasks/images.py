@@ -1,4 +1,4 @@
-"""Pictures as uint8 tensors: random crop and flip on whole batches, and normalisation on the fly."""
+"""Normalisation, random crop and flip of batches of uint8 pictures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tenfold.tasks.in_memory import Transform
 
 @dataclass(frozen=True)
 class ImageTransform(Transform):
-    """Stored bytes to normalised floats; for training a random crop out of a black border, and a mirror image.
+    """Normalise stored bytes; augment by random crops with a black border, and horizontal flips.
 
     The usual augmentation of CIFAR (He et al. 2016, section 4.2) is ``padding=4, flip=True``.
 
     Args:
         mean: of each channel, with pixels in 0..1.
         std: of each channel.
-        padding: pixels of black border on every side, out of which the crop is taken; 0 for no crop.
-        flip: mirror every other picture, by chance, left to right.
-        channels_last: hand batches out in that memory format, in which most convolutions run faster on a CPU. A model
-            that calls ``view`` on a feature map cannot take it.
+        padding: width of the black border for the random crop; 0 for no crop.
+        flip: flip pictures left to right with probability ½.
+        channels_last: return batches in that memory format, in which most convolutions run faster on a CPU. Models
+            that call ``view`` on a feature map do not support it.
 
     Example:
         >>> transform = ImageTransform(mean=(0.5,), std=(0.25,), padding=1, flip=True)
@@ -48,7 +48,7 @@ class ImageTransform(Transform):
         return inputs.float().div_(255).sub_(mean).div_(std)
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return each picture cropped and mirrored by chance, as uint8 of the same shape."""
+        """Return the pictures randomly cropped and flipped, as uint8 of the same shape."""
         if self.padding:
             inputs = _random_crop(inputs, self.padding, generator)
         if self.flip:
@@ -58,7 +58,7 @@ class ImageTransform(Transform):
 
 
 def _random_crop(inputs: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Return windows of the original size at random places in the pictures with a black border around."""
+    """Crop windows of the original size at random positions of the padded pictures."""
     samples, _, height, width = inputs.shape
     windows = F.pad(inputs, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     down, right = torch.randint(2 * padding + 1, (2, samples), generator=generator)

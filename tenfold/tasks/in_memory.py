@@ -1,4 +1,4 @@
-"""Tasks whose data fits in memory as two tensors: shuffling, choosing, holding out and augmenting, all seeded."""
+"""Tasks whose data fits in memory as two tensors, with seeded shuffling, sampling, hold-out and augmentation."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from tenfold.errors import DataError
-from tenfold.tasks.base import Task, seeded
+from tenfold.tasks.base import MappedBatches, Task, seeded
 
 Split = Literal["train", "test"]
 
 HELD_OUT = 0.1  # share of the training set that is the validation part
-_HOLD, _CHOOSE, _SHUFFLE, _AUGMENT = range(4)  # what random numbers are drawn for: keeps their streams apart
+_HOLD, _CHOOSE, _SHUFFLE, _AUGMENT = range(4)  # keeps the streams of random numbers apart
 
 
 class Transform(abc.ABC):
-    """What happens to stored samples on their way into the model."""
+    """Preparation and augmentation of stored samples."""
 
     @abc.abstractmethod
     def prepare(self, inputs: Tensor) -> Tensor:
-        """Return what the model takes: stored samples as normalised floats."""
+        """Return stored samples as the model takes them, such as normalised floats."""
 
     @abc.abstractmethod
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a randomly changed copy of stored samples, for training."""
+        """Return an augmented copy of stored samples, for training."""
 
 
 class AsStored(Transform):
-    """Samples go into the model as they are stored, and training does not change them."""
+    """The identity: samples as they are stored, without augmentation."""
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Return the inputs."""
@@ -48,7 +49,7 @@ class AsStored(Transform):
 
 @dataclass(frozen=True, eq=False)
 class TensorSet:
-    """Samples and their labels, as two tensors of one length.
+    """Samples and labels as two tensors of equal length.
 
     Raises:
         DataError: there are no samples, or not one label for each.
@@ -68,7 +69,7 @@ class TensorSet:
 
 @dataclass(frozen=True, eq=False)
 class LabelledBatches:
-    """The samples of ``data`` at ``order``, as (inputs, labels); augmented where there is a seed for it."""
+    """The samples of ``data`` at ``order``, as (inputs, labels); augmented if there is a seed for it."""
 
     data: TensorSet
     order: Tensor
@@ -83,7 +84,7 @@ class LabelledBatches:
 
     @property
     def samples(self) -> int:
-        """The number of samples in all batches together."""
+        """Number of samples in all batches."""
         return len(self.order)
 
     def __len__(self) -> int:
@@ -98,47 +99,11 @@ class LabelledBatches:
             yield self.transform.prepare(inputs), self.data.labels[chosen]
 
 
-@dataclass(frozen=True, eq=False)
-class InputBatches:
-    """The same batches without their labels."""
-
-    labelled: LabelledBatches
-
-    @property
-    def samples(self) -> int:
-        """The number of samples in all batches together."""
-        return self.labelled.samples
-
-    def __len__(self) -> int:
-        return len(self.labelled)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (inputs for inputs, _ in self.labelled)
-
-
-@dataclass(frozen=True, eq=False)
-class UnlabeledBatches:
-    """The same batches with None in the place of their labels."""
-
-    labelled: LabelledBatches
-
-    @property
-    def samples(self) -> int:
-        """The number of samples in all batches together."""
-        return self.labelled.samples
-
-    def __len__(self) -> int:
-        return len(self.labelled)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        return ((inputs, None) for inputs, _ in self.labelled)
-
-
 class InMemoryTask(Task):
-    """A task whose training and test sets are tensors. A subclass says what the model is and how to read a set.
+    """A task whose training and test sets are tensors.
 
-    Subclasses supply ``architecture``, ``pretrained``, ``read`` and ``input_shape``, and for pictures a ``transform``.
-    A tenth of the training set, the same for every seed, is its validation part, or what ``held_out`` says.
+    Subclasses supply ``architecture``, ``read`` and ``input_shape``, usually ``pretrained``, and for pictures a
+    ``transform``. The validation part is ``held_out``, by default a tenth of the training set, the same for every seed.
     """
 
     input_shape: ClassVar[tuple[int, ...]]  # of one sample, as the model takes it
@@ -153,7 +118,7 @@ class InMemoryTask(Task):
         """
 
     def example_inputs(self, batch_size: int = 1) -> Tensor:
-        """Return seeded noise of the shape (batch_size, *input_shape): no data is read."""
+        """Return seeded noise of shape (batch_size, *input_shape), without reading data."""
         return torch.randn(batch_size, *self.input_shape, generator=seeded(0))
 
     def train_batches(self, epoch: int, *, batch_size: int, seed: int, hold_out: bool = False) -> LabelledBatches:
@@ -162,27 +127,31 @@ class InMemoryTask(Task):
         order = pool[torch.randperm(len(pool), generator=seeded(seed, epoch, _SHUFFLE))]
         return LabelledBatches(self.train_set, order, batch_size, self.transform, (seed, epoch))
 
-    def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> InputBatches:
-        """Return inputs chosen by ``seed`` from the training set outside its validation part."""
-        return InputBatches(LabelledBatches(self.train_set, self._unlabeled(samples, seed), batch_size, self.transform))
+    def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> MappedBatches[Tensor]:
+        """Return inputs sampled by ``seed`` from the training set without its validation part."""
+        labelled = LabelledBatches(self.train_set, self._unlabeled(samples, seed), batch_size, self.transform)
+        return MappedBatches(labelled, itemgetter(0))
 
-    def unlabeled_batches(self, epoch: int, samples: int, *, batch_size: int, seed: int) -> UnlabeledBatches:
+    def unlabeled_batches(
+        self, epoch: int, samples: int, *, batch_size: int, seed: int
+    ) -> MappedBatches[tuple[Tensor, None]]:
         """Return one epoch of the calibration samples without labels, shuffled and augmented by (seed, epoch)."""
         chosen = self._unlabeled(samples, seed)
         order = chosen[torch.randperm(len(chosen), generator=seeded(seed, epoch, _SHUFFLE))]
-        return UnlabeledBatches(LabelledBatches(self.train_set, order, batch_size, self.transform, (seed, epoch)))
+        labelled = LabelledBatches(self.train_set, order, batch_size, self.transform, (seed, epoch))
+        return MappedBatches(labelled, lambda batch: (batch[0], None))
 
     def _unlabeled(self, samples: int, seed: int) -> Tensor:
         return _choose(self._parts.fitting, samples, seed, f"the part of {self.name} for calibration")
 
     def validation_batches(self, samples: int | None = None, *, batch_size: int, seed: int = 0) -> LabelledBatches:
-        """Return (inputs, labels) of the validation part, or of at most ``samples`` from it, chosen by ``seed``."""
+        """Return (inputs, labels) of the validation part, or of at most ``samples`` from it, sampled by ``seed``."""
         part, what = self._parts.validation, f"the validation part of {self.name}"
         chosen = part if samples is None else _choose(part, min(samples, len(part)), seed, what)
         return LabelledBatches(self.train_set, chosen, batch_size, self.transform)
 
     def test_batches(self, samples: int | None = None, *, batch_size: int) -> LabelledBatches:
-        """Return (inputs, labels) of the test set, or of at most ``samples`` from it: not the first, often sorted."""
+        """Return (inputs, labels) of the test set, or of a fixed random subset of at most ``samples``."""
         every, what = torch.arange(len(self.test_set)), f"the test set of {self.name}"
         chosen = every if samples is None else _choose(every, min(samples, len(every)), 0, what)
         return LabelledBatches(self.test_set, chosen, batch_size, self.transform)
@@ -202,17 +171,14 @@ class InMemoryTask(Task):
         return _Parts.of(len(self.train_set), self.name, self.held_out(len(self.train_set)))
 
     def held_out(self, samples: int) -> Tensor | None:
-        """Return which of the ``samples`` for training are the validation part, where the data set itself says so.
-
-        None, the default, draws a tenth.
-        """
+        """Return the indices of the validation part among the ``samples``; None, the default, draws a tenth."""
         del samples
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """Which training samples are held out for validation, and which are left."""
+    """Indices of the training samples outside and inside the validation part."""
 
     fitting: Tensor
     validation: Tensor
@@ -226,12 +192,11 @@ class _Parts:
         if held >= samples:
             msg = f"the training set of {name} has {samples} sample: too few to hold any out"
             raise DataError(msg)
-        order = torch.randperm(samples, generator=seeded(0, _HOLD))  # a constant: no seed may move the border
+        order = torch.randperm(samples, generator=seeded(0, _HOLD))  # a constant: the split must not depend on a seed
         return cls(order[:-held], order[-held:].sort().values)
 
 
 def _choose(pool: Tensor, samples: int, seed: int, what: str) -> Tensor:
-    """Return ``samples`` of the ``pool``, chosen by ``seed``."""
     if not 1 <= samples <= len(pool):
         msg = f"{samples} samples asked for; {what} has {len(pool)}. Ask for 1 to {len(pool)}."
         raise DataError(msg)

@@ -1,4 +1,4 @@
-"""From the text of a task to the task: a registered name, or a class of the user's own."""
+"""Load a task by its text: a registered name, or a class of the user's own."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ FORMS = "Write NAME[:VARIANT], pkg.module:Class[:VARIANT] or file.py:Class[:VARI
 def load_task(text: str, *, data: Path | str | None = None, seed: int = 0) -> Task:
     """Return the task that ``text`` names.
 
-    ``"cifar10"`` and ``"cifar10:resnet56"`` are registered names, with a variant or its default. A task of one's own is
-    a class in a module (``"pkg.module:MyTask"``) or a file (``"folder/my_task.py:MyTask"``), with a variant after one
-    more colon. The module is imported, its code runs; imports of other files beside it work at its top.
+    ``"cifar10"`` and ``"cifar10:resnet56"`` are registered names, with the default or another variant. Your own task is
+    a class in a module (``"pkg.module:MyTask"``) or a file (``"folder/my_task.py:MyTask"``), with a variant after
+    another colon. The module is imported; it may import other files beside it.
 
     Args:
         text: the task.
-        data: where the task looks for its data.
-        seed: fixes fresh weights and training.
+        data: see ``Task``.
+        seed: see ``Task``.
 
     Raises:
-        UnknownNameError: no such task, module, file, class or variant; the message names near ones.
-        TenfoldError: the module cannot be imported, or the class is not a whole task.
+        UnknownNameError: no such task, module, file, class or variant; the message suggests similar names.
+        TenfoldError: the module cannot be imported, or the class is not a complete task.
 
     Example:
         >>> load_task("cifar10:resnet20").id
@@ -60,7 +60,6 @@ def load_task(text: str, *, data: Path | str | None = None, seed: int = 0) -> Ta
 
 
 def _class_in(module: ModuleType, name: str, where: str) -> type[Task]:
-    """Return the task class of that name."""
     own = [k for k, v in vars(module).items() if _is_task(v) and v.__module__ == module.__name__]
     found = getattr(module, name, None) if name else None
     if found is None:
@@ -82,7 +81,7 @@ def _is_task(value: object) -> bool:
 
 
 def _import_module(name: str) -> ModuleType | None:
-    """Return the module, looked for in the working folder too, or None if it does not exist."""
+    """Import a module, from the working folder too; None if it does not exist."""
     with _importing_from(Path.cwd(), name):
         try:
             if importlib.util.find_spec(name) is None:
@@ -93,7 +92,7 @@ def _import_module(name: str) -> ModuleType | None:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Return the module of a file, run once per process."""
+    """Import the module of a file, once per process."""
     path = path.expanduser().resolve()
     if not path.is_file():
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
@@ -119,7 +118,7 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def _importing_from(folder: Path, what: str) -> Iterator[None]:
-    """Let imports find ``folder``, as python does for the script that it runs, and put foreign failures in one line."""
+    """Search ``folder`` for imports, as Python does for a script, and report failures in one line."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tenfold.errors import CheckpointError
 from tenfold.layers import TTLinear
 from tenfold.tasks.base import TASKS
 from tenfold.tasks.images import ImageTransform
@@ -35,20 +34,12 @@ class Mnist(InMemoryTask):
         """Return the two layers that the variant names, with a ReLU between them."""
         return TwoLayers(train=self.variant == "tt")
 
-    def pretrained(self) -> nn.Module:
-        """Refuse: the weights come from a file."""
-        msg = (
-            f"{self.id} has no built-in weights. Pass a .safetensors file with the state dict "
-            "(weights=FILE, or --weights FILE)."
-        )
-        raise CheckpointError(msg)
-
     def read(self, split: Split) -> TensorSet:
         """Return the pictures as uint8 (samples, 1, 28, 28) and their labels 0..9."""
         where, source = self.data, "ylecun/mnist"
         return load_images("mnist", split, data=where, shape=self.input_shape, classes=10, source=source)
 
-    def recipe(self) -> dict[str, Any]:
+    def tune_settings(self) -> dict[str, Any]:
         """Return settings for a few epochs of tuning after compression."""
         return {"epochs": 3, "batch_size": 128, "optimizer": "adamw", "lr": 0.001}
 

@@ -1,4 +1,4 @@
-"""Models without data and score: to profile, to plan, to compress by their weights, or by unlabeled inputs of yours."""
+"""Models without labels or score, to be compressed by their weights or by unlabeled inputs of the user."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tenfold.tasks.base import Progress, SizedBatches, Task
 
 
 class ModelOnly(Task):
-    """A model by its name, in any variant that its library knows; nobody says what it is good at.
+    """A model of a library by name, without labels or score.
 
-    It is profiled, planned, compressed and saved like any other. Inputs of your own to calibrate with, unlabeled, are
-    what ``data`` names. Training with labels and scores are refused with the reason.
+    It is profiled, planned, compressed and saved like any other. ``data`` names unlabeled inputs for calibration.
+    Training with labels and scoring raise an error.
 
     Args:
         variant: name of the model.
         data: unlabeled inputs: see the task.
-        seed: fixes the fresh weights of ``build`` and the choice of inputs.
+        seed: of the initial weights of ``build`` and the choice of inputs.
     """
 
     labelled: ClassVar[bool] = False
@@ -32,13 +32,13 @@ class ModelOnly(Task):
 
     @abc.abstractmethod
     def inputs_of(self, source: Path, samples: int | None, *, batch_size: int, seed: int) -> SizedBatches[Any]:
-        """Return unlabeled inputs, at most ``samples`` of those in a file or folder, chosen by ``seed``."""
+        """Return unlabeled inputs, at most ``samples`` from a file or folder, sampled by ``seed``."""
 
     def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> SizedBatches[Any]:
-        """Return inputs chosen by ``seed`` from what ``data`` names.
+        """Return inputs from ``data``, sampled by ``seed``.
 
         Raises:
-            DataError: it names nothing, or nothing that can be read.
+            DataError: there is no ``data``, or it cannot be read.
         """
         if self.data is None:
             msg = f"{self.id} is a model without data: give --data with inputs of your own, or --calibration 0"
@@ -46,13 +46,13 @@ class ModelOnly(Task):
         return self.inputs_of(self.data, samples, batch_size=batch_size, seed=seed)
 
     def calibration_size(self, seed: int) -> int:
-        """Return how many inputs there are; 0 where ``data`` names nothing."""
+        """Return the number of inputs; 0 without ``data``."""
         if self.data is None:
             return 0
         return len(self.inputs_of(self.data, None, batch_size=1, seed=seed))
 
-    def recipe(self) -> dict[str, Any]:
-        """Return that there is nothing to train on."""
+    def tune_settings(self) -> dict[str, Any]:
+        """Return no epochs: there is nothing to train on."""
         return {"epochs": 0}
 
     def train_batches(
@@ -83,7 +83,7 @@ class ModelOnly(Task):
         batch_size: int = 125,
         progress: Progress | None = None,
     ) -> float:
-        """Raise DataError: nobody says what a good score is."""
+        """Raise DataError: there is no score."""
         del model, split, limit, batch_size, progress
         self._refuse("scored")
 

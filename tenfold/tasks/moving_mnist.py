@@ -1,4 +1,4 @@
-"""Handwritten digits that move through large pictures, to be told from the whole film: inputs far wider than needed."""
+"""Moving MNIST: classify a digit that moves through a film of large frames, by a recurrent network."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FASTEST = 6  # pixels from frame to frame, along each axis
 class Films(Transform):
     """Films of stored digits: each moves in a straight line and bounces off the borders.
 
-    Stored is a digit, 784 pixels, and behind them its first place and its speed, four numbers. In training, place and
-    speed are drawn anew.
+    A stored sample is a digit of 784 pixels, followed by its initial position and velocity, four numbers. Augmentation
+    redraws position and velocity.
     """
 
     def prepare(self, inputs: Tensor) -> Tensor:
@@ -33,19 +33,19 @@ class Films(Transform):
         return render(digits, places(inputs[:, DIGIT**2 :].long()))
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the digits with other places and speeds."""
+        """Return the digits with other positions and velocities."""
         return with_motion(inputs[:, : DIGIT**2], generator)
 
 
 def with_motion(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return flat digits (samples, 784) with a first place and a speed behind each, drawn evenly."""
+    """Append uniformly drawn initial positions and velocities to flat digits (samples, 784)."""
     place = torch.randint(0, ROOM + 1, (len(digits), 2), generator=generator)
     speed = torch.randint(0, 2 * FASTEST + 1, (len(digits), 2), generator=generator)  # stored without a sign
     return torch.cat([digits, place.to(digits.dtype), speed.to(digits.dtype)], 1)
 
 
 def places(motion: Tensor) -> Tensor:
-    """Return the places (samples, 10, 2) of digits in all frames, from first place and speed (samples, 4).
+    """Return positions (samples, 10, 2) of digits in all frames, from initial position and velocity (samples, 4).
 
     Example:
         >>> places(torch.tensor([[34, 0, 7, 6]]))[0, :4].tolist()
@@ -103,7 +103,7 @@ class MovingMnist(InMemoryTask):
         chosen = torch.randperm(len(every), generator=generator)[: SAMPLES[split]]
         return TensorSet(with_motion(every.inputs[chosen].flatten(1), generator), every.labels[chosen])
 
-    def recipe(self) -> dict[str, Any]:
+    def tune_settings(self) -> dict[str, Any]:
         """Return settings for tuning after compression."""
         return {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005}
 

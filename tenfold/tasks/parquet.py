@@ -1,8 +1,10 @@
-"""Labelled pictures from Parquet files in the layout of the Hugging Face Hub: finding, decoding, keeping."""
+"""Labelled pictures from Parquet files in the layout of the Hugging Face Hub, decoded once and cached."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,21 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from tenfold.errors import DataError, require
-from tenfold.tasks.decoded import keep, kept
+from tenfold.records import atomic_write
 from tenfold.tasks.in_memory import Split, TensorSet
 
 DATA_VARIABLE = "TENFOLD_DATA"
-COLUMNS = ("img", "image")  # what the Hub's data sets call the picture
+COLUMNS = ("img", "image")  # names of the picture in the Hub's data sets
+_LAYOUT = 1  # of the files of decoded pictures: raise it when their meaning changes
+
+logger = logging.getLogger("tenfold")
 
 
 def load_images(
     dataset: str, split: Split, *, data: Path | None, shape: tuple[int, ...], classes: int, source: str
 ) -> TensorSet:
-    """Return all pictures of a split as uint8 (samples, *shape) and their labels.
+    """Return the pictures of a split as uint8 (samples, *shape), and their labels.
 
-    Decoding happens once: the pixels are kept in ~/.cache/tenfold/decoded under a digest of the files' contents.
+    Pictures are decoded once: the pixels are cached in ~/.cache/tenfold/decoded under a digest of the files' contents.
 
     Args:
         dataset: the name of the folder, such as "cifar10".
@@ -33,35 +40,34 @@ def load_images(
         data: where to look; see :func:`find_shards`.
         shape: (channels, height, width) of every picture; 3 channels for colour, 1 for grey.
         classes: labels must lie in 0..classes-1.
-        source: where the data can be had, for messages.
+        source: id of the data set on the Hub, for messages.
 
     Raises:
         DataError: files that are missing, empty, damaged or of another shape.
         MissingExtraError: pyarrow or Pillow is not installed.
     """
     shards = find_shards(dataset, split, data=data, source=source)
-    held = kept(f"{dataset}-{split}", shards)
-    if held is None:
-        held = keep(f"{dataset}-{split}", shards, _decode(shards, shape))
-    low, high = int(held.labels.min()), int(held.labels.max())
-    if held.inputs.shape[1:] != shape or low < 0 or high >= classes:
+    name = f"{dataset}-{split}"
+    images = _stored(name, shards) or _store(name, shards, _decode(shards, shape))
+    low, high = int(images.labels.min()), int(images.labels.max())
+    if images.inputs.shape[1:] != shape or low < 0 or high >= classes:
         msg = (
-            f"{shards[0].parent} holds pictures of shape {tuple(held.inputs.shape[1:])} with labels {low}..{high}; "
+            f"{shards[0].parent} holds pictures of shape {tuple(images.inputs.shape[1:])} with labels {low}..{high}; "
             f"{dataset} needs {shape} with labels 0..{classes - 1}"
         )
         raise DataError(msg)
-    return held
+    return images
 
 
 def find_shards(dataset: str, split: Split, *, data: Path | None = None, source: str) -> list[Path]:
     """Return the files ``{split}-*.parquet`` of a data set, in order.
 
-    They are looked for in one place only: ``data`` if given, else $TENFOLD_DATA if set, else
-    ~/.cache/tenfold/datasets. The place is the data set's own folder, or one that has a folder named after it; the
-    files may lie one folder deeper, in those that the Hub uses (``data``, ``plain_text``, the data set's name).
+    Only one place is searched: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets. It is the
+    folder of the data set, or one with a subfolder of its name; the files may be one level deeper, in the folders that
+    the Hub uses (``data``, ``plain_text``, the name of the data set).
 
     Raises:
-        DataError: there are none, or some shards of a series are missing; the message says where it looked.
+        DataError: there are none, or shards of a series are missing; the message names the place.
     """
     root = data_root(data)
     for folder in (base / sub for base in (root / dataset, root) for sub in ("", "data", "plain_text", dataset)):
@@ -78,7 +84,7 @@ def find_shards(dataset: str, split: Split, *, data: Path | None = None, source:
 
 
 def data_root(data: Path | None) -> Path:
-    """Return the one place to look in: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets."""
+    """Return the place to search: ``data`` if given, else $TENFOLD_DATA if set, else ~/.cache/tenfold/datasets."""
     if data is not None:
         return data.expanduser()
     named = os.environ.get(DATA_VARIABLE)
@@ -86,7 +92,7 @@ def data_root(data: Path | None) -> Path:
 
 
 def _check_complete(shards: Sequence[Path]) -> None:
-    """Refuse a series that is incomplete by its own names: part of a set has another score."""
+    """Refuse an incomplete series of shards: part of a set would have another score."""
     matches = [re.search(r"-(\d+)-of-(\d+)\.parquet$", path.name) for path in shards]
     numbers = [(int(m[1]), int(m[2])) for m in matches if m]
     if not numbers:
@@ -99,7 +105,6 @@ def _check_complete(shards: Sequence[Path]) -> None:
 
 
 def _decode(shards: Sequence[Path], shape: tuple[int, ...]) -> TensorSet:
-    """Return the pictures and labels of all shards."""
     pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[int] = []
     for shard in shards:
@@ -113,7 +118,7 @@ def _decode(shards: Sequence[Path], shape: tuple[int, ...]) -> TensorSet:
 
 
 def _rows(shard: Path) -> Iterator[tuple[bytes, int]]:
-    """Iterate over (encoded picture, label) of one file."""
+    """Yield (encoded picture, label) of one file."""
     pyarrow: Any = require("pyarrow", "data")
     parquet: Any = require("pyarrow.parquet", "data")
     try:
@@ -150,3 +155,40 @@ def _picture(encoded: bytes, shape: tuple[int, ...], where: str) -> np.ndarray[A
         msg = f"{where} is {size} pixels; need {shape[2]}×{shape[1]}: is it another data set?"
         raise DataError(msg)
     return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+
+
+def _stored(name: str, sources: Sequence[Path]) -> TensorSet | None:
+    """Return what was decoded from these source files before; None if nothing was, or the file is damaged."""
+    path = _place(name, sources)
+    try:
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        return TensorSet(tensors["images"], tensors["labels"])
+    except (SafetensorError, OSError, KeyError, DataError) as error:
+        logger.warning("decoded pictures in %s are unreadable (%s): decoding again", path, error)
+        return None
+
+
+def _store(name: str, sources: Sequence[Path], decoded: TensorSet) -> TensorSet:
+    """Store ``decoded`` for these source files and return it; a folder that is not writable is no error."""
+    path = _place(name, sources)
+    try:
+        with atomic_write(path) as partial:
+            save_file({"images": decoded.inputs.contiguous(), "labels": decoded.labels}, partial)
+    except (OSError, SafetensorError) as error:
+        logger.warning("cannot keep decoded pictures in %s (%s): the next run decodes again", path.parent, error)
+    return decoded
+
+
+def _place(name: str, sources: Sequence[Path]) -> Path:
+    """Return the file of decoded pictures, named by a digest of the contents of the sources."""
+    digest = hashlib.sha256(str(_LAYOUT).encode())
+    for source in sources:
+        try:
+            with source.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            msg = f"cannot read {source} ({error.strerror})"
+            raise DataError(msg) from error
+    return Path.home() / ".cache" / "tenfold" / "decoded" / f"{name}-{digest.hexdigest()[:16]}.safetensors"

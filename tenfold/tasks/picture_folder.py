@@ -1,4 +1,4 @@
-"""Pictures in a folder, as a model takes them: resized, cropped to the middle, normalised, in batches."""
+"""Pictures of a folder in batches: resized, center-cropped and normalised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class Look:
-    """What a model wants pictures to look like: (height, width) in pixels, channel means and spreads of 0..1."""
+    """Size (height, width) in pixels, and mean and standard deviation of the channels in 0..1."""
 
     size: tuple[int, int]
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -29,7 +29,7 @@ class Look:
 
 @dataclass(frozen=True, eq=False)
 class PictureFolder:
-    """The pictures at ``paths`` in batches (samples, channels, height, width), read when they are gone through."""
+    """The pictures at ``paths`` in batches (samples, channels, height, width), read on iteration."""
 
     paths: tuple[Path, ...]
     look: Look
@@ -37,7 +37,7 @@ class PictureFolder:
 
     @classmethod
     def chosen(cls, folder: Path, look: Look, samples: int | None, *, batch_size: int, seed: int) -> PictureFolder:
-        """Return at most ``samples`` pictures, chosen by ``seed`` from all in a folder and the folders in it.
+        """Return at most ``samples`` pictures, sampled by ``seed`` from a folder and its subfolders.
 
         Raises:
             DataError: there is no such folder, or no picture in it.
@@ -59,7 +59,7 @@ class PictureFolder:
 
 
 def read_picture(path: Path, look: Look) -> Tensor:
-    """Return a picture (channels, height, width), scaled and cropped to the middle, normalised.
+    """Return a picture (channels, height, width), resized, center-cropped and normalised.
 
     Raises:
         DataError: the file cannot be read as a picture.

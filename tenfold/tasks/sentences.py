@@ -1,4 +1,4 @@
-"""Labelled sentences: read from text files, numbered by a vocabulary, and a recurrent network that classifies them."""
+"""Labelled sentences from text files, their vocabulary, and a recurrent classifier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sentence = tuple[int, list[str]]
 
 
 def read_sentences(path: Path, *, classes: int) -> list[Sentence]:
-    """Return label and words of every sentence of a file that has a label, a space and the words in each line.
+    """Read a file with a label, a space and the words of a sentence in each line.
 
     Raises:
         DataError: the file is empty or damaged, or a label is not in 0..classes-1; the message says where.
@@ -46,9 +46,9 @@ def read_sentences(path: Path, *, classes: int) -> list[Sentence]:
 
 
 def vocabulary(sentences: Iterable[Sentence], size: int) -> dict[str, int]:
-    """Return the ids of the most frequent words, the most frequent first; those below it are padding and unknown words.
+    """Return the ids of the most frequent words in order of frequency, after those of padding and unknown words.
 
-    Words that are equally frequent are in the order of the alphabet, so that ids are the same everywhere.
+    Ties are in alphabetical order, so that ids are the same everywhere.
 
     Example:
         >>> vocabulary([(0, ["a", "b", "b"]), (1, ["b", "c"])], 4)
@@ -60,7 +60,7 @@ def vocabulary(sentences: Iterable[Sentence], size: int) -> dict[str, int]:
 
 
 def numbered(sentences: Sequence[Sentence], ids: Mapping[str, int]) -> TensorSet:
-    """Return sentences as ids (sentences, longest), with zeros behind shorter ones, and their labels.
+    """Return sentences as ids (sentences, longest), padded with zeros, and their labels.
 
     Example:
         >>> numbered([(4, ["good"]), (0, ["not", "good"])], {"good": 2}).inputs.tolist()
@@ -72,10 +72,9 @@ def numbered(sentences: Sequence[Sentence], ids: Mapping[str, int]) -> TensorSet
 
 
 class Sentences(Transform):
-    """Batches as long as their longest sentence; in training, words are lost at random.
+    """Trim batches to their longest sentence; augment by replacing random words with the unknown word.
 
-    A word that is lost is an unknown one: without this no gradient would ever reach the row of unknown words, which
-    the test set has.
+    Without this the embedding of the unknown word, which the test set needs, would never get a gradient.
     """
 
     def __init__(self, lost: float) -> None:
@@ -86,13 +85,13 @@ class Sentences(Transform):
         return inputs[:, : int((inputs != PADDING).sum(1).max())]
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a copy in which a share of the words is unknown."""
+        """Return a copy with a share of the words replaced by the unknown word."""
         lost = torch.rand(inputs.shape, generator=generator) < self.lost
         return inputs.masked_fill(lost & (inputs != PADDING), UNKNOWN)
 
 
 class SentenceClassifier(nn.Module):
-    """Words, a bidirectional LSTM, the mean of its outputs over the words, and a linear head.
+    """Embedding, bidirectional LSTM, mean of its outputs over the words, and a linear head.
 
     Args:
         embedding: from ids (sentences, longest) to rows (sentences, longest, columns).

@@ -103,7 +103,7 @@ class Sst(InMemoryTask):
     def _sentences(self, split: str) -> list[Sentence]:
         return read_sentences(_find(self.data, f"stsa.{self.part}.{split}"), classes=CLASSES[self.part])
 
-    def recipe(self) -> dict[str, Any]:
+    def tune_settings(self) -> dict[str, Any]:
         """Return settings for tuning after compression."""
         return {"epochs": 1, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005, "weight_decay": 0.01}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tenfold.checkpoint.pretrained import CONFIG, MARK, architecture, build_dense, write_config
 from tenfold.errors import CheckpointError, DataError, ProfileError, TenfoldError, UnknownNameError, require
-from tenfold.tasks.base import TASKS, SizedBatches, seeded
+from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
 
@@ -49,7 +49,7 @@ class HuggingFace(ModelOnly):
 
     @cached_property
     def config(self) -> Any:
-        """What transformers reads of the model."""
+        """The config of the model."""
         transformers = _transformers()
         return self._read(lambda: transformers.AutoConfig.from_pretrained(self.source))
 
@@ -66,7 +66,7 @@ class HuggingFace(ModelOnly):
         """Return the model with the weights of the folder or the Hub.
 
         Raises:
-            CheckpointError: there are none, or those of a compressed model.
+            CheckpointError: there are none, or they are those of a compressed model.
         """
         return self._pretrained(self.source)
 
@@ -86,7 +86,7 @@ class HuggingFace(ModelOnly):
         return made.eval()
 
     def _read(self, read: Any) -> Any:
-        """Return what transformers reads; what goes wrong is said in one line."""
+        """Call a reader of transformers; a failure is reported in one line."""
         try:
             return read()
         except TenfoldError:
@@ -104,7 +104,7 @@ class HuggingFace(ModelOnly):
 
     @property
     def main_input(self) -> str:
-        """What the forward takes first: ``input_ids`` or ``pixel_values``.
+        """Name of the first input: ``input_ids`` or ``pixel_values``.
 
         Raises:
             ProfileError: something else.
@@ -130,14 +130,15 @@ class HuggingFace(ModelOnly):
         return self._with_decoder(inputs)
 
     def _with_decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs; what encodes and decodes gets the same text on both sides."""
+        """Return the inputs; an encoder-decoder gets the same text on both sides."""
         decoder = {"decoder_input_ids": inputs["input_ids"]} if self.config.is_encoder_decoder else {}
         return {**inputs, **decoder}
 
     def inputs_of(self, source: Path, samples: int | None, *, batch_size: int, seed: int) -> SizedBatches[Any]:
         """Return tokenized sentences, padded and with their mask, or pictures."""
         if self.main_input == "pixel_values":
-            return _Named(PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed))
+            pictures = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
+            return MappedBatches(pictures, lambda batch: {"pixel_values": batch})
         if self._processor is None:
             msg = f"{self.id} has no tokenizer: sentences of --data cannot be read. Use --calibration 0, or Python."
             raise DataError(msg)
@@ -147,17 +148,17 @@ class HuggingFace(ModelOnly):
 
     @cached_property
     def _processor(self) -> Any:
-        """The tokenizer, or what prepares pictures; None where there is none."""
+        """The tokenizer or image processor; None if there is none."""
         transformers = _transformers()
         auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
         try:
             return auto.from_pretrained(self.source)
-        except (OSError, ValueError, KeyError, ImportError):  # they differ in how they say that there is none
+        except (OSError, ValueError, KeyError, ImportError):  # processors differ in how they report that there is none
             return None
 
     @cached_property
     def look(self) -> Look:
-        """What the config and the processor say of pictures."""
+        """Size and normalisation of pictures, from config and processor."""
         size = getattr(self.config, "image_size", 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = int(getattr(self.config, "num_channels", 3))
@@ -168,7 +169,7 @@ class HuggingFace(ModelOnly):
 
 @dataclass(frozen=True, eq=False)
 class _Texts:
-    """Sentences in batches as the tokenizer gives them, those of like length together: little is padding."""
+    """Tokenized sentences in batches of similar length, so that there is little padding."""
 
     task: HuggingFace
     texts: tuple[str, ...]
@@ -179,7 +180,7 @@ class _Texts:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         tokenizer = self.task._processor  # noqa: SLF001 - the same module
-        if tokenizer.pad_token is None:  # GPT-2 and its kin: the mask says what is real
+        if tokenizer.pad_token is None:  # such as GPT-2; the mask excludes padding
             tokenizer.pad_token = tokenizer.eos_token
         by_length = sorted(self.texts, key=len)
         for start in range(0, len(by_length), self.batch_size):
@@ -188,21 +189,7 @@ class _Texts:
             yield self.task._with_decoder({k: made[k] for k in ("input_ids", "attention_mask")})  # noqa: SLF001
 
 
-@dataclass(frozen=True, eq=False)
-class _Named:
-    """Batches of pictures as the keyword argument that models of transformers take."""
-
-    pictures: PictureFolder
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return ({"pixel_values": batch} for batch in self.pictures)
-
-
 def _lines(path: Path) -> list[str]:
-    """Return the sentences of a text file, one a line."""
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -215,7 +202,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _reserved(config: Any) -> int:
-    """Return how many positions RoBERTa and its kin leave unused: they count from the padding id on."""
+    """Return the number of positions that RoBERTa-like models leave unused: they count from the padding id on."""
     pad = getattr(config, "pad_token_id", None)
     kin = str(getattr(config, "model_type", "")) in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
     return int(pad or 0) + 1 if kin else 0

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, require
 from tenfold.registry import did_you_mean
-from tenfold.tasks.base import TASKS, SizedBatches, seeded
+from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
 
@@ -27,16 +26,16 @@ class VisionZoo(ModelOnly):
 
     @abc.abstractmethod
     def names(self) -> Sequence[str]:
-        """Return the names that the library knows."""
+        """Return the names of all models of the library."""
 
     @abc.abstractmethod
     def make(self, *, trained: bool) -> nn.Module:
-        """Return the model with fresh weights, or those that the library downloads."""
+        """Return the model with initial weights, or with those that the library downloads."""
 
     @property
     @abc.abstractmethod
     def look(self) -> Look:
-        """What the model wants pictures to look like."""
+        """Size and normalisation of pictures."""
 
     @property
     def model_name(self) -> str:
@@ -60,7 +59,7 @@ class VisionZoo(ModelOnly):
         """Return the model with the weights that its library downloads.
 
         Raises:
-            CheckpointError: there are none, or they cannot be had now.
+            CheckpointError: there are none, or they are not available.
         """
         try:
             return self._made(trained=True)
@@ -76,7 +75,7 @@ class VisionZoo(ModelOnly):
         return self.make(trained=trained)
 
     def example_inputs(self, batch_size: int = 1) -> Any:
-        """Return random pictures (batch, channels, height, width) of the size that the model is made for."""
+        """Return random pictures (batch, channels, height, width) of the size of the model."""
         look = self.look
         return torch.randn(batch_size, len(look.mean), *look.size, generator=seeded(0))
 
@@ -93,7 +92,7 @@ class Timm(VisionZoo):
     variants: ClassVar[tuple[str, ...]] = ("resnet18",)
 
     def names(self) -> Sequence[str]:
-        """Return the names that timm knows, without those of its weights."""
+        """Return the names of all models of timm, without tags of weights."""
         found: list[str] = _library("timm").list_models()
         return (*found, *([self.model_name] if self.model_name.partition(".")[0] in found else []))
 
@@ -104,7 +103,7 @@ class Timm(VisionZoo):
 
     @cached_property
     def look(self) -> Look:
-        """What the configuration of the model in timm says."""
+        """Size and normalisation from the configuration in timm."""
         known = _library("timm").get_pretrained_cfg(self.model_name)
         channels, height, width = getattr(known, "input_size", None) or (3, _SIDE, _SIDE)
         size = (self.side or height, self.side or width)
@@ -120,7 +119,7 @@ class TorchVision(VisionZoo):
     variants: ClassVar[tuple[str, ...]] = ("resnet18",)
 
     def names(self) -> Sequence[str]:
-        """Return the names that torchvision knows."""
+        """Return the names of all models of torchvision."""
         found: list[str] = _library("torchvision.models").list_models()
         return found
 
@@ -142,7 +141,7 @@ class TorchVision(VisionZoo):
 
     @cached_property
     def kind(self) -> str:
-        """What the model is for, as torchvision sorts it: classification, detection, segmentation ..."""
+        """The subpackage of torchvision: classification, detection, segmentation ..."""
         module = str(_library("torchvision.models").get_model_builder(self.model_name).__module__)
         inner = module.removeprefix("torchvision.models.").split(".")
         return inner[0] if len(inner) > 1 and inner[0] in _KINDS else "classification"
@@ -166,8 +165,8 @@ class TorchVision(VisionZoo):
 
     def inputs_of(self, source: Path, samples: int | None, *, batch_size: int, seed: int) -> SizedBatches[Any]:
         """Return the pictures in a folder; for a detector as lists."""
-        found = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
-        return _Lists(found) if self.kind == "detection" else found
+        pictures = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
+        return MappedBatches(pictures, list) if self.kind == "detection" else pictures
 
 
 # Detectors whose trained weights come with frozen batch norms; torchvision builds others where it loads no weights.
@@ -175,7 +174,7 @@ _FROZEN = re.compile(r"(fasterrcnn|maskrcnn|keypointrcnn|retinanet|fcos)_(?!.*_v
 
 
 def _frozen(model: nn.Module, eps: float) -> nn.Module:
-    """Return the detector with frozen batch norms in its backbone, so that trained weights and checkpoints fit it."""
+    """Freeze the batch norms of a detector's backbone, so that trained weights and checkpoints fit it."""
     layers: Any = _library("torchvision.ops.misc")
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d) and name.startswith("backbone."):
@@ -189,21 +188,8 @@ def _frozen(model: nn.Module, eps: float) -> nn.Module:
 _KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")
 
 
-@dataclass(frozen=True, eq=False)
-class _Lists:
-    """Batches of pictures as lists, as detectors take them."""
-
-    pictures: PictureFolder
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        return (list(batch) for batch in self.pictures)
-
-
 def _library(name: str) -> Any:
-    """Return a module of timm or torchvision; what fails while it is imported is said in one line."""
+    """Import a module of timm or torchvision; a failure is reported in one line."""
     try:
         return require(name, "vision")
     except TenfoldError:

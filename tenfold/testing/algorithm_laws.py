@@ -1,4 +1,4 @@
-"""Laws that an algorithm obeys on every format that it serves."""
+"""Laws that an algorithm obeys on every format that it supports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tenfold.decompositions import Decomposition, Problem, decompose_many, recompress
+from tenfold.decompositions import Decomposition, FitRequest, decompose_many, recompress
 from tenfold.errors import WeightError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.tensors import rel_error
-from tenfold.testing.aware_laws import AWARE_LAWS
+from tenfold.testing.covariance_laws import COVARIANCE_LAWS
 from tenfold.testing.geometries import GEOMETRIES, Geometry, served
 from tenfold.testing.laws import expect, law
 from tenfold.testing.trials import LOCAL_SLACK, SLACK, Trial
@@ -42,7 +42,7 @@ def check_exact(trial: Trial) -> None:
 
 
 def check_monotone(trial: Trial) -> None:
-    """Raise LawBroken if a larger rank has a larger error (unless ``rough``), or a fit tells another than it has."""
+    """Raise LawBroken if a larger rank has a larger error (unless ``initializer_only``), or a fit misstates its own."""
     spec = trial.at.spec
     weight = random_weight(spec, seed=2)
     last = math.inf
@@ -50,9 +50,11 @@ def check_monotone(trial: Trial) -> None:
         with law(2, trial, rank):
             fit = trial.fit(weight, rank)
             seen = rel_error(fit.value.to_dense(), weight)
-            expect(abs(seen - fit.rel_error) <= 1e-7, f"the fit tells the error {fit.rel_error:.6g}, it is {seen:.6g}")
+            expect(
+                abs(seen - fit.rel_error) <= 1e-7, f"the fit reports the error {fit.rel_error:.6g}, it is {seen:.6g}"
+            )
             expect(fit.value.rank == rank, f"the factors have rank {fit.value.rank}")
-            falls = trial.algorithm.rough or seen <= last * (1 + SLACK) + 1e-6
+            falls = trial.algorithm.initializer_only or seen <= last * (1 + SLACK) + 1e-6
             expect(falls, f"the error rises from {last:.6g} to {seen:.6g}")
             last = seen
 
@@ -87,23 +89,23 @@ def check_recovery(trial: Trial) -> None:
 
     At the next ones it is enough to come near where the factors are not determined (not ``tails_bound``). Where a
     format pads the weight there is nothing to find: what the factors had in the padding is not in the weight. Nor need
-    algorithms that only start what others finish (``rough``).
+    algorithms that only start what others finish (``initializer_only``).
     """
     spec = trial.at.spec
-    if trial.algorithm.rough:
+    if trial.algorithm.initializer_only:
         return
     apart = split_groups(random_weight(spec), spec)
     if any(matrix.numel() > apart.numel() for matrix in trial.format.unfoldings(apart, spec).values()):
         return
     ranks = some_ranks(trial.format, spec)
-    own = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
+    planted = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
     for dtype in _dtypes(trial):
-        weight = random_factors(trial.format, spec, own).to_dense().to(dtype)
-        for rank in (r for r in ranks if all(r[k] >= own[k] for k in own)):
-            with law(6, trial, rank, f"a {dtype} weight of rank {own}"):
+        weight = random_factors(trial.format, spec, planted).to_dense().to(dtype)
+        for rank in (r for r in ranks if all(r[k] >= planted[k] for k in planted)):
+            with law(6, trial, rank, f"a {dtype} weight of rank {planted}"):
                 fit = trial.fit(weight, rank)
                 near = 2 * lowest_error(dtype)
-                if rank != own and not trial.format.tails_bound:
+                if rank != planted and not trial.format.tails_bound:
                     near = max(near, _SUPERFLUOUS)
                 expect(fit.rel_error <= near, f"relative error {fit.rel_error:.3g}")
 
@@ -115,19 +117,19 @@ def check_recompressed(trial: Trial) -> None:
     """
     spec, name = trial.at.spec, trial.format.name()
     ranks = some_ranks(trial.format, spec)
-    own = ranks[len(ranks) // 2]
-    value = random_factors(trial.format, spec, own)
-    for rank in (r for r in ranks if r != own and all(r[k] <= own[k] for k in own)):
-        with law(12, trial, f"from {own} to {rank}"):
+    larger = ranks[len(ranks) // 2]
+    value = random_factors(trial.format, spec, larger)
+    for rank in (r for r in ranks if r != larger and all(r[k] <= larger[k] for k in larger)):
+        with law(12, trial, f"from {larger} to {rank}"):
             again = recompress(value, name, rank, trial.algorithm)
-            wanted = trial.fit(value.to_dense(), rank)
+            direct = trial.fit(value.to_dense(), rank)
             seen = rel_error(again.value.to_dense(), value.to_dense())
             expect(again.value.rank == rank, f"the factors have rank {again.value.rank}")
-            expect(abs(seen - again.rel_error) <= 1e-7, f"the fit tells the error {again.rel_error}, it is {seen}")
+            expect(abs(seen - again.rel_error) <= 1e-7, f"the fit reports the error {again.rel_error}, it is {seen}")
             local = not trial.format.tails_bound
-            worse = seen - wanted.rel_error if local else abs(seen - wanted.rel_error)
-            same = worse <= (LOCAL_SLACK if local else SLACK) * wanted.rel_error + 1e-7
-            expect(same, f"relative error {seen:.6g}, from the dense weight {wanted.rel_error:.6g}")
+            worse = seen - direct.rel_error if local else abs(seen - direct.rel_error)
+            same = worse <= (LOCAL_SLACK if local else SLACK) * direct.rel_error + 1e-7
+            expect(same, f"relative error {seen:.6g}, from the dense weight {direct.rel_error:.6g}")
 
 
 def check_deterministic(trial: Trial) -> None:
@@ -153,14 +155,14 @@ def check_batched(trial: Trial) -> None:
     rank = ranks[len(ranks) // 2]
     weights = [random_weight(spec, seed=seed) * scale for seed, scale in ((5, 1.0), (6, 1e-3), (7, 50.0))]
     with law(7, trial, rank, "three at once"):
-        together = decompose_many([Problem(w, spec, name, rank, trial.algorithm) for w in weights])
+        together = decompose_many([FitRequest(w, spec, name, rank, trial.algorithm) for w in weights])
         for weight, fit in zip(weights, together, strict=True):
             alone = trial.fit(weight, rank)
             # Together they stop together, so each may be better than alone, but never worse. Sweeps that tell errors by
             # inner products see none below the root of rounding, and stop somewhere there.
             least = 1e-9 if trial.format.tails_bound else 1e-7
-            wanted = alone.rel_error * (1 + SLACK) + least
-            expect(fit.rel_error <= wanted, f"{fit.rel_error} > {alone.rel_error} alone")
+            most = alone.rel_error * (1 + SLACK) + least
+            expect(fit.rel_error <= most, f"{fit.rel_error} > {alone.rel_error} alone")
 
 
 def check_odd_weights(trial: Trial) -> None:
@@ -181,7 +183,7 @@ def check_odd_weights(trial: Trial) -> None:
 
 def _dtypes(trial: Trial) -> tuple[torch.dtype, ...]:
     """Return all dtypes, or the widest and the one of the smallest range for algorithms that take long."""
-    return (torch.float64, torch.float16) if trial.algorithm.costly else DTYPES
+    return (torch.float64, torch.float16) if trial.algorithm.slow else DTYPES
 
 
 def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: bool) -> None:
@@ -197,7 +199,7 @@ def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: boo
     scale = float(weight.abs().max().double()) or 1.0
     seen = rel_error(exact / scale, weight.double() / scale)
     noise = lowest_error(weight.dtype)
-    expect(abs(seen - fit.rel_error) <= 2 * noise, f"the fit tells the error {fit.rel_error:.3g}, it is {seen:.3g}")
+    expect(abs(seen - fit.rel_error) <= 2 * noise, f"the fit reports the error {fit.rel_error:.3g}, it is {seen:.3g}")
     full = rank == trial.format.max_rank(trial.at.spec)
     flat = not bool((weight - weight.view(-1)[0]).any())
     expect(seen <= (2 * noise if full or flat else 1 + noise), f"relative error {seen:.3g}")
@@ -226,7 +228,7 @@ ALGORITHM_LAWS: dict[str, Callable[[Trial], None]] = {
     "batched": check_batched,
     "odd_weights": check_odd_weights,
     "broken_weights": check_broken_weights,
-    **AWARE_LAWS,
+    **COVARIANCE_LAWS,
 }
 
 
@@ -241,13 +243,13 @@ def check_algorithm_laws(
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
     formats that take many sweeps each time (not ``tails_bound``), only full rank is tried everywhere, and all else at
     one geometry of each kind, number of axes, and grouping, as are the laws with data of all formats; algorithms that
-    say they are ``costly`` one of each kind and grouping.
+    say they are ``slow`` one of each kind and grouping.
     """
     seen = set()
-    few = name in AWARE_LAWS or (name != "exact" and not format.tails_bound)
+    few = name in COVARIANCE_LAWS or (name != "exact" and not format.tails_bound)
     for at in served(format, geometries):
         kind = at.spec.groups > 1
-        shape = kind if algorithm.costly else (at.spec.axes, kind) if few else at.spec.group_shape
+        shape = kind if algorithm.slow else (at.spec.axes, kind) if few else at.spec.group_shape
         key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", shape)
         if key not in seen:
             seen.add(key)

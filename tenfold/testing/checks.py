@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenfold.decompositions import DECOMPOSITIONS, AwareDecomposition, Decomposition
+from tenfold.decompositions import DECOMPOSITIONS, Decomposition
 from tenfold.formats import FORMATS
 from tenfold.ranks import RULES, RankRule
 from tenfold.testing.algorithm_laws import ALGORITHM_LAWS, check_algorithm_laws
@@ -27,13 +27,13 @@ def check_format(name: str) -> None:
         check_format_laws(kind, each)
     for each in MODEL_LAWS:
         check_model_laws(kind, each)
-    finders = [finder for _, finder in DECOMPOSITIONS.items() if finder.serves(kind)]
+    finders = [finder for _, finder in DECOMPOSITIONS.items() if finder.supports(kind)]
     with law(1, name):
         default = DECOMPOSITIONS.get(kind.default_algorithm)
         expect(default in finders, f"the default algorithm {kind.default_algorithm} does not serve the format")
         if kind.aware_algorithm is not None:
             aware = DECOMPOSITIONS.get(kind.aware_algorithm)
-            knows = aware in finders and issubclass(aware, AwareDecomposition)
+            knows = aware in finders and aware.uses_covariance
             expect(knows, f"the algorithm {kind.aware_algorithm} does not serve the format, or does not know the data")
     for finder in finders:
         for each in ALGORITHM_LAWS:
@@ -47,7 +47,7 @@ def check_algorithm(algorithm: str | Decomposition) -> None:
         >>> check_algorithm("hosvd")
     """
     finder = DECOMPOSITIONS.get(algorithm)() if isinstance(algorithm, str) else algorithm
-    kinds = [kind for _, kind in FORMATS.items() if finder.serves(kind)]
+    kinds = [kind for _, kind in FORMATS.items() if finder.supports(kind)]
     with law(1, finder.name()):
         expect(bool(kinds), "the algorithm serves no registered format")
     for kind in kinds:

@@ -1,23 +1,24 @@
-"""Bring the accuracy back: fine-tuning that can be killed at any time and resumed to the same end.
+"""Recover accuracy: fine-tuning that can be interrupted at any time and resumed to the same end; training to low rank.
 
-Any other training loop does as well: the result of ``apply`` is an ordinary module.
+Any other training loop works as well: the result of ``apply`` is an ordinary module.
 """
 
 from tenfold.training.batches import Batches
-from tenfold.training.cached_logits import StoredAnswers
+from tenfold.training.cached_logits import CachedLogits
 from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.distillation import Distillation
 from tenfold.training.finetune import finetune
 from tenfold.training.losses import SensitivityPenalty
 from tenfold.training.low_rank.admm import Admm, AdmmConfig
 from tenfold.training.low_rank.bayesian import BayesianRanks
-from tenfold.training.low_rank.learned_ranks import LearnedRanks, train_lc
+from tenfold.training.low_rank.learned_ranks import LcConfig, LearnedRanks
 from tenfold.training.low_rank.priors import BayesianConfig
 from tenfold.training.low_rank.svgd import Ensemble, log_likelihood
-from tenfold.training.low_rank.train_admm import LowRankResult, train_admm, train_towards
+from tenfold.training.low_rank.train_admm import LowRankConfig, LowRankResult, train_admm
 from tenfold.training.low_rank.train_bayesian import BayesianResult, ranks_plan, train_bayesian
 from tenfold.training.optimizer import parameter_groups
 from tenfold.training.progress import RichProgress, TuneProgress
+from tenfold.training.snapshot import TrainingFolder
 
 __all__ = [
     "Admm",
@@ -26,14 +27,17 @@ __all__ = [
     "BayesianConfig",
     "BayesianRanks",
     "BayesianResult",
+    "CachedLogits",
     "Distillation",
     "Ensemble",
     "EpochRecord",
+    "LcConfig",
     "LearnedRanks",
+    "LowRankConfig",
     "LowRankResult",
     "RichProgress",
     "SensitivityPenalty",
-    "StoredAnswers",
+    "TrainingFolder",
     "TuneConfig",
     "TuneProgress",
     "TuneResult",
@@ -43,6 +47,4 @@ __all__ = [
     "ranks_plan",
     "train_admm",
     "train_bayesian",
-    "train_lc",
-    "train_towards",
 ]

@@ -1,4 +1,4 @@
-"""Labeled batches as a function of the epoch, and each process's share of them."""
+"""Labeled batches as a function of the epoch, their random state, and the share of each process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def at_epoch(batches: Batches, epoch: int) -> Iterable[Batch]:
     """Return the batches of one epoch, counted from 0.
 
     Raises:
-        DataError: not a function and not something that can be gone through again and again.
+        DataError: neither a function nor an iterable that can be repeated.
     """
     data = batches(epoch) if callable(batches) else batches
     if not isinstance(data, Iterable) or (data is batches and iter(data) is data):
@@ -35,7 +35,7 @@ def at_epoch(batches: Batches, epoch: int) -> Iterable[Batch]:
 
 
 def seed_epoch(device: torch.device, seed: int, epoch: int, process: int = 0) -> None:
-    """Make all randomness of an epoch a function of the seed and its number, so that no state need be stored."""
+    """Make all randomness of an epoch a function of the seed and its number, so that no random state is stored."""
     value = (seed * 1_000_003 + epoch + process * 7_368_787_001) % 2**63
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
@@ -44,20 +44,20 @@ def seed_epoch(device: torch.device, seed: int, epoch: int, process: int = 0) ->
 
 
 def count_steps(batches: Batches) -> int:
-    """Return the number of batches in an epoch: ``len`` where there is one, else by going through epoch 0 once."""
+    """Return the number of batches in an epoch: ``len`` if available, else by iterating over epoch 0."""
     data = at_epoch(batches, 0)
     return len(data) if isinstance(data, Sized) else sum(1 for _ in data)
 
 
 def share(data: Iterable[Batch], index: int, count: int) -> Iterator[Batch]:
-    """Return every ``count``-th batch from ``index`` on, as many for each process; the first ones fill the last round.
+    """Return every ``count``-th batch from ``index`` on, equally many for each process; the first fill the last round.
 
-    So all processes must be given the same batches in the same order. These are drawn in a random state of their own,
-    the one in which this is called: what training draws in one process does not change what it is given. A DataLoader
-    reads the samples of the share alone; of other iterables all batches are made, and those of others left out.
+    All processes must be given the same batches in the same order. Batches are drawn in a random state of their own,
+    the one at the time of the call, so that random numbers drawn by training do not change them. A DataLoader reads
+    only the samples of the share; other iterables make all batches, and the rest is dropped.
 
     Raises:
-        DataError: batches that somebody has divided up already.
+        DataError: batches that are divided up already.
     """
     if isinstance(data, DataLoader) and (
         isinstance(data.sampler, DistributedSampler) or getattr(data, "_is_accelerate_prepared", False)
@@ -70,7 +70,7 @@ def share(data: Iterable[Batch], index: int, count: int) -> Iterator[Batch]:
 
 
 def grouped(data: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Iterate over lists of ``size`` elements; the last may be shorter."""
+    """Yield lists of ``size`` elements; the last may be shorter."""
     iterator = iter(data)
     while group := list(islice(iterator, size)):
         yield group
@@ -90,7 +90,7 @@ def _every(data: Iterable[T], index: int, count: int) -> Iterator[T]:
 
 
 class _Every:
-    """Every so-manyth list of indices of a batch sampler."""
+    """Every ``count``-th list of indices of a batch sampler, from ``index`` on."""
 
     def __init__(self, sampler: Iterable[list[int]], index: int, count: int) -> None:
         self._sampler, self._index, self._count = sampler, index, count
@@ -100,7 +100,7 @@ class _Every:
 
 
 def _loader_of(loader: DataLoader[Any], index: int, count: int) -> DataLoader[Any]:
-    """Return a loader like this one that reads a share of the batches."""
+    """Return a copy of the loader that reads a share of the batches."""
     names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     settings: dict[str, Any] = {name: getattr(loader, name) for name in (*names, "generator", "prefetch_factor")}
     sampler: Any = _Every(loader.batch_sampler, index, count)  # type: ignore[arg-type]
@@ -108,8 +108,8 @@ def _loader_of(loader: DataLoader[Any], index: int, count: int) -> DataLoader[An
 
 
 def _in_own_state(data: Iterable[T]) -> Iterator[T]:
-    """Return an iterator that draws from torch's global generator as it is now, and leaves that as it is."""
-    return _swapping(data, torch.get_rng_state())
+    """Iterate in a copy of torch's global random state at the time of the call, and leave that state alone."""
+    return _swapping(data, torch.get_rng_state())  # read here: the body of a generator runs later
 
 
 def _swapping(data: Iterable[T], state: torch.Tensor) -> Iterator[T]:
@@ -129,7 +129,7 @@ def _swapping(data: Iterable[T], state: torch.Tensor) -> Iterator[T]:
 
 
 def peek(data: Iterable[Batch]) -> tuple[Any, Iterable[Batch]]:
-    """Return the first inputs, and the batches with nothing lost.
+    """Return the first inputs, and all batches.
 
     Raises:
         DataError: there are no batches.

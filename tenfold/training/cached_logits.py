@@ -1,4 +1,4 @@
-"""A teacher's answers, asked for once and kept on disk: distillation for the price of ordinary training."""
+"""Logits of teachers cached on disk: distillation at the cost of ordinary training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError
-from tenfold.records import written_whole
+from tenfold.records import atomic_write
 from tenfold.tracing.contexts import device_of, evaluating
 from tenfold.tracing.inputs import call_model, to_device
 from tenfold.training.batches import Batch, as_pair
@@ -23,22 +23,22 @@ from tenfold.training.losses import logits_of
 from tenfold.training.precision import uses_bf16
 
 
-class StoredAnswers:
+class CachedLogits:
     """Batches for ``finetune`` whose targets are pairs (labels, logits of the teachers).
 
-    A teacher costs a third of the training again, in each epoch and in each run. Here the augmented data of the first
-    ``views`` epochs are gone through again and again, and what the teachers say of them is stored (Shen & Xing 2021,
-    "A fast knowledge distillation framework", arXiv 2112.01528); runs with the same folder share it. Train with
-    ``Distillation(None)``, which finds the answers in the targets.
+    A teacher adds a third to the cost of training, in every epoch of every run. Here the augmented data of the first
+    ``views`` epochs are repeated, and the logits of the teachers on them are stored (Shen & Xing 2021, "A fast
+    knowledge distillation framework", arXiv 2112.01528); runs with the same folder share them. Train with
+    ``Distillation(None)``, which reads the logits from the targets.
 
-    An epoch whose view is stored gives the same numbers, bit for bit, as the epoch in which it was computed.
+    Stored and freshly computed epochs are equal bit for bit.
 
     Args:
         teachers: one model or several, on the device of the data.
-        batches: function from the epoch to (inputs, labels), always the same for one epoch.
-        folder: where the answers are kept, in files named after the teachers and ``about``.
-        views: how many different epochs of data there are.
-        about: what ``batches`` gives, in any words: batch size, augmentation and seed. Others have other answers.
+        batches: function from the epoch to (inputs, labels), deterministic.
+        folder: of the files, which are named after the teachers and ``about``.
+        views: number of different epochs of data.
+        about: description of the data, such as batch size, augmentation and seed; other data get other files.
 
     Raises:
         DataError: no teacher, or fewer than one view.
@@ -47,7 +47,7 @@ class StoredAnswers:
         >>> teacher, x = nn.Linear(4, 3), torch.randn(8, 4)
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     batches = StoredAnswers(teacher, lambda epoch: [(x, torch.zeros(8))], folder, views=2)
+        ...     batches = CachedLogits(teacher, lambda epoch: [(x, torch.zeros(8))], folder, views=2)
         ...     (inputs, (labels, logits)), = batches(epoch=5)
         >>> logits.shape  # (samples, teachers, classes)
         torch.Size([8, 1, 3])
@@ -77,7 +77,7 @@ class StoredAnswers:
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """The data of one epoch with the answers to them, from the file or for it."""
+    """The data of one epoch with the logits of the teachers, read from the file or written to it."""
 
     teachers: tuple[nn.Module, ...]
     data: Iterable[Batch]
@@ -93,20 +93,20 @@ class _View:
         if self.path.is_file():
             yield from self._read()
             return
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
         for batch in self.data:
             inputs, labels = as_pair(batch)
-            found.append(self._ask(inputs))
-            yield inputs, (labels, found[-1])
-        if found:
-            with written_whole(self.path) as partial:  # the last of several writers wins, with the same content
-                save_file({"logits": torch.cat(found)}, partial)
+            logits.append(self._ask(inputs))
+            yield inputs, (labels, logits[-1])
+        if logits:
+            with atomic_write(self.path) as partial:  # the last of several writers wins, with the same content
+                save_file({"logits": torch.cat(logits)}, partial)
 
     def _read(self) -> Iterator[Batch]:
         try:
             stored = load_file(self.path)["logits"]
         except (SafetensorError, KeyError) as error:
-            msg = f"{self.path} is damaged ({error}): delete it, and it is made again"
+            msg = f"{self.path} is damaged ({error}): delete it, and it is computed again"
             raise CheckpointError(msg) from None
         done = 0
         for batch in self.data:
@@ -118,12 +118,12 @@ class _View:
             yield inputs, (labels, logits)
         if done != len(stored):
             msg = (
-                f"{self.path} has answers to {len(stored)} samples, the data at least {done}. Name the data in `about`."
+                f"{self.path} has logits of {len(stored)} samples, the data at least {done}. Name the data in `about`."
             )
             raise CheckpointError(msg)
 
     def _ask(self, inputs: Any) -> Tensor:
-        """Return the logits of all teachers, (samples, teachers, classes), as they will be read from the file."""
+        """Return the logits of all teachers, (samples, teachers, classes), rounded as in the file."""
         logits = []
         for teacher in self.teachers:
             device = device_of(teacher)

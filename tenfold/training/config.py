@@ -1,4 +1,4 @@
-"""What a fine-tuning run is told, and what it tells."""
+"""Fine-tuning configuration and results."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from tenfold.records import Record
 
 
 class TuneConfig(Record):
-    """How to fine-tune. The defaults suit a network that was just compressed and is to be trained for a few epochs.
+    """Configuration of fine-tuning. The defaults suit a few epochs after compression.
 
     Attributes:
         epochs: passes over the batches; 0 trains nothing.
         optimizer: "sgd" (with Nesterov momentum) or "adamw".
-        lr: highest learning rate, reached after the warm-up; a tenth to a hundredth of that of the original training.
-        momentum: of SGD; the first beta of AdamW.
-        weight_decay: pull towards zero; never on biases and norms.
-        decay_factors: whether it acts on the factors of factorized layers too, where it silently lowers their rank.
-        warmup: share of all steps during which the learning rate rises in a straight line; then it falls as a cosine.
-        label_smoothing: share of the target spread over all classes, in the default loss.
+        lr: peak learning rate, after the warm-up; a tenth to a hundredth of that of the original training.
+        momentum: of SGD; β₁ of AdamW.
+        weight_decay: on weights only, never on biases and norms.
+        decay_factors: whether weight decay acts on factors too, where it silently lowers their rank.
+        warmup: share of all steps with a linearly rising learning rate; it then falls as a cosine.
+        label_smoothing: of the default loss.
         freeze_norms: whether batch norms normalize by their running statistics and keep them, as in evaluation; scales
-            and shifts are trained. For models that answer nearly as they should: against a teacher, the noise of the
-            statistics of each batch then outweighs what is left to learn.
-        clip_norm: largest norm of the whole gradient, None for no limit.
-        autocast: "bf16", "off", or "auto": bf16 for float32 models where the hardware computes in it.
-        channels_last: True, False, or "auto": where the model has 2-d convolutions and runs with such inputs.
-        batch_size: samples per batch, for those who make the batches; the loop takes them as they come.
-        accumulate: batches per step, their gradients averaged: a larger batch than the memory holds.
-        ema: decay of the exponential moving average of the weights, such as 0.999, which is then what is scored after
-            each epoch and what the model ends with; None for none.
-        seed: of everything random in an epoch, together with the number of the epoch.
+            and shifts are trained. For models that are nearly right already: against a teacher, the noise of batch
+            statistics then outweighs the remaining error.
+        clip_norm: largest norm of the whole gradient; None for no limit.
+        autocast: "bf16", "off", or "auto": bf16 for float32 models on hardware with bf16 arithmetic.
+        channels_last: True, False, or "auto": if the model has 2-d convolutions and runs with such inputs.
+        batch_size: samples per batch, for the caller who makes the batches; the loop itself does not use it.
+        accumulate: batches per step, their gradients averaged: a larger batch than fits into memory.
+        ema: decay of the exponential moving average of the weights, such as 0.999; the average is then scored after
+            each epoch and is the final model. None for no average.
+        seed: of all randomness of an epoch, together with its number.
 
     Example:
         >>> TuneConfig(epochs=3, lr=0.05).replace(optimizer="adamw").optimizer
@@ -57,10 +57,10 @@ class TuneConfig(Record):
 
     @classmethod
     def gentle(cls, **settings: Any) -> TuneConfig:
-        """Return how to train what answers nearly as it should already, such as fits to data, towards its teacher.
+        """Return a configuration for models that are nearly right already, such as data-aware fits, with a teacher.
 
-        Adam instead of SGD, whose rate would have to be lower for the steep than it is of use for the flat directions
-        of factors; batch norm by its running statistics; no decay. ``settings`` come first.
+        Adam instead of SGD: factors have steep and flat directions, and no one learning rate of SGD suits both. Batch
+        norm uses its running statistics, and nothing decays. ``settings`` override all this.
 
         Example:
             >>> TuneConfig.gentle(epochs=12).freeze_norms
@@ -73,13 +73,13 @@ GENTLE: dict[str, Any] = {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.0,
 
 
 class EpochRecord(Record):
-    """One epoch that is complete.
+    """One complete epoch.
 
     Attributes:
         epoch: counted from 1.
         loss: mean over the batches, of all processes.
         lr: learning rate of the last step.
-        score: what ``evaluate`` said after the epoch; None without it.
+        score: result of ``evaluate`` after the epoch; None without it.
         seconds: training, without evaluation.
     """
 
@@ -91,12 +91,12 @@ class EpochRecord(Record):
 
 
 class TuneResult(Record):
-    """What fine-tuning did; the model itself was trained in place.
+    """History of fine-tuning; the model itself was trained in place.
 
     Attributes:
-        config: what it was told.
-        history: one record per epoch, those of earlier, interrupted calls included.
-        resumed: how many of them were taken from the folder.
+        config: of the run.
+        history: one record per epoch, including those of earlier, interrupted calls.
+        resumed: how many of them were restored from the folder.
     """
 
     config: TuneConfig
@@ -110,5 +110,5 @@ class TuneResult(Record):
 
     @property
     def seconds(self) -> float:
-        """Seconds of training in all epochs, those of earlier, interrupted calls included."""
+        """Seconds of training in all epochs, including those of earlier, interrupted calls."""
         return sum(record.seconds for record in self.history)

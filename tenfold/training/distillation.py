@@ -1,4 +1,4 @@
-"""Training a student to answer as a teacher does: logits, and features where their shapes agree."""
+"""Knowledge distillation: match the logits of teachers, and features where shapes agree."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tenfold.training.losses import logits_of
 
 
 class Distillation:
-    """A loss for ``finetune``: the student is to give the outputs of a teacher, which is as a rule the original model.
+    """A loss for ``finetune`` that matches the student to a teacher, usually the original model.
 
     With student and teacher logits s and t, labels y, share a and temperature T (Hinton, Vinyals & Dean 2015,
     arXiv 1503.02531), and features f of m named modules, b their weight:
 
         (1 − a) · CE(s, y) + a · T² · KL(softmax(t/T) ‖ softmax(s/T)) + b/m · Σ ‖f_s/‖f_s‖ − f_t/‖f_t‖‖²
 
-    Norms are per sample. Decomposition keeps numbers of channels, so features need no adapter. At ``share=1`` labels
-    are never read: this is recovery without labels, and the targets of the batches may be anything.
+    Norms are per sample. Decomposition preserves numbers of channels, so features need no adapter. At ``share=1``
+    labels are never read: recovery without labels, with any targets.
 
-    The teachers stay in eval mode, are never trained and are no part of the student. Of several the probabilities at
-    temperature T are averaged.
+    Teachers run in eval mode without gradients, and are not part of the student. The probabilities of several teachers
+    at temperature T are averaged.
 
     Args:
         teacher: one model or several, on the device of the student, with the student's inputs. None: the targets of
-            the batches are pairs (labels, logits (samples, teachers, classes)), as ``StoredAnswers`` gives them.
+            the batches are pairs (labels, logits (samples, teachers, classes)), as ``CachedLogits`` gives them.
         share: a, the share of the teacher in the loss, 0 to 1.
-        temperature: T ≥ 1 says how much the small probabilities count.
-        features: paths of modules whose outputs are compared, present in the student and in the first teacher.
+        temperature: T ≥ 1; higher values weigh small probabilities more.
+        features: paths of modules, in the student and in the first teacher, whose outputs are compared.
         feature_weight: b ≥ 0.
         label_smoothing: of the labels' cross-entropy.
 
@@ -83,32 +83,32 @@ class Distillation:
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         """Return the loss of the student on a batch, a float32 scalar; ``targets`` are not read at ``share=1``."""
-        of_teacher: list[Tensor] = []
-        with taps(model, self.features, "student") as of_student:
+        teacher_features: list[Tensor] = []
+        with taps(model, self.features, "student") as student_features:
             student = logits_of(call_model(model, inputs))
         if self.teachers is None:
-            targets, answers = _answered(targets)
-            wanted = self._soften(answers)
+            targets, stored = _stored(targets)
+            target = self._soften(stored)
         else:
-            wanted, of_teacher = self._ask(self.teachers, inputs)
+            target, teacher_features = self._ask(self.teachers, inputs)
         t = self.temperature
-        loss = self.share * t * t * F.kl_div((student / t).log_softmax(-1), wanted, reduction="none").sum(-1).mean()
+        loss = self.share * t * t * F.kl_div((student / t).log_softmax(-1), target, reduction="none").sum(-1).mean()
         if self.share < 1:
             smoothing = self.label_smoothing
             loss = loss + (1 - self.share) * F.cross_entropy(student, targets, label_smoothing=smoothing)
         if self.features:
-            apart = [_apart(s, f) for s, f in zip(of_student, of_teacher, strict=True)]
-            loss = loss + self.feature_weight * torch.stack(apart).mean()
+            distances = [_distance(s, f) for s, f in zip(student_features, teacher_features, strict=True)]
+            loss = loss + self.feature_weight * torch.stack(distances).mean()
         return loss
 
     def _ask(self, teachers: Sequence[nn.Module], inputs: Any) -> tuple[Tensor, list[Tensor]]:
-        """Return the probabilities that the teachers give at this temperature, and the features of the first."""
+        """Return the softened probabilities of the teachers, and the features of the first."""
         with ExitStack() as stack:
             for teacher in teachers:
                 stack.enter_context(evaluating(teacher))
-            found = stack.enter_context(taps(teachers[0], self.features, "teacher"))
+            features = stack.enter_context(taps(teachers[0], self.features, "teacher"))
             logits = torch.stack([logits_of(call_model(teacher, inputs)) for teacher in teachers], dim=1)
-            return self._soften(logits), found
+            return self._soften(logits), features
 
     def _soften(self, logits: Tensor) -> Tensor:
         """Return the mean probabilities (samples, classes) of logits (samples, teachers, classes)."""
@@ -117,7 +117,7 @@ class Distillation:
 
 @contextmanager
 def taps(model: nn.Module, paths: Sequence[str], who: str = "model") -> Iterator[list[Tensor]]:
-    """Yield a list that holds, after one forward within the context, the outputs of the modules at ``paths``.
+    """Yield a list that holds the outputs of the modules at ``paths`` after one forward within the context.
 
     Raises:
         TuningError: the model has no such module.
@@ -146,15 +146,14 @@ def _tuple(models: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, ...]:
     return (models,) if isinstance(models, nn.Module) else tuple(models)
 
 
-def _answered(targets: Any) -> tuple[Any, Tensor]:
-    """Return labels and stored logits of a batch."""
+def _stored(targets: Any) -> tuple[Any, Tensor]:
     match targets:
-        case (labels, Tensor() as answers) if answers.dim() == 3:
-            return labels, answers
+        case (labels, Tensor() as logits) if logits.dim() == 3:
+            return labels, logits
         case _:
             msg = (
                 f"without a teacher the targets must be pairs (labels, logits), not {type(targets).__name__}: train on "
-                "StoredAnswers(...), or pass the teacher"
+                "CachedLogits(...), or pass the teacher"
             )
             raise TuningError(msg)
 
@@ -170,8 +169,8 @@ def _module(model: nn.Module, path: str, who: str) -> nn.Module:
         raise TuningError(msg) from None
 
 
-def _apart(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared distance of normalised features (samples, ...), the mean over samples."""
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the squared distance of normalised features (samples, ...), averaged over samples."""
     if student.shape != teacher.shape:
         msg = (
             f"features have the shapes {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "

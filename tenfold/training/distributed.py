@@ -1,4 +1,4 @@
-"""Who else trains: nobody, or the other processes of a Hugging Face Accelerate launch. The loop is the same."""
+"""One training loop for a single process and for the processes of a Hugging Face Accelerate launch."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from tenfold.tracing.contexts import device_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from tenfold.training.snapshot import TrainingFolder
+
 Prepared = tuple[nn.Module, torch.optim.Optimizer]
 
 
-class Alone:
-    """One process that trains with plain torch."""
+class SingleProcess:
+    """Training in one process with plain torch."""
 
     index = 0
     count = 1
-    casts = False  # whether it has a precision of its own to compute in
+    sets_precision = False  # whether the launcher configures autocast
 
     def place(self, model: nn.Module) -> torch.device:
-        """Return the device to train on: where the model is."""
+        """Return the device to train on: that of the model."""
         return device_of(model)
 
     def prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[Prepared]:
-        """Yield what to call in place of the model, and what to step in place of the optimizer."""
+        """Yield the model to call and the optimizer to step, wrapped if necessary."""
         return nullcontext((model, optimizer))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the precision of the process meanwhile."""
+        """Compute in the precision that the launcher sets."""
         return nullcontext()
 
-    def unsynced(self, called: nn.Module) -> AbstractContextManager[Any]:
-        """Leave gradients unshared meanwhile: more are to be added to them."""
+    def no_sync(self, called: nn.Module) -> AbstractContextManager[Any]:
+        """Skip averaging of gradients over processes: more are to be accumulated."""
         del called
         return nullcontext()
 
@@ -47,7 +49,7 @@ class Alone:
         loss.backward()
 
     def clip(self, parameters: list[nn.Parameter], norm: float) -> None:
-        """Scale the whole gradient down to this norm if it is larger."""
+        """Clip the norm of the whole gradient."""
         torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def mean(self, value: Tensor) -> float:
@@ -58,18 +60,18 @@ class Alone:
         """Return the value of the main process."""
         return value
 
-    def align_(self, model: nn.Module) -> None:
-        """Give the model the buffers of the main process: running statistics differ, parameters do not."""
+    def sync_buffers_(self, model: nn.Module) -> None:
+        """Copy buffers from the main process: running statistics differ, parameters do not."""
 
-    def agree(self, done: int, folder: object) -> None:
-        """Wait for all; raise CheckpointError if they have not found the same epochs in the folder."""
+    def check_same_epochs(self, done: int, folder: TrainingFolder | None) -> None:
+        """Raise CheckpointError unless all processes found the same number of epochs in the folder."""
 
     def wait(self) -> None:
         """Wait for all processes."""
 
 
-class Accelerated(Alone):
-    """One of the processes of an ``accelerate.Accelerator``, which decides on devices, precision and how to share.
+class AccelerateProcess(SingleProcess):
+    """One process of an ``accelerate.Accelerator``, which sets devices, precision and communication.
 
     Raises:
         TuningError: an accelerator that is set up for what the loop does itself, or for sharded models.
@@ -89,10 +91,10 @@ class Accelerated(Alone):
         self.accelerator = accelerator
         self.index = accelerator.process_index
         self.count = accelerator.num_processes
-        self.casts = accelerator.mixed_precision != "no"
+        self.sets_precision = accelerator.mixed_precision != "no"
 
     def place(self, model: nn.Module) -> torch.device:
-        """Return the device of the process after moving the model there."""
+        """Move the model to the device of the process, and return the device."""
         if not self.accelerator.device_placement:
             return device_of(model)
         model.to(self.accelerator.device)
@@ -100,31 +102,31 @@ class Accelerated(Alone):
 
     @contextmanager
     def prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Prepared]:
-        """Yield model and optimizer as the accelerator wraps them; afterwards neither knows of the other."""
-        own = set(vars(model))
+        """Yield model and optimizer as the accelerator wraps them; unwrap both at the end."""
+        before = set(vars(model))
         called, stepped = self.accelerator.prepare(model, optimizer)
         try:
             yield called, stepped
         finally:
-            for made, known in ((called, self.accelerator._models), (stepped, self.accelerator._optimizers)):  # noqa: SLF001 - free_memory would drop what the caller prepared too
-                known[:] = [other for other in known if other is not made]
-            for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - own:
+            for wrapped, known in ((called, self.accelerator._models), (stepped, self.accelerator._optimizers)):  # noqa: SLF001 - free_memory would drop what the caller prepared too
+                known[:] = [other for other in known if other is not wrapped]
+            for name in {"forward", "_original_forward", "_is_accelerate_prepared"} - before:
                 vars(model).pop(name, None)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the precision of the accelerator meanwhile."""
+        """Compute in the precision of the accelerator."""
         return self.accelerator.autocast()  # type: ignore[no-any-return]
 
-    def unsynced(self, called: nn.Module) -> AbstractContextManager[Any]:
-        """Leave gradients unshared meanwhile: more are to be added to them."""
+    def no_sync(self, called: nn.Module) -> AbstractContextManager[Any]:
+        """Skip averaging of gradients over processes: more are to be accumulated."""
         return self.accelerator.no_sync(called)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, scaled where the precision needs it; the last of a step are averaged."""
+        """Add the gradients of a loss, scaled where the precision needs it; averaged at the last of a step."""
         self.accelerator.backward(loss)
 
     def clip(self, parameters: list[nn.Parameter], norm: float) -> None:
-        """Scale the whole gradient, averaged over the processes, down to this norm if it is larger."""
+        """Clip the norm of the whole gradient, averaged over the processes."""
         self.accelerator.clip_grad_norm_(parameters, norm)
 
     def mean(self, value: Tensor) -> float:
@@ -139,20 +141,20 @@ class Accelerated(Alone):
         sent: Tensor = broadcast(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device))
         return sent.item()
 
-    def align_(self, model: nn.Module) -> None:
-        """Give the model the buffers of the main process: running statistics differ, parameters do not."""
+    def sync_buffers_(self, model: nn.Module) -> None:
+        """Copy buffers from the main process: running statistics differ, parameters do not."""
         from accelerate.utils import broadcast
 
         with torch.no_grad():
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer))
 
-    def agree(self, done: int, folder: object) -> None:
-        """Wait for all; raise CheckpointError if they have not found the same epochs in the folder."""
-        found: Tensor = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device))
-        if len(set(found.tolist())) > 1:
+    def check_same_epochs(self, done: int, folder: TrainingFolder | None) -> None:
+        """Raise CheckpointError unless all processes found the same number of epochs in the folder."""
+        counts: list[int] = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).tolist()
+        if folder is not None and len(set(counts)) > 1:
             msg = (
-                f"the processes find {', '.join(map(str, found.tolist()))} epochs in {folder}: give a folder on a file "
+                f"the processes find {', '.join(map(str, counts))} epochs in {folder.path}: give a folder on a file "
                 "system that all machines share."
             )
             raise CheckpointError(msg)

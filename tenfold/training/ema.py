@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights: smoother than the last step, at the price of one copy."""
+"""Exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Average:
     """The average of the trained parameters and the floating point buffers (running statistics) of a model.
 
     Args:
-        model: as it is at the start.
-        decay: share of the average that stays at an update; less in the first updates, min(decay, (1 + n)/(10 + n)),
-            so that the start is soon forgotten.
+        model: in its initial state.
+        decay: of the average at an update; less in the first updates, min(decay, (1 + n)/(10 + n)), so that the
+            initial weights are soon forgotten.
 
     Attributes:
         tensors: the average by name, as in the model.
@@ -36,20 +36,20 @@ class Average:
 
     @torch.no_grad()
     def update_(self, model: nn.Module, number: int) -> None:
-        """Take the model in after the update of this number, counted from 0."""
+        """Update the average after the optimizer step of this number, counted from 0."""
         decay = min(self.decay, (1 + number) / (10 + number))
         average = get_ema_multi_avg_fn(decay)
         average(list(self.tensors.values()), [tensor.detach() for _, tensor in _averaged(model)], number)
 
     @torch.no_grad()
     def write_to_(self, model: nn.Module) -> None:
-        """Give the model the average."""
+        """Copy the average into the model."""
         for name, tensor in _averaged(model):
             tensor.copy_(self.tensors[name])
 
     @contextmanager
     def shown(self, model: nn.Module) -> Iterator[None]:
-        """Let the model have the average for a while, and its own values to the last bit afterwards."""
+        """Temporarily replace the values of the model by the average."""
         own = [(tensor, tensor.detach().clone()) for _, tensor in _averaged(model)]
         self.write_to_(model)
         try:

@@ -1,28 +1,27 @@
-"""Fine-tuning on a page: supervised, resumable after a kill, and the same to the last bit when it is."""
+"""Supervised fine-tuning, resumable after a kill with bit-identical results."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from tenfold.errors import CheckpointError
 from tenfold.tracing.contexts import kept_modes, same_random_numbers
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, Batches, at_epoch, count_steps, peek, seed_epoch, share
-from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
-from tenfold.training.distributed import Accelerated, Alone
+from tenfold.training.config import TuneConfig, TuneResult
+from tenfold.training.distributed import AccelerateProcess, SingleProcess
 from tenfold.training.ema import Average
-from tenfold.training.loop import Loop, Loss
+from tenfold.training.loop import Evaluate, Loop, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.optimizer import build_optimizer
 from tenfold.training.precision import channels_last_weights, uses_channels_last
-from tenfold.training.progress import Silent, TuneProgress
-from tenfold.training.snapshot import Snapshot, TuneState
+from tenfold.training.progress import TuneProgress
+from tenfold.training.snapshot import Snapshot, TrainingFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,43 +35,38 @@ def finetune(
     config: TuneConfig | None = None,
     *,
     loss: Loss | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
-    folder: str | Path | None = None,
-    identity: str = "",
-    on_epoch: Callable[[EpochRecord], None] | None = None,
+    evaluate: Evaluate | None = None,
+    folder: str | Path | TrainingFolder | None = None,
     progress: TuneProgress | None = None,
     accelerator: Accelerator | None = None,
 ) -> TuneResult:
-    """Return the history of training the model in place.
+    """Train a model in place and return the history.
 
-    With a ``folder``, every complete epoch is stored in it. The same call with the same folder goes on after the last
+    With a ``folder``, every complete epoch is stored. The same call with the same folder resumes after the last
     complete epoch, in a new process too, and ends, on the same CPU, bit for bit where an uninterrupted run ends; a run
-    that is finished returns at once. What is not stored is made a function of the epoch: the learning rate, and torch's
-    global generators, which are seeded anew for each epoch and given back to the caller as they were. A DataLoader that
-    shuffles with a generator of its own goes on from wherever that is: leave it out, or pass a function of the epoch.
+    that is finished returns at once. What is not stored is a function of the epoch: the learning rate, and torch's
+    global generators, which are reseeded for each epoch and restored afterwards. A DataLoader that shuffles with a
+    generator of its own resumes wherever that generator is: leave the generator out, or pass a function of the epoch.
 
     With an ``accelerator``, the processes of its launch train copies of the model together (DDP): each takes its share
-    of the batches, so that a step is on as many batches as there are processes, and gradients are averaged. All must be
-    given the same model and the same batches, and a folder that all of them see, to which the main process writes. All
-    end with the same model, which has the running statistics of the main process.
+    of the batches, so that a step sees as many batches as there are processes, and gradients are averaged. All must be
+    given the same model and the same batches, and a folder on a shared file system, to which the main process writes.
+    All end with the same model, which has the running statistics of the main process.
 
-    Afterwards train modes, ``requires_grad`` and memory layouts are as they were, and gradients are None.
+    Train modes, ``requires_grad`` and memory layouts are restored at the end, and gradients are None.
 
     Args:
         model: trained in place on its own device, in train mode.
-        batches: function from the epoch (counted from 0) to an iterable of (inputs, targets), or something that can
-            be gone through once per epoch. Inputs as ``call_model`` takes them. Without ``len``, epoch 0 is gone
-            through once just to count the steps.
-        config: how to train; ``TuneConfig()`` if left out.
+        batches: function from the epoch (counted from 0) to an iterable of (inputs, targets), or an iterable that can
+            be repeated. Inputs as ``call_model`` takes them. Without ``len``, epoch 0 is iterated once to count steps.
+        config: ``TuneConfig()`` by default.
         loss: maps (model, inputs, targets) to a scalar; smoothed cross-entropy of ``model(inputs)`` (or of its
-            ``logits``) by default. A teacher, or a penalty, comes in here. With an accelerator it is given the wrapped
-            model, whose gradients are averaged.
-        evaluate: gives the model, in eval mode and without gradients, a score after each epoch. Each process calls it;
-            that of the main process counts.
-        folder: where to store the epochs; nowhere by default.
-        identity: what the run is about, in any words, such as a digest of the plan; a folder of another is refused.
-        on_epoch: told of each epoch when it is complete and stored, in the main process.
-        progress: told of each step, such as a ``RichProgress()``, in the main process.
+            ``logits``) by default. Add a teacher or a penalty here. With an accelerator it is given the wrapped model,
+            whose gradients are averaged.
+        evaluate: maps the model, in eval mode and without gradients, to a score after each epoch. Every process calls
+            it; the score of the main process counts.
+        folder: where to store the epochs, with the identity of the run if it has one; nowhere by default.
+        progress: callbacks in the main process, such as ``RichProgress()`` or ``TuneProgress(on_epoch=print)``.
         accelerator: an ``accelerate.Accelerator()``: its device, precision and processes; this process alone if None.
 
     Raises:
@@ -88,15 +82,16 @@ def finetune(
         >>> result.history[-1].loss < result.history[0].loss
         True
     """
-    config, processes = config or TuneConfig(), Alone() if accelerator is None else Accelerated(accelerator)
-    progress = progress if progress is not None and processes.index == 0 else Silent()
-    snapshot = Snapshot(folder, config, identity, processes.count) if folder is not None else None
+    config, folder = config or TuneConfig(), TrainingFolder.of(folder)
+    processes = SingleProcess() if accelerator is None else AccelerateProcess(accelerator)
+    progress = progress if progress is not None and processes.index == 0 else TuneProgress()
+    snapshot = Snapshot(folder, config, processes.count) if folder is not None else None
     state = snapshot.read() if snapshot else None
     history = list(state.history) if state else []
     done = len(history)
-    processes.agree(done, folder)
-    if done and processes.index == 0:
-        logger.info("resuming after epoch %d of %d from %s", done, config.epochs, folder)
+    processes.check_same_epochs(done, folder)
+    if done and folder and processes.index == 0:
+        logger.info("resuming after epoch %d of %d from %s", done, config.epochs, folder.path)
     if done >= config.epochs:
         if snapshot and done:
             snapshot.restore(model)
@@ -104,7 +99,9 @@ def finetune(
 
     device = processes.place(model)
     with same_random_numbers(device), kept_modes(model):
-        steps = _steps(batches, state, folder, processes.count)
+        steps = -(-count_steps(batches) // processes.count)
+        if snapshot and state:
+            snapshot.check_steps(state, steps)
         first, data = peek(_epoch_data(batches, done, config, device, processes))
         layout = uses_channels_last(model, to_device(first, device), config.channels_last)
         average = None if config.ema is None else Average(model, config.ema)
@@ -134,44 +131,26 @@ def finetune(
                         data = _epoch_data(batches, epoch, config, device, processes)
                     history.append(loop.epoch(epoch, data, evaluate))
                     if snapshot and processes.index == 0:
-                        now = TuneState(
-                            config=config,
-                            identity=identity,
-                            steps=steps,
-                            processes=processes.count,
-                            history=tuple(history),
-                        )
-                        snapshot.write(now, model, plain, average)
+                        snapshot.write(snapshot.state(steps, history), model, plain, average)
                     processes.wait()
                     progress.end_epoch(history[-1])
-                    if on_epoch and processes.index == 0:
-                        on_epoch(history[-1])
             finally:
                 optimizer.zero_grad(set_to_none=True)
                 progress.stop()
         if average is not None:
             average.write_to_(model)
-            processes.align_(model)
+            processes.sync_buffers_(model)
     return TuneResult(config=config, history=tuple(history), resumed=done)
 
 
 def _epoch_data(
-    batches: Batches, epoch: int, config: TuneConfig, device: torch.device, processes: Alone
+    batches: Batches, epoch: int, config: TuneConfig, device: torch.device, processes: SingleProcess
 ) -> Iterable[Batch]:
-    """Return the batches of an epoch that this process trains on, with its random state set for them."""
+    """Seed the generators for an epoch and return its batches for this process."""
     seed_epoch(device, config.seed, epoch)
     data = at_epoch(batches, epoch)
     if processes.count == 1:
         return data
-    mine = share(data, processes.index, processes.count)
+    data = share(data, processes.index, processes.count)
     seed_epoch(device, config.seed, epoch, processes.index)  # so that dropout differs from process to process
-    return mine
-
-
-def _steps(batches: Batches, state: TuneState | None, folder: str | Path | None, processes: int) -> int:
-    """Return the number of batches for each process; raises CheckpointError where the stored run had another."""
-    steps = -(-count_steps(batches) // processes)
-    if state and state.steps != steps:
-        msg = f"{folder} holds a run of {state.steps} steps per epoch, not {steps}: other data. Use another folder."
-        raise CheckpointError(msg)
-    return steps
+    return data

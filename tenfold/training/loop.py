@@ -1,4 +1,4 @@
-"""One epoch of training, the same for one process and for many: forward, backward, accumulate, clip, step, check."""
+"""One epoch of training: forward, backward, accumulate, clip, step, check."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, as_pair, grouped, peek
 from tenfold.training.config import EpochRecord, TuneConfig
-from tenfold.training.distributed import Alone
+from tenfold.training.distributed import SingleProcess
 from tenfold.training.ema import Average
 from tenfold.training.optimizer import learning_rate
 from tenfold.training.precision import place, uses_bf16
 from tenfold.training.progress import TuneProgress
 
 Loss = Callable[[nn.Module, Any, Any], Tensor]
-CHECK_EVERY = 32  # steps between looks at the loss on a device where looking means waiting
+Evaluate = Callable[[nn.Module], float | None]
+CHECK_EVERY = 32  # steps between checks of the loss where reading it waits for the device
 
 
 @dataclass(frozen=True)
 class Loop:
-    """All that stays the same from step to step."""
+    """Everything that stays constant from step to step."""
 
     model: nn.Module
-    called: nn.Module  # the model, or what stands before it where several processes train
+    called: nn.Module  # the model, or its wrapper where several processes train
     optimizer: torch.optim.Optimizer
     config: TuneConfig
     loss: Loss
@@ -39,11 +40,11 @@ class Loop:
     channels_last: bool
     steps: int
     progress: TuneProgress
-    processes: Alone
+    processes: SingleProcess
     average: Average | None
 
-    def epoch(self, epoch: int, data: Iterable[Batch], evaluate: Callable[[nn.Module], float] | None) -> EpochRecord:
-        """Return the record of an epoch after training it, counted from 0."""
+    def epoch(self, epoch: int, data: Iterable[Batch], evaluate: Evaluate | None) -> EpochRecord:
+        """Train an epoch, counted from 0, and return its record."""
         start = time.perf_counter()
         self.called.train()
         if self.config.freeze_norms:
@@ -52,20 +53,21 @@ class Loop:
                     module.eval()
         loss, rate = self._train(epoch, data)
         self._check_weights(epoch)
-        self.processes.align_(self.model)
+        self.processes.sync_buffers_(self.model)
         seconds = time.perf_counter() - start
         score = None
         if evaluate:
             self.model.eval()
             with torch.no_grad(), self.average.shown(self.model) if self.average else nullcontext():
-                score = self.processes.from_main(float(evaluate(self.model)))
+                score = evaluate(self.model)
+            score = None if score is None else self.processes.from_main(float(score))
         return EpochRecord(epoch=epoch + 1, loss=loss, lr=rate, score=score, seconds=seconds)
 
     def _train(self, epoch: int, data: Iterable[Batch]) -> tuple[float, float]:
-        """Return the mean loss and the last learning rate of an epoch."""
+        """Return the mean loss and the last learning rate."""
         config, optimizer = self.config, self.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        bf16 = not self.processes.casts and uses_bf16(self.model, self.device, config.autocast)
+        bf16 = not self.processes.sets_precision and uses_bf16(self.model, self.device, config.autocast)
         updates = -(-self.steps // config.accumulate)
         total, rate, done = torch.zeros((), device=self.device), 0.0, 0
         for number, group in enumerate(grouped(data, config.accumulate), epoch * updates):
@@ -73,9 +75,9 @@ class Loop:
             for parameter_group in optimizer.param_groups:
                 parameter_group["lr"] = rate
             for left, batch in zip(reversed(range(len(group))), group, strict=True):
-                with self.processes.unsynced(self.called) if left else nullcontext():
+                with self.processes.no_sync(self.called) if left else nullcontext():
                     value = self._loss(batch, bf16=bf16)
-                    self._look_at(value, epoch, done, rate)
+                    self._check_now_and_then(value, epoch, done, rate)
                     self.processes.backward(value / len(group) if len(group) > 1 else value)
                 total += value.detach()
                 done += 1
@@ -98,8 +100,8 @@ class Loop:
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else self.processes.autocast():
             return self.loss(self.called, inputs, targets)
 
-    def _look_at(self, value: Tensor, epoch: int, step: int, rate: float) -> None:
-        """Check the loss of a step, but not of every step where looking means waiting."""
+    def _check_now_and_then(self, value: Tensor, epoch: int, step: int, rate: float) -> None:
+        """Check the loss, but not at every step where reading it waits for the device."""
         if self.device.type == "cpu" or step % CHECK_EVERY == 0:
             self._check_loss(value, epoch, step, rate)
 

@@ -16,7 +16,7 @@ from tenfold.training.loop import Loss
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the class scores of a model's output, or its ``logits``, in float32."""
+    """Return a model's output, or the ``logits`` of it, in float32."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.float()
 
@@ -38,11 +38,11 @@ def cross_entropy(smoothing: float = 0.0) -> Loss:
 
 
 class SensitivityPenalty:
-    """A loss for ``finetune``: another loss, plus how much noise in the factors of CP layers would move their weights.
+    """A loss for ``finetune``: another loss plus the sensitivity of CP layers to noise in their factors.
 
     loss + weight · Σ over layers of Σ_m n_m Σ_r Π_{k≠m} ‖u_r⁽ᵏ⁾‖², the sensitivity of Phan et al. 2020
-    (arXiv 2008.05441). It draws terms that cancel back, and the factors of a term to equal scales, where weight decay
-    of the factors would lower the rank. Layers in formats without such terms have no part in it.
+    (arXiv 2008.05441). It keeps terms from growing while they cancel, and balances the factors of a term, without
+    lowering the rank as weight decay of the factors would. Layers in formats without such terms are left out.
 
     Args:
         loss: of model, inputs and targets; cross-entropy if None.
@@ -75,7 +75,7 @@ class SensitivityPenalty:
 
 
 def total_sensitivity(model: nn.Module) -> Tensor:
-    """Return the sensitivity of all layers that are sums of rank-one tensors, one number with gradients; 0 if none.
+    """Return the total sensitivity of layers that are sums of rank-one tensors, differentiable; 0 without such layers.
 
     Example:
         >>> total_sensitivity(nn.Linear(3, 3)).item()

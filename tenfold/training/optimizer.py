@@ -17,12 +17,12 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bool = False) -> list[dict[str, Any]]:
-    """Return optimizer groups of all parameters that require grad: those that decay, and those that do not.
+    """Return optimizer groups of all parameters that require grad: with and without weight decay.
 
     Biases, norms and everything else with fewer than two axes never decay. Neither do the factors of factorized layers:
     decay of the factors of a product is a penalty on its nuclear norm, which lowers its rank, and it unbalances chains
-    of three and more. ``decay_factors`` lets them decay all the same. A module that has ``no_weight_decay()``, as
-    timm's models do, names parameters of its own that never decay. Groups that would be empty are left out.
+    of three and more. ``decay_factors`` lets them decay all the same. A module with ``no_weight_decay()``, as in timm,
+    names parameters of its own that never decay. Empty groups are left out.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -41,18 +41,18 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_factors: bo
 
 
 def _declared(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters that modules themselves name in ``no_weight_decay()``."""
-    found: set[nn.Parameter] = set()
+    """Return the parameters that modules exempt by ``no_weight_decay()``."""
+    exempt: set[nn.Parameter] = set()
     for module in model.modules():
         names = getattr(module, "no_weight_decay", None)
         if callable(names):
             own = dict(module.named_parameters(remove_duplicate=False))
-            found |= {own[name] for name in names() if name in own}
-    return found
+            exempt |= {own[name] for name in names() if name in own}
+    return exempt
 
 
 def build_optimizer(model: nn.Module, config: TuneConfig) -> torch.optim.Optimizer:
-    """Return the optimizer over all parameters that require grad, fused into one kernel where torch has one.
+    """Return the optimizer over all parameters that require grad, fused where torch has a fused kernel.
 
     Raises:
         TuningError: no parameter requires grad.
@@ -70,13 +70,15 @@ def build_optimizer(model: nn.Module, config: TuneConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: float) -> float:
-    """Return the learning rate of a step: a straight line up to ``peak``, then a cosine down to almost zero.
+    """Return the learning rate of a step: linear warm-up to ``peak``, then a cosine down to almost zero.
+
+    A function of the step, so that there is no scheduler state to store.
 
     Args:
-        step: counted from 0 over all epochs; beyond the last it stays at the end of the cosine.
+        step: counted from 0 over all epochs; constant beyond the last.
         steps: of the whole run.
         peak: the highest rate.
-        warmup: share of the steps on the straight line.
+        warmup: share of the steps.
 
     Example:
         >>> [round(learning_rate(s, 5, peak=1.0, warmup=0.4), 2) for s in range(5)]

@@ -1,4 +1,4 @@
-"""What makes training faster without changing what is trained: bf16 autocast and the channels-last layout."""
+"""Faster training of the same model: bf16 autocast and the channels-last layout."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tenfold.tracing.inputs import arguments, call_model, map_tensors, tensors_i
 def uses_bf16(model: nn.Module, device: torch.device, choice: Literal["auto", "bf16", "off"]) -> bool:
     """Return whether to train under bf16 autocast.
 
-    "auto" says yes to a float32 model on hardware with bf16 arithmetic: CUDA from compute capability 8, and CPUs with
-    AVX512-BF16 or AMX. Where it is emulated, it is slower than float32. Small models gain nothing and lose nothing.
+    "auto": for float32 models on hardware with bf16 arithmetic, which is CUDA from compute capability 8, and CPUs with
+    AVX512-BF16 or AMX. Emulated bf16 is slower than float32.
     """
     if choice != "auto":
         return choice == "bf16"
@@ -28,7 +28,7 @@ def uses_bf16(model: nn.Module, device: torch.device, choice: Literal["auto", "b
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    # Not public in torch: a version that lacks them trains in float32.
+    # Private in torch: a version that lacks them trains in float32.
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks)
 
@@ -36,13 +36,13 @@ def uses_bf16(model: nn.Module, device: torch.device, choice: Literal["auto", "b
 def uses_channels_last(model: nn.Module, inputs: Any, choice: bool | Literal["auto"]) -> bool:  # noqa: FBT001
     """Return whether to train in channels-last layout.
 
-    "auto" says yes to a model that has 2-d convolutions, is fed with images and runs on them: it is tried once, because
-    some models flatten with ``view``, which this layout does not allow. The trial leaves no trace.
+    "auto": for models with 2-d convolutions that run on images in this layout. They are tried once, because some models
+    flatten with ``view``, which it does not allow.
 
     Args:
         model: in any mode.
         inputs: one batch, on the device of the model.
-        choice: what the user said.
+        choice: the setting.
     """
     if choice != "auto":
         return choice
@@ -58,7 +58,7 @@ def uses_channels_last(model: nn.Module, inputs: Any, choice: bool | Literal["au
 
 
 def to_channels_last(inputs: Any) -> Any:
-    """Return the inputs with 4-d floating point tensors in channels-last layout; values are the same."""
+    """Return the inputs with 4-d floating point tensors in channels-last layout."""
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.dim() == 4 and tensor.is_floating_point():
@@ -76,7 +76,7 @@ def place(inputs: Any, device: torch.device, *, channels_last: bool) -> Any:
 
 @contextmanager
 def channels_last_weights(model: nn.Module, *, enabled: bool = True) -> Iterator[None]:
-    """Hold the weights of 2-d convolutions in channels-last layout for a while, then give each its own layout back."""
+    """Temporarily hold the weights of 2-d convolutions in channels-last layout."""
     weights = _image_weights(model) if enabled else []
     strides = [weight.stride() for weight in weights]
     try:

@@ -1,9 +1,10 @@
-"""Who is told how training goes, and a bar that tells it to a person."""
+"""Training progress callbacks; a rich progress bar."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,47 +13,44 @@ from tenfold.training.config import EpochRecord
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-class TuneProgress(Protocol):
-    """What a fine-tuning run reports to. The library itself never prints."""
-
-    def start(self, *, epochs: int, steps: int, done: int) -> None:
-        """Begin: ``epochs`` of ``steps`` each, of which ``done`` epochs were taken from the folder."""
-
-    def advance(self, loss: Tensor) -> None:
-        """Take note of one step. Reading ``loss`` waits for the device: do it seldom."""
-
-    def end_epoch(self, record: EpochRecord) -> None:
-        """Take note of an epoch that is complete and on disk."""
-
-    def stop(self) -> None:
-        """End, whether well or by an error."""
+OnEpoch = Callable[[EpochRecord], None]
 
 
-class Silent:
-    """Tells nobody."""
+class TuneProgress:
+    """Callbacks of a fine-tuning run, in the main process. Override the ones you need.
+
+    Args:
+        on_epoch: called with the record of each epoch once it is complete and stored.
+    """
+
+    def __init__(self, on_epoch: OnEpoch | None = None) -> None:
+        self._on_epoch = on_epoch
 
     def start(self, *, epochs: int, steps: int, done: int) -> None:
-        """Say nothing."""
+        """Begin: ``epochs`` of ``steps`` each, of which ``done`` epochs were restored from the folder."""
 
     def advance(self, loss: Tensor) -> None:
-        """Say nothing."""
+        """Count one step. Reading ``loss`` waits for the device: do it seldom."""
 
     def end_epoch(self, record: EpochRecord) -> None:
-        """Say nothing."""
+        """Handle an epoch that is complete and stored."""
+        if self._on_epoch is not None:
+            self._on_epoch(record)
 
     def stop(self) -> None:
-        """Say nothing."""
+        """End, after success or an error."""
 
 
-class RichProgress:
-    """A bar over all epochs with loss, score and the time left, on standard error; silent where that is no terminal.
+class RichProgress(TuneProgress):
+    """A bar over all epochs with loss, score and remaining time, on standard error; silent without a terminal.
 
     Args:
         console: where to draw; standard error by default.
+        on_epoch: see ``TuneProgress``.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, on_epoch: OnEpoch | None = None) -> None:
+        super().__init__(on_epoch)
         self._console = console
         self._bar: Any = None
         self._text = ""
@@ -99,14 +97,14 @@ class RichProgress:
 
     def end_epoch(self, record: EpochRecord) -> None:
         """Show the score of the epoch from now on."""
-        if self._bar is None:
-            return
-        self._done = record.epoch
-        self._text = "" if record.score is None else f"score {record.score:.4f}"
-        self._flush(f"loss {record.loss:.3f} {self._text}")
+        if self._bar is not None:
+            self._done = record.epoch
+            self._text = "" if record.score is None else f"score {record.score:.4f}"
+            self._flush(f"loss {record.loss:.3f} {self._text}")
+        super().end_epoch(record)
 
     def stop(self) -> None:
-        """Leave the bar as it is and give the terminal back."""
+        """Leave the bar as it is and release the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

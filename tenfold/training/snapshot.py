@@ -1,15 +1,17 @@
-"""The last complete epoch on disk: one safetensors file, replaced whole or not at all, and never unpickled.
+"""Training checkpoints: the last complete epoch in one safetensors file, replaced atomically.
 
-Everything that the next epoch depends on is in it: parameters, buffers, their average and the state of the optimizer as
-tensors; epoch, history and configuration as JSON in the header. Random states are not: they are a function of the seed
-and the epoch.
+It holds everything that the next epoch depends on: parameters, buffers, their average and the state of the optimizer as
+tensors; epoch, history and configuration as JSON in the header. Random states are left out: they are a function of the
+seed and the epoch.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.records import Record, written_whole
+from tenfold.records import Record, atomic_write
 from tenfold.training.config import EpochRecord, TuneConfig
 from tenfold.training.ema import Average
 
@@ -29,7 +31,7 @@ VERSION = 1
 
 
 class TuneState(Record):
-    """How far a run has come, and what run it is."""
+    """Progress and identity of a run."""
 
     version: PositiveInt = VERSION
     config: TuneConfig
@@ -39,37 +41,57 @@ class TuneState(Record):
     history: tuple[EpochRecord, ...] = ()
 
 
+@dataclass(frozen=True)
+class TrainingFolder:
+    """A folder that stores the epochs of a run, and the identity of that run.
+
+    Attributes:
+        path: created if it does not exist.
+        identity: what the run depends on besides its configuration, such as a digest of the plan; a folder of a run
+            with another identity is refused.
+    """
+
+    path: str | Path
+    identity: str = ""
+
+    @classmethod
+    def of(cls, folder: str | Path | TrainingFolder | None) -> TrainingFolder | None:
+        """Return the folder, without an identity if it is a path."""
+        return cls(folder) if isinstance(folder, str | Path) else folder
+
+    def part(self, name: str, *facts: str) -> TrainingFolder:
+        """Return a folder within this one, for a part of the run that depends on further facts."""
+        return TrainingFolder(Path(self.path) / name, "; ".join(filter(None, (self.identity, *facts))))
+
+
 class Snapshot:
     """The file of a run in its folder.
 
     Args:
-        folder: made if it does not exist.
-        config: of the run; a folder of a run with another one is refused.
-        identity: of the run, in the words of the caller; likewise.
-        processes: that train together; likewise.
+        folder: of the run; a file of a run with another identity, configuration or number of processes is refused.
+        config: of the run.
+        processes: that train together.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: str | Path, config: TuneConfig, identity: str = "", processes: int = 1) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: TrainingFolder, config: TuneConfig, processes: int = 1) -> None:
+        self.folder, self.identity = Path(folder.path), folder.identity
         self.path = self.folder / FILE_NAME
-        self.config = config
-        self.identity = identity
-        self.processes = processes
+        self.config, self.processes = config, processes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob(f".{FILE_NAME}.*"):
-                left_over.unlink()
-            with tempfile.TemporaryFile(dir=self.folder):  # better to fail now than after the first epoch
+            for left_over in self.folder.glob(f".{FILE_NAME}.*"):  # by a kill
+                shutil.rmtree(left_over)
+            with tempfile.TemporaryFile(dir=self.folder):  # fail now rather than after the first epoch
                 pass
         except OSError as error:
             msg = f"cannot write training checkpoints to {self.folder}: {error.strerror or error}. Use another one."
             raise CheckpointError(msg) from error
 
     def read(self) -> TuneState | None:
-        """Return how far the run has come; None when there is nothing yet.
+        """Return the stored state; None if there is none yet.
 
         Raises:
             CheckpointError: the file is damaged, foreign, of a newer version, or of another run.
@@ -89,15 +111,34 @@ class Snapshot:
         self._refuse_others(state)
         return state
 
+    def state(self, steps: int, history: Sequence[EpochRecord]) -> TuneState:
+        """Return the state of the run after the epochs of the history."""
+        return TuneState(
+            config=self.config,
+            identity=self.identity,
+            steps=steps,
+            processes=self.processes,
+            history=tuple(history),
+        )
+
+    def check_steps(self, state: TuneState, steps: int) -> None:
+        """Raise CheckpointError if the stored run has another number of steps per epoch."""
+        if state.steps != steps:
+            msg = (
+                f"{self.folder} holds a run of {state.steps} steps per epoch, not {steps}: other data. "
+                "Use another folder."
+            )
+            raise CheckpointError(msg)
+
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: Average | None = None
     ) -> None:
-        """Write the stored tensors into the model, and into optimizer and average if training goes on with these.
+        """Restore the model, and optimizer and average if training continues.
 
-        Without an optimizer the run is over: where there is an average, it is what the model gets.
+        Without an optimizer the run is finished: the model gets the average, if there is one.
 
         Raises:
-            CheckpointError: the model has other tensors than the stored one; it is then as it was.
+            CheckpointError: the model has other tensors than the stored one, and is left unchanged.
         """
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -107,12 +148,11 @@ class Snapshot:
             raise CheckpointError(msg) from error
         here = {f"model/{name}": tensor for name, tensor in _model_tensors(model)}
         there = {name: tensor for name, tensor in stored.items() if name.startswith("model/")}
-        odd = [
-            n for n in here.keys() | there.keys() if n not in here or n not in there or not _alike(here[n], there[n])
-        ]
+        shapes = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (here, there)]
+        odd = [name for name, _ in shapes[0].items() ^ shapes[1].items()]
         if odd:
             msg = (
-                f"{self.path} is of another model: {len(odd)} tensors differ in name, shape or dtype, such as "
+                f"{self.path} is of another model: {len(set(odd))} tensors differ in name, shape or dtype, such as "
                 f"{min(odd).removeprefix('model/')!r}. Use another folder."
             )
             raise CheckpointError(msg)
@@ -120,7 +160,7 @@ class Snapshot:
             self._restore_optimizer(model, optimizer, stored)
         averages = {n.removeprefix("average/"): t for n, t in stored.items() if n.startswith("average/")}
         if average is not None:
-            _same_names(averages, average.tensors, self.path)
+            self._check_averages(averages.keys() ^ average.tensors.keys())
         with torch.no_grad():
             for name, tensor in here.items():
                 tensor.copy_(there[name])
@@ -134,10 +174,10 @@ class Snapshot:
     def write(
         self, state: TuneState, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
     ) -> None:
-        """Replace the file by one that holds the run as it is now.
+        """Store the run in place of the former epoch.
 
         Raises:
-            CheckpointError: it cannot be written; the former file is still there.
+            CheckpointError: the file cannot be written; the former one is still there.
         """
         tensors = {f"model/{name}": tensor for name, tensor in _model_tensors(model)}
         tensors |= dict(_optimizer_tensors(model, optimizer))
@@ -147,7 +187,7 @@ class Snapshot:
             n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
         }
         try:
-            with written_whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 save_file(tensors, partial, metadata={HEADER: state.model_dump_json()})
                 with partial.open("rb+") as file:
                     os.fsync(file.fileno())
@@ -164,6 +204,12 @@ class Snapshot:
             changes.append(f"processes were {state.processes}, are {self.processes}")
         if changes:
             msg = f"{self.folder} holds another training run: {'; '.join(changes)}. Use another folder."
+            raise CheckpointError(msg)
+
+    def _check_averages(self, unmatched: set[str]) -> None:
+        if unmatched:
+            odd = min(unmatched)
+            msg = f"{self.path} averaged other tensors than are trained now, such as {odd!r}. Use another folder."
             raise CheckpointError(msg)
 
     def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
@@ -184,32 +230,21 @@ class Snapshot:
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the parameters and buffers, each once."""
+    """Yield the parameters and buffers, each once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the state of the optimizer under the names of the parameters that it is about."""
+    """Yield the state of the optimizer by name of the parameter."""
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 yield f"optimizer/{name}/{entry}", value
 
 
-def _same_names(stored: dict[str, Tensor], here: dict[str, Tensor], path: Path) -> None:
-    if stored.keys() != here.keys():
-        odd = min(stored.keys() ^ here.keys())
-        msg = f"{path} averaged other tensors than are trained now, such as {odd!r}. Use another folder."
-        raise CheckpointError(msg)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype
-
-
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Return the value with the strides of the parameter: fused optimizers walk through both in memory order."""
+    """Return the value with the strides of the parameter: fused optimizers iterate over both in memory order."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from tenfold.calibration import calibrate, called_layers
-from tenfold.calibration.input_moments import collect_moments, frequencies, id_counts, moment_bytes
-from tenfold.decompositions import decompose, default_algorithm
-from tenfold.decompositions.curves import damage_curve
+from tenfold.calibration.frequencies import frequencies, id_counts
+from tenfold.calibration.input_moments import collect_moments, moment_bytes
+from tenfold.decompositions import decompose, default_algorithm, error_curve
 from tenfold.formats import FORMATS, split_groups
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.pipeline import compress
@@ -78,7 +78,7 @@ def test_memory_grows_with_the_rows_and_is_told_before(model, batches, caplog):
     with caplog.at_level(logging.INFO, logger="tenfold"):
         found = collect_moments(model, batches, {"embed": spec_of(model.embed)[0]})["embed"]
     assert "moments of 1 layers take" in caplog.text
-    stored = sum(t.numel() * t.element_size() for t in (*found.second.tensors().values(), found.mean))
+    stored = sum(t.numel() * t.element_size() for t in (*found.input_second_moment.tensors().values(), found.mean))
     counts = id_counts(batches[0], ROWS)
     assert stored + counts.numel() * counts.element_size() == moment_bytes({"embed": spec_of(model.embed)[0]})
 
@@ -91,10 +91,15 @@ def test_the_whitened_svd_has_the_least_weighted_error(model, batches):
     weights = moments.covariance().diagonal()[0].numpy()
     scaled = np.sqrt(weights)[:, None] * weight.double().numpy()
     tails = np.linalg.svd(scaled, compute_uv=False) ** 2
-    curve = damage_curve(split_groups(weight, spec), spec, FORMATS.get("low_rank"), moments)
+    curve = error_curve(split_groups(weight, spec), spec, FORMATS.get("low_rank"), moments)
     for rank in (1, 3, 8, 15):
         fit = decompose(
-            weight, "low_rank", {"rank": rank}, default_algorithm("low_rank", aware=True), spec=spec, metric=moments
+            weight,
+            "low_rank",
+            {"rank": rank},
+            default_algorithm("low_rank", data_aware=True),
+            spec=spec,
+            moments=moments,
         )
         missed = (weights[:, None] * (weight - fit.value.to_dense()).double().numpy() ** 2).sum()
         assert missed == pytest.approx(tails[rank:].sum(), rel=1e-3)
@@ -110,21 +115,21 @@ def test_damage_is_the_change_of_the_outputs_that_brute_force_finds():
     ids = torch.randint(0, 25, (4000, 1)).square() % 25
     known = calibrate(model, [ids[:2000], ids[2000:]], draws=200)["0"]
     spec = spec_of(model[0])[0]
-    fit = decompose(model[0].weight.detach(), "low_rank", {"rank": 3}, spec=spec, metric=known)
+    fit = decompose(model[0].weight.detach(), "low_rank", {"rank": 3}, spec=spec, moments=known)
     flat = [split_groups(w.detach().double(), spec).flatten(2) for w in (model[0].weight, fit.value.to_dense())]
     counts = id_counts(ids, 30)
     off = ((model[0].weight.detach() - fit.value.to_dense()) @ model[1].weight.detach().T).square().sum(1)
     brute = float((off * frequencies(counts)).sum())
-    assert known.damage(*flat) == pytest.approx(brute, rel=0.15)
+    assert known.distortion(*flat) == pytest.approx(brute, rel=0.15)
 
 
 def test_frozen_embeddings_know_what_the_network_minds_like_any_other(batches):
     free, frozen = Tiny().eval(), Tiny().eval()
     frozen.embed.weight.requires_grad = False
     wanted, found = (calibrate(m, batches, called_layers(profile(m, batches[0]))) for m in (free, frozen))
-    assert {path for path, own in found.items() if own.output is not None} == set(wanted)
+    assert {path for path, own in found.items() if own.output_gram is not None} == set(wanted)
     for path in wanted:
-        torch.testing.assert_close(found[path].output, wanted[path].output)
+        torch.testing.assert_close(found[path].output_gram, wanted[path].output_gram)
     assert not frozen.embed.weight.requires_grad
 
 

@@ -55,7 +55,7 @@ def test_moments_are_those_of_all_patches_of_all_batches(layer, shape):
     found = collect_moments(layer, batches, {"": spec})[""]
     wanted = Moments.of(rows)
     assert found.count == wanted.count
-    torch.testing.assert_close(found.second, wanted.second, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.input_second_moment, wanted.input_second_moment, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-5, atol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_targets_are_the_dense_outputs_without_their_bias():
         x = torch.cat([input_patches(other[:2](b), spec)[0].t() for b in batches])
         y = torch.cat([output_rows(dense(b) - dense[2].bias.view(-1, 1, 1), spec)[0].t() for b in batches])
     wanted = Moments.of(x, y)
-    for name in ("second", "cross", "target_mean", "target_power"):
+    for name in ("input_second_moment", "cross", "target_mean", "target_power"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-6)
 
 
@@ -101,8 +101,8 @@ def test_subsampled_positions_are_seeded_and_unbiased():
     layer, x = nn.Conv2d(2, 3, 3, padding=1), [torch.randn(16, 2, 12, 12) for _ in range(8)]
     some, again, whole = (collect_moments(layer, x, positions=p)[""] for p in (36, 36, None))
     assert some.count == 8 * 16 * 36
-    assert torch.equal(some.second, again.second)
-    assert (some.second - whole.second).abs().max() < 0.1
+    assert torch.equal(some.input_second_moment, again.input_second_moment)
+    assert (some.input_second_moment - whole.input_second_moment).abs().max() < 0.1
 
 
 def test_bytes_are_what_the_moments_take():

@@ -47,10 +47,10 @@ def taken(x: torch.Tensor, widest: int | None, y: torch.Tensor | None = None, si
 def test_low_rank_by_a_sketch_is_within_a_few_percent_of_the_optimum(decay):
     x, weight = stream(1500, decay), torch.randn(OUT, WIDTH, dtype=torch.float64)
     exact, sketched = taken(x, None), taken(x, 250)
-    assert isinstance(sketched.second, Sketch)
-    assert sketched.second.rows.shape == (1, 157, WIDTH)
+    assert isinstance(sketched.input_second_moment, Sketch)
+    assert sketched.input_second_moment.rows.shape == (1, 157, WIDTH)
     for rank, near in ((5, 1.01), (20, 1.03), (40, 1.08)):
-        best, own, blind = (decompose(weight, "low_rank", {"rank": rank}, metric=m) for m in (exact, sketched, None))
+        best, own, blind = (decompose(weight, "low_rank", {"rank": rank}, moments=m) for m in (exact, sketched, None))
         reached, told = (m.errors(weight[None], own.value.to_grouped()) for m in (exact, sketched))
         least = exact.errors(weight[None], best.value.to_grouped())[0].sum()
         assert float(reached[0].sum()) < near * float(least)
@@ -63,12 +63,14 @@ def test_what_is_summed_on_its_own_is_exact_and_the_rest_never_too_much():
     x = stream(900, 1.0, dtype=torch.float64)
     exact, sketched = taken(x, None), taken(x, 100)
     torch.testing.assert_close(sketched.mean, exact.mean)
-    torch.testing.assert_close(sketched.second.diagonal(), exact.second.diagonal(dim1=-2, dim2=-1))
+    torch.testing.assert_close(
+        sketched.input_second_moment.diagonal(), exact.input_second_moment.diagonal(dim1=-2, dim2=-1)
+    )
     torch.testing.assert_close(
         sketched.covariance().diagonal(), exact.covariance().diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9
     )
-    rows = sketched.second.rows
-    assert torch.linalg.eigvalsh(exact.second - rows.mT @ rows).min() > -1e-9
+    rows = sketched.input_second_moment.rows
+    assert torch.linalg.eigvalsh(exact.input_second_moment - rows.mT @ rows).min() > -1e-9
     assert sketched.count == exact.count == 900
 
 
@@ -77,9 +79,9 @@ def test_data_of_low_rank_are_kept_exactly(rows):
     x = torch.randn(rows, 20, dtype=torch.float64) @ torch.randn(20, WIDTH, dtype=torch.float64) + 1
     y = x[:, :OUT] * 2 + 1
     exact, sketched = taken(x, None, y), taken(x, 120, y)
-    torch.testing.assert_close(sketched.second.dense(), exact.second)
+    torch.testing.assert_close(sketched.input_second_moment.dense(), exact.input_second_moment)
     torch.testing.assert_close(sketched.covariance().dense(), exact.covariance())
-    torch.testing.assert_close(sketched.second.targets.mT @ sketched.second.rows, exact.cross)
+    torch.testing.assert_close(sketched.input_second_moment.targets.mT @ sketched.input_second_moment.rows, exact.cross)
     for name in ("mean", "target_mean", "target_power"):
         torch.testing.assert_close(getattr(sketched, name), getattr(exact, name))
 
@@ -87,10 +89,10 @@ def test_data_of_low_rank_are_kept_exactly(rows):
 def test_the_sketch_does_not_depend_on_the_batches_but_on_the_seed():
     x = stream(600, 1.0, dtype=torch.float64)
     one, other = taken(x, 100, size=600), taken(x.flip(0), 100, size=7)
-    torch.testing.assert_close(one.second.dense(), other.second.dense())
+    torch.testing.assert_close(one.input_second_moment.dense(), other.input_second_moment.dense())
     reseeded = MomentSums(100, seed=1)
     reseeded.add(x, SPEC)
-    assert (reseeded.moments("layer").second.dense() - one.second.dense()).abs().max() > 1e-4
+    assert (reseeded.moments("layer").input_second_moment.dense() - one.input_second_moment.dense()).abs().max() > 1e-4
 
 
 def test_rows_that_change_in_place_later_are_held_as_they_were():
@@ -106,12 +108,13 @@ def test_unchanged_inputs_leave_the_goal_at_the_weight_and_changed_ones_draw_it(
     x, weight = stream(1500, 1.5, dtype=torch.float64), torch.randn(1, OUT, WIDTH, dtype=torch.float64)
     y = x @ weight[0].T
     same = taken(x, 250, y)
-    torch.testing.assert_close(same.goal(weight, 1e-4), weight)
+    torch.testing.assert_close(same.regression_target(weight, 1e-4), weight)
     assert float(same.errors(weight, weight)[0].max()) < 1e-12
     changed = x + 0.3 * x.roll(1, 1)
     exact, sketched = taken(changed, None, y), taken(changed, 250, y)
     kept, drawn, best = (
-        float(exact.errors(weight, t)[0].sum()) for t in (weight, sketched.goal(weight, 1e-4), exact.goal(weight, 1e-4))
+        float(exact.errors(weight, t)[0].sum())
+        for t in (weight, sketched.regression_target(weight, 1e-4), exact.regression_target(weight, 1e-4))
     )
     assert best < drawn < 0.15 * kept
 
@@ -121,11 +124,11 @@ def test_groups_are_sketched_each_on_its_own():
     x = torch.randn(12, 40, 6, 6)
     exact, sketched = taken(x, None, spec=spec, size=5), taken(x, 100, spec=spec, size=5)
     for i in range(2):
-        diagonal = exact.second[i].diagonal()
-        torch.testing.assert_close(sketched.second.diagonal()[i], diagonal, rtol=1e-5, atol=1e-6)
+        diagonal = exact.input_second_moment[i].diagonal()
+        torch.testing.assert_close(sketched.input_second_moment.diagonal()[i], diagonal, rtol=1e-5, atol=1e-6)
     weight = torch.randn(8, 20, 3, 3)
-    fit = decompose(weight, "tucker2", {"out": 3, "in": 10}, spec=spec, metric=sketched)
-    best = decompose(weight, "tucker2", {"out": 3, "in": 10}, spec=spec, metric=exact)
+    fit = decompose(weight, "tucker2", {"out": 3, "in": 10}, spec=spec, moments=sketched)
+    best = decompose(weight, "tucker2", {"out": 3, "in": 10}, spec=spec, moments=exact)
     assert fit.output_error < 1.2 * best.output_error
 
 
@@ -169,7 +172,7 @@ def test_moments_take_what_was_said_and_never_a_square_of_the_width(dense, caplo
     ]
     said = moment_bytes(measurable(model), targets=dense, widest=200)
     assert said - 4 * 33 * 1200 - 8 * 1200 <= sum(8 * t.numel() for t in tensors) <= said
-    assert isinstance(found["2"].second, torch.Tensor)
+    assert isinstance(found["2"].input_second_moment, torch.Tensor)
 
 
 @pytest.mark.parametrize("use_data", ["sequential", "layers"])
@@ -221,8 +224,8 @@ def test_calibrate_passes_the_limit_on():
     model, batches = wide()
     with pytest.warns(CalibrationWarning):
         found = calibrate(model, batches[:1], widest=100)
-    assert isinstance(found["0"].second, Sketch)
-    assert found["0"].output is not None
+    assert isinstance(found["0"].input_second_moment, Sketch)
+    assert found["0"].output_gram is not None
 
 
 @pytest.mark.parametrize("rows", [5, 300])

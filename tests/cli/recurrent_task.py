@@ -38,5 +38,5 @@ class Series(InMemoryTask):
         inputs = torch.randn({"train": 120, "test": 40}[split], 5, 12, generator=torch.Generator().manual_seed(1))
         return TensorSet(inputs, inputs.sum(1)[:, :3].argmax(1))
 
-    def recipe(self) -> dict[str, object]:
+    def tune_settings(self) -> dict[str, object]:
         return {"epochs": 1, "batch_size": 40, "lr": 0.05}

@@ -28,7 +28,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Service, dict[str, Any
         ready("http://127.0.0.1:1/token/")
         found.append((service, options))
 
-    monkeypatch.setattr("tenfold.exploring.serving.serve", serve)
+    monkeypatch.setattr("tenfold.exploring.server.serve", serve)
     return found
 
 

@@ -42,7 +42,7 @@ class Tiny(InMemoryTask):
             self._go_wrong()
         return super().train_batches(epoch, batch_size=batch_size, seed=seed, hold_out=hold_out)
 
-    def recipe(self) -> dict[str, object]:
+    def tune_settings(self) -> dict[str, object]:
         return {"epochs": 3, "batch_size": 40, "lr": 0.05}
 
     def _go_wrong(self) -> None:

@@ -11,10 +11,10 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tenfold.decompositions import Moments, decompose, recompress
-from tenfold.decompositions.cp_als import CPALS, CPSettings, fit_cp
-from tenfold.decompositions.cp_starts import algebraic_start, random_start
-from tenfold.decompositions.cp_sweeps import alternate
-from tenfold.decompositions.frames import Frames
+from tenfold.decompositions.cp.als import CPALS, fit_cp
+from tenfold.decompositions.cp.starts import algebraic_start, random_start
+from tenfold.decompositions.cp.sweeps import alternate
+from tenfold.decompositions.cp.tucker_compression import TuckerCompression
 from tenfold.errors import RankError, WeightError
 from tenfold.tensors import kruskal
 
@@ -87,7 +87,7 @@ def test_the_error_is_at_most_that_of_tensorly() -> None:
     with tensorly.backend_context("pytorch"):
         theirs = parafac(x[0], 12, n_iter_max=60, init="random", random_state=0, tol=None)
         found = tensorly.cp_to_tensor(theirs)
-    ours = fit_cp(x, 12, CPSettings(n_iter=60, start="random"))
+    ours = fit_cp(x, 12, CPALS(n_iter=60, start="random"))
     assert error(x, list(ours.factors)) <= float((x[0] - found).norm() / x.norm())
     assert ours.rel_errors.item() == pytest.approx(error(x, list(ours.factors)), rel=1e-9)
 
@@ -102,7 +102,7 @@ def test_the_algebraic_start_is_exact_without_noise() -> None:
 
 def test_frames_lose_nothing_and_shrink_modes_of_lower_rank() -> None:
     x = kruskal.to_tensor([noise(2, n, 4, seed=i) for i, n in enumerate((40, 12, 3))])
-    frames = Frames.of(x)
+    frames = TuckerCompression.of(x)
     assert frames.core.shape == (2, 4, 4, 3)
     factors = [noise(2, n, 5, seed=i) for i, n in enumerate(frames.core.shape[1:])]
     seen = (x - kruskal.to_tensor(frames.lift(factors))).norm()
@@ -145,10 +145,10 @@ def test_from_full_rank_on_the_fit_is_exact_and_takes_no_sweep() -> None:
 
 def test_a_fit_goes_on_from_known_factors() -> None:
     x = noise(1, 30, 30, 20).float()
-    first = fit_cp(x, 20, CPSettings(n_iter=40))
-    same = fit_cp(x, 20, CPSettings(n_iter=1), start=first.factors)
-    more = fit_cp(x, 22, CPSettings(n_iter=1), start=first.factors)
-    fresh = fit_cp(x, 22, CPSettings(n_iter=1))
+    first = fit_cp(x, 20, CPALS(n_iter=40))
+    same = fit_cp(x, 20, CPALS(n_iter=1), start=first.factors)
+    more = fit_cp(x, 22, CPALS(n_iter=1), start=first.factors)
+    fresh = fit_cp(x, 22, CPALS(n_iter=1))
     assert same.rel_errors.item() <= first.rel_errors.item() * (1 + 1e-3)
     assert more.rel_errors.item() < fresh.rel_errors.item()
 
@@ -166,8 +166,8 @@ def test_the_data_aware_fit_has_the_smaller_output_error(format: str) -> None:
     weight = noise(10, 12, 3, 3)
     inputs = noise(2000, 12, 9, seed=5) @ noise(9, 9, seed=6) * torch.arange(1, 13, dtype=DOUBLE)[None, :, None]
     moments = Moments.of(inputs.flatten(1))
-    aware = decompose(weight, format, {"rank": 10}, metric=moments)
-    plain = decompose(weight, format, {"rank": 10}, CPALS(), metric=moments)
+    aware = decompose(weight, format, {"rank": 10}, moments=moments)
+    plain = decompose(weight, format, {"rank": 10}, CPALS(), moments=moments)
     assert aware.output_error is not None
     assert plain.output_error is not None
     assert aware.output_error < 0.8 * plain.output_error

@@ -7,10 +7,10 @@ import torch
 from scipy.optimize import brentq
 
 from tenfold.decompositions import decompose
-from tenfold.decompositions.correction import correct, objective_of, update_block
-from tenfold.decompositions.cp_epc import CPEPC
-from tenfold.decompositions.cp_power import CPPower
-from tenfold.decompositions.gauss_newton import _gauss_newton, descend
+from tenfold.decompositions.cp.correction import correct, objective_of, update_block
+from tenfold.decompositions.cp.epc import CPEPC
+from tenfold.decompositions.cp.gauss_newton import _gauss_newton, descend
+from tenfold.decompositions.cp.power import CPPower
 from tenfold.errors import TenfoldError
 from tenfold.formats import FORMATS
 from tenfold.tensors import kruskal
@@ -217,7 +217,7 @@ def test_all_of_them_serve_both_formats():
             CPEPC(sweeps=5, rounds=0),
             CPPower(),
         ):
-            assert algorithm.serves(FORMATS.get(format))
+            assert algorithm.supports(FORMATS.get(format))
             fit = decompose(weight, format, {"rank": 4}, algorithm)
             assert fit.value.to_dense().dtype == torch.float32
             assert fit.rel_error < 1

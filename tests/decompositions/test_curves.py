@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tenfold.decompositions import Moments, decompose
-from tenfold.decompositions.curves import _FittedCurve, between, damage_curve
+from tenfold.decompositions import CurveProblem, Decomposition, Moments, decompose, default_algorithm, error_curve
+from tenfold.decompositions.curves import interpolated
 from tenfold.formats import FORMATS
-from tenfold.formats.low_rank import LowRank
 from tenfold.records import LayerSpec
 
 SPEC = LayerSpec(kind="conv", in_channels=12, out_channels=16, kernel=(3, 3), groups=2)
@@ -21,7 +20,7 @@ def moments(minded: bool) -> Moments:
         + 0.2
     )
     root = torch.randn(2, 8, 8, dtype=torch.float64) * torch.logspace(0, -2, 8, dtype=torch.float64)
-    return Moments.of(x).replace(output=root @ root.mT if minded else None)
+    return Moments.of(x).replace(output_gram=root @ root.mT if minded else None)
 
 
 @pytest.mark.parametrize("minded", [False, True])
@@ -36,27 +35,27 @@ def moments(minded: bool) -> Moments:
 def test_the_curve_is_the_damage_of_the_fits(format, ranks, minded):
     weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded)
     kind = FORMATS.get(format)
-    curve = damage_curve(weight, SPEC, kind, metric)(np.array(ranks))
+    curve = error_curve(weight, SPEC, kind, metric)(np.array(ranks))
     for rank, predicted in zip(ranks, curve, strict=True):
         named = dict(zip(kind.rank_names, rank, strict=True))
-        fit = decompose(weight.reshape(16, 6, 3, 3), format, named, spec=SPEC, metric=metric)
-        reached = metric.damage(weight.flatten(2), fit.value.to_grouped().flatten(2))
-        zero = metric.damage(weight.flatten(2), torch.zeros(2, 8, 54, dtype=torch.float64))
+        fit = decompose(weight.reshape(16, 6, 3, 3), format, named, spec=SPEC, moments=metric)
+        reached = metric.distortion(weight.flatten(2), fit.value.to_grouped().flatten(2))
+        zero = metric.distortion(weight.flatten(2), torch.zeros(2, 8, 54, dtype=torch.float64))
         assert predicted == pytest.approx(
             reached, rel=0.15 if "spatial" in format or "tucker" in format else 1e-2, abs=0.01 * zero
         )
 
 
-class Mirrored(LowRank):
-    """A format that no curve knows: it is fitted rank by rank."""
-
-
-def test_any_other_format_is_fitted_with_its_own_algorithm():
-    weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded=False)
-    generic = _FittedCurve(weight, SPEC, FORMATS.get("low_rank"), metric)
-    ranks = np.array([[1], [4], [8]])
-    assert generic(ranks) == pytest.approx(damage_curve(weight, SPEC, FORMATS.get("low_rank"), metric)(ranks), rel=0.01)
-    assert isinstance(damage_curve(weight, SPEC, Mirrored, metric), _FittedCurve)
+@pytest.mark.parametrize("seeing", [False, True])
+@pytest.mark.parametrize("format", ["low_rank", "spatial", "tucker2"])
+def test_an_algorithm_without_a_curve_of_its_own_is_fitted_rank_by_rank(format, seeing):
+    kind = FORMATS.get(format)
+    weight, metric = torch.randn(2, 8, 6, 3, 3, dtype=torch.float64), moments(minded=False) if seeing else None
+    algorithm, problem = default_algorithm(format, data_aware=True), CurveProblem(weight, SPEC, kind, metric)
+    family = kind.rank_family(SPEC)
+    ranks = np.array([list(family[at].values()) for at in (0, len(family) // 2, -1)])
+    fitted = Decomposition.error_curve(algorithm, problem)(ranks)
+    assert fitted == pytest.approx(algorithm.error_curve(problem)(ranks), rel=0.1, abs=1e-3 * fitted[0])
 
 
 def test_curves_ask_for_a_dozen_ranks_and_lie_between():
@@ -67,8 +66,8 @@ def test_curves_ask_for_a_dozen_ranks_and_lie_between():
         return np.array([2.0**-rank, 3.0**-rank])
 
     ranks = np.array([5, 40, 1, 17, 5, *range(1, 41)])
-    found = between(at, ranks)
+    found = interpolated(at, ranks)
     assert len(asked) == 12
     assert found[:, 0] == pytest.approx(2.0**-ranks, rel=1e-6)
     assert found[:, 1] == pytest.approx(3.0**-ranks, rel=1e-6, abs=1e-12)
-    assert between(at, np.array([3])).shape == (1, 2)
+    assert interpolated(at, np.array([3])).shape == (1, 2)

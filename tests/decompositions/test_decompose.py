@@ -10,16 +10,18 @@ import torch
 
 from tenfold.decompositions import (
     DECOMPOSITIONS,
-    AwareDecomposition,
     Decomposition,
-    Problem,
+    FitRequest,
+    algorithm_for,
     decompose,
     decompose_many,
     default_algorithm,
+    fit_batches,
+    spec_of_weight,
 )
 from tenfold.decompositions.svd import SVD
 from tenfold.decompositions.tucker import HOOI, HOSVD
-from tenfold.decompositions.weighted import WeightedALS
+from tenfold.decompositions.weighted_als import WeightedALS
 from tenfold.errors import RankError, TenfoldError, UnknownNameError, WeightError
 from tenfold.formats import FORMATS, Factorization
 from tenfold.records import LayerSpec
@@ -122,13 +124,24 @@ def test_many_are_as_one_in_order_whatever_their_shapes():
     problems = []
     for i, weight in enumerate(weights):
         spec = LayerSpec(kind="conv", in_channels=weight.shape[1], out_channels=weight.shape[0], kernel=(3, 3))
-        problems.append(Problem(weight, spec, "tucker2", {"out": 4, "in": 3 + i % 2}, HOOI(n_iter=40, tol=1e-9)))
+        problems.append(FitRequest(weight, spec, "tucker2", {"out": 4, "in": 3 + i % 2}, HOOI(n_iter=40, tol=1e-9)))
     for problem, fit in zip(problems, decompose_many(problems), strict=True):
         alone = decompose(problem.weight, "tucker2", problem.rank, problem.algorithm)
         assert fit.value.core.dtype == problem.weight.dtype
         assert fit.value.rank == problem.rank
         assert fit.rel_error == pytest.approx(alone.rel_error, rel=1e-4)
         torch.testing.assert_close(fit.value.to_dense(), alone.value.to_dense(), rtol=1e-2, atol=1e-3)
+
+
+def test_a_weight_that_cannot_be_decomposed_does_not_spoil_its_batch():
+    weights = [smooth(8, 6, 3, 3) for _ in range(3)]
+    weights[1][0, 0] = float("nan")
+    requests = [FitRequest(w, spec_of_weight(w), "tucker2", {"out": 4, "in": 3}, HOOI()) for w in weights]
+    ((members, results),) = fit_batches(requests)
+    assert members == [0, 1, 2]
+    assert isinstance(results[1], WeightError)
+    for i in (0, 2):
+        torch.testing.assert_close(results[i].value.core, decompose(weights[i], "tucker2", requests[i].rank).value.core)
 
 
 def test_gradients_do_not_flow_through_a_decomposition():
@@ -172,6 +185,15 @@ def test_algorithms_go_by_name_too():
         decompose(weight, "tucker2", {"out": 3, "in": 3}, "hosdv")
 
 
+def test_an_algorithm_is_chosen_by_object_name_or_configuration():
+    assert algorithm_for("tucker2", HOSVD(seed=1)) == HOSVD(seed=1)
+    assert algorithm_for("tucker2", "hosvd") == HOSVD()
+    assert algorithm_for("tucker2", {"name": "hooi", "n_iter": 3}) == HOOI(n_iter=3)
+    assert algorithm_for("tucker2", None, 5) == HOOI(seed=5)
+    assert algorithm_for("tucker2", None, 5, data_aware=True) == WeightedALS(seed=5)
+    assert HOOI().with_settings({"n_iter": 3, "cg_steps": 4}) == HOOI(n_iter=3)
+
+
 def test_algorithms_are_their_own_configuration():
     for name, kind in DECOMPOSITIONS.items():
         algorithm = kind(seed=3)
@@ -188,12 +210,12 @@ def test_what_is_registered_changes_no_default(monkeypatch: pytest.MonkeyPatch) 
     """Not even an algorithm that knows the data, serves every format and comes first in the alphabet."""
 
     def defaults() -> dict[str, str]:
-        return {name: default_algorithm(name, aware=True).name() for name in FORMATS.names()}
+        return {name: default_algorithm(name, data_aware=True).name() for name in FORMATS.names()}
 
     @dataclass(frozen=True)
     class First(WeightedALS):
         @classmethod
-        def serves(cls, format: type[Factorization]) -> bool:
+        def supports(cls, format: type[Factorization]) -> bool:
             return True
 
     before = defaults()
@@ -207,5 +229,5 @@ def test_what_is_registered_changes_no_default(monkeypatch: pytest.MonkeyPatch) 
 def test_defaults_serve_their_format(format: str) -> None:
     kind = FORMATS.get(format)
     for aware in (False, True):
-        assert default_algorithm(format, aware=aware).serves(kind)
-    assert kind.aware_algorithm is None or isinstance(default_algorithm(format, aware=True), AwareDecomposition)
+        assert default_algorithm(format, data_aware=aware).supports(kind)
+    assert kind.aware_algorithm is None or default_algorithm(format, data_aware=True).uses_covariance

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tenfold.decompositions import decompose, default_algorithm, recompress, reduce
+from tenfold.decompositions import decompose, default_algorithm, layer_request, recompress
 from tenfold.decompositions.svd import SVD
 from tenfold.errors import PlanError, RankError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank
@@ -65,7 +65,7 @@ def test_equals_going_through_the_dense_weight(case: str) -> None:
     spec = LayerSpec(**fields)
     value = tuned(spec, format, before)
     algorithm = SVD(method="full") if format != "tucker2" else default_algorithm(format)
-    small, _ = reduce(value, format, after, algorithm)
+    small, _ = layer_request(value, format, after, algorithm)
     assert small.weight.numel() < value.to_dense().numel()
     found = recompress(value, format, after, algorithm)
     dense = decompose(value.to_dense(), format, after, algorithm, spec=spec)
@@ -109,7 +109,7 @@ def test_zero_and_broken_factors() -> None:
 def test_other_formats_and_larger_ranks_go_through_the_dense_weight(format: str, rank: Rank) -> None:
     spec = LayerSpec(**CONV)
     value = tuned(spec, "tucker2", {"out": 10, "in": 8})
-    problem, _ = reduce(value, format, rank, default_algorithm(format))
+    problem, _ = layer_request(value, format, rank, default_algorithm(format))
     assert problem.weight.shape == spec.weight_shape
     found, dense = recompress(value, format, rank), decompose(value.to_dense(), format, rank, spec=spec)
     assert found.rel_error == pytest.approx(dense.rel_error, rel=1e-9)
@@ -119,7 +119,7 @@ def test_other_formats_and_larger_ranks_go_through_the_dense_weight(format: str,
 def test_nearly_full_factors_are_multiplied_out() -> None:
     spec = LayerSpec(kind="linear", in_channels=20, out_channels=20)
     value = tuned(spec, "low_rank", {"rank": 19})
-    assert reduce(value, "low_rank", {"rank": 4}, SVD())[0].spec == spec
+    assert layer_request(value, "low_rank", {"rank": 4}, SVD())[0].spec == spec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

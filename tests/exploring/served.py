@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tenfold.exploring import Explorer
-from tenfold.exploring.server import Service
-from tenfold.exploring.serving import HOST, address_of, listening, server
+from tenfold.exploring.server import HOST, Service, address_of, listening, server
 
 TOKEN = "known-to-the-test"  # noqa: S105
 
@@ -51,7 +50,7 @@ def served(explorer: Explorer, out: Path) -> Iterator[Client]:
     pytest.importorskip("starlette")
     service = Service(explorer, name="net", out=out, command=f"tenfold compress --plan {out} ...")
     with listening(0) as listener:
-        runs = server(service, TOKEN, listener)
+        runs = server(service, TOKEN)
         thread = threading.Thread(target=runs.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

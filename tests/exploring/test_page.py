@@ -109,7 +109,7 @@ def test_a_layer_that_is_moved_is_pinned(page: Browser, explorer: Explorer) -> N
     assert page.run(f"{row}.querySelector('.planned').textContent").startswith("planned: ")
     page.run(f"s = {row}.querySelector('.format'); s.value = ''; s.dispatchEvent(new Event('change'))")
     page.wait(READY)
-    assert page.run(f"{row}.querySelector('output').textContent") == "as it is"
+    assert page.run(f"{row}.querySelector('output').textContent") == "kept"
     assert page.run(DAMAGE) == damage(explorer, {"3": Pin()}, macs=0.5)
     page.click("#release")
     page.wait(READY)

@@ -16,7 +16,7 @@ import pytest
 
 from tenfold.errors import TenfoldError
 from tenfold.exploring import Explorer, Wish
-from tenfold.exploring.serving import listening
+from tenfold.exploring.server import listening
 from tenfold.records import Plan
 from tests.exploring.nets import Made
 from tests.exploring.served import TOKEN, Client, served
@@ -66,13 +66,11 @@ def test_without_the_token_there_is_nothing(client: Client, method: str, path: s
     assert len(text) < 100
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "[::1]:{port}", "evil.example:{port}", ""]
-)
+@pytest.mark.parametrize("host", ["evil.example", "[::1]:{port}", "evil.example:{port}", "127.0.0.1.evil.example", ""])
 def test_another_host_is_refused(client: Client, host: str) -> None:
     """A foreign page that points its own name to this machine (DNS rebinding)."""
     status, text, _ = client.ask("GET", f"/{TOKEN}/", headers={"Host": host.format(port=client.port)})
-    assert (status, text) == (403, "this page is served to this machine only")
+    assert (status, text) == (400, "Invalid host header")
     assert client.ask("GET", f"/{TOKEN}/", headers={"Host": f"localhost:{client.port}"})[0] == 200
 
 
@@ -104,12 +102,12 @@ def test_answers_are_those_of_the_explorer(client: Client, explorer: Explorer) -
 @pytest.mark.parametrize(
     ("what", "value", "words"),
     [
-        ("answer", b"{", "no wish"),
-        ("answer", b"[1]", "no wish"),
+        ("answer", b"{", "invalid request"),
+        ("answer", b"[1]", "invalid request"),
         ("answer", {"rubbish": 1}, "rubbish"),
-        ("answer", {"budget": {"macs": "much"}}, "no wish"),
+        ("answer", {"budget": {"macs": "much"}}, "invalid request"),
         ("answer", {"pins": {"nowhere": {"format": None}}}, "nowhere"),
-        ("answer", {"pins": {"3": {"format": "tucker2", "option": -1}}}, "no wish"),
+        ("answer", {"pins": {"3": {"format": "tucker2", "option": -1}}}, "invalid request"),
         ("curve", {"kind": "latency"}, "params or macs"),
         ("curve", {}, "kind of budget"),
         ("curve", b"\xff", "kind of budget"),

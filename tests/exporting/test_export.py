@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from tenfold import export
 from tenfold.errors import ExportError, MissingExtraError, UnknownNameError
-from tenfold.exporting import EXPORTERS, int8_linear, open_exported, quantize_onnx
+from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the exporters, about themselves
+
+UNTIMED = ExportConfig(seconds=0)
 
 onnx_only = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra export")
 
@@ -58,7 +60,7 @@ class ByMode(nn.Module):
 def test_the_file_takes_any_batch_and_the_model_stays_as_it_is(fold: bool, tmp_path: Path) -> None:
     net, path = _net().train(), tmp_path / "net.onnx"
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    made = export(net, torch.randn(1, 3, 4, 4), path, fold=fold, seconds=0.02)
+    made = export(net, torch.randn(1, 3, 4, 4), path, config=ExportConfig(fuse_batchnorm=fold, seconds=0.02))
     assert net.training
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     assert (made.folded, made.dynamic_batch, made.bytes) == (int(fold), True, path.stat().st_size)
@@ -75,40 +77,44 @@ def test_named_inputs_and_several_outputs(to: str, tmp_path: Path) -> None:
     if to == "onnx":
         pytest.importorskip("onnxscript")
     inputs = (torch.randn(3, 4), {"scale": torch.randn(3, 4)})
-    made = export(Two(), inputs, tmp_path / "two", to=to, seconds=0)
+    made = export(Two(), inputs, tmp_path / "two", to=to, config=UNTIMED)
     assert max(made.parity.values()) < 1e-6
     assert set(made.parity) == {1, 2, 3, 5}
 
 
 def test_a_fixed_batch_is_checked_as_it_is(tmp_path: Path) -> None:
     made = export(
-        _net(), torch.randn(4, 3, 4, 4), tmp_path / "a.pt2", to="torch-export", dynamic_batch=False, seconds=0
+        _net(),
+        torch.randn(4, 3, 4, 4),
+        tmp_path / "a.pt2",
+        to="torch-export",
+        config=UNTIMED.replace(dynamic_batch=False),
     )
     assert (list(made.parity), made.dynamic_batch) == ([4], False)
 
 
 def test_executorch_runs_the_file(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
-    made = export(_net(), torch.randn(1, 3, 4, 4), tmp_path / "a.pte", to="executorch", seconds=0)
+    made = export(_net(), torch.randn(1, 3, 4, 4), tmp_path / "a.pte", to="executorch", config=UNTIMED)
     assert max(made.parity.values()) < 1e-5
 
 
 def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     x, path = torch.ones(2, 3), tmp_path / "a.pt2"
     with pytest.raises(ExportError, match="ByValue cannot be exported"):
-        export(ByValue(), x, path, to="torch-export", seconds=0)
+        export(ByValue(), x, path, to="torch-export", config=UNTIMED)
     with pytest.raises(ExportError, match=r"tolerance 0\.0001: nothing was kept"):
-        export(ByMode(), x, path, to="torch-export", seconds=0)
+        export(ByMode(), x, path, to="torch-export", config=UNTIMED)
     assert _left(tmp_path) == []
-    assert export(ByMode(), x, path, to="torch-export", seconds=0, tolerance=1e-2).parity[2] == pytest.approx(
-        1e-3, 1e-2
-    )
+    assert export(ByMode(), x, path, to="torch-export", config=UNTIMED.replace(tolerance=1e-2)).parity[
+        2
+    ] == pytest.approx(1e-3, 1e-2)
     with pytest.raises(ExportError, match="exists"):
-        export(nn.ReLU(), x, path, to="torch-export", seconds=0)
+        export(nn.ReLU(), x, path, to="torch-export", config=UNTIMED)
     with pytest.raises(UnknownNameError, match="torch-export"):
-        export(nn.ReLU(), x, path, to="torch_export", seconds=0)
+        export(nn.ReLU(), x, path, to="torch_export", config=UNTIMED)
     with pytest.raises(ExportError, match="NaN or infinite"):
-        export(nn.ReLU(), x / 0, tmp_path / "b.pt2", to="torch-export", seconds=0)
+        export(nn.ReLU(), x / 0, tmp_path / "b.pt2", to="torch-export", config=UNTIMED)
     with pytest.raises(ExportError, match="no file"):
         open_exported(tmp_path / "c.onnx")
 
@@ -124,7 +130,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_int8_of_a_file(tmp_path: Path) -> None:
     source, path = tmp_path / "a.onnx", tmp_path / "b.onnx"
     net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 9))
-    export(net.eval(), torch.randn(1, 3, 5, 5), source, seconds=0)
+    export(net.eval(), torch.randn(1, 3, 5, 5), source, config=UNTIMED)
     batches = [torch.randn(8, 3, 5, 5) for _ in range(4)]
     made = quantize_onnx(source, path, batches, operators=("Conv",), seconds=0)
     assert made.operators["Conv"] == 2

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tenfold.decompositions import DECOMPOSITIONS, Moments, curves, decompose
-from tenfold.decompositions.curves import damage_curve
+from tenfold.decompositions import DECOMPOSITIONS, Moments, curves, decompose, error_curve
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_train import TensorTrain
 from tenfold.formats.tt_matrix import cheapest
@@ -156,7 +155,7 @@ def test_als_knows_the_data(format):
     fits = {}
     for name in ("tt_svd", "tt_als"):
         algorithm = DECOMPOSITIONS.get(name)()
-        fits[name] = decompose(random_weight(spec), format, rank, algorithm, spec=spec, metric=Moments.of(x))
+        fits[name] = decompose(random_weight(spec), format, rank, algorithm, spec=spec, moments=Moments.of(x))
     assert fits["tt_als"].output_error < 0.95 * fits["tt_svd"].output_error
     value = fits["tt_als"].value.to_grouped().flatten(2)[0]
     centred = x - x.mean(0)
@@ -172,7 +171,7 @@ def test_als_never_grows_and_settles():
     for sweeps in range(6):
         algorithm = DECOMPOSITIONS.get("tt_als")(n_iter=sweeps, tol=0.0)
         rank, moments = named("tensor_train", 3, 8, 6, 2), Moments.of(x)
-        fit = decompose(random_weight(spec), "tensor_train", rank, algorithm, spec=spec, metric=moments)
+        fit = decompose(random_weight(spec), "tensor_train", rank, algorithm, spec=spec, moments=moments)
         errors.append(fit.output_error)
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors))
     assert errors[0] - errors[-1] > 0.01
@@ -183,15 +182,15 @@ def inputs(width: int) -> torch.Tensor:
 
 
 def fitted_damage(weight: torch.Tensor, format: str, spec: LayerSpec, rank: dict[str, int], moments: Moments) -> float:
-    fit = decompose(weight, format, rank, spec=spec, metric=moments)
-    return moments.damage(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
+    fit = decompose(weight, format, rank, spec=spec, moments=moments)
+    return moments.distortion(weight[None].flatten(2), fit.value.to_grouped().flatten(2))
 
 
 def test_the_damage_of_tucker2_and_more_where_outer_bonds_are_cut():
     spec = LayerSpec(kind="conv", in_channels=12, out_channels=16, kernel=(3, 3))
     moments, weight = Moments.of(inputs(108)), random_weight(spec)
-    curve = damage_curve(weight[None], spec, TensorTrain, moments)
-    tucker2 = damage_curve(weight[None], spec, FORMATS.get("tucker2"), moments)
+    curve = error_curve(weight[None], spec, TensorTrain, moments)
+    tucker2 = error_curve(weight[None], spec, FORMATS.get("tucker2"), moments)
     pairs = np.array([[8, 6], [12, 4], [16, 12]])
     full = np.pad(pairs, ((0, 0), (1, 1)), constant_values=0) + np.array([4, 0, 0, 4])
     assert curve(full) == pytest.approx(tucker2(pairs), rel=1e-9, abs=1e-9)
@@ -217,7 +216,7 @@ def test_a_few_fits_tell_the_damage_of_all_ranks(format, monkeypatch):
 
     monkeypatch.setattr(curves, "decompose", counted)
     grid = [list(rank.values()) for rank in kind.rank_grid(spec, lambda full: range(1, full + 1))]
-    found = damage_curve(weight[None], spec, kind, moments)(np.array(grid))
+    found = error_curve(weight[None], spec, kind, moments)(np.array(grid))
     assert len(fits) == 5
     assert found[grid.index(list(kind.max_rank(spec).values()))] < 1e-6 * found.max()
     middle = [row for row, told in zip(grid, found, strict=True) if 0.2 < told / found.max() < 0.8][::7]

@@ -147,7 +147,7 @@ def test_padding_counts_in_no_moment() -> None:
     handle.remove()
     rows = seen[0][batch["attention_mask"].bool()].double()
     assert found[path].count == len(rows) == int(batch["attention_mask"].sum())
-    assert torch.allclose(found[path].second[0], rows.T @ rows / len(rows), atol=1e-5)
+    assert torch.allclose(found[path].input_second_moment[0], rows.T @ rows / len(rows), atol=1e-5)
     assert found["embeddings.word_embeddings"].count == len(rows)
 
 

@@ -36,6 +36,10 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
 
 
+def start(model: nn.Module) -> Any:
+    return tenfold.stages(model, torch.zeros(1, 32), SCHEDULE)
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
@@ -57,7 +61,7 @@ def test_stages_in_place_keep_model_and_optimizer_together() -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     train(net, optimizer, x, y)
     costs = []
-    live = LiveStages(torch.zeros(1, 32), SCHEDULE, on_stage=lambda record: costs.append(record.after.macs))
+    live = LiveStages(start, on_stage=lambda record: costs.append(record.after.macs))
     live.begin(net, [optimizer])
     for _ in range(4):
         assert parameters_of(optimizer) == {id(p) for p in net.parameters()}
@@ -89,7 +93,7 @@ def test_stages_in_place_are_those_of_the_generator() -> None:
     except StopIteration as end:
         result = end.value
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    live = LiveStages(torch.zeros(1, 32), SCHEDULE)
+    live = LiveStages(start)
     live.begin(net, [optimizer])
     for _ in range(4):
         train(net, optimizer, x, y)
@@ -99,11 +103,12 @@ def test_stages_in_place_are_those_of_the_generator() -> None:
 
 
 def test_what_stages_in_place_cannot_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TuningError, match="in place has no folder"):
-        LiveStages(torch.zeros(1, 32), SCHEDULE, folder=tmp_path)
+    stored = LiveStages(lambda model: tenfold.stages(model, torch.zeros(1, 32), SCHEDULE, folder=tmp_path))
+    with pytest.raises(TuningError, match="cannot be resumed from a folder"):
+        stored.begin(network(), [])
     alone = nn.Linear(32, 32)
     with pytest.raises(TuningError, match="one layer itself"):
-        LiveStages(torch.zeros(1, 32), SCHEDULE).begin(alone, [torch.optim.SGD(alone.parameters())])
+        LiveStages(start).begin(alone, [torch.optim.SGD(alone.parameters())])
 
 
 def test_lightning_calls_drive_stages_and_the_pull() -> None:
@@ -134,7 +139,7 @@ def test_lightning_calls_drive_stages_and_the_pull() -> None:
     distances = [value for _, value in written.found["admm/largest_primal"]]
     assert len(distances) == 6
     assert distances[-1] < 0.5 * first
-    stages = StagesCallback(LiveStages(torch.zeros(1, 32), SCHEDULE, on_stage=board.stage), of=lambda m: m.net)
+    stages = StagesCallback(LiveStages(start, on_stage=board.stage), of=lambda m: m.net)
     stages.on_train_start(trainer, module)
     for _ in range(4):
         train(module.net, optimizer, x, y)
@@ -178,7 +183,7 @@ def test_the_trainer_of_transformers_compresses_while_it_trains(tmp_path: Path) 
 
     run(1, Pull(pull))
     assert told == [1]
-    live = LiveStages(example, schedule)
+    live = LiveStages(lambda model: tenfold.stages(model, example, schedule))
     run(2, Stages(live))
     assert live.result is not None
     assert sum(p.numel() for p in model.parameters()) <= 0.8 * dense

@@ -37,13 +37,13 @@ def test_the_predicted_damage_is_the_squared_error_of_the_outputs():
     model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
     x = torch.randn(4000, 12) @ torch.randn(12, 12)
     moments, minds = collect_moments(model, [x]), collect_gradients(model, [x], measurable(model), draws=20)
-    told = with_damage(problems(model, x), {p: m.replace(output=minds[p]) for p, m in moments.items()})
+    told = with_damage(problems(model, x), {p: m.replace(output_gram=minds[p]) for p, m in moments.items()})
     from tenfold.decompositions import decompose
 
     for problem in told:
         layer = model.get_submodule(problem.path)
-        metric = moments[problem.path].replace(output=minds[problem.path])
-        fit = decompose(layer.weight, "low_rank", {"rank": 3}, metric=metric)
+        metric = moments[problem.path].replace(output_gram=minds[problem.path])
+        fit = decompose(layer.weight, "low_rank", {"rank": 3}, moments=metric)
         with torch.no_grad():
             wanted, kept = model(x), layer.weight.clone()
             layer.weight.copy_(fit.value.to_dense())
@@ -69,7 +69,7 @@ def test_damages_on_different_scales_are_refused():
     model, x = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8)), torch.randn(100, 12)
     moments = collect_moments(model, [x])
     with pytest.raises(PlanError, match="not on one scale"):
-        with_damage(problems(model, x), moments | {"0": moments["0"].replace(output=torch.eye(10).double()[None])})
+        with_damage(problems(model, x), moments | {"0": moments["0"].replace(output_gram=torch.eye(10).double()[None])})
     with pytest.raises(PlanError, match="no moments of layer '1'"):
         with_damage(problems(model, x), {"0": moments["0"]})
 
@@ -81,7 +81,10 @@ def test_curves_are_remembered_for_the_very_moments_that_they_are_of():
     first = with_damage([problem], {"0": moments})[0].damage_at("low_rank")
     assert with_damage([problem], {"0": moments})[0].damage_at("low_rank") is first
     scale = torch.linspace(1, 9, 12, dtype=torch.float64)
-    other, gone = moments.replace(second=moments.second * scale * scale[:, None]), weakref.ref(moments)
+    other, gone = (
+        moments.replace(input_second_moment=moments.input_second_moment * scale * scale[:, None]),
+        weakref.ref(moments),
+    )
     del moments
     assert gone() is not None  # or else other moments may get its id
     again = with_damage([problem], {"0": other})[0].damage_at("low_rank")

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.decompositions import decompose
-from tenfold.decompositions.metric import Moments
-from tenfold.decompositions.sketch import Sketch
+from tenfold.decompositions import Moments, Sketch, decompose
 from tenfold.errors import BudgetError, DataError, TenfoldError
 from tenfold.formats import FORMATS, Rank, join_groups
 from tenfold.parallel import Workers
@@ -93,7 +91,7 @@ def test_data_decide_where_there_are_moments() -> None:
     assert isinstance(first, Choose)
     assert isinstance(second, Choose)
     assert second.rank["rank"] < first.rank["rank"]
-    fit = decompose(blind.load_weight()[0], "cp3", second.rank, spec=blind.spec, metric=seeing.metric)
+    fit = decompose(blind.load_weight()[0], "cp3", second.rank, spec=blind.spec, moments=seeing.metric)
     assert fit.output_error is not None
     assert fit.output_error <= 0.31
     assert "output error" in second.note
@@ -128,12 +126,12 @@ def test_an_interrupted_search_goes_on_from_its_table(tmp_path: Path, monkeypatc
 def test_a_table_tells_weights_under_other_data_apart() -> None:
     x = torch.randn(50, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     exact = Moments.of(x, x[:, :12])
-    sketched = exact.replace(second=Sketch.of(x), cross=None)
-    wider = exact.replace(second=Sketch.of(2 * x), cross=None)
+    sketched = exact.replace(input_second_moment=Sketch.of(x), cross=None)
+    wider = exact.replace(input_second_moment=Sketch.of(2 * x), cross=None)
     at = layer("cp3", steep())
     metrics = (None, exact, exact.replace(cross=-exact.cross), sketched, wider)
     assert len({error_bound._digest(at.load_weight(), at.spec, metric) for metric in metrics}) == 5
-    again = exact.replace(second=Sketch.of(x.clone()), cross=None)
+    again = exact.replace(input_second_moment=Sketch.of(x.clone()), cross=None)
     assert again.digest() == sketched.digest()
 
 

@@ -22,7 +22,7 @@ from tenfold.records import (
     LayerSpec,
     chain_macs,
     chain_params,
-    held_alone,
+    locked,
     write_text,
 )
 from tenfold.testing import GEOMETRIES
@@ -176,11 +176,11 @@ def test_who_adds_to_a_file_waits_for_who_holds_it(tmp_path):
     path = tmp_path / "sub" / "count"
 
     def add() -> None:
-        with held_alone(path):
+        with locked(path):
             write_text(path, path.read_text() + "x")
 
     other = threading.Thread(target=add)
-    with held_alone(path):
+    with locked(path):
         other.start()
         other.join(0.1)
         assert other.is_alive()

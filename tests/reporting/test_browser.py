@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tenfold.reporting.comparing import compare
-from tenfold.reporting.comparison import write_comparison
-from tenfold.reporting.reading import read_run
+from tenfold.reporting.comparison import compare
+from tenfold.reporting.comparison_page import write_comparison
 from tenfold.reporting.report import write_report
+from tenfold.reporting.run_files import read_run
 from tests.browser import Browser, chromium
 from tests.reporting import runs
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tenfold.reporting.comparing import Group, best, compare
-from tenfold.reporting.comparison import comparison
-from tenfold.reporting.reading import Run
+from tenfold.reporting.comparison import Group, best, compare
+from tenfold.reporting.comparison_page import comparison
+from tenfold.reporting.run_files import Run
 from tenfold.reporting.tabular import as_csv, as_latex
 from tests.reporting import runs
 from tests.reporting.test_report import Page

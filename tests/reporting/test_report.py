@@ -15,8 +15,8 @@ import pytest
 from tenfold.errors import DataError
 from tenfold.records import Analysis, Cost, RunRecord, TradeOff, TradeOffPoint
 from tenfold.reporting.charts import equal_error, error_curve, spectrum
-from tenfold.reporting.reading import read_run, read_runs
 from tenfold.reporting.report import report, tiles
+from tenfold.reporting.run_files import read_run, read_runs
 from tests.reporting import runs
 
 VOID = {"meta", "link", "input", "br", "hr", "img", "col", "rect"}
@@ -216,9 +216,9 @@ def test_no_torch(tmp_path: Path) -> None:
     folder = runs.write(tmp_path / "half")
     code = f"""if True:
         import sys
-        from tenfold.reporting.comparing import compare
-        from tenfold.reporting.comparison import write_comparison
-        from tenfold.reporting.reading import read_run
+        from tenfold.reporting.comparison import compare
+        from tenfold.reporting.comparison_page import write_comparison
+        from tenfold.reporting.run_files import read_run
         from tenfold.reporting.report import write_report
         run = read_run({str(folder)!r})
         write_report(run, {str(tmp_path / "report.html")!r})

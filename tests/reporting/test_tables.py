@@ -99,7 +99,9 @@ def test_latency_has_its_spread_and_its_conditions() -> None:
     text = render_record(record(before=before, after=after))
     assert "8.00 ms [7.50–8.50]" in line(text, "latency")
     assert "2.00× faster" in line(text, "latency")
-    assert "batch 8, float32, contiguous; median of 40" in line(text, "Latency:")
+    assert "median of 40 interleaved rounds [quartiles], batch 8, float32, contiguous, 2 threads" in line(
+        text, "Latency:"
+    )
     speedup = Speedup(ratio=0.8, low=0.7, high=0.9, rounds=40)
     assert "0.80× as fast [0.70–0.90×]" in render_record(record(before=before, after=after, speedup=speedup))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tenfold.calibration.input_moments import frequencies, id_counts
+from tenfold.calibration.frequencies import frequencies, id_counts
 from tenfold.decompositions import Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError
 from tenfold.layers import FactorizedLayer
@@ -78,8 +78,8 @@ def test_the_last_layer_alone_is_the_closed_form():
     with torch.no_grad():
         x = torch.cat([model[:5](b) for b in batches])
         y = x @ model[5].weight.T
-    few = replace(default_algorithm("low_rank", 0, aware=True), ridge=0.1 * (48 / 96) ** 2)  # 96 rows, 48 wide
-    fit = decompose(model[5].weight, "low_rank", todo.layer("5").rank, few, metric=Moments.of(x, y))
+    few = replace(default_algorithm("low_rank", 0, data_aware=True), ridge=0.1 * (48 / 96) ** 2)  # 96 rows, 48 wide
+    fit = decompose(model[5].weight, "low_rank", todo.layer("5").rank, few, moments=Moments.of(x, y))
     torch.testing.assert_close(new[5].weight, fit.value.to_dense(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(new[5].bias, model[5].bias + fit.bias_shift.float(), rtol=1e-3, atol=1e-4)
 

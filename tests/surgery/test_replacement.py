@@ -62,7 +62,7 @@ def test_a_plan_says_what_found_the_factors(model: nn.Sequential, batches: list[
     assert with_errors(plan, apply(model, plan)).layer("0").algorithm == named.to_dict()
     fitted = with_errors(plan, apply_in_order(model, plan, batches)).layer("0").algorithm
     assert fitted is not None
-    assert fitted["name"] == default_algorithm("tucker2", aware=True).name()
+    assert fitted["name"] == default_algorithm("tucker2", data_aware=True).name()
     again = planned("tucker2", {"out": 4, "in": 3}, Decomposition.from_dict(fitted))
     first, second = (apply_in_order(model, p, batches)[0].weight for p in (plan, again))
     assert torch.equal(first.detach() + 0, second.detach() + 0)

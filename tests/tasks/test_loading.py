@@ -51,7 +51,7 @@ def test_registered_names_are_those_of_the_classes_and_summarised() -> None:
     for name, cls in TASKS.items():
         assert cls.name == name
         assert TASKS.summary(name).endswith(".")
-        TuneConfig(**cls().recipe())
+        TuneConfig(**cls().tune_settings())
 
 
 @pytest.mark.parametrize(("text", "id_"), [("digits", "digits"), ("cifar10", "cifar10:resnet20")])
@@ -99,7 +99,7 @@ def test_what_does_not_exist_is_named_with_near_names(own: Path, text: str, mess
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("number", "number in .* is not a task"), ("Half", "lacks architecture, pretrained, name")],
+    [("number", "number in .* is not a task"), ("Half", "lacks architecture, name")],
 )
 def test_what_is_no_task_is_refused(own: Path, name: str, message: str) -> None:
     with pytest.raises(TenfoldError, match=message):

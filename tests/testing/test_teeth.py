@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from tenfold.decompositions import DECOMPOSITIONS, Factors, Moments
 from tenfold.decompositions.svd import SVD
-from tenfold.decompositions.weighted import WeightedALS, WhitenedSVD
+from tenfold.decompositions.weighted_als import WeightedALS, WhitenedSVD
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
 from tenfold.formats.low_rank import LowRank
@@ -134,34 +134,34 @@ def test_a_full_rank_that_is_not_full_is_caught(registered):
 class Sloppy(SVD):
     """Finds the trailing singular vectors first."""
 
-    def fit(self, weight, spec, format, rank):
-        u, s, vh = torch.linalg.svd(format.unfold(weight, spec), full_matrices=False)
-        r = rank["rank"]
-        return Factors(dict(format.from_matrices(u[..., -r:] * s[..., None, -r:], vh[..., -r:, :], spec)))
+    def fit(self, problem):
+        format, spec, r = problem.format, problem.spec, problem.rank["rank"]
+        u, s, vh = torch.linalg.svd(format.unfold(problem.weight, spec), full_matrices=False)
+        return Factors(format.from_matrices(u[..., -r:] * s[..., None, -r:], vh[..., -r:, :], spec))
 
 
 class Noisy(SVD):
     """Adds to the factors what torch's own generator gives."""
 
-    def fit(self, weight, spec, format, rank):
-        found = super().fit(weight, spec, format, rank)
+    def fit(self, problem):
+        found = super().fit(problem)
         return Factors({k: v + 1e-3 * torch.randn_like(v) for k, v in found.tensors.items()})
 
 
 class Growing(SVD):
     """Spoils larger ranks."""
 
-    def fit(self, weight, spec, format, rank):
-        found = super().fit(weight, spec, format, rank)
-        return Factors({k: v * (1 + 0.2 * (rank["rank"] - 1)) for k, v in found.tensors.items()})
+    def fit(self, problem):
+        found = super().fit(problem)
+        return Factors({k: v * (1 + 0.2 * (problem.rank["rank"] - 1)) for k, v in found.tensors.items()})
 
 
 class Writing(SVD):
     """Divides by the norm, and by zero where that is zero."""
 
-    def fit(self, weight, spec, format, rank):
-        found = super().fit(weight, spec, format, rank)
-        norm = torch.linalg.vector_norm(weight)
+    def fit(self, problem):
+        found = super().fit(problem)
+        norm = torch.linalg.vector_norm(problem.weight)
         return Factors({k: v / norm * norm for k, v in found.tensors.items()})
 
 
@@ -185,42 +185,45 @@ def test_wrong_algorithms_are_caught(registered, entry, check, number):
 class Ignoring(WhitenedSVD):
     """Takes no notice of the data."""
 
-    def fit(self, weight, spec, format, rank, covariance=None):
-        return super().fit(weight, spec, format, rank)
+    def fit(self, problem):
+        return super().fit(replace(problem, covariance=None))
 
 
 class Halved(WhitenedSVD):
     """Loses a factor under the data, whatever they are."""
 
-    def fit(self, weight, spec, format, rank, covariance=None):
-        found = super().fit(weight, spec, format, rank, covariance)
-        half = 1.0 if covariance is None else 0.5
+    def fit(self, problem):
+        found = super().fit(problem)
+        half = 1.0 if problem.covariance is None else 0.5
         return Factors({k: v * half for k, v in found.tensors.items()})
 
 
 class Averaging(WhitenedSVD):
     """Takes all groups for one."""
 
-    def fit(self, weight, spec, format, rank, covariance=None):
+    def fit(self, problem):
+        covariance = problem.covariance
         mean = None if covariance is None else covariance.mean(0, keepdim=True).expand_as(covariance)
-        return super().fit(weight, spec, format, rank, mean)
+        return super().fit(replace(problem, covariance=mean))
 
 
 class Mixing(WhitenedSVD):
     """Gives each group the data of another."""
 
-    def fit(self, weight, spec, format, rank, covariance=None):
-        return super().fit(weight, spec, format, rank, None if covariance is None else covariance.flip(0))
+    def fit(self, problem):
+        covariance = problem.covariance
+        return super().fit(replace(problem, covariance=None if covariance is None else covariance.flip(0)))
 
 
 class Turned(WeightedALS):
     """Takes the entries of a patch in the order (tap, channel)."""
 
-    def fit(self, weight, spec, format, rank, covariance=None):
+    def fit(self, problem):
+        covariance = problem.covariance
         if covariance is not None:
-            order = torch.arange(covariance.shape[-1]).view(-1, weight.shape[2]).T.flatten()
+            order = torch.arange(covariance.shape[-1]).view(-1, problem.weight.shape[2]).T.flatten()
             covariance = covariance[:, order][:, :, order]
-        return super().fit(weight, spec, format, rank, covariance)
+        return super().fit(replace(problem, covariance=covariance))
 
 
 @pytest.mark.parametrize(

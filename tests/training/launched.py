@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.cli.scaling import leave
-from tenfold.training import TuneConfig, finetune
+from tenfold.training import TuneConfig, TuneProgress, finetune
 
 PLAIN = TuneConfig(epochs=3, lr=0.1, warmup=0.2, autocast="off", channels_last=False, clip_norm=0.5)
 
@@ -82,7 +82,13 @@ def main(folder: Path) -> None:
         return model[1].running_mean.sum().item() + accelerator.process_index
 
     told = finetune(
-        model, noisy, config, accelerator=accelerator, evaluate=score, folder=folder / "whole", on_epoch=seen.append
+        model,
+        noisy,
+        config,
+        accelerator=accelerator,
+        evaluate=score,
+        folder=folder / "whole",
+        progress=TuneProgress(seen.append),
     )
     keep("whole", model, scores=[r.score for r in told.history], seen=len(seen))
     model = mlp(norm=True)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tenfold.errors import CheckpointError, DataError, TuningError
-from tenfold.training import TuneConfig, finetune
+from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.training.batches import share
 from tenfold.training.ema import Average
 from tenfold.training.snapshot import Snapshot
@@ -123,7 +123,7 @@ def test_a_folder_of_more_processes_is_refused(two: Path) -> None:
     config = launched.PLAIN.replace(ema=0.9)
     with pytest.raises(CheckpointError, match="processes were 2, are 1"):
         finetune(launched.mlp(norm=True), launched.noisy, config, folder=two / "whole")
-    assert Snapshot(two / "whole", config, processes=2).read() is not None
+    assert Snapshot(TrainingFolder(two / "whole"), config, processes=2).read() is not None
 
 
 # --- one process ---
@@ -268,7 +268,7 @@ def test_the_average_resumes_to_the_same_bits(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(launched.mlp(norm=True), launched.noisy, config, folder=tmp_path, on_epoch=stop)
+        finetune(launched.mlp(norm=True), launched.noisy, config, folder=tmp_path, progress=TuneProgress(stop))
     assert finetune(model, launched.noisy, config, folder=tmp_path).resumed == 2
     assert finetune(finished, launched.noisy, config, folder=tmp_path).resumed == 3
     for name, tensor in whole.state_dict().items():

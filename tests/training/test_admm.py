@@ -19,7 +19,8 @@ from tenfold.records import Cost, LayerPlan, Plan
 from tenfold.surgery import apply
 from tenfold.training import finetune, parameter_groups
 from tenfold.training.low_rank.admm import Admm, AdmmConfig
-from tenfold.training.low_rank.train_admm import LowRankResult, train_admm, train_towards
+from tenfold.training.low_rank.projection import PlanProjection
+from tenfold.training.low_rank.train_admm import LowRankConfig, LowRankResult, train_admm, train_dense
 from tenfold.training.snapshot import FILE_NAME
 from tests.training.narrow import CONFIG, Cut, accuracy, batches, cut_in_epoch, data, network, same, state
 
@@ -42,14 +43,14 @@ def wanted(trained: nn.Sequential) -> Plan:
 
 @pytest.fixture(scope="module")
 def result(trained: nn.Sequential, wanted: Plan) -> LowRankResult:
-    return train_admm(trained, wanted, batches, CONFIG, evaluate=accuracy)
+    return train_admm(trained, wanted, batches, LowRankConfig(train=CONFIG), evaluate=accuracy)
 
 
 def test_weights_arrive_at_low_rank(result: LowRankResult, trained: nn.Sequential, wanted: Plan) -> None:
     start = Admm(trained, wanted).residuals
-    for path, rows in result.towards.residuals.items():
+    for path, rows in result.training.residuals.items():
         assert rows[-1].primal < 0.1 * start[path].primal
-        values = np.linalg.svd(result.towards.model.get_submodule(path).weight.detach().numpy(), compute_uv=False)
+        values = np.linalg.svd(result.training.model.get_submodule(path).weight.detach().numpy(), compute_uv=False)
         assert (values[RANK:] ** 2).sum() <= rows[-1].primal ** 2 * (values**2).sum() * (1 + 1e-4)
         assert result.plan.layer(path).rel_error < 0.1 * start[path].primal
 
@@ -61,7 +62,7 @@ def test_better_than_decomposing_what_was_never_of_low_rank(
     one_shot = apply(trained, wanted)
     assert accuracy(result.model) > accuracy(one_shot) + 0.08
     assert accuracy(result.model) > accuracy(trained) - 0.05
-    assert result.towards.history[-1].score > accuracy(trained) - 0.05
+    assert result.training.history[-1].score > accuracy(trained) - 0.05
     assert [m.rank for m in result.model.modules() if isinstance(m, FactorizedLayer)] == [{"rank": RANK}] * 2
 
 
@@ -71,19 +72,19 @@ def test_the_given_model_stays_and_monitors_are_complete(
     again = network()
     finetune(again, batches, CONFIG)
     assert same(state(trained), state(again))
-    told = result.towards.summary()
+    told = result.training.summary()
     assert {len(told[k]) for k in ("residual_mean", "residual_max", "projected_score", "dense_score")} == {20}
-    assert told["dense_score"][-1] == accuracy(result.towards.model)
-    with result.towards.admm.projected(result.towards.model) as plugged:
+    assert told["dense_score"][-1] == accuracy(result.training.model)
+    with result.training.admm.projected(result.training.model) as plugged:
         assert told["projected_score"][-1] == accuracy(plugged)
 
 
 def test_same_call_same_result(trained: nn.Sequential, wanted: Plan) -> None:
-    config = CONFIG.replace(epochs=2)
-    one, two = (train_admm(trained, wanted, batches, config, tune=config) for _ in range(2))
+    train = CONFIG.replace(epochs=2)
+    one, two = (train_admm(trained, wanted, batches, LowRankConfig(train=train, tune=train)) for _ in range(2))
     assert same(state(one.model), state(two.model))
-    assert one.towards.residuals == two.towards.residuals
-    assert [epoch.score for epoch in one.towards.history] == [None, None]
+    assert one.training.residuals == two.training.residuals
+    assert [epoch.score for epoch in one.training.history] == [None, None]
     assert one.tuning is not None
     assert len(one.tuning.history) == 2
 
@@ -93,30 +94,30 @@ def test_same_call_same_result(trained: nn.Sequential, wanted: Plan) -> None:
 def test_resumed_equals_uninterrupted(
     trained: nn.Sequential, wanted: Plan, tmp_path: Path, cut: int, optimizer: str
 ) -> None:
-    config = CONFIG.replace(epochs=4, optimizer=optimizer)
-    call = {"tune": config.replace(epochs=1), "evaluate": accuracy, "update_every": 2}
-    whole = train_admm(trained, wanted, batches, config, **call)
+    train = CONFIG.replace(epochs=4, optimizer=optimizer)
+    config = LowRankConfig(train=train, tune=train.replace(epochs=1), update_every=2)
+    whole = train_admm(trained, wanted, batches, config, evaluate=accuracy)
     with pytest.raises(Cut):
-        train_admm(trained, wanted, cut_in_epoch(cut), config, folder=tmp_path, **call)
+        train_admm(trained, wanted, cut_in_epoch(cut), config, folder=tmp_path, evaluate=accuracy)
     torch.manual_seed(99)  # a new process has other random states
-    found = train_admm(trained, wanted, batches, config, folder=tmp_path, **call)
+    found = train_admm(trained, wanted, batches, config, folder=tmp_path, evaluate=accuracy)
     assert same(state(found.model), state(whole.model))
-    assert same(state(found.towards.admm), state(whole.towards.admm))
-    assert found.towards.residuals == whole.towards.residuals
-    assert found.towards.scores == whole.towards.scores
-    finished = train_admm(trained, wanted, batches, config, folder=tmp_path, **call)
+    assert same(state(found.training.admm), state(whole.training.admm))
+    assert found.training.residuals == whole.training.residuals
+    assert found.training.scores == whole.training.scores
+    finished = train_admm(trained, wanted, batches, config, folder=tmp_path, evaluate=accuracy)
     assert same(state(finished.model), state(whole.model))
     assert {f.name for f in (tmp_path / "towards").iterdir()} == {FILE_NAME}
 
 
 def test_other_ranks_or_pulls_are_another_run(trained: nn.Sequential, wanted: Plan, tmp_path: Path) -> None:
-    config = CONFIG.replace(epochs=1)
+    config = LowRankConfig(train=CONFIG.replace(epochs=1))
     train_admm(trained, wanted, batches, config, folder=tmp_path)
     first = wanted.layers[0].replace(rank={"rank": 4})
     with pytest.raises(CheckpointError, match="Use another folder"):
         train_admm(trained, wanted.replace(layers=(first, *wanted.layers[1:])), batches, config, folder=tmp_path)
     with pytest.raises(CheckpointError, match="Use another folder"):
-        train_admm(trained, wanted, batches, config, AdmmConfig(rho=0.5), folder=tmp_path)
+        train_admm(trained, wanted, batches, config.replace(admm=AdmmConfig(rho=0.5)), folder=tmp_path)
 
 
 def planned(model: nn.Module, path: str, format: str, rank: dict[str, int]) -> Plan:
@@ -267,7 +268,8 @@ def test_no_decay_on_weights_that_are_drawn_elsewhere(trained: nn.Sequential, wa
         seen["model"] = model
         return nn.functional.cross_entropy(model(inputs), targets)
 
-    found = train_towards(trained, wanted, batches, CONFIG.replace(epochs=1, weight_decay=0.5), loss=loss)
+    config = LowRankConfig(train=CONFIG.replace(epochs=1, weight_decay=0.5))
+    found = train_dense(trained, PlanProjection(wanted), batches, config, loss=loss)
     assert seen["model"] is found.model  # the loss sees the model itself, not what is around it
     from tenfold.training.low_rank.train_admm import _Run
 
@@ -286,6 +288,6 @@ def test_refusals(trained: nn.Sequential, wanted: Plan) -> None:
     with pytest.raises(TuningError, match="'0' has no weight that requires grad"):
         Admm(frozen, wanted)
     with pytest.raises(TuningError, match="leave it to the tuning"):
-        train_towards(trained, wanted, batches, CONFIG.replace(ema=0.9))
+        train_admm(trained, wanted, batches, LowRankConfig(train=CONFIG.replace(ema=0.9)))
     with pytest.raises(PlanError, match="no layer 'absent'"):
         Admm(trained, planned(trained, "absent", "low_rank", {"rank": 1}))

@@ -19,7 +19,7 @@ from tenfold.surgery import apply
 from tenfold.training import TuneConfig
 from tenfold.training.low_rank.bayesian import BayesianRanks
 from tenfold.training.low_rank.priors import BayesianConfig, GammaPrior, HalfCauchyPrior, LogUniformPrior, RankPrior
-from tenfold.training.low_rank.rank_schedule import allowed
+from tenfold.training.low_rank.rank_schedule import allowed_params
 from tenfold.training.low_rank.train_bayesian import ranks_plan, train_bayesian
 
 PRIORS = [GammaPrior(1.5, 5.0), GammaPrior(1.0, 0.0), LogUniformPrior(), HalfCauchyPrior(0.3)]
@@ -121,10 +121,11 @@ def test_a_timetable_ends_with_enough_and_with_what_carries_the_weight(prior: st
     for _ in range(50):
         ranks.advance_(model)
         left.append(ranks.params(model))
-    assert left[:10] == [ranks.begun] * 10
+    assert left[:10] == [ranks.initial_params] * 10
     assert left == sorted(left, reverse=True)
     assert len(set(left)) > 3
-    assert all(n <= allowed(ranks.begun, enough, (t - 10) / 40) for t, n in enumerate(left, 1) if t > 10 and t % 5 == 0)
+    limits = [allowed_params(ranks.initial_params, enough, (t - 10) / 40) for t in range(1, len(left) + 1)]
+    assert all(left[t - 1] <= limits[t - 1] for t in range(15, len(left) + 1, 5))
     assert ranks.prune_(model) == {"0": (2, 3)}
     assert float((model[0].weight - true.weight).detach().norm() / true.weight.detach().norm()) < 0.01
     with pytest.raises(ValueError, match="enough"):
@@ -187,7 +188,7 @@ def test_factorized_layers_lose_indices_and_become_a_plan(kind: str) -> None:
     left = ranks.prune_(small)
     torch.testing.assert_close(small(inputs), said, atol=1e-5, rtol=1e-5)
     assert max(left["0"], default=1) <= max(len(i) for i in kept)
-    again = apply(dense, ranks_plan(small, dense, profile(dense, inputs), keep_ends=False))
+    again = apply(dense, ranks_plan(small, dense, profile(dense, inputs)))
     assert again[0].rank == small[0].rank
 
 

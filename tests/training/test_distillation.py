@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold.errors import CheckpointError, DataError, TuningError
-from tenfold.training import Distillation, StoredAnswers, TuneConfig, finetune
+from tenfold.training import CachedLogits, Distillation, TuneConfig, finetune
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 Y = X[:, :3].argmax(1)
@@ -77,10 +77,10 @@ def test_stored_answers_train_as_the_teacher_does(tmp_path: Path) -> None:
     students = [net(1), net(1), net(1)]
     config = TuneConfig(epochs=3, lr=0.05, autocast="off")
     finetune(students[0], lambda epoch: batches(epoch % 2), config, loss=Distillation(teacher))
-    answers = StoredAnswers(teacher, batches, tmp_path, views=2)
+    answers = CachedLogits(teacher, batches, tmp_path, views=2)
     finetune(students[1], answers, config, loss=Distillation(None))
     assert len(list(tmp_path.iterdir())) == 2
-    finetune(students[2], StoredAnswers(teacher, batches, tmp_path, views=2), config, loss=Distillation(None))
+    finetune(students[2], CachedLogits(teacher, batches, tmp_path, views=2), config, loss=Distillation(None))
     for live, stored in zip(students[0].parameters(), students[1].parameters(), strict=True):
         torch.testing.assert_close(stored, live, atol=1e-3, rtol=1e-2)  # answers are kept in half precision
     for first, again in zip(students[1].parameters(), students[2].parameters(), strict=True):
@@ -93,7 +93,7 @@ class Fails(nn.Module):
 
 
 def test_teachers_are_not_asked_again(tmp_path: Path) -> None:
-    answers = StoredAnswers(net(0), batches, tmp_path, views=1)
+    answers = CachedLogits(net(0), batches, tmp_path, views=1)
     first = list(answers(0))
     answers.teachers = (Fails(),)
     again = list(answers(7))
@@ -101,7 +101,7 @@ def test_teachers_are_not_asked_again(tmp_path: Path) -> None:
 
 
 def test_an_epoch_cut_short_leaves_nothing(tmp_path: Path) -> None:
-    answers = StoredAnswers(net(0), batches, tmp_path / "answers", views=1)
+    answers = CachedLogits(net(0), batches, tmp_path / "answers", views=1)
     next(iter(answers(0)))
     assert not (tmp_path / "answers").exists()
     assert len(answers(0)) == 4
@@ -124,16 +124,16 @@ def test_says_what_is_wrong(wrong: dict[str, Any], words: str) -> None:
 
 def test_says_what_is_wrong_with_answers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one"):
-        StoredAnswers(net(0), batches, tmp_path, views=0)
-    with pytest.raises(TuningError, match="StoredAnswers"):
+        CachedLogits(net(0), batches, tmp_path, views=0)
+    with pytest.raises(TuningError, match="CachedLogits"):
         Distillation(None)(net(0), X, Y)
     with pytest.raises(TuningError, match=r"\(64, 8\) in the student and \(64, 12\)"):
         Distillation(net(0, width=12), features=["0"])(net(1), X, Y)
-    list(StoredAnswers(net(0), batches, tmp_path, views=1)(0))
-    half = StoredAnswers(net(0), lambda epoch: batches(epoch)[:2], tmp_path, views=1)
+    list(CachedLogits(net(0), batches, tmp_path, views=1)(0))
+    half = CachedLogits(net(0), lambda epoch: batches(epoch)[:2], tmp_path, views=1)
     with pytest.raises(CheckpointError, match="about"):
         list(half(0))
     (stored,) = tmp_path.iterdir()
     stored.write_bytes(b"no safetensors")
     with pytest.raises(CheckpointError, match="delete it"):
-        list(StoredAnswers(net(0), batches, tmp_path, views=1)(0))
+        list(CachedLogits(net(0), batches, tmp_path, views=1)(0))

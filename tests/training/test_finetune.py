@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.errors import DataError, ProfileError, TenfoldError, TuningError
-from tenfold.training import EpochRecord, TuneConfig, finetune
+from tenfold.training import EpochRecord, TuneConfig, TuneProgress, finetune
 from tenfold.training.optimizer import learning_rate
 from tenfold.training.precision import channels_last_weights, uses_bf16, uses_channels_last
 
@@ -141,7 +141,7 @@ def test_generators_are_counted_once_and_epochs_are_told_apart() -> None:
 
     seen: list[EpochRecord] = []
     one, other = mlp(), mlp()
-    result = finetune(one, generate, PLAIN, on_epoch=seen.append)
+    result = finetune(one, generate, PLAIN, progress=TuneProgress(seen.append))
     assert asked == [0, 0, 1]
     assert tuple(seen) == result.history
     finetune(other, batches, PLAIN)
@@ -175,8 +175,9 @@ def test_zero_epochs_do_nothing() -> None:
 
 
 def test_progress_is_told_of_everything_and_stopped_on_errors() -> None:
-    class Diary:
-        def __init__(self) -> None:
+    class Diary(TuneProgress):
+        def __init__(self, on_epoch: Any = None) -> None:
+            super().__init__(on_epoch)
             self.lines: list[Any] = []
 
         def start(self, *, epochs: int, steps: int, done: int) -> None:
@@ -187,6 +188,7 @@ def test_progress_is_told_of_everything_and_stopped_on_errors() -> None:
 
         def end_epoch(self, record: EpochRecord) -> None:
             self.lines.append(record.epoch)
+            super().end_epoch(record)
 
         def stop(self) -> None:
             self.lines.append("stop")
@@ -198,9 +200,9 @@ def test_progress_is_told_of_everything_and_stopped_on_errors() -> None:
     def interrupt(_: EpochRecord) -> None:
         raise KeyboardInterrupt
 
-    diary, model = Diary(), mlp().eval()
+    diary, model = Diary(interrupt), mlp().eval()
     with pytest.raises(KeyboardInterrupt):
-        finetune(model, batches, PLAIN, progress=diary, on_epoch=interrupt)
+        finetune(model, batches, PLAIN, progress=diary)
     assert diary.lines[-2:] == [1, "stop"]
     assert not any(m.training for m in model.modules())
 

@@ -17,8 +17,8 @@ from tenfold.planning import plan
 from tenfold.profiling import profile
 from tenfold.records import Profile
 from tenfold.surgery import apply
-from tenfold.training import finetune
-from tenfold.training.low_rank.learned_ranks import LearnedRanks, PenalizedRank, train_lc
+from tenfold.training import LcConfig, LearnedRanks, LowRankConfig, LowRankResult, finetune, train_admm
+from tenfold.training.low_rank.learned_rules import PenalizedRank
 from tests.training.narrow import CONFIG, Cut, accuracy, batches, cut_in_epoch, network, same, state
 
 X = torch.zeros(1, 16)
@@ -61,10 +61,10 @@ def test_the_c_step_is_exact(trained: nn.Sequential, price: float) -> None:
 
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.4}, {"macs": 0.5, "params": 0.45}])
 def test_budgets_are_met_by_the_smallest_price(trained: nn.Sequential, budget: dict[str, float]) -> None:
-    learned = LearnedRanks(trained, profile(trained, X), budget=budget)
+    learned = LearnedRanks(trained, profile(trained, X), LcConfig(budget=budget))
     weights = {path: trained.get_submodule(path).weight.detach() for path in learned.paths}
     images = learned(trained, weights, torch.ones(len(learned.paths)))
-    made = learned.plan(trained)
+    made = learned.plan_for(trained)
     shares = {name: getattr(made.after, name) / getattr(made.before, name) for name in budget}
     assert all(shares[name] <= limit for name, limit in budget.items())
     assert any(shares[name] > limit - 0.03 for name, limit in budget.items())
@@ -82,23 +82,30 @@ def test_each_layer_takes_the_scheme_that_suits_it() -> None:
         along, across = torch.randn(2, 16, 3), torch.randn(16, 2, 3)
         model[1].weight.copy_(torch.einsum("ria,orb->oiab", along, across))
     found = profile(model, torch.zeros(1, 16, 6, 6))
-    learned = LearnedRanks(model, found, cost_weight=1e-3, formats=["low_rank", "spatial"])
+    learned = LearnedRanks(model, found, LcConfig(cost_weight=1e-3, formats=("low_rank", "spatial")))
     weights = {path: model.get_submodule(path).weight.detach() for path in learned.paths}
     images = learned(model, weights, torch.ones(2))
-    layers = [learned.plan(model).layer(path) for path in ("0", "1")]
+    layers = [learned.plan_for(model).layer(path) for path in ("0", "1")]
     assert [(layer.format, layer.rank) for layer in layers] == [("low_rank", {"rank": 2}), ("spatial", {"rank": 2})]
     for path, image in images.items():
         torch.testing.assert_close(image, weights[path], rtol=1e-4, atol=1e-4)
 
 
+def train_lc(
+    model: nn.Module, ranks: LcConfig, config: LowRankConfig | None = None, data: Any = batches, **options: Any
+) -> LowRankResult:
+    learned = LearnedRanks(model, profile(model, X), ranks)
+    return train_admm(model, learned, data, config or LowRankConfig(train=CONFIG), **options)
+
+
 def test_train_with_a_budget(trained: nn.Sequential, tmp_path: Path) -> None:
     """Within the budget, near low rank, better than the same ranks at once; and a plan like any other."""
-    found = train_lc(trained, profile(trained, X), batches, CONFIG, budget={"macs": 0.3}, evaluate=accuracy)
+    found = train_lc(trained, LcConfig(budget={"macs": 0.3}), evaluate=accuracy)
     assert found.plan.after.macs <= 0.3 * found.plan.before.macs
     assert profile(found.model, X).macs == found.plan.after.macs
     ranks = {path: m.rank for path, m in found.model.named_modules() if isinstance(m, FactorizedLayer)}
     assert ranks == {layer.path: layer.rank for layer in found.plan.factorized}
-    assert max(rows[-1].primal for rows in found.towards.residuals.values()) < 0.05
+    assert max(rows[-1].primal for rows in found.training.residuals.values()) < 0.05
     assert accuracy(found.model) > accuracy(apply(trained, found.plan)) + 0.05
     save(found.model, found.plan, tmp_path / "saved")
     again, read = load(network(), tmp_path / "saved")
@@ -107,29 +114,26 @@ def test_train_with_a_budget(trained: nn.Sequential, tmp_path: Path) -> None:
 
 
 def test_a_dearer_cost_gives_lower_ranks(trained: nn.Sequential) -> None:
-    costs = [
-        train_lc(trained, profile(trained, X), batches, CONFIG, cost_weight=price).plan.after.macs
-        for price in (0.03, 0.1, 1.0)
-    ]
+    costs = [train_lc(trained, LcConfig(cost_weight=price)).plan.after.macs for price in (0.03, 0.1, 1.0)]
     assert costs[0] > costs[1] > costs[2]
 
 
 def test_resumed_equals_uninterrupted(trained: nn.Sequential, tmp_path: Path) -> None:
-    config = CONFIG.replace(epochs=4)
-    call: dict[str, Any] = {"budget": {"macs": 0.5}, "tune": config.replace(epochs=1)}
-    whole = train_lc(trained, profile(trained, X), batches, config, **call)
+    train = CONFIG.replace(epochs=4)
+    config, ranks = LowRankConfig(train=train, tune=train.replace(epochs=1)), LcConfig(budget={"macs": 0.5})
+    whole = train_lc(trained, ranks, config)
     with pytest.raises(Cut):
-        train_lc(trained, profile(trained, X), cut_in_epoch(3), config, folder=tmp_path, **call)
-    found = train_lc(trained, profile(trained, X), batches, config, folder=tmp_path, **call)
+        train_lc(trained, ranks, config, cut_in_epoch(3), folder=tmp_path)
+    found = train_lc(trained, ranks, config, folder=tmp_path)
     assert same(state(found.model), state(whole.model))
     assert found.plan == whole.plan
-    finished = train_lc(trained, profile(trained, X), batches, config, folder=tmp_path, **call)
+    finished = train_lc(trained, ranks, config, folder=tmp_path)
     assert finished.plan == whole.plan
     assert same(state(finished.model), state(whole.model))
 
 
 def learn(model: nn.Module, found: Profile, **options: Any) -> Tensor:
-    return LearnedRanks(model, found, **options).chosen
+    return LearnedRanks(model, found, LcConfig(**options)).chosen
 
 
 def test_refusals(trained: nn.Sequential) -> None:
@@ -139,7 +143,7 @@ def test_refusals(trained: nn.Sequential) -> None:
             learn(trained, found, **options)
     with pytest.raises(PlanError, match=r"learned in the formats low_rank, spatial.*, not tucker2"):
         learn(trained, found, cost_weight=1.0, formats=["tucker2"])
-    learned = LearnedRanks(trained, found, budget={"macs": 0.01})
+    learned = LearnedRanks(trained, found, LcConfig(budget={"macs": 0.01}))
     weights = {path: trained.get_submodule(path).weight.detach() for path in learned.paths}
     with pytest.raises(BudgetError, match="Raise the budget"):
         learned(trained, weights, torch.ones(len(learned.paths)))

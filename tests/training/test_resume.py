@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.errors import CheckpointError
-from tenfold.training import TuneConfig, finetune
+from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.training.config import EpochRecord
 from tenfold.training.snapshot import FILE_NAME
 
@@ -130,7 +130,7 @@ def test_shuffling_data_loader_resumes_too(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(cnn(), loader, CONFIG, folder=tmp_path, on_epoch=stop)
+        finetune(cnn(), loader, CONFIG, folder=tmp_path, progress=TuneProgress(stop))
     assert finetune(model, loader, CONFIG, folder=tmp_path).resumed == 2
     assert same(state(model), state(whole))
 
@@ -191,9 +191,10 @@ def test_killed_while_writing_leaves_the_former_epoch(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(cnn(), batches, CONFIG, folder=tmp_path, on_epoch=stop)
+        finetune(cnn(), batches, CONFIG, folder=tmp_path, progress=TuneProgress(stop))
     before = (tmp_path / FILE_NAME).read_bytes()
-    (tmp_path / f".{FILE_NAME}.xyz").write_bytes(before[:100])  # what a kill leaves behind
+    (tmp_path / f".{FILE_NAME}.xyz.partial").mkdir()  # what a kill leaves behind
+    (tmp_path / f".{FILE_NAME}.xyz.partial" / FILE_NAME).write_bytes(before[:100])
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -217,7 +218,7 @@ def test_other_runs_are_refused(finished: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lr was 0\.05, is 0\.1.*Use another folder"):
         finetune(cnn(), batches, CONFIG.replace(epochs=1, lr=0.1), folder=finished)
     with pytest.raises(CheckpointError, match="identity was '', is 'plan 7'"):
-        finetune(cnn(), batches, CONFIG.replace(epochs=1), folder=finished, identity="plan 7")
+        finetune(cnn(), batches, CONFIG.replace(epochs=1), folder=TrainingFolder(finished, "plan 7"))
     other = cnn(width=8)
     before = state(other)
     with pytest.raises(CheckpointError, match="of another model"):

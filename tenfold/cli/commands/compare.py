@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from tenfold.reporting.comparing import Group
+    from tenfold.reporting.comparison import Group
 
 ORDER = 51
 
@@ -52,9 +52,9 @@ def run(terminal: Terminal, runs: Runs, out: Out = None) -> None:
     """
     with terminal.session():
         from tenfold.records import write_text
-        from tenfold.reporting.comparing import compare
-        from tenfold.reporting.comparison import write_comparison
-        from tenfold.reporting.reading import read_runs
+        from tenfold.reporting.comparison import compare
+        from tenfold.reporting.comparison_page import write_comparison
+        from tenfold.reporting.run_files import read_runs
         from tenfold.reporting.tabular import as_csv, as_latex
 
         files = out or []
@@ -75,8 +75,8 @@ def run(terminal: Terminal, runs: Runs, out: Out = None) -> None:
 
 
 def _table(groups: Sequence[Group]) -> Table:
-    from tenfold.reporting.comparison import text
-    from tenfold.reporting.style import grid
+    from tenfold.reporting.columns import grid
+    from tenfold.reporting.comparison_page import text
 
     table = grid()
     for name in ("model", "method", "budget"):

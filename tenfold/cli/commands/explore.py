@@ -49,8 +49,7 @@ def run(terminal: Terminal, path: RunPath, out: Out = None, port: Port = 0, brow
     with terminal.session():
         from tenfold.exploring.explorer import Explorer
         from tenfold.exploring.reading import free_name, read_candidates, run_name
-        from tenfold.exploring.server import Service
-        from tenfold.exploring.serving import serve
+        from tenfold.exploring.server import Service, serve
 
         folder = path if path.is_dir() else path.parent
         target = free_name(folder / "explored.yaml") if out is None else out

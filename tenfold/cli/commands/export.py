@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -108,20 +108,19 @@ def _check(file: File) -> None:
         raise Misuse(msg)
 
 
-def _in_floats(opened: Opened, file: File, **changes: Any) -> ExportRecord:
-    from tenfold.exporting import export
+def _in_floats(opened: Opened, file: File, path: Path | None = None) -> ExportRecord:
+    """Return the record of the file in floating point; at another ``path`` its latency is not measured."""
+    from tenfold.exporting import ExportConfig, export
 
-    options: dict[str, Any] = {
-        "to": file.to,
-        "dynamic_batch": not file.fixed_batch,
-        "fold": file.fold,
-        "tolerance": file.tolerance,
-        "opset": file.opset,
-        "seconds": file.seconds,
-        "overwrite": file.overwrite,
-    }
-    path = changes.pop("path", file.out)
-    return export(opened.model, opened.inputs(file.batch), path, **options | changes)
+    config = ExportConfig(
+        dynamic_batch=not file.fixed_batch,
+        fuse_batchnorm=file.fold,
+        tolerance=file.tolerance,
+        opset=file.opset,
+        seconds=file.seconds if path is None else 0,
+    )
+    inputs, overwrite = opened.inputs(file.batch), file.overwrite
+    return export(opened.model, inputs, path or file.out, to=file.to, config=config, overwrite=overwrite)
 
 
 def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
@@ -129,7 +128,7 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
     import tempfile
 
     from tenfold.exporting import open_exported, quantize_onnx
-    from tenfold.exporting.target import check_free
+    from tenfold.exporting.base import check_free
     from tenfold.profiling import measure_latency
     from tenfold.tracing import to_device
 
@@ -138,7 +137,7 @@ def _in_integers(opened: Opened, file: File, seed: int) -> ExportRecord:
     data = opened.task.calibration_batches(samples, batch_size=size, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / file.out.name
-        made = _in_floats(opened, file, path=plain, seconds=0)
+        made = _in_floats(opened, file, plain)
         int8 = quantize_onnx(plain, file.out, data, seconds=file.seconds, overwrite=file.overwrite)
     latency = None
     if file.seconds:

@@ -56,7 +56,7 @@ def _registries() -> dict[str, Registry[Any]]:
 
 
 def _table(kind: str, entries: dict[str, str]) -> Table:
-    from tenfold.reporting.style import grid
+    from tenfold.reporting.columns import grid
 
     table = grid()
     table.add_column(kind, no_wrap=True)

@@ -48,8 +48,8 @@ def run(terminal: Terminal, path: RunPath, curves: Curves = None, out: Out = Non
     With --json, one object: `out`, the path of the page, and `bytes`, its size.
     """
     with terminal.session():
-        from tenfold.reporting.reading import read_run
         from tenfold.reporting.report import write_report
+        from tenfold.reporting.run_files import read_run
 
         if out is None:
             out = (path if path.is_dir() else path.parent) / "report.html"

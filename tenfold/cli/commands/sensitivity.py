@@ -72,7 +72,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
         from tenfold.cli.sources import open_source
         from tenfold.planning import DEFAULT_FORMATS
         from tenfold.profiling import profile
-        from tenfold.reporting.sensitivity import sensitivity_tables
+        from tenfold.reporting.sensitivity_tables import sensitivity_tables
 
         terminal.step("open the model")
         opened = open_source(source, machine)
@@ -98,7 +98,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
         terminal.show(*sensitivity_tables(table))
         terminal.say(f"Kept in {path}")
         if plot is not None:
-            from tenfold.reporting.plots import plot_sensitivity
+            from tenfold.reporting.pictures import plot_sensitivity
 
             terminal.say(f"Drawn in {', '.join(map(str, plot_sensitivity(table, plot)))}")
         terminal.result(table.model_dump(mode="json"))

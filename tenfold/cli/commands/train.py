@@ -8,7 +8,7 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,8 +17,8 @@ from tenfold.cli.terminal import Misuse, Terminal
 
 if TYPE_CHECKING:
     from tenfold.cli.sources import Opened
-    from tenfold.records import RunRecord
-    from tenfold.training import LowRankResult
+    from tenfold.records import Plan, Profile, RunRecord
+    from tenfold.training import LearnedRanks, LowRankResult
 
 ORDER = 37
 _HOW = "Recovery"
@@ -141,33 +141,36 @@ class _Job:
     def _train(self) -> LowRankResult:
         from tenfold.cli.recovering import Teaching, identity_of, tune_config
         from tenfold.profiling import profile
-        from tenfold.training import AdmmConfig, RichProgress, train_admm, train_lc
+        from tenfold.training import AdmmConfig, LearnedRanks, LowRankConfig, RichProgress, TrainingFolder, train_admm
 
         opened, towards = self.opened, self.towards
-        cost = profile(opened.model, opened.inputs())
-        config = tune_config(opened, self.training, towards.epochs, self.seed)
+        train = tune_config(opened, self.training, towards.epochs, self.seed)
         sized = Training(batch_size=self.training.batch_size)
         teaching = None if self.training.distill is None else Teaching(self.training.distill, self.training.temperature)
-        options: dict[str, Any] = {
-            "tune": tune_config(opened, sized, towards.tune_epochs, self.seed) if towards.tune_epochs else None,
-            "loss": None if teaching is None else teaching.loss(opened.model, config),
-            "evaluate": partial(opened.task.evaluate, split="validation"),
-            "progress": None if self.terminal.quiet else RichProgress(),
-        }
-        batches = partial(opened.task.train_batches, batch_size=config.batch_size, seed=config.seed)
-        admm = AdmmConfig(rho=towards.rho, last_rho=100 * towards.rho, updates=max(config.epochs, 1))
-        choices = self._choices(cost)
-        facts = (towards, teaching, config.to_json(), options["tune"], choices.get("plan", choices))
-        identity = identity_of(opened, *facts)
-        options |= {"identity": identity, "folder": self._root / hashlib.blake2b(identity.encode()).hexdigest()[:12]}
-        if towards.method == "lc":
-            return train_lc(opened.model, cost, batches, config, admm, **choices, **options)
-        return train_admm(opened.model, choices["plan"], batches, config, admm, **options)
+        config = LowRankConfig(
+            train=train,
+            admm=AdmmConfig(rho=towards.rho, last_rho=100 * towards.rho, updates=max(train.epochs, 1)),
+            tune=tune_config(opened, sized, towards.tune_epochs, self.seed) if towards.tune_epochs else None,
+        )
+        projection = self._projection(profile(opened.model, opened.inputs()))
+        reached = projection.identity if isinstance(projection, LearnedRanks) else projection
+        identity = identity_of(opened, towards, teaching, config.to_json(), reached)
+        return train_admm(
+            opened.model,
+            projection,
+            partial(opened.task.train_batches, batch_size=train.batch_size, seed=train.seed),
+            config,
+            loss=None if teaching is None else teaching.loss(opened.model, train),
+            evaluate=partial(opened.task.evaluate, split="validation"),
+            folder=TrainingFolder(self._root / hashlib.blake2b(identity.encode()).hexdigest()[:12], identity),
+            progress=None if self.terminal.quiet else RichProgress(),
+        )
 
-    def _choices(self, cost: Any) -> dict[str, Any]:
-        """Return the plan to reach, or for learned ranks what they are to be learned for."""
+    def _projection(self, cost: Profile) -> Plan | LearnedRanks:
+        """Return the plan to reach, or what learns ranks."""
         from tenfold.cli.deciding import names_in, plan_choices, plan_of
         from tenfold.records import Budget
+        from tenfold.training import LcConfig, LearnedRanks
 
         decide, price = self.decide, self.towards.cost_weight
         if self.towards.method == "admm":
@@ -175,19 +178,22 @@ class _Job:
                 msg = "--cost-weight is the price that --method lc pays for ranks; admm takes those of the plan."
                 raise Misuse(msg)
             choices = {} if decide.plan is not None else plan_choices(decide, self.seed)
-            return {"plan": plan_of(decide, self.opened, cost, choices)}
+            return plan_of(decide, self.opened, cost, choices)
         given = {"--plan": decide.plan, "--rule": decide.rule, "--set": decide.settings, "--rank": decide.rank}
         given |= {"--algorithm": decide.algorithm}
         odd = [name for name, value in given.items() if value]
         if odd:
             msg = f"--method lc chooses ranks by itself; leave {', '.join(odd)} out."
             raise Misuse(msg)
-        return {
-            "budget": Budget.parse(decide.budget) if decide.budget else None,
-            "cost_weight": price,
-            "formats": tuple(names_in(decide.format)) or ("low_rank",),
-            "choices": {"keep": tuple(decide.keep or ()), "keep_ends": decide.keep_ends, "seed": self.seed},
-        }
+        config = LcConfig(
+            budget=Budget.parse(decide.budget) if decide.budget else Budget(),
+            cost_weight=price,
+            formats=tuple(names_in(decide.format)) or ("low_rank",),
+            keep=tuple(decide.keep or ()),
+            keep_ends=decide.keep_ends is not False,
+            seed=self.seed,
+        )
+        return LearnedRanks(self.opened.model, cost, config)
 
     def _record(self, result: LowRankResult, original: float, seconds: float) -> RunRecord:
         from tenfold.pipeline import measurement
@@ -198,7 +204,7 @@ class _Job:
         last = "compressed" if result.tuning is None else "tuned"
         scores = {
             "original": original,
-            "trained": task.evaluate(result.towards.model),
+            "trained": task.evaluate(result.training.model),
             last: task.evaluate(result.model),
         }
         return RunRecord(
@@ -210,6 +216,6 @@ class _Job:
             plan=result.plan,
             tuning=() if result.tuning is None else tuple(epoch.model_dump() for epoch in result.tuning.history),
             seconds={"train": seconds},
-            settings={"method": self.towards.method, "towards": result.towards.summary()},
+            settings={"method": self.towards.method, "towards": result.training.summary()},
             environment=environment(opened.device),
         )

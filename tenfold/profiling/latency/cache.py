@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tenfold.records import held_alone, read_json, write_text
+from tenfold.records import locked, read_json, write_text
 
 _VERSION = 1
 _LOG = logging.getLogger("tenfold")
@@ -55,7 +55,7 @@ class LatencyCache:
         if self.path is None:
             return
         try:
-            with held_alone(self.path):
+            with locked(self.path):
                 points = {**self.load(), **samples}
                 held = {"version": _VERSION, "conditions": self.conditions, "points": points}
                 write_text(self.path, json.dumps(held, indent=0))

@@ -182,7 +182,9 @@ class LatencyTable:
         factor = min(_MOST_CORRECTION, max(1 / _MOST_CORRECTION, wanted / predicted))
         self._chains.setdefault(place, []).append(log(factor))
 
-    def share_of_layers(self, model: nn.Module, inputs: Any, layers: Sequence[LayerProfile], *, seconds: float = 2.0) -> float:
+    def share_of_layers(
+        self, model: nn.Module, inputs: Any, layers: Sequence[LayerProfile], *, seconds: float = 2.0
+    ) -> float:
         """Return the share of a forward, in (0, 1], that is spent in layers with a geometry.
 
         Both sides of the ratio are measured within the same forwards, so that a busy machine and caches affect both.

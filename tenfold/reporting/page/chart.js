@@ -1,4 +1,4 @@
-// Charts as SVG, from a description: { type: "xy" | "bars", x, y, series, rings, rules, names }. No library.
+// Charts as SVG, from the descriptions that charts.py documents. No library.
 //
 // Every chart is drawn to the width that it has, can be read with the mouse or with the arrow keys, and is announced.
 "use strict";
@@ -107,7 +107,7 @@ const Charts = (() => {
   }
 
   function drawXY(svg, spec, box) {
-    const all = spec.series.flatMap((s) => s.points);
+    const all = spec.series.flatMap((s) => [...s.points, ...(s.fit || [])]);
     const rings = spec.rings || [];
     const rules = spec.rules || [];
     const spread = all.flatMap((p) => (p[3] === undefined || p[3] === null ? [] : [p[1] - p[3], p[1] + p[3]]));
@@ -134,8 +134,9 @@ const Charts = (() => {
       const c = (series.colour === undefined ? number : series.colour) % COLOURS;
       const usable = series.points.filter((p) => (!spec.y.log || p[1] > 0) && (!spec.x.log || p[0] > 0));
       const places = usable.map((p) => [x.at(p[0]), y.at(p[1])]);
-      if (series.line !== false && places.length > 1) {
-        make("polyline", { points: places.map((p) => p.map((v) => v.toFixed(1)).join(",")).join(" "), class: `line s${c}` }, svg);
+      const way = series.fit ? series.fit.map((p) => [x.at(p[0]), y.at(p[1])]) : places;
+      if (series.line !== false && way.length > 1) {
+        make("polyline", { points: way.map((p) => p.map((v) => v.toFixed(1)).join(",")).join(" "), class: `line s${c}` }, svg);
       }
       places.forEach((place, i) => {
         const point = usable[i];

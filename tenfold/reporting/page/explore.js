@@ -1,9 +1,9 @@
-// The explorer: every move asks the program that serves the page, and shows its answer.
+// The explorer: every move sends a request to the local server and shows its answer.
 "use strict";
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent).explore;
-  const wish = { budget: { ...data.wish.budget }, pins: {} };
+  const query = { budget: { ...data.wish.budget }, pins: {} };
   const rows = Array.from(document.querySelectorAll("#layer-table tbody tr")).sort((a, b) => a.dataset.layer - b.dataset.layer);
   const budgets = new Map(Array.from(document.querySelectorAll(".budget"), (box) => [box.dataset.kind, box]));
   const problem = document.querySelector(".problem");
@@ -12,24 +12,24 @@
   const curves = new Map();
   let answer = data.answer;
 
-  // ---- asking
+  // ---- requests
 
   async function post(what, value) {
     let response;
     try {
       response = await fetch(what, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(value) });
     } catch {
-      throw new Error("The program that serves this page does not answer. Was it stopped?");
+      throw new Error("The server of this page does not answer. Was it stopped?");
     }
-    const found = await response.json().catch(() => ({ error: `it answered ${response.status}` }));
+    const found = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
     if (!response.ok || found.error) throw new Error(found.error);
     return found;
   }
 
-  // One question at a time; what was moved meanwhile is asked for next, and only the latest of it.
+  // One request at a time; of what is moved meanwhile, only the latest state is requested next.
   let asking = false;
   let moved = false;
-  let good = JSON.stringify(wish); // the last that could be met
+  let good = JSON.stringify(query); // the last that could be met
   async function ask() {
     moved = true;
     if (asking) return;
@@ -37,16 +37,16 @@
     while (moved) {
       moved = false;
       document.body.setAttribute("aria-busy", "true");
-      const asked = JSON.stringify(wish);
+      const asked = JSON.stringify(query);
       try {
-        const found = await post("answer", wish);
+        const found = await post("answer", query);
         good = asked;
         complain("");
         if (!moved) show(found);
       } catch (error) {
         complain(error.message);
         if (!moved) {
-          Object.assign(wish, JSON.parse(good));
+          Object.assign(query, JSON.parse(good));
           show(answer);
         }
       }
@@ -88,7 +88,7 @@
 
   function showBudget(known) {
     const box = budgets.get(known.kind);
-    const asked = wish.budget[known.kind];
+    const asked = query.budget[known.kind];
     const share = asked === undefined ? answer.left[known.kind] : asked > 1 ? known.asked : asked;
     box.querySelector(".asked").checked = asked !== undefined;
     box.classList.toggle("off", asked === undefined);
@@ -104,7 +104,7 @@
     now.classList.toggle("bad", over);
   }
 
-  // The steps of a slider: those of its format, the one that is chosen among them, and at the end the layer as it is.
+  // The steps of a slider: those of its format, the one that is chosen among them, and at the end the layer kept.
   function stepsOf(known, layer, format) {
     const own = (known.formats[format] || []).slice();
     if (layer.format === format && !own.some((step) => step[0] === layer.option)) {
@@ -122,7 +122,7 @@
     slider.max = steps.length;
     slider.value = layer.format === null ? steps.length : steps.findIndex((step) => step[0] === layer.option);
     slider.disabled = steps.length === 0;
-    slider.setAttribute("aria-valuetext", layer.format === null ? "as it is" : `${layer.format} ${layer.rank}`);
+    slider.setAttribute("aria-valuetext", layer.format === null ? "kept" : `${layer.format} ${layer.rank}`);
     row.querySelector("output").textContent = layer.rank;
     row.querySelector(".planned").textContent = layer.planned ? `planned: ${layer.planned}` : "";
     row.querySelector(".format").value = layer.format === null ? "" : layer.format;
@@ -174,8 +174,8 @@
   }
 
   function pin(i, value) {
-    if (value === undefined) delete wish.pins[data.layers[i].path];
-    else wish.pins[data.layers[i].path] = value;
+    if (value === undefined) delete query.pins[data.layers[i].path];
+    else query.pins[data.layers[i].path] = value;
     touched();
   }
 
@@ -190,7 +190,7 @@
     number.min = range.min;
     function set(value) {
       if (!(value > 0)) return;
-      wish.budget[known.kind] = Number((value / 100).toPrecision(9));
+      query.budget[known.kind] = Number((value / 100).toPrecision(9));
       against.value = known.kind;
       range.setAttribute("aria-valuetext", `${value} percent`);
       touched();
@@ -199,7 +199,7 @@
     number.addEventListener("change", () => { range.value = number.value; set(Math.min(100, Number(number.value))); });
     box.querySelector(".asked").addEventListener("change", (event) => {
       if (event.target.checked) set(Math.max(percent(answer.left[known.kind]), Number(range.min)));
-      else { delete wish.budget[known.kind]; touched(); }
+      else { delete query.budget[known.kind]; touched(); }
     });
   }
 
@@ -208,8 +208,8 @@
     const slider = row.querySelector(".rank");
     slider.addEventListener("input", () => {
       const step = stepsOf(known, answer.layers[i], row.dataset.format)[Number(slider.value)];
-      row.querySelector("output").textContent = step ? step[1] : "as it is";
-      slider.setAttribute("aria-valuetext", step ? `${row.dataset.format} ${step[1]}` : "as it is");
+      row.querySelector("output").textContent = step ? step[1] : "kept";
+      slider.setAttribute("aria-valuetext", step ? `${row.dataset.format} ${step[1]}` : "kept");
       pin(i, step ? { format: row.dataset.format, option: step[0] } : { format: null });
     });
     row.querySelector(".format").addEventListener("change", (event) => {
@@ -225,20 +225,20 @@
 
   data.budgets.forEach(startBudget);
   rows.forEach(startLayer);
-  against.value = Object.keys(wish.budget)[0] || data.budgets[0].kind;
+  against.value = Object.keys(query.budget)[0] || data.budgets[0].kind;
   against.addEventListener("change", drawCurve);
-  document.getElementById("release").addEventListener("click", () => { wish.pins = {}; touched(); });
+  document.getElementById("release").addEventListener("click", () => { query.pins = {}; touched(); });
   document.getElementById("hold").addEventListener("click", () => {
-    answer.layers.forEach((layer, i) => { wish.pins[data.layers[i].path] = pinAsIs(layer); });
+    answer.layers.forEach((layer, i) => { query.pins[data.layers[i].path] = pinAsIs(layer); });
     touched();
   });
   document.getElementById("reset").addEventListener("click", () => {
-    wish.budget = { ...data.wish.budget };
+    query.budget = { ...data.wish.budget };
     touched();
   });
   document.getElementById("save").addEventListener("click", async () => {
     try {
-      const found = await post("save", wish);
+      const found = await post("save", query);
       const code = document.createElement("code");
       code.textContent = found.command;
       saved.replaceChildren(`Saved in ${found.out}, ${found.factorized} layers factorized. Carry it out with `, code);

@@ -6,9 +6,9 @@ const Tables = (() => {
 
   function valueOf(row, column) {
     const cell = row.cells[column];
-    const told = cell.dataset.value;
-    if (told === undefined) return cell.textContent.trim();
-    return told === "" ? null : Number(told);
+    const value = cell.dataset.value;
+    if (value === undefined) return cell.textContent.trim();
+    return value === "" ? null : Number(value);
   }
 
   // What nobody measured comes last, whichever way the rest is sorted.

@@ -1,4 +1,4 @@
-"""Training a dense model towards low rank: the alternating directions of W, Z and U, for any loop."""
+"""ADMM: train a dense model to low rank, for any training loop."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tenfold.records import Plan, Record
 from tenfold.surgery import find
 from tenfold.training.low_rank.projection import PlanProjection, Projection
 
-MOST_BOOST = 100.0  # a pull beyond that drowns the loss
-ARRIVE = 0.8  # share of the updates after which the distances should be where they end
+MOST_BOOST = 100.0  # a stronger penalty drowns the loss
+ARRIVE = 0.8  # share of the updates after which distances should have reached their final value
 
 
 class AdmmConfig(Record):
-    """How hard the weights are pulled towards low rank.
+    """Strength of the penalty that draws weights to low rank.
 
     Attributes:
-        rho: strength of the penalty at the start, relative to the weights: a layer with the relative distance d = 1
-            from its low-rank image adds rho/2 to the loss. Fit for losses around one, such as a cross-entropy.
-        last_rho: strength at the last of the ``updates``; it rises geometrically in between. A pull that is strong
-            from the start freezes the weights where they are, a weak one leaves a distance at the end.
-        updates: how many updates there will be; afterwards the strength stays.
-        fall: share of the first distance ‖W − Z‖ that is to be left at the end, on a geometric path that arrives there
-            after four fifths of the updates (learning rates are low by then).
-        boost: factor by which a layer's own strength rises at every update that finds it behind that path, and falls,
-            as far as it had risen, where it is ahead by ``slack``: learning rates and losses differ too much for one
-            strength to suit all.
+        rho: initial strength, relative to the weights: a layer at the relative distance d = 1 from its low-rank image
+            adds rho/2 to the loss. Suits losses around one, such as a cross-entropy.
+        last_rho: strength at the last of the ``updates``, reached geometrically. A strong penalty from the start
+            freezes the weights, a weak one leaves a distance at the end.
+        updates: number of updates; the strength is constant afterwards.
+        fall: target for the final distance ‖W − Z‖, as a share of the initial one, on a geometric path that ends after
+            four fifths of the updates (learning rates are low by then).
+        boost: factor on the strength of a single layer, applied at every update that finds it behind that path, and
+            taken back where it is ahead by ``slack``: learning rates and losses differ too much for one strength to
+            suit all layers.
         slack: see ``boost``.
-        ceiling: largest absolute strength (that is, rho/‖W‖²), None for no limit. Plain gradient steps diverge above
+        ceiling: largest absolute strength (that is, rho/‖W‖²); None for no limit. Plain gradient steps diverge above
             1/lr; ``train_admm`` stays at a third of that.
 
     Example:
@@ -55,7 +55,7 @@ class AdmmConfig(Record):
 
 @dataclass(frozen=True)
 class Residual:
-    """How far a layer is from its low-rank image: ‖W − Z‖/‖W‖; how far the image moved: ‖Z − Z′‖/‖W‖; its rho."""
+    """Residuals of a layer: ``primal`` ‖W − Z‖/‖W‖, ``dual`` ‖Z − Z′‖/‖W‖ (movement of the image), and its rho."""
 
     primal: float
     dual: float
@@ -63,23 +63,23 @@ class Residual:
 
 
 class Admm(nn.Module):
-    """Draws the weights of a dense model to low rank while any loop trains it, by the method of multipliers.
+    """Penalty and updates that draw the weights of a dense model to low rank (method of multipliers).
 
-    min loss(W) over W = Z, Z of low rank, is solved in turns (Yin et al. 2021, arXiv 2107.12422; Boyd et al. 2011):
+    min loss(W) over W = Z, Z of low rank, by alternation (Yin et al. 2021, arXiv 2107.12422; Boyd et al. 2011):
 
     - W: gradient steps on loss(W) + ``penalty(model)``, Σ ρ/2 · ‖W − Z + U‖² over the layers;
-    - ``update(model)``: Z ← projection of W + U on the weights of the wanted ranks, then U ← U + W − Z.
+    - ``update(model)``: Z ← projection of W + U onto weights of the target ranks, then U ← U + W − Z.
 
-    The set of low-rank weights is not convex: nothing is proven, and ``residuals`` tell how it goes. They should fall
-    tenfold before the model is decomposed; the score of the model under ``projected`` is the real sign to stop. Keep
-    weight decay off these weights: it pulls elsewhere.
+    The set of low-rank weights is not convex, and nothing is proven: watch ``residuals``. They should fall tenfold
+    before the model is decomposed; stop by the score of the model under ``projected``. Exempt these weights from
+    weight decay, which draws them elsewhere.
 
-    Everything that changes is in buffers, so ``state_dict`` and ``load_state_dict`` store and restore a run.
+    All state is in buffers, so ``state_dict`` and ``load_state_dict`` store and restore a run.
 
     Args:
-        model: dense in the layers in question, which must be trainable.
-        projection: a plan, whose formats and ranks are then those to reach; or any ``Projection``.
-        config: how hard to pull; ``AdmmConfig()`` if left out.
+        model: dense and trainable in the layers of the projection.
+        projection: a plan with the target formats and ranks; or any ``Projection``.
+        config: ``AdmmConfig()`` by default.
 
     Raises:
         PlanError: a layer that is not in the model, is factorized already, or nothing to factorize.
@@ -91,8 +91,8 @@ class Admm(nn.Module):
         >>> from tenfold.ranks import rule_from
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(16, 16))
-        >>> wanted = plan(net, profile(net, torch.zeros(1, 16)), rule=rule_from("fixed", ranks={"0": 4}))
-        >>> admm = Admm(net, wanted, AdmmConfig(rho=10.0))
+        >>> target = plan(net, profile(net, torch.zeros(1, 16)), rule=rule_from("fixed", ranks={"0": 4}))
+        >>> admm = Admm(net, target, AdmmConfig(rho=10.0))
         >>> before = admm.residuals["0"].primal
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> for _ in range(10):
@@ -100,8 +100,8 @@ class Admm(nn.Module):
         ...         admm.penalty(net).backward()
         ...         optimizer.step()
         ...         optimizer.zero_grad()
-        ...     found = admm.update(net)
-        >>> found["0"].primal < 0.1 * before
+        ...     residuals = admm.update(net)
+        >>> residuals["0"].primal < 0.1 * before
         True
     """
 
@@ -118,7 +118,7 @@ class Admm(nn.Module):
         self.projection: Projection = PlanProjection(projection) if isinstance(projection, Plan) else projection
         self.paths = tuple(self.projection.paths)
         if not self.paths:
-            msg = "no layer is to be factorized: there is no low rank to train towards"
+            msg = "no layer is to be factorized: there is no low rank to train to"
             raise PlanError(msg)
         weights = self._weights(model)
         for i, weight in enumerate(weights.values()):
@@ -139,7 +139,7 @@ class Admm(nn.Module):
 
     @property
     def residuals(self) -> dict[str, Residual]:
-        """How each layer stood at the last update, by path."""
+        """Residuals at the last update, by path."""
         rows = zip(self.paths, self.residual.tolist(), self.dual.tolist(), self._rhos().tolist(), strict=True)
         return {path: Residual(primal, dual, rho) for path, primal, dual, rho in rows}
 
@@ -152,10 +152,10 @@ class Admm(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> dict[str, Residual]:
-        """Return the residuals by path after a Z-step and a U-step; weights stay as they are. Once per epoch is usual.
+        """Update Z and U, and return the residuals by path; usually once per epoch.
 
         Raises:
-            PlanError: the model does not have the layers.
+            PlanError: the model lacks a layer.
             WeightError: a weight with NaN or infinite entries.
         """
         weights = self._weights(model)
@@ -172,18 +172,18 @@ class Admm(nn.Module):
 
     @contextmanager
     def projected(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Put the low-rank images in place of the weights for a while, then the very same weights back."""
+        """Temporarily replace the weights by their low-rank images."""
         weights = self._weights(model)
         with plugged({find(model, path): self._z(i) for i, path in enumerate(weights)}):
             yield model
 
     def extra_repr(self) -> str:
-        """Return how many layers are trained towards what."""
+        """Return the number of layers."""
         return f"{len(self.paths)} layers"
 
     def _weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the trained weights by path, each in the dtype of the model and in torch's layout."""
-        found = {}
+        """Return the trained weights by path, in the dtype of the model and in torch's layout."""
+        weights = {}
         for path in self.paths:
             module = find(model, path)
             if isinstance(module, FactorizedLayer):
@@ -191,13 +191,13 @@ class Admm(nn.Module):
                 raise PlanError(msg)
             weight = getattr(module, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-                msg = f"layer {path!r} has no weight that requires grad: it cannot be trained towards low rank"
+                msg = f"layer {path!r} has no weight that requires grad: it cannot be trained to low rank"
                 raise TuningError(msg)
-            found[path] = dense_weight(module)
-        return found
+            weights[path] = dense_weight(module)
+        return weights
 
     def _move(self, weights: Mapping[str, Tensor], images: Mapping[str, Tensor]) -> None:
-        """Put new images in place and take note of both residuals."""
+        """Set new images and both residuals."""
         for i, (path, weight) in enumerate(weights.items()):
             image, old = images[path].to(self._z(i).dtype), self._z(i)
             norm = float(weight.detach().double().norm()) or 1.0
@@ -206,7 +206,7 @@ class Admm(nn.Module):
             old.copy_(image)
 
     def _adapt(self) -> None:
-        """Boost the layers that are behind, relax those that are far ahead as long as they are boosted."""
+        """Boost layers that are behind their path, and relax boosted layers that are far ahead of it."""
         config = self.config
         path = self.first * config.fall ** (self.updates / (ARRIVE * config.updates)).clamp(max=1.0)
         behind, ahead = self.residual > path, self.residual * config.slack < path
@@ -217,18 +217,17 @@ class Admm(nn.Module):
         self.boosts[ahead] = (self.boosts[ahead] / config.boost).clamp(min=1.0)
 
     def _scheduled(self) -> Tensor:
-        """Return the relative strength that was planned, the same for all layers, without waiting for the device."""
+        """Return the relative strength without boosts, as a tensor: no wait for the device."""
         config = self.config
         share = (self.updates / max(config.updates - 1, 1)).clamp(max=1.0)
         return config.rho * (config.last_rho / config.rho) ** share
 
     def _rhos(self) -> Tensor:
-        """Return the relative strength of each layer."""
-        wanted, ceiling = self.boosts * self._scheduled(), self.config.ceiling
-        return wanted if ceiling is None else wanted.minimum(ceiling * self.norms)
+        rhos, ceiling = self.boosts * self._scheduled(), self.config.ceiling
+        return rhos if ceiling is None else rhos.minimum(ceiling * self.norms)
 
     def _strengths(self) -> Tensor:
-        """Return the absolute strength ρ of each layer, as the penalty takes it."""
+        """Return the absolute strength ρ of each layer."""
         return self._rhos() / self.norms
 
     def _z(self, i: int) -> Tensor:
@@ -240,7 +239,7 @@ class Admm(nn.Module):
 
 @contextmanager
 def plugged(values: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-    """Let layers hold other weights for a while, in their own dtype and layout; then the very same tensors again."""
+    """Temporarily replace the weights of layers, in their own dtype and layout."""
     parameters: dict[nn.Module, nn.Parameter] = {module: module.weight for module in values}  # type: ignore[misc]
     kept = {module: parameter.data for module, parameter in parameters.items()}
     try:

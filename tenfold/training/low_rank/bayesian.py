@@ -1,9 +1,9 @@
-"""Ranks of tensor trains that training finds by itself: a prior on the cores, its variances updated in closed form."""
+"""Automatic ranks of tensor trains: a low-rank prior on the cores, its variances updated in closed form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise, takewhile
 from typing import Any
 
 import torch
@@ -15,25 +15,25 @@ from tenfold.layers.tt_ranks import bond_cores, has_bonds, scale_bonds_, write_b
 from tenfold.tensors.trains import tt_canonical
 from tenfold.training.loop import Loss
 from tenfold.training.low_rank.priors import BayesianConfig
-from tenfold.training.low_rank.rank_schedule import allowed, least_worth
+from tenfold.training.low_rank.rank_schedule import allowed_params, least_worth
 from tenfold.training.low_rank.tt_rank_pruning import prune_bonds_
 
-_SWEEPS = 20  # over the bonds, to begin with
+_SWEEPS = 20  # over the bonds
 
 
 class BayesianRanks(nn.Module):
     """The low-rank prior on every layer of a model that is a tensor train, as a term of any training loss.
 
-    Each step: ``advance_(model)``, then a loss with ``penalty(model)`` in it; ``loss`` does both. λ and what is dropped
-    are buffers: stored with the module, a run goes on where it was. What is dropped is held at zero in both cores,
-    where gradients do not move it, until ``prune_`` takes it out of the cores; one index of each bond always stays.
+    Each step: ``advance_(model)``, then a loss that includes ``penalty(model)``; ``loss`` does both. λ and the masks of
+    kept indices are buffers, so that a run can be stored and resumed. Dropped indices are held at zero in both cores,
+    where gradients vanish, until ``prune_`` slices them out; one index of each bond always stays.
 
     Args:
-        model: with layers that are trains: ``TTLinear``, ``TTEmbedding``, ``TTGRU`` ..., or factorized into one.
+        model: with layers that are tensor trains: ``TTLinear``, ``TTEmbedding``, ``TTGRU`` ..., or factorized layers.
         config: the prior.
 
     Raises:
-        PlanError: no layer is a train.
+        PlanError: no layer is a tensor train.
 
     Example:
         >>> from tenfold.layers import TTLinear
@@ -63,34 +63,34 @@ class BayesianRanks(nn.Module):
             )
             raise PlanError(msg)
         self.paths = tuple(layers)
-        self.begun = sum(core.numel() for layer in layers.values() for core in bond_cores(layer))
+        self.initial_params = sum(core.numel() for layer in layers.values() for core in bond_cores(layer))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("done", torch.zeros((), dtype=torch.bool))
         for path, layer in layers.items():
             self._begin(path, layer)
 
     def variances(self, path: str) -> tuple[Tensor, ...]:
-        """Return λ (r,) of each bond of a layer, as many as there are, dropped ones included."""
+        """Return λ (r,) of each bond of a layer, dropped indices included."""
         return self._read(path, "variance")
 
     def kept(self, path: str) -> tuple[Tensor, ...]:
-        """Return for each bond of a layer which indices are not dropped, as booleans (r,)."""
+        """Return the mask of kept indices (r,) of each bond of a layer."""
         return self._read(path, "kept")
 
     def ranks(self) -> dict[str, tuple[int, ...]]:
-        """Return how many indices of each bond are not dropped, by path of the layer."""
+        """Return the number of kept indices of each bond, by path of the layer."""
         return {path: tuple(int(kept.sum()) for kept in self.kept(path)) for path in self.paths}
 
     @property
     def strength(self) -> float:
-        """How much of the prior counts now, 0 to ``weight``."""
+        """Current power of the prior, 0 to ``weight``."""
         config, after = self.config, int(self.steps) - self.config.warmup
         if after <= 0 or bool(self.done):
             return 0.0
         return config.weight * (min(1.0, after / config.ramp) if config.ramp else 1.0)
 
     def penalty(self, model: nn.Module) -> Tensor:
-        """Return strength · −log p(cores, λ)/N of what is not dropped; λ is a constant to gradients."""
+        """Return strength · −log p(cores, λ)/N of the kept indices; λ has no gradient."""
         strength = self.strength
         total = sum(
             (self.prior.negative_log(*self._alive(model, path)) for path in self.paths), self.steps.new_zeros(())
@@ -99,7 +99,7 @@ class BayesianRanks(nn.Module):
 
     @torch.no_grad()
     def advance_(self, model: nn.Module) -> None:
-        """Count a step, update λ when it is time, and hold at zero what is dropped."""
+        """Count a step, update λ if due, and hold dropped indices at zero."""
         self.steps += 1
         config, steps = self.config, int(self.steps)
         if config.rotate and steps % config.rotate == 0 and self.strength:
@@ -115,12 +115,12 @@ class BayesianRanks(nn.Module):
 
     @torch.no_grad()
     def update_(self, model: nn.Module) -> None:
-        """Balance the cores, move λ towards the closed form by the damping, drop what is below the threshold.
+        """Balance the cores, move λ to the closed form with damping, and drop indices below the threshold.
 
         Nothing is dropped during the warm-up.
         """
         for path in filter(self.kept, self.paths):
-            if self.strength:  # before, nothing depends on the balance
+            if self.strength:  # nothing depends on the balance before
                 self._balance_(model, path)
             cores, variances = self._alive(model, path)
             best = self.prior.optimum(cores, variances)
@@ -131,10 +131,10 @@ class BayesianRanks(nn.Module):
 
     @torch.no_grad()
     def rotate_(self, model: nn.Module) -> None:
-        """Write every train in the basis in which slices are orthogonal, the largest first; λ follows at once.
+        """Write every train in the basis in which slices are orthogonal, the largest first, and update λ.
 
-        Of all bases it is the one with the least sum of the logarithms of the slices' sizes on both sides of a bond
-        (Hadamard's inequality), which is what the priors charge for where λ follows the slices.
+        Of all bases it has the least sum of the logarithms of the slice norms on both sides of a bond (Hadamard's
+        inequality), which is what the priors penalize where λ follows the slices.
         """
         for path in filter(self.kept, self.paths):
             cores, variances = self._alive(model, path)
@@ -152,45 +152,45 @@ class BayesianRanks(nn.Module):
                 own[kept] = best.to(own)
 
     def params(self, model: nn.Module) -> int:
-        """Return the number of entries of all cores without what is dropped."""
+        """Return the number of entries of all cores without dropped indices."""
         return sum(core.numel() for path in self.paths for core in self._alive(model, path)[0])
 
     def _drop_(self, model: nn.Module) -> None:
-        """Drop what is below the threshold, the smallest share of its bond's largest λ first, until it is enough."""
+        """Drop indices below the threshold, smallest share of the bond's largest λ first, down to ``enough``."""
         if self.config.paced:
             self._keep_pace_(model)
             return
-        found: list[tuple[float, Tensor, int]] = []
+        below: list[tuple[float, Tensor, int]] = []
         for path in self.paths:
             for own, kept in zip(self.variances(path), self.kept(path), strict=True):
                 share = own / own[kept].max()
                 low = (kept & (share < self.config.threshold)).nonzero().squeeze(1)
-                found += [(float(share[i]), kept, int(i)) for i in low]
+                below += [(float(share[i]), kept, int(i)) for i in low]
         enough = self.config.enough
-        for _, kept, index in sorted(found, key=lambda drop: drop[0]):
+        for _, kept, index in sorted(below, key=lambda drop: drop[0]):
             if enough is None or self.params(model) > enough:
                 kept[index] = False
         self.done.fill_(enough is not None and self.params(model) <= enough)
 
     def _keep_pace_(self, model: nn.Module) -> None:
-        """Drop what is worth least until no more is left than the timetable allows now."""
+        """Drop the indices of least worth until the schedule is met."""
         config = self.config
         assert config.enough is not None  # noqa: S101 - the config sees to it
-        limit = allowed(self.begun, config.enough, (int(self.steps) - config.warmup) / config.ramp)
+        limit = allowed_params(self.initial_params, config.enough, (int(self.steps) - config.warmup) / config.ramp)
         while self.params(model) > limit:
-            found = [(worst, path) for path in self.paths if (worst := least_worth(*self._alive(model, path)))]
-            if not found:
+            candidates = [(worst, path) for path in self.paths if (worst := least_worth(*self._alive(model, path)))]
+            if not candidates:
                 break
-            (_, bond, index), path = min(found)
+            (_, bond, index), path = min(candidates)
             kept = self.kept(path)[bond]
             kept[kept.nonzero()[index]] = False
         self.done.fill_(self.params(model) <= config.enough)
 
     @torch.no_grad()
     def prune_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, tuple[int, ...]]:
-        """Take what is dropped out of the cores, both of every bond, and return the ranks that are left, by path.
+        """Slice dropped indices out of both cores of every bond, and return the ranks, by path.
 
-        Layers are replaced by smaller ones of their kind. An optimizer goes on with the new parameters, its state
+        Layers are replaced by smaller ones of their kind. An optimizer continues with the new parameters, its state
         (moments, of the shape of their parameters) sliced alike. Factorized layers need a new optimizer.
 
         Raises:
@@ -206,7 +206,7 @@ class BayesianRanks(nn.Module):
         return self.ranks()
 
     def loss(self, model: nn.Module, base: Loss) -> Loss:
-        """Return ``base`` and the penalty of ``model`` as one loss for training; each call is a step."""
+        """Return ``base`` plus the penalty of ``model`` as a training loss; each call is a step."""
 
         def penalized(called: nn.Module, inputs: Any, targets: Any) -> Tensor:
             if called.training:
@@ -227,7 +227,7 @@ class BayesianRanks(nn.Module):
         scale_bonds_(model.get_submodule(path), factors)
 
     def _alive(self, model: nn.Module, path: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return cores and λ of the indices that are not dropped."""
+        """Return cores and λ of the kept indices."""
         cores, masks = list(bond_cores(model.get_submodule(path))), self.kept(path)
         for k, mask in enumerate(masks):
             if not bool(mask.all()):
@@ -235,7 +235,7 @@ class BayesianRanks(nn.Module):
         return tuple(cores), tuple(own[mask] for own, mask in zip(self.variances(path), masks, strict=True))
 
     def _begin(self, path: str, layer: nn.Module, variances: Sequence[Tensor] | None = None) -> None:
-        """Set λ of a layer, to what the closed form says of its cores where nothing is given; nothing is dropped."""
+        """Set λ of a layer, by default to the closed form for its cores, with nothing dropped."""
         with torch.no_grad():
             cores = bond_cores(layer)
             if variances is None and len(cores) > 1:
@@ -247,18 +247,14 @@ class BayesianRanks(nn.Module):
             self.register_buffer(_name("kept", k, path), torch.ones_like(found, dtype=torch.bool))
 
     def _settled(self, cores: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return λ of all bonds after some sweeps of the closed form."""
-        found = tuple(variances)
+        """Iterate the closed form of λ to a fixed point."""
         for _ in range(_SWEEPS):
-            found = self.prior.optimum(cores, found)
-        return found
+            variances = self.prior.optimum(cores, variances)
+        return tuple(variances)
 
     def _read(self, path: str, what: str) -> tuple[Tensor, ...]:
-        found, k = [], 0
-        while (buffer := self._buffers.get(_name(what, k, path))) is not None:
-            found.append(buffer)
-            k += 1
-        return tuple(found)
+        buffers = (self._buffers.get(_name(what, k, path)) for k in count())
+        return tuple(takewhile(lambda buffer: buffer is not None, buffers))  # type: ignore[arg-type]
 
 
 def _name(what: str, bond: int, path: str) -> str:

@@ -1,4 +1,4 @@
-"""Priors under which the bonds of a tensor train die out: a variance λ for every index of every bond, in closed form.
+"""Sparsifying priors on the bonds of a tensor train: a variance λ for every index of every bond, in closed form.
 
 Hawkins and Zhang 2019 (arXiv 1905.10478) share λ between both cores of a bond and give it a Gamma prior; Hawkins, Liu
 and Zhang 2020 (arXiv 2010.08689) give each λ the slices of one core, and √λ a log-uniform or half-Cauchy prior.
@@ -19,7 +19,7 @@ from tenfold.records import Record
 
 Cores = Sequence[Tensor]
 Variances = Sequence[Tensor]
-SMALLEST = 1e-12  # λ of slices that are zero; logarithms and quotients stay finite
+SMALLEST = 1e-12  # λ of zero slices, so that logarithms and quotients stay finite
 
 
 class RankPrior(abc.ABC):
@@ -31,12 +31,12 @@ class RankPrior(abc.ABC):
 
     @abc.abstractmethod
     def optimum(self, cores: Cores, variances: Variances) -> tuple[Tensor, ...]:
-        """Return the λ of least −log p: each bond's in turn, the others as they are then (a coordinate descent)."""
+        """Return the λ of least −log p by one sweep of coordinate descent over the bonds."""
 
     def scales(self, cores: Cores, variances: Variances) -> tuple[Tensor, ...] | None:
-        """Return for each bond the c (r,) by which slices before it grow and those after it shrink at least −log p.
+        """Return for each bond the factors c (r,) of least −log p: slices before it times c, slices after it over c.
 
-        The dense tensor stays the same. None where the prior does not see both cores of a bond.
+        The dense tensor is unchanged. None if the prior depends on only one core of a bond.
         """
         del cores, variances
         return None
@@ -75,29 +75,29 @@ class GammaPrior(RankPrior):
 
     def optimum(self, cores: Cores, variances: Variances) -> tuple[Tensor, ...]:
         """Return the positive roots."""
-        found = list(variances)
-        for k in range(len(found)):
-            before, after = self._sums(cores, found, k)
+        optimal = list(variances)
+        for k in range(len(optimal)):
+            before, after = self._sums(cores, optimal, k)
             entries = cores[k].shape[0] * cores[k].shape[1] + cores[k + 1].shape[1] * cores[k + 1].shape[2]
             c, s = entries / 2 - self.shape + 1, before + after
             # The same root without cancellation where the rate is small.
-            found[k] = (s / (c + (c * c + 2 * self.rate * s).sqrt())).clamp(min=SMALLEST)
-        return tuple(found)
+            optimal[k] = (s / (c + (c * c + 2 * self.rate * s).sqrt())).clamp(min=SMALLEST)
+        return tuple(optimal)
 
     def scales(self, cores: Cores, variances: Variances) -> tuple[Tensor, ...]:
-        """Return (B/A)^¼: both slices of an index then weigh the same, which by the means' inequality is least."""
-        own = list(cores)
-        found = []
+        """Return (B/A)^¼: both slices of an index then weigh the same, which is optimal by the AM–GM inequality."""
+        balanced = list(cores)
+        factors = []
         for k in range(len(variances)):
-            before, after = self._sums(own, variances, k)
+            before, after = self._sums(balanced, variances, k)
             fits = (before > SMALLEST) & (after > SMALLEST)
             c = torch.where(fits, after / before.clamp(min=SMALLEST), 1.0) ** 0.25
-            own[k], own[k + 1] = own[k] * c, own[k + 1] / c[:, None, None]
-            found.append(c)
-        return tuple(found)
+            balanced[k], balanced[k + 1] = balanced[k] * c, balanced[k + 1] / c[:, None, None]
+            factors.append(c)
+        return tuple(factors)
 
     def _sums(self, cores: Cores, variances: Variances, k: int) -> tuple[Tensor, Tensor]:
-        """Return the squares of the slices before and after bond k, over the λ of their other bonds, summed (r,)."""
+        """Return Σ G²/λ of the slices before and after bond k (r,), with the λ of their other bonds."""
         ones = cores[0].new_ones(1)
         left = variances[k - 1] if k else ones
         right = variances[k + 1] if k + 1 < len(variances) else ones
@@ -105,17 +105,17 @@ class GammaPrior(RankPrior):
 
 
 class _OneSided(RankPrior):
-    """G_k(·, ·, r) ~ N(0, λ_r): of the slices before a bond only; the last bond has those of the last core too."""
+    """G_k(·, ·, r) ~ N(0, λ_r) for the slices before a bond; at the last bond also for those of the last core."""
 
     def negative_log(self, cores: Cores, variances: Variances) -> Tensor:
-        """Return Σ [M/2λ + D log λ / 2] and what the prior of √λ adds; D entries with the sum of squares M."""
+        """Return Σ [M/2λ + D log λ / 2] plus the prior of √λ; D entries with the sum of squares M."""
         total = cores[0].new_zeros(())
         for (squares, entries), variance in zip(_slices(cores), variances, strict=True):
             total = total + (squares / variance).sum() / 2 + entries * variance.log().sum() / 2 + self._hyper(variance)
         return total
 
     def optimum(self, cores: Cores, variances: Variances) -> tuple[Tensor, ...]:
-        """Return the λ of least −log p; those of different bonds do not depend on each other."""
+        """Return the λ of least −log p, independent for each bond."""
         del variances
         return tuple(self._best(squares, entries).clamp(min=SMALLEST) for squares, entries in _slices(cores))
 
@@ -163,36 +163,36 @@ class HalfCauchyPrior(_OneSided):
 
 
 def _slices(cores: Cores) -> list[tuple[Tensor, int]]:
-    """Return for each bond the sums of squares M (r,), and the number of entries D, of the slices that λ belongs to."""
-    found = [(core.square().sum((0, 1)), core.shape[0] * core.shape[1]) for core in cores[:-1]]
+    """Return for each bond the sums of squares M (r,) and the number of entries D of the slices under λ."""
+    sums = [(core.square().sum((0, 1)), core.shape[0] * core.shape[1]) for core in cores[:-1]]
     last = cores[-1]
-    squares, entries = found[-1]
-    found[-1] = (squares + last.square().sum((1, 2)), entries + last.shape[1] * last.shape[2])
-    return found
+    squares, entries = sums[-1]
+    sums[-1] = (squares + last.square().sum((1, 2)), entries + last.shape[1] * last.shape[2])
+    return sums
 
 
 class BayesianConfig(Record):
-    """What is believed of the ranks, and when it counts.
+    """Low-rank prior on tensor trains, and its schedule.
 
     Attributes:
         samples: N, size of the training set: −log p of the cores is divided by it, as the loss is a mean.
-        prior: "gamma" (2019: λ shared by both cores of a bond), "log_uniform" or "half_cauchy" (2020: of one core).
+        prior: "gamma" (2019: λ shared by both cores of a bond), "log_uniform" or "half_cauchy" (2020: λ of one core).
         shape: of the Gamma prior.
         rate: of the Gamma prior.
         eta: scale of the half-Cauchy prior.
-        weight: power of the prior; 1 is the posterior itself, more drops more.
-        warmup: steps without the prior: what is dropped too early never comes back.
-        ramp: steps over which it then grows in a straight line.
-        enough: number of parameters of all trains together at which dropping stops and the prior with it; None for
-            never. What the prior likes least goes first.
-        paced: drop by a timetable instead of the threshold: over the ramp the number of parameters falls to ``enough``,
-            fast at first, by what is worth least for its parameters.
-        every: steps from one update of λ to the next.
-        damping: share of the way to the closed form that one update goes.
-        rotate: steps from one change of basis to the next, into that in which the slices of every bond are orthogonal
-            (``tt_canonical``); 0 for never. The network stays the same, and what is not needed, which training alone
-            spreads over all indices for long, shows as indices of little weight.
-        threshold: an index is dropped whose λ falls below this share of the largest one in its bond.
+        weight: power of the prior; 1 is the posterior itself, higher values drop more.
+        warmup: steps without the prior: dropped indices never come back.
+        ramp: steps over which it then grows linearly.
+        enough: number of parameters of all trains together at which dropping and the prior stop; None for never. The
+            indices of least λ go first.
+        paced: drop by a schedule instead of the threshold: over the ramp the number of parameters falls to ``enough``,
+            fast at first, the indices of least worth per parameter first.
+        every: steps between updates of λ.
+        damping: step of one update to the closed form, 1 for all the way.
+        rotate: steps between changes to the basis in which the slices of every bond are orthogonal (``tt_canonical``);
+            0 for never. The network is unchanged, and redundancy, which training spreads over all indices, shows up
+            as indices of small weight.
+        threshold: an index is dropped once its λ is below this share of the largest of its bond.
 
     Example:
         >>> BayesianConfig(samples=60_000).replace(prior="half_cauchy").eta

@@ -1,4 +1,4 @@
-"""From weights to the nearest ones of low rank: what the Z-step does, for any format."""
+"""Projection of weights onto those of low rank: the Z-step of ADMM, for any format."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tenfold.decompositions import AwareDecomposition, Decomposition, Problem, decompose_many, default_algorithm
-from tenfold.errors import PlanError, TenfoldError
+from tenfold.decompositions import Decomposition, FitRequest, algorithm_for, decompose_many, default_algorithm
+from tenfold.errors import PlanError, naming_layer
 from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import dense_weight, spec_of
 from tenfold.records import Plan
@@ -19,42 +19,50 @@ from tenfold.surgery.replacement import layer_of
 
 
 class Projection(nn.Module, abc.ABC):
-    """Maps the weights of some layers to the nearest ones that are wanted.
+    """A map from the weights of some layers to the nearest weights of low rank.
 
-    A module, so that what it remembers from one projection to the next can be in buffers, which are stored with a run.
+    A module, so that state kept between projections can live in buffers, which are stored with a run.
     """
 
     @property
     @abc.abstractmethod
     def paths(self) -> tuple[str, ...]:
-        """The layers that it is about."""
+        """The layers to project."""
 
     @property
     @abc.abstractmethod
     def identity(self) -> str:
-        """All that its images depend on besides the targets, in words: a run with another one is another run."""
+        """Everything that the images depend on besides the targets, as text: it tells runs apart."""
+
+    @abc.abstractmethod
+    def plan_for(self, model: nn.Module) -> Plan:
+        """Return the plan, of formats and ranks, that the last images satisfy."""
+
+    def factorize(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model with factors in place of its weights, found as for an image."""
+        return PlanProjection(self.plan_for(model)).factorize(model)
 
     @abc.abstractmethod
     def forward(self, model: nn.Module, targets: Mapping[str, Tensor], strengths: Tensor) -> Mapping[str, Tensor]:
         """Return the images of the targets, by path, in torch's own layout.
 
         Args:
-            model: the model whose weights the targets belong to; stays as it is.
-            targets: what to project, by path.
-            strengths: (layers,) ρ of the penalties Σ ρ/2 · ‖W − Z + U‖² as scheduled. Boosts are left out: they make
-                weights follow, and what follows badly is not worth more.
+            model: the model whose weights the targets belong to; left unchanged.
+            targets: tensors to project, by path.
+            strengths: (layers,) scheduled ρ of the penalties Σ ρ/2 · ‖W − Z + U‖², without the boosts: those make
+                a layer follow its image, and a layer that follows badly does not matter more.
         """
 
 
 class PlanProjection(Projection):
-    """The nearest weights in the formats and at the ranks of a plan, as good as the planned algorithms find them.
+    """The nearest weights in the formats and at the ranks of a plan, as close as the planned algorithms find them.
 
-    Weights of equal shape are decomposed together. Where it matters from where an algorithm starts (CP), it goes on
-    from the factors of the last time: another local optimum would be a jump. Algorithms that want moments of the data
-    give way to the default of the format: moments of another model would mislead.
+    Weights of equal shape are decomposed together. Iterative algorithms (CP) are warm-started from the factors of the
+    last projection: another local optimum would be a jump. Data-aware algorithms are replaced by the default of the
+    format: moments of another model would mislead.
 
     Args:
-        plan: formats, ranks and algorithms of its factorized layers count.
+        plan: with the formats, ranks and algorithms of the factorized layers.
 
     Example:
         >>> from tenfold.records import Cost
@@ -87,16 +95,21 @@ class PlanProjection(Projection):
         Raises:
             PlanError: a layer that cannot be factorized as planned.
         """
-        del strengths  # the nearest weights do not depend on how hard the pull to them is
+        del strengths  # the nearest weights do not depend on the strength of the penalty
         problems = [self._problem(i, model, targets[layer.path]) for i, layer in enumerate(self.plan.factorized)]
         fits = decompose_many(problems)
         for i, fit in enumerate(fits):
             self._remember(i, fit.value)
         return {path: fit.value.to_dense() for path, fit in zip(self.paths, fits, strict=True)}
 
+    def plan_for(self, model: nn.Module) -> Plan:
+        """Return the plan itself."""
+        del model
+        return self.plan
+
     @torch.no_grad()
     def factorize(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model in which the factors of its weights stand for them, found as for an image."""
+        """Return a copy of the model with factors in place of its weights, warm-started as for an image."""
         problems = [self._problem(i, model, _weight(model, layer.path)) for i, layer in enumerate(self.plan.factorized)]
         small = copy.deepcopy(model)
         found = zip(self.paths, problems, decompose_many(problems), strict=True)
@@ -106,25 +119,21 @@ class PlanProjection(Projection):
         """Return the formats."""
         return " and ".join(sorted({str(layer.format) for layer in self.plan.factorized}))
 
-    def _problem(self, i: int, model: nn.Module, target: Tensor) -> Problem:
+    def _problem(self, i: int, model: nn.Module, target: Tensor) -> FitRequest:
         layer = self.plan.factorized[i]
         spec, reason = spec_of(find(model, layer.path))
         if spec is None:
             msg = f"layer {layer.path!r} cannot be factorized: {reason}"
             raise PlanError(msg)
         format, seed = str(layer.format), self.plan.seed
-        try:
-            known = layer.algorithm
-            algorithm = default_algorithm(format, seed) if known is None else Decomposition.from_dict(known)
+        with naming_layer(layer.path):
+            algorithm = algorithm_for(format, layer.algorithm, seed)
             known_factors = {n.partition("_")[2]: t for n, t in self._buffers.items() if n.startswith(f"factors{i}_")}
             start = FORMATS.get(format)(spec, **known_factors) if known_factors else None
-        except TenfoldError as error:
-            msg = f"layer {layer.path!r}: {error}"
-            raise PlanError(msg) from error
-        return Problem(target, spec, format, layer.rank or {}, algorithm, start=start)
+        return FitRequest(target, spec, format, layer.rank or {}, algorithm, start=start)
 
     def _remember(self, i: int, value: Factorization) -> None:
-        """Keep factors to start from, where that matters."""
+        """Keep factors for a warm start, where the start matters."""
         if value.tails_bound:
             return
         for name, tensor in value.tensors().items():
@@ -136,10 +145,10 @@ class PlanProjection(Projection):
 
 
 def weight_only(plan: Plan) -> Plan:
-    """Return the plan with the default algorithm of the format wherever one was planned that wants to know the data."""
+    """Return the plan with every data-aware algorithm replaced by the default of its format."""
     layers = []
     for layer in plan.layers:
-        aware = layer.algorithm is not None and isinstance(Decomposition.from_dict(layer.algorithm), AwareDecomposition)
+        aware = layer.algorithm is not None and Decomposition.from_dict(layer.algorithm).uses_covariance
         known = default_algorithm(str(layer.format), plan.seed).to_dict() if aware else layer.algorithm
         layers.append(layer.replace(algorithm=known, fingerprint=None))
     return plan.replace(layers=tuple(layers))

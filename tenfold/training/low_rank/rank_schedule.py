@@ -1,4 +1,4 @@
-"""Dropping indices of tensor trains by a timetable: how many parameters may be left when, and what goes next."""
+"""Schedule for dropping indices of tensor trains: parameters allowed over time, and the next index to drop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from math import inf
 from torch import Tensor
 
 
-def allowed(begun: int, enough: int, elapsed: float) -> int:
-    """Return how many parameters may be left after a share of the time, from ``begun`` down to ``enough``.
+def allowed_params(initial: int, final: int, elapsed: float) -> int:
+    """Return the number of parameters allowed after a share of the time, a cubic from ``initial`` to ``final``.
 
-    Falls as a cubic, fast as long as there is much to spare (Zhu and Gupta 2017, arXiv 1710.01878).
+    It falls fast while there is much redundancy (Zhu and Gupta 2017, arXiv 1710.01878).
 
     Example:
-        >>> [allowed(1000, 200, t) for t in (0.0, 0.5, 1.0)]
+        >>> [allowed_params(1000, 200, t) for t in (0.0, 0.5, 1.0)]
         [1000, 300, 200]
     """
     left = (1 - min(max(elapsed, 0.0), 1.0)) ** 3
-    return round(enough + (begun - enough) * left)
+    return round(final + (initial - final) * left)
 
 
 def least_worth(cores: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[float, int, int] | None:
-    """Return the worth, the bond and the index of what a train is best without; None where no bond has two indices.
+    """Return worth, bond and index of the least valuable index of a train; None if no bond has two indices.
 
-    Worth is (λ over the largest of its bond)², the energy that goes with the index, by the parameters that go.
+    Worth is the energy lost with the index, (λ over the largest of its bond)², per parameter saved.
 
     Args:
         cores: (r, n, r').

@@ -1,4 +1,4 @@
-"""Small ensembles that stand for the posterior of a network: Stein variational gradient descent in any loop."""
+"""Stein variational gradient descent: a small ensemble as a sample of the posterior of a network."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Score = Callable[[nn.Module, Any, Any], Tensor]
 
 
 def stein_direction(particles: Tensor, scores: Tensor, bandwidth: float | None = None) -> Tensor:
-    """Return the direction (n, p) in which particles (n, p) come nearest to the density whose ∇ log p are the scores.
+    """Return the Stein direction (n, p) of particles (n, p), given the scores ∇ log p of their density.
 
     φᵢ = 1/n Σⱼ [k(xⱼ, xᵢ) ∇ log p(xⱼ) + ∇ₓⱼ k(xⱼ, xᵢ)] with k = exp(−‖xⱼ − xᵢ‖²/h): uphill together, and apart from
-    each other (Liu and Wang 2016, arXiv 1608.04471, equation 8). One particle just climbs.
+    each other (Liu and Wang 2016, arXiv 1608.04471, equation 8). A single particle follows the gradient.
 
     Args:
         particles: one per row.
         scores: of the same shape.
-        bandwidth: h; the median of the squared distances over log n when left out, as in the paper.
+        bandwidth: h; by default the median of the squared distances over log n, as in the paper.
 
     Example:
         >>> stein_direction(torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1)).sign().flatten()  # apart
@@ -48,13 +48,13 @@ def stein_direction(particles: Tensor, scores: Tensor, bandwidth: float | None =
 
 
 class Ensemble(nn.Module):
-    """Networks of one architecture that together are a sample of the posterior.
+    """Networks of one architecture, as a sample of the posterior.
 
-    Called, it returns the log of the mean of their class probabilities: what cross-entropy and accuracy take. Trained
-    with ``loss``, in ``finetune`` or any other loop, they move as Stein variational gradient descent says.
+    Returns the log of the mean class probabilities, as cross-entropy and accuracy take them. Trained with ``loss``, in
+    ``finetune`` or any other loop, the members follow Stein variational gradient descent.
 
     Args:
-        members: one or more, from different seeds; parameters of equal names and shapes. One alone just climbs.
+        members: one or more, from different seeds, with parameters of equal names and shapes.
 
     Raises:
         TuningError: members that differ, or none.
@@ -84,7 +84,7 @@ class Ensemble(nn.Module):
         return scores.logsumexp(0) - math.log(len(self.members))
 
     def particles(self) -> Tensor:
-        """Return all parameters that are trained, one row (p,) per member."""
+        """Return the trained parameters, one row (p,) per member."""
         return torch.stack([torch.cat([p.flatten() for p in m.parameters() if p.requires_grad]) for m in self.members])
 
     def loss(
@@ -94,7 +94,7 @@ class Ensemble(nn.Module):
         negative_log_prior: Callable[[nn.Module], Tensor] | None = None,
         bandwidth: float | None = None,
     ) -> Loss:
-        """Return a loss with the mean value of the members, whose gradient is the Stein direction downhill, over N.
+        """Return the mean loss of the members, with the negative Stein direction over N as its gradient.
 
         Args:
             samples: N, size of the training set.
@@ -118,15 +118,15 @@ class Ensemble(nn.Module):
             particles = self.particles()
             direction = stein_direction(particles.detach(), torch.stack(scores), bandwidth) / samples
             slope = (direction * particles).sum()
-            return torch.stack(values).mean() - (slope - slope.detach())  # the value of one, the gradient of the other
+            return torch.stack(values).mean() - (
+                slope - slope.detach()
+            )  # the value of the first, the gradient of the second
 
         return stein
 
 
 def log_likelihood(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> float:
-    """Return the mean over all samples of log p(label | input), of a model or of the mean prediction of an ensemble.
-
-    The model runs in evaluation mode, and is as before afterwards.
+    """Return the mean of log p(label | input) over all samples, for a model or an ensemble, in evaluation mode.
 
     Raises:
         TuningError: there is no sample.

@@ -1,20 +1,20 @@
-"""From a dense model to a factorized one by way of weights that were trained to be of low rank."""
+"""Train a dense model to low rank (ADMM, LC), then replace its weights by factors and fine-tune."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from math import nan
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from tenfold.errors import TuningError
-from tenfold.records import Plan
+from tenfold.records import Plan, Record
 from tenfold.surgery import reestimate_batchnorm_, with_errors
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.contexts import device_of, same_random_numbers
@@ -22,27 +22,55 @@ from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batches, as_pair, at_epoch, seed_epoch
 from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.finetune import finetune
-from tenfold.training.loop import Loss
+from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.low_rank.admm import Admm, AdmmConfig, Residual
-from tenfold.training.low_rank.projection import PlanProjection, Projection, weight_only
+from tenfold.training.low_rank.projection import PlanProjection, Projection
 from tenfold.training.progress import TuneProgress
+from tenfold.training.snapshot import TrainingFolder
 
-Evaluate = Callable[[nn.Module], float]
 NORM_BATCHES = 100
 CEILING = 0.3  # of the highest penalty, in units of 1/lr: gradient steps with momentum diverge at about 1.4
 
 
+class LowRankConfig(Record):
+    """How to train to low rank.
+
+    Attributes:
+        train: training of the dense model: a learning rate as in the last third of the original training, and more
+            epochs than fine-tuning takes: 10 to 60.
+        admm: strength of the penalty; by default it rises a hundredfold over the epochs.
+        update_every: epochs between updates of the low-rank images.
+        tune: fine-tuning of the factorized model; None for none.
+
+    Example:
+        >>> LowRankConfig(train=TuneConfig(epochs=30), update_every=2).penalty().updates
+        15
+    """
+
+    train: TuneConfig = TuneConfig()
+    admm: AdmmConfig | None = None
+    update_every: PositiveInt = 1
+    tune: TuneConfig | None = None
+
+    def penalty(self) -> AdmmConfig:
+        """Return the settings of the penalty, with what follows from the training where nothing else is given."""
+        admm = self.admm or AdmmConfig(updates=max(self.train.epochs // self.update_every, 1))
+        if admm.ceiling is None and self.train.optimizer == "sgd":
+            return admm.replace(ceiling=CEILING / self.train.lr)
+        return admm
+
+
 @dataclass(frozen=True, eq=False)
-class Towards:
-    """A dense model after training towards low rank.
+class LowRankTraining:
+    """A dense model after training to low rank.
 
     Attributes:
         model: dense, its weights nearly of low rank.
-        admm: the state at the end; ``admm.projected(model)`` shows the images.
+        admm: the final state; ``admm.projected(model)`` shows the images.
         history: one record per epoch; ``score`` is that of the model with the images in place of the weights.
         residuals: by path, one per epoch.
-        scores: of the model itself, one per epoch, where there was an ``evaluate``.
+        scores: of the model itself, one per epoch; empty without ``evaluate``.
     """
 
     model: nn.Module
@@ -52,7 +80,7 @@ class Towards:
     scores: tuple[float, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Return the monitors as plain values, for a record: by epoch and over all layers."""
+        """Return the curves over the epochs as plain values, for a record: residuals over all layers, scores."""
         rows = list(zip(*self.residuals.values(), strict=True))
         return {
             "epochs": len(self.history),
@@ -67,118 +95,53 @@ class Towards:
 
 @dataclass(frozen=True, eq=False)
 class LowRankResult:
-    """What training towards low rank came to.
+    """Result of training to low rank.
 
     Attributes:
-        model: factorized as the plan says, and tuned if that was asked for.
+        model: factorized as the plan says, and fine-tuned if configured.
         plan: the plan that was carried out; its relative errors are those of the trained weights.
-        towards: the dense model on the way, with all monitors.
+        training: the dense model before factorization, with its curves.
         tuning: of the factorized model; None without.
     """
 
     model: nn.Module
     plan: Plan
-    towards: Towards
+    training: LowRankTraining
     tuning: TuneResult | None = None
-
-
-def train_towards(  # noqa: PLR0913 - a training with all its choices
-    model: nn.Module,
-    projection: Plan | Projection,
-    batches: Batches,
-    config: TuneConfig | None = None,
-    admm: AdmmConfig | None = None,
-    *,
-    update_every: int = 1,
-    loss: Loss | None = None,
-    evaluate: Evaluate | None = None,
-    folder: str | Path | None = None,
-    identity: str = "",
-    on_epoch: Callable[[EpochRecord], None] | None = None,
-    progress: TuneProgress | None = None,
-) -> Towards:
-    """Return a copy of a dense model whose weights were trained to lie near those of low rank; ``model`` stays.
-
-    A ``finetune`` with the penalty of ``Admm``, and an update after every epoch. Weights, images, multipliers and
-    strengths are stored in one file per epoch, so that a run that was killed goes on to the same end.
-
-    Args:
-        model: dense in the layers in question.
-        projection: a plan, whose formats and ranks are to be reached; or any ``Projection``.
-        batches: as in ``finetune``.
-        config: how to train; a learning rate as in the last third of the original training, and more epochs than
-            tuning takes: 10 to 60.
-        admm: how hard to pull; by default the pull rises a hundredfold over the epochs.
-        update_every: epochs between updates.
-        loss: as in ``finetune``, called with the dense model; the penalty is added to it.
-        evaluate: score of a model, told in each record for the model with the images in place.
-        folder: where to store the epochs, and which to go on from.
-        identity: what the run is about, besides ranks and settings of the pull, which are always part of it.
-        on_epoch: told of each epoch.
-        progress: told of each step.
-
-    Raises:
-        PlanError: a layer that cannot be trained towards what is planned.
-        TenfoldError: see ``finetune``.
-    """
-    config = config or TuneConfig()
-    if config.ema is not None:
-        msg = f"ema={config.ema} would average weights that are drawn elsewhere: leave it to the tuning afterwards"
-        raise TuningError(msg)
-    updates = max(config.epochs // update_every, 1)
-    admm = admm or AdmmConfig(updates=updates)
-    if admm.ceiling is None and config.optimizer == "sgd":
-        admm = admm.replace(ceiling=CEILING / config.lr)
-    run = _Run(copy.deepcopy(model), projection, admm, config.epochs)
-    told = finetune(
-        run,
-        batches,
-        config,
-        loss=run.loss_with_penalty(loss or cross_entropy(config.label_smoothing)),
-        evaluate=run.after_epoch(evaluate, update_every),
-        folder=folder,
-        identity="; ".join(filter(None, (identity, run.admm.projection.identity, f"{admm!r} every {update_every}"))),
-        on_epoch=_told(on_epoch, scored=evaluate is not None),
-        progress=progress,
-    )
-    return run.outcome(told, scored=evaluate is not None)
 
 
 def train_admm(
     model: nn.Module,
-    plan: Plan,
+    projection: Plan | Projection,
     batches: Batches,
-    config: TuneConfig | None = None,
-    admm: AdmmConfig | None = None,
+    config: LowRankConfig | None = None,
     *,
-    tune: TuneConfig | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
-    folder: str | Path | None = None,
-    identity: str = "",
-    **options: Any,
+    folder: str | Path | TrainingFolder | None = None,
+    progress: TuneProgress | None = None,
 ) -> LowRankResult:
-    """Return a model factorized as planned, after its dense weights were trained towards the ranks of the plan.
+    """Train a copy of a dense model to low rank, factorize it, and fine-tune the factors.
 
     Decomposing a trained network loses much, because it never was of low rank; factors trained from scratch learn
-    badly. So the dense network learns to be of low rank first (Yin et al. 2021, arXiv 2107.12422), is replaced by its
-    factors when there is hardly anything left to lose, gets its batch norm re-estimated, and is tuned.
+    badly. So the dense network is trained to low rank first (Yin et al. 2021, arXiv 2107.12422), is factorized when
+    hardly anything is left to lose, gets its batch norm re-estimated, and is fine-tuned.
+
+    With ``LearnedRanks`` in place of a plan, the ranks are learned with the weights: the LC algorithm (Idelbayev and
+    Carreira-Perpiñán, CVPR 2020), min loss(W) + λ Σ C(r) over W = Θ, rank Θ ≤ r, whose multipliers are β = −μU.
 
     Args:
-        model: dense in the layers that the plan factorizes; stays as it is.
-        plan: formats and ranks to reach, of any registered format.
+        model: dense in the layers to factorize; left unchanged.
+        projection: a plan, in any formats, or any other ``Projection``.
         batches: as in ``finetune``.
-        config: training towards low rank, see ``train_towards``.
-        admm: how hard to pull.
-        tune: of the factorized model; None for none.
+        config: ``LowRankConfig()`` by default.
         loss: as in ``finetune``, for both trainings.
         evaluate: score of a model, for both.
-        folder: where to store the epochs of both; the same call goes on where it was cut off.
-        identity: what the run is about, in any words.
-        options: ``update_every``, ``on_epoch`` and ``progress`` of ``train_towards``.
+        folder: where to store the epochs of both; the same call resumes an interrupted run.
+        progress: callbacks of both.
 
     Raises:
-        PlanError: a layer that cannot be trained towards what is planned.
+        PlanError: a layer that cannot be trained to what is planned.
         TenfoldError: see ``finetune``.
 
     Example:
@@ -187,42 +150,67 @@ def train_admm(
         >>> from tenfold.ranks import rule_from
         >>> _ = torch.manual_seed(0)
         >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(64, 16)
-        >>> wanted = plan(net, profile(net, x[:1]), rule=rule_from("fixed", ranks={"0": 4}))
-        >>> found = train_admm(net, wanted, [(x, (x[:, 0] > 0).long())] * 20, TuneConfig(epochs=10, lr=0.1))
-        >>> found.plan.layer("0").rel_error < 0.1
+        >>> target = plan(net, profile(net, x[:1]), rule=rule_from("fixed", ranks={"0": 4}))
+        >>> config = LowRankConfig(train=TuneConfig(epochs=10, lr=0.1))
+        >>> result = train_admm(net, target, [(x, (x[:, 0] > 0).long())] * 20, config)
+        >>> result.plan.layer("0").rel_error < 0.1
         True
     """
-    plan, config = weight_only(plan), config or TuneConfig()
-    common: dict[str, Any] = {"loss": loss, "evaluate": evaluate}
-    where = folders(folder)
-    towards = train_towards(model, plan, batches, config, admm, folder=where[0], identity=identity, **common, **options)
-    return replace_and_tune(towards, plan, batches, config, tune, folder=where[1], identity=identity, **common)
+    config, folder = config or LowRankConfig(), TrainingFolder.of(folder)
+    projection = PlanProjection(projection) if isinstance(projection, Plan) else copy.deepcopy(projection)
+    own = folder and folder.part("towards")
+    training = train_dense(
+        model, projection, batches, config, loss=loss, evaluate=evaluate, folder=own, progress=progress
+    )
+    small = projection.factorize(training.model)
+    _reestimate_batchnorm(small, batches, config.train)
+    plan = with_errors(projection.plan_for(training.model), small)
+    tuning = None
+    if config.tune is not None:
+        own = folder and folder.part("tuning")
+        tuning = finetune(small, batches, config.tune, loss=loss, evaluate=evaluate, folder=own, progress=progress)
+    return LowRankResult(small, plan, training, tuning)
 
 
-def replace_and_tune(
-    towards: Towards,
-    plan: Plan,
+def train_dense(
+    model: nn.Module,
+    projection: Projection,
     batches: Batches,
-    config: TuneConfig,
-    tune: TuneConfig | None,
+    config: LowRankConfig,
     *,
-    folder: Path | None = None,
-    identity: str = "",
-    **options: Any,
-) -> LowRankResult:
-    """Return the trained model with factors in place of its weights, batch norm re-estimated, and tuned if asked."""
-    known = towards.admm.projection  # with the factors to start from, where there are any
-    small = (known if isinstance(known, PlanProjection) else PlanProjection(plan)).factorize(towards.model)
-    _renew_norms(small, batches, config)
-    plan = with_errors(plan, small)
-    told = None
-    if tune is not None:
-        told = finetune(small, batches, tune, folder=folder, identity=identity, **options)
-    return LowRankResult(small, plan, towards, told)
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    folder: TrainingFolder | None = None,
+    progress: TuneProgress | None = None,
+) -> LowRankTraining:
+    """Train a copy of a dense model until its weights are nearly of low rank: the first half of ``train_admm``.
+
+    A ``finetune`` with the penalty of ``Admm``, and an update after every epoch. Weights, images, multipliers and
+    strengths are stored in one file per epoch, so that an interrupted run resumes to the same end.
+
+    Raises:
+        PlanError: a layer that cannot be trained to what is planned.
+        TenfoldError: see ``finetune``.
+    """
+    train, admm = config.train, config.penalty()
+    if train.ema is not None:
+        msg = f"ema={train.ema} would average weights that are drawn elsewhere: leave it to the tuning afterwards"
+        raise TuningError(msg)
+    run = _Run(copy.deepcopy(model), projection, admm, train.epochs)
+    result = finetune(
+        run,
+        batches,
+        train,
+        loss=run.loss_with_penalty(loss or cross_entropy(train.label_smoothing)),
+        evaluate=run.after_epoch(evaluate, config.update_every),
+        folder=folder and folder.part("", projection.identity, f"{admm!r} every {config.update_every}"),
+        progress=progress,
+    )
+    return run.outcome(result.history, scored=evaluate is not None)
 
 
 class _Run(nn.Module):
-    """The model and all that belongs to its training, as one module: so that a snapshot holds it whole."""
+    """The model and all state of its training as one module, so that a snapshot holds everything."""
 
     trace: Tensor
     scores: Tensor
@@ -238,16 +226,13 @@ class _Run(nn.Module):
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model returns."""
         return self.model(*args, **kwargs)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the weights that are drawn to low rank: decay would draw them elsewhere."""
+        """Return the weights that are trained to low rank: decay would draw them elsewhere."""
         return {f"model.{path}.weight" if path else "model.weight" for path in self.admm.paths}
 
     def loss_with_penalty(self, loss: Loss) -> Loss:
-        """Return the loss of the dense model plus the penalty."""
-
         def total(run: nn.Module, inputs: Any, targets: Any) -> Tensor:
             del run
             return loss(self.model, inputs, targets) + self.admm.penalty(self.model)
@@ -255,50 +240,36 @@ class _Run(nn.Module):
         return total
 
     def after_epoch(self, evaluate: Evaluate | None, every: int) -> Evaluate:
-        """Return what is done before an epoch is stored: update, take note, and score the images."""
+        """Return what runs before an epoch is stored: update, record the residuals, and score the images."""
 
-        def end(run: nn.Module) -> float:
+        def end(run: nn.Module) -> float | None:
             del run
             epoch = int(self.epoch)
             self.epoch += 1
             if (epoch + 1) % every == 0:
                 self.admm.update(self.model)
-            found = self.admm.residuals.values()
-            self.trace[epoch] = torch.tensor([[getattr(r, n) for r in found] for n in ("primal", "dual", "rho")])
+            residuals = self.admm.residuals.values()
+            self.trace[epoch] = torch.tensor([[getattr(r, n) for r in residuals] for n in ("primal", "dual", "rho")])
             if evaluate is None:
-                return nan
-            self.scores[epoch] = evaluate(self.model)
+                return None
+            self.scores[epoch] = evaluate(self.model) or 0.0
             with self.admm.projected(self.model):
                 return evaluate(self.model)
 
         return end
 
-    def outcome(self, told: TuneResult, *, scored: bool) -> Towards:
-        """Return the trained model with its monitors."""
-        done = len(told.history)
-        history = told.history if scored else tuple(_unscored(epoch) for epoch in told.history)
-        rows = self.trace[:done].tolist()
+    def outcome(self, history: tuple[EpochRecord, ...], *, scored: bool) -> LowRankTraining:
+        rows = self.trace[: len(history)].tolist()
         residuals = {
             path: tuple(Residual(row[0][i], row[1][i], row[2][i]) for row in rows)
             for i, path in enumerate(self.admm.paths)
         }
-        return Towards(self.model, self.admm, history, residuals, tuple(self.scores[:done].tolist()) if scored else ())
+        scores = tuple(self.scores[: len(history)].tolist()) if scored else ()
+        return LowRankTraining(self.model, self.admm, history, residuals, scores)
 
 
-def _unscored(epoch: EpochRecord) -> EpochRecord:
-    """Return the record without the score that nobody gave."""
-    return epoch.replace(score=None)
-
-
-def _told(on_epoch: Callable[[EpochRecord], None] | None, *, scored: bool) -> Callable[[EpochRecord], None] | None:
-    """Return what is told of each epoch: of scores only where there are any."""
-    if on_epoch is None or scored:
-        return on_epoch
-    return lambda epoch: on_epoch(_unscored(epoch))
-
-
-def _renew_norms(model: nn.Module, batches: Batches, config: TuneConfig) -> None:
-    """Estimate batch norm anew from the epoch after the last, as it would come."""
+def _reestimate_batchnorm(model: nn.Module, batches: Batches, config: TuneConfig) -> None:
+    """Re-estimate batch norm on the epoch that would come next."""
     if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return
     device = device_of(model)
@@ -306,8 +277,3 @@ def _renew_norms(model: nn.Module, batches: Batches, config: TuneConfig) -> None
         seed_epoch(device, config.seed, config.epochs)
         data: Iterable[Any] = at_epoch(batches, config.epochs)
         reestimate_batchnorm_(model, (to_device(as_pair(b)[0], device) for b in islice(data, NORM_BATCHES)))
-
-
-def folders(folder: str | Path | None) -> tuple[Path | None, Path | None]:
-    """Return where both trainings are stored."""
-    return (None, None) if folder is None else (Path(folder) / "towards", Path(folder) / "tuning")

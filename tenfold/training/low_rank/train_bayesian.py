@@ -1,8 +1,7 @@
-"""From trains of generous ranks to the ranks that the data asks for: training under the prior, then without."""
+"""Train tensor trains under a low-rank prior, prune them to the ranks it leaves, and fine-tune."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,24 @@ from tenfold.planning import plan as make_plan
 from tenfold.ranks import Choice, Choose
 from tenfold.records import Plan, Profile
 from tenfold.training.batches import Batches
-from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
+from tenfold.training.config import TuneConfig, TuneResult
 from tenfold.training.finetune import finetune
-from tenfold.training.loop import Loss
+from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.low_rank.bayesian import BayesianRanks
-from tenfold.training.low_rank.found_ranks import FoundRanks
+from tenfold.training.low_rank.learned_rules import FoundRanks
 from tenfold.training.low_rank.priors import BayesianConfig
+from tenfold.training.progress import TuneProgress
+from tenfold.training.snapshot import TrainingFolder
 
 
 @dataclass(frozen=True, eq=False)
 class BayesianResult:
-    """A model whose ranks were found in training.
+    """Ranks found by training under a prior.
 
     Attributes:
-        ranks: by path of the layer, one for each bond that is left.
-        before: the ranks to begin with.
+        ranks: by path of the layer, one for each bond.
+        before: the initial ranks.
         training: under the prior; its losses contain the prior, which is a density and may be negative.
         tuning: of the pruned model; None without.
         history: the ranks after each epoch under the prior, of this call.
@@ -52,26 +53,24 @@ def train_bayesian(
     *,
     tune: TuneConfig | None = None,
     loss: Loss | None = None,
-    evaluate: Callable[[nn.Module], float] | None = None,
-    folder: str | Path | None = None,
-    identity: str = "",
+    evaluate: Evaluate | None = None,
+    folder: str | Path | TrainingFolder | None = None,
 ) -> BayesianResult:
-    """Return what came of training a model in place to the most probable cores (MAP) and to the ranks they need.
+    """Train a model in place to the most probable cores (MAP), and prune it to the ranks they need.
 
-    Hawkins and Zhang 2019, arXiv 1905.10478; Hawkins, Liu and Zhang 2020, arXiv 2010.08689. What falls out during the
-    training is held at zero; at its end the cores are sliced. With a folder, a run that was cut off goes on, as in
-    ``finetune``.
+    Hawkins and Zhang 2019, arXiv 1905.10478; Hawkins, Liu and Zhang 2020, arXiv 2010.08689. Indices that are dropped
+    during the training are held at zero; at its end the cores are sliced. With a folder, an interrupted run resumes, as
+    in ``finetune``.
 
     Args:
         model: with layers that are tensor trains (see ``BayesianRanks``); trained and pruned in place.
         batches: as in ``finetune``.
-        config: training under the prior; weight decay is left out, because the prior is in its place.
+        config: training under the prior, without weight decay: the prior takes its place.
         ranks: the prior.
         tune: of the pruned model without the prior, with a new optimizer; None for none.
         loss: as in ``finetune``, a mean over samples.
         evaluate: as in ``finetune``.
         folder: where to store the epochs of both trainings.
-        identity: as in ``finetune``.
 
     Raises:
         PlanError: no layer is a tensor train.
@@ -84,53 +83,41 @@ def train_bayesian(
         >>> model, x = nn.Sequential(TTLinear(16, 4, 4, cores=2)), torch.randn(64, 16)
         >>> data = [(x, (x[:, 0] > 0).long())] * 10
         >>> prior = BayesianConfig(samples=64, warmup=20, ramp=50)
-        >>> found = train_bayesian(model, data, TuneConfig(epochs=20, optimizer="adamw", lr=0.02), prior)
-        >>> found.before["0"], found.ranks["0"] == model[0].ranks
+        >>> result = train_bayesian(model, data, TuneConfig(epochs=20, optimizer="adamw", lr=0.02), prior)
+        >>> result.before["0"], result.ranks["0"] == model[0].ranks
         ((4,), True)
     """
-    base = loss or cross_entropy(config.label_smoothing)
-    run = _Run(model, ranks)
-    before, seen = run.ranks.ranks(), list[dict[str, tuple[int, ...]]]()
-
-    def note(record: EpochRecord) -> None:
-        del record
-        seen.append(run.ranks.ranks())
-
-    def score(running: nn.Module) -> float:
-        del running
-        assert evaluate is not None  # noqa: S101 - given only then
-        return evaluate(model)
-
-    under, after = (None, None) if folder is None else (Path(folder) / "prior", Path(folder) / "tuning")
-    told = finetune(
+    folder, run = TrainingFolder.of(folder), _Run(model, ranks)
+    before, history = run.ranks.ranks(), list[dict[str, tuple[int, ...]]]()
+    training = finetune(
         run,
         batches,
         config.replace(weight_decay=0.0),
-        loss=run.ranks.loss(model, base),
-        evaluate=score if evaluate else None,
-        folder=under,
-        identity=f"{identity} {ranks.model_dump_json()}",
-        on_epoch=note,
+        loss=run.ranks.loss(model, loss or cross_entropy(config.label_smoothing)),
+        evaluate=evaluate and (lambda _: evaluate(model)),
+        folder=folder and folder.part("prior", ranks.model_dump_json()),
+        progress=TuneProgress(lambda _: history.append(run.ranks.ranks())),
     )
-    run.ranks.advance_(model)  # what was dropped moved a last time with the last step
+    run.ranks.advance_(model)  # dropped entries moved a last time with the last step
     left = run.ranks.prune_(model)
-    tuned = None
+    tuning = None
     if tune is not None:
-        tuned = finetune(model, batches, tune, loss=loss, evaluate=evaluate, folder=after, identity=identity)
-    return BayesianResult(left, before, told, tuned, tuple(seen))
+        own = folder and folder.part("tuning")
+        tuning = finetune(model, batches, tune, loss=loss, evaluate=evaluate, folder=own)
+    return BayesianResult(left, before, training, tuning, tuple(history))
 
 
-def ranks_plan(model: nn.Module, dense: nn.Module, profile: Profile, **choices: Any) -> Plan:
+def ranks_plan(model: nn.Module, dense: nn.Module, profile: Profile, *, seed: int = 0) -> Plan:
     """Return the plan that gives a dense model the ranks of the factorized layers of ``model``.
 
-    For a model that a plan made factorized and ``train_bayesian`` pruned: the plan says what came out, and can be read,
+    For a model that a plan factorized and ``train_bayesian`` pruned: the plan states the result, and can be read,
     changed and applied.
 
     Args:
         model: with factorized layers.
-        dense: the model that they came from, with the same paths.
+        dense: the model they came from, with the same paths.
         profile: of the dense model.
-        choices: ``keep``, ``keep_ends`` and ``seed`` of ``plan``.
+        seed: of every algorithm that draws random numbers.
     """
     found: dict[str, Choice] = {
         path: Choose(layer.format, dict(layer.rank), "rank found by the low-rank prior")
@@ -138,13 +125,8 @@ def ranks_plan(model: nn.Module, dense: nn.Module, profile: Profile, **choices: 
         if isinstance(layer, FactorizedLayer) and issubclass(FORMATS.get(layer.format), TrainFormat)
     }
     formats = tuple(dict.fromkeys(choice.format for choice in found.values() if isinstance(choice, Choose)))
-    return make_plan(
-        dense,
-        profile,
-        rule=FoundRanks("bayesian", found, "the prior is on tensor trains only"),
-        formats=formats,
-        **choices,
-    )
+    rule = FoundRanks("bayesian", found, "the prior is on tensor trains only")
+    return make_plan(dense, profile, rule=rule, formats=formats, keep_ends=False, seed=seed)
 
 
 class _Run(nn.Module):

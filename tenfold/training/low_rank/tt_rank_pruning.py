@@ -1,4 +1,4 @@
-"""Take indices out of the bonds of a layer in training, and let the optimizer go on with what is left."""
+"""Prune indices of the bonds of a tensor-train layer during training, in its optimizer too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tenfold.layers.tt_ranks import without_indices
 def prune_bonds_(
     model: nn.Module, path: str, kept: Sequence[Tensor], optimizer: torch.optim.Optimizer | None = None
 ) -> nn.Module:
-    """Return the smaller layer that stands now wherever the layer at ``path`` stood, with its ``kept`` indices.
+    """Replace the layer at ``path``, wherever it is used, by a smaller one with the ``kept`` indices, and return that.
 
     Args:
         model: changed in place.
         path: of a layer that is a tensor train.
-        kept: for every bond the indices that stay, ascending, at least one.
-        optimizer: goes on with the new parameters. What it knows of the old ones in their shape, such as moments, is
-            sliced as they are; all else, such as counts of steps, stays.
+        kept: the remaining indices of every bond, ascending, at least one.
+        optimizer: continues with the new parameters. State in the shape of the old ones, such as moments, is sliced
+            alike; other state, such as step counts, is kept.
 
     Raises:
         PlanError: the model itself is the layer; or an optimizer with a factorized layer, whose factors may change
@@ -56,7 +56,7 @@ def prune_bonds_(
 def _follow_(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, cut: Callable[[Tensor], Tensor]
 ) -> None:
-    """Put ``new`` in the place of ``old``, with the part of its state that stays."""
+    """Replace ``old`` by ``new``, with its sliced state."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)

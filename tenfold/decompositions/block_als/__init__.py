@@ -1,0 +1,1 @@
+"""Alternating least squares over blocks of unknowns: tensor rings and block terms."""

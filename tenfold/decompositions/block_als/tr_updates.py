@@ -1,0 +1,212 @@
+"""Updates of tensor rings: each core as the best one between its neighbours, for white inputs or under the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions.block_als.descent import DIRECT, Blocks, solve, solve_by_steps
+from tenfold.decompositions.block_als.weighted_descent import Layout
+from tenfold.tensors import rings
+from tenfold.tensors.conjugate_gradients import dot, each
+
+
+class RingLeastSquares:
+    """A batch of tensors (batch, *modes) to approximate by rings of three cores (batch, r, n, r') and more.
+
+    The terms are those of the closing bond: one for each of its r₁ values.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.power = tensor.flatten(1).square().sum(-1)
+        self._turned = []
+        order = tensor.dim() - 1
+        for k in range(order):
+            before, after = _around(order, k)
+            turned = tensor.permute(0, *(m + 1 for m in (*before, k, *after)))
+            self._turned.append(turned.flatten(1, len(before)).flatten(3).contiguous())
+
+    def sweep(self, blocks: Blocks, ridge: Tensor) -> tuple[Blocks, Tensor, Tensor]:
+        """Return each core in turn as the best one between its neighbours.
+
+        And the squared errors then, and the sums of the terms' squares.
+        """
+        cores, lower, terms = list(blocks), self.power, self.power
+        for k, tensor in enumerate(self._turned):
+            left, right = beside(cores, k)
+            between = Between(left, right, closing=_closing(len(cores), k), ridge=ridge)
+            cores[k], lower, terms = between.best(tensor, cores[k])
+        return tuple(cores), (self.power + lower - ridge * terms).clamp_min(0), terms
+
+
+class RingLayout(Layout):
+    """Rings of the modes (out, K, in), or (q, p, i₁, i₂) of linear layers: see the format ``tensor_ring``."""
+
+    def __init__(self, order: int) -> None:
+        self.outer = order - 2
+        self._plain = order == 4  # a linear layer
+
+    def left(self, blocks: Blocks) -> Tensor:
+        """Return A (batch, out, r·r')."""
+        if not self._plain:
+            return blocks[0].transpose(1, 2).flatten(2)
+        return torch.einsum("zaqb,zbpc->zpqac", blocks[0], blocks[1]).flatten(3).flatten(1, 2)
+
+    def right(self, blocks: Blocks) -> Tensor:
+        """Return Y (batch, r·r', n)."""
+        middle, last = blocks[-2:]
+        if self._plain:
+            return torch.einsum("zcid,zdja->zacij", middle, last).flatten(3).flatten(1, 2)
+        return torch.einsum("zbkc,zcia->zabik", middle, last).flatten(3).flatten(1, 2)
+
+    def seen(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
+        """Return the adjoint of ``left`` or ``right`` as a map of core k."""
+        middle, last = blocks[-2:]
+        if not self._plain:
+            (_, out, b), (a, taps, inner) = blocks[0].shape[1:], (last.shape[3], middle.shape[2], last.shape[2])
+            if k == 0:
+                return product.reshape(-1, out, a, b).transpose(1, 2)
+            apart = product.reshape(-1, a, b, inner, taps)
+            equation, other = ("zabik,zcia->zbkc", last) if k == 1 else ("zabik,zbkc->zcia", middle)
+            return torch.einsum(equation, apart, other)
+        a, c = last.shape[3], middle.shape[1]
+        if k < self.outer:
+            apart = product.reshape(-1, blocks[1].shape[2], blocks[0].shape[2], a, c)
+            equation, other = ("zpqac,zbpc->zaqb", blocks[1]) if k == 0 else ("zpqac,zaqb->zbpc", blocks[0])
+        else:
+            apart = product.reshape(-1, a, c, middle.shape[2], last.shape[2])
+            equation, other = ("zacij,zdja->zcid", last) if k == self.outer else ("zacij,zcid->zdja", middle)
+        return torch.einsum(equation, apart, other)
+
+    def gram(self, blocks: Blocks, k: int) -> Tensor | None:
+        """Return the Gram matrix of what is beside core k."""
+        left, right = beside(blocks, k)
+        return gram_between(left, right) if left.shape[3] * right.shape[1] <= DIRECT else None
+
+    def columns(self, block: Tensor) -> Tensor:
+        """Return a core (batch, r, n, r') as (batch, r·r', n)."""
+        return _columns(block)
+
+    def uncolumns(self, columns: Tensor, like: Tensor) -> Tensor:
+        """Return (batch, r·r', n) as a core."""
+        return columns.reshape(len(like), like.shape[1], like.shape[3], -1).transpose(2, 3)
+
+    def along_inputs(self, blocks: Blocks, matrices: tuple[Tensor, ...]) -> Blocks:
+        """Return the ring with matrices multiplied to the modes of the last two cores."""
+        first, second = matrices if self._plain else reversed(matrices)  # the flattened weight has (in, K)
+        return *blocks[:-2], first[:, None] @ blocks[-2], second[:, None] @ blocks[-1]
+
+
+def beside(cores: Blocks | list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Return what the cores on both sides of core k multiply to, (a, l, b) and (c, r, a)."""
+    before, after = _around(len(cores), k)
+    return rings.tr_chain(tuple(cores[m] for m in before)), rings.tr_chain(tuple(cores[m] for m in after))
+
+
+def _around(order: int, k: int) -> tuple[range, range]:
+    """Return which cores stand before core k and which after: the closing bond is never within either."""
+    if k == 0:
+        return range(order - 1, order), range(1, order - 1)
+    if k == order - 1:
+        return range(1, order - 1), range(1)
+    return range(k), range(k + 1, order)
+
+
+def _closing(order: int, k: int) -> str:
+    """Return which bond of a core between (a, l, b) and (c, r, a) is the closing one."""
+    return "b" if k == 0 else "c" if k == order - 1 else "a"
+
+
+def gram_between(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a)."""
+    of_left, of_right = _overlap(left), _overlap(right)
+    b, c = left.shape[3], right.shape[1]
+    pairs = of_left.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (bb', aa')
+    others = of_right.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (aa', cc')
+    return (pairs @ others).reshape(-1, b, b, c, c).transpose(2, 3).reshape(-1, b * c, b * c)
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """A core (batch, b, n, c) between its neighbours (batch, a, l, b) and (batch, c, r, a).
+
+    ``closing`` names the bond whose values are the terms, and ``ridge`` is the weight of their squares.
+    """
+
+    left: Tensor
+    right: Tensor
+    closing: str
+    ridge: Tensor
+
+    def best(self, tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best core for tensors (batch, l, n, r), the objective less their power, and the terms' squares."""
+        b, c = held.shape[1], held.shape[3]
+        seen = _columns(_seen(tensor, self.left, self.right))  # (batch, bc, n)
+        if self.closing != "a" or b * c <= DIRECT:
+            gram = gram_between(self.left, self.right)
+            alone = self._alone(gram, b, c)
+            x, lower = solve(gram + each(self.ridge, gram) * alone, seen, _columns(held))
+            terms = dot(x, alone @ x)
+        else:
+            x, lower = solve_by_steps(
+                lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), seen, _columns(held)
+            )
+            terms = dot(x, self._terms(x))
+        return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, terms
+
+    def _alone(self, gram: Tensor, b: int, c: int) -> Tensor:
+        """Return the Gram matrix without what is between different values of the closing bond."""
+        if self.closing == "a":
+            left, right = self._overlaps()
+            return torch.einsum("zabe,zacf->zbcef", left, right).reshape(gram.shape)
+        size, shape = (b, (-1, 1, 1, 1)) if self.closing == "b" else (c, (1, -1, 1, 1))
+        rows = torch.arange(size, device=gram.device).reshape(shape)
+        columns = rows.permute(2, 3, 0, 1)
+        return (gram.reshape(-1, b, c, b, c) * (rows == columns)).reshape(gram.shape)
+
+    def _overlaps(self) -> tuple[Tensor, Tensor]:
+        """Return the inner products (batch, a, b, b) and (batch, a, c, c) for each value of bond a."""
+        right = self.right.permute(0, 3, 2, 1)
+        return self.left.mT @ self.left, right.mT @ right
+
+    def _terms(self, x: Tensor) -> Tensor:
+        left, right = self._overlaps()
+        apart = x.reshape(len(x), left.shape[2], right.shape[2], -1)
+        return torch.einsum("zabe,zefn,zacf->zbcn", left, apart, right).reshape(x.shape)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return the Gram matrix times columns (batch, bc, n) without writing it down."""
+        a, b, c = self.left.shape[1], self.left.shape[3], self.right.shape[1]
+        by_left = _overlap(self.left).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (aa'b', b)
+        by_right = _overlap(self.right).permute(0, 2, 4, 1, 3).flatten(1, 3)  # (aa'c, c')
+        moved = (by_left @ x.reshape(len(x), b, -1)).reshape(len(x), a * a, b, c, -1)
+        gathered = moved.permute(0, 2, 4, 1, 3).reshape(len(x), -1, a * a * c) @ by_right
+        return gathered.reshape(len(x), b, -1, c).transpose(2, 3).flatten(1, 2)
+
+
+def _columns(core: Tensor) -> Tensor:
+    """Return a core (batch, b, n, c) as (batch, bc, n)."""
+    return core.transpose(2, 3).flatten(1, 2)
+
+
+def _overlap(core: Tensor) -> Tensor:
+    """Return the inner products (batch, r, r', r, r') of the fibers of a core (batch, r, n, r')."""
+    flat = core.transpose(1, 2).flatten(2)
+    return (flat.mT @ flat).reshape(-1, core.shape[1], core.shape[3], core.shape[1], core.shape[3])
+
+
+def _seen(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the tensors (batch, l, n, r) between their neighbours' cores, in the cheaper order: (batch, b, n, c)."""
+    batch, rows, n, columns = tensor.shape
+    a, b, c = left.shape[1], left.shape[3], right.shape[1]
+    if rows * c * (columns + b) <= columns * b * (rows + c):
+        flat = right.transpose(1, 2).flatten(2)  # (r, ca)
+        half = (tensor.flatten(1, 2) @ flat).reshape(batch, rows, n, c, a)
+        half = half.permute(0, 1, 4, 2, 3).reshape(batch, rows * a, n * c)
+        return (left.transpose(1, 2).flatten(1, 2).mT @ half).reshape(batch, b, n, c)
+    flat = left.transpose(1, 2).flatten(2)  # (l, ab)
+    half = (flat.mT @ tensor.flatten(2)).reshape(batch, a, b, n, columns)
+    half = half.permute(0, 2, 3, 1, 4).reshape(batch, b * n, a * columns)
+    return (half @ right.permute(0, 3, 2, 1).flatten(1, 2)).reshape(batch, b, n, c)

@@ -1,0 +1,193 @@
+"""Second moments of a layer's inputs, from which the error of its output follows without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from tenfold.decompositions.covariance import (
+    NEGLIGIBLE,
+    Covariance,
+    Sketch,
+    add_ridge,
+    channel_blocks,
+    is_finite,
+    quadratic,
+    sandwich,
+    solve_spd,
+    sqrt_and_inverse_sqrt,
+)
+from tenfold.errors import WeightError
+from tenfold.tensors import digest
+
+# Keeps the weights of outputs that do not matter determined, as a share of the mean diagonal of ``output_gram``.
+_OUTPUT_RIDGE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Statistics of the inputs of one layer, and optionally of the outputs that it should produce.
+
+    n = in/groups · prod(kernel) is the width of an input patch, its entries in the order (channel, tap), as in the
+    flattened weight. All tensors are float64, with the groups first.
+
+    Attributes:
+        input_second_moment: E[x xᵀ] (groups, n, n), not centred; of very wide layers a ``Sketch``, which holds the
+            targets too.
+        mean: E[x] (groups, n).
+        count: rows (patches) that were averaged.
+        cross: E[y xᵀ] (groups, out/groups, n) with the outputs y, bias not included, that the layer should produce.
+            Given when x comes from an already compressed model and y from the dense one, as in the asymmetric
+            reconstruction of Zhang et al. 2015; None where y is what the weight makes of x, and beside a sketch.
+        target_mean: E[y] (groups, out/groups), with targets.
+        target_power: E[y²] (groups, out/groups), with targets.
+        output_gram: (groups, out/groups, out/groups), positive semidefinite: an error e of the outputs counts as
+            eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖².
+
+    Example:
+        >>> x = torch.randn(500, 6, dtype=torch.float64)
+        >>> Moments.of(x).input_second_moment.shape
+        torch.Size([1, 6, 6])
+    """
+
+    input_second_moment: Covariance
+    mean: Tensor
+    count: int
+    cross: Tensor | None = None
+    target_mean: Tensor | None = None
+    target_power: Tensor | None = None
+    output_gram: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, targets: Tensor | None = None) -> Self:
+        """Return the moments of the rows of a matrix (count, n), or (groups, count, n), and of targets beside them."""
+        x = rows.double() if rows.dim() == 3 else rows.double()[None]
+        count = x.shape[1]
+        moments = cls(x.mT @ x / count, x.mean(1), count)
+        if targets is None:
+            return moments
+        y = targets.double() if targets.dim() == 3 else targets.double()[None]
+        return moments.replace(cross=y.mT @ x / count, target_mean=y.mean(1), target_power=y.square().mean(1))
+
+    def replace(self, **changes: Covariance | int | None) -> Self:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @property
+    def width(self) -> int:
+        """Entries n of an input patch."""
+        return self.mean.shape[-1]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the moments on another device."""
+        return self.replace(**{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Covariance)})
+
+    def digest(self) -> str:
+        """Return a hash of all values, as a cache key."""
+        parts = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for name, value in vars(self).items():
+            if isinstance(value, Sketch):
+                parts |= {f"{name}.{part}": tensor for part, tensor in value.tensors().items()}
+        return digest(parts, str(self.count))
+
+    def check(self, group_shape: tuple[int, ...]) -> None:
+        """Check that the moments belong to a weight (groups, out/groups, in/groups, *kernel).
+
+        Raises:
+            WeightError: the shapes differ, or a moment is not finite.
+        """
+        groups, out, *rest = group_shape
+        width = torch.Size(rest).numel()
+        shapes = {
+            "input_second_moment": (groups, width, width),
+            "mean": (groups, width),
+            "cross": (groups, out, width),
+            "target_mean": (groups, out),
+            "target_power": (groups, out),
+            "output_gram": (groups, out, out),
+        }
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                msg = f"the moments have {name} of shape {tuple(value.shape)}, this layer needs {shape}"
+                raise WeightError(msg)
+            if value is not None and not is_finite(value):
+                msg = f"{name} of the moments is not finite: check the calibration batches"
+                raise WeightError(msg)
+
+    def covariance(self, ridge: float = 0.0) -> Covariance:
+        """Return E[(x−x̄)(x−x̄)ᵀ] + ridge·(mean variance)·I, (groups, n, n): the bias of the layer absorbs the mean.
+
+        Without any variance at all (inputs that never change) it is the identity, if ``ridge`` > 0.
+        """
+        if isinstance(self.input_second_moment, Sketch):
+            return add_ridge(self.input_second_moment.centred(self.mean, self.target_mean), ridge)
+        centred = self.input_second_moment - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        return add_ridge((centred + centred.mT) / 2, ridge)
+
+    def channel_covariance(self, taps: int) -> Tensor:
+        """Return the covariance of the input channels alone (groups, n/taps, n/taps), averaged over the taps."""
+        return channel_blocks(self.covariance(), taps)
+
+    def uncentered(self) -> Self:
+        """Return moments about zero instead of the mean, for layers without a bias to absorb the shift of the mean."""
+        none = None if self.target_mean is None else torch.zeros_like(self.target_mean)
+        return self.replace(mean=torch.zeros_like(self.mean), target_mean=none)
+
+    def regression_target(self, weight: Tensor, ridge: float = 0.0) -> Tensor:
+        """Return the best unconstrained weights (groups, out/groups, n): the given ones, unless there are targets.
+
+        With targets it is the regression of y on x, drawn to ``weight`` where the data say nothing: the minimiser of
+        E‖y − T x‖² + ridge·(mean variance)·‖T − weight‖².
+        """
+        if self.target_mean is None:
+            return weight
+        plain = self.covariance()
+        if isinstance(plain, Sketch):
+            return plain.regression(weight, add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
+        if self.cross is None:
+            return weight
+        centred = self.cross - self.target_mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        return weight + solve_spd(add_ridge(plain, ridge), (centred - weight @ plain).mT).mT
+
+    def errors(self, weight: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the error E‖y−ŷ‖² and the power E‖y−ȳ‖² of the outputs, per output (groups, out/groups).
+
+        The means of y and ŷ agree, because the bias absorbs their difference. Both weights are (groups, out/groups, n).
+        """
+        covariance = self.covariance()
+        if self.target_mean is None or self.target_power is None:
+            return quadratic(weight - approximation, covariance), quadratic(weight, covariance)
+        power = self.target_power - self.target_mean.square()
+        if isinstance(covariance, Sketch):
+            return covariance.missed(weight, approximation), power
+        if self.cross is None:
+            msg = "moments with the means of targets need cross as well"
+            raise WeightError(msg)
+        centred = self.cross - self.target_mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        mixed = (centred * approximation).sum(-1)
+        return (power - 2 * mixed + quadratic(approximation, covariance)).clamp_min(0), power
+
+    def distortion(self, weight: Tensor, approximation: Tensor) -> float:
+        """Return tr(G Δ C Δᵀ) over all groups: Δ the error against the regression target, G ``output_gram`` or I."""
+        delta = self.regression_target(weight, NEGLIGIBLE) - approximation
+        square = sandwich(delta, self.covariance())
+        return float(
+            (square.diagonal(dim1=-2, dim2=-1) if self.output_gram is None else square * self.output_gram).sum()
+        )
+
+    def output_roots(self) -> tuple[Tensor, Tensor] | None:
+        """Return the square root of ``output_gram`` and its inverse: times that root all output errors count alike.
+
+        None without an ``output_gram``. Outputs that do not matter at all still count a little: see ``_OUTPUT_RIDGE``.
+        """
+        return None if self.output_gram is None else sqrt_and_inverse_sqrt(add_ridge(self.output_gram, _OUTPUT_RIDGE))
+
+    def bias_shift(self, weight: Tensor, approximation: Tensor) -> Tensor:
+        """Return what to add to the bias so that the mean output is as it should be (groups, out/groups)."""
+        mean = self.target_mean if self.target_mean is not None else (weight @ self.mean.unsqueeze(-1)).squeeze(-1)
+        return mean - (approximation @ self.mean.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,89 @@
+"""The tables of a run: what the model cost and scored before and after, stage by stage, and under which conditions."""
+
+from __future__ import annotations
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tenfold.records import Latency, Measurement, RunRecord
+from tenfold.reporting.columns import grid, rich_table
+from tenfold.reporting.numbers import (
+    count,
+    factor,
+    interval,
+    milliseconds,
+    percent,
+    plural,
+    points,
+    seconds,
+    size,
+    speed,
+)
+from tenfold.reporting.page_tables import stage_table
+from tenfold.reporting.plan_tables import plan_tables
+
+
+def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:
+    """Return the tables of before and after, of the stages if there were any, of conditions, and of the plan."""
+    stages = (rich_table("stages", *stage_table(record)),) if record.stages else ()
+    return (cost_table(record), *stages, conditions(record), *plan_tables(record.plan))
+
+
+def cost_table(record: RunRecord) -> Table:
+    """Return parameters, MACs, bytes, measured latency and score, before and after."""
+    before, after = record.before, record.after
+    table = grid(record.task or record.plan.model)
+    table.add_column("", no_wrap=True)
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, old, new in (("parameters", before.params, after.params), ("MACs", before.macs, after.macs)):
+        table.add_row(name, count(old), count(new), f"{factor(old, new)} fewer")
+    if before.bytes and after.bytes:
+        table.add_row("size", size(before.bytes), size(after.bytes), f"{factor(before.bytes, after.bytes)} smaller")
+    if before.latency_ms and after.latency_ms:
+        table.add_row("latency", latency_cell(before), latency_cell(after), _speedup(record))
+    for name, score in _scores(record):
+        start = record.scores.get("original", before.score)
+        change = "" if start is None else points(start, score)
+        table.add_row(name, "" if start is None else percent(start), percent(score), change)
+    return table
+
+
+def conditions(record: RunRecord) -> Text:
+    """Return what the measured numbers depend on, in a line or two."""
+    lines = []
+    latency = record.after.latency or record.before.latency
+    if latency is not None:
+        lines.append(f"Latency: {latency_conditions(latency)}; speed-up with its 95 % interval.")
+    e = record.environment
+    total = f", {seconds(sum(record.seconds.values()))} in all" if record.seconds else ""
+    lines.append(f"On {e.device_name or e.device}, {plural(e.threads, 'thread')}, torch {e.torch}{total}.")
+    return Text("\n".join(lines), style="dim")
+
+
+def latency_conditions(latency: Latency) -> str:
+    """Return how a latency was measured."""
+    batch = "" if latency.batch_size is None else f"batch {latency.batch_size}, "
+    how = f"median of {latency.runs} interleaved rounds [quartiles]"
+    return f"{how}, {batch}{latency.dtype}, {latency.memory_format}, {plural(latency.threads, 'thread')}"
+
+
+def latency_cell(measured: Measurement) -> str:
+    """Return the latency of a model with its quartiles."""
+    if measured.latency is None:
+        return milliseconds(measured.latency_ms or 0.0)
+    return interval(measured.latency.median_ms, measured.latency.low_ms, measured.latency.high_ms)
+
+
+def _speedup(record: RunRecord) -> str:
+    if record.speedup is None:
+        return speed((record.before.latency_ms or 0.0) / (record.after.latency_ms or 1.0))
+    return f"{speed(record.speedup.ratio)} [{record.speedup.low:.2f}–{record.speedup.high:.2f}×]"
+
+
+def _scores(record: RunRecord) -> list[tuple[str, float]]:
+    steps = [(name, value) for name, value in record.scores.items() if name != "original"]
+    if len(steps) > 1:
+        return [(f"score, {name}", value) for name, value in steps]
+    return [] if record.after.score is None else [("score", record.after.score)]

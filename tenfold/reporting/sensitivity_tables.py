@@ -1,0 +1,61 @@
+"""The tables of a sensitivity: errors and losses of score at a few costs, and layers that cannot be compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tenfold.records import LayerSensitivity, SensitivityPoint, SensitivityTable
+from tenfold.reporting.columns import grid
+from tenfold.reporting.numbers import count, percent
+from tenfold.reporting.plan_tables import reasons_table
+
+_SHARES = (0.25, 0.5, 0.75)
+
+
+def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
+    """Return a sensitivity table in short: numbers near a few shares of each layer's cost."""
+    scored = any(p.score is not None for layer in table.layers for p in layer.points)
+    head = Text(f"Sensitivity of {table.model}", style="bold")
+    head.append(": each layer factorized alone", style="not bold")
+    if table.baseline is not None:
+        head.append(f"; score of the model {percent(table.baseline)}", style="not bold")
+    parts: list[RenderableType] = [head]
+    if table.compressible:
+        parts.append(_measured(table, scored=scored))
+    rest = [layer for layer in table.layers if layer.state != "compressible"]
+    if rest:
+        parts.append(reasons_table("Not compressible", rest))
+    return tuple(parts)
+
+
+def _measured(table: SensitivityTable, *, scored: bool) -> Table:
+    what = "Error of the output, and points of score," if scored else "Error of the output"
+    shown = grid(f"{what} at the rank nearest to this share of the layer's cost")
+    shown.add_column("layer", overflow="fold")
+    shown.add_column("is", no_wrap=True)
+    shown.add_column("MACs", justify="right", no_wrap=True)
+    shown.add_column("format", no_wrap=True)
+    for share in _SHARES:
+        shown.add_column(f"{share:.0%}", justify="right", no_wrap=True)
+    for layer in table.compressible:
+        for format in layer.formats:
+            cells = [_cell(layer, layer.curve(format), share, table.baseline) for share in _SHARES]
+            shown.add_row(layer.path or "(the model)", layer.kind, count(layer.before.macs), format, *cells)
+    return shown
+
+
+def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: float, baseline: float | None) -> str:
+    whole = layer.before.macs or layer.before.params
+
+    def left(point: SensitivityPoint) -> float:
+        return (point.cost.macs if layer.before.macs else point.cost.params) / whole
+
+    near = min(points, key=lambda p: abs(left(p) - share))
+    text = "" if near.output_error is None else f"{near.output_error:.3f}"
+    if near.score is not None and baseline is not None:
+        text += f"  {100 * (near.score - baseline):+.1f}".replace("-", "−")
+    return text
