@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
-from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.records import LayerSpec, Profile

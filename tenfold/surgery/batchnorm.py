@@ -54,7 +54,7 @@ def reestimate_batchnorm_(
     }
     if not norms:
         return 0
-    pools = {path: _Pool() for path in norms}
+    pools = {path: _Pool(path) for path in norms}
     seen = 0
     with _statistics_only(model, norms, pools), torch.no_grad():
         for seen, batch in enumerate(batches, start=1):  # noqa: B007
@@ -72,16 +72,32 @@ def reestimate_batchnorm_(
 class _Pool:
     """Count, mean and sum of squared deviations of all values seen by one batch norm, per channel in float64."""
 
+    path: str
     count: int = 0
     calls: int = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, count: int, mean: Tensor, var: Tensor) -> None:
-        """Merge ``count`` values per channel, given their mean and unbiased variance."""
-        mean, squares = mean.double(), var.double() * (count - 1)
-        total = self.count + count
-        delta = mean - self.mean.to(mean.device)
+    def check(self, norm: Any, args: tuple[Tensor, ...]) -> None:
+        """Reject inputs with fewer than two values per channel, which have no variance; a forward pre-hook."""
+        if args[0].numel() < 2 * norm.num_features:
+            msg = (
+                f"batch norm {self.path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
+                "variance. Use larger batches and drop a last batch of one."
+            )
+            raise DataError(msg)
+
+    def update(self, norm: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        """Pool the statistics of the last batch; a forward hook."""
+        if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+            msg = (
+                f"the input of batch norm {self.path!r} is not finite in its call {self.calls + 1}: check the batches "
+                "and the weights before it. The old statistics are kept."
+            )
+            raise DataError(msg)
+        count = args[0].numel() // norm.num_features
+        mean, squares = norm.running_mean.double(), norm.running_var.double() * (count - 1)
+        total, delta = self.count + count, mean - self.mean.to(mean.device)
         self.mean = self.mean.to(mean.device) + delta * (count / total)
         self.squares = self.squares.to(mean.device) + squares + delta.square() * (self.count * count / total)
         self.count, self.calls = total, self.calls + 1
@@ -109,10 +125,8 @@ def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict
         for path, norm in norms.items():
             norm.training, norm.momentum = True, 1.0
             norm.reset_running_stats()  # 0 · NaN is NaN: broken statistics must not survive a momentum of 1
-            hooks += [
-                norm.register_forward_pre_hook(_check(path)),
-                norm.register_forward_hook(_pool(path, pools[path])),
-            ]
+            hooks.append(norm.register_forward_pre_hook(pools[path].check))
+            hooks.append(norm.register_forward_hook(pools[path].update))
         yield
         unreached = {
             id(b) for path, norm in norms.items() if not pools[path].calls for b in norm.buffers(recurse=False)
@@ -134,33 +148,3 @@ def _put_back(values: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for buffer, value in values:
             buffer.copy_(value)
-
-
-def _check(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a hook that rejects inputs with fewer than two values per channel, which have no variance."""
-
-    def check(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].numel() < 2 * norm.num_features:  # type: ignore[operator]
-            msg = (
-                f"batch norm {path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
-                "variance. Use larger batches and drop a last batch of one."
-            )
-            raise DataError(msg)
-
-    return check
-
-
-def _pool(path: str, pool: _Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Return a hook that pools the statistics of the last batch."""
-
-    def add(norm: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-        mean, var = norm.running_mean, norm.running_var
-        if not (torch.isfinite(mean).all() and torch.isfinite(var).all()):
-            msg = (
-                f"the input of batch norm {path!r} is not finite in its call {pool.calls + 1}: check the batches and "
-                "the weights before it. The old statistics are kept."
-            )
-            raise DataError(msg)
-        pool.add(args[0].numel() // norm.num_features, mean, var)
-
-    return add

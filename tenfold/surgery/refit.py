@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tenfold.calibration.input_moments import MomentSums, collect_moments
+from tenfold.calibration.collect import MomentSums, collect_moments
 from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
 from tenfold.errors import DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,17 +50,13 @@ def observing(layers: Sequence[Entry], gauge: Callable[[], float]) -> Iterator[d
 
         return leave
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
             if isinstance(layer.module, torch.jit.ScriptModule):
                 continue  # takes no hooks; its share counts for its caller
-            handles.append(layer.module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(layer.module.register_forward_hook(leave_from(seen[layer.path]), with_kwargs=True))
+            stack.enter_context(layer.module.register_forward_pre_hook(enter, prepend=True))
+            stack.enter_context(layer.module.register_forward_hook(leave_from(seen[layer.path]), with_kwargs=True))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _note(observation: Observation, inputs: Any, output: Any) -> None:

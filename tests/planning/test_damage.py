@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import collect_gradients
-from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.errors import PlanError
 from tenfold.formats import split_groups
 from tenfold.planning.damage import with_damage

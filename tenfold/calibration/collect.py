@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -322,16 +322,13 @@ def _watching(
 
         return leave
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for path in specs:
             if dense is not None:
-                handles.append(dense.get_submodule(path).register_forward_hook(leaving(path), prepend=True))
-            handles.append(model.get_submodule(path).register_forward_pre_hook(entering(path), with_kwargs=True))
+                stack.enter_context(dense.get_submodule(path).register_forward_hook(leaving(path), prepend=True))
+            layer = model.get_submodule(path)
+            stack.enter_context(layer.register_forward_pre_hook(entering(path), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _warn_if_few(found: Mapping[str, Moments]) -> None:
