@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.calibration.correlation import covers, patch_cross, patch_square, patch_sum
 from tenfold.calibration.frequencies import id_counts, moments_of_ids
 from tenfold.calibration.im2col import input_patches, output_rows
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
@@ -226,6 +227,9 @@ class MomentSums:
         size = _sketch_rows(spec, self._widest)
         if size is not None and self._sketch is None:
             self._sketch = SketchSums(size, self._seed)
+        elif size is None and covers(x, spec, positions):
+            self._add_maps(x, y)
+            return
         for part in _chunks(x, spec, positions):
             patches = input_patches(x[part], spec, positions=positions, seed=seed)
             patches = patches if patches.dtype == torch.float64 else patches.float()
@@ -245,6 +249,18 @@ class MomentSums:
             self._sum("cross", rows @ patches.mT)
             self._sum("target_mean", rows.sum(-1))
             self._sum("target_power", rows.square().sum(-1))
+
+    def _add_maps(self, x: Tensor, y: Tensor | None) -> None:
+        """Add all patches of whole maps, which need not be made for that."""
+        x = x if x.dtype == torch.float64 else x.float()
+        self.count += x.shape[0] * prod(x.shape[2:])
+        self._sum("second", patch_square(x))
+        self._sum("mean", patch_sum(x))
+        if y is not None:
+            y = y.to(x.dtype)
+            self._sum("cross", patch_cross(y, x))
+            self._sum("target_mean", y.sum((0, 2, 3))[None])
+            self._sum("target_power", y.square().sum((0, 2, 3))[None])
 
     def _sum(self, name: str, value: Tensor) -> None:
         if name in self._sums:
