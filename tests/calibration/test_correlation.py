@@ -7,7 +7,7 @@ import torch
 
 from tenfold.calibration.correlation import covers, patch_cross, patch_square, patch_sum
 from tenfold.calibration.im2col import input_patches, output_rows
-from tenfold.calibration.input_moments import MomentSums
+from tenfold.calibration.moment_sums import MomentSums
 from tenfold.records import LayerSpec
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tenfold.calibration import calibrate, called_layers
-from tenfold.calibration.collect import collect_moments, moment_bytes
-from tenfold.calibration.frequencies import frequencies, id_counts
+from tenfold.calibration.collect import collect_moments
+from tenfold.calibration.moment_sums import frequencies, id_counts, moment_bytes
 from tenfold.decompositions import decompose, default_algorithm, error_curve
 from tenfold.formats import FORMATS, split_groups
 from tenfold.layers import FactorizedLayer, spec_of
