@@ -81,6 +81,7 @@ def collect_moments(
         CalibrationWarning: fewer rows than a patch has entries, which makes the moments singular.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
         >>> moments = collect_moments(model, [torch.randn(4, 3, 8, 8)])
         >>> moments["0"].count, moments["0"].width

@@ -136,7 +136,7 @@ class MomentSums:
         """Add all patches of whole maps, which need not be made for that."""
         x = x if x.dtype == torch.float64 else x.float()
         self.count += x.shape[0] * prod(x.shape[2:])
-        self._sum("second", patch_square(x))
+        self._sum("input_second_moment", patch_square(x))
         self._sum("mean", patch_sum(x))
         if y is not None:
             y = y.to(x.dtype)

@@ -35,7 +35,7 @@ def test_moments_of_whole_maps_are_those_of_their_patches(padding):
     sums.add(x, spec, y, positions=25)
     found, patches, rows = sums.moments("it"), input_patches(x, spec), output_rows(y, spec)
     assert found.count == patches.shape[-1]
-    torch.testing.assert_close(found.second, patches @ patches.mT / found.count)
+    torch.testing.assert_close(found.input_second_moment, patches @ patches.mT / found.count)
     torch.testing.assert_close(found.cross, rows @ patches.mT / found.count)
     torch.testing.assert_close(found.target_mean, rows.mean(-1))
     torch.testing.assert_close(found.target_power, rows.square().mean(-1))
