@@ -30,18 +30,18 @@ def measurable(model: nn.Module) -> dict[str, LayerSpec]:
 
     A factorized layer counts as the dense one that it replaces. Modules that appear twice are listed once.
     """
-    found: dict[str, LayerSpec] = {}
+    specs: dict[str, LayerSpec] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if inside and path.startswith(inside):
             continue
         if isinstance(module, FactorizedLayer):
-            found[path], inside = module.spec, (*inside, f"{path}.")
+            specs[path], inside = module.spec, (*inside, f"{path}.")
             continue
         spec, _ = spec_of(module)
         if spec is not None:
-            found[path] = spec
-    return found
+            specs[path] = spec
+    return specs
 
 
 def collect_moments(
@@ -104,9 +104,9 @@ def collect_moments(
     if seen == 0:
         msg = "there are no calibration batches. Pass an iterable with at least one."
         raise DataError(msg)
-    found = {path: own.moments(path) for path, own in sums.items()}
-    _warn_if_few({path: own for path, own in found.items() if specs[path].kind != "embedding"})
-    return found
+    moments = {path: own.moments(path) for path, own in sums.items()}
+    _warn_if_few({path: own for path, own in moments.items() if specs[path].kind != "embedding"})
+    return moments
 
 
 def _announce(specs: Mapping[str, LayerSpec], *, targets: bool, widest: int | None) -> None:
@@ -165,8 +165,8 @@ def _watching(
         yield
 
 
-def _warn_if_few(found: Mapping[str, Moments]) -> None:
-    few = {path: m for path, m in found.items() if m.count < m.width}
+def _warn_if_few(moments: Mapping[str, Moments]) -> None:
+    few = {path: m for path, m in moments.items() if m.count < m.width}
     if few:
         path, worst = max(few.items(), key=lambda item: item[1].width / item[1].count)
         more = -(-worst.width // worst.count)

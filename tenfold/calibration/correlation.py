@@ -1,4 +1,4 @@
-"""Sums over all patches of a 3×3 convolution without its patches: from shifted products of the map itself.
+"""Sums over all patches of a 3×3 convolution without extracting them: shifted products of the map itself.
 
 Two taps of a patch see the map at a fixed distance, so that of the 81 blocks of the Gram matrix of all patches only 25
 differ, but for what the taps at the border miss: one line each. They are the gradient of a 5×5 convolution of the map
@@ -15,7 +15,7 @@ from tenfold.records import LayerSpec
 
 
 def covers(x: Tensor, spec: LayerSpec, positions: int | None) -> bool:
-    """Whether all patches of x (batch, in, height, width) are wanted, of the kind of convolution that is known here."""
+    """Return whether all patches of x (batch, in, height, width) count, of a 3×3 convolution as handled here."""
     usual = spec.kind == "conv" and spec.groups == 1 and spec.padding_mode == "zeros"
     usual = usual and (spec.kernel, spec.stride, spec.dilation) == ((3, 3), (1, 1), (1, 1))
     usual = usual and spec.padding in {(1, 1), "same"} and x.dim() == 4 and min(x.shape[2:]) > 1
@@ -53,11 +53,12 @@ def patch_sum(x: Tensor) -> Tensor:
 
 def patch_cross(y: Tensor, x: Tensor) -> Tensor:
     """Return the sum (1, out, 9·in) of y (batch, out, height, width) times the patch at the same position."""
-    return conv2d_weight(x, (y.shape[1], x.shape[1], 3, 3), y, padding=1).flatten(1)[None]
+    cross: Tensor = conv2d_weight(x, (y.shape[1], x.shape[1], 3, 3), y, padding=1)
+    return cross.flatten(1)[None]
 
 
 def _products(x: Tensor, high: int, wide: int) -> Tensor:
     """Return Σ x[i, q] x[j, q + d] (in, in, d, d') for all shifts up to (high, wide), at their index plus that."""
     size = (x.shape[1], x.shape[1], 2 * high + 1, 2 * wide + 1)
-    found: Tensor = conv2d_weight(x, size, x, padding=(high, wide))
-    return found
+    products: Tensor = conv2d_weight(x, size, x, padding=(high, wide))
+    return products

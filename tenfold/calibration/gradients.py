@@ -138,12 +138,12 @@ class GradientSums:
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
     """Return a scalar, summed over the batch, whose gradients have the second moments of ``loss``, without padding."""
-    found = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
-    if not found:
+    differentiable = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
+    if not differentiable:
         msg = "the model's outputs have no gradients: are all of its parameters frozen, or its forward under no_grad?"
         raise DataError(msg)
-    total = torch.zeros((), device=found[0].device)
-    for out in (real_tokens(t, mask) for t in (found[:1] if loss == "fisher" else found)):
+    total = torch.zeros((), device=differentiable[0].device)
+    for out in (real_tokens(t, mask) for t in (differentiable[:1] if loss == "fisher" else differentiable)):
         if loss == "outputs":
             total = total + (out * torch.randn(out.shape, generator=generator).to(out)).sum()
             continue

@@ -97,8 +97,8 @@ class SketchSums:
 
     def _approximate(self) -> Moments:
         """Return moments whose sketch has the mean as its first row, followed by centered rows."""
-        found = {name: self._sums.pop(name).div_(self.count) for name in list(self._sums)}
-        rows, targets = found["rows"], found.get("targets")
+        means = {name: self._sums.pop(name).div_(self.count) for name in list(self._sums)}
+        rows, targets = means["rows"], means.get("targets")
         mean, target_mean = rows[:, 0].clone(), None if targets is None else targets[:, 0].clone()
         turn = self._whitening(rows, targets)
         for part in _parts(rows.shape[-1], self.size):
@@ -107,8 +107,8 @@ class SketchSums:
             targets[:, 1:] = turn @ targets[:, 1:]
         constant = torch.zeros_like(rows[:, :, 0])
         constant[:, 0] = 1
-        sketch = Sketch(rows, (found["power"] - _squares(rows)).clamp_min(0), constant, targets)
-        return Moments(sketch, mean, self.count, None, target_mean, found.get("target_power"))
+        sketch = Sketch(rows, (means["power"] - _squares(rows)).clamp_min(0), constant, targets)
+        return Moments(sketch, mean, self.count, None, target_mean, means.get("target_power"))
 
     def _whitening(self, rows: Tensor, targets: Tensor | None) -> Tensor:
         """Center Ωᵀ E[x xᵀ] and Ωᵀ E[x yᵀ] in place; return (Ωᵀ C Ω)^-½ (groups, k, k), which turns them into rows."""

@@ -22,9 +22,9 @@ def environment(device: torch.device | str = "cpu") -> Environment:
         True
     """
     device = torch.device(device)
-    found = {name: _version(name) for name in _PACKAGES}
+    versions = {name: _version(name) for name in _PACKAGES}
     if device.type == "cuda" and torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        versions["cuda"] = torch.version.cuda
     return Environment(
         tenfold=_version("tenfold") or _own_version(),
         python=platform.python_version(),
@@ -33,7 +33,7 @@ def environment(device: torch.device | str = "cpu") -> Environment:
         device_name=device_name(device),
         threads=torch.get_num_threads(),
         platform=f"{platform.system()}-{platform.machine()}",
-        versions={name: text for name, text in found.items() if text},
+        versions={name: text for name, text in versions.items() if text},
     )
 
 

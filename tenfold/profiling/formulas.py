@@ -46,8 +46,8 @@ def fused_kernels() -> dict[Any, Callable[..., int]]:
         "_cudnn_rnn": cudnn_rnn_flops,
     }
     known = FlopCounterMode(display=False).flop_registry
-    found = {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
-    return {packet: _raw(formula) for packet, formula in found.items() if packet not in known}
+    available = {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
+    return {packet: _raw(formula) for packet, formula in available.items() if packet not in known}
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:

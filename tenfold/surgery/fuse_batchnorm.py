@@ -68,9 +68,9 @@ def fuse_batchnorm_(model: nn.Module, inputs: Any) -> FusedPairs:
 
     See ``fuse_batchnorm``.
     """
-    found = fusable_pairs(model, inputs)
-    sound, kept = {}, dict(found.kept)
-    for norm, layer in found.pairs.items():
+    fusable = fusable_pairs(model, inputs)
+    sound, kept = {}, dict(fusable.kept)
+    for norm, layer in fusable.pairs.items():
         if all(bool(torch.isfinite(t).all()) for t in _fused(find(model, layer), find(model, norm))):
             sound[norm] = layer
         else:

@@ -68,5 +68,5 @@ def targets(dense: Replay, new: Replay, path: str, branch: Branch | None) -> Ite
         yield from zip(new.inputs(path), dense.outputs(path), strict=True)
         return
     pairs = zip(new.branches(path, branch.last), dense.branches(path, branch.last), strict=True)
-    for (x, _, own), (_, y, wanted) in pairs:
-        yield x, y + branch.correction(wanted - own)
+    for (x, _, shortcut), (_, y, dense_shortcut) in pairs:
+        yield x, y + branch.correction(dense_shortcut - shortcut)

@@ -62,8 +62,8 @@ def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.M
 
 def unroll_rnns(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Return a copy in which recurrent networks are unrolled, or the model itself if there is nothing to unroll."""
-    wanted = fused_rnns(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
-    return unroll_rnns_(copy.deepcopy(model), wanted) if wanted else model
+    fused = fused_rnns(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
+    return unroll_rnns_(copy.deepcopy(model), fused) if fused else model
 
 
 def fuse_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:

@@ -50,11 +50,11 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    found = list(_layers(model))
-    holders = _holders(found)
+    layers = list(_layers(model))
+    holders = _holders(layers)
     seen: set[int] = set()
     result = []
-    for path, module, whole in found:
+    for path, module, whole in layers:
         parameters, buffers = _held(module, whole=whole)
         fresh = [t for t in parameters if id(t) not in seen]
         fresh_buffers = [t for t in buffers if id(t) not in seen]
@@ -98,10 +98,10 @@ def _held(module: nn.Module, *, whole: bool) -> tuple[list[Tensor], list[Tensor]
     return list(module.parameters(recurse=whole)), list(module.buffers(recurse=whole))
 
 
-def _holders(found: list[tuple[str, nn.Module, bool]]) -> dict[int, list[str]]:
+def _holders(layers: list[tuple[str, nn.Module, bool]]) -> dict[int, list[str]]:
     """Return, for every parameter, the paths of the layers that hold it."""
     holders: dict[int, list[str]] = {}
-    for path, module, whole in found:
+    for path, module, whole in layers:
         for parameter in _held(module, whole=whole)[0]:
             holders.setdefault(id(parameter), []).append(path)
     return holders

@@ -192,18 +192,18 @@ def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
         ((8, 32, 64), (8, 16, 32, 64), (4, 8, 16, 24, 32, 48, 64))
     """
     step = max(1, min(step, top // 8))
-    found = {top}
+    rungs = {top}
     power = step
     while power < top:
-        found.add(power)
+        rungs.add(power)
         if level > 1 and power % (2 * step) == 0 and power * 3 // 2 < top:
-            found.add(power * 3 // 2)
+            rungs.add(power * 3 // 2)
         power *= 4 if level == 0 else 2
     if level > 1:
-        found.add(max(1, step // 2))
+        rungs.add(max(1, step // 2))
     if level > 2:
-        found |= {1, max(1, top - 1)}
-    return tuple(sorted(found))
+        rungs |= {1, max(1, top - 1)}
+    return tuple(sorted(rungs))
 
 
 def _roles(format: str, spec: LayerSpec, in_shape: Shape, ranks: Iterable[Rank]) -> list[set[Point]]:
@@ -221,14 +221,14 @@ def _curves(roles: Iterable[set[Point]]) -> tuple[Curve, ...]:
 
     A plane includes the rest of its family, such as the core of a partial Tucker, which is the edge of the plane.
     """
-    found: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    positions: dict[tuple[str, str], set[tuple[int, int]]] = {}
     for role in roles:
         for family, group in itertools.groupby(sorted(role, key=lambda p: p.family), key=lambda p: p.family):
             at = {p.at for p in group}
-            found.setdefault((family, _direction(at)), set()).update(at)
-    planes = {family for family, direction in found if direction == "plane"}
+            positions.setdefault((family, _direction(at)), set()).update(at)
+    planes = {family for family, direction in positions if direction == "plane"}
     merged: dict[tuple[str, str], set[tuple[int, int]]] = {}
-    for (family, direction), at in found.items():
+    for (family, direction), at in positions.items():
         merged.setdefault((family, "plane" if family in planes else direction), set()).update(at)
     return tuple(_as_curves(merged))
 

@@ -178,8 +178,8 @@ class LatencyTable:
         """
         place = (format, spec, in_shape)
         predicted = self._sum_of_sublayers(place, [rank])[0]
-        wanted = measured * self._ms(Point.of(spec, in_shape))
-        factor = min(_MOST_CORRECTION, max(1 / _MOST_CORRECTION, wanted / predicted))
+        target = measured * self._ms(Point.of(spec, in_shape))
+        factor = min(_MOST_CORRECTION, max(1 / _MOST_CORRECTION, target / predicted))
         self._chains.setdefault(place, []).append(log(factor))
 
     def share_of_layers(
@@ -192,11 +192,11 @@ class LatencyTable:
         if self.model_timer is not None:
             alone = sum(self.layer_ms(layer.spec, layer.calls) for layer in layers if layer.spec is not None)
             return min(1.0, alone / self.model_timer(model, inputs))
-        found = [entry for entry in entries(model) if entry.spec is not None and entry.path]
-        if not found:
+        timed = [entry for entry in entries(model) if entry.spec is not None and entry.path]
+        if not timed:
             return 1.0
         whole = Entry(path="", aliases=(), tied=(), module=model, spec=None, reason="", params=0, bytes=0)
-        times = layer_latency(model, inputs, [whole, *found], seconds=seconds, threads=self.threads)
+        times = layer_latency(model, inputs, [whole, *timed], seconds=seconds, threads=self.threads)
         rest = times.pop("").median_ms
         inside = sum(time.median_ms for time in times.values())
         return max(inside / (inside + rest), 1e-3)
@@ -220,14 +220,14 @@ class LatencyTable:
 
     def _sum_of_sublayers(self, place: Place, ranks: Sequence[Rank]) -> Array:
         format, spec, in_shape = place
-        found = self._grid(place)
+        grid = self._grid(place)
         if place not in self._prepared:
             self._prepared.add(place)
             self._measure([Point.of(spec, in_shape)], 1, bounded=False)
-            self._measure(found.levels[0], 1)
+            self._measure(grid.levels[0], 1)
         total = np.zeros(len(ranks))
         for point, rows, x, y in stage_columns(format, spec, in_shape, ranks):
-            curve = found.curve(point)
+            curve = grid.curve(point)
             if curve is None:  # beyond the sampled ranks: more expensive than the dense layer
                 self._known.setdefault(point)  # maybe the only one of its family: slices and groups depend on ranks
                 curve = Curve(point.family, tuple(np.unique(x).tolist()), tuple(np.unique(y).tolist()))
