@@ -206,10 +206,9 @@ def given(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> 
     pattern = first_match(rule.ranks, layer.path)
     if pattern is None or format != layer.formats[0]:
         return FORMATS.get(format).rows([]), {}
-    rank = rule.ranks[pattern]
-    return _array(
-        format, [kind.check_rank(layer.spec, dict.fromkeys(kind.rank_names, rank) if isinstance(rank, int) else rank)]
-    ), {}
+    asked = rule.ranks[pattern]
+    rank = dict.fromkeys(kind.rank_names, asked) if isinstance(asked, int) else asked
+    return kind.rows([kind.check_rank(layer.spec, rank)]), {}
 
 
 def _rank_now(layer: EligibleLayer, format: str) -> Rank:
