@@ -33,7 +33,7 @@ def calibrate(
 
     Args:
         model: any module.
-        batches: inputs as ``call_model`` takes them, on the device of the model; gone through again for every further draw.
+        batches: inputs as ``call_model`` takes them, on the device of the model; gone through once a draw.
         specs: the layers, with their dense geometry: see ``called_layers``. All there are if None.
         positions: output positions taken from each map of a convolution and batch; None for all.
         draws: random projections of the outputs for each batch.

@@ -53,7 +53,8 @@ def patch_sum(x: Tensor) -> Tensor:
 
 def patch_cross(y: Tensor, x: Tensor) -> Tensor:
     """Return the sum (1, out, 9·in) of y (batch, out, height, width) times the patch at the same position."""
-    return conv2d_weight(x, (y.shape[1], x.shape[1], 3, 3), y, padding=1).flatten(1)[None]
+    found: Tensor = conv2d_weight(x, (y.shape[1], x.shape[1], 3, 3), y, padding=1)
+    return found.flatten(1)[None]
 
 
 def _products(x: Tensor, high: int, wide: int) -> Tensor:

@@ -84,7 +84,7 @@ class GradientSums:
         with ExitStack() as stack:
             for context in (evaluating(self._model), layer_by_layer(), _frozen(self._model)):
                 stack.enter_context(context)
-            stack.enter_context(_catching(self._model, self._specs, self._sums, self._starts, trainable))
+            stack.enter_context(_catching(self._model, self._specs, self._sums, self._starts, trainable=trainable))
             self._open = stack.pop_all()
         return self
 
@@ -135,7 +135,7 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for gradients: they would take as long as those of the activations, and nobody reads them."""
+    """Let no parameter ask for gradients: they would take as long as those of the activations, to no use."""
     asking = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in asking:
@@ -148,7 +148,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _catching(
-    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], starts: list[Tensor], trainable: bool
+    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], starts: list[Tensor], *, trainable: bool
 ) -> Iterator[None]:
     """Let the gradients at the outputs of the layers add to the sums.
 

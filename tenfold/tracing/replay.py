@@ -223,9 +223,7 @@ class Replay:
             self._before[path] = sorted(done, key=lambda name: self._span[name][1], reverse=True)
         return self._before[path]
 
-    def _keeper(
-        self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]
-    ) -> Callable[..., Any]:
+    def _keeper(self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]) -> Callable[..., Any]:
         hollow = name not in self._kept[number]
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
