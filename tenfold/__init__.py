@@ -41,7 +41,9 @@ _HOMES = {
     "calibrate": "tenfold.calibration",
     "choose": "tenfold.allocation",
     "compare_latency": "tenfold.profiling",
+    "Training": "tenfold.iterative",
     "compress": "tenfold.pipeline",
+    "compress_iteratively": "tenfold.iterative",
     "decompose": "tenfold.decompositions",
     "densify": "tenfold.surgery",
     "densify_": "tenfold.surgery",
@@ -53,7 +55,6 @@ _HOMES = {
     "plan": "tenfold.planning",
     "profile": "tenfold.profiling",
     "reestimate_batchnorm_": "tenfold.surgery",
-    "run_stages": "tenfold.iterative",
     "save": "tenfold.checkpoint",
     "stages": "tenfold.iterative",
     "tabulate": "tenfold.planning",
@@ -79,6 +80,7 @@ __all__ = [
     "Sensitivity",
     "Task",
     "TenfoldError",
+    "Training",
     "TuneConfig",
     "Workers",
     "apply",
@@ -87,6 +89,7 @@ __all__ = [
     "choose",
     "compare_latency",
     "compress",
+    "compress_iteratively",
     "decompose",
     "densify",
     "densify_",
@@ -98,7 +101,6 @@ __all__ = [
     "plan",
     "profile",
     "reestimate_batchnorm_",
-    "run_stages",
     "save",
     "stages",
     "tabulate",
@@ -111,7 +113,7 @@ if TYPE_CHECKING:
     from tenfold.decompositions import Fit, decompose
     from tenfold.errors import TenfoldError
     from tenfold.exporting.export import export
-    from tenfold.iterative import Schedule, run_stages, stages
+    from tenfold.iterative import Schedule, Training, compress_iteratively, stages
     from tenfold.parallel import Workers
     from tenfold.pipeline import Compressed, compress
     from tenfold.planning import Score, Sensitivity

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.parallel import Workers
 
 if TYPE_CHECKING:
-    from tenfold.profiling import Clock
+    from tenfold.profiling import LatencyTable
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Runtime:
         measure: measure original and result, interleaved, at the end.
         latency_inputs: what latencies are measured on, such as a larger batch; the example inputs if None.
         cache: file in which errors of trial fits are kept from run to run, for rules that search (``error``).
+        folder: where a run in stages is kept; the same call then goes on where it was killed.
+        identity: whatever else the outcome of such a run depends on, such as the loss, in any words; a folder of
+            another one is refused.
         on_event: called with every ``Event``.
 
     Example:
@@ -48,10 +51,12 @@ class Runtime:
     """
 
     workers: Workers = field(default_factory=Workers)
-    clock: Clock | None = None
+    clock: LatencyTable | None = None
     measure: bool = True
     latency_inputs: Any = None
     cache: str | Path | None = None
+    folder: str | Path | None = None
+    identity: str = ""
     on_event: OnEvent | None = None
 
     def replace(self, **changes: Any) -> Runtime:

@@ -42,8 +42,8 @@ class LiveStages:
         >>> from tenfold.iterative import Schedule, stages
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> optimizer = torch.optim.Adam(net.parameters())
-        >>> schedule = Schedule(rounds=2, epochs=1, budget={"macs": 0.25})
-        >>> live = LiveStages(lambda model: stages(model, torch.zeros(1, 64), schedule))
+        >>> schedule = Schedule(rounds=2, epochs=1)
+        >>> live = LiveStages(lambda model: stages(model, torch.zeros(1, 64), "macs=0.25", schedule))
         >>> live.begin(net, [optimizer])
         >>> for _ in range(2):
         ...     live.epoch_ended(net, [optimizer])  # after an epoch of training
@@ -70,7 +70,9 @@ class LiveStages:
         """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
-            msg = "stages in place are for one process: use tenfold.run_stages with an accelerator for several"
+            msg = (
+                "stages in place are for one process: use tenfold.compress_iteratively with an accelerator for several"
+            )
             raise TuningError(msg)
         self._running = self._start(copy.deepcopy(model))
         self._next(model, optimizers)

@@ -18,11 +18,11 @@ from torch import nn
 from tenfold.checkpoint import load, read_record, save
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.iterative.schedule import Schedule
-from tenfold.records import Plan, Record, RunRecord, write_text
+from tenfold.records import Plan, Recipe, Record, RunRecord, write_text
 
 RUN, LATEST, RECORD, PLAN, START, TRAINING = "run.json", "latest", "record.json", "plan.yaml", "start", "training"
 _STAGE = re.compile(r"stage-(\d{4,})")
-VERSION = 1
+VERSION = 2
 
 
 class Run(Record):
@@ -31,6 +31,7 @@ class Run(Record):
     Attributes:
         model: digest of the original weights.
         data: digest of the calibration batches; empty without.
+        recipe: in full.
         schedule: in full.
         choices: everything else that the outcome depends on, in words.
     """
@@ -39,6 +40,7 @@ class Run(Record):
     tenfold: str
     model: str
     data: str = ""
+    recipe: Recipe
     schedule: Schedule
     choices: dict[str, str] = Field(default_factory=dict)
 
@@ -152,8 +154,9 @@ class RunFolder:
 
 def refuse_other(path: Path, there: Run, here: Run) -> None:
     """Raise CheckpointError if a folder holds another run, naming the first difference."""
-    if there.version > VERSION:
-        msg = f"{path} has version {there.version}, this tenfold reads up to {VERSION}: upgrade tenfold"
+    if there.version != VERSION:
+        out = "upgrade tenfold" if there.version > VERSION else "finish the run with the tenfold that started it"
+        msg = f"{path} has version {there.version}, this tenfold reads {VERSION}: {out}"
         raise CheckpointError(msg)
     differ = _differences(there, here)
     if differ:
@@ -164,10 +167,10 @@ def refuse_other(path: Path, there: Run, here: Run) -> None:
 def _differences(there: Run, here: Run) -> str:
     if there.model != here.model:
         return "it started from other weights"
-    for name in Schedule.model_fields:
-        old, new = getattr(there.schedule, name), getattr(here.schedule, name)
-        if old != new:
-            return f"{name} is {old!r} there and {new!r} here"
+    old_fields, new_fields = ({**run.recipe.model_dump(), **run.schedule.model_dump()} for run in (there, here))
+    for name, old in old_fields.items():
+        if old != new_fields[name]:
+            return f"{name} is {old!r} there and {new_fields[name]!r} here"
     for name in sorted(there.choices.keys() | here.choices.keys()):
         old, new = there.choices.get(name, "nothing"), here.choices.get(name, "nothing")
         if old != new:

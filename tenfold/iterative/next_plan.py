@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
-from tenfold.decompositions import Decomposition, Moments
+from tenfold.allocation import choose
+from tenfold.decompositions import Moments
 from tenfold.errors import BudgetError, PlanError
-from tenfold.iterative.schedule import Schedule
-from tenfold.parallel import Workers
-from tenfold.pipeline import decide
-from tenfold.planning import plan as make_plan
-from tenfold.planning import recost
-from tenfold.planning.undecided import cheap_ends
-from tenfold.profiling import Clock
-from tenfold.records import Budget, LayerPlan, Plan, Profile, StageRecord
+from tenfold.iterative.schedule import Schedule, target_of
+from tenfold.planning import plan_within_latency, recost, tabulate
+from tenfold.planning.decide import clock_for
+from tenfold.planning.eligible import cheap_ends
+from tenfold.profiling import profile
+from tenfold.records import Budget, LayerPlan, OptionTable, Plan, Profile, Recipe, StageRecord
+from tenfold.runtime import Runtime
 
 _VISITED = "compressed in this round already"
 _LATER = "its turn comes in a later stage"
@@ -35,27 +33,20 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Decider:
-    """Decides stage after stage by a schedule.
+class StagePlanner:
+    """Plans stage after stage by a schedule.
 
     Attributes:
+        recipe: what is wanted in the end.
         schedule: how far each round goes.
         original: profile of the model before the first stage.
-        algorithms: by format, instead of the format's default algorithm.
-        latency_inputs: what latencies are measured on.
-        clock: times layers for a budget of latency.
-        seed: of every algorithm that draws random numbers.
-        workers: who computes what the rule weighs; this process if None.
+        runtime: workers, clock and what latencies are measured on.
     """
 
+    recipe: Recipe
     schedule: Schedule
     original: Profile
-    latency_inputs: Any
-    algorithms: Mapping[str, Decomposition] | None = None
-    clock: Clock | None = None
-    seed: int = 0
-    workers: Workers | None = None
-    _memory: dict[str, dict[Any, Any]] = field(default_factory=dict, repr=False)  # of the original weights
+    runtime: Runtime
 
     def next(
         self, model: nn.Module, now: Profile, moments: Mapping[str, Moments] | None, done: Sequence[StageRecord]
@@ -79,13 +70,14 @@ class Decider:
             return None
         reasons: list[str] = []
         for number, visited in self._rounds_left(done):
-            if self.schedule.aims and self._within(self.schedule.limits(number, self.original.cost), now, done):
+            limits = self.schedule.limits(number, self.recipe.budget, self.original.cost)
+            if limits and self._within(limits, now, done):
                 continue
             step = self._step(number, visited, model, now, moments, done)
             if step.plan.factorized:
                 return step
             reasons = [layer.reason for layer in step.plan.layers if layer.before.params]
-            if not visited and not self.schedule.aims and not isinstance(self.schedule.rule, tuple):
+            if not visited and not self.schedule.aims(self.recipe.budget) and not self.schedule.rules:
                 break  # the same rule would say the same of the same weights again
         if not done:
             shown = "; ".join(sorted(set(reasons))[:3])
@@ -95,7 +87,7 @@ class Decider:
 
     def met(self, now: Profile, done: Sequence[StageRecord]) -> bool:
         """Whether the model is within the budget; never without one."""
-        target = self.schedule.target(self.original.cost)
+        target = target_of(self.recipe.budget, self.original.cost)
         return bool(target) and self._within(target, now, done)
 
     def check_reachable(self, model: nn.Module) -> None:
@@ -104,12 +96,12 @@ class Decider:
         A latency is not checked, which would take measurements.
         """
         number = self.schedule.rounds
-        limits = self.schedule.limits(number, self.original.cost) if self.schedule.aims else {}
+        limits = self.schedule.limits(number, self.recipe.budget, self.original.cost)
         limits.pop("latency", None)
         if not limits:
             return
         try:
-            self._plan(number, model, self.original, None, {}, Budget.of(_above_one(limits)), memory=self._memory)
+            choose(self._table(number, model, self.original, None, {}, limits))
         except BudgetError as error:
             msg = f"the target of the schedule is out of reach: {error}"
             raise BudgetError(msg) from error
@@ -136,57 +128,36 @@ class Decider:
         moments: Mapping[str, Moments] | None,
         done: Sequence[StageRecord],
     ) -> Step:
-        limits = self.schedule.limits(number, self.original.cost)
+        limits = self.schedule.limits(number, self.recipe.budget, self.original.cost)
         reasons = dict.fromkeys(visited, _VISITED)
         if "latency" not in limits:
-            memory = None if done else self._memory
-            plan = self._plan(number, model, now, moments, reasons, Budget.of(_above_one(limits)), memory=memory)
-            return Step(number, self._few(plan, now), limits)
+            return Step(
+                number, self._few(choose(self._table(number, model, now, moments, reasons, limits)), now), limits
+            )
         so_far = latency_so_far(done)
-        budget = Budget.of(_above_one({k: v for k, v in limits.items() if k != "latency"}))
-        plan, fast = decide(
-            model,
-            now,
-            self.latency_inputs,
-            budget=budget.replace(latency=min(1.0, limits["latency"] / so_far)),
-            rule=self.schedule.rule_of(number),
-            moments=moments,
-            clock=self.clock,
-            formats=self.schedule.formats,
-            keep=self.schedule.keep,
-            keep_ends=self.schedule.keep_ends,
-            algorithms=self.algorithms,
-            workers=self.workers,
-            seed=self.seed,
-        )
-        return Step(number, plan, limits, so_far if fast is None else so_far * fast.share)
+        shares = {**limits, "latency": min(1.0, limits["latency"] / so_far)}
+        table, inputs = self._table(number, model, now, moments, reasons, shares), self.runtime.latency_inputs
+        clock = clock_for(model, inputs, self.runtime)
+        timed = plan_within_latency(model, table, profile(model, inputs), inputs, clock)
+        return Step(number, timed.plan, limits, so_far * timed.share)
 
-    def _plan(
+    def _table(
         self,
         number: int,
         model: nn.Module,
         now: Profile,
         moments: Mapping[str, Moments] | None,
         reasons: Mapping[str, str],
-        budget: Budget,
-        **more: Any,
-    ) -> Plan:
-        rule = self.schedule.rule_of(number)
+        limits: Mapping[str, float],
+    ) -> OptionTable:
+        """Return the options of a round, with the limits as its budget."""
+        rule = self.schedule.rule_of(number, self.recipe)
         # What is a cheap end of the original is one for good, though its share of the cost grows from stage to stage.
-        wanted = not rule.by_name if self.schedule.keep_ends is None else self.schedule.keep_ends
+        wanted = not rule.by_name if self.recipe.keep_ends is None else self.recipe.keep_ends
         ends = cheap_ends(self.original) if wanted else {}
-        choose = partial(make_plan, rule=rule, budget=budget, formats=self.schedule.formats, keep=self.schedule.keep)
-        return choose(
-            model,
-            now,
-            reasons={**ends, **reasons},
-            keep_ends=False,
-            moments=moments,
-            algorithms=self.algorithms,
-            workers=self.workers,
-            seed=self.seed,
-            **more,
-        )
+        recipe = self.recipe.replace(rule=rule.to_dict(), budget=Budget.at_most(limits), keep_ends=False)
+        table = tabulate(model, now, recipe, moments=moments, runtime=self.runtime)
+        return table.kept({**ends, **reasons})
 
     def _few(self, plan: Plan, now: Profile) -> Plan:
         """Return the plan for the layers of one stage only."""
@@ -206,11 +177,6 @@ class Decider:
 def _kept(layer: LayerPlan) -> LayerPlan:
     gone = dict.fromkeys(("format", "rank", "algorithm", "distortion", "rel_error", "fingerprint"))
     return layer.replace(**gone, action="keep", reason=_LATER, after=layer.before)
-
-
-def _above_one(limits: Mapping[str, float]) -> dict[str, float]:
-    """Return absolute limits that cannot be read as shares."""
-    return {name: max(limit, 1.0 + 1e-9) for name, limit in limits.items()}
 
 
 def latency_so_far(done: Sequence[StageRecord]) -> float:

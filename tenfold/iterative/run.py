@@ -5,28 +5,26 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
 from tenfold import __version__
 from tenfold.calibration import calibrate, called_layers
 from tenfold.checkpoint import digest
-from tenfold.decompositions import Decomposition
+from tenfold.decompositions import Moments
 from tenfold.iterative.folder import Run, RunFolder
-from tenfold.iterative.next_plan import Decider, Step, unchanged_plan, whole_plan
+from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.schedule import Schedule
 from tenfold.iterative.stage import Stage
-from tenfold.parallel import Workers
-from tenfold.pipeline import Compressed, UseData, check_use_data, measurement, replace_layers
-from tenfold.planning import analyse
-from tenfold.profiling import Clock, environment, profile
-from tenfold.profiling.steps import Steps
-from tenfold.records import Analysis, Cost, Plan, Profile, RunRecord, StageLayer, StageRecord
-from tenfold.registry import check_choice
+from tenfold.pipeline import Compressed, apply_decision, measurement
+from tenfold.planning import Decision, analyse
+from tenfold.profiling import environment, profile
+from tenfold.records import Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
+from tenfold.runtime import Runtime
 from tenfold.surgery import reestimate_batchnorm_
 from tenfold.tracing import device_of, gathered
 from tenfold.tracing.contexts import kept_modes
@@ -35,90 +33,69 @@ from tenfold.training import TuneResult
 
 logger = logging.getLogger("tenfold")
 
-FitTo = Literal["original", "current"]
 Stages = Generator[Stage, "TuneResult | None", Compressed]
 
 
-def stages(  # noqa: PLR0913 - the one call that has every choice
+def stages(
     model: nn.Module,
     example_inputs: Any,
-    schedule: Schedule | Mapping[str, Any],
+    recipe: Recipe | Mapping[str, Any] | str,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     *,
     data: Iterable[Any] | None = None,
-    use_data: UseData = "sequential",
-    fit_to: FitTo = "current",
-    algorithms: Mapping[str, Decomposition] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
-    folder: str | Path | None = None,
-    identity: str = "",
-    latency_inputs: Any = None,
-    clock: Clock | None = None,
-    seed: int = 0,
-    workers: Workers | None = None,
-    observe: Callable[[str], None] | None = None,
+    runtime: Runtime | None = None,
 ) -> Stages:
     """Yield one stage after the other, each with a model that is compressed a little further and is to be trained.
 
     Multi-stage compression (MUSCO: Gusak et al. 2019, arXiv 1903.09973): ranks are chosen anew from the trained
     factors, and these are compressed further at the cost of factors. Train ``stage.model`` in place by any loop, then
     ask for the next stage, which is what a ``for`` loop does; the generator returns what ``compress`` returns. A
-    ``TuneResult`` that is sent into it goes into the record.
+    ``TuneResult`` that is sent into it goes into the record. Use it with a loop of your own, and
+    ``compress_iteratively`` with the built-in one.
 
-    With a ``folder``, each stage is a checkpoint there as soon as it is complete. The same call goes on where it was
-    killed, in a new process too: with the stage that was not complete, from the model with which that began. If the
-    training is resumable (``finetune(stage.model, ..., folder=stage.folder)``), the end is the same to the last bit.
+    With ``runtime.folder``, each stage is a checkpoint there as soon as it is complete. The same call continues where
+    it was killed, in a new process too: with the stage that was not complete, from the model with which that started.
+    If the training is resumable (``finetune(stage.model, ..., folder=stage.folder)``), the end is the same to the last
+    bit.
 
     Args:
         model: any trained module; stays as it is. It may hold factorized layers.
         example_inputs: what its forward takes; costs are those of one forward on them.
+        recipe: what is wanted in the end: a ``Recipe``, a mapping of its fields, or a budget such as ``"macs=0.5"``.
         schedule: in how many stages, and how far in each.
-        data: unlabeled batches as the forward takes them. Without, weights alone decide.
-        use_data: see ``compress``; batch norm is estimated anew where the weights alone were fitted (``norms``).
-        fit_to: whose outputs the sequential fits of later stages are to meet: those of the ``current`` model, as
-            trained last, or those of the ``original`` one. Training moves what layers put out, and the layers after
-            them with it: fits to the original tear that apart again.
-        algorithms: by format, instead of the format's default algorithm.
+        data: unlabeled batches as the forward takes them; see ``compress``. Without, weights alone decide.
         evaluate: returns the score of a model as a fraction; called on the original, and around each training.
-        folder: where to keep the stages; nowhere by default.
-        identity: whatever else the outcome depends on, in any words; a folder of another is refused.
-        latency_inputs: what to measure latency on, for a budget of it; the example inputs if left out.
-        clock: times layers for a latency budget.
-        seed: of everything that draws random numbers.
-        workers: who does what falls into independent layers, see ``compress``; the outcome is the same.
-        observe: called with the name of each step as it begins.
+        runtime: how it is done; ``folder`` and ``identity`` are those of the run.
 
     Raises:
-        TuningError: a schedule that cannot be.
+        RecipeError: a recipe that is not valid.
+        TuningError: a schedule that is not valid, or not for this recipe.
         DataError: the data hold no batch.
-        UnknownNameError: a ``use_data`` or ``fit_to`` that does not exist.
-        BudgetError: the target is out of reach; said before the first stage.
+        BudgetError: the target is out of reach; raised before the first stage.
         PlanError: there is nothing to compress.
         CheckpointError: a folder that is not writable, or holds something else, or another run.
 
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-        >>> schedule = Schedule(rounds=2, budget={"macs": 0.25})
-        >>> for stage in stages(net, torch.zeros(1, 64), schedule):
+        >>> for stage in stages(net, torch.zeros(1, 64), "macs=0.25", Schedule(rounds=2)):
         ...     print(stage.index, stage.record.after.macs)  # train(stage.model) comes here
         1 4096
         2 2048
     """
-    check_use_data(use_data)
-    check_choice("fit_to", fit_to, get_args(FitTo))
-    schedule = Schedule.of(dict(schedule) if isinstance(schedule, Mapping) else schedule)
+    recipe, schedule, runtime = Recipe.of(recipe), Schedule.of(schedule), runtime or Runtime()
+    schedule.check(recipe)
+    if runtime.latency_inputs is None:
+        runtime = runtime.replace(latency_inputs=example_inputs)
     batches = None if data is None else gathered(data, device_of(model, example_inputs))
-    original = profile(model, example_inputs)
-    inputs = example_inputs if latency_inputs is None else latency_inputs
-    decider = Decider(schedule, original, inputs, algorithms, clock, seed, workers)
-    kept = None
-    if folder is not None:
-        choices = {"use_data": use_data, "fit_to": fit_to, "seed": str(seed), "the identity": repr(identity)}
-        choices["algorithms"] = str({k: v.to_dict() for k, v in (algorithms or {}).items()} or "the default")
-        kept = RunFolder(folder, _identify(model, example_inputs, schedule, batches, choices))
-    watch = Steps(observe)
-    run = _Run(model, example_inputs, decider, batches, use_data, fit_to, evaluate, kept, identity, watch)
-    return run.go()  # what is wrong with the arguments is said at the call and not at the first stage
+    planner = StagePlanner(recipe, schedule, profile(model, example_inputs), runtime)
+    folder = None
+    if runtime.folder is not None:
+        run = _identify(model, example_inputs, planner, batches)
+        folder = RunFolder(runtime.folder, run)
+    # What is wrong with the arguments is raised at the call and not at the first stage.
+    return _Run(model, example_inputs, planner, batches, evaluate, folder).go()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,18 +116,22 @@ class _Run:
 
     original: nn.Module
     inputs: Any
-    decider: Decider
+    planner: StagePlanner
     batches: list[Any] | None
-    use_data: UseData
-    fit_to: FitTo
     evaluate: Callable[[nn.Module], float] | None
     folder: RunFolder | None
-    identity: str
-    watch: Steps
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def schedule(self) -> Schedule:
-        return self.decider.schedule
+        return self.planner.schedule
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.planner.recipe
+
+    def watch(self, step: str) -> AbstractContextManager[None]:
+        return self.planner.runtime.step(step, self.seconds)
 
     def go(self) -> Stages:
         """Yield the stages; return the outcome."""
@@ -161,7 +142,7 @@ class _Run:
                 told = yield stage
             stage.model.zero_grad(set_to_none=True)
             now = self._complete(stage, record, told)
-        if self.schedule.budget and not self.decider.met(profile(now.model, self.inputs), now.done):
+        if self.recipe.budget and not self.planner.met(profile(now.model, self.inputs), now.done):
             logger.warning("the budget is not met after the last round: more rounds, or a stronger rule, may meet it")
         plan = now.record.plan
         return Compressed(now.model, plan, now.record, self.original, partial(self._analyse, plan))
@@ -178,27 +159,26 @@ class _Run:
             return _Now(*self.folder.read(done, self.original))
         if self.folder is None or self.folder.begun(1, self.original) is None:
             with self.watch("check the target"):
-                self.decider.check_reachable(self.original)
-        cost = self.decider.original
+                self.planner.check_reachable(self.original)
+        cost = self.planner.original
         scores = {}
         if self.evaluate is not None and (self.folder is None or self.folder.begun(1, self.original) is None):
             scores["original"] = self._score(self.original)
         plan = Plan(
             tenfold=__version__,
             model=cost.model,
-            seed=self.decider.seed,
+            recipe=self.recipe,
             before=cost.cost,
             after=cost.cost,
             layers=(),
         )
         start = measurement(cost, score=scores.get("original"))
         record = RunRecord(
-            seed=self.decider.seed,
             before=start,
             after=start,
             scores=scores,
             plan=plan,
-            settings={"schedule": self.schedule.model_dump(mode="json"), "fit_to": self.fit_to},
+            settings={"schedule": self.schedule.model_dump(mode="json")},
             environment=environment(device_of(self.original, self.inputs)),
         )
         return _Now(self.original, record)
@@ -217,34 +197,49 @@ class _Run:
         index = len(now.done) + 1
         if now.done and now.done[-1].final:
             return None
-        self.watch.seconds.clear()
+        self.seconds.clear()
         cost = profile(now.model, self.inputs)
-        moments = None
-        if self.batches and self.use_data != "norms":
-            with self.watch("calibrate"):
-                moments = calibrate(now.model, self.batches, called_layers(cost), seed=self.decider.seed)
+        moments = self._moments(now.model, cost)
         with self.watch("plan"):
-            step = self.decider.next(now.model, cost, moments, now.done)
+            step = self.planner.next(now.model, cost, moments, now.done)
         if step is None:
             return self._last(now, cost, index)
+        decision = Decision(
+            self.recipe,
+            step.plan,
+            now.model,
+            cost,
+            self.inputs,
+            None,
+            self.batches or [],
+            moments,
+            seconds=self.seconds,
+        )
         with self.watch("compress"):
-            small, plan = replace_layers(
-                now.model,
-                step.plan,
-                self.batches or [],
-                moments,
-                self.use_data,
-                original=self.original if self.fit_to == "original" else None,
-                seed=self.decider.seed,
-                workers=self.decider.workers,
-            )
+            target = self.original if self.schedule.fit_to == "original" else None
+            small, plan = apply_decision(decision, step.plan, self.planner.runtime, target=target)
         if moments is None and self.batches:
             with self.watch("re-estimate batch norm"):
                 reestimate_batchnorm_(small, self.batches)
         past = now.record.plan if now.done else None
-        whole = whole_plan(past, plan, self.decider.original, index)
+        whole = whole_plan(past, plan, self.planner.original, index).replace(recipe=self.recipe)
         own = _record(index, step, plan, cost)
         return self._begin(now, small, plan, whole, own)
+
+    def _moments(self, model: nn.Module, cost: Profile) -> dict[str, Moments] | None:
+        wanted = self.recipe.calibration
+        if not self.batches or not wanted.plans:
+            return None
+        with self.watch("calibrate"):
+            return calibrate(
+                model,
+                self.batches,
+                called_layers(cost),
+                positions=wanted.positions,
+                draws=wanted.draws,
+                seed=self.recipe.seed,
+                widest=wanted.max_width,
+            )
 
     def _last(self, now: _Now, cost: Profile, index: int) -> tuple[Stage, RunRecord] | None:
         """Return the stage that only trains, if there is to be one."""
@@ -260,7 +255,7 @@ class _Run:
         if self.evaluate is not None:
             scores["compressed"] = self._score(model)
             own = own.replace(scores={"compressed": scores["compressed"]})
-        own = own.replace(seconds=dict(self.watch.seconds))
+        own = own.replace(seconds=dict(self.seconds))
         after = measurement(profile(model, self.inputs), score=scores.get("compressed"))
         scores.pop("tuned", None)
         record = now.record.replace(plan=whole, after=after, scores=scores, stages=(*now.done, own))
@@ -281,7 +276,7 @@ class _Run:
             done_epochs=len(earlier) * self.schedule.epochs,
             final=own.final,
             folder=None if self.folder is None else self.folder.training(own.index),
-            identity=f"{self.identity} stage {own.index}".strip(),
+            identity=f"{self.planner.runtime.identity} stage {own.index}".strip(),
         )
 
     def _complete(self, stage: Stage, record: RunRecord, told: TuneResult | None) -> _Now:
@@ -292,7 +287,7 @@ class _Run:
         if self.evaluate is not None:
             scores["tuned"] = self._score(stage.model)
             own = own.replace(scores={**own.scores, "tuned": scores["tuned"]})
-        own = own.replace(tuning=epochs, seconds={**own.seconds, **self.watch.seconds})
+        own = own.replace(tuning=epochs, seconds={**own.seconds, **self.seconds})
         record = record.replace(
             stages=(*record.stages[:-1], own),
             after=record.after.replace(score=scores.get("tuned")),
@@ -333,15 +328,14 @@ def _record(index: int, step: Step, plan: Plan, cost: Profile) -> StageRecord:
     )
 
 
-def _identify(
-    model: nn.Module, example_inputs: Any, schedule: Schedule, batches: Sequence[Any] | None, choices: Mapping[str, str]
-) -> Run:
-    """Return what the run is: the model, the data, the schedule, and all other choices by name."""
+def _identify(model: nn.Module, example_inputs: Any, planner: StagePlanner, batches: Sequence[Any] | None) -> Run:
+    """Return what the run is: the model, the data, the recipe, the schedule, and whatever else the outcome depends on."""
     shapes = [tuple(t.shape) for t in tensors_in(arguments(example_inputs))]
     return Run(
         tenfold=__version__,
         model=digest(model.state_dict()),
         data="" if batches is None else digest_batches(batches),
-        schedule=schedule,
-        choices={"the example inputs": str(shapes), **choices},
+        recipe=planner.recipe,
+        schedule=planner.schedule,
+        choices={"the example inputs": str(shapes), "the identity": repr(planner.runtime.identity)},
     )

@@ -3,54 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from tenfold.errors import TuningError
 from tenfold.iterative.run import stages
 from tenfold.iterative.schedule import Schedule
 from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed
+from tenfold.records import Recipe
+from tenfold.runtime import Runtime
 from tenfold.training import Batches, TrainingFolder, TuneConfig, TuneProgress, TuneResult, finetune
 
 Loss = Callable[[nn.Module, Any, Any], Tensor]
 Tune = Callable[[Stage], Any]
 
 
-def run_stages(
+@dataclass(frozen=True, eq=False)
+class Training:
+    """How the built-in loop trains each stage.
+
+    Attributes:
+        batches: of (inputs, targets); see ``finetune``. A function of the epoch is called with numbers that continue
+            from stage to stage.
+        config: of fine-tuning, for as many epochs as the schedule gives a stage.
+        loss: see ``finetune``. A teacher comes in here.
+        progress: called on each step.
+        on_stage: called with each stage before it is trained.
+    """
+
+    batches: Batches
+    config: TuneConfig = field(default_factory=TuneConfig)
+    loss: Loss | None = None
+    progress: TuneProgress | None = None
+    on_stage: Callable[[Stage], None] | None = None
+
+    def __call__(self, stage: Stage) -> TuneResult:
+        """Train a stage in place; return the history."""
+        if self.on_stage is not None:
+            self.on_stage(stage)
+        return tune_stage(stage, self.batches, self.config, loss=self.loss, progress=self.progress)
+
+
+def compress_iteratively(
     model: nn.Module,
     example_inputs: Any,
-    schedule: Schedule | Mapping[str, Any],
+    recipe: Recipe | Mapping[str, Any] | str,
+    schedule: Schedule | Mapping[str, Any] | None = None,
     *,
-    tune: TuneConfig | Tune,
-    batches: Batches | None = None,
-    loss: Loss | None = None,
-    progress: TuneProgress | None = None,
-    on_stage: Callable[[Stage], None] | None = None,
-    folder: str | Path | None = None,
-    identity: str = "",
-    **choices: Any,
+    tune: Training | Tune,
+    data: Iterable[Any] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    runtime: Runtime | None = None,
 ) -> Compressed:
     """Return a model that was compressed and trained in stages, with the plan of all stages and the record.
 
     Args:
         model: any trained module; stays as it is.
         example_inputs: what its forward takes.
+        recipe: what is wanted in the end; see ``stages``.
         schedule: in how many stages, how far in each, and how many epochs.
-        tune: how to fine-tune each stage, for as many epochs as the schedule says; or a function that is called with
-            each stage and trains ``stage.model`` in place. The history of a ``TuneResult`` it returns is recorded.
-        batches: of (inputs, targets), for a ``TuneConfig``; see ``finetune``. A function of the epoch is called with
-            numbers that go on from stage to stage.
-        loss: for a ``TuneConfig``; see ``finetune``. A teacher comes in here.
-        progress: told of each step of such a training.
-        on_stage: called with each stage before it is trained.
-        folder: where to keep the stages; the same call then goes on where it was killed, within a stage after the last
-            complete epoch, and ends on the same CPU bit for bit where an uninterrupted run ends.
-        identity: whatever else the outcome depends on, such as the loss, in any words; a folder of another is refused.
-        choices: all else that ``stages`` takes, such as ``data`` and ``evaluate``.
+        tune: a ``Training``; or a function that is called with each stage and trains ``stage.model`` in place. The
+            history of a ``TuneResult`` it returns is recorded.
+        data: unlabeled batches; see ``stages``.
+        evaluate: returns the score of a model; see ``stages``.
+        runtime: with a ``folder``, the same call continues where it was killed, within a stage after the last complete
+            epoch, and ends on the same CPU bit for bit where an uninterrupted run ends.
 
     Raises:
         TenfoldError: see ``stages`` and ``finetune``.
@@ -59,36 +78,21 @@ def run_stages(
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 2))
         >>> x = torch.randn(64, 16)
-        >>> told = run_stages(
-        ...     net,
-        ...     x[:1],
-        ...     Schedule(rounds=2, budget={"macs": 0.4}, epochs=1),
-        ...     tune=TuneConfig(),
-        ...     batches=[(x, (x[:, 0] > 0).long())],
-        ... )
-        >>> [round(stage.after.macs / told.record.before.macs, 2) for stage in told.record.stages]
+        >>> tune = Training([(x, (x[:, 0] > 0).long())])
+        >>> result = compress_iteratively(net, x[:1], "macs=0.4", Schedule(rounds=2, epochs=1), tune=tune)
+        >>> [round(stage.after.macs / result.record.before.macs, 2) for stage in result.record.stages]
         [0.6, 0.39]
     """
-    given = Schedule.of(dict(schedule) if isinstance(schedule, Mapping) else schedule)
-    if isinstance(tune, TuneConfig):
-        if batches is None:
-            msg = "a TuneConfig needs batches of (inputs, targets) to train on: pass batches=, or a function as tune="
-            raise TuningError(msg)
-        config: TuneConfig = tune
-        identity = f"{identity} {config.replace(epochs=0).to_json()}".strip()
-
-        train: Tune = partial(tune_stage, batches=batches, config=config, loss=loss, progress=progress)
-    else:
-        train = tune
-    run = stages(model, example_inputs, given, folder=folder, identity=identity, **choices)
-    told: Any = None
+    runtime = runtime or Runtime()
+    if isinstance(tune, Training):
+        settings = tune.config.replace(epochs=0).to_json()
+        runtime = runtime.replace(identity=f"{runtime.identity} {settings}".strip())
+    run = stages(model, example_inputs, recipe, schedule, data=data, evaluate=evaluate, runtime=runtime)
+    result: Any = None
     try:
         while True:
-            stage = run.send(told)
-            if on_stage is not None:
-                on_stage(stage)
-            told = train(stage)
-            told = told if isinstance(told, TuneResult) else None
+            result = tune(run.send(result))
+            result = result if isinstance(result, TuneResult) else None
     except StopIteration as end:
         outcome: Compressed = end.value
         return outcome

@@ -19,7 +19,7 @@ from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
-from tenfold.profiling import Clock, profile
+from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
@@ -152,16 +152,20 @@ def _chosen(decision: Decision, runtime: Runtime) -> Decision:
     if "latency" not in decision.recipe.budget.limited:
         fused = fused_pairs(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
         return replace(decision, plan=choose(table).replace(fused=fused))
-    clock = runtime.clock
-    if clock is None:
-        weight = next((p for p in source.parameters() if p.is_floating_point()), torch.empty(0))
-        clock = Clock(device=device_of(source, inputs), dtype=weight.dtype)
-    timed = plan_within_latency(source, table, profile(source, inputs), inputs, clock)
+    timed = plan_within_latency(source, table, profile(source, inputs), inputs, clock_for(source, inputs, runtime))
     kept = {path: timed.plan.layer(path).reason for path in timed.returned}
     table = table.kept(kept)
     return replace(
         decision, plan=timed.plan, timed=timed, table=table if timed.timing is None else timed.timing.time(table)
     )
+
+
+def clock_for(model: nn.Module, inputs: Any, runtime: Runtime) -> LatencyTable:
+    """Return what times layers: that of the runtime, or one for the model's device and dtype."""
+    if runtime.clock is not None:
+        return runtime.clock
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return LatencyTable(device=device_of(model, inputs), dtype=weight.dtype)
 
 
 def _nothing(cost: Profile) -> Plan:

@@ -33,7 +33,8 @@ def small_layers() -> SideBySide:
         ("zero", LayerSpec(kind="linear", in_channels=16, out_channels=16), (1, 16), None),
     )
     layers = {
-        name: dense_layer(spec, _weight(spec, decay), random_bias(spec, torch.float32)) for name, spec, _, decay in table
+        name: dense_layer(spec, _weight(spec, decay), random_bias(spec, torch.float32))
+        for name, spec, _, decay in table
     }
     return SideBySide(layers, {name: shape for name, _, shape, _ in table}, calls=2)
 

@@ -49,12 +49,12 @@ def run(terminal: Terminal, path: RunPath, out: Out = None, port: Port = 0, brow
     with terminal.session():
         from tenfold.explorer.explorer import Explorer
         from tenfold.explorer.server import Service, serve
-        from tenfold.explorer.table_files import free_name, read_candidates, run_name
+        from tenfold.explorer.table_files import free_name, read_options, run_name
 
         folder = path if path.is_dir() else path.parent
         target = free_name(folder / "explored.yaml") if out is None else out
-        explorer = Explorer(read_candidates(path))
-        name, command = run_name(path, explorer.base, target)
+        explorer = Explorer(read_options(path))
+        name, command = run_name(path, explorer.table, target)
 
         def ready(address: str) -> None:
             terminal.say(f"Exploring {name} at {address}")
