@@ -160,7 +160,7 @@ def tolerance(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule)
     spectra = spectra_of(layer, format, weight)
     tails = [tail_shares(spectra[name])[1:] - _ROUND for name in kind.rank_names]  # from rank 1 on
     dropped = np.unique(np.maximum(np.concatenate(tails), 0.0))[::-1]
-    dropped = dropped[dropped <= max(tail[0] for tail in tails)] if len(dropped) else dropped
+    dropped = dropped[dropped <= max(0.0, *(tail[0] for tail in tails))]
     ranks = np.stack([np.searchsorted(-tail, -dropped) + 1 for tail in tails], axis=1)
     return ranks, {"dropped": len(tails) * dropped}
 
