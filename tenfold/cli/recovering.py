@@ -73,7 +73,7 @@ def tune_config(
     from tenfold.training.config import GENTLE, TuneConfig
 
     given = {"epochs": epochs, "lr": training.lr, "batch_size": training.batch_size}
-    recommended = opened.task.tune_settings() | (GENTLE if label_free else {})
+    recommended = opened.task.tune_settings | (GENTLE if label_free else {})
     settings = {"seed": seed, **recommended, **{k: v for k, v in given.items() if v is not None}}
     try:
         return TuneConfig(**settings)

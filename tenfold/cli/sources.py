@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.cli.terminal import Misuse
-from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, WeightError
+from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, WeightError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,8 +81,7 @@ def _device(machine: Machine) -> Any:
         device = torch.device(machine.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        msg = f"the device {machine.device!r} cannot be used: {first}"
+        msg = f"the device {machine.device!r} cannot be used: {first_line(error)}"
         raise TenfoldError(msg) from error
     return device
 

@@ -122,7 +122,7 @@ def grid(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> t
         stride = step or next((s for most, s in _STEPS if full <= most), _HARDWARE_STEP)
         return [*range(stride, full, stride), full]
 
-    ranks = _array(format, FORMATS.get(format).rank_grid(layer.spec, axis))
+    ranks = FORMATS.get(format).rank_grid(layer.spec, axis)
     ranks = ranks[saves(layer, *costs_of(layer, format, ranks))]
     fuller, cheaper = _fuller(layer, format, ranks)  # which beat the rows they come from: the knapsack drops those
     known = set(map(tuple, ranks.tolist()))
@@ -155,7 +155,7 @@ def tolerance(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule)
     the same: so there are as many rows as singular values.
     """
     kind = FORMATS.get(format)
-    if not kind.tails_bound:
+    if not kind.svd_bounds_error:
         ranks, _ = family(layer, format, weight, rule)
         return ranks, {"dropped": np.asarray(error_curve(weight, layer.spec, kind)(ranks)) - _ROUND}
     spectra = spectra_of(layer, format, weight)

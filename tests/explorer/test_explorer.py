@@ -12,7 +12,7 @@ from tenfold.allocation import Override
 from tenfold.errors import BudgetError, PlanError
 from tenfold.explorer import Explorer, Query
 from tenfold.planning import Timing, recost
-from tenfold.profiling import Clock
+from tenfold.profiling import LatencyTable
 from tenfold.records import Plan
 from tenfold.surgery import apply
 from tests.explorer.nets import Made
@@ -59,7 +59,7 @@ def stage_ms(spec: Any, in_shape: tuple[int, ...]) -> float:
 
 @pytest.fixture
 def timed(made: Made) -> Made:
-    clock = Clock(cache=None, threads=1, timer=stage_ms, model_timer=lambda model, inputs: 5.0)
+    clock = LatencyTable(cache=None, threads=1, timer=stage_ms, model_timer=lambda model, inputs: 5.0)
     layers = [layer for layer in made.profile.layers if layer.spec is not None]
     whole = sum(clock.layer_ms(layer.spec, layer.calls) for layer in layers)
     timing = Timing(clock, made.profile, 0.8, dense_ms=2 * whole, best_share=0.9, tighten=0.95)
