@@ -58,9 +58,7 @@ def main() -> None:
     unlabeled = list(data[0].split(500))
     recipe, schedule = Recipe(budget={"macs": SHARE}, keep_ends=False), Schedule(rounds=3, epochs=4)
     print(recipe.to_yaml(), schedule.to_yaml(), sep="\n")
-    for stage in tenfold.stages(
-        dense, data[0][:1], recipe, schedule, data=unlabeled, runtime=Runtime(folder="stages")
-    ):
+    for stage in tenfold.stages(dense, data[0][:1], recipe, schedule, data=unlabeled, runtime=Runtime(folder="stages")):
         before = accuracy(stage.model.eval(), test)
         train(stage.model, data, stage.epochs)
         macs, after = stage.record.after.macs, accuracy(stage.model, test)

@@ -51,7 +51,8 @@ labels.
 
 * *weight-only*: Tucker-2, the same share of MACs in every layer, by HOOI. {weight-only}.
 * *data-aware*: Tucker-2, the same share of MACs in every layer, factors by the data. {data-aware}.
-* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted distortion. {global}.
+* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted distortion.
+  {global}.
 * *sequential*: the same plan, each layer fitted to the dense layer's output given what now enters it; batch norm keeps
   its statistics but for the shift of the means.
 * *cp3*: a 1×1, a depthwise 3×3 and a 1×1 stage, planned and fitted likewise. Not among the default formats: depthwise

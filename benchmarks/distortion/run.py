@@ -3,8 +3,8 @@
     python -m benchmarks.distortion.run --weights-dir FOLDER [--config FILE] [--threads N]
 
 Every layer gets a format at random, or none, and a random part of its cost; all parts are then scaled to the budget by
-one number. No model of distortion has a say in that. Writes ``distortion.json`` and ``distortion.md`` after each plan; plans that
-are in the result already are not repeated. Draw the points with ``python -m benchmarks.distortion.plot``.
+one number. No model of distortion has a say in that. Writes ``distortion.json`` and ``distortion.md`` after each plan;
+plans that are in the result already are not repeated. Draw the points with ``python -m benchmarks.distortion.plot``.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ HEAD = """\
 
 `python -m benchmarks.distortion.run` on {device}, torch {torch}, Python {python}, {threads} thread(s), seed {seed}.
 ResNet-20 on CIFAR-10; {samples:,} training images without labels to predict from, {held_out:,} others to measure the
-loss on. Each layer is factorized on its own (least distortion to the network's outputs), the shift of its mean goes into
-the batch norm that follows. Spearman's rank correlation between the predicted distortion, summed over layers, and what
-came; with the 95 % interval of 2,000 bootstrap samples. No model of distortion has a say in the plans: each layer gets a
+loss on. Each layer is factorized on its own (least distortion of the network's outputs), the shift of its mean goes
+into the batch norm that follows. Spearman's rank correlation between the predicted distortion, summed over layers, and
+what came; with the 95 % interval of 2,000 bootstrap samples. No model of distortion has a say in the plans: each layer gets a
 format at random, or stays (chance {dense:.0%}), and keeps level^exp({spread}·normal) of its cost, with one level for the
 budget. Plans were drawn wilder at first (25 % stay, spread 1.0): a dozen of these showed networks at chance, where more
 distortion makes no difference, so the draw was narrowed. The configuration has the wilder ones as a set of their own.
@@ -184,7 +184,7 @@ class Trial:
         }
 
     def _draw(self, how: dict[str, Any], share: float, seed: int) -> tuple[dict[str, Choice], int]:
-        """Return a random choice for each layer within the budget, and how many were drawn that cannot meet it before."""
+        """Return a random choice for each layer within the budget, and how many draws before it cannot meet it."""
         table = self.tables["weight"]
         limits = Accounts(table).limits(Budget(macs=share))
         for drawn in range(100):
