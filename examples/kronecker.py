@@ -42,11 +42,11 @@ class Kronecker(MatrixFormat):
         return out1, out2, in1, in2
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason unless the layer is linear and its sizes have divisors."""
         if spec.kind != "linear":
             return "kronecker serves linear layers only"
-        return super().refuses(spec)
+        return super().unsupported_reason(spec)
 
     @classmethod
     def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:

@@ -83,6 +83,16 @@ def naming_layer(path: str) -> Iterator[None]:
         raise PlanError(msg) from error
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error message, or the name of its type if there is none.
+
+    Example:
+        >>> first_line(ValueError("too large\nsee the manual")), first_line(KeyError())
+        ('too large', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def require(module: str, extra: str) -> object:
     """Import and return an optional ``module``, or say in one line which extra brings it.
 

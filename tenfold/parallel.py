@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
-from uuid import uuid4
 
 from tenfold.errors import TenfoldError, require
 
@@ -103,8 +102,8 @@ class Workers:
         ray: Any = require("ray", "ray")
         connect_to_ray(self.jobs * self.threads)
         work = ray.remote(num_cpus=self.threads)(_from_store)
-        common, token = ray.put(_dump((function, shared))), uuid4().hex
-        calls = (work.remote(common, token, _dump(item), self.threads) for item in items)
+        common = [ray.put(_dump((function, shared)))]  # in a list, Ray hands out the reference instead of the value
+        calls = (work.remote(common, _dump(item), self.threads) for item in items)
         waiting = deque(islice(calls, self.jobs))
         while waiting:
             found = ray.get(waiting.popleft())
@@ -139,21 +138,8 @@ def _from_file(file: str, item: bytes, threads: int) -> bytes:
     return _done(_read(file), item, threads)
 
 
-def _from_store(common: bytes, token: str, item: bytes, threads: int) -> bytes:
-    return _done(_kept(token, _Payload(common)), item, threads)
-
-
-class _Payload:
-    """Bytes that compare equal for a cache, whose token tells them apart: hashing megabytes would be slow."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Payload)
-
-    def __hash__(self) -> int:
-        return 0
+def _from_store(common: list[Any], item: bytes, threads: int) -> bytes:
+    return _done(_fetch(common[0]), item, threads)
 
 
 @lru_cache(maxsize=1)  # a worker serves many items: what they share is read once
@@ -162,9 +148,9 @@ def _read(file: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _kept(token: str, payload: _Payload) -> Any:
-    del token
-    return _load(payload.content)
+def _fetch(reference: Any) -> Any:
+    ray: Any = require("ray", "ray")
+    return _load(ray.get(reference))
 
 
 def _done(common: tuple[Callable[[Any, Any], Any], Any], item: bytes, threads: int) -> bytes:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 from tenfold.ranks import Choose, RankProblem, rule_from
-from tenfold.ranks.evbmf import evbmf
+from tenfold.tensors.vbmf import evbmf
 from torch import Tensor
 
 from tenfold.decompositions import FitRequest, decompose_many, default_algorithm

@@ -140,7 +140,7 @@ def _copy(model: nn.Module, task: Task) -> nn.Module:
 
 
 def _tune(model: nn.Module, task: Task, folder: Path) -> None:
-    config = TuneConfig(**task.tune_settings(), autocast="off", seed=task.seed)
+    config = TuneConfig(**task.tune_settings, autocast="off", seed=task.seed)
     batches = partial(task.train_batches, batch_size=config.batch_size, seed=config.seed, hold_out=True)
     finetune(model, batches, config, folder=folder)
 

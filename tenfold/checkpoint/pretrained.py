@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tenfold.checkpoint.model_folder import load, save
-from tenfold.errors import CheckpointError, require
+from tenfold.errors import CheckpointError, first_line, require
 from tenfold.records import Plan, RunRecord, write_text
 
 CONFIG = "config.json"
@@ -95,7 +95,7 @@ def skeleton(path: str | Path, model_class: Any = None) -> nn.Module:
         known = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         config = transformers.AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
-        msg = f"{path / CONFIG} cannot be read: {_first_line(error)}"
+        msg = f"{path / CONFIG} cannot be read: {first_line(error)}"
         raise CheckpointError(msg) from error
     return build_dense(config, model_class or architecture(known, path))
 
@@ -123,7 +123,3 @@ def build_dense(config: Any, model_class: Any) -> nn.Module:
     make = getattr(model_class, "_from_config", None) or getattr(model_class, "from_config", model_class)
     model: nn.Module = make(config)
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

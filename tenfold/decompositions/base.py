@@ -183,7 +183,7 @@ DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")
 def default_algorithm(format: str, seed: int = 0, *, data_aware: bool = False) -> Decomposition:
     """Return the default algorithm of a format; with ``data_aware`` the one that uses the covariance, if any."""
     kind = FORMATS.get(format)
-    name = (data_aware and kind.aware_algorithm) or kind.default_algorithm
+    name = (data_aware and kind.data_aware_algorithm) or kind.default_algorithm
     return DECOMPOSITIONS.get(name)(seed=seed)
 
 

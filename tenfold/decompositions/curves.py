@@ -98,8 +98,8 @@ class CurveProblem:
 
         Where the error depends on the start of the algorithm, half a dozen, which lie the denser the smaller the rank.
         """
-        local = not self.format.tails_bound
-        errors = Remembered(lambda *rank: np.array([self.fitted(algorithm, list(rank))]))
+        local = not self.format.svd_bounds_error
+        errors = Memo(lambda *rank: np.array([self.fitted(algorithm, list(rank))]))
 
         def curve(ranks: Ranks) -> Floats:
             if len(self.format.rank_names) > 1:
@@ -114,15 +114,15 @@ class CurveProblem:
         On a line errors lie between fits by the number of parameters, geometrically. The full rank, at which such
         formats are the dense layer, is part of no line. There may be no ranks to ask for.
         """
-        errors = Remembered(lambda *rank: np.array([self.fitted(algorithm, list(rank))]))
+        errors = Memo(lambda *rank: np.array([self.fitted(algorithm, list(rank))]))
         return lambda ranks: self._bounded(on_lines(errors, ranks, self.spec, self.format))
 
     def _bounded(self, errors: Floats) -> Floats:
         return errors if self.moments is not None else np.minimum(errors, 1.0)
 
 
-class Remembered:
-    """A function of numbers whose results are kept, also on the way from process to process."""
+class Memo:
+    """A memoized function of ranks; unlike ``functools.cache`` it can be pickled, with what it has computed."""
 
     def __init__(self, function: Callable[..., Floats]) -> None:
         self._function = function

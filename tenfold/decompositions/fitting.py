@@ -238,7 +238,7 @@ def _prepare(request: FitRequest) -> tuple[Tensor, float]:
     """Check a request, and return its weight, groups apart and scaled to a largest entry of 1, and that scale."""
     weight, spec = request.weight.detach(), request.spec
     kind = FORMATS.get(request.format)
-    refusal = kind.refuses(spec)
+    refusal = kind.unsupported_reason(spec)
     if refusal is not None:
         msg = f"{request.format} does not serve {spec}: {refusal}"
         raise WeightError(msg)

@@ -123,4 +123,4 @@ def _reduced(value: Factorization, format: str, rank: Rank, algorithm: Decomposi
     if small is None or small.weight.numel() > _WORTH * value.spec.num_params:
         return None
     kind = FORMATS.get(small.format)
-    return small if kind.refuses(small.spec) is None and algorithm.supports(kind) else None
+    return small if kind.unsupported_reason(small.spec) is None and algorithm.supports(kind) else None

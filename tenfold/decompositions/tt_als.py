@@ -121,23 +121,23 @@ def _improved(cores: Sequence[Tensor], at: int, image: Tensor, metric: Map, step
     right = right.unflatten(1, (*reversed(modes[at + 1 :]), 1)).permute(0, *range(len(modes) - at, 0, -1), -1)
     right = right.reshape(batch, -1, right.shape[-1])
 
-    def seen(tensor: Tensor) -> Tensor:
+    def project(tensor: Tensor) -> Tensor:
         """Return what a tensor is in the frames: (batch, r, n, r')."""
         flat = left.mT @ tensor.reshape(batch, left.shape[1], -1)
         core: Tensor = flat.unflatten(-1, (modes[at], -1)) @ right.unsqueeze(1)
         return core
 
-    def shown(core: Tensor) -> Tensor:
+    def expand(core: Tensor) -> Tensor:
         """Return the tensor (batch, *modes) of a core in the frames."""
         flat = (core @ right.mT.unsqueeze(1)).flatten(2)
         tensor: Tensor = left @ flat
         return tensor.reshape(batch, *modes)
 
     def normal(core: Tensor) -> Tensor:
-        return seen(metric(shown(core)))
+        return project(metric(expand(core)))
 
     enough = _ROUNDING * dot(image, image)
-    core, _ = conjugate_gradients(normal, seen(image), cores[at], steps=steps, enough=enough)
+    core, _ = conjugate_gradients(normal, project(image), cores[at], steps=steps, enough=enough)
     return core
 
 

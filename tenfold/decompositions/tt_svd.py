@@ -10,7 +10,7 @@ import torch
 
 from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, default_algorithm
 from tenfold.decompositions.covariance import Whitening
-from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Ranks, Remembered, tails
+from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo, Ranks, tails
 from tenfold.formats import FORMATS
 from tenfold.formats.train import TrainFormat
 from tenfold.tensors import gram, trains
@@ -88,5 +88,5 @@ def train_curve(problem: CurveProblem, algorithm: Decomposition) -> ErrorCurve:
         order = np.argsort(bounds)
         return np.stack([np.log(bounds[order] + _FLOOR), np.maximum.accumulate(np.log(errors[order] + _FLOOR))])
 
-    known = Remembered(attained)
+    known = Memo(attained)
     return lambda ranks: np.asarray(np.exp(np.interp(np.log(losses(ranks).sum(1) + _FLOOR), *known())) * power)

@@ -25,7 +25,7 @@ from tenfold.decompositions.covariance import (
     solve_spd,
     sqrt_and_inverse_sqrt,
 )
-from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Remembered, interpolated, tails
+from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo, interpolated, tails
 from tenfold.formats import Factorization, MatrixFormat, Tucker2
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
@@ -124,7 +124,7 @@ class WeightedALS(CovarianceDecomposition):
                 return np.array([max(power - float(explained.diagonal(dim1=-2, dim2=-1).sum()), 0.0)])
             return tails(torch.linalg.eigvalsh(explained), power)
 
-        known = Remembered(errors)
+        known = Memo(errors)
         if one_sided:
             return lambda ranks: interpolated(known, ranks[:, 0])[:, 0]
         return lambda ranks: interpolated(known, ranks[:, 1])[np.arange(len(ranks)), ranks[:, 0]]

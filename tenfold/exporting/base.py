@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
-from tenfold.errors import ExportError
+from tenfold.errors import ExportError, require
 from tenfold.records import Record
 from tenfold.registry import Registry
 
@@ -39,16 +39,21 @@ class Exporter(abc.ABC):
     Attributes:
         suffix: how the names of its files usually end.
         packages: required besides torch; their versions go into the record.
+        extra: the extra of tenfold that installs the packages.
+        has_opset: whether its operators have versions to choose from.
         max_batch: largest batch of a file with an open batch size; None for no limit.
     """
 
     suffix: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = ""
+    has_opset: ClassVar[bool] = False
     max_batch: ClassVar[int | None] = None
 
-    @abc.abstractmethod
     def check(self) -> None:
-        """Raise MissingExtraError if a package that the target needs is not installed."""
+        """Raise MissingExtraError if a required package is not installed."""
+        for package in self.packages:
+            require(package, self.extra)
 
     @abc.abstractmethod
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:

@@ -62,6 +62,9 @@ def export(
     exporter = EXPORTERS.get(to)()
     check_free(path, overwrite=overwrite)
     exporter.check()
+    if config.opset is not None and not exporter.has_opset:
+        msg = f"{to} has no opset: leave it out"
+        raise ExportError(msg)
     dynamic = config.dynamic_batch and batch_size_of(example_inputs) is not None
     inputs = to_device(example_inputs, "cpu")
     eager = copy.deepcopy(model).cpu().eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.errors import ExportError, require
+from tenfold.errors import ExportError
 from tenfold.exporting.base import EXPORTERS, Exporter
 from tenfold.exporting.quiet import quiet
 from tenfold.exporting.runtime import OnnxModule
@@ -20,11 +20,8 @@ class OnnxExporter(Exporter):
 
     suffix = ".onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
-
-    def check(self) -> None:
-        """Raise MissingExtraError if a package that the target needs is not installed."""
-        for package in self.packages:
-            require(package, "export")
+    extra = "export"
+    has_opset = True
 
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
         """Write the program in ONNX operators; return the version of their set.

@@ -1,4 +1,4 @@
-"""What a factorized weight is. Each module registers one format; adding a file here adds a format."""
+"""Formats of factorized weights. Each module registers one; adding a file here adds a format."""
 
 from importlib import import_module
 from pkgutil import iter_modules

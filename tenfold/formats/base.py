@@ -1,11 +1,10 @@
-"""What a factorized weight is: tensors with a dense meaning and a chain of stages that runs them."""
+"""Base class of all formats: small tensors with a dense meaning, and the chain of sub-layers that runs them."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import product
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -35,10 +34,7 @@ _ALL_PAIRS = 2
 
 @dataclass(frozen=True)
 class SubLayer:
-    """One step of a factorized layer: a plain layer, one for many slices, or one einsum, and its weight.
-
-    The weight is in torch's own layout.
-    """
+    """One step of a factorized layer: its geometry, and its weight in torch's own layout."""
 
     spec: SubLayerSpec
     weight: Tensor
@@ -46,18 +42,17 @@ class SubLayer:
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """The weight of a factorization seen in orthonormal frames of its own factors: small, and as good to decompose.
+    """The weight of a factorization in orthonormal bases of its own factors: small, and as good to decompose.
 
-    Frames change no norm, and a best factorization never leaves the range of the weight; so the best one of the small
-    weight, put back into the frames by ``lift``, is the best one of the large weight, with the same relative error.
+    Orthonormal bases change no norm, and a best factorization never leaves the range of the weight. So the best one of
+    the small weight, mapped back by ``lift``, is the best one of the large weight, with the same relative error.
 
     Attributes:
         weight: the small weight, in torch's own layout for ``spec``.
         spec: its geometry.
         format: name of the format in which to decompose it, with ranks of the same names.
-        lift: returns the factorization of the large weight from one of the small.
-        start: the factors themselves seen in the frames, for algorithms that go on from there; None where no algorithm
-            of the format needs them.
+        lift: maps a factorization of the small weight to one of the large weight.
+        start: the factors themselves in these bases, to warm-start algorithms; None where none of the format needs it.
     """
 
     weight: Tensor
@@ -71,31 +66,33 @@ class Reduced:
 class Factorization(abc.ABC):
     """A weight written as a product of small tensors.
 
-    A subclass is final and adds its tensors as fields. Every tensor has the groups of the layer as its first axis
-    (of length 1 when there are none), so that a grouped convolution is nothing but a batch of small ones.
+    A subclass is final and adds its tensors as fields. The first axis of every tensor is the groups of the layer (of
+    length 1 when there are none), so that a grouped convolution is nothing but a batch of small ones.
 
     Laws: ``to_dense`` is the meaning that everything is tested against; running ``stages`` equals running the dense
-    layer; ``structure`` alone fixes parameters and MACs; ``from_stages`` inverts ``stages``.
+    layer; ``structure`` alone determines parameters and MACs; ``from_stages`` inverts ``stages``.
 
-    ``tails_bound`` tells whether a rank can always be met with an error of at most what the unfoldings drop, as
-    truncated SVDs meet it. Where it cannot (sums of rank-one tensors, for which a best approximation need not exist),
-    the tails are a lower bound only, and what an algorithm finds depends on where it starts.
-
-    ``default_algorithm`` names what finds its factors, ``aware_algorithm`` what does where the moments of the layer's
-    inputs are known; None where that is the same.
+    Attributes:
+        spec: geometry of the dense layer.
+        rank_names: names of the ranks, in the order in which arrays of ranks have them.
+        default_algorithm: name of the algorithm that finds the factors.
+        data_aware_algorithm: the one to use where the covariance of the inputs is known; None for the same.
+        svd_bounds_error: whether any rank can be met with an error of at most the tails of the unfoldings' spectra, as
+            truncated SVDs do. Otherwise (sums of rank-one tensors, of which a best one need not exist) the tails are a
+            lower bound only, and what an algorithm finds depends on its start.
     """
 
     spec: LayerSpec
 
     rank_names: ClassVar[tuple[str, ...]]
     default_algorithm: ClassVar[str]
-    aware_algorithm: ClassVar[str | None] = None
-    tails_bound: ClassVar[bool] = True
+    data_aware_algorithm: ClassVar[str | None] = None
+    svd_bounds_error: ClassVar[bool] = True
 
     @classmethod
     @abc.abstractmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
-        """Return None if this format can serve such a layer, else the reason that the plan will show."""
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
+        """Return None if the format supports such a layer, else why not, in words for the plan."""
 
     @classmethod
     @abc.abstractmethod
@@ -105,32 +102,32 @@ class Factorization(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
-        """Return the stages without their weights. The bias sits on the last: before it, padding would not commute."""
+        """Return the sub-layers without weights. The last has the bias: before it, padding would not commute."""
 
     @classmethod
     @abc.abstractmethod
     def unfoldings(cls, weight: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
-        """Return, for each rank name, the matrices (groups, m, n) whose singular values tell what that rank drops.
+        """Return for each rank name the matrices (groups, m, n) whose trailing singular values that rank drops.
 
-        ``weight`` has its groups apart: (groups, out/groups, in/groups, *kernel).
+        ``weight`` is split by groups: (groups, out/groups, in/groups, *kernel).
         """
 
     @classmethod
     @abc.abstractmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
-        """Return the factorization that has this ``chain``."""
+        """Build the factorization from its ``chain``."""
 
     @abc.abstractmethod
     def chain(self) -> tuple[Tensor, ...]:
-        """Return the stage weights in the order of ``structure``, groups apart.
+        """Return the weights of the sub-layers in the order of ``structure``, split by groups.
 
-        The weight of a layer stage is (groups, out/groups, in/groups, *kernel), where trailing kernel axes of length 1
-        may be left out; that of a contraction has exactly its ``weight_shape``.
+        That of a layer is (groups, out/groups, in/groups, *kernel), where trailing kernel axes of length 1 may be left
+        out; that of a contraction has exactly its ``weight_shape``.
         """
 
     @abc.abstractmethod
     def to_grouped(self) -> Tensor:
-        """Return the dense weight, groups apart: (groups, out/groups, in/groups, *kernel)."""
+        """Return the dense weight, split by groups: (groups, out/groups, in/groups, *kernel)."""
 
     @property
     @abc.abstractmethod
@@ -139,45 +136,50 @@ class Factorization(abc.ABC):
 
     @classmethod
     def rank_family(cls, spec: LayerSpec) -> tuple[Rank, ...]:
-        """Return ranks from small to full along which a rule with one knob walks: equal shares of every rank."""
+        """Return ranks from small to full, for rules with a single threshold: equal shares of every rank."""
         most = cls.max_rank(spec)
         steps = max(most.values())
         return tuple({k: -(-v * step // steps) for k, v in most.items()} for step in range(1, steps + 1))
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
-        """Return the ranks among which a rule that weighs all of them chooses.
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
+        """Return the candidate ranks (n, names) for rules that compare many.
 
-        All combinations of one or two ranks; formats with more go along their family, unless they know better.
+        All combinations of one or two ranks; formats with more follow their family, unless they override this.
 
         Args:
             spec: geometry of the layer.
-            axis: returns which of the numbers 1 to n to try, ascending, n among them.
+            axis: maps n to those of the numbers 1 to n to try, ascending and ending with n.
         """
         most = cls.max_rank(spec)
         if len(most) <= _ALL_PAIRS:
-            axes = [axis(top) for top in most.values()]
-            return tuple(dict(zip(most, values, strict=True)) for values in product(*axes))
-        family = cls.rank_family(spec)
-        stride = axis(max(most.values()))[0]
-        return family[stride - 1 :: stride] or family[-1:]
+            return combinations([axis(top) for top in most.values()])
+        family = cls.rows(cls.rank_family(spec))
+        stride = min(axis(max(most.values()))[0], len(family))
+        return family[stride - 1 :: stride]
+
+    @classmethod
+    def rows(cls, ranks: Iterable[Rank]) -> Ints:
+        """Return ranks as (n, names), the names in the order of ``rank_names``."""
+        rows = [[rank[name] for name in cls.rank_names] for rank in ranks]
+        return np.array(rows, dtype=np.int64).reshape(-1, len(cls.rank_names))
 
     @classmethod
     def unfolding_ranks(cls, spec: LayerSpec, rank: Rank) -> Rank:
-        """Return which rank each of the ``unfoldings`` has at most: that of its name, unless it says otherwise."""
+        """Return the largest rank that each of the ``unfoldings`` can have: by default that of its name."""
         del spec
         return rank
 
     @classmethod
     def covering(cls, spec: LayerSpec, unfolded: Rank) -> Rank:
-        """Return the smallest ranks of the family at which the unfoldings can have these; of most formats the same."""
+        """Return the smallest ranks of the family whose unfoldings can reach these ranks; for most formats the same."""
         most = cls.max_rank(spec)
         if cls.unfolding_ranks(spec, most) == most:
             return unfolded
 
         def enough(rank: Rank) -> bool:
-            found = cls.unfolding_ranks(spec, rank)
-            return all(found[name] >= wanted for name, wanted in unfolded.items())
+            reached = cls.unfolding_ranks(spec, rank)
+            return all(reached[name] >= needed for name, needed in unfolded.items())
 
         return next((rank for rank in cls.rank_family(spec) if enough(rank)), most)
 
@@ -202,6 +204,12 @@ class Factorization(abc.ABC):
         return params, macs
 
     @classmethod
+    def params_at(cls, spec: LayerSpec, ranks: Ints) -> Ints:
+        """Return the parameters (n,) at many ranks (n, names)."""
+        params, _ = cls.cost(spec, ranks, (spec.in_channels, *(1,) * spec.axes))
+        return params
+
+    @classmethod
     def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...] | None:
         """Return input and output channels of each sub-layer at many ranks (n, names), the same of which are full.
 
@@ -222,10 +230,10 @@ class Factorization(abc.ABC):
 
     @classmethod
     def check_rank(cls, spec: LayerSpec, rank: Rank) -> Rank:
-        """Return ``rank`` complete: a name left out stands for full rank.
+        """Return ``rank`` with omitted names set to full rank.
 
         Raises:
-            RankError: a name that the format does not know, or a number outside 1..max_rank.
+            RankError: an unknown name, or a number outside 1..max_rank.
         """
         most = cls.max_rank(spec)
         unknown = sorted(set(rank) - set(most))
@@ -251,56 +259,64 @@ class Factorization(abc.ABC):
         return join_groups(self.to_grouped(), self.spec)
 
     def stages(self) -> tuple[SubLayer, ...]:
-        """Return how a layer runs this factorization: one stage after the other."""
+        """Return the sub-layers with their weights, in the order in which a layer runs them."""
         structure = type(self).structure(self.spec, self.rank)
         return tuple(SubLayer(s, join_groups(w, s)) for s, w in zip(structure, self.chain(), strict=True))
 
     @classmethod
     def from_stages(cls, spec: LayerSpec, rank: Rank, weights: Sequence[Tensor]) -> Self:
-        """Return the factorization whose ``stages`` have these weights, in torch's own layout."""
+        """Build the factorization from the weights of its ``stages``, in torch's own layout."""
         structure = cls.structure(spec, rank)
         return cls.from_chain(spec, rank, [split_groups(w, s) for w, s in zip(weights, structure, strict=True)])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the factors by field name; those that are absent at this rank are left out."""
+        """Return the factors by field name, without those that are absent at this rank."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
         return {k: v for k, v in values.items() if v is not None}
 
     def terms(self) -> tuple[Tensor, ...] | None:
-        """Return the factors (groups, n, R) whose rank-one terms make up the weight, or its core; None for others."""
+        """Return the factors (groups, n, R) whose rank-one terms add up to the weight, or to its core; else None."""
         return None
 
     def stability(self) -> Stability | None:
-        """Return how far the terms of the weight cancel; None for formats whose factors cannot diverge."""
+        """Measure how far the terms of the weight cancel; None for formats whose factors cannot diverge."""
         return None
 
     def reduced(self) -> Reduced | None:
-        """Return a small weight to decompose instead of the dense one; None where the format knows none.
-
-        The factors are float32 or float64.
-        """
+        """Return a smaller weight to decompose instead of the dense one, or None. Needs float32 or float64 factors."""
         return None
 
     def map(self, **changes: Any) -> Self:
-        """Return the same factorization with some fields replaced."""
+        """Return a copy with some fields replaced."""
         return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
     def scaled(self, factor: float) -> Self:
-        """Return the factorization of ``factor`` (≥ 0) times the weight, the change spread evenly over all tensors."""
+        """Return the factorization of ``factor`` (≥ 0) times the weight, the scale spread evenly over all tensors."""
         tensors = self.tensors()
         share = factor ** (1 / len(tensors))
         return self.map(**{k: v * share for k, v in tensors.items()})
 
     def balanced(self) -> Self:
-        """Return factors of the same weight whose scales suit one learning rate; these, where nothing is better.
+        """Return factors of the same weight whose scales suit one learning rate.
 
-        Algorithms leave their factors like this. It is asked for where factors were changed afterwards.
+        Algorithms return their factors balanced; call this where factors were changed afterwards.
         """
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Return the factorization with every factor passed through ``Tensor.to``."""
         return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
+
+
+def combinations(axes: Sequence[Sequence[int]]) -> Ints:
+    """Return all combinations (n, axes) of one number of each axis, the last axis the fastest."""
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes)).astype(np.int64)
+
+
+def distinct(rows: Ints) -> Ints:
+    """Return each row once, in the order in which they came first."""
+    _, first = np.unique(rows, axis=0, return_index=True)
+    return rows[np.sort(first)]
 
 
 def total_cost(spec: LayerSpec, steps: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -321,10 +337,10 @@ def proportional_cost(smallest: Structure, rank: Ints, in_shape: Shape) -> tuple
 
 
 def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
-    """Return a weight in torch's layout with its groups apart: (groups, out/groups, in/groups, *kernel).
+    """Split a weight in torch's layout by groups: (groups, out/groups, in/groups, *kernel).
 
     Raises:
-        WeightError: the weight does not have the shape that ``spec`` says.
+        WeightError: the shape of the weight is not that of ``spec``.
     """
     if tuple(weight.shape) != spec.weight_shape:
         msg = f"the weight has shape {tuple(weight.shape)}, the layer {spec} needs {spec.weight_shape}"
@@ -344,7 +360,7 @@ def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
 
 
 def join_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
-    """Return a weight (groups, out/groups, in/groups, *kernel) in torch's layout; inverse of ``split_groups``."""
+    """Join a weight (groups, out/groups, in/groups, *kernel) to torch's layout; inverse of ``split_groups``."""
     if isinstance(spec, ContractSpec | TTGatherSpec):
         return weight.reshape(spec.weight_shape)
     if isinstance(spec, SharedSliceSpec):

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Reduced, Structure, join_groups, total_cost
+from tenfold.formats.base import (
+    FORMATS,
+    Factorization,
+    Ints,
+    Rank,
+    Reduced,
+    Structure,
+    distinct,
+    join_groups,
+    total_cost,
+)
 from tenfold.records import LayerSpec, Shape
 
 # The numbers of blocks that plans try, and the one that rules with a single knob take. One block is Tucker-2.
@@ -39,10 +49,10 @@ class BlockTerm(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("blocks", "out", "in")
     default_algorithm: ClassVar[str] = "btd_als"
-    tails_bound: ClassVar[bool] = False
+    svd_bounds_error: ClassVar[bool] = False
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, whose blocks would add up to one matrix, and narrow ones."""
         if spec.axes == 0 or spec.pointwise:
             return "a sum of blocks of a matrix is one product of two: low_rank serves this layer"
@@ -93,7 +103,7 @@ class BlockTerm(Factorization):
         return (*cls._line(spec, min(_USUAL, most["blocks"])), most)
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
         """Return for each of a few numbers of blocks the ranks whose channels between the stages are on the ``axis``.
 
         These numbers divide them, so that no block is wider than another one would be.
@@ -102,8 +112,7 @@ class BlockTerm(Factorization):
         steps = axis(max(most["out"], most["in"]))
         counts = [c for c in _BLOCKS if c <= max(most["blocks"] // 2, 2)]  # more blocks have one channel each: cp3
         found = [rank for c in counts for rank in cls._line(spec, c, [s for s in steps if s >= c])]
-        unique = {tuple(rank.values()): rank for rank in (*found, most)}
-        return tuple(unique.values())
+        return distinct(cls.rows((*found, most)))
 
     @classmethod
     def _line(cls, spec: LayerSpec, blocks: int, steps: Sequence[int] | None = None) -> list[Rank]:
@@ -114,13 +123,13 @@ class BlockTerm(Factorization):
         most = cls.max_rank(spec)
         top = max(most["out"], most["in"])
         widths = steps or range(1, blocks * top + 1, max(blocks * top // _STEPS, 1))
-        kept: list[Rank] = []
-        for width in widths:
-            sides = {k: min(-(-most[k] * width // (top * blocks)), most[k]) for k in ("out", "in")}
-            rank = {"blocks": blocks, **sides}
-            full = any(sides[k] == most[k] for k in sides)
-            if not full and rank not in kept[-1:] and cls.num_params(spec, rank) < spec.num_params:
-                kept.append(rank)
+        line = [
+            {"blocks": blocks} | {k: min(-(-most[k] * width // (top * blocks)), most[k]) for k in ("out", "in")}
+            for width in widths
+        ]
+        line = [rank for rank in line if rank["out"] < most["out"] and rank["in"] < most["in"]]
+        fewer = cls.params_at(spec, cls.rows(line)) < spec.num_params
+        kept = [rank for rank, before, less in zip(line, [{}, *line], fewer, strict=False) if less and rank != before]
         return kept or [{"blocks": blocks, "out": 1, "in": 1}]
 
     @classmethod
@@ -204,7 +213,7 @@ class BlockTerm(Factorization):
             out_factor=outer.unflatten(2, (blocks, -1)).transpose(1, 2),
             in_factor=inner.unflatten(2, (blocks, -1)).transpose(1, 2),
         )
-        if type(self).refuses(small.spec) is not None:
+        if type(self).unsupported_reason(small.spec) is not None:
             return None
 
         def lift(found: Factorization) -> Factorization:

@@ -80,11 +80,11 @@ class CP4(Kruskal):
     third: Tensor | None = None  # (groups, k, R): along the last of three; else None
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason unless the kernel has extent along two axes, and as the base class does."""
         if spec.axes and not spec.pointwise and len(_extents(spec)) < 2:
             return "the kernel has extent along one axis only: cp3 serves it"
-        return super().refuses(spec)
+        return super().unsupported_reason(spec)
 
     @classmethod
     def shape(cls, spec: LayerSpec) -> Shape:

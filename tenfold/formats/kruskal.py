@@ -30,8 +30,8 @@ class Kruskal(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("rank",)
     default_algorithm: ClassVar[str] = "cp_als"
-    aware_algorithm: ClassVar[str | None] = "weighted_cp"
-    tails_bound: ClassVar[bool] = False
+    data_aware_algorithm: ClassVar[str | None] = "weighted_cp"
+    svd_bounds_error: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -57,7 +57,7 @@ class Kruskal(Factorization):
         return weight.reshape(len(weight), *cls.shape(spec))
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to mix."""
         if spec.axes == 0 or spec.pointwise:
             return (
@@ -138,7 +138,7 @@ class Kruskal(Factorization):
             kernel=self.spec.kernel,
             groups=groups,
         )
-        if type(self).refuses(spec) is not None:
+        if type(self).unsupported_reason(spec) is not None:
             return None
         small = type(self).of(spec, (outer, inner, *taps))
 

@@ -24,7 +24,7 @@ class LowRank(MatrixFormat):
     Zhang et al. 2015, arXiv 1505.06798). Parameters R·(in·K + out).
     """
 
-    aware_algorithm: ClassVar[str | None] = "whitened_svd"
+    data_aware_algorithm: ClassVar[str | None] = "whitened_svd"
 
     left: Tensor  # (groups, out/groups, R)
     right: Tensor  # (groups, R, in/groups, *kernel)

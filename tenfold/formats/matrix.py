@@ -66,7 +66,7 @@ class MatrixFormat(Factorization):
         return Reduced(join_groups(first @ second.mT, spec), spec, "low_rank", lift)
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason where a matrix of one row or column leaves nothing to drop."""
         if min(cls.matrix_shape(spec)) == 1:
             return "the weight has rank 1 already: there is nothing to drop"

@@ -23,19 +23,19 @@ class Spatial(MatrixFormat):
     arXiv 1405.3866). Parameters R·(in·k1 + out·k2). For 3-D kernels the second convolution is 1×k2×k3.
     """
 
-    aware_algorithm: ClassVar[str | None] = "weighted_als"
+    data_aware_algorithm: ClassVar[str | None] = "weighted_als"
 
     first: Tensor  # (groups, R, in/groups, k1)
     second: Tensor  # (groups, out/groups, R, k2, ...)
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason unless the kernel has extent along the first axis and along another."""
         if spec.axes < 2:
             return "spatial needs a kernel with at least two axes"
         if spec.kernel[0] == 1 or prod(spec.kernel[1:]) == 1:
             return "the kernel has extent along one axis only: low_rank serves it"
-        return super().refuses(spec)
+        return super().unsupported_reason(spec)
 
     @classmethod
     def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, total_cost
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, distinct, total_cost
 from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
 from tenfold.tensors import mode_factors, rings, trains
 
@@ -47,10 +47,10 @@ class TensorRing(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("r1", "r2", "r3")
     default_algorithm: ClassVar[str] = "tr_als"
-    tails_bound: ClassVar[bool] = False
+    svd_bounds_error: ClassVar[bool] = False
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers that no ring makes smaller, or whose stages would not be a ring's."""
         if spec.kind not in ("linear", "conv"):
             return "tensor_ring serves linear layers and convolutions that are not transposed"
@@ -151,15 +151,14 @@ class TensorRing(Factorization):
         return (*cls._line(spec, min(_USUAL, most["r1"])), most)
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
         """Return for each of a few closing bonds the ranks whose channels between the stages are on the ``axis``."""
         most = cls.max_rank(spec)
         closing = [r for r in _CLOSING if r <= max(most["r1"] // 2, 2)]
         top = max(spec.in_channels, spec.out_channels)
         steps = range(1, most["r2"] + 1) if spec.pointwise else axis(top)
         found = [rank for r in closing for rank in cls._line(spec, r, steps)]
-        unique = {tuple(rank.values()): rank for rank in (*found, most)}
-        return tuple(unique.values())
+        return distinct(cls.rows((*found, most)))
 
     @classmethod
     def _line(cls, spec: LayerSpec, closing: int, steps: Sequence[int] | None = None) -> list[Rank]:
@@ -178,12 +177,14 @@ class TensorRing(Factorization):
                 {"r1": closing, **{k: min(-(-n * width // (top * closing)), most[k]) for k, n in sides.items()}}
                 for width in widths
             ]
+        rows = cls.rows(line)
+        *usable, dense = cls._usable(spec, rows)
+        fewer = ~dense & (cls.params_at(spec, rows) < spec.num_params)
         kept: list[Rank] = []
-        for rank in line:
-            fitted = cls.check_rank(spec, rank)
-            new = not kept or (fitted != kept[-1] and all(fitted[k] >= kept[-1][k] for k in fitted))
-            if new and fitted != most and cls.num_params(spec, fitted) < spec.num_params:
-                kept.append(fitted)
+        for values in np.stack(usable, axis=1)[fewer].tolist():
+            rank = dict(zip(cls.rank_names, values, strict=True))
+            if not kept or (rank != kept[-1] and all(rank[k] >= kept[-1][k] for k in rank)):
+                kept.append(rank)
         return kept or [dict.fromkeys(cls.rank_names, 1)]
 
     @classmethod
@@ -191,6 +192,7 @@ class TensorRing(Factorization):
         """Return parameters and multiply-accumulates of the three convolutions, the four products, or the layer."""
         before, core, after = spec.positions(in_shape)
         r1, r2, r3, dense = cls._usable(spec, ranks)
+        steps: tuple[tuple[Any, Any], ...]
         if spec.pointwise:
             q, p, first, second = cls.modes(spec)
             steps = (

@@ -30,7 +30,7 @@ class TensorTrain(TrainFormat):
     in_order: ClassVar[int] = 2
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for grouped ones."""
         if spec.axes == 0 or spec.pointwise:
             return "tensor_train needs a convolution with a kernel larger than 1: tt_matrix or low_rank serves this one"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
 
-from tenfold.formats.base import Factorization, Ints, Rank
+from tenfold.formats.base import Factorization, Ints, Rank, combinations, distinct
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors import trains
 
@@ -30,7 +30,7 @@ class TrainFormat(Factorization):
     """
 
     default_algorithm: ClassVar[str] = "tt_svd"
-    aware_algorithm: ClassVar[str | None] = "tt_als"
+    data_aware_algorithm: ClassVar[str | None] = "tt_als"
     splits_inputs: ClassVar[bool] = True  # into modes whose product is their number
     tucker2_ranks: ClassVar[tuple[str, str] | None] = (
         None  # which ranks are those of Tucker-2, where all others are full
@@ -87,7 +87,7 @@ class TrainFormat(Factorization):
         return cls.undominated(spec, (cls.check_rank(spec, rank) for rank in super().rank_family(spec)))
 
     @classmethod
-    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> tuple[Rank, ...]:
+    def rank_grid(cls, spec: LayerSpec, axis: Callable[[int], Sequence[int]]) -> Ints:
         """Return all combinations of the largest ranks with quarters of the small ones: those count little, or much.
 
         At full small ranks cores merge, and the train is one of fewer and larger steps (Tucker-2, for one).
@@ -95,8 +95,7 @@ class TrainFormat(Factorization):
         most = cls.max_rank(spec)
         large = max(most.values()) / 2
         axes = [axis(top) if top >= large else quarters(top) for top in most.values()]
-        ranks = (trains.fit_ranks(cls.modes(spec), values) for values in product(*axes))
-        return tuple(cls._named(values) for values in dict.fromkeys(ranks))
+        return distinct(np.stack(cls._usable(spec, combinations(axes)), axis=1))
 
     @classmethod
     def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:
@@ -131,10 +130,10 @@ class TrainFormat(Factorization):
     @classmethod
     def undominated(cls, spec: LayerSpec, ranks: Any) -> tuple[Rank, ...]:
         """Return those of some rising ranks that have fewer parameters than all that follow, and the full rank."""
+        rising = [*ranks, cls.max_rank(spec)]
         kept: list[Rank] = []
         least = 0
-        for rank in reversed((*ranks, cls.max_rank(spec))):
-            params = cls.num_params(spec, rank)
+        for rank, params in zip(reversed(rising), cls.params_at(spec, cls.rows(rising))[::-1], strict=True):
             if not kept or (params < least and rank != kept[-1]):
                 kept.append(rank)
                 least = params

@@ -28,7 +28,7 @@ class TTConv(TrainFormat):
     order: ClassVar[int] = 3
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for grouped ones."""
         if spec.kind != "conv" or spec.pointwise:
             return "tt_conv needs a convolution with a kernel larger than 1"

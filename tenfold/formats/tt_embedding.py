@@ -28,7 +28,7 @@ class TTEmbeddingFormat(TrainFormat):
 
     rank_names: ClassVar[tuple[str, ...]] = ("r1", "r2")
     order: ClassVar[int] = 3
-    aware_algorithm: ClassVar[str | None] = None
+    data_aware_algorithm: ClassVar[str | None] = None
     splits_inputs: ClassVar[bool] = False  # row modes may be padded
 
     def __init__(self, spec: LayerSpec, *, padding: Tensor | None = None, **cores: Tensor) -> None:
@@ -36,7 +36,7 @@ class TTEmbeddingFormat(TrainFormat):
         object.__setattr__(self, "_padding", padding)
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for all but embeddings whose gradients are dense."""
         if spec.kind != "embedding":
             return "tt_embedding serves embeddings"

@@ -31,7 +31,7 @@ class TTMatrix(TrainFormat):
     order: ClassVar[int] = 4
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for all but linear layers and plain 1×1 convolutions."""
         if spec.kind not in ("linear", "conv") or not spec.pointwise:
             return "tt_matrix serves linear layers and 1×1 convolutions"

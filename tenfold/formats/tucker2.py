@@ -31,10 +31,10 @@ class Tucker2(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("out", "in")
     default_algorithm: ClassVar[str] = "hooi"
-    aware_algorithm: ClassVar[str | None] = "weighted_als"
+    data_aware_algorithm: ClassVar[str | None] = "weighted_als"
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to drop."""
         if spec.axes == 0 or spec.pointwise:
             return "tucker2 needs a convolution with a kernel larger than 1: low_rank serves this layer"

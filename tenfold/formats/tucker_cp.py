@@ -35,10 +35,10 @@ class TuckerCP(Factorization):
 
     rank_names: ClassVar[tuple[str, ...]] = ("out", "in", "rank")
     default_algorithm: ClassVar[str] = "tucker_cp"
-    tails_bound: ClassVar[bool] = False
+    svd_bounds_error: ClassVar[bool] = False
 
     @classmethod
-    def refuses(cls, spec: LayerSpec) -> str | None:
+    def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to drop."""
         if spec.axes == 0 or spec.pointwise:
             return "tucker_cp needs a convolution with a kernel larger than 1: low_rank serves this layer"

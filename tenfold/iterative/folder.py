@@ -154,8 +154,9 @@ class RunFolder:
 
 def refuse_other(path: Path, there: Run, here: Run) -> None:
     """Raise CheckpointError if a folder holds another run, naming the first difference."""
-    if there.version > VERSION:
-        msg = f"{path} has version {there.version}, this tenfold reads up to {VERSION}: upgrade tenfold"
+    if there.version != VERSION:
+        out = "upgrade tenfold" if there.version > VERSION else "finish the run with the tenfold that started it"
+        msg = f"{path} has version {there.version}, this tenfold reads {VERSION}: {out}"
         raise CheckpointError(msg)
     differ = _differences(there, here)
     if differ:
@@ -166,10 +167,10 @@ def refuse_other(path: Path, there: Run, here: Run) -> None:
 def _differences(there: Run, here: Run) -> str:
     if there.model != here.model:
         return "it started from other weights"
-    for name in Schedule.model_fields:
-        old, new = getattr(there.schedule, name), getattr(here.schedule, name)
-        if old != new:
-            return f"{name} is {old!r} there and {new!r} here"
+    old_fields, new_fields = ({**run.recipe.model_dump(), **run.schedule.model_dump()} for run in (there, here))
+    for name, old in old_fields.items():
+        if old != new_fields[name]:
+            return f"{name} is {old!r} there and {new_fields[name]!r} here"
     for name in sorted(there.choices.keys() | here.choices.keys()):
         old, new = there.choices.get(name, "nothing"), here.choices.get(name, "nothing")
         if old != new:

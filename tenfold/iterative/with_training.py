@@ -14,7 +14,7 @@ from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed
 from tenfold.records import Recipe
 from tenfold.runtime import Runtime
-from tenfold.training import Batches, TuneConfig, TuneProgress, TuneResult, finetune
+from tenfold.training import Batches, TrainingFolder, TuneConfig, TuneProgress, TuneResult, finetune
 
 Loss = Callable[[nn.Module, Any, Any], Tensor]
 Tune = Callable[[Stage], Any]

@@ -45,7 +45,7 @@ def analyse(model: nn.Module, profile: Profile, plan: Plan) -> Analysis:
 
 def _layer(model: nn.Module, profile: Profile, layer: LayerPlan) -> LayerAnalysis | None:
     format = str(layer.format)
-    if not FORMATS.get(format).tails_bound:
+    if not FORMATS.get(format).svd_bounds_error:
         return None
     try:
         known = eligible_layer(model, profile.layer(layer.path), [format])

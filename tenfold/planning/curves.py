@@ -34,7 +34,7 @@ def weight_curve(layer: EligibleLayer, format: str, weight: Tensor) -> Curve:
     whose error no spectrum bounds (CP) it is that of quick fits.
     """
     kind = FORMATS.get(format)
-    if not kind.tails_bound:
+    if not kind.svd_bounds_error:
         return error_curve(weight, layer.spec, kind)
     spectra = spectra_of(layer, format, weight)
     tails = [tail_shares(spectra[name]) for name in kind.rank_names]

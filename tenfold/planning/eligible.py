@@ -125,7 +125,7 @@ def reason_to_keep(
         return layer.note or "not called by the forward"
     if ends and layer.path in ends:
         return ends[layer.path]
-    refusals = {name: FORMATS.get(name).refuses(layer.spec) for name in formats}
+    refusals = {name: FORMATS.get(name).unsupported_reason(layer.spec) for name in formats}
     if all(refusals.values()):
         return "; ".join(dict.fromkeys(str(r) for r in refusals.values())) or "no format is allowed"
     weight = _weight(model, layer.path)
@@ -152,7 +152,7 @@ def eligible_layer(
     return EligibleLayer(
         path=layer.path,
         spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
+        formats=tuple(f for f in formats if FORMATS.get(f).unsupported_reason(spec) is None),
         calls=layer.calls,
         cost=layer.cost,
         load_weight=lambda: split_groups(_weight(model, layer.path), spec),

@@ -56,7 +56,7 @@ class ErrorSearch:
         formats = [current[0]] if current is not None and current[0] in ranks else list(ranks)
         for format in formats:
             kind = FORMATS.get(format)
-            exact = self.layer.moments is None and kind.tails_bound and len(kind.rank_names) == 1
+            exact = self.layer.moments is None and kind.svd_bounds_error and len(kind.rank_names) == 1
             found[format] = self._by_spectrum(format, ranks[format]) if exact else self._by_fits(format, ranks[format])
             if (found[format] <= float(self.rule.rel_error or 0.0) * (1 + _ROUND)).any():
                 break

@@ -155,7 +155,7 @@ def tolerance(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule)
     the same: so there are as many rows as singular values.
     """
     kind = FORMATS.get(format)
-    if not kind.tails_bound:
+    if not kind.svd_bounds_error:
         ranks, _ = family(layer, format, weight, rule)
         return ranks, {"dropped": np.asarray(error_curve(weight, layer.spec, kind)(ranks)) - _ROUND}
     spectra = spectra_of(layer, format, weight)

@@ -60,6 +60,8 @@ class Task(abc.ABC):
     name: ClassVar[str]
     variants: ClassVar[tuple[str, ...]] = ()  # the first is the default
     labelled: ClassVar[bool] = True  # whether it has labels to train and score with
+    weights_hint: ClassVar[str] = ""  # how to train weights of one's own, for a message
+    tune_settings: ClassVar[dict[str, Any]] = {}  # fields of TuneConfig for fine-tuning a compressed model
 
     def __init__(self, variant: str | None = None, *, data: Path | str | None = None, seed: int = 0) -> None:
         if variant is not None and variant not in self.variants:
@@ -83,7 +85,7 @@ class Task(abc.ABC):
             CheckpointError: the task has none, as by default.
         """
         msg = (
-            f"{self.id} has no built-in weights. Pass a .safetensors file with the state dict "
+            f"{self.id} has no built-in weights. {self.weights_hint}Pass a .safetensors file with the state dict "
             "(weights=FILE, or --weights FILE)."
         )
         raise CheckpointError(msg)
@@ -178,10 +180,6 @@ class Task(abc.ABC):
             raise DataError(msg)
         read = self.test_batches if split == "test" else self.validation_batches
         return accuracy(model, read(limit, batch_size=batch_size), progress)
-
-    def tune_settings(self) -> dict[str, Any]:
-        """Return fields of ``TuneConfig`` for fine-tuning a compressed model of this task."""
-        return {}
 
     # --- its checkpoints ---
 

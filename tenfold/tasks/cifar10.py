@@ -29,6 +29,7 @@ class Cifar10(InMemoryTask):
     transform: ClassVar[Transform] = ImageTransform(
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), padding=4, flip=True, channels_last=True
     )
+    tune_settings: ClassVar[dict[str, Any]] = {"epochs": 3, "batch_size": 128, "lr": 0.02}
 
     def architecture(self) -> nn.Module:
         """Return the ResNet that the variant names."""
@@ -38,10 +39,6 @@ class Cifar10(InMemoryTask):
         """Return the pictures as uint8 (samples, 3, 32, 32) and their labels 0..9."""
         where, source = self.data, "uoft-cs/cifar10"
         return load_images("cifar10", split, data=where, shape=self.input_shape, classes=10, source=source)
-
-    def tune_settings(self) -> dict[str, Any]:
-        """Return settings for a few epochs of tuning after compression."""
-        return {"epochs": 3, "batch_size": 128, "lr": 0.02}
 
 
 class BasicBlock(nn.Module):

@@ -41,6 +41,13 @@ class Digits(InMemoryTask):
     name: ClassVar[str] = "digits"
     input_shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     transform: ClassVar[Transform] = ImageTransform(mean=(0.305,), std=(0.376,))
+    tune_settings: ClassVar[dict[str, Any]] = {
+        "epochs": 3,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "lr": 0.003,
+        "label_smoothing": 0.05,
+    }
 
     def architecture(self) -> nn.Module:
         """Return three 3×3 convolutions with batch norm, a global average and a linear head."""
@@ -64,10 +71,6 @@ class Digits(InMemoryTask):
         held = round(len(labels) * TEST_SHARE)
         chosen = order[:held] if split == "test" else order[held:]
         return TensorSet(pictures[chosen], labels[chosen])
-
-    def tune_settings(self) -> dict[str, Any]:
-        """Return settings for a few seconds of tuning after compression."""
-        return {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.003, "label_smoothing": 0.05}
 
 
 class DigitsNet(nn.Module):

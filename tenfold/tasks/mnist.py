@@ -29,6 +29,7 @@ class Mnist(InMemoryTask):
     variants: ClassVar[tuple[str, ...]] = ("mlp", "tt")
     input_shape: ClassVar[tuple[int, ...]] = (1, 28, 28)
     transform: ClassVar[Transform] = ImageTransform(mean=(0.1307,), std=(0.3081,))
+    tune_settings: ClassVar[dict[str, Any]] = {"epochs": 3, "batch_size": 128, "optimizer": "adamw", "lr": 0.001}
 
     def architecture(self) -> nn.Module:
         """Return the two layers that the variant names, with a ReLU between them."""
@@ -38,10 +39,6 @@ class Mnist(InMemoryTask):
         """Return the pictures as uint8 (samples, 1, 28, 28) and their labels 0..9."""
         where, source = self.data, "ylecun/mnist"
         return load_images("mnist", split, data=where, shape=self.input_shape, classes=10, source=source)
-
-    def tune_settings(self) -> dict[str, Any]:
-        """Return settings for a few epochs of tuning after compression."""
-        return {"epochs": 3, "batch_size": 128, "optimizer": "adamw", "lr": 0.001}
 
 
 class TwoLayers(nn.Module):

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from torch import Tensor
-
 from tenfold.errors import DataError
-from tenfold.tasks.base import Progress, SizedBatches, Task
+from tenfold.tasks.base import SizedBatches, Task
+
+
+def _refused(what: str) -> Callable[..., NoReturn]:
+    """Return a method that raises DataError: there are no labels."""
+
+    def refuse(self: Task, *_: Any, **__: Any) -> NoReturn:
+        msg = (
+            f"{self.id} is a model without labels: it cannot be {what}. Write a task with its data and score "
+            "(--task file.py:Class), or leave that to your own loop."
+        )
+        raise DataError(msg)
+
+    return refuse
 
 
 class ModelOnly(Task):
@@ -25,6 +37,7 @@ class ModelOnly(Task):
     """
 
     labelled: ClassVar[bool] = False
+    tune_settings: ClassVar[dict[str, Any]] = {"epochs": 0}
 
     def __init__(self, variant: str | None = None, *, data: Path | str | None = None, seed: int = 0) -> None:
         super().__init__(None, data=data, seed=seed)
@@ -51,45 +64,7 @@ class ModelOnly(Task):
             return 0
         return len(self.inputs_of(self.data, None, batch_size=1, seed=seed))
 
-    def tune_settings(self) -> dict[str, Any]:
-        """Return no epochs: there is nothing to train on."""
-        return {"epochs": 0}
-
-    def train_batches(
-        self, epoch: int, *, batch_size: int, seed: int, hold_out: bool = False
-    ) -> SizedBatches[tuple[Any, Tensor]]:
-        """Raise DataError: there are no labels."""
-        del epoch, batch_size, seed, hold_out
-        self._refuse("trained on labels")
-
-    def validation_batches(
-        self, samples: int | None = None, *, batch_size: int, seed: int = 0
-    ) -> SizedBatches[tuple[Any, Tensor]]:
-        """Raise DataError: there are no labels."""
-        del samples, batch_size, seed
-        self._refuse("validated")
-
-    def test_batches(self, samples: int | None = None, *, batch_size: int) -> SizedBatches[tuple[Any, Tensor]]:
-        """Raise DataError: there are no labels."""
-        del samples, batch_size
-        self._refuse("tested")
-
-    def evaluate(
-        self,
-        model: Any,
-        *,
-        split: str = "test",
-        limit: int | None = None,
-        batch_size: int = 125,
-        progress: Progress | None = None,
-    ) -> float:
-        """Raise DataError: there is no score."""
-        del model, split, limit, batch_size, progress
-        self._refuse("scored")
-
-    def _refuse(self, what: str) -> NoReturn:
-        msg = (
-            f"{self.id} is a model without labels: it cannot be {what}. Write a task with its data and score "
-            "(--task file.py:Class), or leave that to your own loop."
-        )
-        raise DataError(msg)
+    train_batches = _refused("trained on labels")
+    validation_batches = _refused("validated")
+    test_batches = _refused("tested")
+    evaluate = _refused("scored")

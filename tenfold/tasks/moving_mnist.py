@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import CheckpointError
 from tenfold.layers import TTGRU
 from tenfold.tasks.base import TASKS, seeded
 from tenfold.tasks.in_memory import InMemoryTask, Split, TensorSet, Transform
@@ -82,18 +81,12 @@ class MovingMnist(InMemoryTask):
     variants: ClassVar[tuple[str, ...]] = ("gru", "tt-gru")
     input_shape: ClassVar[tuple[int, ...]] = (FRAMES, SIDE**2)
     transform: ClassVar[Transform] = Films()
+    weights_hint: ClassVar[str] = "Train them: python -m benchmarks.moving_mnist.run. "
+    tune_settings: ClassVar[dict[str, Any]] = {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005}
 
     def architecture(self) -> nn.Module:
         """Return the GRU that the variant names, with a linear head on its last state."""
         return FilmClassifier(train=self.variant == "tt-gru")
-
-    def pretrained(self) -> nn.Module:
-        """Refuse: the weights come from a file."""
-        msg = (
-            f"{self.id} has no built-in weights. Train them with python -m benchmarks.moving_mnist.run, or pass a "
-            ".safetensors file with the state dict (weights=FILE, or --weights FILE)."
-        )
-        raise CheckpointError(msg)
 
     def read(self, split: Split) -> TensorSet:
         """Return digits with a first place and a speed, as uint8 (samples, 788), and their labels 0..9."""
@@ -102,10 +95,6 @@ class MovingMnist(InMemoryTask):
         generator = seeded(0, len(split))  # a constant: the films never change
         chosen = torch.randperm(len(every), generator=generator)[: SAMPLES[split]]
         return TensorSet(with_motion(every.inputs[chosen].flatten(1), generator), every.labels[chosen])
-
-    def tune_settings(self) -> dict[str, Any]:
-        """Return settings for tuning after compression."""
-        return {"epochs": 3, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005}
 
 
 class FilmClassifier(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import CheckpointError, DataError
+from tenfold.errors import DataError
 from tenfold.layers import TTEmbedding
 from tenfold.tasks.base import TASKS, seeded
 from tenfold.tasks.in_memory import InMemoryTask, Split, TensorSet, Transform
@@ -47,6 +47,14 @@ class Sst(InMemoryTask):
     variants: ClassVar[tuple[str, ...]] = tuple(f"{part}-{table}" for part in CLASSES for table in ("full", *TRAINS))
     input_shape: ClassVar[tuple[int, ...]] = (TYPICAL,)
     transform: ClassVar[Transform] = Sentences(lost=0.05)
+    weights_hint: ClassVar[str] = "Train them: python -m benchmarks.sst.run. "
+    tune_settings: ClassVar[dict[str, Any]] = {
+        "epochs": 1,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "lr": 0.0005,
+        "weight_decay": 0.01,
+    }
 
     @property
     def part(self) -> str:
@@ -68,14 +76,6 @@ class Sst(InMemoryTask):
         with torch.no_grad():
             table.weight.mul_(SPREAD)
         return table
-
-    def pretrained(self) -> nn.Module:
-        """Refuse: the weights come from a file."""
-        msg = (
-            f"{self.id} has no built-in weights. Train them with python -m benchmarks.sst.run, or pass a .safetensors "
-            "file with the state dict (weights=FILE, or --weights FILE)."
-        )
-        raise CheckpointError(msg)
 
     def example_inputs(self, batch_size: int = 1) -> Tensor:
         """Return seeded sentences of 20 words (batch_size, 20)."""
@@ -102,10 +102,6 @@ class Sst(InMemoryTask):
 
     def _sentences(self, split: str) -> list[Sentence]:
         return read_sentences(_find(self.data, f"stsa.{self.part}.{split}"), classes=CLASSES[self.part])
-
-    def tune_settings(self) -> dict[str, Any]:
-        """Return settings for tuning after compression."""
-        return {"epochs": 1, "batch_size": 64, "optimizer": "adamw", "lr": 0.0005, "weight_decay": 0.01}
 
 
 def _find(data: Path | None, name: str) -> Path:

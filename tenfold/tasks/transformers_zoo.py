@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.checkpoint.pretrained import CONFIG, MARK, architecture, build_dense, write_config
-from tenfold.errors import CheckpointError, DataError, ProfileError, TenfoldError, UnknownNameError, require
+from tenfold.errors import CheckpointError, DataError, ProfileError, TenfoldError, UnknownNameError, first_line, require
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
@@ -92,8 +92,7 @@ class HuggingFace(ModelOnly):
         except TenfoldError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            msg = f"{self.id} cannot be opened: {reason}"
+            msg = f"{self.id} cannot be opened: {first_line(error)}"
             raise CheckpointError(msg) from error
 
     def write_beside(self, model: nn.Module, folder: Path) -> None:

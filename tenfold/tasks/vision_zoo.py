@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, require
+from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, first_line, require
 from tenfold.registry import did_you_mean
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
@@ -64,8 +64,9 @@ class VisionZoo(ModelOnly):
         try:
             return self._made(trained=True)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            msg = f"no trained weights of {self.id} could be had ({reason}). Give --weights FILE (.safetensors)."
+            msg = (
+                f"no trained weights of {self.id} available ({first_line(error)}). Give --weights FILE (.safetensors)."
+            )
             raise CheckpointError(msg) from error
 
     def _made(self, *, trained: bool) -> nn.Module:
@@ -195,6 +196,6 @@ def _library(name: str) -> Any:
     except TenfoldError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        msg = f"{name.partition('.')[0]} is installed but does not import beside torch {torch.__version__}: {reason}"
+        library = name.partition(".")[0]
+        msg = f"{library} is installed but does not import beside torch {torch.__version__}: {first_line(error)}"
         raise TenfoldError(msg) from error

@@ -64,7 +64,7 @@ def check_bounds(trial: Trial) -> None:
 
     No approximation whose unfolding has rank r is nearer than that unfolding's best one (Eckart & Young 1936); cutting
     all unfoldings one after the other adds up their tails at most (De Lathauwer et al. 2000; Oseledets 2011). Formats
-    that say so (``tails_bound``) have no such upper bound.
+    that say so (``svd_bounds_error``) have no such upper bound.
     """
     spec = trial.at.spec
     weight = random_weight(spec, seed=3)
@@ -80,14 +80,14 @@ def check_bounds(trial: Trial) -> None:
             square = trial.fit(weight, rank).rel_error ** 2 * total
             slack = 1e-9 * total
             expect(square >= max(tails) * (1 - 1e-6) - slack, f"{square:.6g} is below the lower bound {max(tails):.6g}")
-            above = sum(tails) * (1 + SLACK) + slack if trial.format.tails_bound else total
+            above = sum(tails) * (1 + SLACK) + slack if trial.format.svd_bounds_error else total
             expect(square <= above, f"the squared error {square:.6g} is above the bound {sum(tails):.6g}")
 
 
 def check_recovery(trial: Trial) -> None:
     """Raise LawBroken unless a weight that has a rank is found at that rank, exactly, and at the next ones too.
 
-    At the next ones it is enough to come near where the factors are not determined (not ``tails_bound``). Where a
+    At the next ones it is enough to come near where the factors are not determined (not ``svd_bounds_error``). Where a
     format pads the weight there is nothing to find: what the factors had in the padding is not in the weight. Nor need
     algorithms that only start what others finish (``initializer_only``).
     """
@@ -105,7 +105,7 @@ def check_recovery(trial: Trial) -> None:
             with law(6, trial, rank, f"a {dtype} weight of rank {planted}"):
                 fit = trial.fit(weight, rank)
                 near = 2 * lowest_error(dtype)
-                if rank != planted and not trial.format.tails_bound:
+                if rank != planted and not trial.format.svd_bounds_error:
                     near = max(near, _SUPERFLUOUS)
                 expect(fit.rel_error <= near, f"relative error {fit.rel_error:.3g}")
 
@@ -113,7 +113,7 @@ def check_recovery(trial: Trial) -> None:
 def check_recompressed(trial: Trial) -> None:
     """Raise LawBroken unless factors are compressed further as well as the dense weight that they stand for.
 
-    Where the error depends on the start (not ``tails_bound``) it may be smaller, and a little larger.
+    Where the error depends on the start (not ``svd_bounds_error``) it may be smaller, and a little larger.
     """
     spec, name = trial.at.spec, trial.format.name()
     ranks = some_ranks(trial.format, spec)
@@ -126,7 +126,7 @@ def check_recompressed(trial: Trial) -> None:
             seen = rel_error(again.value.to_dense(), value.to_dense())
             expect(again.value.rank == rank, f"the factors have rank {again.value.rank}")
             expect(abs(seen - again.rel_error) <= 1e-7, f"the fit reports the error {again.rel_error}, it is {seen}")
-            local = not trial.format.tails_bound
+            local = not trial.format.svd_bounds_error
             worse = seen - direct.rel_error if local else abs(seen - direct.rel_error)
             same = worse <= (LOCAL_SLACK if local else SLACK) * direct.rel_error + 1e-7
             expect(same, f"relative error {seen:.6g}, from the dense weight {direct.rel_error:.6g}")
@@ -160,7 +160,7 @@ def check_batched(trial: Trial) -> None:
             alone = trial.fit(weight, rank)
             # Together they stop together, so each may be better than alone, but never worse. Sweeps that tell errors by
             # inner products see none below the root of rounding, and stop somewhere there.
-            least = 1e-9 if trial.format.tails_bound else 1e-7
+            least = 1e-9 if trial.format.svd_bounds_error else 1e-7
             most = alone.rel_error * (1 + SLACK) + least
             expect(fit.rel_error <= most, f"{fit.rel_error} > {alone.rel_error} alone")
 
@@ -241,12 +241,12 @@ def check_algorithm_laws(
     """Raise LawBroken unless an algorithm obeys one of ``ALGORITHM_LAWS`` on a format, wherever that serves.
 
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
-    formats that take many sweeps each time (not ``tails_bound``), only full rank is tried everywhere, and all else at
-    one geometry of each kind, number of axes, and grouping, as are the laws with data of all formats; algorithms that
-    say they are ``slow`` one of each kind and grouping.
+    formats that take many sweeps each time (not ``svd_bounds_error``), only full rank is tried everywhere, and all
+    else at one geometry of each kind, number of axes, and grouping, as are the laws with data of all formats;
+    algorithms that say they are ``slow`` one of each kind and grouping.
     """
     seen = set()
-    few = name in COVARIANCE_LAWS or (name != "exact" and not format.tails_bound)
+    few = name in COVARIANCE_LAWS or (name != "exact" and not format.svd_bounds_error)
     for at in served(format, geometries):
         kind = at.spec.groups > 1
         shape = kind if algorithm.slow else (at.spec.axes, kind) if few else at.spec.group_shape

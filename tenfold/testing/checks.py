@@ -31,10 +31,12 @@ def check_format(name: str) -> None:
     with law(1, name):
         default = DECOMPOSITIONS.get(kind.default_algorithm)
         expect(default in finders, f"the default algorithm {kind.default_algorithm} does not serve the format")
-        if kind.aware_algorithm is not None:
-            aware = DECOMPOSITIONS.get(kind.aware_algorithm)
+        if kind.data_aware_algorithm is not None:
+            aware = DECOMPOSITIONS.get(kind.data_aware_algorithm)
             knows = aware in finders and aware.uses_covariance
-            expect(knows, f"the algorithm {kind.aware_algorithm} does not serve the format, or does not know the data")
+            expect(
+                knows, f"the algorithm {kind.data_aware_algorithm} does not serve the format, or does not know the data"
+            )
     for finder in finders:
         for each in ALGORITHM_LAWS:
             check_algorithm_laws(finder(), kind, each)

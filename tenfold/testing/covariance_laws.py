@@ -82,7 +82,7 @@ def check_white(trial: Trial) -> None:
     with law(15, trial, rank, "white inputs"):
         plain = trial.fit(weight, rank)
         seen = decompose(weight, trial.format.name(), rank, trial.algorithm, spec=spec, moments=white)
-        slack = SLACK if trial.format.tails_bound else LOCAL_SLACK
+        slack = SLACK if trial.format.svd_bounds_error else LOCAL_SLACK
         most = plain.rel_error * (1 + slack) + 1e-4
         expect(seen.rel_error <= most, f"relative error {seen.rel_error:.6g}, without moments {plain.rel_error:.6g}")
 
@@ -120,7 +120,7 @@ def check_groups_apart(trial: Trial) -> None:
     if at is None:
         return
     missed, power = at.errors(_fit(trial, at))
-    slack = SLACK if trial.format.tails_bound else LOCAL_SLACK
+    slack = SLACK if trial.format.svd_bounds_error else LOCAL_SLACK
     for index in range(at.spec.groups):
         with law(15, trial, at.rank, f"group {index}"):
             own = at.group(index)

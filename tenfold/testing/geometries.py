@@ -103,4 +103,4 @@ GEOMETRIES: tuple[Geometry, ...] = (
 
 def served(format: type[Any], geometries: tuple[Geometry, ...] = GEOMETRIES) -> tuple[Geometry, ...]:
     """Return the geometries that a format does not refuse."""
-    return tuple(g for g in geometries if format.refuses(g.spec) is None)
+    return tuple(g for g in geometries if format.unsupported_reason(g.spec) is None)

@@ -58,7 +58,7 @@ def _problem(
     return RankProblem(
         path=name,
         spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
+        formats=tuple(f for f in formats if FORMATS.get(f).unsupported_reason(spec) is None),
         calls=(call,),
         cost=Cost(params=spec.num_params, macs=2 * spec.macs(shape)),
         load_weight=lambda: split_groups(weight, spec),

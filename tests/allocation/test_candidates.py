@@ -37,7 +37,7 @@ SPECS = {
 def problem_of(spec: LayerSpec, *, current: tuple[str, Rank] | None = None, seed: int = 0) -> RankProblem:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(spec.group_shape, generator=g)
-    formats = tuple(n for n in ("tucker2", "low_rank", "spatial") if FORMATS.get(n).refuses(spec) is None)
+    formats = tuple(n for n in ("tucker2", "low_rank", "spatial") if FORMATS.get(n).unsupported_reason(spec) is None)
     match spec.kind:
         case "linear":
             shapes = [(2, 7, spec.in_channels), (5, spec.in_channels)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tenfold.ranks import Choose, Keep, RankProblem, rule_from, total_cost
-from tenfold.ranks.evbmf import EVBMF, evbmf, unfolding_columns
+from tenfold.tensors.vbmf import EVBMF, evbmf, unfolding_columns
 from torch import Tensor
 
 from tenfold.errors import BudgetError, TenfoldError, WeightError

@@ -11,7 +11,7 @@ from tenfold.ranks import Choose, Keep, RankProblem, check_patterns, first_match
 from tenfold.ranks.candidates import grids
 from tenfold.ranks.energy import Energy
 from tenfold.ranks.error_bound import ErrorBound
-from tenfold.ranks.fixed import Fixed
+from tenfold.allocation.rules.fixed import Fixed
 from tenfold.ranks.ratio import Ratio
 
 from tenfold.errors import BudgetError, PlanError, RankError, TenfoldError, UnknownNameError
@@ -31,7 +31,7 @@ def problem(out, inner, k=3, formats=("tucker2", "low_rank"), weight=None, path=
     return RankProblem(
         path=path,
         spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).refuses(spec) is None),
+        formats=tuple(f for f in formats if FORMATS.get(f).unsupported_reason(spec) is None),
         calls=(Call(in_shape=shape),),
         cost=Cost(params=spec.num_params, macs=spec.macs(shape)),
         load_weight=lambda: split_groups(weight, spec),

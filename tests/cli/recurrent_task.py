@@ -26,6 +26,7 @@ class Series(InMemoryTask):
     """Series of five steps, told apart by their sum."""
 
     name: ClassVar[str] = "series"
+    tune_settings: ClassVar = {"epochs": 1, "batch_size": 40, "lr": 0.05}
     input_shape: ClassVar[tuple[int, ...]] = (5, 12)
 
     def architecture(self) -> nn.Module:
@@ -37,6 +38,3 @@ class Series(InMemoryTask):
     def read(self, split: str) -> TensorSet:
         inputs = torch.randn({"train": 120, "test": 40}[split], 5, 12, generator=torch.Generator().manual_seed(1))
         return TensorSet(inputs, inputs.sum(1)[:, :3].argmax(1))
-
-    def tune_settings(self) -> dict[str, object]:
-        return {"epochs": 1, "batch_size": 40, "lr": 0.05}

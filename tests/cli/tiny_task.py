@@ -21,6 +21,7 @@ class Tiny(InMemoryTask):
     """
 
     name: ClassVar[str] = "tiny"
+    tune_settings: ClassVar = {"epochs": 3, "batch_size": 40, "lr": 0.05}
     variants: ClassVar[tuple[str, ...]] = ("plain", "empty", "killed", "interrupted", "broken")
     input_shape: ClassVar[tuple[int, ...]] = (8,)
 
@@ -41,9 +42,6 @@ class Tiny(InMemoryTask):
         if epoch == 1 and not hold_out and Path("armed").exists():
             self._go_wrong()
         return super().train_batches(epoch, batch_size=batch_size, seed=seed, hold_out=hold_out)
-
-    def tune_settings(self) -> dict[str, object]:
-        return {"epochs": 3, "batch_size": 40, "lr": 0.05}
 
     def _go_wrong(self) -> None:
         match self.variant:

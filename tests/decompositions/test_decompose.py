@@ -230,4 +230,4 @@ def test_defaults_serve_their_format(format: str) -> None:
     kind = FORMATS.get(format)
     for aware in (False, True):
         assert default_algorithm(format, data_aware=aware).supports(kind)
-    assert kind.aware_algorithm is None or default_algorithm(format, data_aware=True).uses_covariance
+    assert kind.data_aware_algorithm is None or default_algorithm(format, data_aware=True).uses_covariance

@@ -79,8 +79,8 @@ def test_full_channels_are_the_dense_layer_whatever_the_number_of_blocks():
 
 
 def test_layers_that_blocks_do_not_serve_are_refused_with_the_reason():
-    assert "one product of two" in BlockTerm.refuses(LayerSpec(kind="linear", in_channels=8, out_channels=8))
-    assert "one channel" in BlockTerm.refuses(SPEC.replace(in_channels=1))
+    assert "one product of two" in BlockTerm.unsupported_reason(LayerSpec(kind="linear", in_channels=8, out_channels=8))
+    assert "one channel" in BlockTerm.unsupported_reason(SPEC.replace(in_channels=1))
 
 
 def test_factors_are_recompressed_within_their_frames():

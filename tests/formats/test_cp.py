@@ -59,12 +59,12 @@ def test_the_dense_weight_is_that_of_tensorly(name: str) -> None:
     ],
 )
 def test_layers_without_kernel_or_channels_are_refused(name: str, layer: LayerSpec, reason: str) -> None:
-    assert reason in (FORMATS.get(name).refuses(layer) or "")
+    assert reason in (FORMATS.get(name).unsupported_reason(layer) or "")
 
 
 def test_cp4_refuses_kernels_along_one_axis() -> None:
-    assert "cp3 serves" in (FORMATS.get("cp4").refuses(spec(kernel=(1, 5), padding=(0, 2))) or "")
-    assert FORMATS.get("cp3").refuses(spec(kernel=(1, 5), padding=(0, 2))) is None
+    assert "cp3 serves" in (FORMATS.get("cp4").unsupported_reason(spec(kernel=(1, 5), padding=(0, 2))) or "")
+    assert FORMATS.get("cp3").unsupported_reason(spec(kernel=(1, 5), padding=(0, 2))) is None
 
 
 def test_full_rank_is_the_least_product_of_all_modes_but_one_and_the_family_stops_where_the_layer_grows() -> None:

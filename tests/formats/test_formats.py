@@ -71,7 +71,7 @@ def test_only_the_stage_with_the_kernel_has_stride_and_padding():
     ],
 )
 def test_refusals_tell_why(format, spec, reason):
-    assert reason in format.refuses(spec)
+    assert reason in format.unsupported_reason(spec)
 
 
 def test_impossible_ranks_say_what_is_allowed():

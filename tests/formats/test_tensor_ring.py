@@ -108,14 +108,14 @@ def test_the_order_of_the_convolutions_is_the_cheapest():
     ],
 )
 def test_layers_that_no_ring_serves_are_refused_with_the_reason(spec, reason):
-    assert reason in TensorRing.refuses(spec)
+    assert reason in TensorRing.unsupported_reason(spec)
 
 
 @pytest.mark.parametrize("spec", [LayerSpec(kind="conv", in_channels=64, out_channels=48, kernel=(3, 3)), LINEAR])
 @pytest.mark.parametrize("format", ["tensor_ring", "block_term"])
 def test_candidates_have_several_rings_with_exact_costs(format, spec):
     kind = FORMATS.get(format)
-    if kind.refuses(spec) is not None:
+    if kind.unsupported_reason(spec) is not None:
         return
     shape = (1, spec.in_channels, 8, 8) if spec.axes else (1, spec.in_channels)
     call = Call(in_shape=shape, out_shape=spec.out_shape(shape), count=1)

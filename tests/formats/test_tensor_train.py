@@ -217,7 +217,7 @@ def test_a_few_fits_tell_the_distortion_of_all_ranks(format, monkeypatch):
         return decompose(*args, **kwargs)
 
     monkeypatch.setattr(curves, "decompose", counted)
-    grid = [list(rank.values()) for rank in kind.rank_grid(spec, lambda full: range(1, full + 1))]
+    grid = kind.rank_grid(spec, lambda full: range(1, full + 1)).tolist()
     found = error_curve(weight[None], spec, kind, moments)(np.array(grid))
     assert len(fits) == 5
     assert found[grid.index(list(kind.max_rank(spec).values()))] < 1e-6 * found.max()

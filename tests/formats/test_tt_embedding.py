@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tenfold.planning.gate import neutral_layer
+from tenfold.planning.layer_bench import neutral_layer
 from torch import nn
 
 from tenfold import apply, plan, profile, rule_from

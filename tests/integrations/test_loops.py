@@ -17,9 +17,12 @@ from tenfold.integrations.lightning import LowRankCallback, StagesCallback
 from tenfold.integrations.live import LivePull, LiveStages
 from tenfold.iterative import Schedule
 from tenfold.layers import FactorizedLayer
+from tenfold.records import Recipe
+from tenfold.runtime import Runtime
 from tenfold.training import AdmmConfig
 
-SCHEDULE = Schedule(rounds=2, epochs=2, budget={"macs": 0.25}, keep_ends=False)
+RECIPE = Recipe.of({"budget": {"macs": 0.25}, "keep_ends": False})
+SCHEDULE = Schedule(rounds=2, epochs=2)
 
 
 class Written:
@@ -37,7 +40,7 @@ def network() -> nn.Sequential:
 
 
 def start(model: nn.Module) -> Any:
-    return tenfold.stages(model, torch.zeros(1, 32), SCHEDULE)
+    return tenfold.stages(model, torch.zeros(1, 32), RECIPE, SCHEDULE)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -82,7 +85,7 @@ def test_stages_in_place_keep_model_and_optimizer_together() -> None:
 def test_stages_in_place_are_those_of_the_generator() -> None:
     net, x = network(), torch.randn(64, 32)
     y = net(x).detach() + torch.randn(64, 32)
-    wanted = tenfold.stages(net, torch.zeros(1, 32), SCHEDULE)
+    wanted = tenfold.stages(net, torch.zeros(1, 32), RECIPE, SCHEDULE)
     try:
         stage = next(wanted)
         while True:
@@ -103,7 +106,9 @@ def test_stages_in_place_are_those_of_the_generator() -> None:
 
 
 def test_what_stages_in_place_cannot_do_is_refused(tmp_path: Path) -> None:
-    stored = LiveStages(lambda model: tenfold.stages(model, torch.zeros(1, 32), SCHEDULE, folder=tmp_path))
+    stored = LiveStages(
+        lambda model: tenfold.stages(model, torch.zeros(1, 32), RECIPE, SCHEDULE, runtime=Runtime(folder=tmp_path))
+    )
     with pytest.raises(TuningError, match="cannot be resumed from a folder"):
         stored.begin(network(), [])
     alone = nn.Linear(32, 32)
@@ -166,7 +171,8 @@ def test_the_trainer_of_transformers_compresses_while_it_trains(tmp_path: Path) 
     model = transformers.BertForSequenceClassification(config)
     data = [{"input_ids": torch.randint(0, 50, (8,)), "labels": torch.tensor(i % 2)} for i in range(16)]
     example = {"input_ids": torch.zeros(1, 8).long()}
-    schedule = Schedule(rounds=2, epochs=1, budget={"params": 0.8}, formats=("low_rank",), keep=("re:.*embeddings.*",))
+    recipe = Recipe.of({"budget": {"params": 0.8}, "formats": "low_rank", "keep": "re:.*embeddings.*"})
+    schedule = Schedule(rounds=2, epochs=1)
     dense = sum(p.numel() for p in model.parameters())
     plan = tenfold.plan(
         model,
@@ -183,7 +189,7 @@ def test_the_trainer_of_transformers_compresses_while_it_trains(tmp_path: Path) 
 
     run(1, Pull(pull))
     assert told == [1]
-    live = LiveStages(lambda model: tenfold.stages(model, example, schedule))
+    live = LiveStages(lambda model: tenfold.stages(model, example, recipe, schedule))
     run(2, Stages(live))
     assert live.result is not None
     assert sum(p.numel() for p in model.parameters()) <= 0.8 * dense

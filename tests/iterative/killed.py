@@ -12,11 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tenfold.iterative import Schedule, run_stages
+from tenfold.iterative import Training, compress_iteratively
+from tenfold.runtime import Runtime
 from tenfold.training import TuneConfig
-from tests.iterative.small import Batch, batches, cnn, images
+from tests.iterative.small import Batch, batches, both, cnn, images
 
-SCHEDULE = Schedule(
+HOW = both(
     rounds=2,
     path="rule",
     rule={"name": "ratio", "share": 0.6},
@@ -45,9 +46,8 @@ class Deadly:
 
 def main(folder: str, epoch: int, step: int) -> None:
     torch.set_num_threads(1)
-    run_stages(
-        cnn(), images()[0][:1], SCHEDULE, tune=CONFIG, batches=lambda now: Deadly(now, (epoch, step)), folder=folder
-    )
+    tune = Training(lambda now: Deadly(now, (epoch, step)), CONFIG)
+    compress_iteratively(cnn(), images()[0][:1], *HOW, tune=tune, runtime=Runtime(folder=folder))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from tenfold.iterative import Schedule
+from tenfold.records import Recipe
+
 Batch = tuple[Tensor, Tensor]
+
+
+def both(**fields: Any) -> tuple[Recipe, Schedule]:
+    """Return a recipe and a schedule, each with its own of the fields."""
+    scheduled = {name: fields.pop(name) for name in Schedule.model_fields if name in fields}
+    return Recipe.of(fields), Schedule.of(scheduled)
 
 
 def cnn() -> nn.Sequential:

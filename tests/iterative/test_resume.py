@@ -15,11 +15,12 @@ from torch import nn
 
 from tenfold import checkpoint
 from tenfold.errors import CheckpointError
-from tenfold.iterative import Schedule, Stage, folder, run_stages, stages
+from tenfold.iterative import Stage, Training, compress_iteratively, folder, stages
 from tenfold.pipeline import Compressed
+from tenfold.runtime import Runtime
 from tenfold.training import TuneConfig
-from tests.iterative.killed import CONFIG, SCHEDULE
-from tests.iterative.small import accuracy, batches, cnn, images, unlabeled
+from tests.iterative.killed import CONFIG, HOW
+from tests.iterative.small import accuracy, batches, both, cnn, images, unlabeled
 
 ONE = images()[0][:1]
 SCRIPT = Path(__file__).parent / "killed.py"
@@ -30,9 +31,13 @@ class Crash(Exception):  # noqa: N818 - as a power cut is none
     pass
 
 
+RECIPE, SCHEDULE = HOW
+
+
 def go(run: Path | None, **choices: Any) -> Compressed:
-    given: dict[str, Any] = {"tune": CONFIG, "batches": batches, "folder": run}
-    return run_stages(cnn(), ONE, choices.pop("schedule", SCHEDULE), **(given | choices))
+    recipe, schedule = choices.pop("recipe", RECIPE), choices.pop("schedule", SCHEDULE)
+    choices = {"tune": Training(batches, choices.pop("config", CONFIG)), **choices}
+    return compress_iteratively(cnn(), ONE, recipe, schedule, runtime=Runtime(folder=run), **choices)
 
 
 def weights(run: Path) -> list[bytes]:
@@ -76,7 +81,7 @@ def test_a_run_that_is_finished_returns_at_once(whole: Path) -> None:
     def never(epoch: int) -> Any:
         raise AssertionError(epoch)
 
-    result = go(whole, batches=never)
+    result = go(whole, tune=Training(never, CONFIG))
     assert weights(whole) == before
     assert len(result.record.stages) == 3
 
@@ -119,10 +124,10 @@ def test_a_crash_around_any_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(folder, name, disk.guard(getattr(folder, name)))
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.zeros(1, 16)
-    schedule = Schedule(rounds=2, path="rule", rule={"name": "ratio", "share": 0.6}, formats=["low_rank"], epochs=0)
+    how = both(rounds=2, path="rule", rule={"name": "ratio", "share": 0.6}, formats=["low_rank"], epochs=0)
 
     def walk(run: Path) -> dict[str, bytes]:
-        for stage in stages(net, x, schedule, folder=run):
+        for stage in stages(net, x, *how, runtime=Runtime(folder=run)):
             with torch.no_grad():
                 next(stage.model.parameters()).mul_(1.5)
         return {p.name: (p / "model.safetensors").read_bytes() for p in sorted(run.glob("stage-*"))}
@@ -142,13 +147,17 @@ def test_a_crash_around_any_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_loop_of_ones_own_gets_the_stage_again_from_its_start(tmp_path: Path) -> None:
     first: dict[str, torch.Tensor] = {}
-    for stage in stages(cnn(), ONE, SCHEDULE, folder=tmp_path / "run", data=unlabeled(), evaluate=accuracy):
+    for stage in stages(
+        cnn(), ONE, *HOW, runtime=Runtime(folder=tmp_path / "run"), data=unlabeled(), evaluate=accuracy
+    ):
         if stage.index == 2:
             first = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
             with torch.no_grad():
                 next(stage.model.parameters()).zero_()  # half a training, and out of the loop
             break
-    again = next(stages(cnn(), ONE, SCHEDULE, folder=tmp_path / "run", data=unlabeled(), evaluate=accuracy))
+    again = next(
+        stages(cnn(), ONE, *HOW, runtime=Runtime(folder=tmp_path / "run"), data=unlabeled(), evaluate=accuracy)
+    )
     assert again.index == 2
     assert all(torch.equal(first[name], tensor) for name, tensor in again.model.state_dict().items())
     assert set(again.record.scores) == {"compressed"}
@@ -164,11 +173,14 @@ def test_a_damaged_pointer_is_put_right(whole: Path) -> None:
     ("changes", "words"),
     [
         ({"schedule": SCHEDULE.replace(epochs=3)}, "epochs is 2 there and 3 here"),
-        ({"schedule": SCHEDULE.replace(rule="evbmf")}, "rule is"),
-        ({"tune": TuneConfig(lr=0.5)}, "the identity is"),
+        ({"recipe": RECIPE.replace(rule="evbmf")}, "rule"),
+        ({"config": TuneConfig(lr=0.5)}, "the identity is"),
         ({"data": unlabeled()}, "its calibration data are others"),
-        ({"seed": 3}, "seed is 0 there and 3 here"),
-        ({"use_data": "norms"}, "use_data is sequential there and norms here"),
+        ({"recipe": RECIPE.replace(seed=3)}, "seed is 0 there and 3 here"),
+        (
+            {"recipe": RECIPE.replace(calibration={"method": "batchnorm"})},
+            "calibration is",
+        ),
     ],
 )
 def test_the_folder_of_another_run_is_refused(whole: Path, changes: dict[str, Any], words: str) -> None:
@@ -183,30 +195,30 @@ def test_other_weights_are_another_run(whole: Path) -> None:
     with torch.no_grad():
         net[0].bias[0] += 1
     with pytest.raises(CheckpointError, match="it started from other weights"):
-        next(stages(net, ONE, SCHEDULE, folder=whole))
+        next(stages(net, ONE, *HOW, runtime=Runtime(folder=whole)))
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(CheckpointError, match=r"holds other files, such as holiday\.jpg"):
-        stages(cnn(), ONE, SCHEDULE, folder=tmp_path)
+        stages(cnn(), ONE, *HOW, runtime=Runtime(folder=tmp_path))
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write stages"):
-        stages(cnn(), ONE, SCHEDULE, folder=tmp_path / "file")
+        stages(cnn(), ONE, *HOW, runtime=Runtime(folder=tmp_path / "file"))
 
 
 def test_a_run_file_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"version": 1}')
+    (tmp_path / "run.json").write_text('{"version": 2}')
     with pytest.raises(CheckpointError, match="not a valid Run"):
-        stages(cnn(), ONE, SCHEDULE, folder=tmp_path)
+        stages(cnn(), ONE, *HOW, runtime=Runtime(folder=tmp_path))
 
 
 def test_a_damaged_stage_is_not_passed_over(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    go(run, schedule=Schedule(**SCHEDULE.model_dump()))
+    go(run)
     file = run / "stage-0003" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(CheckpointError, match="damaged"):
@@ -215,7 +227,7 @@ def test_a_damaged_stage_is_not_passed_over(whole: Path, tmp_path: Path) -> None
 
 def test_stages_know_where_their_training_may_write(tmp_path: Path) -> None:
     seen: list[Stage] = []
-    for stage in stages(cnn(), ONE, SCHEDULE, folder=tmp_path / "run"):
+    for stage in stages(cnn(), ONE, *HOW, runtime=Runtime(folder=tmp_path / "run")):
         assert stage.folder is not None
         stage.folder.mkdir(parents=True)
         (stage.folder / "own").touch()

@@ -10,17 +10,19 @@ import torch
 from torch import nn
 
 import tenfold
-from tenfold.errors import BudgetError, DataError, PlanError, TuningError, UnknownNameError
-from tenfold.iterative import Schedule, Stage, run_stages, stages
+from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TuningError
+from tenfold.iterative import Schedule, Stage, Training, compress_iteratively, musco, stages
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
 from tenfold.profiling import profile
+from tenfold.records import Recipe
 from tenfold.training import TuneConfig
-from tests.iterative.small import accuracy, batches, cnn, images, unlabeled
+from tests.iterative.small import accuracy, batches, both, cnn, images, unlabeled
 
 X = images()[0]
 ONE = X[:1]
-SHALLOW = Schedule(rounds=3, budget={"macs": 0.4}, epochs=1)
+SHALLOW = both(rounds=3, budget={"macs": 0.4}, epochs=1)
+RECIPE, SCHEDULE = SHALLOW
 CONFIG = TuneConfig(lr=0.02)
 
 
@@ -34,9 +36,9 @@ def low_rank_net() -> nn.Sequential:
     return net
 
 
-def walk(model: nn.Module, schedule: Schedule | dict[str, Any], **choices: Any) -> list[Stage]:
+def walk(model: nn.Module, how: tuple[Recipe, Schedule], **choices: Any) -> list[Stage]:
     inputs = choices.pop("inputs", ONE)
-    return list(stages(model, inputs, schedule, **choices))
+    return list(stages(model, inputs, *how, **choices))
 
 
 def ranks(model: nn.Module) -> dict[str, Any]:
@@ -50,14 +52,14 @@ def test_each_stage_meets_its_limit_and_the_last_the_target() -> None:
     assert [s.index for s in found] == [1, 2, 3]
     for stage in found:
         assert profile(stage.model, ONE).cost == stage.record.after == stage.plan.after == stage.whole.after
-        assert stage.record.after.macs <= SHALLOW.limits(stage.index, whole)["macs"]
+        assert stage.record.after.macs <= SCHEDULE.limits(stage.index, RECIPE.budget, whole)["macs"]
     assert [s.record.before for s in found] == [whole, *(s.record.after for s in found[:-1])]
 
 
 def test_the_given_model_stays_as_it_is() -> None:
     net = cnn()
     state = copy.deepcopy(net.state_dict())
-    for stage in stages(net, ONE, SHALLOW, data=unlabeled()):
+    for stage in stages(net, ONE, *SHALLOW, data=unlabeled()):
         for parameter in stage.model.parameters():
             parameter.data.zero_()
         stage.model.train()
@@ -68,8 +70,8 @@ def test_the_given_model_stays_as_it_is() -> None:
 def test_a_stage_starts_from_the_weights_as_trained_in_the_one_before() -> None:
     """With every factor doubled in one place, the next stage compresses twice the weight, and not the original one."""
     net = low_rank_net()
-    schedule = Schedule(rounds=2, path="rule", rule={"name": "ratio", "share": 0.25, "of": "params"}, keep_ends=False)
-    run = stages(net, X[:1, 0, 0].new_zeros(1, 64), schedule)
+    how = both(rounds=2, path="rule", rule={"name": "ratio", "share": 0.25, "of": "params"}, keep_ends=False)
+    run = stages(net, X[:1, 0, 0].new_zeros(1, 64), *how)
     first = next(run)
     with torch.no_grad():
         for layer in first.model:
@@ -81,7 +83,7 @@ def test_a_stage_starts_from_the_weights_as_trained_in_the_one_before() -> None:
 
 
 def test_gradients_and_modes_of_the_training_are_not_handed_on() -> None:
-    for stage in stages(cnn(), ONE, SHALLOW):
+    for stage in stages(cnn(), ONE, *SHALLOW):
         assert not any(m.training for m in stage.model.modules())
         assert all(p.grad is None for p in stage.model.parameters())
         stage.model.train()(X).sum().backward()
@@ -98,10 +100,8 @@ def test_the_whole_plan_is_all_stages_in_one_step() -> None:
 
 
 def test_few_layers_at_a_time_visit_each_once_in_a_round() -> None:
-    schedule = Schedule(
-        rounds=2, path="rule", rule={"name": "ratio", "share": 0.6}, layers_per_stage=2, keep_ends=False
-    )
-    found = walk(low_rank_net(), schedule, inputs=torch.zeros(1, 64))
+    how = both(rounds=2, path="rule", rule={"name": "ratio", "share": 0.6}, layers_per_stage=2, keep_ends=False)
+    found = walk(low_rank_net(), how, inputs=torch.zeros(1, 64))
     assert [(s.record.round, list(s.record.layers)) for s in found] == [
         (1, ["0", "1"]),
         (1, ["2", "3"]),
@@ -115,7 +115,7 @@ def test_few_layers_at_a_time_visit_each_once_in_a_round() -> None:
 @pytest.mark.parametrize(("order", "expected"), [("front", "0123"), ("back", "3210"), ("cost", "2013")])
 def test_order(order: Any, expected: str) -> None:
     net = nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 48), nn.Linear(48, 90), nn.Linear(90, 20))
-    schedule = Schedule(
+    how = both(
         rounds=1,
         path="rule",
         rule={"name": "ratio", "share": 0.5},
@@ -124,13 +124,13 @@ def test_order(order: Any, expected: str) -> None:
         order=order,
         keep_ends=False,
     )
-    found = walk(net, schedule, inputs=torch.zeros(1, 64))
+    found = walk(net, how, inputs=torch.zeros(1, 64))
     assert "".join(path for s in found for path in s.record.layers) == expected
 
 
 def test_few_layers_at_a_time_meet_the_budget_too() -> None:
     net = cnn()
-    found = walk(net, Schedule(rounds=2, budget={"macs": 0.4}, layers_per_stage=1))
+    found = walk(net, both(rounds=2, budget={"macs": 0.4}, layers_per_stage=1))
     whole = profile(net, ONE).cost
     assert all(len(s.record.layers) == 1 for s in found)
     assert found[-1].record.after.macs <= 0.4 * whole.macs
@@ -140,29 +140,27 @@ def test_few_layers_at_a_time_meet_the_budget_too() -> None:
 
 
 def test_ends_when_ranks_no_longer_change() -> None:
-    schedule = Schedule(
-        rounds=50, path="rule", rule={"name": "evbmf", "weaken": 0.8, "min_rank": 2}, formats=["low_rank"]
-    )
-    found = walk(low_rank_net(), schedule, inputs=torch.zeros(1, 64))
+    how = both(rounds=50, path="rule", rule={"name": "evbmf", "weaken": 0.8, "min_rank": 2}, formats=["low_rank"])
+    found = walk(low_rank_net(), how, inputs=torch.zeros(1, 64))
     assert 2 <= len(found) < 20
     for stage in found:
         for layer in stage.record.layers.values():
             assert layer.rank["rank"] >= 6 or layer.was_rank is not None
     with pytest.raises(PlanError, match="nothing is to be done"):
-        next(stages(found[-1].model, torch.zeros(1, 64), schedule))
+        next(stages(found[-1].model, torch.zeros(1, 64), *how))
 
 
 def test_ends_when_the_target_is_met_before_the_rounds_are_over() -> None:
-    schedule = Schedule(rounds=20, budget={"macs": 0.4}, path="rule", rule={"name": "ratio", "share": 0.7})
+    how = both(rounds=20, budget={"macs": 0.4}, path="rule", rule={"name": "ratio", "share": 0.7})
     net = low_rank_net()
-    found = walk(net, schedule, inputs=torch.zeros(1, 64))
+    found = walk(net, how, inputs=torch.zeros(1, 64))
     shares = [s.record.after.macs / profile(net, torch.zeros(1, 64)).macs for s in found]
     assert shares[-1] <= 0.4
     assert all(share > 0.4 for share in shares[:-1])
 
 
 def test_a_final_stage_trains_only() -> None:
-    found = walk(cnn(), SHALLOW.replace(final_epochs=7))
+    found = walk(cnn(), (RECIPE, SCHEDULE.replace(final_epochs=7)))
     last = found[-1]
     assert [s.final for s in found] == [False, False, False, True]
     assert [s.epochs for s in found] == [1, 1, 1, 7]
@@ -174,7 +172,7 @@ def test_a_final_stage_trains_only() -> None:
 
 def test_a_loop_of_ones_own() -> None:
     seen = []
-    run = stages(cnn(), ONE, SHALLOW, data=unlabeled(), evaluate=accuracy)
+    run = stages(cnn(), ONE, *SHALLOW, data=unlabeled(), evaluate=accuracy)
     for stage in run:
         optimizer = torch.optim.SGD(stage.model.train().parameters(), lr=0.05)
         for x, y in batches(stage.index):
@@ -188,9 +186,8 @@ def test_a_loop_of_ones_own() -> None:
 def test_the_outcome_is_that_of_compress() -> None:
     net = cnn()
     sent = []
-    result = run_stages(
-        net, ONE, SHALLOW, tune=CONFIG, batches=batches, data=unlabeled(), evaluate=accuracy, on_stage=sent.append
-    )
+    tune = Training(batches, CONFIG, on_stage=sent.append)
+    result = compress_iteratively(net, ONE, *SHALLOW, tune=tune, data=unlabeled(), evaluate=accuracy)
     assert isinstance(result, Compressed)
     record = result.record
     assert [s.scores.keys() for s in record.stages] == [{"compressed", "tuned"}] * 3
@@ -211,13 +208,15 @@ def test_shuffles_go_on_from_stage_to_stage() -> None:
         asked.append(epoch)
         return batches(epoch)
 
-    run_stages(cnn(), ONE, SHALLOW.replace(epochs=2, final_epochs=1), tune=CONFIG, batches=counted)
+    schedule = SCHEDULE.replace(epochs=2, final_epochs=1)
+    compress_iteratively(cnn(), ONE, RECIPE, schedule, tune=Training(counted, CONFIG))
     assert sorted(set(asked)) == list(range(7))
 
 
 def test_batch_norm_is_estimated_anew_where_layers_were_not_fitted_to_data() -> None:
-    stage = next(stages(cnn(), ONE, SHALLOW, data=unlabeled(), use_data="norms"))
-    kept = next(stages(cnn(), ONE, SHALLOW))
+    recipe = RECIPE.replace(calibration={"method": "batchnorm"})
+    stage = next(stages(cnn(), ONE, recipe, SCHEDULE, data=unlabeled()))
+    kept = next(stages(cnn(), ONE, *SHALLOW))
     fresh = copy.deepcopy(kept.model)
     tenfold.reestimate_batchnorm_(fresh, unlabeled())
     assert ranks(stage.model) == ranks(kept.model)
@@ -232,9 +231,8 @@ def test_fits_of_later_stages_meet_the_outputs_of(fit_to: Any, near: int) -> Non
     """Trained away from the original in between, the last layer is fitted to the one or to the other."""
     x = torch.randn(400, 64, generator=torch.Generator().manual_seed(4))
     net = low_rank_net()[:1]
-    schedule = Schedule(rounds=2, path="rule", rule={"name": "fixed", "ranks": {"0": 8}}, formats=["low_rank"])
-    schedule = schedule.replace(rule=({"name": "fixed", "ranks": {"0": 8}}, {"name": "fixed", "ranks": {"0": 7}}))
-    run = stages(net, x[:1], schedule, data=[x], fit_to=fit_to)
+    rules = ({"name": "fixed", "ranks": {"0": 8}}, {"name": "fixed", "ranks": {"0": 7}})
+    run = stages(net, x[:1], *both(rounds=2, path="rule", rules=rules, formats=["low_rank"], fit_to=fit_to), data=[x])
     first = next(run)
     with torch.no_grad():
         next(first.model.parameters()).add_(0.3 * torch.randn(8, 64))
@@ -247,9 +245,10 @@ def test_fits_of_later_stages_meet_the_outputs_of(fit_to: Any, near: int) -> Non
 
 def test_musco_stage_by_stage() -> None:
     """Each stage takes the published way down: R - 0.8 (R - R_evbmf) from the ranks that the layer has now."""
+    recipe, schedule = musco(nglobal_compress_iters=2, min_rank=2)
     found = walk(
         low_rank_net(),
-        Schedule.musco(nglobal_compress_iters=2, min_rank=2).replace(keep_ends=False),
+        (recipe.replace(keep_ends=False), schedule),
         inputs=torch.zeros(1, 64),
     )
     first = found[0].record.layers["1"]
@@ -264,28 +263,27 @@ def test_musco_stage_by_stage() -> None:
     [
         ({"budget": {"macs": 0.001}}, BudgetError, "the target of the schedule is out of reach"),
         ({"budget": {"macs": 1.0}}, PlanError, "within the budget as it is"),
-        ({"budget": {"macs": 0.5}, "rounds": -1}, TuningError, "this schedule cannot be"),
+        ({"budget": {"macs": 0.5}, "rounds": -1}, TuningError, "invalid schedule"),
         ({"path": "rule", "rule": {"name": "ratio", "share": 1.0}}, PlanError, "all of the layer was asked for"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_stage(schedule: Any, kind: Any, words: str) -> None:
     with pytest.raises(kind, match=words):
-        next(stages(cnn(), ONE, schedule))
+        next(stages(cnn(), ONE, *both(**schedule)))
 
 
-def test_a_config_needs_batches() -> None:
-    with pytest.raises(TuningError, match="pass batches="):
-        run_stages(cnn(), ONE, SHALLOW, tune=CONFIG)
+def test_data_without_a_batch_are_refused_at_the_call() -> None:
+    with pytest.raises(DataError, match="hold no batch|no calibration batches"):
+        stages(cnn(), ONE, *SHALLOW, data=iter(()))
 
 
 @pytest.mark.parametrize(
-    ("choices", "kind", "words"),
+    ("fields", "kind", "words"),
     [
-        ({"data": iter(())}, DataError, "hold no batch"),
-        ({"use_data": "layer"}, UnknownNameError, r"use_data='layer' must be .* Did you mean layers\?"),
-        ({"fit_to": "orignal"}, UnknownNameError, r"fit_to='orignal' must be .* Did you mean original\?"),
+        ({"calibration": {"method": "layer"}}, RecipeError, "calibration.method"),
+        ({"fit_to": "orignal"}, TuningError, "fit_to"),
     ],
 )
-def test_choices_that_cannot_be_are_said_at_the_call(choices: dict[str, Any], kind: Any, words: str) -> None:
+def test_choices_that_do_not_exist_are_refused(fields: dict[str, Any], kind: Any, words: str) -> None:
     with pytest.raises(kind, match=words):
-        stages(cnn(), ONE, SHALLOW, **choices)
+        both(**fields)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tenfold.planning.candidates import fronts
-from tenfold.planning.fast import with_structure
+from tenfold.planning.latency_budget import with_structure
 from tenfold.ranks import rule_from
 from torch import nn
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tenfold.planning.fast import with_structure
-from tenfold.planning.gate import neutral_layer, together
+from tenfold.planning.latency_budget import with_structure
+from tenfold.planning.layer_bench import neutral_layer, together
 from tenfold.ranks import rule_from
 from torch import nn
 

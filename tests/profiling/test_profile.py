@@ -218,9 +218,9 @@ def test_packed_sequences_and_lists() -> None:
 def test_a_factorized_layer_is_one_entry(name: str, transposed: bool) -> None:
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     dense: nn.Module = kind(8, 12, 3, padding=1, stride=2)
-    if FORMATS.get(name).refuses(spec_of(dense)[0]):
+    if FORMATS.get(name).unsupported_reason(spec_of(dense)[0]):
         dense = nn.Linear(8, 12)
-        if FORMATS.get(name).refuses(spec_of(dense)[0]):
+        if FORMATS.get(name).unsupported_reason(spec_of(dense)[0]):
             pytest.skip("serves neither")
     spec = spec_of(dense)[0]
     x = torch.randn(2, 8, 7, 7) if spec.axes else torch.randn(3, 8)

@@ -51,7 +51,7 @@ def test_registered_names_are_those_of_the_classes_and_summarised() -> None:
     for name, cls in TASKS.items():
         assert cls.name == name
         assert TASKS.summary(name).endswith(".")
-        TuneConfig(**cls().tune_settings())
+        TuneConfig(**cls().tune_settings)
 
 
 @pytest.mark.parametrize(("text", "id_"), [("digits", "digits"), ("cifar10", "cifar10:resnet20")])

@@ -245,7 +245,7 @@ def test_algorithms_that_mistake_the_data_are_caught(registered, entry, format, 
 
 def test_a_wrong_output_error_is_caught(monkeypatch):
     monkeypatch.setattr(Moments, "errors", lambda self, weight, other: (torch.ones(1), torch.full((1,), 1e8)))
-    with pytest.raises(LawBroken, match=r"^law 15 .*: the fit tells the output error 0\.0001, over the rows it is"):
+    with pytest.raises(LawBroken, match=r"^law 15 .*: the fit reports the output error 0\.0001, over the rows it is"):
         check_algorithm_laws(WeightedALS(), Tucker2, "outputs")
 
 

@@ -143,8 +143,8 @@ def test_every_format_is_projected_onto(format: str, module: nn.Module) -> None:
     spec, _ = spec_of(model[0])
     kind = FORMATS.get(format)
     assert spec is not None
-    if kind.refuses(spec) is not None:
-        pytest.skip(str(kind.refuses(spec)))
+    if kind.unsupported_reason(spec) is not None:
+        pytest.skip(str(kind.unsupported_reason(spec)))
     rank = {name: max(1, most // 3) for name, most in kind.max_rank(spec).items()}
     admm = Admm(model, planned(model, "0", format, rank), AdmmConfig(rho=20.0, last_rho=20.0))
     start = admm.residuals["0"].primal
@@ -158,7 +158,7 @@ def test_every_format_is_projected_onto(format: str, module: nn.Module) -> None:
         admm.update(model)
     assert admm.residuals["0"].primal < 0.1 * start
     remembered = [name for name in admm.state_dict() if name.startswith("projection.factors")]
-    assert bool(remembered) == (not kind.tails_bound)  # CP goes on from the factors that it had
+    assert bool(remembered) == (not kind.svd_bounds_error)  # CP goes on from the factors that it had
     small = admm.projection.factorize(model)
     assert small[0].fit.rel_error < 0.1 * start
 

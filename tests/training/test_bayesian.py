@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold.ranks.fixed import Fixed
+from tenfold.allocation.rules.fixed import Fixed
 from torch import Tensor, nn
 
 from tenfold.errors import PlanError

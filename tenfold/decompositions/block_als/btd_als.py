@@ -90,7 +90,7 @@ class BlockTermLayout(Layout):
         _, core, inner = blocks
         return torch.einsum("zcpqk,zciq->zcpik", core, inner).flatten(3).flatten(1, 2)
 
-    def seen(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
+    def adjoint(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
         """Return the adjoint of ``left`` or ``right`` as a map of block k."""
         _, core, inner = blocks
         terms, p, _, taps = core.shape[1:]
@@ -155,8 +155,8 @@ def _project(tensor: Tensor, factor: Tensor) -> Tensor:
     """Return kernels (batch, n, K, m) seen through factors (batch, blocks, m, r): (batch, blocks, n, K·r)."""
     batch, rows, taps, _ = tensor.shape
     wide = factor.transpose(1, 2).flatten(2)  # (m, blocks·r)
-    seen = (tensor.flatten(1, 2) @ wide).reshape(batch, rows, taps, factor.shape[1], -1)
-    return seen.permute(0, 3, 1, 2, 4).flatten(3)
+    projected = (tensor.flatten(1, 2) @ wide).reshape(batch, rows, taps, factor.shape[1], -1)
+    return projected.permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def _overlap(factor: Tensor) -> Tensor:
@@ -204,21 +204,21 @@ def _own_gram(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
 
 def _best_factors(tensor: Tensor, core: Tensor, other: Tensor, held: Tensor, ridge: Tensor) -> Tensor:
     """Return the best factors of one side, given the cores and the factors of the other side."""
-    seen = _project(tensor, other) @ _columns(core)  # (blocks, n, p)
+    rhs = _project(tensor, other) @ _columns(core)  # (blocks, n, p)
     square = _gram_of_factors(core, other)
     square = square + each(ridge, square) * _diagonal_blocks(square, held.shape[1])
-    x, _ = solve(square, seen.mT.flatten(1, 2), held.mT.flatten(1, 2))
+    x, _ = solve(square, rhs.mT.flatten(1, 2), held.mT.flatten(1, 2))
     return x.reshape(*held.shape[:2], held.shape[3], -1).mT
 
 
 def _best_cores(by_in: Tensor, outer: Tensor, inner: Tensor, held: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
     """Return the best cores (batch, blocks, p, q, K), and the objective less the power of the kernels."""
     blocks, p, q, taps = held.shape[1:]
-    seen = (inner.mT @ _project(by_in, outer)).unflatten(3, (taps, p)).permute(0, 1, 4, 2, 3)
+    rhs = (inner.mT @ _project(by_in, outer)).unflatten(3, (taps, p)).permute(0, 1, 4, 2, 3)
     if blocks * p * q <= DIRECT:
         square = _gram_of_cores(outer, inner)
         square = square + each(ridge, square) * _diagonal_blocks(square, blocks)
-        x, lower = solve(square, seen.flatten(1, 3), held.flatten(1, 3))
+        x, lower = solve(square, rhs.flatten(1, 3), held.flatten(1, 3))
         return x.view_as(held), lower
     by_out = _overlap(outer).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (c', cp, p')
     by_both = _overlap(inner).permute(0, 1, 3, 4, 2).flatten(2, 3)  # (c, c'q', q)
@@ -229,4 +229,4 @@ def _best_cores(by_in: Tensor, outer: Tensor, inner: Tensor, held: Tensor, ridge
         all_blocks = gathered.reshape(-1, blocks, p, taps, q).transpose(3, 4)
         return all_blocks + each(ridge, x) * _own_gram(x, outer, inner)
 
-    return solve_by_steps(product, seen, held)
+    return solve_by_steps(product, rhs, held)

@@ -61,7 +61,7 @@ class RingLayout(Layout):
             return torch.einsum("zcid,zdja->zacij", middle, last).flatten(3).flatten(1, 2)
         return torch.einsum("zbkc,zcia->zabik", middle, last).flatten(3).flatten(1, 2)
 
-    def seen(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
+    def adjoint(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
         """Return the adjoint of ``left`` or ``right`` as a map of core k."""
         middle, last = blocks[-2:]
         if not self._plain:
@@ -143,20 +143,20 @@ class Between:
     def best(self, tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best core for tensors (batch, l, n, r), the objective less their power, and the terms' squares."""
         b, c = held.shape[1], held.shape[3]
-        seen = _columns(_seen(tensor, self.left, self.right))  # (batch, bc, n)
+        rhs = _columns(_contracted(tensor, self.left, self.right))  # (batch, bc, n)
         if self.closing != "a" or b * c <= DIRECT:
             gram = gram_between(self.left, self.right)
-            alone = self._alone(gram, b, c)
-            x, lower = solve(gram + each(self.ridge, gram) * alone, seen, _columns(held))
-            terms = dot(x, alone @ x)
+            within = self._within_terms(gram, b, c)
+            x, lower = solve(gram + each(self.ridge, gram) * within, rhs, _columns(held))
+            terms = dot(x, within @ x)
         else:
             x, lower = solve_by_steps(
-                lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), seen, _columns(held)
+                lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), rhs, _columns(held)
             )
             terms = dot(x, self._terms(x))
         return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, terms
 
-    def _alone(self, gram: Tensor, b: int, c: int) -> Tensor:
+    def _within_terms(self, gram: Tensor, b: int, c: int) -> Tensor:
         """Return the Gram matrix without what is between different values of the closing bond."""
         if self.closing == "a":
             left, right = self._overlaps()
@@ -197,7 +197,7 @@ def _overlap(core: Tensor) -> Tensor:
     return (flat.mT @ flat).reshape(-1, core.shape[1], core.shape[3], core.shape[1], core.shape[3])
 
 
-def _seen(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _contracted(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return the tensors (batch, l, n, r) between their neighbours' cores, in the cheaper order: (batch, b, n, c)."""
     batch, rows, n, columns = tensor.shape
     a, b, c = left.shape[1], left.shape[3], right.shape[1]

@@ -42,7 +42,7 @@ class Layout(abc.ABC):
         """Return Y (batch, m, n), the inputs in the order of the flattened weight."""
 
     @abc.abstractmethod
-    def seen(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
+    def adjoint(self, product: Tensor, blocks: Blocks, k: int) -> Tensor:
         """Return block k of ``product``: the adjoint of ``left`` or ``right`` as a map of that block."""
 
     @abc.abstractmethod
@@ -133,21 +133,21 @@ class WeightedLeastSquares:
     def _outer(self, blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
         rows = self.layout.right(blocks)
         weight = rows @ self.metric(rows).mT
-        right = self.layout.seen(self.product @ rows.mT, blocks, k)
+        right = self.layout.adjoint(self.product @ rows.mT, blocks, k)
 
         def normal(x: Tensor) -> Tensor:
-            return self.layout.seen(self.layout.left((*blocks[:k], x, *blocks[k + 1 :])) @ weight, blocks, k)
+            return self.layout.adjoint(self.layout.left((*blocks[:k], x, *blocks[k + 1 :])) @ weight, blocks, k)
 
         return self._stepped(normal, right, blocks, k, _OUTER_STEPS)
 
     def _inner(self, blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
         outer = self.layout.left(blocks)
         weight = outer.mT @ outer
-        right = self.layout.seen(outer.mT @ self.product, blocks, k)
+        right = self.layout.adjoint(outer.mT @ self.product, blocks, k)
 
         def normal(x: Tensor) -> Tensor:
             rows = self.layout.right((*blocks[:k], x, *blocks[k + 1 :]))
-            return self.layout.seen(weight @ self.metric(rows), blocks, k)
+            return self.layout.adjoint(weight @ self.metric(rows), blocks, k)
 
         return self._stepped(normal, right, blocks, k, self.cg_steps)
 

@@ -178,7 +178,7 @@ def sample_ranks(
     dense, ranks = spec.macs(in_shape), list(combinations)
     if not dense:
         return ranks
-    _, macs = kind.cost(spec, np.array([[rank[name] for name in most] for rank in ranks]), in_shape)
+    _, macs = kind.cost(spec, kind.rows(ranks), in_shape)
     return [ranks[row] for row in np.flatnonzero(macs <= share * dense)] or ranks[:1]
 
 

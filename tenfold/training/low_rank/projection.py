@@ -134,7 +134,7 @@ class PlanProjection(Projection):
 
     def _remember(self, i: int, value: Factorization) -> None:
         """Keep factors for a warm start, where the start matters."""
-        if value.tails_bound:
+        if value.svd_bounds_error:
             return
         for name, tensor in value.tensors().items():
             key = f"factors{i}_{name}"

@@ -80,7 +80,7 @@ def test_sampled_ranks_save_and_there_is_always_one():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_columns_are_the_stages_rank_by_rank(format, groups):
     spec = CONV.replace(groups=groups)
-    if FORMATS.get(format).refuses(spec):
+    if FORMATS.get(format).unsupported_reason(spec):
         pytest.skip("the format refuses groups")
     most = FORMATS.get(format).max_rank(spec)
     ranks = [{k: max(1, v * n // 7) for k, v in most.items()} for n in range(8)]
