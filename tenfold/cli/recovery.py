@@ -140,7 +140,7 @@ def tune_config(opened: Opened, tune: TuneConfig, seed: int, *, label_free: bool
     from tenfold.records.tuning import GENTLE
 
     given = tune.model_dump(exclude_unset=True)
-    settings = {"seed": seed, **opened.task.tune_settings(), **(GENTLE if label_free else {}), **given}
+    settings = {"seed": seed, **opened.task.tune_settings, **(GENTLE if label_free else {}), **given}
     try:
         return TuneConfig(**settings)
     except ValidationError as error:

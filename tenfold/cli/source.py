@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import PositiveInt
 
 from tenfold.cli.terminal import Misuse, Options
-from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, WeightError
+from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, WeightError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,8 +166,7 @@ def _device(machine: Machine) -> Any:
         device = torch.device(machine.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        msg = f"the device {machine.device!r} cannot be used: {first}"
+        msg = f"the device {machine.device!r} cannot be used: {first_line(error)}"
         raise TenfoldError(msg) from error
     return device
 

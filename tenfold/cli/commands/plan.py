@@ -97,9 +97,9 @@ def run(
 def _save_options(table: OptionTable | None, out: Path) -> bool:
     """Write what a plan chose from beside it, if it can be explored; what an earlier plan of that name did goes."""
     from tenfold.allocation import explorable, pruned
-    from tenfold.explorer.table_files import table_file
+    from tenfold.explorer.table_files import options_file
 
-    file = table_file(out)
+    file = options_file(out)
     if table is None or not explorable(table):
         file.unlink(missing_ok=True)
         return False
