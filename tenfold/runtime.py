@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.parallel import Workers
 
 if TYPE_CHECKING:
-    from tenfold.profiling import Clock
+    from tenfold.profiling import LatencyTable
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Runtime:
     """
 
     workers: Workers = field(default_factory=Workers)
-    clock: Clock | None = None
+    clock: LatencyTable | None = None
     measure: bool = True
     latency_inputs: Any = None
     cache: str | Path | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from tenfold.ranks import RULES
 
+from tenfold.allocation import RULES
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.testing import (

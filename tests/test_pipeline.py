@@ -185,7 +185,7 @@ def test_data_without_a_batch_are_refused(use_data) -> None:
     spent = iter(DATA)
     list(spent)
     for data in ([], spent):
-        with pytest.raises(DataError, match=r"hold no batch.*leave data out"):
+        with pytest.raises(DataError, match=r"no calibration batches.*leave data out"):
             compress(network(), X, budget={"macs": 0.5}, data=data, use_data=use_data, latency=False)
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import yaml
 from tenfold.ranks import Choose, RankProblem, rule_from
-from tenfold.tensors.vbmf import evbmf
 from torch import Tensor
 
 from tenfold.decompositions import FitRequest, decompose_many, default_algorithm
@@ -30,6 +29,7 @@ from tenfold.formats import Rank
 from tenfold.profiling.environment import environment
 from tenfold.records import Call, Cost, LayerSpec
 from tenfold.tensors import unfold
+from tenfold.tensors.vbmf import evbmf
 
 HERE = Path(__file__).parent
 SIDES = {64: 56, 128: 28, 256: 14, 512: 7}

@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.zoo import Subject, build
 from tenfold.planning import FastPlan, plan_fast
 from tenfold.profiling import (
-    Clock,
     Comparison,
+    LatencyTable,
     best_memory_format,
     compare_latency,
     environment,
@@ -157,7 +157,7 @@ def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dic
         subject.model,
         cost,
         subject.inputs,
-        clock=Clock(memory_format=layout, seconds=config["clock_seconds"]),
+        clock=LatencyTable(memory_format=layout, seconds=config["clock_seconds"]),
         budget={"latency": wanted["latency"]},
         strict=False,
         fold=wanted.get("fold", False),

@@ -1,4 +1,4 @@
-"""All that unlabeled data say about a model: what enters its layers, and how much the network minds their errors."""
+"""Collect input statistics and output-gradient covariances from unlabeled batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
-from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.records import LayerSpec, Profile
@@ -26,16 +26,16 @@ def calibrate(
     seed: int = 0,
     widest: int | None = None,
 ) -> dict[str, Moments]:
-    """Return the moments of what enters linear layers, convolutions and embeddings, by path, with the output metric.
+    """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
-    One pass over the batches, forward for the moments and backward for how much the model's outputs change with those
-    of each layer. The model is as before afterwards. Labels are not needed.
+    Layers are linear layers, convolutions and embeddings. One pass over the batches, forward for the moments and
+    backward for the gradients. No labels are needed, and the model is unchanged afterwards.
 
     Args:
         model: any module.
-        batches: inputs as ``call_model`` takes them, on the device of the model; gone through again for every further draw.
-        specs: the layers, with their dense geometry: see ``called_layers``. All there are if None.
-        positions: output positions taken from each map of a convolution and batch; None for all.
+        batches: inputs as ``call_model`` takes them, on the device of the model; iterated over once per draw.
+        specs: the layers, with their dense geometry: see ``called_layers``. All layers if None.
+        positions: output positions sampled from each map of a convolution and batch; None for all.
         draws: random projections of the outputs for each batch.
         seed: of the positions and projections.
         widest: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
@@ -44,8 +44,8 @@ def calibrate(
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
 
     Warns:
-        CalibrationWarning: too few batches for the width of a layer, or outputs without gradients: then every layer
-            counts as equally important.
+        CalibrationWarning: too few batches for the width of a layer, or outputs without gradients; all layers then
+            count as equally important.
 
     Example:
         >>> import torch
@@ -61,14 +61,14 @@ def calibrate(
             moments = collect(forward=gradients.add)
             for batch in (batch for _ in range(draws - 1) for batch in batches):
                 gradients.add(model, batch)
-        minded = gradients.mean()
+        grams = gradients.mean()
     except DataError as error:
         moments = collect() if moments is None else moments
         warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
         return moments
-    return {path: own.replace(output_gram=minded[path]) for path, own in moments.items()}
+    return {path: own.replace(output_gram=grams[path]) for path, own in moments.items()}
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:
-    """Return the geometry, by path, of the layers whose inputs can be measured: those that the forward calls."""
+    """Return the geometry, by path, of the layers that the forward calls, whose inputs can therefore be measured."""
     return {layer.path: layer.spec for layer in profile.layers if layer.spec is not None and layer.calls}

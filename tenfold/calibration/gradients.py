@@ -1,4 +1,4 @@
-"""How much a network minds errors at the outputs of its layers, from unlabeled batches."""
+"""Output-gradient covariances of layers, from unlabeled batches."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def collect_gradients(
     seed: int = 0,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Return Σ E[g gᵀ] (groups, out/groups, out/groups) by path, g the gradient at each output position of a layer.
+    """Collect G = Σ E[g gᵀ] (groups, out/groups, out/groups) by path, g the gradient at an output position of a layer.
 
-    An error e of the outputs then costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
+    An error e of the outputs costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
     2015, arXiv 1503.05671, with the layer's own error in place of its inputs): the errors of different layers are on
     one scale and add up. It goes into ``Moments.output_gram``. Labels are not needed.
 
     Args:
-        model: is as before afterwards; its parameters get no gradients.
+        model: unchanged afterwards; its parameters get no gradients.
         batches: inputs as ``call_model`` takes them, on the device of the model.
         specs: the layers, with their dense geometry.
         loss: ``outputs`` is the squared error of the model's outputs (any model): gradients of random projections of
             these. ``fisher`` is the divergence from the model's own predictions (classifiers): gradients of the
-            cross-entropy with labels drawn from these; where a model is very sure of itself, few samples say much.
+            cross-entropy with labels drawn from these; of very confident predictions few samples contribute.
         draws: random projections or labels for each batch.
-        seed: of these.
+        seed: of the projections and labels.
         forward: runs the model on one batch and returns its outputs; ``call_model`` by default.
 
     Raises:
@@ -61,7 +61,7 @@ def collect_gradients(
 
 
 class GradientSums:
-    """A context in which batches can be run for the gradients at the outputs of layers: see ``collect_gradients``."""
+    """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``."""
 
     def __init__(
         self,
@@ -84,7 +84,9 @@ class GradientSums:
         with ExitStack() as stack:
             for context in (evaluating(self._model), layer_by_layer(), _frozen(self._model)):
                 stack.enter_context(context)
-            stack.enter_context(_catching(self._model, self._specs, self._sums, self._starts, trainable))
+            for path, spec in self._specs.items():
+                layer, hook = self._model.get_submodule(path), self._leaving(path, spec, trainable=trainable)
+                stack.enter_context(layer.register_forward_hook(hook, prepend=True))
             self._open = stack.pop_all()
         return self
 
@@ -92,7 +94,7 @@ class GradientSums:
         self._open.close()
 
     def add(self, model: nn.Module, batch: Any) -> None:
-        """Run one batch forward and, from one random projection or draw of labels, backward."""
+        """Run one batch forward, and backward from one random projection or draw of labels."""
         self._starts.clear()
         with torch.enable_grad():
             value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch))
@@ -108,22 +110,40 @@ class GradientSums:
         missing = [path for path in self._specs if path not in self._sums]
         if self._samples == 0 or missing:
             what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
-            msg = f"cannot tell how much the network minds errors: {what}"
+            msg = f"cannot estimate how errors of layers affect the outputs: {what}"
             raise DataError(msg)
         return {path: value / self._samples for path, value in self._sums.items()}
 
+    def _leaving(self, path: str, spec: LayerSpec, *, trainable: bool) -> Callable[..., Tensor]:
+        """Return a hook that adds the gradients at the outputs of a layer to its sum."""
+
+        def add(gradient: Tensor) -> None:
+            axis = -1 - spec.axes
+            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
+            square = (rows @ rows.mT).double()
+            self._sums[path] = self._sums[path] + square if path in self._sums else square
+
+        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            # The graph starts at the outputs of the first layers; without trainable parameters only at embeddings.
+            starts = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
+            if starts and not output.requires_grad:
+                self._starts.append(output.detach().requires_grad_())
+                output = self._starts[-1].clone()  # an operation in place may follow
+            if output.requires_grad:
+                output.register_hook(add)
+            return output
+
+        return leave
+
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
-    """Return a scalar, summed over the batch, whose gradients have the second moments that are asked for.
-
-    What comes out at padding does not matter to anybody: it is left out.
-    """
-    found = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
-    if not found:
+    """Return a scalar, summed over the batch, whose gradients have the second moments of ``loss``, without padding."""
+    differentiable = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
+    if not differentiable:
         msg = "the model's outputs have no gradients: are all of its parameters frozen, or its forward under no_grad?"
         raise DataError(msg)
-    total = torch.zeros((), device=found[0].device)
-    for out in (real_tokens(t, mask) for t in (found[:1] if loss == "fisher" else found)):
+    total = torch.zeros((), device=differentiable[0].device)
+    for out in (real_tokens(t, mask) for t in (differentiable[:1] if loss == "fisher" else differentiable)):
         if loss == "outputs":
             total = total + (out * torch.randn(out.shape, generator=generator).to(out)).sum()
             continue
@@ -135,50 +155,12 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for gradients: they would take as long as those of the activations, and nobody reads them."""
-    asking = [p for p in model.parameters() if p.requires_grad]
+    """Run without gradients of parameters: they would take as long as those of the activations, and are not used."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad = False
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad = True
-
-
-@contextmanager
-def _catching(
-    model: nn.Module, specs: Mapping[str, LayerSpec], sums: dict[str, Tensor], starts: list[Tensor], trainable: bool
-) -> Iterator[None]:
-    """Let the gradients at the outputs of the layers add to the sums.
-
-    The graph begins at the outputs of the first layers, which go to ``starts``; of a model without trainable parameters
-    only at those of embeddings.
-    """
-
-    def leaving(path: str, spec: LayerSpec) -> Callable[..., Tensor]:
-        def add(gradient: Tensor) -> None:
-            axis = -1 - spec.axes
-            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
-            square = (rows @ rows.mT).double()
-            sums[path] = sums[path] + square if path in sums else square
-
-        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            begins = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
-            if begins and not output.requires_grad:
-                starts.append(output.detach().requires_grad_())
-                output = starts[-1].clone()  # an operation in place may follow
-            if output.requires_grad:
-                output.register_hook(add)
-            return output
-
-        return leave
-
-    handles = []
-    try:
-        for path, spec in specs.items():
-            handles.append(model.get_submodule(path).register_forward_hook(leaving(path, spec), prepend=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""Input patches: the vectors that a layer multiplies with its weight, for every kind of layer."""
+"""Input patches of layers (im2col): the vectors that a layer multiplies with its weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate
 
 
 def input_patches(x: Tensor, spec: LayerSpec, *, positions: int | None = None, seed: int = 0) -> Tensor:
-    """Return the patches (groups, n, rows) that a linear layer or convolution multiplies with its weight.
+    """Extract the patches (groups, n, rows) that a linear layer or convolution multiplies with its weight.
 
     n = in/groups · prod(kernel), in the order (channel, tap) of the flattened weight with its groups apart; rows are
     all output positions of all samples, sample by sample.
@@ -22,8 +22,8 @@ def input_patches(x: Tensor, spec: LayerSpec, *, positions: int | None = None, s
     Args:
         x: input of the layer: (..., in) for linear, (batch, in, *space) or (in, *space) for convolutions.
         spec: geometry of the layer. Embeddings have no patches.
-        positions: take this many output positions, drawn at random and the same for all samples; None for all.
-        seed: of that draw.
+        positions: number of output positions, drawn at random and the same for all samples; None for all.
+        seed: of the positions.
 
     Example:
         >>> spec = LayerSpec(kind="conv", in_channels=3, out_channels=8, kernel=(3, 3), padding=(1, 1))
@@ -72,7 +72,7 @@ def _drawn(size: tuple[int, ...], positions: int | None, seed: int) -> Tensor | 
 
 
 def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return the index of each row of coordinates (..., axes) in the flattened map of this size."""
+    """Return the index of coordinates (..., axes) in the flattened map of this size."""
     index = torch.zeros(coordinates.shape[:-1], dtype=torch.long)
     for axis, length in enumerate(size):
         index = index * length + coordinates[..., axis]
@@ -80,7 +80,7 @@ def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _sources(size: tuple[int, ...], spec: LayerSpec, places: Tensor) -> Tensor:
-    """Return the index (taps, places) into the flattened padded map of what each tap sees at some output positions."""
+    """Return the index (taps, places) into the flattened padded map that each tap reads at some output positions."""
     taps = torch.cartesian_prod(*(torch.arange(k) for k in spec.kernel)).reshape(-1, spec.axes)
     stride, dilation = torch.tensor(spec.stride), torch.tensor(spec.dilation)
     if spec.kind == "conv_transpose":
@@ -96,7 +96,7 @@ def _places(size: tuple[int, ...], spec: LayerSpec) -> tuple[int, ...]:
 
 
 def _padded(x: Tensor, spec: LayerSpec) -> Tensor:
-    """Return the input with its border; that of a transposed convolution with its strides filled with zeros."""
+    """Return the padded input; for a transposed convolution with zeros between its elements, as its stride asks."""
     reach = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel, strict=True)]
     if spec.kind == "conv_transpose":
         own = [int(p) for p in spec.padding]
@@ -119,7 +119,7 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _windows(x: Tensor, spec: LayerSpec) -> Tensor:
-    """Return a view (batch, in, *kernel, *out): what each tap sees at each output position."""
+    """Return a view (batch, in, *kernel, *out): what each tap reads at each output position."""
     turned = spec.kind == "conv_transpose"
     for axis, (kernel, stride, dilation) in enumerate(zip(spec.kernel, spec.stride, spec.dilation, strict=True)):
         reach = dilation * (kernel - 1) + 1

@@ -1,9 +1,9 @@
-"""The sketch of a layer's input moments, from one pass: the rows themselves, or where they are many, a projection.
+"""Sketched input moments of wide layers, in one pass with bounded memory.
 
-Up to k rows are held, which is exact. Where there are more, z = [1, Ωᵀx] for a seeded Gaussian Ω (n, k) stands for the
-row; the sums of z xᵀ and z yᵀ are all that is kept: the single-pass Nyström approximation of Tropp, Yurtsever, Udell
-and Cevher 2017 (arXiv 1706.05736). It is near the best one of rank k, does not depend on the order of the rows, and
-costs 2·k·n multiply-adds a row. The diagonal is summed on its own, so what is missed has the right variances.
+Up to k rows are stored as they are, which is exact. Beyond that each row is projected to z = [1, Ωᵀx] with a seeded
+Gaussian Ω (n, k), and only the sums of z xᵀ and z yᵀ are kept: the single-pass Nyström approximation of Tropp,
+Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736). It is close to the best approximation of rank k, does not depend on
+the order of the rows, and costs 2·k·n multiply-adds per row. The diagonal is summed separately, so variances are exact.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tenfold.decompositions import Moments, Sketch
 
-_CHUNK = 1 << 22  # entries of the sums that are turned at a time
+_CHUNK = 1 << 22  # entries of the sums that are transformed at a time
 
 
 def sketch_size(width: int, widest: int) -> int:
-    """Return how many rows the sketch of inputs of this width has: no more entries than a matrix ``widest`` wide.
+    """Return the number of rows of a sketch of inputs of this width: no more entries than a matrix ``widest`` wide.
 
     Example:
         >>> sketch_size(25088, 8192), sketch_size(8193, 8192)
@@ -29,7 +29,7 @@ def sketch_size(width: int, widest: int) -> int:
 
 
 class SketchSums:
-    """Rows of one layer that are held, or the sums of their projections, in float64.
+    """Stored rows of one layer, or the sums of their projections, in float64.
 
     Args:
         size: rows k of the sketch.
@@ -77,12 +77,12 @@ class SketchSums:
             self._sums[name] = value.double()
 
     def finite(self) -> bool:
-        """Whether all inputs that were added are finite, and so are their products."""
+        """Return whether all inputs that were added are finite, and so are their products."""
         stored = [x for x, _ in self._held] if self._probe is None else [self._sums["rows"], self._sums["power"]]
         return all(bool(torch.isfinite(t.sum(-1)).all()) for t in stored)  # of the sums, which are small
 
     def moments(self) -> Moments:
-        """Return the moments of all that was added, of which the second is a sketch; nothing more can be added then."""
+        """Return the moments of all rows, with a sketch as second moment. Frees the sums: add nothing afterwards."""
         return self._exact() if self._probe is None else self._approximate()
 
     def _exact(self) -> Moments:
@@ -96,9 +96,9 @@ class SketchSums:
         return Moments(sketch, mean, self.count, None, target_mean, _squares(sketch.targets))
 
     def _approximate(self) -> Moments:
-        """Return moments whose sketch has the mean as its first row, and then rows about it."""
-        found = {name: self._sums.pop(name).div_(self.count) for name in list(self._sums)}
-        rows, targets = found["rows"], found.get("targets")
+        """Return moments whose sketch has the mean as its first row, followed by centered rows."""
+        means = {name: self._sums.pop(name).div_(self.count) for name in list(self._sums)}
+        rows, targets = means["rows"], means.get("targets")
         mean, target_mean = rows[:, 0].clone(), None if targets is None else targets[:, 0].clone()
         turn = self._whitening(rows, targets)
         for part in _parts(rows.shape[-1], self.size):
@@ -107,11 +107,11 @@ class SketchSums:
             targets[:, 1:] = turn @ targets[:, 1:]
         constant = torch.zeros_like(rows[:, :, 0])
         constant[:, 0] = 1
-        sketch = Sketch(rows, (found["power"] - _squares(rows)).clamp_min(0), constant, targets)
-        return Moments(sketch, mean, self.count, None, target_mean, found.get("target_power"))
+        sketch = Sketch(rows, (means["power"] - _squares(rows)).clamp_min(0), constant, targets)
+        return Moments(sketch, mean, self.count, None, target_mean, means.get("target_power"))
 
     def _whitening(self, rows: Tensor, targets: Tensor | None) -> Tensor:
-        """Centre Ωᵀ E[x xᵀ] and Ωᵀ E[x yᵀ] in place; return the (Ωᵀ C Ω)^-½ (groups, k, k) that makes rows of them."""
+        """Center Ωᵀ E[x xᵀ] and Ωᵀ E[x yᵀ] in place; return (Ωᵀ C Ω)^-½ (groups, k, k), which turns them into rows."""
         shift = torch.zeros_like(rows[:, 1:, :1])
         square = torch.zeros_like(shift).expand(-1, -1, self.size).clone()
         for part, probe in self._probes():
@@ -122,7 +122,7 @@ class SketchSums:
         for part, probe in self._probes():
             square += rows[:, 1:, part] @ probe
         values, vectors = torch.linalg.eigh((square + square.mT) / 2)
-        # Beyond this there is only rounding, of the products that were summed.
+        # Smaller eigenvalues are rounding errors of the products that were summed.
         kept = values > 10 * self._eps * values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny)
         inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept
         turn: Tensor = inverse.unsqueeze(-1) * vectors.mT

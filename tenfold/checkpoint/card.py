@@ -17,7 +17,7 @@ def model_card(plan: Plan, record: RunRecord | None = None) -> str:
         lines.append(f"| `{layer.path}` | {layer.kind} | {layer.format} | {ranks} | {error} |")
     lines += ["", "## Loading", "", "```python", "import tenfold", ""]
     lines += ["model, plan = tenfold.load(skeleton, path)  # skeleton: the freshly built dense model", "```", ""]
-    lines += ["`plan.yaml` says what was done to each layer and why, with seed and rule."]
+    lines += ["`plan.yaml` says what was done to each layer and why; `recipe.yaml` what was asked for."]
     if record is not None:
         e = record.environment
         lines += ["", f"Measured on {e.device_name or e.device}, {e.threads} threads, torch {e.torch}, {e.platform}."]

@@ -146,7 +146,9 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
             records = {name: group.build(values) for name, group in groups.items()}
             extra = {name: value for name, value in plain.build(values)}
             rest = {name: value for name, value in values.items() if name in hints and name not in {*groups, *own}}
-            positional = [rest.pop(n) for n, p in inspect.signature(run).parameters.items() if p.kind is p.POSITIONAL_ONLY]
+            positional = [
+                rest.pop(n) for n, p in inspect.signature(run).parameters.items() if p.kind is p.POSITIONAL_ONLY
+            ]
             run(*positional, **{**records, **extra, **rest, "terminal": terminal})
 
     vars(command)["__signature__"] = inspect.Signature(list(declared.values()), return_annotation=None)
@@ -212,11 +214,11 @@ def _options_of(
             yield _option(path, info, doc.get(name, ""), panel, both=both)
 
 
-def _text_option(name: str, path: tuple[str, ...], text: Text, help: str, panel: str) -> _Option:
+def _text_option(name: str, path: tuple[str, ...], text: Text, about: str, panel: str) -> _Option:
     option = typer.Option(
         *_flags(name),
         metavar=text.metavar,
-        help=help,
+        help=about,
         rich_help_panel=panel,
         show_default=False,
         autocompletion=completion(name),
@@ -224,7 +226,7 @@ def _text_option(name: str, path: tuple[str, ...], text: Text, help: str, panel:
     return _Option(path, _keyword(name, Annotated[text.kind | None, option], None), text)
 
 
-def _option(path: tuple[str, ...], info: FieldInfo, help: str, panel: str, *, both: bool = False) -> _Option:
+def _option(path: tuple[str, ...], info: FieldInfo, about: str, panel: str, *, both: bool = False) -> _Option:
     name = "_".join(path)
     kind, bounds = _shape(info.annotation)
     bounds |= _bounds(info.metadata, kind)
@@ -239,7 +241,7 @@ def _option(path: tuple[str, ...], info: FieldInfo, help: str, panel: str, *, bo
         bounds["metavar"] = next((mark for mark in info.metadata if isinstance(mark, str)), _metavar(kind, shown))
     option = typer.Option(
         *flags,
-        help=help,
+        help=about,
         rich_help_panel=panel,
         show_default=display,
         autocompletion=completion(shown),
@@ -256,12 +258,12 @@ def _file_option(name: str, fields: Fields) -> inspect.Parameter:
     return _keyword(name, Annotated[Path | None, option], None)
 
 
-def _argument(parameter: inspect.Parameter, hint: Any, help: str) -> inspect.Parameter:
+def _argument(parameter: inspect.Parameter, hint: Any, about: str) -> inspect.Parameter:
     many = get_origin(hint) is list
     metavar = f"{parameter.name.upper()}..." if many else parameter.name.upper()
-    argument = typer.Argument(metavar=metavar, help=help, show_default=False)
+    argument = typer.Argument(metavar=metavar, help=about, show_default=False)
     if get_origin(_shape(hint)[0]) is Literal:
-        argument = typer.Argument(help=help, show_default=False)
+        argument = typer.Argument(help=about, show_default=False)
     return _keyword(parameter.name, Annotated[hint, argument], parameter.default)
 
 

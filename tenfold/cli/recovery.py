@@ -85,7 +85,7 @@ class Recover(Distill):
             msg = "give --distill or --label-free, not both: without labels the dense model's answers are all there is."
             raise Misuse(msg)
         if self.calibration_samples == 0:
-            msg = "--label-free trains on the calibration samples: give --calibration-samples N with N > 0, or leave it out."
+            msg = "--label-free trains on the calibration samples: leave --calibration-samples 0 out."
             raise Misuse(msg)
         return Teaching(1.0, self.temperature, self.calibration_samples or DEFAULT_CALIBRATION)
 

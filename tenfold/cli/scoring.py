@@ -27,7 +27,8 @@ class Scoring(Options):
 
     Attributes:
         samples: score on so many labelled samples held out from training, or on all there are; 0 for no scores.
-        table: take from this file, and keep there, what was measured: scores, for rules that need them; fits, for error.
+        table: take from this file, and keep there, what was measured: scores, for rules that need them; fits, for
+            error.
     """
 
     samples: NonNegativeInt = 1000
@@ -57,9 +58,8 @@ class Scoring(Options):
         conditions = recipe.replace(keep=(), algorithms={}, calibration=recipe.calibration.replace(method=method))
 
         def make(model: nn.Module, profile: Profile) -> Sensitivity:
-            return sensitivity(
-                opened, model, profile, conditions, samples=samples, looked_at=looked_at, path=self.table, workers=workers
-            )
+            measured = {"samples": samples, "looked_at": looked_at}
+            return sensitivity(opened, model, profile, conditions, **measured, path=self.table, workers=workers)
 
         return make
 

@@ -32,8 +32,8 @@ class Source(Options):
             that knows it.
         weights: weights of the dense model, as .safetensors; with hf: also a folder.
         checkpoint: a compressed model, as `compress` wrote it.
-        data: where the data is; else $TENFOLD_DATA, else ~/.cache/tenfold/datasets. With timm: and torchvision: a folder
-            of pictures to calibrate with, with hf: a text file, a sentence a line (or pictures).
+        data: where the data is; else $TENFOLD_DATA, else ~/.cache/tenfold/datasets. With timm: and torchvision: a
+            folder of pictures to calibrate with, with hf: a text file, a sentence a line (or pictures).
     """
 
     task: str | None = None

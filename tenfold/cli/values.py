@@ -96,7 +96,15 @@ def ranks(texts: Sequence[str]) -> dict[str, Any]:
 
 # By field; a field that is written by several options names each of them.
 TEXTS: dict[str, dict[str, Text]] = {
-    "budget": {"budget": Text(str, "macs=0.5,max_params=1e6", str)},
+    "budget": {
+        "budget": Text(
+            str,
+            "macs=0.5",
+            str,
+            "What the whole model may cost: shares of params, macs, latency up to 1; or max_params, max_macs, "
+            "max_latency_ms. Several with commas between them.",
+        )
+    },
     "formats": {"formats": Text(list[str], "FORMAT,...", names)},
     "algorithms": {"algorithms": Text(list[str], "FORMAT=NAME", algorithms, "The algorithm of a format. Repeatable.")},
     "keep": {"keep": Text(list[str], "PATTERN", list)},

@@ -1,7 +1,5 @@
-"""Plans made anew in a moment, from what an earlier one chose from, and a page to do that by hand. No torch."""
+"""Explore an option table: plans for other budgets and around layers set by hand, on a local page. No torch."""
 
-from tenfold.explorer.explorer import Answer, Explorer
-from tenfold.explorer.tables import Pick
-from tenfold.explorer.wishes import Pin, Wish
+from tenfold.explorer.explorer import Explorer, Query
 
-__all__ = ["Answer", "Explorer", "Pick", "Pin", "Wish"]
+__all__ = ["Explorer", "Query"]

@@ -16,10 +16,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from tenfold.errors import BudgetError, DataError, TenfoldError, require
-from tenfold.explorer.explorer import Explorer
-from tenfold.explorer.view import kept, shown_answer, shown_explorer
-from tenfold.explorer.wishes import Wish
-from tenfold.records import explain
+from tenfold.explorer.explorer import Explorer, Query
+from tenfold.explorer.view import initial_view, selection_view
+from tenfold.records import Budget, explain
 from tenfold.reporting.pages import page
 
 SCRIPTS = ("table.js", "chart.js", "page.js", "explore.js")
@@ -55,52 +54,52 @@ class Service:
 
     def page(self) -> str:
         """Return the page as HTML."""
-        explorer = self.explorer
+        table = self.explorer.table
         with self._busy:
-            shown = shown_explorer(explorer)
+            view = initial_view(self.explorer)
         return page(
             "explore.html",
             title=f"Explore {self.name}",
-            data={"charts": {}, "explore": shown},
+            data={"charts": {}, "explore": view},
             scripts=SCRIPTS,
             styles=STYLES,
-            model=explorer.base.model,
-            shown=shown,
-            timed=explorer.candidates.time is not None,
-            kept=kept(explorer),
+            model=table.model,
+            view=view,
+            timed=table.time is not None,
+            kept=[layer for layer in table.layers if layer.keep_reason is not None],
             out=str(self.out),
         )
 
-    def answer(self, wish: Wish) -> dict[str, Any]:
-        """Return the answer to a query, as the page shows it."""
+    def select(self, query: Query) -> dict[str, Any]:
+        """Return the selection for a query, as the page shows it."""
         with self._busy:
-            return shown_answer(self.explorer, self.explorer.answer(wish))
+            return selection_view(self.explorer, self.explorer.select(query), query)
 
     def curve(self, kind: str) -> dict[str, Any]:
-        """Return the distortion of the best plans for a row of budgets of one kind: points of share left and distortion.
+        """Return the least distortion for a row of budgets of one kind: points of share left and distortion.
 
         Raises:
             DataError: there is no such kind of budget.
         """
-        ledger = self.explorer.ledger
-        if kind not in ledger.kinds:
-            msg = f"a budget is of {' or '.join(ledger.kinds)}, not {kind}"
+        kinds = self.explorer.accounts.kinds
+        if kind not in kinds:
+            msg = f"a budget is of {' or '.join(kinds)}, not {kind}"
             raise DataError(msg)
         if kind not in self._curves:
             low = self.explorer.least(kind)
             shares = [low + (1 - low) * i / POINTS for i in range(1, POINTS)]
-            found = []
+            points = []
             for share in shares:
                 with self._busy:  # others are served between two points
-                    made = self.explorer.answer(Wish(budget={kind: share}))
-                found.append([self.explorer.left(made, kind), made.distortion])
-            self._curves[kind] = found
+                    selection = self.explorer.select(Query(budget=Budget.of({kind: share})))
+                points.append([self.explorer.left(selection, kind), selection.distortion])
+            self._curves[kind] = points
         return {"kind": kind, "points": self._curves[kind]}
 
-    def save(self, wish: Wish) -> dict[str, Any]:
+    def save(self, query: Query) -> dict[str, Any]:
         """Write the plan for a query, whole or not at all; return its file and the command to carry it out."""
         with self._busy:
-            plan = self.explorer.plan(self.explorer.answer(wish))
+            plan = self.explorer.plan(query)
         plan.save(self.out)
         return {"out": str(self.out), "command": self.command, "factorized": len(plan.factorized)}
 
@@ -188,13 +187,13 @@ def application(service: Service, token: str) -> Any:
     def route(path: str, answer: Callable[[bytes], Any], method: str) -> Any:
         return Route(f"/{{token}}/{path}", partial(_respond, answer, token), methods=[method])
 
-    def asked(answer: Callable[[Wish], Any]) -> Callable[[bytes], Any]:
-        return lambda body: answer(_wish(body))
+    def queried(answer: Callable[[Query], Any]) -> Callable[[bytes], Any]:
+        return lambda body: answer(_query(body))
 
     routes = [
         route("", lambda _: service.page(), "GET"),
-        route("answer", asked(service.answer), "POST"),
-        route("save", asked(service.save), "POST"),
+        route("select", queried(service.select), "POST"),
+        route("save", queried(service.save), "POST"),
         route("curve", lambda body: service.curve(_kind(body)), "POST"),
     ]
     here = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
@@ -236,9 +235,9 @@ async def _respond(answer: Callable[[bytes], Any], token: str, request: Any) -> 
     return HTMLResponse(found) if isinstance(found, str) else JSONResponse(found)
 
 
-def _wish(body: bytes) -> Wish:
+def _query(body: bytes) -> Query:
     try:
-        return Wish.model_validate_json(body)
+        return Query.model_validate_json(body)
     except ValidationError as error:
         msg = f"invalid request: {explain(error)}"
         raise DataError(msg) from error

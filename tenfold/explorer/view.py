@@ -1,146 +1,135 @@
-"""What the page shows of an explorer and its answers: words and numbers, ready to be put in their places."""
+"""The explorer's page as plain values: words and numbers, ready to be put in their places."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tenfold.allocation.knapsack import pareto
-from tenfold.explorer.explorer import Answer, Explorer
-from tenfold.explorer.tables import Pick, Table
-from tenfold.records import LayerPlan, Options
+from tenfold.allocation import Pick, Selection, pareto
+from tenfold.explorer.explorer import Explorer, Query
+from tenfold.records import FormatOptions, LayerOptions
+from tenfold.records.budget import LIMITED
 from tenfold.reporting.numbers import change, count, factor, milliseconds, percent, ranks, speed, three_digits
 
 NAMES = {"params": "Parameters", "macs": "MACs", "latency": "Latency"}
-AS_IT_IS = "kept"
+KEPT = "kept"
 
 Values = dict[str, Any]
 
 
-def shown_explorer(explorer: Explorer) -> Values:
+def initial_view(explorer: Explorer) -> Values:
     """Return what stays the same while a person explores: budgets, the steps of each layer, and where to start."""
+    start = Query(budget=explorer.table.recipe.budget)
+    planned = explorer.start.picks
     return {
-        "wish": explorer.start.wish.model_dump(),
-        "budgets": [_budget(explorer, kind) for kind in explorer.ledger.kinds],
-        "layers": [_layer(explorer, path) for path in explorer.tables],
-        "distortion": explorer.candidates.distortion,
-        "answer": shown_answer(explorer, explorer.start),
+        "query": {"budget": start.budget.given},
+        "budgets": [_budget(explorer, kind) for kind in explorer.accounts.kinds],
+        "layers": [_layer(layer, pick) for layer, pick in zip(explorer.table.eligible, planned, strict=True)],
+        "distortion": explorer.table.distortion,
+        "selection": selection_view(explorer, explorer.start, start),
     }
 
 
-def shown_answer(explorer: Explorer, answer: Answer) -> Values:
-    """Return what an answer changes on the page."""
-    left = {kind: explorer.left(answer, kind) for kind in explorer.ledger.kinds}
-    told = ", ".join(f"{percent(share)} of the {NAMES[kind].replace('P', 'p')}" for kind, share in left.items())
+def selection_view(explorer: Explorer, selection: Selection, query: Query) -> Values:
+    """Return what a selection changes on the page."""
+    left = {kind: explorer.left(selection, kind) for kind in explorer.accounts.kinds}
+    summary = ", ".join(f"{percent(share)} of the {NAMES[kind].replace('P', 'p')}" for kind, share in left.items())
+    rows = zip(explorer.table.eligible, selection.picks, explorer.start.picks, strict=True)
     return {
-        "tiles": tiles(explorer, answer),
+        "tiles": _tiles(explorer, selection),
         "left": left,
-        "distortion": answer.distortion,
-        "layers": [_picked(explorer, pick, answer) for pick in answer.picks],
-        "told": f"{told} left; predicted distortion {_distortion(answer.distortion)}",
+        "distortion": selection.distortion,
+        "layers": [_picked(layer, pick, planned, pinned=pick.path in query.overrides) for layer, pick, planned in rows],
+        "summary": f"{summary} left; predicted distortion {_distortion(selection.distortion)}",
     }
 
 
-def tiles(explorer: Explorer, answer: Answer) -> list[Values]:
-    """Return the headline: before and after, and beside it what the plan that was made comes to."""
-    before, made = explorer.base.before, explorer.base.after
-    found = []
-    for kind in ("params", "macs"):
-        old, new = getattr(before, kind), getattr(answer.cost, kind)
-        if old:
-            note = f"{percent(new / old)} left, {percent(getattr(made, kind) / old)} as planned"
-            found.append(_tile(kind, f"{factor(old, new)} fewer", f"{count(old)} → {count(new)}", note, new / old))
-    time, share = explorer.candidates.time, answer.latency_share
-    if time is not None and share is not None:
-        values = f"{milliseconds(time.dense_ms)} → {milliseconds(share * time.dense_ms)}"
-        found.append(_tile("latency", speed(1 / share), values, "expected, by the times of the layers", share))
-        found[-1]["name"] += "" if time.batch_size is None else f", batch {time.batch_size}"
-    own = sum(layer.distortion or 0.0 for layer in explorer.base.layers)
-    last = _tile(
-        "distortion",
-        _distortion(answer.distortion),
-        f"{_distortion(own)} as planned",
-        explorer.candidates.distortion,
-        None,
-    )
-    return [*found, last | {"name": "Predicted distortion"}]
-
-
-def kept(explorer: Explorer) -> list[LayerPlan]:
-    """Return the layers that there is no choice for."""
-    return [layer for layer in explorer.base.layers if layer.path not in explorer.tables]
-
-
-def _tile(kind: str, said: str, values: str, note: str, share: float | None) -> Values:
-    name = NAMES.get(kind, kind)
-    return {"id": kind, "name": name, "change": said, "values": values, "note": note, "share": share}
-
-
-def _budget(explorer: Explorer, kind: str) -> Values:
-    time = explorer.candidates.time
-    whole = time.dense_ms if kind == "latency" and time is not None else getattr(explorer.base.before, kind, 0)
-    shown = milliseconds(whole) if kind == "latency" else count(whole)
-    asked = explorer.base.budget.get(kind)
-    return {
-        "kind": kind,
-        "name": NAMES[kind],
-        "least": explorer.least(kind),
-        "whole": shown,
-        "asked": None if asked is None else asked if asked <= 1 else asked / whole,
-    }
-
-
-def _layer(explorer: Explorer, path: str) -> Values:
-    table = explorer.tables[path]
-    layer = explorer.base.layer(path)
-    return {
-        "path": path,
-        "kind": layer.kind,
-        "planned": _planned(layer),
-        "formats": {options.format: steps(table, options) for options in table.layer.options},
-    }
-
-
-def steps(table: Table, options: Options) -> list[list[Any]]:
+def layer_steps(layer: LayerOptions, options: FormatOptions) -> list[list[Any]]:
     """Return the steps of a slider: option, words and cost, from small to large, each with less distortion than the last.
 
     Costs are MACs, or parameters where the layer has none.
     """
-    costs = options.macs if table.cost.macs else options.params
-    front = pareto(options.distortion, [[cost] for cost in costs])
-    return [[int(i), _words(options, int(i)), costs[i]] for i in front]
+    costs = options.macs if layer.before.macs else options.params
+    front = pareto(options.columns["distortion"], costs)
+    return [[int(i), ranks(options.rank(int(i))), int(costs[i])] for i in front]
 
 
-def _words(options: Options, option: int) -> str:
-    merged = next((m for m in options.merged if m.option == option), None)
-    return ranks(options.rank(option) if merged is None else merged.rank)
+def _tiles(explorer: Explorer, selection: Selection) -> list[Values]:
+    """Return the headline: before and after, and beside it what the plan that was made comes to."""
+    before, planned = explorer.table.before, explorer.start
+    tiles = []
+    for kind in ("params", "macs"):
+        old, new = getattr(before, kind), getattr(selection.cost, kind)
+        if old:
+            note = f"{percent(new / old)} left, {percent(getattr(planned.cost, kind) / old)} as planned"
+            tiles.append(_tile(kind, f"{factor(old, new)} fewer", f"{count(old)} → {count(new)}", note, new / old))
+    time, share = explorer.table.time, selection.latency_share
+    if time is not None and share is not None:
+        values = f"{milliseconds(time.dense_ms)} → {milliseconds(share * time.dense_ms)}"
+        tiles.append(_tile("latency", speed(1 / share), values, "expected, by the times of the layers", share))
+        tiles[-1]["name"] += "" if time.batch_size is None else f", batch {time.batch_size}"
+    note = f"{_distortion(planned.distortion)} as planned"
+    last = _tile("distortion", _distortion(selection.distortion), note, explorer.table.distortion, None)
+    return [*tiles, last | {"name": "Predicted distortion"}]
 
 
-def _planned(layer: LayerPlan) -> str:
-    return f"{layer.format} {ranks(layer.rank)}" if layer.action == "factorize" else AS_IT_IS
+def _tile(kind: str, change: str, values: str, note: str, share: float | None) -> Values:
+    return {
+        "id": kind,
+        "name": NAMES.get(kind, kind),
+        "change": change,
+        "values": values,
+        "note": note,
+        "share": share,
+    }
 
 
-def _picked(explorer: Explorer, pick: Pick, answer: Answer) -> Values:
-    before = explorer.tables[pick.path].cost
+def _budget(explorer: Explorer, kind: str) -> Values:
+    """Return a kind of budget; ``asked`` is what the plan was made for, absolute limits as shares."""
+    table, time = explorer.table, explorer.table.time
+    whole = time.dense_ms if kind == "latency" and time is not None else getattr(table.before, kind, 0)
+    budget = table.recipe.budget
+    allowed = budget.allowance(table.before, None if time is None else time.dense_ms) if kind in budget.limited else {}
+    return {
+        "kind": kind,
+        "limit": LIMITED[kind],
+        "name": NAMES[kind],
+        "least": explorer.least(kind),
+        "whole": milliseconds(whole) if kind == "latency" else count(whole),
+        "asked": allowed[kind] / whole if allowed else None,
+    }
+
+
+def _layer(layer: LayerOptions, planned: Pick) -> Values:
+    return {
+        "path": layer.path,
+        "kind": layer.kind,
+        "planned": _words(planned),
+        "formats": {options.format: layer_steps(layer, options) for options in layer.options},
+    }
+
+
+def _words(pick: Pick) -> str:
+    return KEPT if pick.format is None else f"{pick.format} {ranks(pick.rank)}"
+
+
+def _picked(layer: LayerOptions, pick: Pick, planned: Pick, *, pinned: bool) -> Values:
+    before, distortion = layer.before, pick.distortion or 0.0
     of = "macs" if before.macs else "params"
     share = getattr(pick.cost, of) / (getattr(before, of) or 1)
-    now = f"{pick.format} {ranks(pick.rank)}" if pick.format is not None else AS_IT_IS
-    planned = _planned(explorer.base.layer(pick.path))
-    was_ms = explorer.tables[pick.path].layer.latency_ms
-    ms = (
-        "" if pick.latency_ms is None or was_ms is None else f"{three_digits(was_ms)} → {three_digits(pick.latency_ms)}"
-    )
+    times = (layer.latency_ms, pick.latency_ms)
+    ms = "" if None in times else " → ".join(three_digits(value) for value in times if value is not None)
     return {
         "format": pick.format,
         "option": pick.option,
-        "rank": ranks(pick.rank) if pick.format is not None else AS_IT_IS,
+        "rank": KEPT if pick.format is None else ranks(pick.rank),
         "cost": getattr(pick.cost, of),
-        "pinned": pick.path in answer.wish.pins,
-        "planned": "" if now == planned else planned,
+        "pinned": pinned,
+        "planned": "" if _words(pick) == _words(planned) else _words(planned),
         "cells": {
             "params": [change(before.params, pick.cost.params), pick.cost.params],
             "macs": [change(before.macs, pick.cost.macs), pick.cost.macs],
             "left": [f"{100 * share:.0f} %", share],
-            "distortion": [_distortion(pick.distortion), pick.distortion],
+            "distortion": [_distortion(distortion), distortion],
             "ms": [ms, pick.latency_ms],
         },
     }

@@ -19,7 +19,7 @@ from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
-from tenfold.profiling import Clock, profile
+from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
@@ -160,12 +160,12 @@ def _chosen(decision: Decision, runtime: Runtime) -> Decision:
     )
 
 
-def clock_for(model: nn.Module, inputs: Any, runtime: Runtime) -> Clock:
+def clock_for(model: nn.Module, inputs: Any, runtime: Runtime) -> LatencyTable:
     """Return what times layers: that of the runtime, or one for the model's device and dtype."""
     if runtime.clock is not None:
         return runtime.clock
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return Clock(device=device_of(model, inputs), dtype=weight.dtype)
+    return LatencyTable(device=device_of(model, inputs), dtype=weight.dtype)
 
 
 def _nothing(cost: Profile) -> Plan:

@@ -16,8 +16,8 @@ from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, stage_specs
 from tenfold.planning.layer_bench import Compare, LayerBench, LayerTiming, fill_neutral_, keep_slower_layers_dense
 from tenfold.planning.timing import Timing
-from tenfold.profiling import Clock, Comparison, compare_latency, to_memory_format
-from tenfold.profiling.latency.memory_format import candidates_for
+from tenfold.profiling import Comparison, LatencyTable, compare_latency, to_memory_format
+from tenfold.profiling.latency.memory_format import memory_formats_for
 from tenfold.records import Budget, Latency, LayerPlan, OptionTable, Plan, Profile, Speedup
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
 
@@ -85,7 +85,7 @@ def plan_within_latency(
     table: OptionTable,
     profile: Profile,
     inputs: Any,
-    clock: Clock,
+    clock: LatencyTable,
     search: LatencySearch | None = None,
 ) -> FastPlan:
     """Return a plan whose layers all measure faster than dense ones and whose model meets its latency as measured.
@@ -176,7 +176,7 @@ class _State:
     table: OptionTable
     profile: Profile
     inputs: Any
-    clock: Clock
+    clock: LatencyTable
     search: LatencySearch
     formats: dict[str, tuple[str, str]] = field(default_factory=dict)  # the best, by that of the clock
 
@@ -236,7 +236,7 @@ class _State:
 
     def _best_formats(self, small: nn.Module) -> tuple[str, str]:
         """Return the memory formats for the model as it is and the smaller one, which moves only for a good gain."""
-        names = candidates_for(self.inputs)
+        names = memory_formats_for(self.inputs)
         models = {"before": self.runs, "after": small}
         variants = {(kind, n): to_memory_format(model, self.inputs, n) for kind, model in models.items() for n in names}
         times = self._compared({f"{kind} {n}": variant for (kind, n), variant in variants.items()}).latencies

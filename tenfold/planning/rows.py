@@ -122,7 +122,7 @@ def grid(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> t
         stride = step or next((s for most, s in _STEPS if full <= most), _HARDWARE_STEP)
         return [*range(stride, full, stride), full]
 
-    ranks = _array(format, FORMATS.get(format).rank_grid(layer.spec, axis))
+    ranks = FORMATS.get(format).rank_grid(layer.spec, axis)
     ranks = ranks[saves(layer, *costs_of(layer, format, ranks))]
     fuller, cheaper = _fuller(layer, format, ranks)  # which beat the rows they come from: the knapsack drops those
     known = set(map(tuple, ranks.tolist()))

@@ -22,7 +22,6 @@ from tenfold.planning.conditions import conditions_of
 from tenfold.planning.curves import weight_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, reason_to_keep
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
-from tenfold.profiling.latency.monotone import isotonic
 from tenfold.records import (
     Cost,
     LayerSensitivity,
@@ -250,7 +249,7 @@ class Sensitivity:
         lost = self.baseline - np.array([float(p.score or 0.0) for p in points])
         errors, group, weights = np.unique(tails(at), return_inverse=True, return_counts=True)
         mean = np.bincount(group.ravel(), lost) / weights
-        fitted = np.maximum(isotonic([0.0, *mean], [_CERTAIN, *weights]), 0.0)
+        fitted = np.maximum(isotonic_regression([0.0, *mean], weights=[_CERTAIN, *weights]).x, 0.0)
         errors = np.concatenate([[0.0], errors])
         return lambda ranks: np.interp(tails(ranks), errors, fitted)
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tenfold.formats import Rank
-from tenfold.profiling import Clock, best_memory_format, to_memory_format
+from tenfold.profiling import LatencyTable, best_memory_format, to_memory_format
 from tenfold.profiling import profile as make_profile
 from tenfold.records import (
     Call,
@@ -51,7 +51,7 @@ class Timing:
         tighten: factor on what is allowed, below 1 when earlier plans measured slower than predicted.
     """
 
-    clock: Clock
+    clock: LatencyTable
     profile: Profile
     layer_share: float
     dense_ms: float
@@ -60,13 +60,13 @@ class Timing:
 
     @classmethod
     def of(
-        cls, model: nn.Module, inputs: Any, clock: Clock, *, profile: Profile | None = None, seconds: float = 4.0
+        cls, model: nn.Module, inputs: Any, clock: LatencyTable, *, profile: Profile | None = None, seconds: float = 4.0
     ) -> Timing:
         """Return the timing of a model, measured in every memory format that matters for these inputs.
 
         Example:
             >>> import torch
-            >>> clock = Clock(cache=None, timer=lambda spec, shape: 1.0, model_timer=lambda model, inputs: 5.0)
+            >>> clock = LatencyTable(cache=None, timer=lambda spec, shape: 1.0, model_timer=lambda model, inputs: 5.0)
             >>> Timing.of(nn.Linear(4, 4), torch.zeros(2, 4), clock, seconds=0.1).layer_share
             0.2
         """

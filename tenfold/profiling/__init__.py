@@ -1,10 +1,10 @@
-"""What a model costs: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
+"""Cost of a model: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
 
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
 from tenfold.profiling.latency import (
-    Clock,
     Comparison,
+    LatencyTable,
     best_memory_format,
     compare_latency,
     measure_latency,
@@ -13,8 +13,8 @@ from tenfold.profiling.latency import (
 from tenfold.profiling.profile import profile
 
 __all__ = [
-    "Clock",
     "Comparison",
+    "LatencyTable",
     "MacCounter",
     "best_memory_format",
     "compare_latency",

@@ -1,4 +1,4 @@
-"""Where and with what a result was made."""
+"""Environment of a result: versions, device and threads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def environment(device: torch.device | str = "cpu") -> Environment:
-    """Return versions, device and threads as they are now.
+    """Return the current versions, device and threads.
 
     Example:
         >>> environment().torch == torch.__version__
         True
     """
     device = torch.device(device)
-    found = {name: _version(name) for name in _PACKAGES}
+    versions = {name: _version(name) for name in _PACKAGES}
     if device.type == "cuda" and torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        versions["cuda"] = torch.version.cuda
     return Environment(
         tenfold=_version("tenfold") or _own_version(),
         python=platform.python_version(),
@@ -33,12 +33,12 @@ def environment(device: torch.device | str = "cpu") -> Environment:
         device_name=device_name(device),
         threads=torch.get_num_threads(),
         platform=f"{platform.system()}-{platform.machine()}",
-        versions={name: text for name, text in found.items() if text},
+        versions={name: text for name, text in versions.items() if text},
     )
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the maker calls the device, as far as the system tells."""
+    """Return the product name of a device, or an empty string if the system does not say."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""Formulas for fused kernels that torch's flop counter has none for."""
+"""FLOP formulas of fused kernels that torch's flop counter lacks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ aten = torch.ops.aten
 
 
 def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of scores and weighted sum, shapes (batch, heads, length, width), as if nothing were masked.
+    """Return the FLOPs of scores and weighted sum, for shapes (batch, heads, length, width), without masking.
 
-    Key and value may have fewer heads, which the kernel repeats. This is what the counter has for the same kernel on
-    CUDA, and what it counts on the CPU when attention is written as two products.
+    Key and value may have fewer heads, which the kernel repeats. The flop counter has the same formula for the kernel
+    on CUDA, and finds the same number on the CPU for attention written as two products.
     """
     batch_heads_queries = prod(query.shape[:-1])
     keys, width, value_width = key.shape[-2], query.shape[-1], value.shape[-1]
@@ -35,10 +35,10 @@ def cudnn_rnn_flops(x: Tensor, weights: list[Tensor], *_: Any, **__: Any) -> int
 
 
 def fused_kernels() -> dict[Any, Callable[..., int]]:
-    """Return formulas of fused kernels that the flop counter has none for although it counts their unfused form.
+    """Return formulas of fused kernels that the flop counter lacks although it counts their unfused form.
 
-    Only such: with them a model costs the same on every device and whichever kernel torch picks, and ``macs`` is
-    half of what the flop counter finds with these kernels switched off.
+    With these, a model costs the same on every device and with every kernel that torch picks: half of what the flop
+    counter finds with fused kernels disabled.
     """
     formulas: dict[str, Callable[..., int]] = {
         "_scaled_dot_product_flash_attention_for_cpu": attention_flops,
@@ -46,12 +46,12 @@ def fused_kernels() -> dict[Any, Callable[..., int]]:
         "_cudnn_rnn": cudnn_rnn_flops,
     }
     known = FlopCounterMode(display=False).flop_registry
-    found = {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
-    return {packet: _raw(formula) for packet, formula in found.items() if packet not in known}
+    available = {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
+    return {packet: _raw(formula) for packet, formula in available.items() if packet not in known}
 
 
 def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """Return the formula marked as one that takes tensors, where the counter would hand over their shapes."""
+    """Mark the formula as one that takes tensors; the counter would pass their shapes otherwise."""
 
     def count(*args: Any, **kwargs: Any) -> int:
         return formula(*args, **{k: v for k, v in kwargs.items() if k != "out_val"})

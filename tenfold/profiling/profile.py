@@ -1,4 +1,4 @@
-"""What a model costs: one real forward under hooks and torch's flop counter, no tracing."""
+"""Profile of a model: one real forward under hooks and torch's flop counter."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ NEVER_CALLED = "never called by this forward (its weight may be read by its pare
 def profile(
     model: nn.Module, example_inputs: Any, *, latency: bool = False, seconds: float = 2.0, threads: int | None = None
 ) -> Profile:
-    """Return what the model costs on these inputs: parameters, bytes, MACs, calls and, if asked for, milliseconds.
+    """Measure the cost of a model on these inputs: parameters, bytes, MACs, calls and, on request, milliseconds.
 
     The model runs once, in evaluation mode and without gradients, on its own device and in its own dtype; modes, hooks
-    and random numbers are afterwards as they were. All MACs are counted: what belongs to no layer (attention scores
-    between functional calls) is in ``other_macs``. A layer's MACs are what the flop counter finds while it runs, which
-    for layers with a geometry is their closed form; a note tells if it ever is not.
+    and random state are restored. All MACs are counted: those outside of layers (attention scores between functional
+    calls) are in ``other_macs``. The MACs of a layer are what the flop counter finds while it runs; for layers with a
+    geometry that is their closed form, and a note says if it is not.
 
     Args:
         model: any module whose forward runs.
         example_inputs: a tensor, tuple, list, mapping or ``(args, kwargs)``; see ``call_model``.
-        latency: measure the whole model and every layer as well.
-        seconds: about how long to measure for the total, and again for the layers.
+        latency: also measure the latency of the whole model and of every layer.
+        seconds: approximate measuring time for the whole model, and again for the layers.
         threads: CPU threads during the measurement; as many as torch uses now if None.
 
     Raises:
@@ -83,10 +83,8 @@ def profile(
 
 
 def _is_read(layer: Entry, trace: Trace) -> bool:
-    """Whether others compute with the weight of a layer that could be factorized.
-
-    A shared weight does not count, which all layers that hold it compute with.
-    """
+    """Whether something else computes with the weight of a layer that could be factorized."""
+    # All layers that share a weight compute with it: that is not a read by others.
     if layer.spec is None or layer.tied or isinstance(layer.module, FactorizedLayer):
         return False
     return layer.path in trace.read_outside

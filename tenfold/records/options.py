@@ -253,7 +253,7 @@ class OptionTable(_Columns):
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON, whole or not at all."""
-        write_text(Path(path), self.model_dump_json(exclude_defaults=True))
+        write_text(Path(path), self.model_dump_json(exclude_none=True))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

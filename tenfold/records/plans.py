@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,17 +26,18 @@ PLAN_HEADER = """\
 """
 
 
-def check_version(what: str, version: int) -> None:
-    """Raise ValueError for a plan or record of another version, with the way out."""
-    if version > PLAN_VERSION:
-        msg = f"the {what} has version {version}, this tenfold reads {PLAN_VERSION}: upgrade tenfold"
-        raise ValueError(msg)
-    if version < PLAN_VERSION:
-        msg = (
-            f"the {what} has version {version}, this tenfold reads {PLAN_VERSION}: make it again with this version, or "
-            "read it with the tenfold that its field tenfold names"
+def check_version(what: str, values: Any) -> Any:
+    """Raise ValueError for values of another version, with the way out; before fields that it has not are complained of."""
+    version = values.get("version", PLAN_VERSION) if isinstance(values, Mapping) else PLAN_VERSION
+    if isinstance(version, int) and version != PLAN_VERSION:
+        way_out = (
+            "upgrade tenfold"
+            if version > PLAN_VERSION
+            else "make it again with this version, or read it with the tenfold that its field tenfold names"
         )
+        msg = f"the {what} has version {version}, this tenfold reads {PLAN_VERSION}: {way_out}"
         raise ValueError(msg)
+    return values
 
 
 class LayerPlan(Record):
@@ -87,10 +89,10 @@ class LayerPlan(Record):
 class Plan(Record):
     """What happens to every layer of a model. An editable YAML file; ``apply`` carries it out.
 
-    ``before`` and ``after`` are costs of the whole model as the planner computed them. ``folded`` are the paths of
-    batch norms that are merged into a layer once all else is done, for inference, each with the path of that layer.
-    ``opened`` are the paths of recurrent networks whose matrices are layers of the plan, each with its kind; applying
-    and loading open them.
+    ``recipe`` is what was wanted. ``before`` and ``after`` are costs of the whole model as the planner computed them.
+    ``fused`` are the paths of batch norms that are merged into a layer once all else is done, for inference, each with
+    the path of that layer. ``unrolled`` are the paths of recurrent networks whose matrices are layers of the plan, each
+    with its kind; applying and loading unroll them.
     """
 
     version: int = PLAN_VERSION
@@ -103,9 +105,13 @@ class Plan(Record):
     fused: dict[str, str] = {}
     unrolled: dict[str, str] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_version(cls, values: Any) -> Any:
+        return check_version("plan", values)
+
     @model_validator(mode="after")
     def _check(self) -> Plan:
-        check_version("plan", self.version)
         paths = [layer.path for layer in self.layers]
         twice = {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else set()
         if twice:
@@ -184,3 +190,8 @@ class RunRecord(Record):
     settings: dict[str, Any] = {}
     exports: tuple[ExportRecord, ...] = ()
     environment: Environment
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_version(cls, values: Any) -> Any:
+        return check_version("record", values)

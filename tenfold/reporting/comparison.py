@@ -127,10 +127,7 @@ def _group(runs: Sequence[Run], method: str) -> Group:
 
 def budget_of(record: RunRecord) -> str:
     """Return the budget in words, as shares of the model before; a dash where there was none."""
-    stated = record.settings.get("schedule")
-    given = stated.get("budget") if isinstance(stated, dict) and isinstance(stated.get("budget"), dict) else None
-    budget = {k: v for k, v in (given or record.plan.budget).items() if v is not None}
-    return ", ".join(limits(budget, record.before, of=" ")) or "—"
+    return ", ".join(limits(record.plan.recipe.budget, record.before, of=" ")) or "—"
 
 
 def _key(record: RunRecord) -> str:
@@ -140,11 +137,12 @@ def _key(record: RunRecord) -> str:
 def _settings(record: RunRecord) -> dict[str, Any]:
     """Return what was chosen, by dotted name, without seeds and the budget."""
     algorithms = {str(x.format): (x.algorithm or {}).get("name", "") for x in record.plan.factorized}
-    chosen = {"rule": dict(record.plan.rule), "algorithm": algorithms, **record.settings}
+    recipe = record.plan.recipe.model_dump(mode="json", exclude={"budget", "seed", "algorithms"})
+    chosen = recipe | {"algorithm": algorithms} | record.settings
     epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)
     chosen |= {"epochs": epochs, "stages": len(record.stages)}
     found = dict(_flat(chosen, ""))
-    return {k: v for k, v in found.items() if k.rpartition(".")[2] not in {"seed", "budget"} and ".budget." not in k}
+    return {k: v for k, v in found.items() if k.rpartition(".")[2] not in {"seed", "budget"}}
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
@@ -155,12 +153,12 @@ def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
 
 def _plain_name(record: RunRecord) -> str:
     formats = " + ".join(sorted({str(layer.format) for layer in record.plan.factorized}))
-    parts = [formats or "nothing", str(record.plan.rule.get("name", "")) if record.plan.rule else ""]
+    parts = [formats or "nothing", record.plan.recipe.rule_name]
     if record.stages:
         parts.append(plural(len(record.stages), "stage"))
     epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)
     parts.append(plural(epochs, "epoch"))
-    return ", ".join(filter(None, parts))
+    return ", ".join(parts)
 
 
 def _method_names(records: Sequence[RunRecord]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tenfold.records import Measurement
+from tenfold.records import Budget, Measurement
+from tenfold.records.budget import LIMITED
 
 QUANTITIES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 _PREFIXES = ("", "k", "M", "G", "T", "P")
@@ -160,17 +161,18 @@ def plural(number: int, word: str) -> str:
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
-def limits(budget: Mapping[str, float], before: Measurement, of: str = " of the ") -> list[str]:
-    """Return budgets in words, as shares of the model before where what that costs is known.
+def limits(budget: Budget, before: Measurement, of: str = " of the ") -> list[str]:
+    """Return a budget in words, as shares of the model before where what that costs is known.
 
     Example:
-        >>> limits({"macs": 0.5, "params": 300}, Measurement(params=1000, macs=9000))
-        ['50 % of the MACs', '30 % of the parameters']
+        >>> limits(Budget(macs=0.5, max_params=300), Measurement(params=1000, macs=9000))
+        ['30 % of the parameters', '50 % of the MACs']
     """
     found = []
-    for name, value in budget.items():
-        whole = getattr(before, {"latency": "latency_ms"}.get(name, name), None)
-        share = value if value <= 1 else value / whole if whole else None
-        words = QUANTITIES.get(name, name)
-        found.append(f"{value:g} {words}" if share is None else f"{100 * share:.3g} %{of}{words}")
+    for name in budget.limited:
+        words, whole = QUANTITIES[name], getattr(before, {"latency": "latency_ms"}.get(name, name))
+        share, most = getattr(budget, name), getattr(budget, LIMITED[name])
+        shares = [value for value in (share, most / whole if most and whole else None) if value is not None]
+        found += [f"{100 * value:.3g} %{of}{words}" for value in shares]
+        found += [f"{most:g} {'ms ' if name == 'latency' else ''}{words}"] if most and not whole else []
     return found

@@ -32,9 +32,10 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
 
 def _totals(plan: Plan) -> Text:
     before, after = plan.before, plan.after
-    rule = " ".join(f"{k}={v}" for k, v in plan.rule.items() if k not in ("name", "ranks") and v is not None)
-    budget = ", ".join(f"{k}={v:g}" for k, v in plan.budget.items())
-    how = [f"rule {plan.rule['name']}{f' ({rule})' if rule else ''}"] if plan.rule.get("name") else []
+    recipe = plan.recipe
+    rule = " ".join(f"{k}={v}" for k, v in recipe.rule.items() if k not in ("name", "ranks") and v is not None)
+    budget = ", ".join(f"{k}={v:g}" for k, v in recipe.budget.given.items())
+    how = [f"rule {recipe.rule_name}{f' ({rule})' if rule else ''}"]
     how += [f"budget {budget}"] if budget else []
     how += [f"seed {plan.seed}"]
     text = Text(f"Plan for {plan.model}", style="bold")

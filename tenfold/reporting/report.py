@@ -136,10 +136,9 @@ def _headline(record: RunRecord) -> str:
 def _lead(record: RunRecord) -> str:
     plan = record.plan
     formats = sorted({str(layer.format) for layer in plan.factorized})
-    budget = " and ".join(limits(plan.budget, record.before))
+    budget = " and ".join(limits(plan.recipe.budget, record.before))
     parts = [f"{plan.model}, {len(plan.factorized)} layers as {', '.join(formats)}" if formats else plan.model]
-    if plan.rule.get("name"):
-        parts.append(f"ranks by the rule {plan.rule['name']}{f' for a budget of {budget}' if budget else ''}")
+    parts.append(f"ranks by the rule {plan.recipe.rule_name}{f' for a budget of {budget}' if budget else ''}")
     if record.stages:
         parts.append(f"in {plural(len(record.stages), 'stage')}")
     epochs = sum(len(s.tuning) for s in record.stages) or len(record.tuning)
@@ -214,12 +213,13 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     e = record.environment
     versions = {"tenfold": e.tenfold, "python": e.python, "torch": e.torch, **e.versions}
     latency = record.after.latency or record.before.latency
-    rule = ", ".join(f"{k}={v}" for k, v in record.plan.rule.items() if k not in ("name", "ranks") and v is not None)
+    recipe = record.plan.recipe
+    rule = ", ".join(f"{k}={v}" for k, v in recipe.rule.items() if k not in ("name", "ranks") and v is not None)
     found = [
-        ("Rule", f"{record.plan.rule.get('name', '')}{f' ({rule})' if rule else ''}"),
-        ("Budget", ", ".join(limits(record.plan.budget, record.before))),
+        ("Rule", f"{recipe.rule_name}{f' ({rule})' if rule else ''}"),
+        ("Budget", ", ".join(limits(recipe.budget, record.before))),
         ("Seed", str(record.seed)),
-        ("Batch norms folded", str(len(record.plan.fused) or "")),
+        ("Batch norms fused", str(len(record.plan.fused) or "")),
         *((name.replace("_", " ").capitalize(), _setting(value)) for name, value in record.settings.items()),
         ("Machine", f"{e.device_name or e.device}, {plural(e.threads, 'thread')}, {e.platform}"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

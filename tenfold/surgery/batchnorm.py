@@ -1,4 +1,4 @@
-"""Batch-norm statistics that fit the compressed model, from unlabeled batches and without any training."""
+"""Re-estimation of batch-norm statistics from unlabeled batches, without training."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def reestimate_batchnorm_(
     model: M, batches: Iterable[Any], *, forward: Callable[[M, Any], object] | None = None
 ) -> int:
-    """Return the number of batches from which the running statistics of every batch norm were estimated anew.
+    """Re-estimate the running statistics of every batch norm, and return the number of batches used.
 
-    Only the batch norms run in training mode, so that each layer sees inputs normalized as they will be; dropout and
-    the like stay off, and no gradient is kept. The new mean and variance are those of all values seen: batches are
-    pooled exactly (Chan, Golub & LeVeque 1983), so neither their order nor unequal sizes matter. ``torch``'s own
-    cumulative average (``momentum=None``) would average the variances *within* batches instead, and lose the variance
-    *between* them, which is not small when batches are.
+    Use it after compressing a model by its weights alone. Only the batch norms run in training mode, so that each layer
+    sees inputs normalized as they will be; dropout stays off, and there are no gradients. The new mean and variance are
+    those of all values: batches are pooled exactly (Chan, Golub & LeVeque 1983), so neither their order nor unequal
+    sizes matter. ``torch``'s cumulative average (``momentum=None``) would average the variances *within* batches
+    instead, and lose the variance *between* them, which is not small for small batches.
 
-    Train modes, momenta and everything else of the model are as before afterwards. On any error the old statistics are
-    back. Batch norms that the forward never reaches, or that do not track statistics, are left alone.
+    Training modes and momenta are restored, and on any error the old statistics as well. Batch norms that the forward
+    never reaches, or that do not track statistics, are left unchanged.
 
     Args:
-        model: changed in place, on its own device. A model without batch norm is not run, and 0 comes back.
+        model: changed in place, on its own device. A model without batch norm is not run; the result is then 0.
         batches: inputs as ``call_model`` takes them: a tensor, tuple of arguments, dict of keywords or (args, kwargs).
-            They must lie on the device of the model. 100 to 200 batches are plenty; order and seed are the caller's.
+            They must be on the device of the model. 100 to 200 batches are plenty.
         forward: runs the model on one batch; ``call_model(model, batch)`` by default.
 
     Raises:
@@ -54,7 +54,7 @@ def reestimate_batchnorm_(
     }
     if not norms:
         return 0
-    pools = {path: _Pool() for path in norms}
+    pools = {path: _Pool(path) for path in norms}
     seen = 0
     with _statistics_only(model, norms, pools), torch.no_grad():
         for seen, batch in enumerate(batches, start=1):  # noqa: B007
@@ -72,16 +72,32 @@ def reestimate_batchnorm_(
 class _Pool:
     """Count, mean and sum of squared deviations of all values seen by one batch norm, per channel in float64."""
 
+    path: str
     count: int = 0
     calls: int = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, count: int, mean: Tensor, var: Tensor) -> None:
-        """Merge ``count`` values per channel, given their mean and unbiased variance."""
-        mean, squares = mean.double(), var.double() * (count - 1)
-        total = self.count + count
-        delta = mean - self.mean.to(mean.device)
+    def check(self, norm: Any, args: tuple[Tensor, ...]) -> None:
+        """Reject inputs with fewer than two values per channel, which have no variance; a forward pre-hook."""
+        if args[0].numel() < 2 * norm.num_features:
+            msg = (
+                f"batch norm {self.path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
+                "variance. Use larger batches and drop a last batch of one."
+            )
+            raise DataError(msg)
+
+    def update(self, norm: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        """Pool the statistics of the last batch; a forward hook."""
+        if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+            msg = (
+                f"the input of batch norm {self.path!r} is not finite in its call {self.calls + 1}: check the batches "
+                "and the weights before it. The old statistics are kept."
+            )
+            raise DataError(msg)
+        count = args[0].numel() // norm.num_features
+        mean, squares = norm.running_mean.double(), norm.running_var.double() * (count - 1)
+        total, delta = self.count + count, mean - self.mean.to(mean.device)
         self.mean = self.mean.to(mean.device) + delta * (count / total)
         self.squares = self.squares.to(mean.device) + squares + delta.square() * (self.count * count / total)
         self.count, self.calls = total, self.calls + 1
@@ -96,11 +112,9 @@ class _Pool:
 
 @contextmanager
 def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict[str, _Pool]) -> Iterator[None]:
-    """Let the batch norms, and nothing else, run in training mode, and pool what each batch teaches them.
-
-    Momentum 1 makes the running statistics those of the last batch alone: a hook reads them at no cost. Flags are
-    set directly, because ``train()`` would also reach the children that some batch norms have (timm's, for one).
-    """
+    """Run only the batch norms in training mode, and pool the statistics of each batch."""
+    # Momentum 1 makes the running statistics those of the last batch alone, which a hook reads at no cost. Flags are
+    # set directly, because ``train()`` would also reach the children of some batch norms (timm's, for instance).
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms.values()]
     old = [(buffer, buffer.clone()) for norm in norms.values() for buffer in norm.buffers(recurse=False)]
@@ -111,10 +125,8 @@ def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict
         for path, norm in norms.items():
             norm.training, norm.momentum = True, 1.0
             norm.reset_running_stats()  # 0 · NaN is NaN: broken statistics must not survive a momentum of 1
-            hooks += [
-                norm.register_forward_pre_hook(_check(path)),
-                norm.register_forward_hook(_pool(path, pools[path])),
-            ]
+            hooks.append(norm.register_forward_pre_hook(pools[path].check))
+            hooks.append(norm.register_forward_hook(pools[path].update))
         yield
         unreached = {
             id(b) for path, norm in norms.items() if not pools[path].calls for b in norm.buffers(recurse=False)
@@ -136,33 +148,3 @@ def _put_back(values: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for buffer, value in values:
             buffer.copy_(value)
-
-
-def _check(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a hook that refuses an input with fewer than two values per channel, which has no variance."""
-
-    def check(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].numel() < 2 * norm.num_features:  # type: ignore[operator]
-            msg = (
-                f"batch norm {path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
-                "variance. Use larger batches and drop a last batch of one."
-            )
-            raise DataError(msg)
-
-    return check
-
-
-def _pool(path: str, pool: _Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Return a hook that pools the statistics of the batch that has just passed."""
-
-    def add(norm: Any, args: tuple[Tensor, ...], _: Tensor) -> None:
-        mean, var = norm.running_mean, norm.running_var
-        if not (torch.isfinite(mean).all() and torch.isfinite(var).all()):
-            msg = (
-                f"the input of batch norm {path!r} is not finite in its call {pool.calls + 1}: check the batches and "
-                "the weights before it. The old statistics are kept."
-            )
-            raise DataError(msg)
-        pool.add(args[0].numel() // norm.num_features, mean, var)
-
-    return add

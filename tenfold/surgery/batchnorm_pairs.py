@@ -74,15 +74,15 @@ def fusable_pairs(model: nn.Module, inputs: Any) -> FusedPairs:
                 check = _checking(path, odd)  # runs within the norm for the tracer, since prepended later
                 stack.enter_context(norm.register_forward_hook(check, prepend=True, with_kwargs=True))
         call_model(model, inputs)
-    found = FusedPairs()
+    result = FusedPairs()
     for path, norm in norms.items():
         maker, reason = _maker(trace, path, layers)
         reason = unfit[path] or reason or odd.get(path, "") or _reason_of_layer(maker, norm, hooked)
         if reason or maker is None:
-            found.kept[path] = reason
+            result.kept[path] = reason
         else:
-            found.pairs[path] = maker.path
-    return found
+            result.pairs[path] = maker.path
+    return result
 
 
 def _maker(trace: Trace, norm: str, layers: dict[str, Entry]) -> tuple[Entry | None, str]:
@@ -165,6 +165,6 @@ def _checking(path: str, odd: dict[str, str]) -> Callable[..., None]:
         for name in AFTER:
             value = norm.get_submodule(name)(value)
         if not torch.allclose(value, output, rtol=1e-4, atol=1e-5, equal_nan=True):
-            odd[path] = f"{type(norm).__name__} does more than to normalize, drop and activate"
+            odd[path] = f"{type(norm).__name__} does more than normalize, drop and activate"
 
     return check

@@ -68,9 +68,9 @@ def fuse_batchnorm_(model: nn.Module, inputs: Any) -> FusedPairs:
 
     See ``fuse_batchnorm``.
     """
-    found = fusable_pairs(model, inputs)
-    sound, kept = {}, dict(found.kept)
-    for norm, layer in found.pairs.items():
+    fusable = fusable_pairs(model, inputs)
+    sound, kept = {}, dict(fusable.kept)
+    for norm, layer in fusable.pairs.items():
         if all(bool(torch.isfinite(t).all()) for t in _fused(find(model, layer), find(model, norm))):
             sound[norm] = layer
         else:
@@ -101,7 +101,7 @@ def fuse_pairs_(model: nn.Module, pairs: Mapping[str, str]) -> nn.Module:
 
 
 def check_pairs(model: nn.Module, pairs: Mapping[str, str]) -> dict[str, str]:
-    """Return those of the pairs that are still to be fused; raise PlanError if one of them cannot be."""
+    """Return the pairs that are not fused yet; raise PlanError if one of them cannot be."""
     left = {norm: layer for norm, layer in pairs.items() if not isinstance(find(model, norm), FusedNorm)}
     for norm, layer in left.items():
         _check(find(model, norm), find(model, layer), norm, layer)
@@ -128,7 +128,7 @@ def _check(norm: nn.Module, layer: nn.Module, norm_path: str, path: str) -> None
 
 
 def _last(layer: nn.Module) -> tuple[Any, LayerSpec]:
-    """Return the torch layer that makes the outputs, and its geometry."""
+    """Return the torch layer that computes the outputs, and its geometry."""
     if not isinstance(layer, FactorizedLayer):
         spec, reason = spec_of(layer)
         if spec is None:
@@ -142,7 +142,7 @@ def _last(layer: nn.Module) -> tuple[Any, LayerSpec]:
 
 
 def _fused(layer: nn.Module, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the layer's last stage with the batch norm in them."""
+    """Return weight and bias of the layer's last sub-layer with the batch norm fused into them."""
     stage, spec = _last(layer)
     with torch.no_grad():
         scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -156,12 +156,12 @@ def _fused(layer: nn.Module, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _replace_last(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Give the layer another last weight and bias, in place."""
+    """Replace the last weight and bias of the layer, in place."""
     stage, _ = _last(layer)
     grads = stage.weight.requires_grad
     stage.weight = nn.Parameter(
         torch.empty_like(stage.weight, requires_grad=False).copy_(weight), grads
-    )  # laid out as it was
+    )  # in its memory format
     stage.bias = nn.Parameter(bias, grads if stage.bias is None else stage.bias.requires_grad)
     if isinstance(layer, FactorizedLayer):
         layer.spec = layer.spec.replace(bias=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tenfold.calibration.input_moments import MomentSums, collect_moments
+from tenfold.calibration.collect import collect_moments
+from tenfold.calibration.moment_sums import MomentSums
 from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
 from tenfold.errors import DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of

@@ -1,4 +1,4 @@
-"""What a layer should put out so that its branch makes up for what its shortcut has lost."""
+"""Shortcut correction: targets of layers at the end of a residual branch, so that the sum with the shortcut is met."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.replay import Replay
 from tenfold.tracing.trace import Trace
 
-# Channels that batch norm scales down to less than this share of the largest are dead: nothing can pass through them.
+# Channels that batch norm scales to less than this share of the largest are dead: a correction cannot pass them.
 DEAD = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """Where a layer meets a shortcut: out = scale·y + shift + shortcut.
+    """Sum of a layer's output y with a shortcut: out = scale·y + shift + shortcut.
 
     Attributes:
         last: the module whose output is added to the shortcut: the layer itself, or the batch norm after it.
@@ -30,13 +30,13 @@ class Branch:
     scale: Tensor | None = None
 
     def importance(self, spec: LayerSpec) -> Tensor | None:
-        """Return how errors of the layer's outputs count in the sum, as ``Moments.output_gram``; None for all alike."""
+        """Return how output errors of the layer weigh in the sum, as ``Moments.output_gram``; None if all are equal."""
         if self.scale is None or len(self.scale) != spec.out_channels:
             return None
         return torch.diag_embed(self.scale.double().square().view(spec.groups, -1))
 
     def correction(self, lost: Tensor) -> Tensor:
-        """Return what to add to the outputs of the layer so that ``lost`` is added to the sum; 0 in dead channels."""
+        """Return what to add to the layer's outputs so that ``lost`` is added to the sum; 0 in dead channels."""
         if self.scale is None:
             return lost
         live = self.scale.abs() > DEAD * self.scale.abs().max()
@@ -45,7 +45,7 @@ class Branch:
 
 
 def branch_of(model: nn.Module, trace: Trace, path: str) -> Branch | None:
-    """Return where the output of the layer at ``path`` meets a shortcut; None if that is not seen, or not all of it."""
+    """Return the branch that ends with the layer at ``path``; None unless its whole output is added to one shortcut."""
     if trace.is_added(path):
         return Branch(path)
     follower = trace.follower(path)
@@ -60,13 +60,13 @@ def branch_of(model: nn.Module, trace: Trace, path: str) -> Branch | None:
 
 
 def targets(dense: Replay, new: Replay, path: str, branch: Branch | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over what enters a layer of the new model and what should leave it, with its bias, batch by batch.
+    """Iterate over inputs of a layer of the new model and target outputs, with its bias, batch by batch.
 
-    That is what leaves it in the dense model; with a branch, plus what the shortcut has lost, so that the sum is met.
+    Targets are the outputs in the dense model; with a branch, plus what the shortcut has lost.
     """
     if branch is None:
         yield from zip(new.inputs(path), dense.outputs(path), strict=True)
         return
     pairs = zip(new.branches(path, branch.last), dense.branches(path, branch.last), strict=True)
-    for (x, _, own), (_, y, wanted) in pairs:
-        yield x, y + branch.correction(wanted - own)
+    for (x, _, shortcut), (_, y, dense_shortcut) in pairs:
+        yield x, y + branch.correction(dense_shortcut - shortcut)

@@ -1,4 +1,4 @@
-"""Recurrent networks of a model, opened into linear layers so that plans reach their matrices, and closed again."""
+"""Unroll recurrent networks into linear layers, so that plans reach their matrices, and fuse them again."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from tenfold.surgery.modules import find, put
 
 
 def fused_rnns(model: nn.Module) -> dict[str, str]:
-    """Return path and kind of torch's recurrent networks that can be opened: GRUs and LSTMs, no derived classes.
+    """Return path and kind of torch's recurrent networks that can be unrolled: GRUs and LSTMs, no derived classes.
 
-    One with a projection, or whose weights are made anew by hooks in each forward, cannot be.
+    Networks with a projection, or whose weights are computed by hooks in each forward, cannot be unrolled.
 
     Example:
         >>> fused_rnns(nn.ModuleDict({"words": nn.Embedding(9, 4), "rnn": nn.LSTM(4, 8)}))
         {'rnn': 'LSTM'}
     """
-    return {path: type(m).__name__ for path, m in model.named_modules() if _can_open(m)}
+    return {path: type(m).__name__ for path, m in model.named_modules() if _can_unroll(m)}
 
 
 def unrolled_rnns(model: nn.Module) -> dict[str, str]:
-    """Return path and kind of the recurrent networks that were opened."""
+    """Return path and kind of the unrolled recurrent networks."""
     return {path: m.mode for path, m in model.named_modules() if isinstance(m, Recurrent) and type(m) in (GRU, LSTM)}
 
 
 def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Open recurrent networks in place, all that can be or those at ``paths``; return the model.
+    """Unroll recurrent networks in place, all that can be or those at ``paths``; return the model.
 
-    Outputs stay the same. The linear layers, such as ``rnn.cells.0.ih``, hold the very parameters of the network. Those
-    that are open already are left alone.
+    Outputs stay the same. The linear layers, such as ``rnn.cells.0.ih``, hold the same parameter objects as the network
+    did. Networks that are unrolled already are left unchanged.
 
     Raises:
-        PlanError: no such network, or one that cannot be opened.
+        PlanError: no such network, or one that cannot be unrolled.
 
     Example:
         >>> model = unroll_rnns_(nn.ModuleDict({"rnn": nn.GRU(4, 8)}))
@@ -51,10 +51,9 @@ def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.M
         network = find(model, path)
         if type(network) in (GRU, LSTM):
             continue
-        if not _can_open(network):
-            msg = (
-                f"{path!r} is a {type(network).__name__} that cannot be opened: only plain GRUs and LSTMs of torch can"
-            )
+        if not _can_unroll(network):
+            kind = type(network).__name__
+            msg = f"{path!r} is a {kind} that cannot be unrolled: only plain GRUs and LSTMs of torch can"
             raise PlanError(msg)
         assert isinstance(network, nn.GRU | nn.LSTM)  # noqa: S101 - asked before
         new[path] = open_recurrent(network)
@@ -62,23 +61,23 @@ def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.M
 
 
 def unroll_rnns(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Return a copy in which recurrent networks are open; the model itself where there is nothing to open."""
-    wanted = fused_rnns(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
-    return unroll_rnns_(copy.deepcopy(model), wanted) if wanted else model
+    """Return a copy in which recurrent networks are unrolled, or the model itself if there is nothing to unroll."""
+    fused = fused_rnns(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
+    return unroll_rnns_(copy.deepcopy(model), fused) if fused else model
 
 
 def fuse_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
-    """Put torch's own networks in the place of opened ones, in place, factors multiplied out; return the model."""
-    open_ones = unrolled_rnns(model)
+    """Replace unrolled networks by torch's own, in place, with factors multiplied out; return the model."""
+    unrolled = unrolled_rnns(model)
     new: Mapping[str, nn.Module] = {
         path: network.close()
-        for path in (open_ones if paths is None else paths)
+        for path in (unrolled if paths is None else paths)
         if isinstance(network := find(model, path), Recurrent)
     }
     return put(model, new)
 
 
-def _can_open(module: nn.Module) -> bool:
+def _can_unroll(module: nn.Module) -> bool:
     if type(module) not in (nn.GRU, nn.LSTM):
         return False
     assert isinstance(module, nn.RNNBase)  # noqa: S101 - asked before

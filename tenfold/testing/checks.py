@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from tenfold.allocation import RULES, RankRule
 from tenfold.decompositions import DECOMPOSITIONS, Decomposition
 from tenfold.formats import FORMATS
-from tenfold.ranks import RULES, RankRule
 from tenfold.testing.algorithm_laws import ALGORITHM_LAWS, check_algorithm_laws
 from tenfold.testing.format_laws import FORMAT_LAWS, check_format_laws
 from tenfold.testing.laws import expect, law

@@ -15,7 +15,6 @@ from tenfold.exporting.program import program_of
 from tenfold.formats import Factorization
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import rule_from
 from tenfold.surgery import apply
 from tenfold.testing.format_laws import dense_layer
 from tenfold.testing.geometries import Geometry, served
@@ -73,7 +72,7 @@ def check_everywhere(format: Format, folder: Path) -> None:
     inputs = tuple(_batch(at, 3) for at in layers)
     with law(13, format.name(), ", ".join(at.name for at in layers)), torch.no_grad():
         cost = profile(dense, inputs)
-        made = plan(dense, cost, rule=rule_from("fixed"), formats=[format.name()])
+        made = plan(dense, cost, {"rule": "fixed", "formats": format.name()})
         wanted = {f"layers.{i}": some_ranks(format, at.spec, 3)[0] for i, at in enumerate(layers)}
         made = made.replace(
             layers=tuple(

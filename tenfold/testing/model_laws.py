@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.allocation import RankRule
 from tenfold.checkpoint import load, save
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.ranks import RankRule, rule_from
-from tenfold.records import Plan, Profile
+from tenfold.records import Budget, Plan, Profile, Recipe
 from tenfold.surgery import apply, densify
 from tenfold.testing.format_laws import dense_layer
 from tenfold.testing.geometries import Geometry, served
@@ -67,7 +67,7 @@ def _trained_norm(at: Geometry) -> nn.Module:
 def planned(format: Format, at: Geometry, model: nn.Module) -> Plan:
     """Return a plan that puts the layer of a ``Host`` into a format at its smallest rank, whatever that costs."""
     cost = profile(model, at.inputs(torch.float32))
-    made = plan(model, cost, rule=rule_from("fixed"), formats=[format.name()])
+    made = plan(model, cost, {"rule": "fixed", "formats": format.name()})
     rank = some_ranks(format, at.spec)[0]
     layer = made.layer("layer").replace(action="factorize", format=format.name(), rank=rank, reason="under test")
     return made.replace(layers=tuple(layer if old.path == "layer" else old for old in made.layers))
@@ -186,20 +186,24 @@ def small_network() -> nn.Module:
 
 def check_replanned(rule: RankRule) -> None:
     """Raise LawBroken unless a factorized model can be compressed further, and stays as it is where that is enough."""
-    x, rule = torch.zeros(1, 6, 6, 6), aiming(rule)
+    x = torch.zeros(1, 6, 6, 6)
+    recipe = Recipe(rule=aiming(rule).to_dict(), formats=FORMATS.names())
+
+    def made(model: nn.Module, **budget: float) -> Plan:
+        return plan(model, profile(model, x), recipe.replace(budget=Budget(**budget)))
+
     with law(12, rule), torch.no_grad():
         model = small_network()
         try:
-            first = plan(model, profile(model, x), rule=rule, formats=FORMATS.names(), budget={"macs": 0.6})
+            first = made(model, macs=0.6)
         except BudgetError:
             return  # the rule cannot aim at a budget
         small = apply(model, first)
-        cost = profile(small, x)
-        _expect_cost(cost, first)
-        same = plan(small, cost, rule=rule, formats=FORMATS.names(), budget={"macs": float(first.after.macs)})
+        _expect_cost(profile(small, x), first)
+        same = made(small, max_macs=first.after.macs)
         expect(not same.factorized, f"layers are planned anew: {[layer.path for layer in same.factorized]}")
         expect(same.after == same.before == first.after, "the costs differ though nothing happens")
-        further = plan(small, cost, rule=rule, formats=FORMATS.names(), budget={"macs": 0.7 * first.after.macs})
+        further = made(small, max_macs=0.7 * first.after.macs)
         expect(bool(further.factorized), "nothing more is compressed")
         smaller = apply(small, further)
         _expect_cost(profile(smaller, x), further)

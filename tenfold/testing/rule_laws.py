@@ -6,22 +6,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tenfold.allocation import Choice, Keep, Limits, RankRule, ThresholdRule, total_cost
 from tenfold.errors import BudgetError
-from tenfold.formats import FORMATS, Rank, split_groups
-from tenfold.ranks import Choice, Keep, Limits, OneKnobRule, RankProblem, RankRule, total_cost
-from tenfold.records import Call, Cost, LayerSpec
+from tenfold.formats import FORMATS
+from tenfold.planning.eligible import EligibleLayer
+from tenfold.records import Cost, LayerOptions, LayerSpec, OptionTable
+from tenfold.testing.format_laws import dense_layer
 from tenfold.testing.laws import expect, law
-from tenfold.testing.weights import random_weight
+from tenfold.testing.tables import SideBySide
+from tenfold.testing.weights import random_bias, random_weight
 
 SHARES = (0.9, 0.6, 0.35)
 
 
-def problems(formats: Sequence[str] | None = None) -> tuple[RankProblem, ...]:
-    """Return layers of many shapes to decide on, in the formats that serve them: spectra steep, flat and degenerate.
-
-    Args:
-        formats: names in order of preference; all that are registered if None.
-    """
+def small_layers() -> SideBySide:
+    """Return layers of many shapes to decide on, each called twice: spectra steep, flat and degenerate."""
     table = (
         ("wide", _conv(12, 24), (1, 12, 8, 8), 1.0),
         ("square", _conv(16, 16), (1, 16, 6, 6), 0.6),
@@ -33,9 +32,11 @@ def problems(formats: Sequence[str] | None = None) -> tuple[RankProblem, ...]:
         ("constant", LayerSpec(kind="linear", in_channels=20, out_channels=20), (1, 20), 0.0),
         ("zero", LayerSpec(kind="linear", in_channels=16, out_channels=16), (1, 16), None),
     )
-    names = tuple(FORMATS.names() if formats is None else formats)
-    found = (_problem(name, spec, shape, decay, names) for name, spec, shape, decay in table)
-    return tuple(p for p in found if p.formats)
+    layers = {
+        name: dense_layer(spec, _weight(spec, decay), random_bias(spec, torch.float32))
+        for name, spec, _, decay in table
+    }
+    return SideBySide(layers, {name: shape for name, _, shape, _ in table}, calls=2)
 
 
 def _conv(inner: int, out: int, groups: int = 1) -> LayerSpec:
@@ -44,31 +45,24 @@ def _conv(inner: int, out: int, groups: int = 1) -> LayerSpec:
     )
 
 
-def _problem(
-    name: str, spec: LayerSpec, shape: tuple[int, ...], decay: float | None, formats: tuple[str, ...]
-) -> RankProblem:
-    """Return a layer whose inputs matter less and less by ``decay``; constant at 0, zero at None."""
+def _weight(spec: LayerSpec, decay: float | None) -> torch.Tensor:
+    """Return a weight whose inputs matter less and less by ``decay``; constant at 0, zero at None."""
     weight = random_weight(spec, torch.float32)
     if not decay:
-        weight = torch.full_like(weight, 0.0 if decay is None else 0.5)
-    else:
-        flat = weight.flatten(1)
-        weight = (flat * decay ** torch.arange(flat.shape[1]).div(4)).view_as(weight)
-    call = Call(in_shape=shape, out_shape=spec.out_shape(shape), count=2)
-    return RankProblem(
-        path=name,
-        spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).unsupported_reason(spec) is None),
-        calls=(call,),
-        cost=Cost(params=spec.num_params, macs=2 * spec.macs(shape)),
-        load_weight=lambda: split_groups(weight, spec),
-    )
+        return torch.full_like(weight, 0.0 if decay is None else 0.5)
+    flat = weight.flatten(1)
+    return (flat * decay ** torch.arange(flat.shape[1]).div(4)).view_as(weight)
 
 
 def check_choices(rule: RankRule) -> None:
     """Raise LawBroken unless every choice is a rank that exists, saves something and tells its reason."""
+    model = small_layers()
     for formats in (None, *((name,) for name in FORMATS.names())):
-        layers = problems(formats)
+        with law(9, rule, formats or "all formats"):
+            table = _table(rule, model, formats)
+        if table is None:
+            return  # the rule needs more than layers
+        layers = table.eligible
         every = _all_limits(layers)
         for limits in (None, *(every if formats is None else every[3:4])):
             with law(9, rule, formats or "all formats", limits or "no budget"):
@@ -76,28 +70,32 @@ def check_choices(rule: RankRule) -> None:
                 if choices is None:
                     continue
                 expect(len(choices) == len(layers), f"{len(choices)} choices for {len(layers)} layers")
-                for problem, choice in zip(layers, choices, strict=True):
-                    _expect_saving(problem, choice)
+                for layer, choice in zip(layers, choices, strict=True):
+                    _expect_saving(model.layer(layer.path, formats), layer, choice)
                 again = rule.select(layers, limits)
                 expect(again == choices, "the rule decides otherwise when asked again")
 
 
-def _expect_saving(problem: RankProblem, choice: Choice) -> None:
+def _expect_saving(known: EligibleLayer, layer: LayerOptions, choice: Choice) -> None:
     if isinstance(choice, Keep):
-        expect(bool(choice.reason), f"{problem.path} is kept without a reason")
+        expect(bool(choice.reason), f"{layer.path} is kept without a reason")
         return
-    expect(choice.format in problem.formats, f"{problem.path}: {choice.format} is not among {problem.formats}")
-    most = FORMATS.get(choice.format).max_rank(problem.spec)
-    inside = set(choice.rank) == set(most) and all(1 <= choice.rank[k] <= most[k] for k in most)
-    expect(inside, f"{problem.path}: {choice.format} at {choice.rank} is outside of 1..{most}")
-    after = problem.cost_at(choice.format, choice.rank)
-    expect(after.below(problem.cost), f"{problem.path} grows from {problem.cost} to {after}")
-    expect(bool(choice.note), f"{problem.path} is factorized without a reason")
+    rows = sum(len(options) for options in layer.options)
+    expect(1 <= choice.row <= rows, f"{layer.path}: row {choice.row} is outside of 1..{rows}")
+    options, option = layer.place(choice.row)
+    expect(options.format in known.formats, f"{layer.path}: {options.format} is not among {known.formats}")
+    most, rank = FORMATS.get(options.format).max_rank(known.spec), options.rank(option)
+    inside = set(rank) == set(most) and all(1 <= rank[k] <= most[k] for k in most)
+    expect(inside, f"{layer.path}: {options.format} at {rank} is outside of 1..{most}")
+    after = options.cost(option)
+    expect(after == known.cost_at(options.format, rank), f"{layer.path} costs something else at {rank} than {after}")
+    expect(after.below(layer.before), f"{layer.path} grows from {layer.before} to {after}")
+    expect(bool(choice.note), f"{layer.path} is factorized without a reason")
 
 
 def aiming(rule: RankRule) -> RankRule:
     """Return the rule as it aims at budgets: without a number of its own, which would hold beside them."""
-    return rule.without_number() if isinstance(rule, OneKnobRule) else rule
+    return rule.without_number() if isinstance(rule, ThresholdRule) else rule
 
 
 def check_budget(rule: RankRule) -> None:
@@ -105,7 +103,12 @@ def check_budget(rule: RankRule) -> None:
 
     A rule that cannot aim at a budget says so with a BudgetError, and so does one whose budget is out of reach.
     """
-    layers, rule = problems(), aiming(rule)
+    model, rule = small_layers(), aiming(rule)
+    with law(10, rule):
+        table = _table(rule, model, None)
+    if table is None:
+        return  # the rule needs more than layers
+    layers = table.eligible
     for limits in _all_limits(layers):
         with law(10, rule, limits):
             choices = _select(rule, layers, limits)
@@ -114,7 +117,8 @@ def check_budget(rule: RankRule) -> None:
             cost = total_cost(layers, choices)
             for name, limit in limits.items():
                 expect(getattr(cost, name) <= limit, f"{name} is {getattr(cost, name)} over the limit {limit:.6g}")
-            more = sum((_one_step_up(p, c) for p, c in zip(layers, choices, strict=True)), Cost())
+            steps = zip(layers, choices, strict=True)
+            more = sum((_one_step_up(model.layer(own.path), own, c) for own, c in steps), Cost())
             seen = ", ".join(f"{name} could be {getattr(more, name)} of {limit:.6g}" for name, limit in limits.items())
             expect(any(getattr(more, name) > limit for name, limit in limits.items()), f"too much is dropped: {seen}")
     with law(10, rule, "a budget that nothing can meet"):
@@ -125,26 +129,27 @@ def check_budget(rule: RankRule) -> None:
         else:
             expect(kept=False, seen="10 MACs for all layers were promised")
     with law(10, rule, "a budget that is met already"):
-        choices = rule.select(layers, {"macs": float(sum(p.cost.macs for p in layers))})
-        expect(total_cost(layers, choices).macs <= sum(p.cost.macs for p in layers), "the layers grow")
+        whole = sum(layer.before.macs for layer in layers)
+        choices = rule.select(layers, {"macs": float(whole)})
+        expect(total_cost(layers, choices).macs <= whole, "the layers grow")
 
 
-def _one_step_up(problem: RankProblem, choice: Choice) -> Cost:
+def _one_step_up(known: EligibleLayer, layer: LayerOptions, choice: Choice) -> Cost:
     """Return the larger cost of: every rank one higher, the next member of the family; dense where nothing is saved."""
     if isinstance(choice, Keep):
-        return problem.cost
-    kind = FORMATS.get(choice.format)
-    most = kind.max_rank(problem.spec)
-    up: Rank = {k: min(v + 1, most[k]) for k, v in choice.rank.items()}
-    now = problem.cost_at(choice.format, choice.rank)
-    steps = [problem.cost_at(choice.format, up)]
-    steps += [cost for _, cost in problem.family(choice.format) if now.below(cost)][:1]
-    params, macs = max(c.params for c in steps), max(c.macs for c in steps)
-    return Cost(params=params, macs=macs) if Cost(params=params, macs=macs).below(problem.cost) else problem.cost
+        return known.cost
+    options, option = layer.place(choice.row)
+    kind, rank, now = FORMATS.get(options.format), options.rank(option), options.cost(option)
+    most = kind.max_rank(known.spec)
+    steps = [known.cost_at(options.format, {k: min(v + 1, most[k]) for k, v in rank.items()})]
+    family = (known.cost_at(options.format, member) for member in kind.rank_family(known.spec))
+    steps += [cost for cost in family if now.below(cost)][:1]
+    largest = Cost(params=max(c.params for c in steps), macs=max(c.macs for c in steps))
+    return largest if largest.below(known.cost) else known.cost
 
 
-def _all_limits(layers: Sequence[RankProblem]) -> list[Limits]:
-    total = sum((p.cost for p in layers), Cost())
+def _all_limits(layers: Sequence[LayerOptions]) -> list[Limits]:
+    total = sum((layer.before for layer in layers), Cost())
     limits: list[Limits] = []
     for share in SHARES:
         limits += [{"macs": share * total.macs}, {"params": share * total.params}]
@@ -152,7 +157,16 @@ def _all_limits(layers: Sequence[RankProblem]) -> list[Limits]:
     return limits
 
 
-def _select(rule: RankRule, layers: Sequence[RankProblem], limits: Limits | None) -> tuple[Choice, ...] | None:
+def _table(rule: RankRule, model: SideBySide, formats: Sequence[str] | None) -> OptionTable | None:
+    """Return the options of the layers; None for a rule that needs scores, which layers alone have none of."""
+    try:
+        return model.table(rule, formats)
+    except BudgetError as error:
+        expect(len(str(error)) > 20, "a BudgetError does not tell what to do")
+        return None
+
+
+def _select(rule: RankRule, layers: Sequence[LayerOptions], limits: Limits | None) -> tuple[Choice, ...] | None:
     """Return what the rule chooses; None where it cannot aim at a budget, or needs one."""
     try:
         return rule.select(layers, limits)

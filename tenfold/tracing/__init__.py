@@ -1,4 +1,4 @@
-"""Run models and see their data flow: inputs of any kind, layers, contexts, hooks and replays."""
+"""Run models on inputs of any kind, and record their data flow."""
 
 from tenfold.tracing.contexts import device_of, evaluating
 from tenfold.tracing.inputs import batch_size_of, call_model, gathered, to_device

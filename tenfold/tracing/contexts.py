@@ -1,4 +1,4 @@
-"""Run a model without leaving a trace: no gradients, evaluation mode, and everything as it was afterwards."""
+"""Contexts to run a model in without side effects, and its device and dtype."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode without gradients, and each back into its own mode afterwards.
-
-    The flags are set directly: ``eval()`` may be overridden to do more (merge adapters, freeze layers), which would not
-    be undone. ``no_grad`` and not ``inference_mode``, because what a model caches in its forward must stay trainable.
-    """
+    """Run in evaluation mode without gradients, and restore the mode of every module afterwards."""
+    # Flags are set directly: an overridden ``eval()`` may do more (merge adapters, freeze layers) that is not undone.
+    # No inference mode: tensors that a model caches in its forward must remain trainable.
     with kept_modes(model), torch.no_grad():
         for module in model.modules():
             module.training = False
@@ -40,7 +38,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the state of torch's random number generators as it was."""
+    """Restore the state of torch's random number generators afterwards."""
     kind = device.type if device.type not in ("cpu", "meta") else "cuda"
     devices = [] if device.type in ("cpu", "meta") else [device.index or 0]
     with torch.random.fork_rng(devices=devices, device_type=kind):
@@ -49,16 +47,14 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """Switch off what bypasses modules: the fused kernel of transformer layers, and compiled code.
-
-    The fused kernel is one opaque operation in which the flop counter sees nothing and that never calls the linear
-    layers; compiled code runs no hooks.
-    """
+    """Disable what bypasses modules: the fused kernel of transformer layers, and compiled code."""
+    # The fused kernel is one operation that is opaque to the flop counter and never calls the linear layers; compiled
+    # code runs no hooks.
     with ExitStack() as stack:
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
-        if "torch._dynamo" in sys.modules:  # nothing is compiled before that is imported, which takes a second
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -79,6 +75,6 @@ def dtype_of(model: nn.Module, inputs: Any = ()) -> torch.dtype:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked for."""
+    """Wait for all work queued on the device."""
     if device.type not in ("cpu", "meta"):
         torch.accelerator.synchronize(device)

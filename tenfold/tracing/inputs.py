@@ -1,4 +1,4 @@
-"""Example inputs of every shape that models take: how to read, move and pass them."""
+"""Example inputs of any structure: read their tensors, move them, pass them to a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tenfold.tensors import digest
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Return the output of the model on example inputs of any of the usual shapes.
+    """Call the model on example inputs of any of the usual structures.
 
     Args:
         model: any callable module.
@@ -35,7 +35,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     args, kwargs = arguments(inputs)
     try:
         return model(*args, **kwargs)
-    except TenfoldError:  # said clearly already, by a hook for instance
+    except TenfoldError:  # clear already, raised by a hook for instance
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or "no message"
@@ -49,7 +49,7 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that ``call_model`` passes for these inputs."""
+    """Split inputs into the positional and keyword arguments that ``call_model`` passes."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if not isinstance(inputs, tuple) or hasattr(inputs, "_fields"):
@@ -62,9 +62,9 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def token_mask(inputs: Any) -> Tensor | None:
-    """Return which tokens are real (batch, sequence), as booleans; None where the inputs do not tell.
+    """Return a boolean mask (batch, sequence) of real tokens, or None if the inputs have none.
 
-    That is what transformers take as the keyword ``attention_mask``, where that has two axes: padding is 0 in it.
+    It is the keyword ``attention_mask`` of transformers, if that has two axes; padding is 0 in it.
 
     Example:
         >>> token_mask({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([[1, 1, 0]])})
@@ -75,14 +75,14 @@ def token_mask(inputs: Any) -> Tensor | None:
 
 
 def real_tokens(values: Tensor, mask: Tensor | None, *, features: bool = True) -> Tensor:
-    """Return only the rows (n, ...) of values (batch, sequence, ...) that stand for real tokens.
+    """Select the rows (n, ...) of values (batch, sequence, ...) at real tokens.
 
-    Values that do not begin with the axes of the mask, or that there is no mask for, are returned as they are.
+    Without a mask, or if the leading axes are not those of the mask, the values are returned unchanged.
 
     Args:
-        values: ids (batch, sequence), or with ``features`` what a layer takes at each token (batch, sequence, n).
+        values: ids (batch, sequence), or with ``features`` the input of a layer (batch, sequence, n).
         mask: see ``token_mask``.
-        features: whether there is an axis of features.
+        features: whether the values have an axis of features.
     """
     if mask is None or values.dim() != 2 + features or values.shape[:2] != mask.shape:
         return values
@@ -90,7 +90,7 @@ def real_tokens(values: Tensor, mask: Tensor | None, *, features: bool = True) -
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in nested tuples, lists, mappings, packed sequences and dataclasses, in their order."""
+    """Iterate over the tensors in nested tuples, lists, mappings, packed sequences and dataclasses, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -107,7 +107,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def digest_batches(batches: Iterable[Any]) -> str:
-    """Return what tells batches of inputs from all others: every bit of their tensors, in order.
+    """Return a digest of batches of inputs, of every bit of their tensors in order.
 
     Example:
         >>> digest_batches([torch.zeros(2, 3)]) == digest_batches([{"x": torch.zeros(2, 3)}])
@@ -120,7 +120,7 @@ def digest_batches(batches: Iterable[Any]) -> str:
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the tree with every tensor replaced by ``change(tensor)``; what is no container stays as it is."""
+    """Return the tree with every tensor replaced by ``change(tensor)``; non-container values are returned unchanged."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
@@ -135,7 +135,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to_device(inputs: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    """Return the inputs with all tensors on ``device``, the floating point ones in ``dtype`` if one is given.
+    """Move all tensors of the inputs to ``device``, and floating point ones to ``dtype`` if one is given.
 
     Example:
         >>> to_device({"ids": torch.zeros(2, dtype=torch.long), "x": torch.ones(2)}, "cpu", torch.float64)["x"].dtype
@@ -153,7 +153,7 @@ def to_device(inputs: Any, device: torch.device | str, dtype: torch.dtype | None
 
 
 def batch_size_of(inputs: Any) -> int | None:
-    """Return the size of the batch: the first axis of the first tensor, the length of a list, None if there is none.
+    """Return the batch size: the first axis of the first tensor, the length of a list, or None if there is neither.
 
     Example:
         >>> batch_size_of((torch.zeros(8, 3), {"mask": torch.zeros(8)}))
@@ -174,12 +174,12 @@ def input_shapes(inputs: Any) -> tuple[Shape, ...]:
 
 
 def shape_of(tensor: Tensor) -> Shape:
-    """Return the shape as a plain tuple, empty for nested tensors that have none."""
+    """Return the shape as a plain tuple, empty for nested tensors, which have none."""
     return () if tensor.is_nested else tuple(int(n) for n in tensor.shape)
 
 
 def describe_inputs(inputs: Any) -> str:
-    """Return the shapes and dtypes of the inputs in a few words, for messages."""
+    """Describe the shapes and dtypes of the inputs, for messages."""
     args, kwargs = arguments(inputs)
     parts = [_in_words(a) for a in args] + [f"{k}={_in_words(v)}" for k, v in kwargs.items()]
     return f"({', '.join(parts)})"
@@ -194,16 +194,16 @@ def _in_words(value: Any) -> str:
 
 
 def gathered(data: Iterable[Any], device: torch.device) -> list[Any]:
-    """Return all batches of the data, on a device.
+    """Collect all batches of the data, on a device.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no batches.
     """
     batches = [to_device(batch, device) for batch in data]
     if not batches:
         msg = (
-            "the data hold no batch. A generator that was gone through before yields nothing: pass a list, or a new "
-            "generator; or leave data out, and the weights alone decide."
+            "no calibration batches: the iterable is empty (an exhausted generator?). Pass a list or a new generator, "
+            "or leave data out to plan by the weights alone."
         )
         raise DataError(msg)
     return batches

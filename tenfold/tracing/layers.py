@@ -1,4 +1,4 @@
-"""Which modules of a model are its layers, and which parameters are whose."""
+"""Layers of a model, with their geometry and the parameters that each of them holds or shares."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tenfold.records import LayerSpec
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One line of a profile: a module with all that it holds, or, if its children have lines too, what it holds itself.
+    """A layer of a model: a module with its subtree, or without its children if these are layers themselves.
 
-    ``params`` and ``bytes`` leave out what an earlier entry holds already, so that they add up to the model's.
+    ``params`` and ``bytes`` do not count what an earlier entry holds already, so that they add up to the model's.
     """
 
     path: str
@@ -35,12 +35,12 @@ class Entry:
 def entries(model: nn.Module) -> tuple[Entry, ...]:
     """Return the layers of a model in the order of ``named_modules``.
 
-    A layer is a leaf, a module that a format could serve, a factorized layer, a parametrized module, or any other
-    module that holds parameters or buffers itself (``nn.MultiheadAttention``). Of a layer that is served, factorized
-    or parametrized, the insides are no layers of their own.
+    A layer is a leaf, a module that a format supports, a factorized layer, a parametrized module, or any other module
+    that holds parameters or buffers itself (``nn.MultiheadAttention``). Modules inside a supported, factorized or
+    parametrized layer are no layers of their own.
 
     Raises:
-        ProfileError: a parameter is lazy, hence has no size yet.
+        ProfileError: a parameter is lazy and has no size yet.
 
     Example:
         >>> [e.path for e in entries(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))]
@@ -50,11 +50,11 @@ def entries(model: nn.Module) -> tuple[Entry, ...]:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    found = list(_layers(model))
-    holders = _holders(found)
+    layers = list(_layers(model))
+    holders = _holders(layers)
     seen: set[int] = set()
     result = []
-    for path, module, whole in found:
+    for path, module, whole in layers:
         parameters, buffers = _held(module, whole=whole)
         fresh = [t for t in parameters if id(t) not in seen]
         fresh_buffers = [t for t in buffers if id(t) not in seen]
@@ -98,10 +98,10 @@ def _held(module: nn.Module, *, whole: bool) -> tuple[list[Tensor], list[Tensor]
     return list(module.parameters(recurse=whole)), list(module.buffers(recurse=whole))
 
 
-def _holders(found: list[tuple[str, nn.Module, bool]]) -> dict[int, list[str]]:
+def _holders(layers: list[tuple[str, nn.Module, bool]]) -> dict[int, list[str]]:
     """Return, for every parameter, the paths of the layers that hold it."""
     holders: dict[int, list[str]] = {}
-    for path, module, whole in found:
+    for path, module, whole in layers:
         for parameter in _held(module, whole=whole)[0]:
             holders.setdefault(id(parameter), []).append(path)
     return holders

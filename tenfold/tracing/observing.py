@@ -1,10 +1,10 @@
-"""Watch the layers of a model during real forwards, by hooks: shapes, MACs or times. Nothing is traced."""
+"""Per-layer statistics of real forwards, by hooks: calls with their shapes, and a share of MACs or time."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from tenfold.tracing.layers import Entry
 
 @dataclass
 class Observation:
-    """What one layer did so far. ``amount`` is its share of the gauge, that of the layers within it left out."""
+    """Calls of one layer so far. ``amount`` is its share of the gauge, without that of the layers inside it."""
 
     calls: Counter[tuple[Shape, Shape]] = field(default_factory=Counter)
     activation_bytes: int = 0
@@ -27,14 +27,14 @@ class Observation:
 
 @contextmanager
 def observing(layers: Sequence[Entry], gauge: Callable[[], float]) -> Iterator[dict[str, Observation]]:
-    """Yield what each layer does while the context is open, by path.
+    """Observe layers while the context is open, by path.
 
     Args:
-        layers: the layers to watch.
-        gauge: a counter that only grows, MACs or seconds; it is read at every entry to and exit from a layer.
+        layers: the layers to observe.
+        gauge: a counter that only grows, of MACs or seconds; it is read whenever a layer starts or ends.
     """
     seen = {layer.path: Observation() for layer in layers}
-    open_calls: list[list[float]] = []  # of every running layer: the gauge at its start, and what inner layers took
+    open_calls: list[list[float]] = []  # per running layer: the gauge at its start, and the share of inner layers
 
     def enter(_module: nn.Module, _args: Any) -> None:
         open_calls.append([gauge(), 0])
@@ -50,17 +50,13 @@ def observing(layers: Sequence[Entry], gauge: Callable[[], float]) -> Iterator[d
 
         return leave
 
-    handles = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
             if isinstance(layer.module, torch.jit.ScriptModule):
-                continue  # takes no hooks; what it does counts for whoever calls it
-            handles.append(layer.module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(layer.module.register_forward_hook(leave_from(seen[layer.path]), with_kwargs=True))
+                continue  # takes no hooks; its share counts for its caller
+            stack.enter_context(layer.module.register_forward_pre_hook(enter, prepend=True))
+            stack.enter_context(layer.module.register_forward_hook(leave_from(seen[layer.path]), with_kwargs=True))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _note(observation: Observation, inputs: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run a model up to one of its layers, again and again, without computing anew what is settled before it."""
+"""Repeated forwards up to one layer of a model, without recomputing what is settled before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tenfold.errors import DataError
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, tensors_in
-from tenfold.tracing.trace import Tracer, trace
+from tenfold.tracing.trace import Tracer, trace, version_of
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -289,9 +289,9 @@ def _hollow(tensor: Tensor) -> Tensor:
     return torch.full((1,), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _versions(tree: Any) -> dict[int, int]:
+def _versions(tree: Any) -> dict[int, int | None]:
     """Return how often each of the tensors was changed in place, by id, as far as torch counts it."""
-    return {id(t): 0 if t.is_inference() else t._version for t in tensors_in(tree)}  # noqa: SLF001
+    return {id(tensor): version_of(tensor) for tensor in tensors_in(tree)}
 
 
 def _size(tensor: Tensor) -> int:

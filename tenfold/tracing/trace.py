@@ -109,9 +109,9 @@ def trace(model: nn.Module, inputs: Any, *, forward: Callable[[nn.Module, Any], 
         >>> found.follower("0"), found.is_added("0"), found.read_outside
         ('1', False, set())
     """
-    with evaluating(model), layer_by_layer(), Tracer(dict(model.named_modules())) as found:
+    with evaluating(model), layer_by_layer(), Tracer(dict(model.named_modules())) as record:
         (forward or call_model)(model, inputs)
-    return found
+    return record
 
 
 class Tracer(TorchDispatchMode):
@@ -141,7 +141,7 @@ class Tracer(TorchDispatchMode):
         self._weights = _weights_by_storage(self._modules)
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Trace:  # type: ignore[override]
+    def __enter__(self) -> Trace:
         for path, module in self._modules.items():
             self._handles.append(module.register_forward_pre_hook(self._entering(path), prepend=True))
             # before the hooks of others, which may change the output
@@ -202,12 +202,12 @@ class Tracer(TorchDispatchMode):
         known = self._known.get(id(tensor))
         if known is None or known.tensor() is not tensor:
             return None
-        return known.value if known.version == _version(tensor) else self._start(tensor, known.value)
+        return known.value if known.version == version_of(tensor) else self._start(tensor, known.value)
 
     def _start(self, tensor: Tensor, changed_from: Value | None = None) -> Value:
         value = Value(shape_of(tensor), changed_from=changed_from)
         self._trace.values.append(value)
-        self._known[id(tensor)] = _Known(TensorWeakRef(tensor), _version(tensor), value)
+        self._known[id(tensor)] = _Known(TensorWeakRef(tensor), version_of(tensor), value)
         return value
 
     def _note_weight(self, tensor: Tensor) -> None:
@@ -255,7 +255,7 @@ def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, li
         for parameter in module.parameters(recurse=False):
             key = _storage(parameter)
             if key is not None:
-                start = parameter.storage_offset()
+                start = int(parameter.storage_offset())
                 weights.setdefault(key, []).append((path, start, start + parameter.numel()))
     return weights
 
@@ -267,6 +267,6 @@ def _storage(tensor: Tensor) -> int | None:
         return None  # sparse tensors have none
 
 
-def _version(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
     """Return how often the tensor was changed in place; None where torch does not count."""
     return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch's own count

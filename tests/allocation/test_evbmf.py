@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from tenfold.ranks import Choose, Keep, RankProblem, rule_from, total_cost
-from tenfold.tensors.vbmf import EVBMF, evbmf, unfolding_columns
 from torch import Tensor
 
 from tenfold.errors import BudgetError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Rank
 from tenfold.records import Call, Cost, LayerSpec
+from tenfold.tensors.vbmf import EVBMF, evbmf, unfolding_columns
 from tests.allocation.oracles import evbmf_rank
 
 PLANTED = [(64, 576, 12), (256, 2304, 40), (512, 512, 60)]

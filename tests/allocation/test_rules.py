@@ -11,9 +11,9 @@ from tenfold.ranks import Choose, Keep, RankProblem, check_patterns, first_match
 from tenfold.ranks.candidates import grids
 from tenfold.ranks.energy import Energy
 from tenfold.ranks.error_bound import ErrorBound
-from tenfold.allocation.rules.fixed import Fixed
 from tenfold.ranks.ratio import Ratio
 
+from tenfold.allocation.rules.fixed import Fixed
 from tenfold.errors import BudgetError, PlanError, RankError, TenfoldError, UnknownNameError
 from tenfold.formats import FORMATS, split_groups
 from tenfold.records import Call, Cost, LayerSpec

@@ -11,8 +11,8 @@ from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.calibration import calibrate, called_layers
-from tenfold.calibration.frequencies import frequencies, id_counts
-from tenfold.calibration.input_moments import collect_moments, moment_bytes
+from tenfold.calibration.collect import collect_moments
+from tenfold.calibration.moment_sums import frequencies, id_counts, moment_bytes
 from tenfold.decompositions import decompose, default_algorithm, error_curve
 from tenfold.formats import FORMATS, split_groups
 from tenfold.layers import FactorizedLayer, spec_of

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.collect import measurable
 from tenfold.calibration.gradients import collect_gradients
-from tenfold.calibration.input_moments import measurable
 from tenfold.errors import DataError
 
 

@@ -11,10 +11,11 @@ from tenfold.ranks import rule_from
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tenfold.calibration.input_moments
+import tenfold.calibration.moment_sums
 from tenfold import compress
 from tenfold.calibration import calibrate
-from tenfold.calibration.input_moments import MomentSums, collect_moments, measurable, moment_bytes
+from tenfold.calibration.collect import collect_moments, measurable
+from tenfold.calibration.moment_sums import MomentSums, moment_bytes
 from tenfold.decompositions import Sketch, decompose
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer
@@ -194,7 +195,7 @@ def test_a_wide_model_is_compressed_without_a_square_of_its_width(use_data, monk
 
     with pytest.warns(CalibrationWarning):
         exact = run()
-    monkeypatch.setattr(tenfold.calibration.input_moments, "WIDEST", 250)
+    monkeypatch.setattr(tenfold.calibration.moment_sums, "WIDEST", 250)
     with pytest.warns(CalibrationWarning), Largest() as seen:
         own = run()
     assert seen.entries < 1200 * 300

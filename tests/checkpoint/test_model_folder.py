@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tenfold.ranks import rule_from
 from torch import Tensor, nn
 
-from tenfold.checkpoint import check_target, load, model_folder, read_record, save
-from tenfold.errors import CheckpointError
+from tenfold.allocation import choose
+from tenfold.checkpoint import check_target, digest, load, model_folder, read_record, save
+from tenfold.errors import CheckpointError, PlanError
 from tenfold.pipeline import compress
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.records import Plan
+from tenfold.records import OptionTable, Plan, Recipe
+from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 
 
@@ -63,7 +64,8 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 def small(model: nn.Module, inputs: Any, formats: tuple[str, ...] = ("low_rank",)) -> tuple[nn.Module, Plan]:
     found = profile(model, inputs)
-    plan = make_plan(model, found, rule=rule_from("ratio", share=0.5, of="params"), formats=formats, keep_ends=False)
+    rule = {"name": "ratio", "share": 0.5, "of": "params"}
+    plan = make_plan(model, found, Recipe(rule=rule, formats=formats, keep_ends=False))
     assert plan.factorized
     return apply(model, plan), plan
 
@@ -178,7 +180,7 @@ def test_a_model_planned_again(tmp_path: Path) -> None:
     x = torch.randn(3, 16)
     made, _ = small(dense(), x)
     found = profile(made, x)
-    again = make_plan(made, found, rule=rule_from("fixed", ranks={"2": 3}), formats=("low_rank",))
+    again = make_plan(made, found, {"rule": {"name": "fixed", "ranks": {"2": 3}}, "formats": "low_rank"})
     less = apply(made, again)
     assert less[2].rank == {"rank": 3}
     loaded, _ = load(dense(), save(less, again, tmp_path / "out"))  # the skeleton is dense all the same
@@ -187,14 +189,16 @@ def test_a_model_planned_again(tmp_path: Path) -> None:
 
 
 def test_files_are_readable_for_all_and_hold_the_record(tmp_path: Path) -> None:
-    result = compress(dense(), torch.randn(3, 16), budget={"macs": 0.7}, latency=False)
+    result = compress(dense(), torch.randn(3, 16), "macs=0.7", runtime=Runtime(measure=False))
     path = result.save(tmp_path / "deep" / "out")
-    names = {"model.safetensors", "plan.yaml", "record.json", "README.md", "analysis.json", "candidates.json"}
-    assert {p.name for p in path.iterdir()} == names
+    beside = {"plan.yaml", "recipe.yaml", "record.json", "README.md", "analysis.json", "options.json"}
+    assert {p.name for p in path.iterdir()} == beside | {"model.safetensors"}
     assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {0o644}
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
     assert read_record(path) == result.record
     assert Plan.load(path / "plan.yaml") == result.plan
+    assert Recipe.load(path / "recipe.yaml") == result.plan.recipe == Recipe.of("macs=0.7")
+    assert choose(OptionTable.load(path / "options.json")).after == result.plan.after
     (path / "record.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"record\.json"):
         read_record(path)
@@ -246,6 +250,23 @@ def test_newer_version(saved: Path) -> None:
         load(dense(), saved)
 
 
+def test_an_older_plan(saved: Path) -> None:
+    plan = json.loads(header(saved / "model.safetensors")["plan"])
+    older = {"version": 1, "rule": {"name": "ratio"}, "budget": {}, "folded": {}, "opened": {}}
+    del plan["recipe"]
+    text = json.dumps(plan | older)
+    tensors = load_file(saved / "model.safetensors")
+    rewrite(saved, plan=text, digest=digest(tensors, text + header(saved / "model.safetensors")["aliases"]))
+    with pytest.raises(CheckpointError, match=r"plan has version 1, this tenfold reads 2: make it again"):
+        load(dense(), saved)
+    (saved / "plan.yaml").write_text(text)
+    with pytest.raises(PlanError, match=r"plan has version 1, this tenfold reads 2: make it again"):
+        Plan.load(saved / "plan.yaml")
+    (saved / "record.json").write_text('{"version": 1, "plan": {}}')
+    with pytest.raises(CheckpointError, match=r"record has version 1, this tenfold reads 2: make it again"):
+        read_record(saved)
+
+
 def test_one_changed_bit(saved: Path) -> None:
     file = saved / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -257,7 +278,7 @@ def test_one_changed_bit(saved: Path) -> None:
 
 def test_a_changed_plan(saved: Path) -> None:
     plan = json.loads(header(saved / "model.safetensors")["plan"])
-    plan["seed"] = 7
+    plan["recipe"]["seed"] = 7
     rewrite(saved, plan=json.dumps(plan))
     with pytest.raises(CheckpointError, match="changed after it was written"):
         load(dense(), saved)
@@ -315,7 +336,7 @@ def test_a_kill_while_replacing_leaves_one_model_and_nothing_of_another(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(3, 16)
-    results = [compress(dense(), x, budget={"macs": share}, latency=False) for share in (0.7, 0.5)]
+    results = [compress(dense(), x, f"macs={share}", runtime=Runtime(measure=False)) for share in (0.7, 0.5)]
     real, steps, seen = Path.replace, 0, set()
 
     def killed_after(steps: int) -> None:
@@ -343,7 +364,7 @@ def test_a_kill_while_replacing_leaves_one_model_and_nothing_of_another(
             assert Plan.load(saved / "plan.yaml") == plan
         assert read_record(saved) in (None, results[which].record)
         check_target(saved)
-    assert seen >= {(0, 6), (0, 1), (1, 1), (1, 6)}
+    assert seen >= {(0, 7), (0, 1), (1, 1), (1, 7)}
 
 
 def test_an_error_while_replacing_leaves_all_as_it_was(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

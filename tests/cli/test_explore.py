@@ -52,7 +52,7 @@ def test_plan_then_explore_then_compress(tenfold: Run, tiny: str, served: list[A
     carried_out = Plan.load("small/plan.yaml")
     assert carried_out.after == wanted.cost
     assert [x.rank for x in carried_out.factorized] == [p.rank for p in wanted.picks if p.format]
-    assert tenfold("explore", "small").is_error("has no candidates.json", "tenfold plan", "explore plan.yaml")
+    assert tenfold("explore", "small").is_error("has no options.json", "tenfold plan", "explore plan.yaml")
 
 
 def test_another_budget_on_the_command_line_is_what_the_explorer_said(tenfold: Run, tiny: str) -> None:
@@ -66,7 +66,7 @@ def test_compress_leaves_candidates(tenfold: Run, tiny: str, served: list[Any]) 
     for _ in range(2):  # over an earlier checkpoint too
         done = tenfold("compress", "--task", tiny, "--budget", "macs=0.6", *COMPRESS, "--out", "small")
         assert done.code == 0, done.err
-        assert "candidates.json" in done.out
+        assert "options.json" in done.out
     shown = tenfold("explore", "small")
     assert f"Exploring {tiny} at http://127.0.0.1:1/token/" in shown.out
     assert served[0][0].out == Path("small/explored.yaml")
@@ -75,22 +75,22 @@ def test_compress_leaves_candidates(tenfold: Run, tiny: str, served: list[Any]) 
     assert {pick.path: pick.rank for pick in served[0][0].explorer.start.picks if pick.format} == rank
     again = tenfold("compress", "--task", tiny, "--rule", "ratio", "--budget", "macs=0.6", *COMPRESS, "--out", "small")
     assert again.code == 0, again.err
-    assert not Path("small/candidates.json").exists()  # of the plan before
+    assert not Path("small/options.json").exists()  # of the plan before
 
 
 def test_plans_by_other_rules_leave_none(tenfold: Run, tiny: str) -> None:
-    Path("half.candidates.json").write_text("{}", encoding="utf-8")  # of an earlier plan of that name
+    Path("half.options.json").write_text("{}", encoding="utf-8")  # of an earlier plan of that name
     made = tenfold("plan", "--task", tiny, "--rule", "ratio", "--budget", "macs=0.6", "--out", "half.yaml")
     assert "explore" not in made.out
-    assert not Path("half.candidates.json").exists()
-    assert tenfold("explore", "half.yaml").is_error("half.candidates.json", "rule global")
+    assert not Path("half.options.json").exists()
+    assert tenfold("explore", "half.yaml").is_error("half.options.json", "rule global")
 
 
 def test_explore_of_nothing(tenfold: Run, tmp_path: Path) -> None:
     assert tenfold("explore", "nowhere").is_error("nothing at nowhere")
-    assert tenfold("explore", runs.write(tmp_path / "half")).is_error("has no candidates.json", "tenfold plan")
-    (tmp_path / "half" / "candidates.json").write_text('{"version": 9}', encoding="utf-8")
-    assert tenfold("explore", tmp_path / "half").is_error("candidates.json", "does not hold the candidates")
+    assert tenfold("explore", runs.write(tmp_path / "half")).is_error("has no options.json", "tenfold plan")
+    (tmp_path / "half" / "options.json").write_text('{"version": 9}', encoding="utf-8")
+    assert tenfold("explore", tmp_path / "half").is_error("options.json", "does not hold the candidates")
     assert tenfold("explore", tmp_path / "half", "--out", tmp_path).is_error("is a folder", code=2)
     assert tenfold("explore", tmp_path / "half", "--port", "70000").is_error("--port", code=2)
 
@@ -103,7 +103,7 @@ def test_saved_plans_do_not_replace_each_other(tmp_path: Path) -> None:
 
 def test_newer_candidates_are_refused(tenfold: Run, tiny: str) -> None:
     assert tenfold("plan", "--task", tiny, "--budget", "macs=0.6", "--out", "half.yaml").code == 0
-    file = Path("half.candidates.json")
+    file = Path("half.options.json")
     newer = Candidates.load(file).model_dump(mode="json") | {"version": 2}
     file.write_text(json.dumps(newer), encoding="utf-8")
     assert tenfold("explore", "half.yaml").is_error("upgrade tenfold")

@@ -20,13 +20,13 @@ def series() -> str:
 
 
 def test_matrices_of_an_lstm_from_plan_to_score(tenfold: Run, series: str) -> None:
-    assert tenfold("plan", "--task", series, *QUICK, "--calibration", "0", "--out", "plan.yaml").code == 0
+    assert tenfold("plan", "--task", series, *QUICK, "--calibration-samples", "0", "--out", "plan.yaml").code == 0
     plan = Plan.load("plan.yaml")
     assert plan.unrolled == {"rnn": "LSTM"}
     assert {layer.path for layer in plan.factorized} <= {"rnn.cells.0.ih", "rnn.cells.0.hh"}
     assert plan.factorized
 
-    asked = ("compress", "--task", series, "--json", "--calibration", "0")
+    asked = ("compress", "--task", series, "--json", "--calibration-samples", "0")
     dry = tenfold(*asked, *QUICK, "--dry-run").json
     assert dry["plan"] == plan.model_dump(mode="json")
     replayed = tenfold(*asked, "--plan", "plan.yaml", "--dry-run").json

@@ -15,12 +15,12 @@ from tenfold.iterative import Schedule
 from tenfold.records import RunRecord
 
 Run = Callable[..., Any]
-RULE = ("--path", "rule", "--rule", "ratio", "--set", "share=0.7", "--format", "low_rank", "--no-keep-ends")
-QUICK = (*RULE, "--stages", "2", "--tune-epochs", "2", "--threads", "1")
+RULE = ("--path", "rule", "--rule", "ratio", "--set", "share=0.7", "--formats", "low_rank", "--no-keep-ends")
+QUICK = (*RULE, "--rounds", "2", "--epochs", "2", "--threads", "1")
 
 
 def test_stages_from_end_to_end(tenfold: Run, tiny: str) -> None:
-    budget = ("--budget", "macs=0.5", "--stages", "2", "--final-epochs", "1", "--tune-epochs", "1")
+    budget = ("--budget", "macs=0.5", "--rounds", "2", "--final-epochs", "1", "--epochs", "1")
     found = tenfold("stages", "--task", tiny, *budget, "--json", "--out", "out").json
     assert found.pop("out") == "out"
     record = RunRecord.model_validate(found)
@@ -84,10 +84,10 @@ def test_errors(tenfold: Run, tiny: str, args: tuple[str, ...], words: tuple[str
 
 
 def test_a_folder_of_another_run(tenfold: Run, tiny: str) -> None:
-    args = ("stages", "--task", tiny, *RULE, "--stages", "1", "--out", "out", "--quiet")
-    assert tenfold(*args, "--tune-epochs", "1").code == 0
-    assert tenfold(*args, "--tune-epochs", "2").is_error("holds another run", "epochs is 1 there and 2 here")
-    assert tenfold(*args, "--tune-epochs", "2", "--run", "another").code == 0
+    args = ("stages", "--task", tiny, *RULE, "--rounds", "1", "--out", "out", "--quiet")
+    assert tenfold(*args, "--epochs", "1").code == 0
+    assert tenfold(*args, "--epochs", "2").is_error("holds another run", "epochs is 1 there and 2 here")
+    assert tenfold(*args, "--epochs", "2", "--run", "another").code == 0
 
 
 def test_a_schedule_that_is_none(tenfold: Run, tiny: str) -> None:
@@ -96,7 +96,7 @@ def test_a_schedule_that_is_none(tenfold: Run, tiny: str) -> None:
 
 
 def test_folded_in_the_end(tenfold: Run, tiny: str) -> None:
-    args = (*RULE, "--stages", "1", "--tune-epochs", "1", "--fold", "--algorithm", "low_rank=svd", "--json")
+    args = (*RULE, "--rounds", "1", "--epochs", "1", "--fuse-batchnorm", "--algorithms", "low_rank=svd", "--json")
     record = RunRecord.model_validate(
         {
             name: value

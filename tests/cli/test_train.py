@@ -29,7 +29,7 @@ def dense(tiny: str, tmp_path: Path) -> Path:
 
 def test_train_towards_a_plan(tenfold: Run, tiny: str, dense: Path) -> None:
     args = ("train", "--task", tiny, "--weights", dense, "--budget", "macs=0.6", "--epochs", "6", "--lr", "0.1")
-    found = tenfold(*args, "--tune-epochs", "1", "--out", "small", "--json").json
+    found = tenfold(*args, "--final-epochs", "1", "--out", "small", "--json").json
     assert found["after"]["macs"] <= 0.6 * found["before"]["macs"]
     assert set(found["scores"]) == {"original", "trained", "tuned"}
     assert found["settings"]["method"] == "admm"

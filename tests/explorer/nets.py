@@ -1,19 +1,16 @@
-"""A small network with its candidates, and a clock whose answers are known."""
+"""A small network with its option table."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
+from tenfold.allocation import pruned
 from tenfold.explorer import Explorer
-from tenfold.planning import candidates, plan
+from tenfold.planning import Timing, plan, tabulate
 from tenfold.profiling import profile
-from tenfold.records import Candidates, Plan
+from tenfold.records import OptionTable, Plan, Recipe
 
-FORMATS = ("tucker2", "low_rank", "spatial")
 X = torch.zeros(2, 3, 8, 8)
 
 
@@ -34,21 +31,20 @@ def net() -> nn.Sequential:
 
 
 class Made:
-    """A network with what plans for it need; ``choices`` are all that ``plan`` takes besides rule and budget."""
+    """A network, planned for; ``timing`` is for budgets of latency."""
 
-    def __init__(self, model: nn.Module | None = None, inputs: torch.Tensor = X, **choices: Any) -> None:
+    def __init__(self, model: nn.Module | None = None, inputs: torch.Tensor = X, timing: Timing | None = None) -> None:
         self.model = net() if model is None else model
         self.profile = profile(self.model, inputs)
-        self.choices = {"formats": FORMATS, "memory": {}, **choices}
+        self.timing = timing
 
-    def plan(self, settings: dict[str, Any] | None = None, **budget: float) -> Plan:
-        rule = rule_from("global", **(settings or {}))
-        return plan(self.model, self.profile, rule=rule, budget=budget, **self.choices)
+    def plan(self, **budget: float) -> Plan:
+        return plan(self.model, self.profile, Recipe.of({"budget": budget}), timing=self.timing)
 
-    def candidates(self, made: Plan) -> Candidates:
-        return candidates(self.model, self.profile, made, **self.choices)
+    def table(self, **budget: float) -> OptionTable:
+        return tabulate(self.model, self.profile, Recipe.of({"budget": budget}), timing=self.timing)
 
-    def explorer(self, made: Plan | None = None) -> Explorer:
+    def explorer(self, **budget: float) -> Explorer:
         """Return an explorer of what would be read from a file."""
-        found = self.candidates(self.plan(macs=0.5) if made is None else made)
-        return Explorer(Candidates.model_validate_json(found.model_dump_json(exclude_defaults=True)))
+        table = pruned(self.table(**(budget or {"macs": 0.5})))
+        return Explorer(OptionTable.model_validate_json(table.model_dump_json(exclude_none=True)))

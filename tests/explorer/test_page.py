@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tenfold.explorer import Explorer, Pin, Wish
+from tenfold.allocation import Override
+from tenfold.explorer import Explorer, Query
 from tenfold.records import Plan
 from tests.browser import Browser, chromium
 from tests.explorer.nets import Made
@@ -15,7 +16,7 @@ from tests.explorer.served import Client, served
 
 READY = "document.querySelector('#curve svg') && !document.body.hasAttribute('aria-busy')"
 MACS = "document.querySelector('[data-tile=macs] .note').textContent"
-DAMAGE = "document.querySelector('[data-tile=distortion] .change').textContent"
+DISTORTION = "document.querySelector('[data-tile=distortion] .change').textContent"
 ROW = "document.querySelectorAll('#layer-table tbody tr')[{}]"
 
 
@@ -58,14 +59,15 @@ def moves(page: Browser, selector: str, value: object) -> None:
     page.wait(READY)
 
 
-def distortion(explorer: Explorer, pins: dict[str, Pin] | None = None, **budget: float) -> str:
-    return f"{explorer.answer(Wish(budget=budget, pins=pins or {})).distortion:.3g}"
+def distortion(explorer: Explorer, overrides: dict[str, Override] | None = None, **budget: float) -> str:
+    query = Query.model_validate({"budget": budget, "overrides": overrides or {}})
+    return f"{explorer.select(query).distortion:.3g}"
 
 
 def test_opens_with_the_plan_that_was_made(page: Browser, client: Client, explorer: Explorer) -> None:
     assert page.requests[0] == client.address
-    assert page.run(DAMAGE) == distortion(explorer, macs=0.5)
-    assert page.run("document.querySelectorAll('#layer-table tbody tr').length") == len(explorer.tables)
+    assert page.run(DISTORTION) == distortion(explorer, macs=0.5)
+    assert page.run("document.querySelectorAll('#layer-table tbody tr').length") == len(explorer.table.eligible)
     assert page.run("document.getElementById('range-macs').value") == "50"
     assert page.run("document.querySelector('[data-kind=params] .asked').checked") is False
     assert page.run("document.querySelectorAll('.planned:not(:empty)').length") == 0
@@ -75,14 +77,14 @@ def test_a_budget_moves_the_numbers(page: Browser, explorer: Explorer) -> None:
     before = page.run(MACS)
     moves(page, "#range-macs", 40)
     assert page.run(MACS) != before
-    assert page.run(DAMAGE) == distortion(explorer, macs=0.4)
+    assert page.run(DISTORTION) == distortion(explorer, macs=0.4)
     assert page.run("document.getElementById('number-macs').value") == "40"
     moves(page, "#number-params", 30)
     assert page.run("document.querySelector('[data-kind=params] .asked').checked") is True
-    assert page.run(DAMAGE) == distortion(explorer, params=0.3, macs=0.4)
+    assert page.run(DISTORTION) == distortion(explorer, params=0.3, macs=0.4)
     page.click("#reset")
     page.wait(READY)
-    assert page.run(DAMAGE) == distortion(explorer, macs=0.5)
+    assert page.run(DISTORTION) == distortion(explorer, macs=0.5)
 
 
 def test_a_budget_moves_with_the_arrow_keys(page: Browser, explorer: Explorer) -> None:
@@ -90,7 +92,7 @@ def test_a_budget_moves_with_the_arrow_keys(page: Browser, explorer: Explorer) -
     page.press("ArrowLeft")
     page.wait(READY)
     assert page.run("document.getElementById('range-macs').value") == "49.5"
-    assert page.run(DAMAGE) == distortion(explorer, macs=0.495)
+    assert page.run(DISTORTION) == distortion(explorer, macs=0.495)
 
 
 def test_a_layer_that_is_moved_is_pinned(page: Browser, explorer: Explorer) -> None:
@@ -102,19 +104,19 @@ def test_a_layer_that_is_moved_is_pinned(page: Browser, explorer: Explorer) -> N
     assert page.run(f"{row}.querySelector('.pin').checked") is True
     format = page.run(f"{row}.querySelector('.format').value")
     said = page.run(f"{row}.querySelector('output').textContent")
-    options = explorer.tables["3"].layer.of(format)
+    options = explorer.table.layer("3").of(format)
     named = [" ".join(f"{k}={v}" for k, v in options.rank(i).items()) for i in range(len(options))]
-    pin = Pin(format=format, option=named.index(said))
-    assert page.run(DAMAGE) == distortion(explorer, {"3": pin}, macs=0.5)
+    override = Override(format=format, option=named.index(said))
+    assert page.run(DISTORTION) == distortion(explorer, {"3": override}, macs=0.5)
     assert page.run(f"{row}.querySelector('.planned').textContent").startswith("planned: ")
     page.run(f"s = {row}.querySelector('.format'); s.value = ''; s.dispatchEvent(new Event('change'))")
     page.wait(READY)
     assert page.run(f"{row}.querySelector('output').textContent") == "kept"
-    assert page.run(DAMAGE) == distortion(explorer, {"3": Pin()}, macs=0.5)
+    assert page.run(DISTORTION) == distortion(explorer, {"3": Override()}, macs=0.5)
     page.click("#release")
     page.wait(READY)
     assert page.run(f"{row}.querySelector('.pin').checked") is False
-    assert page.run(DAMAGE) == distortion(explorer, macs=0.5)
+    assert page.run(DISTORTION) == distortion(explorer, macs=0.5)
 
 
 def test_all_pinned_one_moves_alone(page: Browser) -> None:
@@ -134,7 +136,7 @@ def test_save_writes_what_is_shown(page: Browser, client: Client, explorer: Expl
     page.click("#save")
     page.wait("document.getElementById('saved').textContent.startsWith('Saved in')")
     plan = Plan.load(client.service.out)
-    assert plan == explorer.plan(explorer.answer(Wish(budget={"macs": 0.45})))
+    assert plan == explorer.plan(Query.model_validate({"budget": {"macs": 0.45}}))
     assert str(client.service.out) in page.run("document.querySelector('#saved code').textContent")
     moves(page, "#range-macs", 50)
     assert page.run("document.getElementById('saved').textContent") == "Not saved yet."
@@ -147,7 +149,7 @@ def test_what_cannot_be_met_is_told_and_taken_back(page: Browser, explorer: Expl
     moves(page, "#range-macs", 20)
     assert "is the least that can be reached" in page.run("document.querySelector('.problem').textContent")
     assert page.run("document.querySelector('.problem').hidden") is False
-    assert page.run(DAMAGE) == distortion(explorer, {"3": Pin()}, macs=0.5)  # as it was before
+    assert page.run(DISTORTION) == distortion(explorer, {"3": Override()}, macs=0.5)  # as it was before
     moves(page, "#range-macs", 60)
     assert page.run("document.querySelector('.problem').hidden") is True
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tenfold.errors import TenfoldError
-from tenfold.explorer import Explorer, Wish
+from tenfold.explorer import Explorer, Query
 from tenfold.explorer.server import listening
 from tenfold.records import Plan
 from tests.explorer.nets import Made
@@ -76,8 +76,8 @@ def test_another_host_is_refused(client: Client, host: str) -> None:
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://localhost:{port}"])
 def test_another_page_is_refused(client: Client, origin: str) -> None:
-    assert client.post("answer", {}, Origin=origin.format(port=client.port))[0] == 403
-    assert client.post("answer", {}, Origin=f"http://127.0.0.1:{client.port}")[0] == 200
+    assert client.post("select", {}, Origin=origin.format(port=client.port))[0] == 403
+    assert client.post("select", {}, Origin=f"http://127.0.0.1:{client.port}")[0] == 200
 
 
 def test_what_a_form_could_send_is_refused(client: Client) -> None:
@@ -86,14 +86,14 @@ def test_what_a_form_could_send_is_refused(client: Client) -> None:
     assert not client.service.out.exists()
 
 
-def test_answers_are_those_of_the_explorer(client: Client, explorer: Explorer) -> None:
-    pins = {"3": {"format": "low_rank", "option": 5}}
-    status, found = client.post("answer", {"budget": {"macs": 0.6}, "pins": pins})
-    answer = explorer.answer(Wish.model_validate({"budget": {"macs": 0.6}, "pins": pins}))
+def test_selections_are_those_of_the_explorer(client: Client, explorer: Explorer) -> None:
+    query = {"budget": {"macs": 0.6}, "overrides": {"3": {"format": "low_rank", "option": 5}}}
+    status, found = client.post("select", query)
+    selection = explorer.select(Query.model_validate(query))
     assert status == 200
-    assert found["distortion"] == answer.distortion
-    assert found["left"]["macs"] == answer.cost.macs / explorer.base.before.macs
-    layer = found["layers"][list(explorer.tables).index("3")]
+    assert found["distortion"] == selection.distortion
+    assert found["left"]["macs"] == selection.cost.macs / explorer.table.before.macs
+    layer = found["layers"][[layer.path for layer in explorer.table.eligible].index("3")]
     assert (layer["format"], layer["option"], layer["pinned"]) == ("low_rank", 5, True)
     assert {tile["id"] for tile in found["tiles"]} == {"params", "macs", "distortion"}
     json.dumps(found, allow_nan=False)
@@ -102,12 +102,14 @@ def test_answers_are_those_of_the_explorer(client: Client, explorer: Explorer) -
 @pytest.mark.parametrize(
     ("what", "value", "words"),
     [
-        ("answer", b"{", "invalid request"),
-        ("answer", b"[1]", "invalid request"),
-        ("answer", {"rubbish": 1}, "rubbish"),
-        ("answer", {"budget": {"macs": "much"}}, "invalid request"),
-        ("answer", {"pins": {"nowhere": {"format": None}}}, "nowhere"),
-        ("answer", {"pins": {"3": {"format": "tucker2", "option": -1}}}, "invalid request"),
+        ("select", b"{", "invalid request"),
+        ("select", b"[1]", "invalid request"),
+        ("select", {"rubbish": 1}, "rubbish"),
+        ("select", {"budget": {"macs": "much"}}, "invalid request"),
+        ("select", {"budget": {"flops": 0.5}}, "flops"),
+        ("select", {"budget": {"macs": 2}}, "invalid request"),
+        ("select", {"overrides": {"nowhere": {"format": None}}}, "nowhere"),
+        ("select", {"overrides": {"3": {"format": "tucker2", "option": -1}}}, "invalid request"),
         ("curve", {"kind": "latency"}, "params or macs"),
         ("curve", {}, "kind of budget"),
         ("curve", b"\xff", "kind of budget"),
@@ -120,16 +122,16 @@ def test_bad_input_is_told_in_one_line(client: Client, what: str, value: Any, wo
     assert "\n" not in found["error"]
 
 
-@pytest.mark.parametrize("what", ["answer", "save"])
+@pytest.mark.parametrize("what", ["select", "save"])
 def test_a_budget_that_cannot_be_met_is_an_answer(client: Client, what: str) -> None:
     """Not a fault of the page, which browsers would report as one."""
     status, found = client.post(what, {"budget": {"macs": 0.001}})
     assert (status, list(found)) == (200, ["error"])
-    assert "the least that can be reached" in found["error"]
+    assert "Raise the budget" in found["error"]
 
 
 def test_a_large_request_is_refused(client: Client) -> None:
-    assert client.post("answer", b" " * (2 << 20))[0] == 413
+    assert client.post("select", b" " * (2 << 20))[0] == 413
 
 
 def test_a_curve_is_of_the_best_plans(client: Client, explorer: Explorer) -> None:
@@ -138,20 +140,20 @@ def test_a_curve_is_of_the_best_plans(client: Client, explorer: Explorer) -> Non
     assert found == sorted(found)
     assert [distortion for _, distortion in found] == sorted((distortion for _, distortion in found), reverse=True)
     share, distortion = found[len(found) // 2]
-    answer = explorer.answer(Wish(budget={"macs": share}))
-    assert answer.distortion == pytest.approx(distortion, rel=2e-3)
+    selection = explorer.select(Query.model_validate({"budget": {"macs": share}}))
+    assert selection.distortion == pytest.approx(distortion, rel=2e-3)
 
 
 def test_save_and_read_back(client: Client, explorer: Explorer) -> None:
-    wish = {"budget": {"macs": 0.45}, "pins": {"7": {"format": None}}}
-    status, found = client.post("save", wish)
+    query = {"budget": {"macs": 0.45}, "overrides": {"7": {"format": None}}}
+    status, found = client.post("save", query)
     assert status == 200
     assert found["out"] == str(client.service.out)
     plan = Plan.load(found["out"])
-    assert plan == explorer.plan(explorer.answer(Wish.model_validate(wish)))
+    assert plan == explorer.plan(Query.model_validate(query))
     assert [p.name for p in client.service.out.parent.iterdir()] == ["explored.yaml"]  # nothing half-written
     assert client.post("save", {"budget": {"macs": 0.5}})[0] == 200  # saved again
-    assert Plan.load(found["out"]).budget == {"macs": 0.5}
+    assert Plan.load(found["out"]).recipe.budget.given == {"macs": 0.5}
 
 
 def test_a_plan_that_cannot_be_written_is_told(explorer: Explorer, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_only_this_machine_is_listened_to() -> None:
 def test_no_torch_and_a_clean_end(tmp_path: Path) -> None:
     """As the command runs it: no torch is loaded, the page is served, and an interrupt ends it with 0."""
     explorer = Made().explorer()
-    explorer.candidates.save(tmp_path / "candidates.json")
+    explorer.table.save(tmp_path / "options.json")
     code = f"""if True:
         import sys
         from tenfold.cli import main

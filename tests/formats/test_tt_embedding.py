@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from tenfold.planning.layer_bench import neutral_layer
 from torch import nn
 
 from tenfold import apply, plan, profile, rule_from
 from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, TTEmbedding, build
-from tenfold.profiling.latency.grid import chart
-from tenfold.profiling.latency.layer_timer import StageTimer
+from tenfold.planning.layer_bench import neutral_layer
+from tenfold.profiling.latency.grid import measurement_grid
+from tenfold.profiling.latency.layer_timer import LayerTimer
 from tenfold.records import LayerSpec, SubLayerSpec, TTGatherSpec
 
 SPEC = LayerSpec(kind="embedding", in_channels=55, out_channels=24, padding_idx=3)
@@ -59,11 +59,11 @@ def test_a_trained_embedding_by_plan() -> None:
 
 
 def test_the_clock_and_the_gate_can_build_and_time_it() -> None:
-    found = chart("tt_embedding", SPEC, (4, 7))
+    found = measurement_grid("tt_embedding", SPEC, (4, 7))
     point = found.levels[0][0]
     assert point.family.startswith("gather")
     assert all(found.curve(p) is not None for level in found.levels for p in level)
-    assert StageTimer("cpu", torch.float32, "contiguous")(point.spec, (4, 7)) > 0
+    assert LayerTimer("cpu", torch.float32, "contiguous")(point.spec, (4, 7)) > 0
     stage: SubLayerSpec = point.spec
     out = neutral_layer(stage, torch.empty(0))(torch.arange(1, 3))
     assert 0.1 < float(out.detach().abs().mean()) < 10

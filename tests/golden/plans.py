@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from tenfold.allocation import choose
 from tenfold.calibration import calibrate, called_layers
 from tenfold.errors import TenfoldError
-from tenfold.planning import Sensitivity, plan
+from tenfold.planning import Sensitivity, tabulate
 from tenfold.planning.timing import Timing
-from tenfold.profiling import Clock, profile
-from tenfold.records import LayerSpec, Plan
+from tenfold.profiling import LatencyTable, profile
+from tenfold.records import LayerSpec, OptionTable, Plan, Recipe
 from tests.golden.nets import NETS
 
 FILE = Path(__file__).with_name("plans.json")
@@ -57,7 +58,7 @@ class Subject:
         self.timed, self.untimed = net.formats, (*net.formats, *net.untimed)
         self.profile = profile(self.model, self.inputs)
         self.moments = calibrate(self.model, [net.sample(s, 16) for s in (1, 2)], called_layers(self.profile))
-        timing = Timing(Clock(cache=None, timer=_milliseconds), self.profile, layer_share=0.9, dense_ms=1.0)
+        timing = Timing(LatencyTable(cache=None, timer=_milliseconds), self.profile, layer_share=0.9, dense_ms=1.0)
         self.timing = replace(timing, dense_ms=timing.forward_time().whole_ms)
         self.seen = net.sample(3, 32)
         with torch.no_grad():
@@ -77,22 +78,25 @@ class Subject:
         )
 
     def plans(self, rule_name: str) -> dict[str, Found]:
-        """Return what comes of every budget, with and without data and clock."""
+        """Return what comes of every budget, with and without data and clock; budgets share their tables."""
         scores = self.scores(rule_name)
         found: dict[str, Found] = {}
         for moments, source in ((None, "weights"), (self.moments, "data")):
+            tables: dict[tuple[str, ...], OptionTable] = {}
             for budget, latency in BUDGETS:
-                for timing, clock in ((None, "no clock"), (self.timing, "clock")):
-                    limits = budget if timing is None else {**budget, "latency": latency}
+                for formats, clock in ((self.untimed, "no clock"), (self.timed, "clock")):
+                    limits = budget if clock == "no clock" else {**budget, "latency": latency}
                     shown = ",".join(f"{k}={v}" for k, v in limits.items())
+                    rule = {"name": rule_name, **RULES[rule_name]}
+                    recipe = Recipe.of({"budget": limits, "rule": rule, "formats": formats})
                     try:
-                        recipe = {
-                            "budget": limits,
-                            "rule": {"name": rule_name, **RULES[rule_name]},
-                            "formats": self.untimed if timing is None else self.timed,
-                        }
-                        made = plan(self.model, self.profile, recipe, moments=moments, scores=scores, timing=timing)
-                        found[f"{source}, {clock}, {shown}"] = _shown(made)
+                        if formats not in tables:
+                            table = tabulate(self.model, self.profile, recipe, moments=moments, scores=scores)
+                            tables[formats] = table
+                        table = tables[formats]
+                        if clock == "clock":
+                            table = self.timing.time(table)
+                        found[f"{source}, {clock}, {shown}"] = _shown(choose(table, recipe))
                     except TenfoldError as error:
                         found[f"{source}, {clock}, {shown}"] = {"error": type(error).__name__}
         return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tenfold
-from tenfold.calibration.input_moments import collect_moments
+from tenfold.calibration.collect import collect_moments
 from tenfold.checkpoint import load_pretrained, save_pretrained
 from tenfold.errors import CheckpointError
 from tenfold.layers import FactorizedLayer, dense_weight, spec_of

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from tenfold.planning.candidates import fronts
-from tenfold.planning.latency_budget import with_structure
 from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.allocation.knapsack import solve
 from tenfold.explorer import Explorer, Wish
 from tenfold.planning import LayerTiming, candidates, candidates_for, plan, plan_fast, recost
+from tenfold.planning.latency_budget import with_structure
 from tenfold.profiling import profile
 from tenfold.records import Candidates, Profile
 from tests.planning import fakes

@@ -11,8 +11,8 @@ from tenfold.planning.distortion import with_distortion
 from tenfold.ranks import RankProblem
 from torch import nn
 
+from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import collect_gradients
-from tenfold.calibration.input_moments import collect_moments, measurable
 from tenfold.errors import PlanError
 from tenfold.formats import split_groups
 from tenfold.profiling import profile

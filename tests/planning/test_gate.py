@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tenfold.planning.latency_budget import with_structure
-from tenfold.planning.layer_bench import neutral_layer, together
 from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.planning import LayerBench, LayerTiming, Timing, plan, plan_fast, plan_never_slower
-from tenfold.profiling import Clock, Comparison, profile
+from tenfold.planning.latency_budget import with_structure
+from tenfold.planning.layer_bench import neutral_layer, together
+from tenfold.profiling import Comparison, LatencyTable, profile
 from tenfold.records import ContractSpec, Latency, LayerSpec, Speedup
 from tenfold.surgery import apply
 
@@ -96,7 +96,7 @@ def fake(monkeypatch):
 
 
 def clock():
-    return Clock(cache=None, threads=1, timer=stage_ms, model_timer=model_ms)
+    return LatencyTable(cache=None, threads=1, timer=stage_ms, model_timer=model_ms)
 
 
 def make_of(net, costs, **options):
@@ -260,7 +260,7 @@ def test_without_a_latency_budget_the_clock_is_not_asked_and_the_gate_stands(net
     def refuse(*_):
         raise AssertionError
 
-    still = Clock(cache=None, threads=1, timer=refuse, model_timer=refuse)
+    still = LatencyTable(cache=None, threads=1, timer=refuse, model_timer=refuse)
     compare, rule = FakeCompare(bias=bias), rule_from("ratio", share=0.5)
     result = plan_fast(net, costs, X, clock=still, rule=rule, keep_ends=False, compare=compare)
     assert bool(result.plan.factorized) == (bias == 1)
@@ -299,7 +299,7 @@ def test_folded_models_are_planned_and_measured_against_the_folded_dense_one(fak
 
 
 def test_a_latency_budget_needs_a_clock(net, costs):
-    with pytest.raises(BudgetError, match="needs a clock"):
+    with pytest.raises(BudgetError, match="needs latencies"):
         plan(net, costs, rule=rule_from("ratio"), budget={"latency": 0.5})
 
 

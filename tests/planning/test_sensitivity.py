@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tenfold.calibration.input_moments import collect_moments
+from tenfold.calibration.collect import collect_moments
 from tenfold.decompositions import Decomposition, decompose
 from tenfold.errors import DataError, PlanError, UnknownNameError
 from tenfold.layers import FactorizedLayer

@@ -15,6 +15,7 @@ from tenfold.records import (
     LayerPlan,
     Measurement,
     Plan,
+    Recipe,
     RunRecord,
     Spectrum,
     Speedup,
@@ -51,8 +52,7 @@ def record(layers: int = 6, **changes: Any) -> RunRecord:
     """Return the record of a run in two stages."""
     plans = tuple(layer(i) for i in range(layers))
     before, after = sum((x.before for x in plans), Cost()), sum((x.after for x in plans), Cost())
-    budget, rule = {"macs": 0.3}, {"name": "global"}
-    plan = Plan(tenfold="0.1", model="Net", rule=rule, budget=budget, before=before, after=after, layers=plans)
+    plan = Plan(tenfold="0.1", model="Net", recipe=Recipe.of("macs=0.3"), before=before, after=after, layers=plans)
     epochs = tuple({"epoch": i + 1, "loss": 1.0 / (i + 1), "lr": 0.1, "score": None, "seconds": 1.0} for i in range(2))
     changed = {"layer0.conv": StageLayer(format="tucker2", rank={"out": 24, "in": 20})}
     stages = tuple(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tenfold.records import Recipe
 from tenfold.reporting.comparison import Group, best, compare
 from tenfold.reporting.comparison_page import comparison
 from tenfold.reporting.run_files import Run
@@ -20,7 +21,12 @@ from tests.reporting.test_report import Page
 
 def run(seed: int = 0, score: float = 0.9, **changes: Any) -> Run:
     made = runs.record(3, **{"task": "net", "seed": seed, **changes})
-    return Run(f"run{seed}", made.replace(after=made.after.replace(score=score), plan=made.plan.replace(seed=seed)))
+    return Run(
+        f"run{seed}",
+        made.replace(
+            after=made.after.replace(score=score), plan=made.plan.replace(recipe=made.plan.recipe.replace(seed=seed))
+        ),
+    )
 
 
 def test_runs_that_differ_in_their_seed_are_one_row() -> None:
@@ -46,7 +52,7 @@ def test_what_differs_otherwise_is_apart_and_named() -> None:
 
 def test_a_budget_of_absolute_numbers_is_a_share() -> None:
     made = runs.record(3)
-    half = made.plan.replace(budget={"macs": made.before.macs / 2})
+    half = made.plan.replace(recipe=Recipe(budget={"max_macs": made.before.macs / 2}))
     (group,) = compare([Run("a", made.replace(plan=half))])
     assert group.budget == "50 % MACs"
 

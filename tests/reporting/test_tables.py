@@ -18,6 +18,7 @@ from tenfold.records import (
     Measurement,
     Plan,
     Profile,
+    Recipe,
     RunRecord,
     Speedup,
 )
@@ -51,7 +52,7 @@ def batch_norm(i: int) -> LayerPlan:
 
 def plan(layers: tuple[LayerPlan, ...]) -> Plan:
     before, after = sum((x.before for x in layers), Cost()), sum((x.after for x in layers), Cost())
-    return Plan(tenfold="0.1", model="Net", rule={"name": "ratio"}, before=before, after=after, layers=layers)
+    return Plan(tenfold="0.1", model="Net", recipe=Recipe(rule="ratio"), before=before, after=after, layers=layers)
 
 
 def latency(ms: float) -> Latency:

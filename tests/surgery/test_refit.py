@@ -9,7 +9,7 @@ import torch
 from tenfold.ranks import rule_from
 from torch import nn
 
-from tenfold.calibration.frequencies import frequencies, id_counts
+from tenfold.calibration.moment_sums import frequencies, id_counts
 from tenfold.decompositions import Moments, decompose, default_algorithm
 from tenfold.errors import DataError, PlanError
 from tenfold.layers import FactorizedLayer

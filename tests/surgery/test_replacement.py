@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tenfold.calibration.input_moments import collect_moments
+from tenfold.calibration.collect import collect_moments
 from tenfold.decompositions import DECOMPOSITIONS, Decomposition, default_algorithm
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer

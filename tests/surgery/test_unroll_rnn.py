@@ -79,11 +79,11 @@ def test_weights_answer_to_the_names_of_torch(tagger: Tagger) -> None:
             _ = network.weight_ih_l7
 
 
-def test_what_cannot_be_opened_stays(tagger: Tagger) -> None:
+def test_what_cannot_be_unrolled_stays(tagger: Tagger) -> None:
     tagger.rnn = nn.LSTM(16, 24, batch_first=True, proj_size=12)
     tagger.top = nn.utils.parametrizations.weight_norm(tagger.top, "weight_hh_l0")
     assert fused_rnns(tagger) == {}
-    with pytest.raises(PlanError, match="'rnn' is a LSTM that cannot be opened"):
+    with pytest.raises(PlanError, match="'rnn' is a LSTM that cannot be unrolled"):
         unroll_rnns_(tagger, ["rnn"])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
-from tenfold.ranks import RULES, Choose, Keep, RankRule
-from tenfold.ranks.ratio import Ratio
 from torch import nn
 
+from tenfold.allocation import RULES, Factorize, Keep, RankRule
+from tenfold.allocation.rules.threshold import Ratio
 from tenfold.decompositions import DECOMPOSITIONS, Factors, Moments
 from tenfold.decompositions.svd import SVD
 from tenfold.decompositions.weighted_als import WeightedALS, WhitenedSVD
@@ -265,22 +266,22 @@ def test_a_batch_norm_that_is_not_carried_through_is_caught(monkeypatch):
 class Rule(RankRule):
     how: str = ""
 
-    def select(self, problems, limits=None):
+    rows: ClassVar[str] = "family"
+
+    def select(self, layers, limits=None):
         match self.how:
             case "too little":
-                return Ratio().select(problems, {k: v / 2 for k, v in limits.items()}) if limits else self.no()
+                return Ratio().select(layers, {k: v / 2 for k, v in limits.items()}) if limits else self.no()
             case "too much":
-                return Ratio().select(problems, {k: v * 1.2 for k, v in limits.items()}) if limits else self.no()
+                return Ratio().select(layers, {k: v * 1.2 for k, v in limits.items()}) if limits else self.no()
             case "full":
-                return tuple(Choose(p.formats[0], p.family(p.formats[0])[-1][0], "full") for p in problems)
-            case "zero":
-                return tuple(
-                    Choose(p.formats[0], dict.fromkeys(p.family(p.formats[0])[0][0], 0), "none") for p in problems
-                )
+                return tuple(Factorize(len(layer.options[0]), "full") for layer in layers)
+            case "beyond":
+                return tuple(Factorize(1 + sum(map(len, layer.options)), "none") for layer in layers)
             case "mute":
-                return tuple(Keep("") for _ in problems)
+                return tuple(Keep("") for _ in layers)
             case _:
-                return tuple(Keep("short") for _ in problems[1:])
+                return tuple(Keep("short") for _ in layers[1:])
 
     def no(self):
         msg = "this rule needs a budget, such as macs=0.5"
@@ -288,7 +289,7 @@ class Rule(RankRule):
 
 
 @pytest.mark.parametrize(
-    ("how", "number"), [("too little", 10), ("too much", 10), ("full", 9), ("zero", 9), ("mute", 9), ("short", 9)]
+    ("how", "number"), [("too little", 10), ("too much", 10), ("full", 9), ("beyond", 9), ("mute", 9), ("short", 9)]
 )
 def test_wrong_rules_are_caught(registered, how, number):
     registered(RULES, Rule)

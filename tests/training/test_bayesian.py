@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tenfold.allocation.rules.fixed import Fixed
 from torch import Tensor, nn
 
+from tenfold.allocation.rules.fixed import Fixed
 from tenfold.errors import PlanError
 from tenfold.layers import TTGRU, FactorizedLayer, TTEmbedding, TTEmbeddingBag, TTLinear
 from tenfold.layers.tt_ranks import bond_cores, scale_bonds_, without_indices

@@ -24,6 +24,7 @@ BUDGET = {"macs": 1 / 3}
 SAMPLES = 256  # to look at, without labels
 BATCH = 64  # for the latency
 
+
 def run(
     ctx: typer.Context,
     machine: Machine,

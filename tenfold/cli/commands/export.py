@@ -111,7 +111,10 @@ def _in_integers(opened: Opened, file: File) -> ExportRecord:
     from tenfold.tracing import to_device
 
     check_free(file.out, overwrite=file.overwrite)
-    samples, size = file.calibration_samples or _INT8_CALIBRATION, file.batch_size if file.fixed_batch else _CALIBRATION_BATCH
+    samples, size = (
+        file.calibration_samples or _INT8_CALIBRATION,
+        file.batch_size if file.fixed_batch else _CALIBRATION_BATCH,
+    )
     data = opened.task.calibration_batches(samples, batch_size=size, seed=file.seed)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / file.out.name

@@ -1,4 +1,4 @@
-"""Keep measured times on disk: one JSON file for each device, version, dtype, thread count and memory format."""
+"""Disk cache of measured times: one JSON file per device, version, dtype, thread count and memory format."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Samples = dict[str, list[float]]
 
 
 class LatencyCache:
-    """Samples by point, in a file that is named after the conditions that they were taken under.
+    """Samples by point, in a file named after the conditions of their measurement.
 
-    A file that cannot be read counts as empty, one that cannot be written is given up: each says so once, as a warning
-    of the log, and nothing fails. Files are replaced whole; what another process wrote in between is kept.
+    A file that cannot be read counts as empty, and one that cannot be written is skipped; each is logged once as a
+    warning. Files are replaced atomically, and merged with what another process wrote in between.
 
     Example:
         >>> import tempfile
@@ -38,7 +38,7 @@ class LatencyCache:
         self._warned: set[str] = set()
 
     def load(self) -> Samples:
-        """Return all samples that are stored for these conditions."""
+        """Read all samples stored for these conditions."""
         if self.path is None or not self.path.is_file():
             return {}
         try:
@@ -47,11 +47,11 @@ class LatencyCache:
                 return {}
             return {str(key): [_positive(v) for v in values] for key, values in held["points"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._warn("read", f"cannot read the latency cache {self.path}: {error}. It is measured anew.")
+            self._warn("read", f"cannot read the latency cache {self.path}: {error}. Times are measured again.")
             return {}
 
     def save(self, samples: Mapping[str, list[float]]) -> None:
-        """Store these samples, and keep those of other points that are there."""
+        """Store these samples, and keep stored samples of other points."""
         if self.path is None:
             return
         try:
@@ -77,6 +77,6 @@ def _file_name(conditions: dict[str, Any]) -> str:
 def _positive(value: Any) -> float:
     number = float(value)
     if not 0 < number < float("inf"):
-        msg = f"{value!r} is no time"
+        msg = f"{value!r} is not a valid latency"
         raise ValueError(msg)
     return number

@@ -1,4 +1,4 @@
-"""Which stage geometries to time so that every rank of a factorized layer can be told from a few: lines and planes."""
+"""Grids of sub-layer geometries to time, from which the time of every rank is interpolated: lines and planes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_COMBINATIONS = 400
 
 @dataclass(frozen=True)
 class Point:
-    """One stage on one input shape. Points of a ``family`` differ in their channels alone."""
+    """One sub-layer on one input shape. Points of a ``family`` differ in their channels alone."""
 
     spec: SubLayerSpec
     in_shape: Shape
@@ -50,7 +50,7 @@ class Point:
 
     @property
     def at(self) -> tuple[int, int]:
-        """Input and output channels: of the matrix or the layer, not of the features that go past it.
+        """Input and output channels: of the matrix or the layer, without the features that are carried past it.
 
         Of a gather the two ranks. Of other contractions 1 and the multiply-accumulates per position.
         """
@@ -73,7 +73,7 @@ class Point:
 
     @classmethod
     def of(cls, spec: SubLayerSpec, in_shape: Shape) -> Point:
-        """Return the point of a stage; its bias, which takes no time of its own, is left out."""
+        """Return the point of a sub-layer, without its bias, which takes no time of its own."""
         return cls(spec.replace(bias=False) if spec.bias else spec, in_shape)
 
 
@@ -86,35 +86,35 @@ class Curve:
     ys: tuple[int, ...]
 
     def holds(self, x: int, y: int) -> bool:
-        """Whether a stage with these channels lies on it."""
+        """Return whether a sub-layer with these channels lies on it."""
         return (len(self.xs) > 1 or x == self.xs[0]) and (len(self.ys) > 1 or y == self.ys[0])
 
 
 @dataclass(frozen=True)
-class Chart:
-    """What to time for one layer geometry in one format, the coarse points first, and the curves through them."""
+class MeasurementGrid:
+    """Points to time for one layer geometry in one format, coarse levels first, and the curves through them."""
 
     levels: tuple[tuple[Point, ...], ...]
     curves: tuple[Curve, ...]
 
     def curve(self, point: Point) -> Curve | None:
-        """Return the curve that a stage lies on; None for one that no useful rank of the format leads to."""
+        """Return the curve that a sub-layer lies on; None if no useful rank of the format leads to it."""
         family, at = point.family, point.at
         return next((c for c in self.curves if c.family == family and c.holds(*at)), None)
 
 
-def chart(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> Chart:
-    """Return what to time for a layer geometry in a format.
+def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> MeasurementGrid:
+    """Choose what to time for a layer geometry in a format.
 
     Args:
         format: name of the format.
         spec: the dense layer.
         in_shape: its input, batch included.
-        step: multiple of channels that the device likes; small layers get a finer one.
+        step: channels come in multiples of this; small layers get a finer one.
 
     Example:
         >>> dense = LayerSpec(kind="linear", in_channels=256, out_channels=128)
-        >>> found = chart("low_rank", dense, (1, 256))
+        >>> found = measurement_grid("low_rank", dense, (1, 256))
         >>> [c.ys for c in found.curves if c.xs == (256,)]
         [(1, 4, 8, 16, 24, 32, 48, 64, 96, 127, 128)]
         >>> [p.at[1] for p in found.levels[0] if p.at[0] == 256]
@@ -126,11 +126,11 @@ def chart(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> Ch
         levels.append(tuple(sorted({p for role in roles for p in role}, key=lambda p: (p.family, p.at))))
     # The curves reach further than what is timed, so that every useful rank lies between two of their nodes.
     reach = sample_ranks(format, spec, in_shape, level=LEVELS, step=step, share=2.2)
-    return Chart(tuple(levels), _curves(_roles(format, spec, in_shape, reach)))
+    return MeasurementGrid(tuple(levels), _curves(_roles(format, spec, in_shape, reach)))
 
 
 def stage_points(format: str, spec: LayerSpec, in_shape: Shape, rank: Rank) -> tuple[Point, ...]:
-    """Return the stages that a layer runs in this format at this rank, each with its input."""
+    """Return the sub-layers of a layer in this format at this rank, each with its input shape."""
     points, shape = [], in_shape
     for stage in FORMATS.get(format).structure(spec, rank):
         points.append(Point.of(stage, shape))
@@ -165,7 +165,7 @@ def stage_columns(
 def sample_ranks(
     format: str, spec: LayerSpec, in_shape: Shape, *, level: int, step: int = 8, share: float = 1.0
 ) -> list[Rank]:
-    """Return ranks spread over all that multiply at most ``share`` of what the dense layer does; else the smallest."""
+    """Return ranks spread over those with at most ``share`` of the dense MACs; the smallest if there are none."""
     kind = FORMATS.get(format)
     most = kind.max_rank(spec)
     ladders = {name: ladder(top, level=level, step=step) for name, top in most.items()}
@@ -192,22 +192,22 @@ def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
         ((8, 32, 64), (8, 16, 32, 64), (4, 8, 16, 24, 32, 48, 64))
     """
     step = max(1, min(step, top // 8))
-    found = {top}
+    rungs = {top}
     power = step
     while power < top:
-        found.add(power)
+        rungs.add(power)
         if level > 1 and power % (2 * step) == 0 and power * 3 // 2 < top:
-            found.add(power * 3 // 2)
+            rungs.add(power * 3 // 2)
         power *= 4 if level == 0 else 2
     if level > 1:
-        found.add(max(1, step // 2))
+        rungs.add(max(1, step // 2))
     if level > 2:
-        found |= {1, max(1, top - 1)}
-    return tuple(sorted(found))
+        rungs |= {1, max(1, top - 1)}
+    return tuple(sorted(rungs))
 
 
 def _roles(format: str, spec: LayerSpec, in_shape: Shape, ranks: Iterable[Rank]) -> list[set[Point]]:
-    """Return the stages that play the same part at these ranks: the i-th of n."""
+    """Return the sub-layers with the same role at these ranks: the i-th of n."""
     roles: dict[tuple[int, int], set[Point]] = {}
     for rank in ranks:
         stages = stage_points(format, spec, in_shape, rank)
@@ -217,18 +217,18 @@ def _roles(format: str, spec: LayerSpec, in_shape: Shape, ranks: Iterable[Rank])
 
 
 def _curves(roles: Iterable[set[Point]]) -> tuple[Curve, ...]:
-    """Return lines for the stages in which one channel count varies and planes for those in which both do.
+    """Return lines where one channel count varies, and planes where both do.
 
-    A plane takes in what else there is of its family, such as the core of a partial Tucker: the edge of the plane.
+    A plane includes the rest of its family, such as the core of a partial Tucker, which is the edge of the plane.
     """
-    found: dict[tuple[str, str], set[tuple[int, int]]] = {}
+    positions: dict[tuple[str, str], set[tuple[int, int]]] = {}
     for role in roles:
         for family, group in itertools.groupby(sorted(role, key=lambda p: p.family), key=lambda p: p.family):
             at = {p.at for p in group}
-            found.setdefault((family, _direction(at)), set()).update(at)
-    planes = {family for family, direction in found if direction == "plane"}
+            positions.setdefault((family, _direction(at)), set()).update(at)
+    planes = {family for family, direction in positions if direction == "plane"}
     merged: dict[tuple[str, str], set[tuple[int, int]]] = {}
-    for (family, direction), at in found.items():
+    for (family, direction), at in positions.items():
         merged.setdefault((family, "plane" if family in planes else direction), set()).update(at)
     return tuple(_as_curves(merged))
 

@@ -1,4 +1,4 @@
-"""Time one stage alone: a plain layer with made-up weights on a made-up input of its real shape."""
+"""Timer of a single sub-layer: constant weights, and a constant input of its real shape."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _BLOCK_MS = 3.0
 _WARM_MS = 0.5
 
 
-class StageTimer:
-    """Milliseconds of one run of a stage, measured now, as the mean over a block of runs.
+class LayerTimer:
+    """Milliseconds of one run of a sub-layer, measured now, as the mean over a block of runs.
 
-    Weights and inputs are constants: no kernel looks at values, but for denormal ones, which these are not.
+    Weights and inputs are constants: values do not change the time of a kernel, unless they are denormal.
 
     Example:
-        >>> timer = StageTimer("cpu", torch.float32, "contiguous")
+        >>> timer = LayerTimer("cpu", torch.float32, "contiguous")
         >>> timer(LayerSpec(kind="linear", in_channels=8, out_channels=4), (2, 8)) > 0
         True
     """

@@ -1,4 +1,4 @@
-"""Measured milliseconds: of a model, of several in turns so that drift hits all alike, and of the layers of one."""
+"""Measured latency of a model, of several models in turns so that drift affects all alike, and of single layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WARMUP_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Comparison:
-    """Latencies measured in turns, and how much faster each model is than the first one."""
+    """Latencies measured in turns, and the speedup of each model over the first one."""
 
     latencies: dict[str, Latency]
     speedups: dict[str, Speedup]
@@ -44,8 +44,8 @@ class LayerTime:
 def measure_latency(model: nn.Module, inputs: Any, *, seconds: float = 2.0, threads: int | None = None) -> Latency:
     """Return the median milliseconds of one forward, with quartiles and the conditions of the measurement.
 
-    Evaluation mode, no gradients, warm-up first, the device waited for before every look at the clock. Short forwards
-    are timed in blocks of at least 10 ms. Five blocks are measured even when they take longer than ``seconds``.
+    Evaluation mode, no gradients, warm-up first; the device is synchronized before every reading of the clock. Short
+    forwards are timed in blocks of at least 10 ms. Five blocks are measured even if they take longer than ``seconds``.
 
     Args:
         model: a module on the device and in the dtype to measure.
@@ -69,12 +69,12 @@ def compare_latency(
 ) -> Comparison:
     """Return the latencies of several models measured in turns, and their speedups over the first.
 
-    In every round each model runs one block, in an order that turns around from round to round, so that a clock that
-    drifts or a machine that gets busy hits all alike. A speedup is the median of the ratios within the rounds, with the
+    In every round each model runs one block, in an order that is reversed from round to round, so that drift and other
+    load on the machine affect all alike. A speedup is the median of the ratios within the rounds, with the
     distribution-free 95 % interval of a median.
 
     Args:
-        variants: name -> (model, example inputs); the first is what the others are compared with.
+        variants: name -> (model, example inputs); the others are compared with the first.
         seconds: about how long to measure, for all together.
         threads: CPU threads; as many as torch uses now if None.
 
@@ -102,10 +102,10 @@ def compare_latency(
 def layer_latency(
     model: nn.Module, inputs: Any, layers: Sequence[Entry], *, seconds: float = 2.0, threads: int | None = None
 ) -> dict[str, LayerTime]:
-    """Return the time that each layer takes in one forward, by path; layers that never run are left out.
+    """Return the time of each layer in one forward, by path, without layers that never run.
 
-    Timed by hooks that wait for the device on both sides. They keep torch from fusing transformer layers, and their own
-    cost falls on the model: the layers add up to more or less than the total measured without them.
+    Timed by hooks that synchronize the device on both sides. They keep torch from fusing transformer layers and cost
+    time themselves, so the layers may add up to more or less than the total measured without them.
     """
     device = device_of(model, inputs)
     samples: list[dict[str, Observation]] = []
@@ -126,7 +126,7 @@ def layer_latency(
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return bounds on the median of the distribution that the values come from, whatever it is.
+    """Return distribution-free confidence bounds on the median.
 
     The k-th smallest and k-th largest value, k as large as the binomial distribution allows at this confidence; with
     fewer than six values that is less than 95 %, and the bounds are the extremes.
@@ -147,7 +147,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 def _block(model: nn.Module, inputs: Any) -> Callable[[int], float]:
-    """Return a function that runs the model so many times and returns the seconds per run."""
+    """Return a function that runs the model a number of times and returns the seconds per run."""
     device = device_of(model, inputs)
     args, kwargs = arguments(inputs)
 
@@ -162,7 +162,7 @@ def _block(model: nn.Module, inputs: Any) -> Callable[[int], float]:
             return (time.perf_counter() - start) / number
 
     with evaluating(model), same_random_numbers(device):
-        call_model(model, inputs)  # the one call whose failure is explained
+        call_model(model, inputs)  # explains a failure, which the bare calls do not
     return run
 
 
@@ -182,7 +182,7 @@ def _in_turns(blocks: Mapping[str, Callable[[int], float]], seconds: float) -> d
 
 
 def _calibrate(block: Callable[[int], float], seconds: float) -> int:
-    """Warm up and return how many runs make a block long enough for the clock."""
+    """Warm up, and return how many runs make a block long enough to time."""
     number, start = 1, time.perf_counter()
     while True:
         per_run = block(number)

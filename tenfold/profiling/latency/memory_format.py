@@ -1,4 +1,4 @@
-"""Contiguous or channels-last: the same numbers in another order in memory, and often another time."""
+"""Contiguous and channels-last memory formats: convert models and inputs, and find the faster one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tenfold.profiling.latency.measure import Comparison, compare_latency
 from tenfold.registry import did_you_mean
 from tenfold.tracing.inputs import map_tensors, tensors_in
 
-# Name -> (numbers of axes that it concerns, torch's name).
+# Name -> (numbers of axes that it applies to, torch's name).
 LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
     "contiguous": ((4, 5), torch.contiguous_format),
     "channels_last": ((4,), torch.channels_last),
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
 
 
 def to_memory_format(model: nn.Module, inputs: Any, name: str) -> tuple[nn.Module, Any]:
-    """Return copies of model and inputs that are laid out in memory as ``name`` says.
+    """Return copies of model and inputs in the memory format ``name``.
 
     Raises:
         ProfileError: no such memory format.
@@ -47,28 +47,28 @@ def to_memory_format(model: nn.Module, inputs: Any, name: str) -> tuple[nn.Modul
     return copied, map_tensors(inputs, lay_out)
 
 
-def candidates_for(inputs: Any) -> tuple[str, ...]:
-    """Return the memory formats that make a difference for inputs with so many axes, contiguous first.
+def memory_formats_for(inputs: Any) -> tuple[str, ...]:
+    """Return the memory formats that apply to inputs of these numbers of axes, contiguous first.
 
     Example:
-        >>> candidates_for(torch.zeros(1, 3, 8, 8))
+        >>> memory_formats_for(torch.zeros(1, 3, 8, 8))
         ('contiguous', 'channels_last')
     """
     axes = {tensor.dim() for tensor in tensors_in(inputs) if tensor.is_floating_point()}
-    others = [n for n, (concerned, _) in LAYOUTS.items() if n != "contiguous" and axes & set(concerned)]
+    others = [n for n, (applies_to, _) in LAYOUTS.items() if n != "contiguous" and axes & set(applies_to)]
     return ("contiguous", *others)
 
 
 def best_memory_format(
     model: nn.Module, inputs: Any, *, seconds: float = 4.0, threads: int | None = None
 ) -> tuple[str, Comparison]:
-    """Return the memory format in which the model runs fastest, and the measurement, in turns, that says so.
+    """Return the memory format in which the model runs fastest, and the interleaved measurement behind it.
 
     Example:
         >>> name, _ = best_memory_format(nn.Linear(8, 8), torch.zeros(2, 8), seconds=0.05)
         >>> name
         'contiguous'
     """
-    variants = {name: to_memory_format(model, inputs, name) for name in candidates_for(inputs)}
+    variants = {name: to_memory_format(model, inputs, name) for name in memory_formats_for(inputs)}
     result = compare_latency(variants, seconds=seconds, threads=threads)
     return min(result.latencies, key=lambda n: result.latencies[n].median_ms), result

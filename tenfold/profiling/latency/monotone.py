@@ -1,4 +1,4 @@
-"""Fit a function of one or two channel counts that never falls, through measured points."""
+"""Monotone interpolation of measured times over one or two channel counts."""
 
 from __future__ import annotations
 
@@ -14,45 +14,29 @@ Array = NDArray[np.float64]
 _FILLED_WEIGHT = 1e-3
 
 
-def isotonic(values: ArrayLike, weights: ArrayLike | None = None) -> Array:
-    """Return the non-decreasing sequence nearest to ``values`` in weighted least squares.
-
-    By the max-min formula (Robertson, Wright & Dykstra 1988), cubic in the length: for the dozen points of an axis.
-
-    Example:
-        >>> isotonic([1.0, 3.0, 2.0, 4.0]).tolist()
-        [1.0, 2.5, 2.5, 4.0]
-    """
-    v = np.asarray(values, dtype=np.float64)
-    w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
-    mass = np.concatenate([[0.0], np.cumsum(w)])
-    sums = np.concatenate([[0.0], np.cumsum(w * v)])
-    n = len(v)
-    first, last = np.triu_indices(n)
-    means = np.full((n, n), np.inf)
-    means[first, last] = (sums[last + 1] - sums[first]) / (mass[last + 1] - mass[first])
-    least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]  # over all ends at or after the column
-    return np.array([least[: i + 1, i].max() for i in range(n)])
-
-
 def isotonic_grid(values: Array, weights: Array, *, sweeps: int = 50) -> Array:
     """Return the grid nearest to ``values`` that falls along neither axis (Dykstra's alternating projections)."""
+    from scipy.optimize import isotonic_regression
+
+    def along_rows(grid: Array, weights: Array) -> Array:
+        return np.stack([isotonic_regression(row, weights=w).x for row, w in zip(grid, weights, strict=True)])
+
     if all((np.diff(values, axis=axis) >= 0).all() for axis in (0, 1)):
         return values.copy()
     if 1 in values.shape:
-        return isotonic(values.ravel(), weights.ravel()).reshape(values.shape)
+        return along_rows(values.reshape(1, -1), weights.reshape(1, -1)).reshape(values.shape)
     fitted = values.copy()
     by_row, by_column = np.zeros_like(values), np.zeros_like(values)
     for _ in range(sweeps):
         before = fitted
-        rows = np.stack([isotonic(r, w) for r, w in zip(fitted + by_row, weights, strict=True)])
+        rows = along_rows(fitted + by_row, weights)
         by_row = fitted + by_row - rows
-        columns = np.stack([isotonic(c, w) for c, w in zip((rows + by_column).T, weights.T, strict=True)]).T
+        columns = along_rows((rows + by_column).T, weights.T).T
         by_column = rows + by_column - columns
         fitted = columns
         if np.abs(fitted - before).max() < 1e-9:
             break
-    # Dykstra converges in the limit only: the last violations are far below what a clock sees.
+    # Dykstra's projections converge in the limit only: the violations left are far below the noise of a measurement.
     return np.maximum.accumulate(np.maximum.accumulate(fitted, axis=0), axis=1)
 
 
@@ -60,8 +44,8 @@ def isotonic_grid(values: Array, weights: Array, *, sweeps: int = 50) -> Array:
 class MonotoneFit:
     """Milliseconds as a non-decreasing function of input and output channels.
 
-    Interpolates log time over log channels: PCHIP when one of the two never varies, bilinear otherwise. Outside of the
-    grid the value at its edge holds.
+    Interpolates log time over log channels: PCHIP if one of the two never varies, bilinear otherwise. Constant beyond
+    the edge of the grid.
     """
 
     xs: Array
@@ -75,8 +59,8 @@ class MonotoneFit:
         Args:
             xs: input channels, ascending.
             ys: output channels, ascending.
-            points: (input, output channels) -> milliseconds > 0; at least one. Those that are no nodes help where a
-                node was not measured.
+            points: (input, output channels) -> milliseconds > 0; at least one. Points off the grid help to fill nodes
+                that were not measured.
 
         Example:
             >>> fit = MonotoneFit.through([8, 32], [64], {(8, 64): 1.0, (32, 64): 4.0})
@@ -116,7 +100,7 @@ def _fill(nodes: Array, at: Array, logs: Array) -> Array:
     """Return log milliseconds at all nodes: a cost model through the measured points, corrected by the nearest ones.
 
     The model is overhead + channels moved + channels multiplied, with coefficients ≥ 0 that minimise relative errors;
-    what it leaves is spread with weights 1/distance² (Shepard 1968), which gives back measured nodes exactly.
+    its residuals are spread with weights 1/distance² (Shepard 1968), which reproduces measured nodes exactly.
     """
     from scipy.optimize import nnls
 

@@ -3,14 +3,14 @@
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent).explore;
-  const query = { budget: { ...data.wish.budget }, pins: {} };
+  const query = { budget: { ...data.query.budget }, overrides: {} };
   const rows = Array.from(document.querySelectorAll("#layer-table tbody tr")).sort((a, b) => a.dataset.layer - b.dataset.layer);
   const budgets = new Map(Array.from(document.querySelectorAll(".budget"), (box) => [box.dataset.kind, box]));
   const problem = document.querySelector(".problem");
   const saved = document.getElementById("saved");
   const against = document.getElementById("against");
   const curves = new Map();
-  let answer = data.answer;
+  let current = data.selection;
 
   // ---- requests
 
@@ -39,7 +39,7 @@
       document.body.setAttribute("aria-busy", "true");
       const asked = JSON.stringify(query);
       try {
-        const found = await post("answer", query);
+        const found = await post("select", query);
         good = asked;
         complain("");
         if (!moved) show(found);
@@ -47,7 +47,7 @@
         complain(error.message);
         if (!moved) {
           Object.assign(query, JSON.parse(good));
-          show(answer);
+          show(current);
         }
       }
     }
@@ -63,11 +63,11 @@
   // ---- showing
 
   function show(found) {
-    answer = found;
+    current = found;
     found.tiles.forEach(showTile);
     data.budgets.forEach(showBudget);
     found.layers.forEach((layer, i) => showLayer(rows[i], data.layers[i], layer));
-    document.getElementById("told").textContent = found.told;
+    document.getElementById("summary").textContent = found.summary;
     const search = document.getElementById("search");
     search.dispatchEvent(new Event("input"));
     drawCurve();
@@ -88,15 +88,16 @@
 
   function showBudget(known) {
     const box = budgets.get(known.kind);
-    const asked = query.budget[known.kind];
-    const share = asked === undefined ? answer.left[known.kind] : asked > 1 ? known.asked : asked;
+    // An absolute limit is always that of the plan: what is moved are shares.
+    const asked = query.budget[known.limit] === undefined ? query.budget[known.kind] : known.asked;
+    const share = asked === undefined ? current.left[known.kind] : asked;
     box.querySelector(".asked").checked = asked !== undefined;
     box.classList.toggle("off", asked === undefined);
     const [range, number] = box.querySelectorAll("input[type=range], input[type=number]");
     if (document.activeElement !== range) range.value = percent(share);
     if (document.activeElement !== number) number.value = percent(share);
     range.setAttribute("aria-valuetext", `${percent(share)} percent`);
-    const left = answer.left[known.kind];
+    const left = current.left[known.kind];
     const over = asked !== undefined && left > share * (1 + 1e-6);
     const note = over ? "That is more than asked for: all layers are pinned." : asked === undefined ? "Not asked for." : "";
     const now = box.querySelector(".now");
@@ -153,8 +154,8 @@
     const points = curves.get(kind);
     if (points === null) return;
     const name = data.budgets.find((budget) => budget.kind === kind).name;
-    const y = answer.distortion;
-    const x = percent(answer.left[kind]);
+    const y = current.distortion;
+    const x = percent(current.left[kind]);
     const high = points.map((point) => point[1]).filter((v) => v > 0);
     Charts.place(document.getElementById("curve"), {
       type: "xy",
@@ -174,8 +175,8 @@
   }
 
   function pin(i, value) {
-    if (value === undefined) delete query.pins[data.layers[i].path];
-    else query.pins[data.layers[i].path] = value;
+    if (value === undefined) delete query.overrides[data.layers[i].path];
+    else query.overrides[data.layers[i].path] = value;
     touched();
   }
 
@@ -190,6 +191,7 @@
     number.min = range.min;
     function set(value) {
       if (!(value > 0)) return;
+      delete query.budget[known.limit];
       query.budget[known.kind] = Number((value / 100).toPrecision(9));
       against.value = known.kind;
       range.setAttribute("aria-valuetext", `${value} percent`);
@@ -198,8 +200,8 @@
     range.addEventListener("input", () => { number.value = range.value; set(Number(range.value)); });
     number.addEventListener("change", () => { range.value = number.value; set(Math.min(100, Number(number.value))); });
     box.querySelector(".asked").addEventListener("change", (event) => {
-      if (event.target.checked) set(Math.max(percent(answer.left[known.kind]), Number(range.min)));
-      else { delete query.budget[known.kind]; touched(); }
+      if (event.target.checked) set(Math.max(percent(current.left[known.kind]), Number(range.min)));
+      else { delete query.budget[known.kind]; delete query.budget[known.limit]; touched(); }
     });
   }
 
@@ -207,7 +209,7 @@
     const known = data.layers[i];
     const slider = row.querySelector(".rank");
     slider.addEventListener("input", () => {
-      const step = stepsOf(known, answer.layers[i], row.dataset.format)[Number(slider.value)];
+      const step = stepsOf(known, current.layers[i], row.dataset.format)[Number(slider.value)];
       row.querySelector("output").textContent = step ? step[1] : "kept";
       slider.setAttribute("aria-valuetext", step ? `${row.dataset.format} ${step[1]}` : "kept");
       pin(i, step ? { format: row.dataset.format, option: step[0] } : { format: null });
@@ -215,25 +217,25 @@
     row.querySelector(".format").addEventListener("change", (event) => {
       const format = event.target.value;
       if (!format) { pin(i, { format: null }); return; }
-      const cost = answer.layers[i].cost;
+      const cost = current.layers[i].cost;
       const near = known.formats[format].reduce((a, b) => (Math.abs(b[2] - cost) < Math.abs(a[2] - cost) ? b : a));
       row.dataset.format = format;
       pin(i, { format, option: near[0] });
     });
-    row.querySelector(".pin").addEventListener("change", (event) => pin(i, event.target.checked ? pinAsIs(answer.layers[i]) : undefined));
+    row.querySelector(".pin").addEventListener("change", (event) => pin(i, event.target.checked ? pinAsIs(current.layers[i]) : undefined));
   }
 
   data.budgets.forEach(startBudget);
   rows.forEach(startLayer);
-  against.value = Object.keys(query.budget)[0] || data.budgets[0].kind;
+  against.value = (data.budgets.find((known) => known.asked !== null) || data.budgets[0]).kind;
   against.addEventListener("change", drawCurve);
-  document.getElementById("release").addEventListener("click", () => { query.pins = {}; touched(); });
+  document.getElementById("release").addEventListener("click", () => { query.overrides = {}; touched(); });
   document.getElementById("hold").addEventListener("click", () => {
-    answer.layers.forEach((layer, i) => { query.pins[data.layers[i].path] = pinAsIs(layer); });
+    current.layers.forEach((layer, i) => { query.overrides[data.layers[i].path] = pinAsIs(layer); });
     touched();
   });
   document.getElementById("reset").addEventListener("click", () => {
-    query.budget = { ...data.wish.budget };
+    query.budget = { ...data.query.budget };
     touched();
   });
   document.getElementById("save").addEventListener("click", async () => {
@@ -248,5 +250,5 @@
       complain(error.message);
     }
   });
-  show(answer);
+  show(current);
 })();

@@ -1,11 +1,19 @@
-"""Charts: every useful rank lies on a curve, and coarse levels are small parts of fine ones."""
+"""Measurement grids: every useful rank lies on a curve, and coarse levels are small parts of fine ones."""
 
 from __future__ import annotations
 
 import pytest
 
 from tenfold.formats import FORMATS
-from tenfold.profiling.latency.grid import LEVELS, Point, chart, ladder, sample_ranks, stage_columns, stage_points
+from tenfold.profiling.latency.grid import (
+    LEVELS,
+    Point,
+    ladder,
+    measurement_grid,
+    sample_ranks,
+    stage_columns,
+    stage_points,
+)
 from tenfold.records import LayerSpec
 
 CONV = LayerSpec(kind="conv", in_channels=64, out_channels=128, kernel=(3, 3), stride=(2, 2), padding=(1, 1), bias=True)
@@ -14,7 +22,7 @@ SHAPE = (2, 64, 14, 14)
 
 @pytest.mark.parametrize("format", ["tucker2", "spatial", "low_rank"])
 def test_every_rank_that_multiplies_less_lies_on_a_curve(format):
-    kind, found = FORMATS.get(format), chart(format, CONV, SHAPE)
+    kind, found = FORMATS.get(format), measurement_grid(format, CONV, SHAPE)
     for rank in kind.rank_family(CONV):
         if kind.macs(CONV, rank, SHAPE) > CONV.macs(SHAPE):
             continue
@@ -26,7 +34,7 @@ def test_every_rank_that_multiplies_less_lies_on_a_curve(format):
 
 
 def test_tucker2_has_two_lines_and_a_plane_with_the_partial_cores_at_its_edge():
-    found = chart("tucker2", CONV, SHAPE)
+    found = measurement_grid("tucker2", CONV, SHAPE)
     lines = {(c.xs, c.ys) for c in found.curves if 1 in (len(c.xs), len(c.ys))}
     (plane,) = (c for c in found.curves if 1 not in (len(c.xs), len(c.ys)))
     assert {xs for xs, ys in lines if len(ys) > 1} == {(64,)}
@@ -36,7 +44,7 @@ def test_tucker2_has_two_lines_and_a_plane_with_the_partial_cores_at_its_edge():
 
 
 def test_levels_grow_and_coarse_points_are_among_the_fine_ones():
-    found = chart("tucker2", CONV, SHAPE)
+    found = measurement_grid("tucker2", CONV, SHAPE)
     assert len(found.levels) == LEVELS
     for coarse, fine in zip(found.levels, found.levels[1:], strict=False):
         assert len(coarse) < len(fine)

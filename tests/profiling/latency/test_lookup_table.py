@@ -1,4 +1,4 @@
-"""The clock under a fake timer: drift, cache, time bound, interpolation. No test looks at real time."""
+"""The latency table under a fake timer: drift, cache, time bound, interpolation. No test looks at real time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from tenfold.formats import FORMATS
-from tenfold.profiling import Clock, best_memory_format, to_memory_format
+from tenfold.profiling import LatencyTable, best_memory_format, to_memory_format
 from tenfold.profiling.latency.cache import LatencyCache
-from tenfold.profiling.latency.layer_timer import StageTimer
+from tenfold.profiling.latency.layer_timer import LayerTimer
 from tenfold.profiling.latency.lookup_table import REFERENCE
 from tenfold.records import Call, ContractSpec, LayerSpec, chain_macs
 
@@ -57,7 +57,7 @@ def chain_ms(format, spec, in_shape, rank):
 
 
 def clock(timer=None, **options):
-    return Clock(**({"cache": None, "timer": timer or FakeTimer(), "threads": 1} | options))
+    return LatencyTable(**({"cache": None, "timer": timer or FakeTimer(), "threads": 1} | options))
 
 
 @pytest.mark.parametrize("format", ["tucker2", "spatial", "low_rank"])
@@ -136,7 +136,7 @@ def test_coarse_points_come_first_and_progress_is_told():
     subject = clock(timer, progress=lambda done, total: told.append((done, total)), repeats=2)
     subject.prepare([Problem()])
     measured = [p for p in dict.fromkeys(timer.asked) if p != (REFERENCE.spec, REFERENCE.in_shape)]
-    coarse = {(p.spec, p.in_shape) for p in subject._chart(("tucker2", CONV, CALLS[0].in_shape)).levels[0]}
+    coarse = {(p.spec, p.in_shape) for p in subject._grid(("tucker2", CONV, CALLS[0].in_shape)).levels[0]}
     assert measured[0] == (CONV, CALLS[0].in_shape)
     coarse.discard(measured[0])  # full rank is the dense layer
     assert set(measured[1 : len(coarse) + 1]) == coarse
@@ -289,7 +289,7 @@ def test_the_share_of_layers_is_taken_within_forwards(monkeypatch):
 )
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_the_real_timer_runs_every_kind_of_stage(spec, shape, memory_format):
-    assert StageTimer("cpu", torch.float32, memory_format)(spec, shape) > 0
+    assert LayerTimer("cpu", torch.float32, memory_format)(spec, shape) > 0
 
 
 def test_memory_formats_change_the_layout_and_nothing_else():

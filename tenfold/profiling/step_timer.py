@@ -1,4 +1,4 @@
-"""Which step a long job is at, and how long each took."""
+"""Timer of the steps of a long job."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 Observe = Callable[[str], None]
 
 
-class Steps:
-    """Names the steps of a job to an observer as they begin, and adds up their seconds.
+class StepTimer:
+    """Reports the steps of a job to an observer as they start, and adds up their seconds.
 
     Example:
-        >>> steps = Steps(print)
+        >>> steps = StepTimer(print)
         >>> with steps("plan"):
         ...     pass
         plan
@@ -27,7 +27,7 @@ class Steps:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Run a step within the context."""
+        """Time a step within the context."""
         if self._observe is not None:
             self._observe(name)
         start = time.perf_counter()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.im2col import input_patches, output_rows
-from tenfold.calibration.input_moments import collect_moments, measurable, moment_bytes
+from tenfold.calibration.moment_sums import moment_bytes
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.formats import split_groups
