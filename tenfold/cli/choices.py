@@ -38,8 +38,8 @@ def check_recipe(recipe: Recipe) -> None:
             msg = f"{config['name']} does not find {format} factors. Use {' or '.join(finders)}."
             raise Misuse(msg)
         if format not in recipe.formats:
-            names = ", ".join(recipe.formats)
-            msg = f"--algorithms {format}={config['name']}: {format} is not among the formats {names}; name it with --formats."
+            given, names = f"--algorithms {format}={config['name']}", ", ".join(recipe.formats)
+            msg = f"{given}: {format} is not among the formats {names}; name it with --formats."
             raise Misuse(msg)
 
 

@@ -144,7 +144,7 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         assert isinstance(terminal, Terminal)
         with terminal.session():
             records = {name: group.build(values) for name, group in groups.items()}
-            extra = {name: value for name, value in plain.build(values)}
+            extra = dict(plain.build(values))
             rest = {name: value for name, value in values.items() if name in hints and name not in {*groups, *own}}
             positional = [
                 rest.pop(n) for n, p in inspect.signature(run).parameters.items() if p.kind is p.POSITIONAL_ONLY
@@ -162,10 +162,10 @@ def help_of(run: Callable[..., None]) -> str:
 
 
 def documented(doc: str, section: str) -> dict[str, str]:
-    """Return what a section such as ``Attributes`` or ``Args`` of a docstring says, by name.
+    r"""Return what a section such as ``Attributes`` or ``Args`` of a docstring says, by name.
 
     Example:
-        >>> documented("Area.\\n\\nAttributes:\\n    width: of the ``thing``,\\n        in metres.\\n", "Attributes")
+        >>> documented("Area.\n\nAttributes:\n    width: of the ``thing``,\n        in metres.", "Attributes")
         {'width': 'Of the `thing`, in metres.'}
     """
     entries = inspect.cleandoc(doc).partition(f"\n{section}:\n")[2].partition("\n\n")[0]
