@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import ValidationError, create_model
@@ -80,7 +80,7 @@ class _Group:
         except ValidationError as error:
             first = error.errors()[0]
             name = self._name(tuple(map(str, first["loc"])))
-            msg = f"{name}: {first['msg']}" if name else f"{self.kind.__name__}: {first['msg']}"
+            msg = f"{name or self.kind.__name__}: {first['msg'].removeprefix('Value error, ')}"
             raise TenfoldError(msg) from error
 
     def _name(self, place: tuple[str, ...]) -> str:
@@ -140,8 +140,7 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
     declared |= {option.declared.name: option.declared for option in plain.options}
 
     def command(**values: Any) -> None:
-        terminal = groups["terminal"].build(values)
-        assert isinstance(terminal, Terminal)
+        terminal = cast("Terminal", groups["terminal"].build(values))
         with terminal.session():
             records = {name: group.build(values) for name, group in groups.items()}
             extra = dict(plain.build(values))

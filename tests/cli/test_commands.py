@@ -62,7 +62,9 @@ def test_profile(tenfold: Run, tiny: str) -> None:
 
 
 def test_compress_from_end_to_end(tenfold: Run, tiny: str) -> None:
-    outcome = tenfold("compress", "--task", tiny, "--budget", "macs=0.6", "--latency-batch-size", "7", "--json", "-o", "out")
+    outcome = tenfold(
+        "compress", "--task", tiny, "--budget", "macs=0.6", "--latency-batch-size", "7", "--json", "-o", "out"
+    )
     found = outcome.json
     assert found.pop("out") == "out"
     record = RunRecord.model_validate(found)
@@ -76,7 +78,15 @@ def test_compress_from_end_to_end(tenfold: Run, tiny: str) -> None:
     assert 0 <= record.after.score <= 1
     assert [epoch["epoch"] for epoch in record.tuning] == [1, 2, 3]
     assert record.command.startswith("tenfold compress --task")
-    written = {"model.safetensors", "plan.yaml", "record.json", "analysis.json", "options.json", "README.md"}
+    written = {
+        "model.safetensors",
+        "plan.yaml",
+        "record.json",
+        "analysis.json",
+        "options.json",
+        "README.md",
+        "recipe.yaml",
+    }
     assert {p.name for p in Path("out").iterdir()} == written
     assert {p.name for p in Path().iterdir()} == {"out"}  # nothing of the tuning is left
     score = tenfold("eval", "--task", tiny, "--checkpoint", "out", "--json").json

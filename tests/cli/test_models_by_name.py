@@ -65,7 +65,5 @@ def test_compress_with_sentences_then_open_the_checkpoint_alone(
 
 def test_what_needs_labels_is_refused_with_the_reason(folder: Path, tenfold: Callable[..., Any]) -> None:
     assert tenfold("eval", "--task", f"hf:{folder}").is_error("without labels", "cannot be scored")
-    tuned = tenfold(
-        "compress", "--task", f"hf:{folder}", "--budget", "params=0.8", "--epochs", "1", "--no-latency"
-    )
+    tuned = tenfold("compress", "--task", f"hf:{folder}", "--budget", "params=0.8", "--epochs", "1", "--no-latency")
     assert tuned.is_error("without labels", "trained")

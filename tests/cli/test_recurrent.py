@@ -44,6 +44,6 @@ def test_matrices_of_an_lstm_from_plan_to_score(tenfold: Run, series: str) -> No
 def test_an_lstm_that_is_kept_is_left_closed(tenfold: Run, series: str) -> None:
     asked = ("plan", "--task", series, "--budget", "params=0.99", "--rank", "head=1", "--json")
     plan = tenfold(*asked).json["plan"]
-    assert plan["opened"] == {}
+    assert plan["unrolled"] == {}
     assert [layer["path"] for layer in plan["layers"]] == ["rnn", "head"]
     assert plan["layers"][0]["reason"].startswith("left closed")

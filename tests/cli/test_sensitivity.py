@@ -82,7 +82,7 @@ def test_plan_by_accuracy_drop_fills_the_table(tenfold: Run, tiny: str, monkeypa
     args = (*args, "--table", "t.json", "--samples", "20", "--no-keep-ends")
     assert tenfold(*args, "--out", "plan.yaml").code == 0
     made, table = Plan.load("plan.yaml"), SensitivityTable.load("t.json")
-    assert made.rule == {"name": "accuracy_drop", "drop": 0.2, "step": 1}
+    assert made.recipe.rule == {"name": "accuracy_drop", "drop": 0.2, "step": 1}
     assert made.factorized
     for layer in made.factorized:
         (point,) = [p for p in table.layer(layer.path).points if p.rank == layer.rank]
@@ -123,5 +123,5 @@ def test_fitted_ranks_show_their_progress_and_go_on_from_their_table(
     assert first.code == 0
     assert seen[-1][0] == seen[-1][1] == len(seen) > 1
     assert Path("fits.json").is_file()
-    monkeypatch.setattr("tenfold.ranks.error_bound.decompose", lambda *a, **k: pytest.fail("fitted twice"))
+    monkeypatch.setattr("tenfold.planning.error_search.decompose", lambda *a, **k: pytest.fail("fitted twice"))
     assert tenfold(*args).json["plan"] == first.json["plan"]

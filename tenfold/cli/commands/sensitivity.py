@@ -56,7 +56,7 @@ def run(
     from tenfold.cli.scoring import sensitivity
     from tenfold.cli.source import open_source
     from tenfold.profiling import profile
-    from tenfold.reporting import sensitivity_tables
+    from tenfold.reporting.sensitivity_tables import sensitivity_tables
     from tenfold.runtime import Event
 
     check_recipe(recipe)
