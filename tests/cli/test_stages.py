@@ -36,7 +36,7 @@ def test_stages_from_end_to_end(tenfold: Run, tiny: str) -> None:
     for path in ("out", "out.stages/stage-0003"):
         assert tenfold("eval", "--task", tiny, "--checkpoint", path, "--json").json["score"] == record.after.score
     shown = tenfold("stages", "--task", tiny, *budget, "--out", "out")  # which is finished
-    assert "tuned only" in shown.out
+    assert "training only" in shown.out
     assert "going on after stage 3" in shown.err
 
 
