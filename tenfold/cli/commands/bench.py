@@ -88,7 +88,8 @@ def _open_both(names: tuple[str, str], conditions: Conditions, machine: Machine)
     """Return both models; a task that a checkpoint is known to be for is that of the other model too."""
     from tenfold.cli.source import open_source
 
-    task, found = conditions.task, dict[str, Opened]()
+    task = conditions.task
+    found: dict[str, Opened] = {}
     for name in sorted(set(names), key=lambda n: not Path(n).is_dir()):  # checkpoints first: they know their task
         found[name] = open_source(_source(name, task, conditions.data), machine, conditions.seed)
         task = found[name].name

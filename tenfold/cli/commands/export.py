@@ -144,7 +144,7 @@ def _lines(out: Path, made: ExportRecord) -> list[str]:
 
     opset = f", opset {made.opset}" if made.opset else ""
     batches = "batches of any size" if made.dynamic_batch else "one size of the batch"
-    folded = f", {made.fused} batch norms merged" if made.fused else ""
+    folded = f", {made.folded} batch norms merged" if made.folded else ""
     lines = [f"{out}: {made.target}{opset}, {made.bytes:,} bytes, {batches}{folded}"]
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in made.parity.items())
     lines.append(f"largest error against the model: {errors}")
