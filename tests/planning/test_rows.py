@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenfold.allocation import rule_from
+from tenfold.allocation import rule_from, select
 from tenfold.decompositions import decompose
 from tenfold.errors import RankError, UnknownNameError
 from tenfold.formats import FORMATS, Rank
@@ -18,7 +18,7 @@ from tenfold.planning.curves import weight_curve
 from tenfold.planning.eligible import EligibleLayer
 from tenfold.planning.rows import rows_of, without_idle_factors
 from tenfold.profiling import profile
-from tenfold.records import Call, Cost, LayerSpec
+from tenfold.records import Call, Cost, FormatOptions, ForwardTime, LayerOptions, LayerSpec, OptionTable, Recipe
 from tenfold.surgery import apply
 
 CONV = {"kind": "conv", "kernel": (3, 3), "padding": (1, 1)}
@@ -190,8 +190,8 @@ def conv(stride: int = 1) -> EligibleLayer:
 
 
 def test_a_factor_that_costs_more_than_it_saves_goes() -> None:
-    ranks, notes = without_idle_factors(conv(), "tucker2", np.array([[20, 20], [20, 62]]))
-    assert ranks.tolist() == [[20, 20], [20, 64]]
+    ranks, becomes, notes = without_idle_factors(conv(), "tucker2", np.array([[20, 20], [20, 62]]))
+    assert (ranks.tolist(), becomes) == ([[20, 64]], {1: 0})
     assert notes == {1: "; in 62 made full: cheaper without that factor"}
     stages = FORMATS.get("tucker2").structure(conv().spec, {"out": 20, "in": 64})
     assert [s.weight_shape for s in stages] == [(20, 64, 3, 3), (64, 20, 1, 1)]
@@ -199,24 +199,50 @@ def test_a_factor_that_costs_more_than_it_saves_goes() -> None:
 
 @pytest.mark.parametrize("rank", [[20, 20], [20, 64], [40, 44]])
 def test_what_saves_something_stays(rank: list[int]) -> None:
-    ranks, notes = without_idle_factors(conv(), "tucker2", np.array([rank]))
-    assert (ranks.tolist(), notes) == ([rank], {})
+    ranks, becomes, _ = without_idle_factors(conv(), "tucker2", np.array([rank]))
+    assert (len(ranks), becomes) == (0, {})
 
 
 def test_fewer_parameters_for_more_multiplications_are_no_bargain() -> None:
     """Of a strided layer the factor in front runs at every position, and the core at a quarter of them."""
-    ranks = np.array([[20, most] for most in range(40, 64)])
-    found, _ = without_idle_factors(conv(stride=2), "tucker2", ranks)
-    before, after = (costs_of(conv(stride=2), "tucker2", r) for r in (ranks, found))
-    assert (after[0] <= before[0]).all()
-    assert (after[1] <= before[1]).all()
+    layer, rows = conv(stride=2), np.array([[20, most] for most in range(40, 64)])
+    fuller, becomes, _ = without_idle_factors(layer, "tucker2", rows)
+    before, after = costs_of(layer, "tucker2", rows), costs_of(layer, "tucker2", fuller)
+    for row, other in becomes.items():
+        assert after[0][other] <= before[0][row]
+        assert after[1][other] <= before[1][row]
 
 
-def test_what_a_grid_row_could_be_without_its_idle_factor_is_on_the_grid_too() -> None:
-    ranks = grid(conv(), "tucker2", step=1)
-    fuller, notes = without_idle_factors(conv(), "tucker2", ranks)
-    assert notes
-    assert {tuple(row) for row in fuller.tolist()} <= {tuple(row) for row in ranks.tolist()}
+@pytest.mark.parametrize(("slow", "taken"), [(0.5, 64), (2.0, 62)])
+def test_nothing_is_made_full_that_measures_slower(slow: float, taken: int) -> None:
+    def options(rank: list[int], milliseconds: float, distortion: float, **more: object) -> FormatOptions:
+        layer, row = conv(), np.array([rank])
+        params, macs = costs_of(layer, "tucker2", row)
+        return FormatOptions(
+            format="tucker2",
+            names=("out", "in"),
+            ranks=row,
+            params=params,
+            macs=macs,
+            latency_ms=[milliseconds],
+            columns={"distortion": [distortion]},
+            **more,
+        )
+
+    own = options([20, 62], 0.5, 1 / 1240, fuller=options([20, 64], slow, 1 / 1280), becomes={0: 0}, notes={0: "; so"})
+    layer = LayerOptions(path="conv", before=conv().cost, latency_ms=9.0, options=(own,))
+    made = OptionTable(
+        tenfold="",
+        model="",
+        recipe=Recipe.of("macs=0.9"),
+        before=conv().cost,
+        layers=(layer,),
+        time=ForwardTime(dense_ms=9.0, whole_ms=9.0),
+    )
+    (pick,) = select(made, made.recipe).picks
+    assert (pick.rank or {})["in"] == taken
+    assert pick.distortion == pytest.approx(1 / (20 * taken))
+    assert ("; so" in pick.reason) == (taken == 64)
 
 
 def test_plans_have_no_such_ranks_unless_somebody_asked_for_them() -> None:
