@@ -21,6 +21,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """Run the command line of this process and end it with the exit code."""
     code = main()
-    from tenfold.cli.scaling import leave
+    from tenfold.cli.launch import leave
 
     leave(code)

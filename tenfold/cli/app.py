@@ -12,8 +12,8 @@ import typer
 
 from tenfold import __version__
 from tenfold.cli import commands
-from tenfold.cli.groups import flattened
-from tenfold.cli.scaling import refuse_launch
+from tenfold.cli.launch import refuse_launch
+from tenfold.cli.record_options import as_command, help_of
 from tenfold.cli.terminal import UsageProblem, complain, end_on_sigterm
 
 ABOUT = """\
@@ -36,7 +36,7 @@ def build() -> typer.Typer:
     app.callback()(_options)
     modules = [import_module(f"{commands.__name__}.{found.name}") for found in iter_modules(commands.__path__)]
     for module in sorted(modules, key=lambda m: m.ORDER):
-        app.command(module.__name__.rpartition(".")[2], help=module.run.__doc__)(flattened(module.run))
+        app.command(module.__name__.rpartition(".")[2], help=help_of(module.run))(as_command(module.run))
     return app
 
 

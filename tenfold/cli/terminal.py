@@ -11,40 +11,47 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import Field, PrivateAttr
 
 from tenfold.errors import TenfoldError
+from tenfold.records import Record
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.progress import Progress
 
-_PANEL = "Output"
+    from tenfold.runtime import Event
 
 # What click raises for wrong usage; some versions of typer bring a click of their own.
 UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
 
 
-@dataclass(frozen=True)
-class Terminal:
-    """What to show, and how."""
+class Options(Record):
+    """Options that several commands share: a record, the attributes of which are documented for the help."""
 
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=_PANEL)
-    ] = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.", rich_help_panel=_PANEL)
-    ] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_PANEL)] = (
-        False
-    )
+
+class Terminal(Options):
+    """Output.
+
+    Attributes:
+        json: print one JSON object on stdout and nothing else.
+        quiet: no progress and no notes on stderr.
+        debug: show the traceback of an error.
+    """
+
+    as_json: bool = Field(default=False, alias="json")  # a model has a method of that name
+    quiet: bool = False
+    debug: bool = False
+    _bar: Any = PrivateAttr(default=None)
+    _step: str = PrivateAttr(default="")
 
     def show(self, *tables: RenderableType) -> None:
         """Print tables on stdout for people; nothing with --json."""
-        if self.json:
+        if self.as_json:
             return
         if not sys.stdout.isatty():
             from tenfold.reporting import as_text
@@ -59,18 +66,35 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print a line of text on stdout, as it is; nothing with --json."""
-        if not self.json:
+        if not self.as_json:
             sys.stdout.write(f"{text}\n")
 
     def result(self, value: Any) -> None:
         """Print the one JSON object; nothing without --json."""
-        if self.json:
+        if self.as_json:
             sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def step(self, name: str) -> None:
-        """Tell on stderr which step begins, if somebody watches."""
+        """Show on stderr which step begins, if somebody watches."""
         if not self.quiet and sys.stderr.isatty():
             sys.stderr.write(f"{name} ...\n")
+
+    def on_event(self, event: Event) -> None:
+        """Show how work goes, if somebody watches: the name of a step, and a bar where it can be counted."""
+        if event.total is None or event.done is None:
+            self.step(event.step)
+            return
+        if self._bar is None or self._step != event.step:
+            self._stop()
+            self._bar, self._step = progress_bar(event.step, quiet=self.quiet), event.step
+        self._bar.update(self._bar.task_ids[0], completed=event.done, total=event.total)
+        if event.done >= event.total:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -86,12 +110,27 @@ class Terminal:
                 self._fail(_one_line(error), 1)
             except Exception as error:  # noqa: BLE001 - whatever a model, a task or torch throws: one line, --debug for more
                 self._fail(f"{type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
+            finally:
+                self._stop()
 
     def _fail(self, message: str, code: int) -> None:
         if self.debug:
             traceback.print_exc()
         complain(message)
         raise typer.Exit(code)
+
+
+def progress_bar(name: str, *, quiet: bool) -> Progress:
+    """Return a bar on stderr that has begun; one that nobody sees where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+    bar.add_task(name, total=None)
+    bar.start()
+    return bar
 
 
 def complain(message: str) -> None:

@@ -199,7 +199,7 @@ def algorithm_for(
     Args:
         format: name of the format.
         choice: the algorithm, its name, its ``to_dict()``, or None for ``default_algorithm``.
-        seed: of the default algorithm.
+        seed: of the algorithm, unless the choice says another one.
         data_aware: whether there are moments of the inputs, which choose among the defaults.
 
     Raises:
@@ -212,6 +212,6 @@ def algorithm_for(
         case Decomposition():
             return choice
         case str():
-            return DECOMPOSITIONS.get(choice)()
+            return DECOMPOSITIONS.get(choice)(seed=seed)
         case _:
-            return Decomposition.from_dict(choice)
+            return Decomposition.from_dict({"seed": seed, **choice})

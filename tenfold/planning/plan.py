@@ -9,7 +9,7 @@ from torch import nn
 
 from tenfold.allocation import choose
 from tenfold.decompositions import Moments
-from tenfold.errors import PlanError
+from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
 from tenfold.planning.columns import Scores
 from tenfold.planning.tabulate import tabulate

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 from torch import nn
 
 from tenfold import __version__
@@ -232,7 +233,7 @@ class Sensitivity:
         points = self._scored(path, format, measured)
         x = np.array([*(size(p.cost) for p in points), size(layer.cost)], dtype=np.float64)
         y = [*(float(p.score or 0.0) for p in points), self.baseline]
-        fitted = isotonic(y, [1.0] * len(points) + [_CERTAIN])
+        fitted = isotonic_regression(y, weights=[1.0] * len(points) + [_CERTAIN]).x
         wanted = [float(size(layer.cost_at(format, rank))) for rank in ranks]
         return [float(v) for v in np.interp(wanted, x, fitted)]
 

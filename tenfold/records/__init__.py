@@ -28,6 +28,7 @@ from tenfold.records.sensitivity import (
 )
 from tenfold.records.stages import StageLayer, StageRecord
 from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
+from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -39,6 +40,7 @@ __all__ = [
     "Cost",
     "CurvePoint",
     "Environment",
+    "EpochRecord",
     "ExportRecord",
     "FormatOptions",
     "ForwardTime",
@@ -72,6 +74,8 @@ __all__ = [
     "TradeOff",
     "TradeOffPoint",
     "TrainShape",
+    "TuneConfig",
+    "TuneResult",
     "atomic_write",
     "chain_macs",
     "chain_params",

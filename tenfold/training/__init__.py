@@ -5,7 +5,7 @@ Any other training loop works as well: the result of ``apply`` is an ordinary mo
 
 from tenfold.training.batches import Batches
 from tenfold.training.cached_logits import CachedLogits
-from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
+from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.distillation import Distillation
 from tenfold.training.finetune import finetune
 from tenfold.training.losses import SensitivityPenalty

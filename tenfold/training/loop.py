@@ -15,7 +15,7 @@ from tenfold.errors import TuningError
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, as_pair, grouped, peek
-from tenfold.training.config import EpochRecord, TuneConfig
+from tenfold.records.tuning import EpochRecord, TuneConfig
 from tenfold.training.distributed import SingleProcess
 from tenfold.training.ema import Average
 from tenfold.training.optimizer import learning_rate

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tenfold.errors import TuningError
 from tenfold.layers import FactorizedLayer
-from tenfold.training.config import TuneConfig
+from tenfold.records.tuning import TuneConfig
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

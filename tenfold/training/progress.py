@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tenfold.training.config import EpochRecord
+from tenfold.records.tuning import EpochRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

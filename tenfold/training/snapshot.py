@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.records import Record, atomic_write
-from tenfold.training.config import EpochRecord, TuneConfig
+from tenfold.records.tuning import EpochRecord, TuneConfig
 from tenfold.training.ema import Average
 
 FILE_NAME = "tuning.safetensors"

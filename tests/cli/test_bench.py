@@ -20,7 +20,7 @@ def checkpoint(tenfold: Run, tiny: str) -> Path:
 
 
 def test_two_models_are_compared(tenfold: Run, tiny: str, checkpoint: Path, weights: Callable[..., Path]) -> None:
-    found = tenfold("bench", weights(), checkpoint, "--task", tiny, "--batch", "3", *QUICK, "--json").json
+    found = tenfold("bench", weights(), checkpoint, "--task", tiny, "--batch-size", "3", *QUICK, "--json").json
     assert found["a"]["params"] > found["b"]["params"]
     assert [found[name]["latency"]["batch_size"] for name in "ab"] == [3, 3]
     speedup = found["speedup"]

@@ -56,13 +56,15 @@ def test_list_shows_what_is_registered(tenfold: Run) -> None:
 def test_profile(tenfold: Run, tiny: str) -> None:
     profile = Profile.model_validate(tenfold("profile", "--task", tiny, "--json").json)
     assert profile.macs == 8 * 24 + 24 * 24 + 24 * 3
-    shown = tenfold("profile", "--task", tiny, "--batch", "4").out
+    shown = tenfold("profile", "--task", tiny, "--batch-size", "4").out
     assert "Sequential on 4×8" in shown
     assert "Linear 24→24" in shown
 
 
 def test_compress_from_end_to_end(tenfold: Run, tiny: str) -> None:
-    outcome = tenfold("compress", "--task", tiny, "--budget", "macs=0.6", "--latency-batch", "7", "--json", "-o", "out")
+    outcome = tenfold(
+        "compress", "--task", tiny, "--budget", "macs=0.6", "--latency-batch-size", "7", "--json", "-o", "out"
+    )
     found = outcome.json
     assert found.pop("out") == "out"
     record = RunRecord.model_validate(found)
@@ -76,7 +78,15 @@ def test_compress_from_end_to_end(tenfold: Run, tiny: str) -> None:
     assert 0 <= record.after.score <= 1
     assert [epoch["epoch"] for epoch in record.tuning] == [1, 2, 3]
     assert record.command.startswith("tenfold compress --task")
-    written = {"model.safetensors", "plan.yaml", "record.json", "analysis.json", "candidates.json", "README.md"}
+    written = {
+        "model.safetensors",
+        "plan.yaml",
+        "record.json",
+        "analysis.json",
+        "options.json",
+        "README.md",
+        "recipe.yaml",
+    }
     assert {p.name for p in Path("out").iterdir()} == written
     assert {p.name for p in Path().iterdir()} == {"out"}  # nothing of the tuning is left
     score = tenfold("eval", "--task", tiny, "--checkpoint", "out", "--json").json
@@ -116,7 +126,7 @@ def test_an_edited_plan_is_replayed(tenfold: Run, tiny: str) -> None:
 
 
 def test_ranks_by_hand_and_layers_to_keep(tenfold: Run, tiny: str) -> None:
-    args = ("--rank", "3=rank:5", "--rank", "re:[05]=2", "--keep", "0", "--format", "low_rank,tucker2", "--json")
+    args = ("--rank", "3=rank:5", "--rank", "re:[05]=2", "--keep", "0", "--formats", "low_rank,tucker2", "--json")
     found = tenfold("plan", "--task", tiny, *args).json
     layers = {layer["path"]: layer for layer in found["plan"]["layers"]}
     assert layers["3"]["rank"] == {"rank": 5}
@@ -137,12 +147,12 @@ def test_a_compressed_model_is_compressed_further_and_tuned_on(tenfold: Run, tin
 
 
 def test_the_dense_model_teaches(tenfold: Run, tiny: str, weights: Callable[..., Path]) -> None:
-    args = ("--task", tiny, "--rank", "3=6", "--no-latency", "--tune-epochs", "1", "--json")
+    args = ("--task", tiny, "--rank", "3=6", "--no-latency", "--epochs", "1", "--json")
     runs = [
         (),
         ("--distill", "0.9"),
         ("--distill", "0.9", "--temperature", "1"),
-        ("--label-free", "--calibration", "64"),
+        ("--label-free", "--calibration-samples", "64"),
     ]
     found = [tenfold("compress", *args, *how, "--out", f"out{i}").json for i, how in enumerate(runs)]
     assert len({run["tuning"][0]["loss"] for run in found}) == len(runs)
@@ -155,9 +165,9 @@ def test_the_dense_model_teaches(tenfold: Run, tiny: str, weights: Callable[...,
 
 
 def test_what_cannot_be_taught_together(tenfold: Run, tiny: str) -> None:
-    args = ("compress", "--task", tiny, "--rank", "3=6", "--no-latency", "--tune-epochs", "1", "--label-free")
+    args = ("compress", "--task", tiny, "--rank", "3=6", "--no-latency", "--epochs", "1", "--label-free")
     assert tenfold(*args, "--distill", "0.5").is_error("not both", code=2)
-    assert tenfold(*args, "--calibration", "0").is_error("--calibration", code=2)
+    assert tenfold(*args, "--calibration-samples", "0").is_error("--calibration-samples", code=2)
     assert list(Path().iterdir()) == []
 
 
@@ -201,7 +211,7 @@ def test_warnings_are_one_line_each_and_once(tenfold: Run, capsys: pytest.Captur
 )
 def test_what_is_planned_is_what_compress_does(tenfold: Run, tiny: str, rule: tuple[str, ...]) -> None:
     """Data decide on ranks and algorithms in the same way, whether or not the plan is carried out at once."""
-    args = ("--task", tiny, "--rule", *rule, "--format", "low_rank", "--no-keep-ends", "--json")
+    args = ("--task", tiny, "--rule", *rule, "--formats", "low_rank", "--no-keep-ends", "--json")
 
     def decisions(*command: str) -> dict[str, tuple[Any, ...]]:
         layers = tenfold(*command, *args).json["plan"]["layers"]

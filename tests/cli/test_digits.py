@@ -21,8 +21,8 @@ def test_compress_digits(tenfold: Run) -> None:
     torch.manual_seed(0)
     dense = task.dense()
     save_file(dense.state_dict(), "dense.safetensors")
-    args = ("--task", "digits", "--weights", "dense.safetensors", "--budget", "macs=0.4", "--format", "low_rank")
-    found = tenfold("compress", *args, "--tune-epochs", "1", "--no-latency", "--json", "--out", "small").json
+    args = ("--task", "digits", "--weights", "dense.safetensors", "--budget", "macs=0.4", "--formats", "low_rank")
+    found = tenfold("compress", *args, "--epochs", "1", "--no-latency", "--json", "--out", "small").json
     assert found["after"]["macs"] <= 0.4 * found["before"]["macs"]
     assert found["after"]["score"] > found["before"]["score"] - 0.03
     small, plan = load(task.build(), Path("small"))

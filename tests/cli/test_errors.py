@@ -62,7 +62,7 @@ def test_unknown_layer_in_a_plan(tenfold: Run, tiny: str) -> None:
     Path("plan.yaml").write_text(yaml.safe_dump(plan))
     outcome = tenfold("compress", "--task", tiny, "--plan", "plan.yaml", "--out", "out")
     assert outcome.is_error("nowhere")
-    assert left() == {"plan.yaml", "candidates.json"}
+    assert left() == {"plan.yaml", "options.json"}
 
 
 @pytest.mark.parametrize("rank", ["3=99", "3=0", "3=rank:99", "3=out:4"])
@@ -155,7 +155,7 @@ def test_an_error_of_the_task_itself_is_one_line_and_debug_shows_where(tenfold: 
         (("compress", "--frobnicate"), ("--frobnicate",)),
         (("compress",), ("--task",)),
         (("tune", "--task", "digits"), ("--checkpoint", "--out")),
-        (("compress", "--task", "digits", "--tune-epochs", "2", "--no-tune"), ("--no-tune",)),
+        (("compress", "--task", "digits", "--epochs", "2", "--no-tune"), ("--no-tune",)),
         (("compress", "--task", "digits", "--seed", "many"), ("--seed", "integer")),
         (("eval", "--task", "digits", "--weights", "a", "--checkpoint", "b"), ("--weights", "--checkpoint")),
         (("list", "colours"), ("colours",)),
@@ -175,10 +175,10 @@ def test_wrong_usage(tenfold: Run, args: tuple[str, ...], words: tuple[str, ...]
         (("--rule", "enrgy"), ("enrgy", "energy")),
         (("--rule", "ratio", "--set", "shape=0.5"), ("shape",)),
         (("--rule", "ratio", "--set", "share=most"), ("share",)),
-        (("--format", "tuker2", "--budget", "macs=0.5"), ("tuker2", "tucker2")),
+        (("--formats", "tuker2", "--budget", "macs=0.5"), ("tuker2", "tucker2")),
         (("--budget", "macs=0.5", "--device", "abacus"), ("abacus",)),
         (("--budget", "macs=0.5", "--lr", "-1"), ("lr",)),
-        (("--budget", "macs=0.5", "--calibration", "9999"), ("9999",)),
+        (("--budget", "macs=0.5", "--calibration-samples", "9999"), ("9999",)),
         (("--plan", "nowhere.yaml"), ("nowhere.yaml",)),
     ],
 )

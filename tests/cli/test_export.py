@@ -44,7 +44,7 @@ def test_integers_are_calibrated_on_the_task_and_take_the_place_of_the_file(tenf
     arguments = ("export", "--task", tiny, "--checkpoint", small, "--out", "a.onnx", "--seconds", "0")
     assert tenfold(*arguments).code == 0
     assert tenfold(*arguments).is_error("a.onnx exists", "--overwrite")
-    done = tenfold(*arguments, "--int8", "--calibration", "96", "--overwrite", "--json")
+    done = tenfold(*arguments, "--int8", "--calibration-samples", "96", "--overwrite", "--json")
     assert done.code == 0, done.err
     int8 = done.json["int8"]
     assert int8["samples"] == 96
@@ -61,5 +61,5 @@ def test_what_does_not_go_together_is_refused(tenfold, tiny: str) -> None:
     arguments = ("export", "--task", tiny, "--out", "a.onnx")
     assert tenfold(*arguments, "--to", "onx").is_error("unknown export target", "onnx")
     assert tenfold(*arguments, "--to", "torch-export", "--int8").is_error("--int8", "onnx", code=2)
-    assert tenfold(*arguments, "--calibration", "9").is_error("--calibration", "--int8", code=2)
+    assert tenfold(*arguments, "--calibration-samples", "9").is_error("--calibration-samples", "--int8", code=2)
     assert not Path("a.onnx").exists()

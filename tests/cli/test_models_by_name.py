@@ -48,7 +48,7 @@ def test_compress_with_sentences_then_open_the_checkpoint_alone(
     text = tmp_path / "sentences.txt"
     text.write_text("\n".join(" ".join(WORDS[5 + i % 9 : 8 + i % 9 + i % 3]) for i in range(60)))
     made = tenfold(
-        *("compress", "--task", f"hf:{folder}", "--budget", "params=0.8", "--format", "low_rank", "--data", text),
+        *("compress", "--task", f"hf:{folder}", "--budget", "params=0.8", "--formats", "low_rank", "--data", text),
         *("--no-latency", "--out", tmp_path / "half", "--json"),
     )
     assert made.code == 0, made.err
@@ -65,7 +65,5 @@ def test_compress_with_sentences_then_open_the_checkpoint_alone(
 
 def test_what_needs_labels_is_refused_with_the_reason(folder: Path, tenfold: Callable[..., Any]) -> None:
     assert tenfold("eval", "--task", f"hf:{folder}").is_error("without labels", "cannot be scored")
-    tuned = tenfold(
-        "compress", "--task", f"hf:{folder}", "--budget", "params=0.8", "--tune-epochs", "1", "--no-latency"
-    )
+    tuned = tenfold("compress", "--task", f"hf:{folder}", "--budget", "params=0.8", "--epochs", "1", "--no-latency")
     assert tuned.is_error("without labels", "trained")

@@ -20,13 +20,13 @@ def series() -> str:
 
 
 def test_matrices_of_an_lstm_from_plan_to_score(tenfold: Run, series: str) -> None:
-    assert tenfold("plan", "--task", series, *QUICK, "--calibration", "0", "--out", "plan.yaml").code == 0
+    assert tenfold("plan", "--task", series, *QUICK, "--calibration-samples", "0", "--out", "plan.yaml").code == 0
     plan = Plan.load("plan.yaml")
     assert plan.unrolled == {"rnn": "LSTM"}
     assert {layer.path for layer in plan.factorized} <= {"rnn.cells.0.ih", "rnn.cells.0.hh"}
     assert plan.factorized
 
-    asked = ("compress", "--task", series, "--json", "--calibration", "0")
+    asked = ("compress", "--task", series, "--json", "--calibration-samples", "0")
     dry = tenfold(*asked, *QUICK, "--dry-run").json
     assert dry["plan"] == plan.model_dump(mode="json")
     replayed = tenfold(*asked, "--plan", "plan.yaml", "--dry-run").json
@@ -44,6 +44,6 @@ def test_matrices_of_an_lstm_from_plan_to_score(tenfold: Run, series: str) -> No
 def test_an_lstm_that_is_kept_is_left_closed(tenfold: Run, series: str) -> None:
     asked = ("plan", "--task", series, "--budget", "params=0.99", "--rank", "head=1", "--json")
     plan = tenfold(*asked).json["plan"]
-    assert plan["opened"] == {}
+    assert plan["unrolled"] == {}
     assert [layer["path"] for layer in plan["layers"]] == ["rnn", "head"]
     assert plan["layers"][0]["reason"].startswith("left closed")

@@ -14,7 +14,7 @@ from tenfold.records import Plan, SensitivityTable, TradeOff
 from tenfold.tasks import Task
 
 Run = Callable[..., Any]
-SMALL = ("--calibration", "40", "--format", "low_rank")
+SMALL = ("--calibration-samples", "40", "--formats", "low_rank")
 
 
 def test_errors_are_measured_shown_and_kept(tenfold: Run, tiny: str) -> None:
@@ -78,11 +78,11 @@ def test_the_curves_are_drawn(tenfold: Run, tiny: str) -> None:
 
 
 def test_plan_by_accuracy_drop_fills_the_table(tenfold: Run, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = ("plan", "--task", tiny, "--format", "low_rank", "--rule", "accuracy_drop", "--set", "drop=0.2")
+    args = ("plan", "--task", tiny, "--formats", "low_rank", "--rule", "accuracy_drop", "--set", "drop=0.2")
     args = (*args, "--table", "t.json", "--samples", "20", "--no-keep-ends")
     assert tenfold(*args, "--out", "plan.yaml").code == 0
     made, table = Plan.load("plan.yaml"), SensitivityTable.load("t.json")
-    assert made.rule == {"name": "accuracy_drop", "drop": 0.2, "step": 1}
+    assert made.recipe.rule == {"name": "accuracy_drop", "drop": 0.2}
     assert made.factorized
     for layer in made.factorized:
         (point,) = [p for p in table.layer(layer.path).points if p.rank == layer.rank]
@@ -100,7 +100,7 @@ def test_plan_without_scores_says_what_is_missing(tenfold: Run, tiny: str) -> No
 
 def test_plan_draws_other_budgets(tenfold: Run, tiny: str) -> None:
     pytest.importorskip("matplotlib")
-    args = ("plan", "--task", tiny, "--format", "low_rank", "--budget", "macs=0.6", "--plot", "budgets.png")
+    args = ("plan", "--task", tiny, "--formats", "low_rank", "--budget", "macs=0.6", "--plot", "budgets.png")
     outcome = tenfold(*args, "--out", "plan.yaml")
     assert outcome.code == 0
     assert Path("budgets.png").read_bytes().startswith(b"\x89PNG")
@@ -117,11 +117,11 @@ def test_fitted_ranks_show_their_progress_and_go_on_from_their_table(
 ) -> None:
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(Progress, "update", lambda *_, completed, total: seen.append((completed, total)))
-    args = ("plan", "--task", tiny, "--rule", "error", "--set", "rel_error=0.9", "--format", "tt_matrix")
-    args = (*args, "--table", "fits.json", "--json", "--calibration", "0")
+    args = ("plan", "--task", tiny, "--rule", "error", "--set", "rel_error=0.9", "--formats", "tt_matrix")
+    args = (*args, "--table", "fits.json", "--json", "--calibration-samples", "0")
     first = tenfold(*args)
     assert first.code == 0
     assert seen[-1][0] == seen[-1][1] == len(seen) > 1
     assert Path("fits.json").is_file()
-    monkeypatch.setattr("tenfold.ranks.error_bound.decompose", lambda *a, **k: pytest.fail("fitted twice"))
+    monkeypatch.setattr("tenfold.planning.error_search.decompose", lambda *a, **k: pytest.fail("fitted twice"))
     assert tenfold(*args).json["plan"] == first.json["plan"]

@@ -29,7 +29,7 @@ def dense(tiny: str, tmp_path: Path) -> Path:
 
 def test_train_towards_a_plan(tenfold: Run, tiny: str, dense: Path) -> None:
     args = ("train", "--task", tiny, "--weights", dense, "--budget", "macs=0.6", "--epochs", "6", "--lr", "0.1")
-    found = tenfold(*args, "--tune-epochs", "1", "--out", "small", "--json").json
+    found = tenfold(*args, "--final-epochs", "1", "--out", "small", "--json").json
     assert found["after"]["macs"] <= 0.6 * found["before"]["macs"]
     assert set(found["scores"]) == {"original", "trained", "tuned"}
     assert found["settings"]["method"] == "admm"
@@ -48,7 +48,7 @@ def test_learned_ranks(tenfold: Run, tiny: str, dense: Path) -> None:
     args = ("train", "--task", tiny, "--weights", dense, "--method", "lc", "--epochs", "3", "--json")
     found = tenfold(*args, "--budget", "macs=0.6", "--out", "small").json
     assert found["after"]["macs"] <= 0.6 * found["before"]["macs"]
-    assert found["plan"]["rule"]["name"] == "lc"
+    assert found["plan"]["recipe"]["rule"]["name"] == "lc"
     assert {layer["format"] for layer in found["plan"]["layers"] if layer["action"] == "factorize"} == {"low_rank"}
     priced = tenfold(*args, "--cost-weight", "1e6", "--out", "least").json
     assert priced["after"]["macs"] < found["after"]["macs"]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.errors import CheckpointError
 from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
-from tenfold.training.config import EpochRecord
+from tenfold.records.tuning import EpochRecord
 from tenfold.training.snapshot import FILE_NAME
 
 CONFIG = TuneConfig(epochs=3, lr=0.05, seed=5, channels_last=True)

@@ -2,97 +2,96 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from tenfold.cli.options import TASK_FORMS, Machine, Source
-from tenfold.cli.terminal import Misuse, Terminal
+from tenfold.cli.source import Folder, Machine, Source
+from tenfold.cli.terminal import Misuse, Options, Terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tenfold.cli.sources import Opened
+    from tenfold.cli.source import Opened
     from tenfold.profiling import Comparison
     from tenfold.records import Latency
 
 ORDER = 55
 
 
-class Layout(StrEnum):
-    """How tensors lie in memory; ``best`` tries all and takes for each model the one that is fastest."""
-
-    best = "best"
-    contiguous = "contiguous"
-    channels_last = "channels_last"
+Layout = Literal["best", "contiguous", "channels_last"]  # best tries all and takes for each model the fastest
 
 
-_MODEL_HELP = "A checkpoint folder, dense weights as .safetensors, or `dense` for the task's own."
-ModelA = Annotated[str, typer.Argument(metavar="A", help=_MODEL_HELP, show_default=False)]
-ModelB = Annotated[str, typer.Argument(metavar="B", help="The same; is it faster than A?", show_default=False)]
-TaskName = Annotated[
-    str | None, typer.Option("--task", "-t", metavar="TASK", help=f"{TASK_FORMS} Known to most checkpoints.")
-]
-Data = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the data of the task is.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Samples in a forward.")]
-Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="About how long to measure.")]
-Format = Annotated[Layout, typer.Option("--memory-format", help="How tensors lie in memory.")]
+class Conditions(Options):
+    """Measurement.
+
+    Attributes:
+        task: a model, its data, its score, as in `tenfold eval`; known to most checkpoints.
+        data: where the data of the task is.
+        batch_size: samples in a forward.
+        seconds: about how long to measure.
+        memory_format: how tensors lie in memory; best is for each model the fastest.
+        seed: of the task.
+    """
+
+    task: str | None = None
+    data: Folder = None
+    batch_size: PositiveInt = 1
+    seconds: Annotated[float, Field(ge=0.1)] = 10.0
+    memory_format: Layout = "best"
+    seed: NonNegativeInt = 0
 
 
-def run(
-    machine: Machine,
-    terminal: Terminal,
-    a: ModelA,
-    b: ModelB,
-    task: TaskName = None,
-    data: Data = None,
-    batch: Batch = 1,
-    seconds: Seconds = 10.0,
-    memory_format: Format = Layout.best,
-) -> None:
+def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: Terminal) -> None:
     """Tell how many times faster model B is than model A: in turns, with spread and a 95 % interval.
 
-    tenfold bench dense runs/half --task cifar10:resnet56 --batch 8
+    tenfold bench dense runs/half --task cifar10:resnet56 --batch-size 8
 
     With --json, one object: `a` and `b`, each with `model`, `params` and `latency`; `speedup` with `ratio`, `low` and
     `high`; `faster` (true, false, or null where the interval holds 1); `environment`.
+
+    Args:
+        a: a checkpoint folder, dense weights as .safetensors, or `dense` for the task's own.
+        b: the same; is it faster than A?
+        conditions: of the measurement.
+        machine: where to run them.
+        terminal: what to show.
     """
-    with terminal.session():
-        from tenfold.profiling import environment
+    from tenfold.profiling import environment
 
-        terminal.step("open the models")
-        pair = _open_both((a, b), task, data, machine)
-        terminal.step("measure")
-        result = _compared(pair, batch, seconds, memory_format)
-        params = [sum(p.numel() for p in opened.model.parameters()) for opened in pair]
-        models = {
-            name: {"model": text, "params": number, "latency": result.latencies[name].model_dump(mode="json")}
-            for name, text, number in zip("ab", (a, b), params, strict=True)
+    terminal.step("open the models")
+    pair = _open_both((a, b), conditions, machine)
+    terminal.step("measure")
+    result = _compared(pair, conditions)
+    params = [sum(p.numel() for p in opened.model.parameters()) for opened in pair]
+    models = {
+        name: {"model": text, "params": number, "latency": result.latencies[name].model_dump(mode="json")}
+        for name, text, number in zip("ab", (a, b), params, strict=True)
+    }
+    made = environment(pair[0].device)
+    speedup = result.speedups["b"]
+    faster = None if speedup.low <= 1 <= speedup.high else speedup.ratio > 1
+    terminal.show(_table(dict(zip("ab", zip((a, b), params, strict=True), strict=True)), result))
+    terminal.say(_verdict(result, f"{made.device_name or made.device}, torch {made.torch}"))
+    terminal.result(
+        models
+        | {
+            "speedup": speedup.model_dump(mode="json"),
+            "faster": faster,
+            "environment": made.model_dump(mode="json"),
         }
-        made = environment(pair[0].device)
-        speedup = result.speedups["b"]
-        faster = None if speedup.low <= 1 <= speedup.high else speedup.ratio > 1
-        terminal.show(_table(dict(zip("ab", zip((a, b), params, strict=True), strict=True)), result))
-        terminal.say(_verdict(result, f"{made.device_name or made.device}, torch {made.torch}"))
-        terminal.result(
-            models
-            | {
-                "speedup": speedup.model_dump(mode="json"),
-                "faster": faster,
-                "environment": made.model_dump(mode="json"),
-            }
-        )
+    )
 
 
-def _open_both(names: tuple[str, str], task: str | None, data: Path | None, machine: Machine) -> list[Opened]:
+def _open_both(names: tuple[str, str], conditions: Conditions, machine: Machine) -> list[Opened]:
     """Return both models; a task that a checkpoint is known to be for is that of the other model too."""
-    from tenfold.cli.sources import open_source
+    from tenfold.cli.source import open_source
 
+    task = conditions.task
     found: dict[str, Opened] = {}
     for name in sorted(set(names), key=lambda n: not Path(n).is_dir()):  # checkpoints first: they know their task
-        found[name] = open_source(_source(name, task, data), machine)
+        found[name] = open_source(_source(name, task, conditions.data), machine, conditions.seed)
         task = found[name].name
     return [found[name] for name in names]
 
@@ -109,18 +108,19 @@ def _source(name: str, task: str | None, data: Path | None) -> Source:
     raise Misuse(msg)
 
 
-def _compared(pair: list[Opened], batch: int, seconds: float, layout: Layout) -> Comparison:
+def _compared(pair: list[Opened], conditions: Conditions) -> Comparison:
     """Return the measurement of the models as ``a`` and ``b``, each in its memory format."""
     from tenfold.profiling import best_memory_format, compare_latency, to_memory_format
 
+    layout, seconds = conditions.memory_format, conditions.seconds
     variants: dict[str, tuple[Any, Any]] = {}
     for name, opened in zip("ab", pair, strict=True):
-        inputs = opened.inputs(batch)
-        chosen = layout.value
-        if layout is Layout.best:
+        inputs = opened.inputs(conditions.batch_size)
+        chosen: str = layout
+        if layout == "best":
             chosen, _ = best_memory_format(opened.model, inputs, seconds=seconds / 4)
         variants[name] = to_memory_format(opened.model, inputs, chosen)
-    return compare_latency(variants, seconds=seconds / 2 if layout is Layout.best else seconds)
+    return compare_latency(variants, seconds=seconds / 2 if layout == "best" else seconds)
 
 
 def _table(models: dict[str, tuple[str, int]], result: Comparison) -> RenderableType:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from tenfold.cli.terminal import Misuse, Terminal
 
@@ -19,27 +17,10 @@ if TYPE_CHECKING:
 
 ORDER = 51
 
-Runs = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="RUN...", help="Folders that tenfold wrote, or JSON files with records inside.", show_default=False
-    ),
-]
-Out = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="FILE",
-        help="Where to write the comparison: .html, .csv or .tex. Repeatable.",
-        rich_help_panel="Output",
-        show_default=False,
-    ),
-]
 ENDS = (".html", ".csv", ".tex")
 
 
-def run(terminal: Terminal, runs: Runs, out: Out = None) -> None:
+def run(runs: list[Path], /, terminal: Terminal, *, out: tuple[Path, ...] = ()) -> None:
     """Compare runs: methods by budgets, mean and standard deviation over seeds.
 
     tenfold compare runs/* --out comparison.html --out table.tex
@@ -49,29 +30,32 @@ def run(terminal: Terminal, runs: Runs, out: Out = None) -> None:
 
     With --json, a list: each group with `model`, `method`, `budget`, `seeds`, `runs`, and `values`: `mean`, `sd` and
     `count` of `params`, `macs` (shares of the model before), `speedup`, `score` and its `change`.
-    """
-    with terminal.session():
-        from tenfold.records import write_text
-        from tenfold.reporting.comparison import compare
-        from tenfold.reporting.comparison_page import write_comparison
-        from tenfold.reporting.run_files import read_runs
-        from tenfold.reporting.tabular import as_csv, as_latex
 
-        files = out or []
-        wrong = [str(file) for file in files if file.suffix.lower() not in ENDS]
-        if wrong:
-            msg = f"--out {wrong[0]}: a comparison is written as {', '.join(ENDS)}."
-            raise Misuse(msg)
-        groups = compare([found for path in runs for found in read_runs(path)])
-        for file in files:
-            if file.suffix.lower() == ".html":
-                write_comparison(groups, file)
-            else:
-                write_text(file, as_csv(groups) if file.suffix.lower() == ".csv" else as_latex(groups))
-        terminal.show(_table(groups))
-        for file in files:
-            terminal.say(f"Written to {file}")
-        terminal.result([_plain(group) for group in groups])
+    Args:
+        runs: folders that tenfold wrote, or JSON files with records inside.
+        terminal: what to show.
+        out: where to write the comparison: .html, .csv or .tex. Repeatable.
+    """
+    from tenfold.records import write_text
+    from tenfold.reporting.comparison import compare
+    from tenfold.reporting.comparison_page import write_comparison
+    from tenfold.reporting.run_files import read_runs
+    from tenfold.reporting.tabular import as_csv, as_latex
+
+    wrong = [str(file) for file in out if file.suffix.lower() not in ENDS]
+    if wrong:
+        msg = f"--out {wrong[0]}: a comparison is written as {', '.join(ENDS)}."
+        raise Misuse(msg)
+    groups = compare([found for path in runs for found in read_runs(path)])
+    for file in out:
+        if file.suffix.lower() == ".html":
+            write_comparison(groups, file)
+        else:
+            write_text(file, as_csv(groups) if file.suffix.lower() == ".csv" else as_latex(groups))
+    terminal.show(_table(groups))
+    for file in out:
+        terminal.say(f"Written to {file}")
+    terminal.result([_plain(group) for group in groups])
 
 
 def _table(groups: Sequence[Group]) -> Table:

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import NonNegativeInt
 
-from tenfold.cli.options import Data, Machine, Source, Training
+from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
 from tenfold.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from tenfold.cli.sources import Opened
+    from torch import nn
+
+    from tenfold.cli.source import Opened
     from tenfold.pipeline import Compressed
 
 ORDER = 70
@@ -21,64 +24,71 @@ BUDGET = {"macs": 1 / 3}
 SAMPLES = 256  # to look at, without labels
 BATCH = 64  # for the latency
 
-Out = Annotated[
-    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where to write the model.", rich_help_panel="Output")
-]
 
-
-def run(ctx: typer.Context, machine: Machine, terminal: Terminal, out: Out = Path("demo-out")) -> None:
+def run(
+    ctx: typer.Context,
+    machine: Machine,
+    terminal: Terminal,
+    *,
+    out: Annotated[Path, "FOLDER"] = Path("demo-out"),
+    seed: NonNegativeInt = 0,
+) -> None:
     """Show the whole way in less than a minute, on a small network for handwritten digits.
 
     Trains it, profiles it, compresses it to a third of its MACs, tunes it, saves it, loads it again, shows the outcome.
-    """
-    with terminal.session():
-        from tenfold.checkpoint import check_target
-        from tenfold.cli.commands.compress import show_outcome
-        from tenfold.cli.sources import open_source
-        from tenfold.profiling import profile
-        from tenfold.reporting import profile_tables
 
-        check_target(out)
-        terminal.say("1. Train a small network on handwritten digits, and see what it costs.\n")
-        opened = open_source(Source(task="digits"), machine)
-        terminal.show(*profile_tables(profile(opened.model, opened.inputs())))
-        terminal.say(
-            "2. Compress it to a third of its MACs by the look of 256 unlabeled images; tune, measure and save it.\n"
-        )
-        result = _compress(opened, machine.seed, terminal)
-        record = result.record.replace(task=opened.name, command=ctx.obj)
-        dataclasses.replace(result, record=record).save(out)
-        show_outcome(record, out, terminal)
-        terminal.say("\n3. Load it again onto a freshly built network.\n")
-        _check_loaded(opened, result, out)
-        terminal.say("The loaded model gives the same outputs, bit for bit. In Python:\n")
-        terminal.say(f'    model, plan = tenfold.load(skeleton, "{out}")\n')
-        terminal.say(f"Read {out / 'README.md'} for the model card, {out / 'plan.yaml'} for what was done and why.")
+    Args:
+        ctx: has the command line.
+        machine: where to compute.
+        terminal: what to show.
+        out: where to write the model.
+        seed: of everything that draws random numbers.
+    """
+    from tenfold.checkpoint import check_target
+    from tenfold.cli.show import show_outcome
+    from tenfold.cli.source import open_source
+    from tenfold.profiling import profile
+    from tenfold.reporting import profile_tables
+
+    check_target(out)
+    terminal.say("1. Train a small network on handwritten digits, and see what it costs.\n")
+    opened = open_source(Source(task="digits"), machine, seed)
+    terminal.show(*profile_tables(profile(opened.model, opened.inputs())))
+    terminal.say(
+        "2. Compress it to a third of its MACs by the look of 256 unlabeled images; tune, measure and save it.\n"
+    )
+    result = _compress(opened, seed, terminal)
+    record = result.record.replace(task=opened.name, command=ctx.obj)
+    dataclasses.replace(result, record=record).save(out)
+    show_outcome(record, out, terminal)
+    terminal.say("\n3. Load it again onto a freshly built network.\n")
+    _check_loaded(opened, result, out)
+    terminal.say("The loaded model gives the same outputs, bit for bit. In Python:\n")
+    terminal.say(f'    model, plan = tenfold.load(skeleton, "{out}")\n')
+    terminal.say(f"Read {out / 'README.md'} for the model card, {out / 'plan.yaml'} for what was done and why.")
 
 
 def _compress(opened: Opened, seed: int, terminal: Terminal) -> Compressed:
-    from functools import partial
-
-    from tenfold.cli.recovering import calibration, tune_config
+    from tenfold.cli.recovery import CalibrationBatches, Tuner, tune_config
     from tenfold.pipeline import compress
+    from tenfold.records import TuneConfig
+    from tenfold.runtime import Runtime
     from tenfold.training import RichProgress, TuneResult, finetune
 
-    config = tune_config(opened, Training(), None, seed)
-    batches = partial(opened.task.train_batches, batch_size=config.batch_size, seed=seed)
+    config = tune_config(opened, TuneConfig(), seed)
+    tuner = Tuner(opened, config, Path(), "")
 
-    def tune(model: object) -> TuneResult:
-        return finetune(model, batches, config, progress=None if terminal.quiet else RichProgress())  # type: ignore[arg-type]
+    def tune(model: nn.Module) -> TuneResult:
+        return finetune(model, tuner.batches, config, progress=None if terminal.quiet else RichProgress())
 
     return compress(
         opened.model,
         opened.inputs(),
-        budget=BUDGET,
-        data=calibration(opened, Data(calibration=SAMPLES), seed),
+        {"budget": BUDGET, "seed": seed},
+        data=CalibrationBatches(opened, SAMPLES, seed),
         tune=tune,
         evaluate=opened.task.evaluate,
-        latency_inputs=opened.inputs(BATCH),
-        seed=seed,
-        observe=terminal.step,
+        runtime=Runtime(latency_inputs=opened.inputs(BATCH), on_event=terminal.on_event),
     )
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any, Literal
 
 from tenfold.cli.terminal import Terminal
 
@@ -17,39 +14,32 @@ if TYPE_CHECKING:
 ORDER = 60
 
 
-class What(StrEnum):
-    """The kinds of entries that are registered by name."""
-
-    formats = "formats"
-    algorithms = "algorithms"
-    rules = "rules"
-    tasks = "tasks"
-    exports = "exports"
+Kind = Literal["formats", "algorithms", "rules", "tasks", "exports"]
 
 
-Wanted = Annotated[What | None, typer.Argument(help="Everything when left out.", show_default=False)]
-
-
-def run(terminal: Terminal, what: Wanted = None) -> None:
+def run(kind: Kind | None = None, /, *, terminal: Terminal) -> None:
     """List formats, algorithms, rank rules, tasks and export targets, a line each; those of plugins too.
 
     With --json, one object: entries by kind and name.
+
+    Args:
+        kind: everything when left out.
+        terminal: what to show.
     """
-    with terminal.session():
-        registries = _registries()
-        chosen = [what.value] if what is not None else list(registries)
-        found = {kind: {name: registries[kind].summary(name) for name in registries[kind].names()} for kind in chosen}
-        for kind, entries in found.items():
-            terminal.show(_table(kind, entries))
-        terminal.result(found)
+    registries = _registries()
+    chosen = [kind] if kind is not None else list(registries)
+    found = {every: {name: registries[every].summary(name) for name in registries[every].names()} for every in chosen}
+    for every, entries in found.items():
+        terminal.show(_table(every, entries))
+    terminal.result(found)
 
 
 def _registries() -> dict[str, Registry[Any]]:
     """Return the registries by the kind of their entries."""
+    from tenfold.allocation import RULES
     from tenfold.decompositions import DECOMPOSITIONS
     from tenfold.exporting import EXPORTERS
     from tenfold.formats import FORMATS
-    from tenfold.ranks import RULES
     from tenfold.tasks import TASKS
 
     return {"formats": FORMATS, "algorithms": DECOMPOSITIONS, "rules": RULES, "tasks": TASKS, "exports": EXPORTERS}

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import NonNegativeInt, PositiveInt
 
-import typer
-
-from tenfold.cli.options import Machine, Source
+from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
 
 ORDER = 10
-
-Latency = Annotated[bool, typer.Option("--latency/--no-latency", help="Measure milliseconds too, model and layers.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Samples in the forward that is profiled.")]
 
 
 def run(
     source: Source,
     machine: Machine,
     terminal: Terminal,
-    latency: Latency = False,  # noqa: FBT002 - typer calls it
-    batch: Batch = 1,
+    *,
+    latency: bool = False,
+    batch_size: PositiveInt = 1,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Show what each layer costs: parameters, MACs, and with --latency milliseconds.
 
-    tenfold profile --task cifar10:resnet20 --weights resnet20.safetensors --latency --batch 8
+    tenfold profile --task cifar10:resnet20 --weights resnet20.safetensors --latency --batch-size 8
 
     With --json, the whole profile as one object.
-    """
-    with terminal.session():
-        from tenfold.cli.sources import open_source
-        from tenfold.profiling import profile
-        from tenfold.reporting import profile_tables
 
-        terminal.step("open the model")
-        opened = open_source(source, machine)
-        found = profile(opened.model, opened.inputs(batch), latency=latency)
-        terminal.show(*profile_tables(found))
-        terminal.result(found.model_dump(mode="json"))
+    Args:
+        source: the model.
+        machine: where to run it.
+        terminal: what to show.
+        latency: measure milliseconds too, of the model and of its layers.
+        batch_size: samples in the forward that is profiled.
+        seed: of the task.
+    """
+    from tenfold.cli.source import open_source
+    from tenfold.profiling import profile
+    from tenfold.reporting import profile_tables
+
+    terminal.step("open the model")
+    opened = open_source(source, machine, seed)
+    cost = profile(opened.model, opened.inputs(batch_size), latency=latency)
+    terminal.show(*profile_tables(cost))
+    terminal.result(cost.model_dump(mode="json"))

@@ -5,59 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from pydantic import NonNegativeInt, PositiveInt
 
-from tenfold.cli.options import Machine, Source
-from tenfold.cli.scaling import Spread
-from tenfold.cli.sensing import Conditions, Samples
-from tenfold.cli.terminal import Terminal
+from tenfold.cli.record_options import Fields
+from tenfold.cli.scoring import DEFAULT_SAMPLES
+from tenfold.cli.source import Cluster, Source
+from tenfold.cli.terminal import Options, Terminal
+from tenfold.records import Recipe
 
 ORDER = 15
 
-Formats = Annotated[
-    list[str] | None,
-    typer.Option("--format", "-f", metavar="FORMAT", help="What to try: tucker2,low_rank. Repeatable."),
-]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Leave these layers out: a path, a glob or re:EXPRESSION. Repeatable."),
-]
-Ranks = Annotated[int, typer.Option(min=1, metavar="N", help="Ranks to try in each layer and format.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="FILE",
-        help="Where to keep the table, and to take it over from. Default: sensitivity-TASK.json.",
-        rich_help_panel="Output",
-        show_default=False,
-    ),
-]
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Draw the curves of the costliest layers as a PNG, with all numbers in a CSV beside it.",
-        rich_help_panel="Output",
-    ),
-]
+
+class Work(Options):
+    """Measurement.
+
+    Attributes:
+        ranks: ranks to try in each layer and format.
+        samples: score on so many labelled samples held out from training, or on all there are; 0 for no scores.
+        calibration_samples: training samples, without labels, for the errors of outputs; 0 for the errors of weights.
+        batchnorm: re-estimate batch norm on the calibration samples before every score.
+        out: where to keep the table, and to take it over from; sensitivity-TASK.json by default.
+        plot: draw the curves of the costliest layers as a PNG, with all numbers in a CSV beside it.
+    """
+
+    ranks: PositiveInt = 6
+    samples: NonNegativeInt = 0
+    calibration_samples: NonNegativeInt = DEFAULT_SAMPLES
+    batchnorm: bool = False
+    out: Path | None = None
+    plot: Path | None = None
 
 
-def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
+def run(
     source: Source,
-    machine: Machine,
-    conditions: Conditions,
-    spread: Spread,
+    recipe: Annotated[Recipe, Fields("Recipe", only=("formats", "algorithms", "keep", "seed"), file=True)],
+    work: Work,
+    machine: Cluster,
     terminal: Terminal,
-    format: Formats = None,
-    keep: Keep = None,
-    ranks: Ranks = 6,
-    samples: Samples = 0,
-    out: Out = None,
-    plot: Plot = None,
 ) -> None:
-    """Measure what the model minds when one layer alone is factorized: the error of its output, and the score.
+    """Measure what the model loses when one layer alone is factorized: the error of its output, and the score.
 
     tenfold sensitivity --task digits --samples 200 --out table.json --plot curves.png
 
@@ -66,39 +52,41 @@ def run(  # noqa: PLR0913, PLR0917 - one argument for each group of options
 
     With --json, the whole table as one object.
     """
-    with terminal.session():
-        from tenfold.cli.deciding import names_in
-        from tenfold.cli.sensing import bar, open_sensitivity
-        from tenfold.cli.sources import open_source
-        from tenfold.planning import DEFAULT_FORMATS
-        from tenfold.profiling import profile
-        from tenfold.reporting.sensitivity_tables import sensitivity_tables
+    from tenfold.cli.choices import check_recipe
+    from tenfold.cli.scoring import sensitivity
+    from tenfold.cli.source import open_source
+    from tenfold.profiling import profile
+    from tenfold.reporting.sensitivity_tables import sensitivity_tables
+    from tenfold.runtime import Event
 
-        terminal.step("open the model")
-        opened = open_source(source, machine)
-        path = out or Path(f"sensitivity-{opened.task.id.replace(':', '-')}.json")
-        sensitivity = open_sensitivity(
-            opened,
-            profile(opened.model, opened.inputs()),
-            conditions,
-            samples=samples,
-            formats=tuple(names_in(format)) or DEFAULT_FORMATS,
-            keep=tuple(keep or ()),
-            seed=machine.seed,
-            path=path,
-            workers=spread.workers(opened, machine),
+    check_recipe(recipe)
+    terminal.step("open the model")
+    opened = open_source(source, machine, recipe.seed)
+    path = work.out or Path(f"sensitivity-{opened.task.id.replace(':', '-')}.json")
+    method = "batchnorm" if work.batchnorm else "sequential"
+    found = sensitivity(
+        opened,
+        opened.model,
+        profile(opened.model, opened.inputs()),
+        recipe.replace(calibration=recipe.calibration.replace(method=method)),
+        samples=work.samples,
+        looked_at=work.calibration_samples,
+        path=path,
+        workers=machine.workers(opened),
+    )
+    try:
+        table = found.measure(
+            work.ranks,
+            scores=work.samples > 0,
+            progress=lambda done, total: terminal.on_event(Event("measure", done, total)),
         )
-        terminal.step("measure")
-        try:
-            with bar(terminal, "measurements") as advance:
-                table = sensitivity.measure(ranks, scores=samples > 0, progress=advance)
-        except KeyboardInterrupt:
-            msg = f"interrupted; the same command goes on with what is in {path}"
-            raise KeyboardInterrupt(msg) from None
-        terminal.show(*sensitivity_tables(table))
-        terminal.say(f"Kept in {path}")
-        if plot is not None:
-            from tenfold.reporting.pictures import plot_sensitivity
+    except KeyboardInterrupt:
+        msg = f"interrupted; the same command goes on with what is in {path}"
+        raise KeyboardInterrupt(msg) from None
+    terminal.show(*sensitivity_tables(table))
+    terminal.say(f"Kept in {path}")
+    if work.plot is not None:
+        from tenfold.reporting.pictures import plot_sensitivity
 
-            terminal.say(f"Drawn in {', '.join(map(str, plot_sensitivity(table, plot)))}")
-        terminal.result(table.model_dump(mode="json"))
+        terminal.say(f"Drawn in {', '.join(map(str, plot_sensitivity(table, work.plot)))}")
+    terminal.result(table.model_dump(mode="json"))

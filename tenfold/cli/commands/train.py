@@ -1,82 +1,74 @@
-"""tenfold train: draw a dense model to low rank before it is compressed."""
+"""tenfold train: train a dense model to low rank before it is compressed."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import shutil
 import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import NonNegativeInt, PositiveFloat
 
-from tenfold.cli.options import Decide, Machine, Source, Training
-from tenfold.cli.terminal import Misuse, Terminal
+from tenfold.cli.record_options import Fields
+from tenfold.cli.recovery import Distill, TuneOptions
+from tenfold.cli.source import Folder, Machine, Source
+from tenfold.cli.terminal import Misuse, Options, Terminal
+from tenfold.records import Recipe, TuneConfig
 
 if TYPE_CHECKING:
-    from tenfold.cli.sources import Opened
-    from tenfold.records import Plan, Profile, RunRecord
-    from tenfold.training import LearnedRanks, LowRankResult
+    from tenfold.cli.source import Opened
+    from tenfold.records import Plan, RunRecord
+    from tenfold.training import LearnedRanks, LowRankConfig, LowRankResult
 
 ORDER = 37
-_HOW = "Recovery"
 
 
-@dataclasses.dataclass(frozen=True)
-class Towards:
-    """How to train towards low rank."""
+class LowRank(Options):
+    """Training to low rank.
 
-    method: Annotated[
-        Literal["admm", "lc"],
-        typer.Option(help="admm: to the ranks of the plan. lc: ranks are learned too.", rich_help_panel=_HOW),
-    ] = "admm"
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Epochs of the dense model, on its way to low rank; by default what the task recommends for tuning.",
-            rich_help_panel=_HOW,
-            show_default=False,
-        ),
-    ] = None
-    tune_epochs: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Epochs of the factorized model after it.", rich_help_panel=_HOW)
-    ] = 0
-    rho: Annotated[float, typer.Option(help="Pull at the start; it rises a hundredfold.", rich_help_panel=_HOW)] = 0.1
-    cost_weight: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PRICE",
-            help="For lc, instead of a budget: what all MACs of the model are worth, in units of the loss.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None
+    Attributes:
+        method: admm, to the ranks of the plan; lc, ranks are learned too.
+        plan: train to the ranks of this plan, edited or not, instead of making one.
+        rho: strength of the penalty at the start; it rises a hundredfold.
+        cost_weight: for lc, instead of a budget: what all MACs of the model are worth, in units of the loss.
+        final_epochs: epochs of the factorized model after it.
+        out: where to write the compressed model.
+    """
 
+    method: Literal["admm", "lc"] = "admm"
+    plan: Path | None = None
+    rho: PositiveFloat = 0.1
+    cost_weight: PositiveFloat | None = None
+    final_epochs: NonNegativeInt = 0
+    out: Folder = None
 
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", "-o", metavar="FOLDER", help="Where to write the compressed model.", rich_help_panel="Output"
-    ),
-]
+    def config(self, opened: Opened, tune: TuneConfig, seed: int) -> LowRankConfig:
+        """Return how to train: the dense model as ``tune`` says, the factorized one as the task recommends."""
+        from tenfold.cli.recovery import tune_config
+        from tenfold.training import AdmmConfig, LowRankConfig
+
+        train, final = tune_config(opened, tune, seed), None
+        if self.final_epochs:
+            size = {"batch_size": tune.batch_size} if "batch_size" in tune.model_fields_set else {}
+            final = tune_config(opened, TuneConfig(epochs=self.final_epochs, **size), seed)
+        admm = AdmmConfig(rho=self.rho, last_rho=100 * self.rho, updates=max(train.epochs, 1))
+        return LowRankConfig(train=train, admm=admm, tune=final)
 
 
 def run(
     ctx: typer.Context,
     source: Source,
-    decide: Decide,
-    towards: Towards,
-    training: Training,
+    recipe: Annotated[Recipe, Fields("Recipe", without=("calibration", "fuse_batchnorm"), file=True)],
+    low_rank: LowRank,
+    tune: TuneOptions,
+    distill: Distill,
     machine: Machine,
     terminal: Terminal,
-    out: Out = None,
 ) -> None:
     """Train a dense model towards low rank, then compress it.
 
-    tenfold train --task digits --budget macs=0.1 --epochs 10 --tune-epochs 3 --out small
+    tenfold train --task digits --budget macs=0.1 --epochs 10 --final-epochs 3 --out small
 
     The weights are drawn to the ranks of a plan (ADMM), or to ranks that are learned on the way (LC), until hardly
     anything is lost when factors take their place. A run that was killed goes on after its last complete epoch when
@@ -86,136 +78,106 @@ def run(
     end) and `tuned` or `compressed`; `settings.towards` has by epoch how far weights were from low rank, and the score
     on the validation part with and without low rank.
     """
-    if decide.fold:
-        msg = "batch norm is folded in the end, by `tenfold compress --fold`; leave --fold out."
-        raise Misuse(msg)
+    from tenfold.checkpoint import check_target, save
+    from tenfold.cli.recovery import forget_epochs
+    from tenfold.cli.show import show_outcome
+    from tenfold.cli.source import open_source
+
+    out = low_rank.out
     if out is None:
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
-    with terminal.session():
-        from tenfold.checkpoint import check_target, save
-        from tenfold.cli.commands.compress import show_outcome
-        from tenfold.cli.sources import open_source
+    _check(recipe, low_rank)
+    check_target(out)
+    opened = open_source(source, machine, recipe.seed)
+    config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
+    terminal.step("evaluate")
+    original = opened.task.evaluate(opened.model)
+    terminal.step("train towards low rank")
+    result = _train(opened, recipe, low_rank, config, distill, terminal)
+    seconds = time.perf_counter() - start
+    terminal.step("evaluate")
+    record = _record(opened, result, original, seconds).replace(command=ctx.obj, seed=recipe.seed)
+    record = record.replace(settings={"method": low_rank.method, "towards": result.training.summary()})
+    save(result.model, result.plan, out, record=record)
+    forget_epochs(out)
+    show_outcome(record, out, terminal)
 
-        check_target(out)
-        terminal.step("open the model")
-        opened = open_source(source, machine)
-        job = _Job(opened, decide, towards, training, machine.seed, out, terminal)
-        result, record = job.run()
-        save(result.model, result.plan, out, record=record.replace(command=ctx.obj))
-        job.clean()
-        show_outcome(record, out, terminal)
+
+def _check(recipe: Recipe, low_rank: LowRank) -> None:
+    """Raise a usage error for choices that the method does not leave open."""
+    from tenfold.cli.choices import check_recipe, refuse_choices
+
+    if low_rank.method == "lc":
+        message = "--method lc chooses ranks by itself; leave {} out."
+        refuse_choices(recipe, set(Recipe.model_fields) - {"rule", "algorithms"}, message)
+        if low_rank.plan is not None:
+            raise Misuse(message.format("--plan"))
+    elif low_rank.cost_weight is not None:
+        msg = "--cost-weight is the price that --method lc pays for ranks; admm takes those of the plan."
+        raise Misuse(msg)
+    check_recipe(recipe)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Job:
-    """What is to be done, all options read."""
+def _train(
+    opened: Opened,
+    recipe: Recipe,
+    low_rank: LowRank,
+    config: LowRankConfig,
+    distill: Distill,
+    terminal: Terminal,
+) -> LowRankResult:
+    from tenfold.cli.recovery import identity_of, tuning_folder
+    from tenfold.training import LearnedRanks, RichProgress, TrainingFolder, train_admm
 
-    opened: Opened
-    decide: Decide
-    towards: Towards
-    training: Training
-    seed: int
-    out: Path
-    terminal: Terminal
+    task, teaching, out = opened.task, distill.teaching(), low_rank.out or Path()
+    projection = _projection(opened, recipe, low_rank, terminal)
+    target = projection.identity if isinstance(projection, LearnedRanks) else projection
+    identity = identity_of(opened, low_rank.replace(out=None), teaching, config.to_json(), target)
+    return train_admm(
+        opened.model,
+        projection,
+        partial(task.train_batches, batch_size=config.train.batch_size, seed=config.train.seed),
+        config,
+        loss=None if teaching is None else teaching.loss(opened.model, config.train),
+        evaluate=partial(task.evaluate, split="validation"),
+        folder=TrainingFolder(tuning_folder(out, identity), identity),
+        progress=None if terminal.quiet else RichProgress(),
+    )
 
-    def run(self) -> tuple[LowRankResult, RunRecord]:
-        """Return what came of it, not yet saved, and its record."""
-        start = time.perf_counter()
-        self.terminal.step("evaluate")
-        original = self.opened.task.evaluate(self.opened.model)
-        self.terminal.step("train towards low rank")
-        result = self._train()
-        seconds = time.perf_counter() - start
-        self.terminal.step("evaluate")
-        return result, self._record(result, original, seconds)
 
-    def clean(self) -> None:
-        """Remove the kept epochs, when the outcome is saved."""
-        shutil.rmtree(self._root, ignore_errors=True)
+def _projection(opened: Opened, recipe: Recipe, low_rank: LowRank, terminal: Terminal) -> Plan | LearnedRanks:
+    """Return the plan to reach, or what learns ranks."""
+    from tenfold.cli.choices import plan_or_recipe
+    from tenfold.planning import decide
+    from tenfold.profiling import profile
+    from tenfold.runtime import Runtime
+    from tenfold.training import LcConfig, LearnedRanks
 
-    @property
-    def _root(self) -> Path:
-        return self.out.parent / f".{self.out.name}.tuning"
+    if low_rank.method == "admm":
+        wanted = plan_or_recipe(recipe, low_rank.plan)
+        return decide(opened.model, opened.inputs(), wanted, runtime=Runtime(on_event=terminal.on_event)).plan
+    given = {name: getattr(recipe, name) for name in ("budget", "formats", "keep") if name in recipe.model_fields_set}
+    ends = recipe.keep_ends is not False
+    config = LcConfig(**given, keep_ends=ends, seed=recipe.seed, cost_weight=low_rank.cost_weight)
+    return LearnedRanks(opened.model, profile(opened.model, opened.inputs()), config)
 
-    def _train(self) -> LowRankResult:
-        from tenfold.cli.recovering import Teaching, identity_of, tune_config
-        from tenfold.profiling import profile
-        from tenfold.training import AdmmConfig, LearnedRanks, LowRankConfig, RichProgress, TrainingFolder, train_admm
 
-        opened, towards = self.opened, self.towards
-        train = tune_config(opened, self.training, towards.epochs, self.seed)
-        sized = Training(batch_size=self.training.batch_size)
-        teaching = None if self.training.distill is None else Teaching(self.training.distill, self.training.temperature)
-        config = LowRankConfig(
-            train=train,
-            admm=AdmmConfig(rho=towards.rho, last_rho=100 * towards.rho, updates=max(train.epochs, 1)),
-            tune=tune_config(opened, sized, towards.tune_epochs, self.seed) if towards.tune_epochs else None,
-        )
-        projection = self._projection(profile(opened.model, opened.inputs()))
-        reached = projection.identity if isinstance(projection, LearnedRanks) else projection
-        identity = identity_of(opened, towards, teaching, config.to_json(), reached)
-        return train_admm(
-            opened.model,
-            projection,
-            partial(opened.task.train_batches, batch_size=train.batch_size, seed=train.seed),
-            config,
-            loss=None if teaching is None else teaching.loss(opened.model, train),
-            evaluate=partial(opened.task.evaluate, split="validation"),
-            folder=TrainingFolder(self._root / hashlib.blake2b(identity.encode()).hexdigest()[:12], identity),
-            progress=None if self.terminal.quiet else RichProgress(),
-        )
+def _record(opened: Opened, result: LowRankResult, original: float, seconds: float) -> RunRecord:
+    from tenfold.pipeline import measurement
+    from tenfold.profiling import environment, profile
+    from tenfold.records import RunRecord
 
-    def _projection(self, cost: Profile) -> Plan | LearnedRanks:
-        """Return the plan to reach, or what learns ranks."""
-        from tenfold.cli.deciding import names_in, plan_choices, plan_of
-        from tenfold.records import Budget
-        from tenfold.training import LcConfig, LearnedRanks
-
-        decide, price = self.decide, self.towards.cost_weight
-        if self.towards.method == "admm":
-            if price is not None:
-                msg = "--cost-weight is the price that --method lc pays for ranks; admm takes those of the plan."
-                raise Misuse(msg)
-            choices = {} if decide.plan is not None else plan_choices(decide, self.seed)
-            return plan_of(decide, self.opened, cost, choices)
-        given = {"--plan": decide.plan, "--rule": decide.rule, "--set": decide.settings, "--rank": decide.rank}
-        given |= {"--algorithm": decide.algorithm}
-        odd = [name for name, value in given.items() if value]
-        if odd:
-            msg = f"--method lc chooses ranks by itself; leave {', '.join(odd)} out."
-            raise Misuse(msg)
-        config = LcConfig(
-            budget=Budget.parse(decide.budget) if decide.budget else Budget(),
-            cost_weight=price,
-            formats=tuple(names_in(decide.format)) or ("low_rank",),
-            keep=tuple(decide.keep or ()),
-            keep_ends=decide.keep_ends is not False,
-            seed=self.seed,
-        )
-        return LearnedRanks(self.opened.model, cost, config)
-
-    def _record(self, result: LowRankResult, original: float, seconds: float) -> RunRecord:
-        from tenfold.pipeline import measurement
-        from tenfold.profiling import environment, profile
-        from tenfold.records import RunRecord
-
-        opened, task = self.opened, self.opened.task
-        last = "compressed" if result.tuning is None else "tuned"
-        scores = {
-            "original": original,
-            "trained": task.evaluate(result.training.model),
-            last: task.evaluate(result.model),
-        }
-        return RunRecord(
-            task=opened.name,
-            seed=self.seed,
-            before=measurement(profile(opened.model, opened.inputs()), score=original),
-            after=measurement(profile(result.model, opened.inputs()), score=scores[last]),
-            scores=scores,
-            plan=result.plan,
-            tuning=() if result.tuning is None else tuple(epoch.model_dump() for epoch in result.tuning.history),
-            seconds={"train": seconds},
-            settings={"method": self.towards.method, "towards": result.training.summary()},
-            environment=environment(opened.device),
-        )
+    task = opened.task
+    last = "compressed" if result.tuning is None else "tuned"
+    scores = {"original": original, "trained": task.evaluate(result.training.model), last: task.evaluate(result.model)}
+    return RunRecord(
+        task=opened.name,
+        before=measurement(profile(opened.model, opened.inputs()), score=original),
+        after=measurement(profile(result.model, opened.inputs()), score=scores[last]),
+        scores=scores,
+        plan=result.plan,
+        tuning=() if result.tuning is None else tuple(epoch.model_dump() for epoch in result.tuning.history),
+        seconds={"train": seconds},
+        environment=environment(opened.device),
+    )

@@ -5,60 +5,43 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from tenfold.cli.options import Machine, Source, Training
-from tenfold.cli.terminal import Misuse, Terminal
+from tenfold.cli.recovery import Distill, TuneOptions
+from tenfold.cli.source import Folder, Machine, Source
+from tenfold.cli.terminal import Misuse, Options, Terminal
 
 if TYPE_CHECKING:
-    from tenfold.cli.recovering import Tuner
-    from tenfold.cli.sources import Opened
-    from tenfold.records import Plan, RunRecord
-    from tenfold.training import TuneResult
+    from tenfold.cli.recovery import Tuner
+    from tenfold.cli.source import Opened
+    from tenfold.records import RunRecord, TuneResult
 
 ORDER = 40
 LAUNCHABLE = True  # in several processes, which tune together
 
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", metavar="FOLDER", help="Where to write the tuned model.", rich_help_panel="Output"),
-]
 
-TeacherFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--teacher",
-        metavar="FILE",
-        help="Weights (.safetensors) of the dense model that teaches; needed with --distill.",
-        rich_help_panel="Recovery",
-    ),
-]
+class Output(Options):
+    """Output.
 
-Epochs = Annotated[
-    int | None,
-    typer.Option(
-        "--epochs",
-        "--tune-epochs",
-        min=1,
-        metavar="N",
-        help="Passes over the training set; by default what the task recommends.",
-        rich_help_panel="Recovery",
-        show_default=False,
-    ),
-]
+    Attributes:
+        teacher: weights (.safetensors) of the dense model that teaches; needed with --distill.
+        out: where to write the tuned model.
+    """
+
+    teacher: Path | None = None
+    out: Folder = None
 
 
 def run(
     ctx: typer.Context,
     source: Source,
-    training: Training,
+    tune: TuneOptions,
+    distill: Distill,
+    output: Output,
     machine: Machine,
     terminal: Terminal,
-    epochs: Epochs = None,
-    teacher: TeacherFile = None,
-    out: Out = None,
 ) -> None:
     """Train a compressed model on, and save it to another folder.
 
@@ -69,62 +52,58 @@ def run(
 
     With --json, one object like that of `tenfold compress`; `scores` has `before tuning` and `tuned`.
     """
-    if source.checkpoint is None or out is None:
+    if source.checkpoint is None or output.out is None:
         msg = "give the compressed model as --checkpoint FOLDER, and where to write the new one as --out FOLDER."
         raise Misuse(msg)
-    if (teacher is None) != (training.distill is None):
+    if (output.teacher is None) != (distill.distill is None):
         msg = "give --distill SHARE and --teacher FILE together: how much the dense model teaches, and its weights."
         raise Misuse(msg)
-    with terminal.session():
-        from tenfold.checkpoint import check_target, save
-        from tenfold.cli.commands.compress import show_outcome
-        from tenfold.cli.recovering import Teaching, Tuner, identity_of, tune_config
-        from tenfold.cli.scaling import launched, on_own_device
-        from tenfold.cli.sources import open_source, required_plan
+    from tenfold.checkpoint import check_target, save
+    from tenfold.cli.launch import launched
+    from tenfold.cli.recovery import Tuner, forget_epochs, identity_of, tune_config
+    from tenfold.cli.show import show_outcome
+    from tenfold.cli.source import open_source
 
-        check_target(out)
-        launch = launched(machine)
-        terminal.step("open the model")
-        opened = open_source(source, on_own_device(machine, launch))
-        plan = required_plan(opened)
-        config = tune_config(opened, training, epochs, machine.seed)
-        teaching = None if training.distill is None else Teaching(training.distill, training.temperature)
-        identity = identity_of(opened, teaching, "" if teacher is None else teacher.resolve())
-        dense = None if teacher is None else opened.task.dense(teacher).to(opened.device)
-        follows = launch is not None and not launch.main
-        tuner = Tuner(
-            opened,
-            config,
-            out,
-            identity,
-            quiet=terminal.quiet or follows,
-            teaching=teaching,
-            teacher=dense,
-            launch=launch,
-        )
-        if follows:
-            tuner(opened.model)
-            return
-        record = _tune(opened, plan, tuner, terminal)
-        record = record.replace(command=ctx.obj, settings={**record.settings, "tuning": config.model_dump()})
-        save(opened.model, plan, out, record=record, beside=partial(opened.task.write_beside, opened.model))
-        tuner.clean()
-        show_outcome(record, out, terminal)
+    out, teacher, teaching = output.out, output.teacher, distill.teaching()
+    check_target(out)
+    launch = launched(machine)
+    opened = open_source(source, launch.own(machine), tune.seed)
+    config = tune_config(opened, tune, tune.seed)
+    terminal.step("open the model")
+    plan = opened.plan
+    tuner = Tuner(
+        opened,
+        config,
+        out,
+        identity_of(opened, teaching, "" if teacher is None else teacher.resolve()),
+        quiet=terminal.quiet or not launch.main,
+        teaching=teaching,
+        teacher=None if teacher is None else opened.task.dense(teacher).to(opened.device),
+        launch=launch,
+    )
+    if not launch.main:
+        tuner(opened.model)
+        return
+    record = _tune(opened, tuner, terminal)
+    record = record.replace(command=ctx.obj, settings={**record.settings, "tuning": config.model_dump()})
+    save(opened.model, plan, out, record=record, beside=partial(opened.task.write_beside, opened.model))
+    forget_epochs(out)
+    show_outcome(record, out, terminal)
 
 
-def _tune(opened: Opened, plan: Plan, tuner: Tuner, terminal: Terminal) -> RunRecord:
+def _tune(opened: Opened, tuner: Tuner, terminal: Terminal) -> RunRecord:
     """Return the record of the model after tuning it in place."""
     start = time.perf_counter()
     terminal.step("evaluate")
     before = opened.task.evaluate(opened.model)
     terminal.step("tune")
-    told = tuner(opened.model)
+    result = tuner(opened.model)
     terminal.step("evaluate")
     after = opened.task.evaluate(opened.model)
-    return _record(opened, plan, told, (before, after), time.perf_counter() - start)
+    return _record(opened, result, (before, after), time.perf_counter() - start)
 
 
-def _record(opened: Opened, plan: Plan, told: TuneResult, scores: tuple[float, float], seconds: float) -> RunRecord:
+def _record(opened: Opened, result: TuneResult, scores: tuple[float, float], seconds: float) -> RunRecord:
     """Return the record of the checkpoint with the tuning added; a new one where it has none."""
     from tenfold.pipeline import measurement
     from tenfold.profiling import environment, profile
@@ -134,17 +113,17 @@ def _record(opened: Opened, plan: Plan, told: TuneResult, scores: tuple[float, f
     now = measurement(profile(opened.model, opened.inputs()), score=after)
     old = opened.record or RunRecord(
         task=opened.name,
-        seed=plan.seed,
+        seed=opened.plan.seed,
         before=now.replace(score=before),
         after=now,
-        plan=plan,
+        plan=opened.plan,
         environment=environment(opened.device),
     )
     kept = {name: value for name, value in old.scores.items() if name == "original"}
     return old.replace(
         after=old.after.replace(score=after),
         scores={**kept, "before tuning": before, "tuned": after},
-        tuning=(*old.tuning, *(epoch.model_dump() for epoch in told.history)),
+        tuning=(*old.tuning, *(epoch.model_dump() for epoch in result.history)),
         seconds={**old.seconds, "tune again": seconds},
         environment=environment(opened.device),
     )

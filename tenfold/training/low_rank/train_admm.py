@@ -20,7 +20,7 @@ from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batches, as_pair, at_epoch, seed_epoch
-from tenfold.training.config import EpochRecord, TuneConfig, TuneResult
+from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.finetune import finetune
 from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy

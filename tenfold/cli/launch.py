@@ -1,16 +1,13 @@
-"""From options and the environment to many workers: for work that falls into layers, and for training."""
+"""The processes of ``accelerate launch``, which train together."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
-
-import typer
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tenfold.cli.terminal import Misuse
 from tenfold.errors import require
@@ -18,60 +15,33 @@ from tenfold.errors import require
 if TYPE_CHECKING:
     from torch import nn
 
-    from tenfold.cli.options import Machine
-    from tenfold.cli.sources import Opened
-    from tenfold.parallel import Workers
-
-_PANEL = "Machine"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Who does the work that falls into layers."""
-
-    jobs: Annotated[
-        int,
-        typer.Option(
-            "--jobs",
-            "-j",
-            min=1,
-            metavar="N",
-            help="Work on so many layers at a time; the outcome is the same.",
-            rich_help_panel=_PANEL,
-        ),
-    ] = 1
-    backend: Annotated[
-        Literal["loky", "ray"],
-        typer.Option(
-            help="Where: in processes of this machine, or on a Ray cluster (that of RAY_ADDRESS, or one of its own).",
-            rich_help_panel=_PANEL,
-        ),
-    ] = "loky"
-
-    def workers(self, opened: Opened, machine: Machine) -> Workers | None:
-        """Return the workers, each with the threads that were asked for or one; None for this process."""
-        from tenfold.parallel import Workers
-
-        workers = Workers(self.jobs, self.backend, machine.threads or 1)
-        if workers.is_local:
-            return None
-        workers.send_along(sys.modules[type(opened.task).__module__])
-        return workers
+    from tenfold.cli.source import Machine
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """The processes of ``accelerate launch``: the main one does and writes everything, the others tune with it."""
+    """The processes of a launch: the main one does and writes everything, the others tune with it.
 
-    accelerator: Any
+    Attributes:
+        accelerator: of this process; None where it is alone.
+    """
+
+    accelerator: Any = None
 
     @property
     def main(self) -> bool:
         """Whether this is the process that plans, measures and writes."""
-        return bool(self.accelerator.is_main_process)
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return 1 if self.accelerator is None else int(self.accelerator.num_processes)
 
     def share(self, model: nn.Module) -> nn.Module:
         """Return the model in the main process, and a copy of it in the others, which wait for it."""
+        if self.accelerator is None:
+            return model
         from accelerate.utils import broadcast_object_list
 
         sent = broadcast_object_list([copy.deepcopy(model).cpu() if self.main else None])
@@ -80,20 +50,19 @@ class Launch:
         received: nn.Module = sent[0]
         return received
 
+    def own(self, machine: Machine) -> Machine:
+        """Return the machine with the device of this process."""
+        return machine if self.accelerator is None else machine.replace(device=str(self.accelerator.device))
 
-def launched(machine: Machine) -> Launch | None:
-    """Return the launch that this process is part of; None where it is alone."""
+
+def launched(machine: Machine) -> Launch:
+    """Return the launch that this process is part of."""
     if _processes() == 1:
-        return None
+        return Launch()
     accelerate: Any = require("accelerate", "scale")
     # The others wait while the main process plans and fits, which may take longer than the usual half an hour.
     patient = accelerate.InitProcessGroupKwargs(timeout=timedelta(days=7))
     return Launch(accelerate.Accelerator(cpu=machine.device == "cpu", kwargs_handlers=[patient]))
-
-
-def on_own_device(machine: Machine, launch: Launch | None) -> Machine:
-    """Return the machine with the device of this process."""
-    return machine if launch is None else dataclasses.replace(machine, device=str(launch.accelerator.device))
 
 
 def refuse_launch(command: str) -> None:

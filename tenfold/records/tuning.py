@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from tenfold.records import Record
+from tenfold.records.base import Record
 
 
 class TuneConfig(Record):

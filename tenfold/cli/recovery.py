@@ -1,0 +1,247 @@
+"""From options to batches for calibration, and to a fine-tuning run that can be killed and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from pydantic import Field, NonNegativeInt, ValidationError
+
+from tenfold.cli.launch import Launch
+from tenfold.cli.record_options import Fields
+from tenfold.cli.terminal import Misuse, Options
+from tenfold.errors import TuningError
+from tenfold.records import TuneConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tenfold.cli.source import Opened
+    from tenfold.records import EpochRecord, Recipe, TuneResult
+    from tenfold.training import Distillation
+
+TuneOptions: TypeAlias = Annotated[TuneConfig, Fields("Fine-tuning; by default as the task recommends")]
+DEFAULT_CALIBRATION = 2000
+CALIBRATION_BATCH = 100
+
+logger = logging.getLogger("tenfold")
+
+
+class Distill(Options):
+    """Recovery.
+
+    Attributes:
+        distill: share of the dense model's answers in the loss; the labels have the rest. Left out, labels alone.
+        temperature: temperature of the distillation.
+    """
+
+    distill: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=1)] = 4.0
+
+    def teaching(self) -> Teaching | None:
+        """Return how much the dense model teaches; None for labels alone."""
+        return None if self.distill is None else Teaching(self.distill, self.temperature)
+
+
+class Recover(Distill):
+    """Recovery.
+
+    Attributes:
+        calibration_samples: training samples to look at, without labels; 0 for none. By default 2000, or as many as
+            there are.
+        tune: fine-tune after the layers were replaced.
+        label_free: tune on the calibration samples by the dense model's answers alone; labels are never read.
+        eval: score the model on the test set.
+    """
+
+    calibration_samples: NonNegativeInt | None = None
+    tune: bool = True
+    label_free: bool = False
+    eval: bool = True
+
+    def config(self, opened: Opened, tune: TuneConfig, seed: int) -> TuneConfig:
+        """Return how to tune, with 0 epochs for not at all; see ``tune_config``."""
+        if not self.tune and "epochs" in tune.model_fields_set and tune.epochs:
+            msg = "give --epochs or --no-tune, not both."
+            raise Misuse(msg)
+        config = tune_config(opened, tune, seed, label_free=self.label_free)
+        config = config if self.tune else config.replace(epochs=0)
+        if config.epochs and not self.label_free and not opened.task.labelled:
+            opened.task.train_batches(0, batch_size=1, seed=seed)  # says why not: now, not after the rest
+        return config
+
+    def teaching(self) -> Teaching | None:
+        """Return how much the dense model teaches, with samples where there are no labels; None for labels alone."""
+        if not self.label_free:
+            return super().teaching()
+        if self.distill is not None:
+            msg = "give --distill or --label-free, not both: without labels the dense model's answers are all there is."
+            raise Misuse(msg)
+        if self.calibration_samples == 0:
+            msg = "--label-free trains on the calibration samples: leave --calibration-samples 0 out."
+            raise Misuse(msg)
+        return Teaching(1.0, self.temperature, self.calibration_samples or DEFAULT_CALIBRATION)
+
+    def batches(self, opened: Opened, recipe: Recipe) -> CalibrationBatches | None:
+        """Return the samples to look at; None where none are wanted, or they are for batch norm and there is none."""
+        from tenfold.surgery.batchnorm import BATCH_NORMS
+
+        samples, method, seed = self.calibration_samples, recipe.calibration.method, recipe.seed
+        if samples == 0 or method == "none":
+            return None
+        if samples is not None:  # too many: said before the model is looked at
+            opened.task.calibration_batches(samples, batch_size=CALIBRATION_BATCH, seed=seed)
+        if method == "batchnorm" and not any(isinstance(m, BATCH_NORMS) for m in opened.model.modules()):
+            return None
+        if samples is None:
+            samples = min(DEFAULT_CALIBRATION, opened.task.calibration_size(seed))
+        return CalibrationBatches(opened, samples, seed) if samples else None
+
+    def evaluator(self, opened: Opened) -> Callable[[nn.Module], float] | None:
+        """Return what scores models; None where that is not wanted, or the task has no score."""
+        if not opened.task.labelled:
+            if self.eval:
+                logger.info("%s is a model without labels: it is neither trained nor scored", opened.task.id)
+            return None
+        return opened.task.evaluate if self.eval else None
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationBatches:
+    """Batches of training inputs on the device of the model; no data is read before they are gone through."""
+
+    opened: Opened
+    samples: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Any]:
+        from tenfold.tracing import to_device
+        from tenfold.tracing.contexts import dtype_of
+
+        dtype, task = dtype_of(self.opened.model), self.opened.task
+        for batch in task.calibration_batches(self.samples, batch_size=CALIBRATION_BATCH, seed=self.seed):
+            yield to_device(batch, self.opened.device, dtype)
+
+
+def tune_config(opened: Opened, tune: TuneConfig, seed: int, *, label_free: bool = False) -> TuneConfig:
+    """Return how to tune: what the task recommends, or what suits a teacher alone, and over it what is set in ``tune``.
+
+    Raises:
+        TuningError: a value that is not allowed.
+    """
+    from tenfold.records import explain
+    from tenfold.records.tuning import GENTLE
+
+    given = tune.model_dump(exclude_unset=True)
+    settings = {"seed": seed, **opened.task.tune_settings, **(GENTLE if label_free else {}), **given}
+    try:
+        return TuneConfig(**settings)
+    except ValidationError as error:
+        msg = f"cannot tune like this: {explain(error)}"
+        raise TuningError(msg) from error
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How much the dense model teaches the small one; with ``samples``, so many and no labels."""
+
+    share: float
+    temperature: float
+    samples: int | None = None
+
+    def loss(self, teacher: nn.Module, config: TuneConfig) -> Distillation:
+        """Return the loss with the dense model as the teacher."""
+        from tenfold.training import Distillation
+
+        smoothing = config.label_smoothing
+        return Distillation(teacher, share=self.share, temperature=self.temperature, label_smoothing=smoothing)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuner:
+    """Fine-tunes a model of the task in place, keeping every complete epoch in a folder beside the output.
+
+    ``identity`` names all that the outcome depends on besides the configuration. Another identity or configuration has
+    another folder, so that only the very same command goes on where it was cut off.
+    """
+
+    opened: Opened
+    config: TuneConfig
+    out: Path
+    identity: str
+    quiet: bool = False
+    teaching: Teaching | None = None
+    teacher: nn.Module | None = None  # the opened model if None
+    launch: Launch = field(default_factory=Launch)  # the processes that tune together
+
+    def __call__(self, model: nn.Module) -> TuneResult:
+        """Return the history of tuning the model."""
+        from tenfold.training import RichProgress, TrainingFolder, TuneProgress, finetune
+
+        model, identity = self.launch.share(model), f"{self.identity}\n{self.config.to_json()}"
+        try:
+            return finetune(
+                model,
+                self.batches,
+                self.config,
+                loss=self.loss,
+                folder=TrainingFolder(tuning_folder(self.out, identity), self.identity),
+                progress=TuneProgress(self._log) if self.quiet else RichProgress(on_epoch=self._log),
+                accelerator=self.launch.accelerator,
+            )
+        except KeyboardInterrupt:
+            msg = "interrupted; the same command goes on after the last complete epoch"
+            raise KeyboardInterrupt(msg) from None
+
+    @property
+    def batches(self) -> Callable[[int], Any]:
+        """The batches of an epoch."""
+        task, size, seed = self.opened.task, self.config.batch_size, self.config.seed
+        if self.teaching is None or self.teaching.samples is None:
+            return partial(task.train_batches, batch_size=size, seed=seed)
+        return partial(task.unlabeled_batches, samples=self.teaching.samples, batch_size=size, seed=seed)
+
+    @property
+    def loss(self) -> Distillation | None:
+        """The loss with the dense model as the teacher; None for that of the labels."""
+        if self.teaching is None:
+            return None
+        return self.teaching.loss(self.opened.model if self.teacher is None else self.teacher, self.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the record says of it."""
+        tuned = self.config.epochs > 0
+        return {
+            "tuning": self.config.model_dump() if tuned else None,
+            "distillation": dataclasses.asdict(self.teaching) if tuned and self.teaching is not None else None,
+        }
+
+    def _log(self, epoch: EpochRecord) -> None:
+        place = f"{epoch.epoch}/{self.config.epochs}"
+        logger.info("epoch %s: loss %.4f, %.1f s", place, epoch.loss, epoch.seconds)
+
+
+def tuning_folder(out: Path, identity: str = "") -> Path:
+    """Return where the epochs of a run are kept, beside its output; without an identity those of all runs."""
+    root = out.parent / f".{out.name}.tuning"
+    return root / hashlib.blake2b(identity.encode(), digest_size=6).hexdigest() if identity else root
+
+
+def forget_epochs(out: Path) -> None:
+    """Remove the kept epochs, when the outcome is saved."""
+    shutil.rmtree(tuning_folder(out), ignore_errors=True)
+
+
+def identity_of(opened: Opened, *facts: object) -> str:
+    """Return a digest of the model as it is now and of the facts that an outcome depends on."""
+    from tenfold.checkpoint import digest
+
+    return digest(opened.model.state_dict(), "\n".join(map(str, (opened.name, *facts))))
