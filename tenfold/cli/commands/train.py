@@ -50,8 +50,8 @@ class LowRank(Options):
 
         train, final = tune_config(opened, tune, seed), None
         if self.final_epochs:
-            size = {"batch_size": tune.batch_size} if "batch_size" in tune.model_fields_set else {}
-            final = tune_config(opened, TuneConfig(epochs=self.final_epochs, **size), seed)
+            own = tune.model_dump(include={"batch_size"}, exclude_unset=True)
+            final = tune_config(opened, TuneConfig.model_validate({"epochs": self.final_epochs, **own}), seed)
         admm = AdmmConfig(rho=self.rho, last_rho=100 * self.rho, updates=max(train.epochs, 1))
         return LowRankConfig(train=train, admm=admm, tune=final)
 
