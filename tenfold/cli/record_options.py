@@ -210,7 +210,7 @@ def _options_of(
         elif isinstance(info.annotation, type) and issubclass(info.annotation, Record):
             yield from _options_of(info.annotation, path, list(info.annotation.model_fields), panel, both=both)
         else:
-            yield _option(path, info, doc.get(name, ""), panel, both=both)
+            yield _option(path, info, doc.get(info.alias or name, ""), panel, both=both)
 
 
 def _text_option(name: str, path: tuple[str, ...], text: Text, about: str, panel: str) -> _Option:
