@@ -129,11 +129,11 @@ def main() -> None:
     ).eval()
     x = torch.randn(64, 144)
     cost = tenfold.profile(model, x)
-    wanted = tenfold.rule_from("energy", rel_error=0.1)
+    recipe = tenfold.Recipe(rule={"name": "energy", "rel_error": 0.1}, keep="4")
     print(f"{'format':<12}{'params':>10}{'MACs':>14}{'output error':>15}")
     print(f"{'dense':<12}{cost.params:>10,}{cost.macs:>14,}{0:>15.1%}")
     for format in ("low_rank", "kronecker"):
-        plan = tenfold.plan(model, cost, rule=wanted, formats=[format], keep=["4"])
+        plan = tenfold.plan(model, cost, recipe.replace(formats=format))
         small = tenfold.apply(model, plan)
         with torch.no_grad():
             error = float((small(x) - model(x)).norm() / model(x).norm())

@@ -77,7 +77,7 @@ def train(model: nn.Module, epochs: int, lr: float) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """Return the share of the test pictures that are told right."""
+    """Return the share of the test pictures that are classified correctly."""
     return (model.eval()(test_images).argmax(1) == test_labels).float().mean().item()
 
 
@@ -86,16 +86,16 @@ images, labels = pictures(1536, seed=1)
 test_images, test_labels = pictures(1000, seed=2)
 model = Shapes()
 train(model, epochs=4, lr=0.01)
-print(f"trained: {accuracy(model):.1%} of the test pictures are told right")
+print(f"trained: {accuracy(model):.1%} of the test pictures are right")
 
 small = tenfold.compress(
     model,
     images[:1],  # what a forward takes
-    budget={"macs": 0.3},  # of the whole model
+    "macs=0.3",  # of the whole model
     data=images[:1024].split(128),  # without labels: what enters the layers
     tune=lambda compressed: train(compressed, epochs=4, lr=0.002),  # our own loop again
     evaluate=accuracy,
-    latency=False,  # we measure the ONNX files below
+    runtime=tenfold.Runtime(measure=False),  # we measure the ONNX files below
 )
 print(small.summary())
 assert small.record.after.macs <= 0.3 * small.record.before.macs

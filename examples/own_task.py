@@ -20,7 +20,7 @@ CLASSES, LENGTH = 4, 64
 
 
 class Waves(InMemoryTask):
-    """Noisy sine waves of four frequencies, told apart by a small 1-D convolutional network."""
+    """Noisy sine waves of four frequencies, classified by a small 1-D convolutional network."""
 
     name = "waves"
     variants = ("narrow", "wide")  # the first is the default

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import tenfold
-from tenfold import Schedule
+from tenfold import Recipe, Runtime, Schedule
 
 CLASSES = 6
-BUDGET = {"macs": 0.2}
+SHARE = 0.2  # of the MACs
 
 
 def make_data(samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -56,16 +56,16 @@ def main() -> None:
     print(f"dense: {accuracy(dense, test):.1%} right")
 
     unlabeled = list(data[0].split(500))
-    schedule = Schedule(rounds=3, budget=BUDGET, keep_ends=False, epochs=4)
-    print(schedule.to_yaml())
-    for stage in tenfold.stages(dense, data[0][:1], schedule, data=unlabeled, folder="stages"):
+    recipe, schedule = Recipe(budget={"macs": SHARE}, keep_ends=False), Schedule(rounds=3, epochs=4)
+    print(recipe.to_yaml(), schedule.to_yaml(), sep="\n")
+    for stage in tenfold.stages(dense, data[0][:1], recipe, schedule, data=unlabeled, runtime=Runtime(folder="stages")):
         before = accuracy(stage.model.eval(), test)
         train(stage.model, data, stage.epochs)
         macs, after = stage.record.after.macs, accuracy(stage.model, test)
         print(f"stage {stage.index}: {macs:,} MACs, {before:.1%} right, then {after:.1%}")
 
     loaded, plan = tenfold.load(dense, "stages/stage-0003")  # each stage is a checkpoint
-    assert plan.after.macs <= BUDGET["macs"] * tenfold.profile(dense, data[0][:1]).macs
+    assert plan.after.macs <= SHARE * tenfold.profile(dense, data[0][:1]).macs
     assert accuracy(loaded.eval(), test) == after
 
 

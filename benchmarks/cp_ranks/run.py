@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import yaml
-from tenfold.ranks import rule_from
 
 from benchmarks.latency.run import decay_
 from benchmarks.zoo import build
 from tenfold.parallel import Workers
 from tenfold.planning import plan
 from tenfold.profiling import environment, profile
+from tenfold.records import Recipe
+from tenfold.runtime import Event, Runtime
 from tenfold.surgery import apply
 
 HERE = Path(__file__).parent
@@ -41,27 +42,20 @@ def main() -> None:
     subject = build(config["model"], size=64, seed=config["seed"])
     decay_(subject.model, config["decay"])
     before = profile(subject.model, subject.inputs)
-    marks: list[float] = []
-    begun = time.perf_counter()
+    start = time.perf_counter()
 
-    def progress(done: int, total: int) -> None:
-        marks.append(time.perf_counter() - begun)
-        print(f"{done} of {total} after {marks[-1]:.1f} s", flush=True)
+    def show(event: Event) -> None:
+        print(f"{event.done} of {event.total} after {time.perf_counter() - start:.1f} s", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        rule = rule_from(
-            "error",
-            rel_error=config["rel_error"],
-            seed=config["seed"],
-            table=Path(folder) / "table.json",
-            progress=progress,
-        )
-        workers = Workers(config["jobs"])
-        made = plan(subject.model, before, rule=rule, formats=[config["format"]], workers=workers)
-        seconds, cpu = time.perf_counter() - begun, cpu_seconds()
-        begun = time.perf_counter()
-        again = plan(subject.model, before, rule=rule, formats=[config["format"]], workers=workers)
-        second = time.perf_counter() - begun
+        rule = {"name": "error", "rel_error": config["rel_error"], "seed": config["seed"]}
+        recipe = Recipe(rule=rule, formats=config["format"])
+        runtime = Runtime(workers=Workers(config["jobs"]), cache=Path(folder) / "table.json", on_event=show)
+        made = plan(subject.model, before, recipe, runtime=runtime)
+        seconds, cpu = time.perf_counter() - start, cpu_seconds()
+        start = time.perf_counter()
+        again = plan(subject.model, before, recipe, runtime=runtime)
+        second = time.perf_counter() - start
     small = apply(subject.model, made)
     result: dict[str, Any] = {
         "benchmark": "cp_ranks",

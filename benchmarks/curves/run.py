@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 import yaml
-from tenfold.ranks import rule_from
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold.allocation import choose
 from tenfold.calibration import calibrate, called_layers
 from tenfold.decompositions import Moments
-from tenfold.planning import plan as make_plan
+from tenfold.planning import tabulate
 from tenfold.profiling import environment, profile
-from tenfold.records import Plan
+from tenfold.records import OptionTable, Plan, Recipe
 from tenfold.surgery import apply, apply_in_order, reestimate_batchnorm_
 from tenfold.tasks import load_task
 
@@ -51,7 +51,8 @@ labels.
 
 * *weight-only*: Tucker-2, the same share of MACs in every layer, by HOOI. {weight-only}.
 * *data-aware*: Tucker-2, the same share of MACs in every layer, factors by the data. {data-aware}.
-* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted distortion. {global}.
+* *global budget*: tucker2, low_rank or spatial and ranks of each layer by the knapsack over predicted distortion.
+  {global}.
 * *sequential*: the same plan, each layer fitted to the dense layer's output given what now enters it; batch norm keeps
   its statistics but for the shift of the means.
 * *cp3*: a 1×1, a depthwise 3×3 and a 1×1 stage, planned and fitted likewise. Not among the default formats: depthwise
@@ -63,7 +64,7 @@ images, for each of them alone: `curves_pilot.json`. There, re-estimated batch n
 batch norm's. Ranks of equal ratio also end up to three points of MACs below the budget.
 
 *Seconds*: plan, factors and batch norm of the row, on a machine shared with other work: a rough guide. The first
-plan of a network computes the curves of distortion for all that follow. Calibration is once per network: {calibrations}.
+plan of a method computes the curves of distortion for all that follow. Calibration is once per network: {calibrations}.
 """
 FITTED = {
     "weight": "least error of the weight",
@@ -110,7 +111,7 @@ def wanted(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str
 
 
 class Network:
-    """A trained network with what data say of it, and the curves of distortion that its plans have in common."""
+    """A trained network with what data say of it, and the option tables that its plans are chosen from."""
 
     def __init__(self, name: str, config: dict[str, Any], weights_dir: Path) -> None:
         self.name, self.config, self.seed = name, config, int(config["seed"])
@@ -123,7 +124,7 @@ class Network:
         start = time.perf_counter()
         self.moments = calibrate(self.model, self.batches, called_layers(self.profile), seed=self.seed)
         seconds = time.perf_counter() - start
-        self.memory: dict[str, dict[Any, Any]] = {}
+        self.tables: dict[str, OptionTable] = {}
         cost = self.profile
         top1 = self.task.evaluate(self.model)
         self.reference = {"macs": cost.macs, "params": cost.params, "top1": top1, "calibration_seconds": seconds}
@@ -150,22 +151,22 @@ class Network:
 
     def plan(self, method: str, share: float) -> Plan:
         """Return the plan of a method: ranks by the same ratio everywhere, or those that hurt the outputs least."""
-        return make_plan(
-            self.model,
-            self.profile,
-            rule=rule_from("ratio" if method in ("weight-only", "data-aware") else "global"),
-            formats=self.config["methods"][method]["formats"],
+        recipe = Recipe(
             budget={"macs": share},
-            moments=None if method == "weight-only" else self.moments,
-            memory=self.memory,
+            rule="ratio" if method in ("weight-only", "data-aware") else "global",
+            formats=self.config["methods"][method]["formats"],
             seed=self.seed,
         )
+        if method not in self.tables:
+            moments = None if method == "weight-only" else self.moments
+            self.tables[method] = tabulate(self.model, self.profile, recipe, moments=moments)
+        return choose(self.tables[method], recipe)
 
     def apply(self, method: str, plan: Plan) -> nn.Module:
         """Return the model that a method makes of a plan, with the batch norms that belong to it."""
         if "fit" not in self.config["methods"][method]:
-            minded = {path: own.output_gram for path, own in self.moments.items() if own.output_gram is not None}
-            return apply_in_order(self.model, plan, self.batches, outputs=minded, seed=self.seed)
+            grams = {path: own.output_gram for path, own in self.moments.items() if own.output_gram is not None}
+            return apply_in_order(self.model, plan, self.batches, outputs=grams, seed=self.seed)
         how = self.config["methods"][method]
         small = apply(self.model, plan, moments=self.fitted(how["fit"]))
         if how["norms"] == "re-estimated":

@@ -3,8 +3,8 @@
     python -m benchmarks.distortion.run --weights-dir FOLDER [--config FILE] [--threads N]
 
 Every layer gets a format at random, or none, and a random part of its cost; all parts are then scaled to the budget by
-one number. No model of distortion has a say in that. Writes ``distortion.json`` and ``distortion.md`` after each plan; plans that
-are in the result already are not repeated. Draw the points with ``python -m benchmarks.distortion.plot``.
+one number. No model of distortion has a say in that. Writes ``distortion.json`` and ``distortion.md`` after each plan;
+plans that are in the result already are not repeated. Draw the points with ``python -m benchmarks.distortion.plot``.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import yaml
 from scipy.stats import rankdata, spearmanr
-from tenfold.planning.distortion import with_distortion
-from tenfold.ranks import Choice, Choose, Keep, OneKnobRule, RankProblem, total_cost
-from tenfold.ranks.candidates import tail_distortion
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenfold.allocation import RULES, Accounts, Choice, Factorize, Keep, ThresholdRule
 from tenfold.calibration import calibrate, called_layers
 from tenfold.calibration.gradients import collect_gradients
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import BudgetError
-from tenfold.formats import FORMATS, split_groups
+from tenfold.planning import tabulate
 from tenfold.profiling import environment, profile
+from tenfold.records import Budget, FormatOptions, LayerOptions, OptionTable, Recipe
 from tenfold.tasks import load_task
 
 HERE = Path(__file__).parent
@@ -49,10 +48,10 @@ HEAD = """\
 
 `python -m benchmarks.distortion.run` on {device}, torch {torch}, Python {python}, {threads} thread(s), seed {seed}.
 ResNet-20 on CIFAR-10; {samples:,} training images without labels to predict from, {held_out:,} others to measure the
-loss on. Each layer is factorized on its own (least distortion to the network's outputs), the shift of its mean goes into
-the batch norm that follows. Spearman's rank correlation between the predicted distortion, summed over layers, and what
-came; with the 95 % interval of 2,000 bootstrap samples. No model of distortion has a say in the plans: each layer gets a
-format at random, or stays (chance {dense:.0%}), and keeps knob^exp({spread}·normal) of its cost, with one knob for the
+loss on. Each layer is factorized on its own (least distortion of the network's outputs), the shift of its mean goes
+into the batch norm that follows. Spearman's rank correlation between the predicted distortion, summed over layers, and
+what came; with the 95 % interval of 2,000 bootstrap samples. No model of distortion has a say in the plans: each layer gets a
+format at random, or stays (chance {dense:.0%}), and keeps level^exp({spread}·normal) of its cost, with one level for the
 budget. Plans were drawn wilder at first (25 % stay, spread 1.0): a dozen of these showed networks at chance, where more
 distortion makes no difference, so the draw was narrowed. The configuration has the wilder ones as a set of their own.
 """
@@ -84,28 +83,56 @@ def main() -> None:
         print(rows[-1]["set"], i, {k: round(rows[-1][k], 4) for k in ("macs", "kl", "loss", *MODELS)}, flush=True)
 
 
+@RULES.register("random")
 @dataclass(frozen=True)
-class RandomRanks(OneKnobRule):
-    """A random format for every layer, or none, at a random part of its cost that rises with the knob."""
+class RandomRanks(ThresholdRule):
+    """A random format for every layer, or none, at a random part of its cost that rises with the level.
 
-    seed: int
-    spread: float
-    dense: float
+    Attributes:
+        draw: seed of the draw.
+        spread: of the parts of the layers.
+        dense: chance of a layer to stay as it is.
+    """
 
-    def knob(self) -> float | None:
+    draw: int = 0
+    spread: float = 0.5
+    dense: float = 0.1
+
+    rows: ClassVar[str] = "saving"
+    by_name: ClassVar[bool] = True  # ranks stay as they are in the family, also where a fuller one is cheaper
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The distortion, which has no say in the choice but is to be compared with what came."""
+        return ("distortion",)
+
+    def level(self) -> float | None:
         """Return None: a budget sets it."""
         return None
 
-    def choose(self, problem: RankProblem, knob: float) -> Choice:
+    def note(self, level: float) -> str:
+        """Return why there is this option."""
+        del level
+        return "drawn"
+
+    def row(self, layer: LayerOptions, options: FormatOptions, level: float) -> int | None:
+        """Return the option of most multiplications within a part of the layer's."""
+        (fitting,) = np.nonzero(options.macs <= level * layer.before.macs)
+        return int(fitting[-1]) if len(fitting) else 0
+
+    def choose(self, layer: LayerOptions, level: float) -> Choice:
         """Return the largest rank of the drawn format within the drawn part."""
-        rng = np.random.default_rng([self.seed, *problem.path.encode()])
-        stays, format = rng.random() < self.dense, rng.choice(problem.formats)
-        part = knob ** math.exp(self.spread * rng.standard_normal())
+        rng = np.random.default_rng([self.draw, *layer.path.encode()])
+        stays, format = rng.random() < self.dense, rng.choice([options.format for options in layer.options])
+        part = level ** math.exp(self.spread * rng.standard_normal())
         if stays:
             return Keep("drawn")
-        family = [(rank, cost) for rank, cost in problem.family(format) if cost.below(problem.cost)]
-        fitting = [rank for rank, cost in family if cost.macs <= part * problem.cost.macs]
-        return Choose(str(format), fitting[-1] if fitting else family[0][0], "drawn")
+        first = 1
+        for options in layer.options:
+            if options.format == format:
+                return Factorize(first + (self.row(layer, options, part) or 0), self.note(level))
+            first += len(options)
+        raise AssertionError(format)
 
 
 class Trial:
@@ -116,17 +143,16 @@ class Trial:
         task = load_task(config["task"], seed=self.seed)
         self.model = task.dense(weights_dir / config["weights"]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.profile = profile(self.model, task.example_inputs())
-        self.problems = self._problems()
         sizes = config["calibration"]
         batches = list(task.calibration_batches(sizes["samples"], batch_size=sizes["batch_size"], seed=self.seed))
         specs = {k: v for k, v in called_layers(self.profile).items() if k not in config["keep"]}
         self.moments = calibrate(self.model, batches, specs, seed=self.seed)
         fisher = collect_gradients(self.model, batches, specs, loss="fisher", seed=self.seed)
-        self.distortions = {
-            "weight": self._distortions(None),
-            "output": self._distortions({k: m.replace(output_gram=None) for k, m in self.moments.items()}),
-            "fisher": self._distortions({k: m.replace(output_gram=fisher[k]) for k, m in self.moments.items()}),
-            "outputs": self._distortions(self.moments),
+        self.tables = {
+            "weight": self._table(None),
+            "output": self._table({k: m.replace(output_gram=None) for k, m in self.moments.items()}),
+            "fisher": self._table({k: m.replace(output_gram=fisher[k]) for k, m in self.moments.items()}),
+            "outputs": self._table(self.moments),
         }
         held = list(task.validation_batches(config["held_out"], batch_size=125))
         self.inputs, self.labels = [x for x, _ in held], torch.cat([y for _, y in held])
@@ -137,68 +163,56 @@ class Trial:
         """Return what the models predict for one random plan, and what came."""
         share = wanted["low"] + (wanted["high"] - wanted["low"]) * number / max(wanted["plans"] - 1, 1)
         choices, drawn = self._draw(self.config | wanted, share, 1000 * self.config["sets"].index(wanted) + number)
-        after = total_cost(self.problems, choices).macs - sum(p.cost.macs for p in self.problems) + self.profile.macs
-        pairs = [(p, c) for p, c in zip(self.problems, choices, strict=True) if isinstance(c, Choose)]
+        rows = {path: choice.row for path, choice in choices.items() if isinstance(choice, Factorize)}
         predicted = {
-            name: sum(known[p.path, c.format][tuple(c.rank.values())] for p, c in pairs)
-            for name, known in self.distortions.items()
+            name: sum(float(table.layer(path).column("distortion")[row]) for path, row in rows.items())
+            for name, table in self.tables.items()
         }
+        layers = {path: self.tables["weight"].layer(path).place(row) for path, row in rows.items()}
+        pairs = {path: (options.format, options.rank(option)) for path, (options, option) in layers.items()}
+        saved = sum(
+            self.profile.layer(path).macs - options.cost(option).macs for path, (options, option) in layers.items()
+        )
+        after = self.profile.macs - saved
         found = self._logits(self._compressed(pairs))
         kl = F.kl_div(found.log_softmax(1), self.dense.log_softmax(1), log_target=True, reduction="batchmean")
         loss = F.cross_entropy(found, self.labels) - F.cross_entropy(self.dense, self.labels)
-        plan = {p.path: {c.format: c.rank} for p, c in pairs}
+        plan = {path: {format: rank} for path, (format, rank) in pairs.items()}
         identity = {"set": wanted["name"], "plan": number, "drawn": drawn, "share": share}
         return {**identity, "macs": after / self.profile.macs, "kl": float(kl), "loss": float(loss), **predicted} | {
             "layers": plan
         }
 
-    def _draw(self, how: dict[str, Any], share: float, seed: int) -> tuple[tuple[Choice, ...], int]:
-        """Return a random plan within the budget, and how many were drawn that cannot meet it before."""
-        fixed = self.profile.macs - sum(p.cost.macs for p in self.problems)
+    def _draw(self, how: dict[str, Any], share: float, seed: int) -> tuple[dict[str, Choice], int]:
+        """Return a random choice for each layer within the budget, and how many draws before it cannot meet it."""
+        table = self.tables["weight"]
+        limits = Accounts(table).limits(Budget(macs=share))
         for drawn in range(100):
             rule = RandomRanks(self.seed + seed + 100_000 * drawn, how["spread"], how["dense"])
             try:
-                return rule.select(self.problems, {"macs": share * self.profile.macs - fixed}), drawn
+                choices = rule.select(table.eligible, limits)
             except BudgetError:
                 continue
+            return {layer.path: choice for layer, choice in zip(table.eligible, choices, strict=True)}, drawn
         msg = f"no random plan meets {share:.0%} of the MACs"
         raise BudgetError(msg)
 
-    def _problems(self) -> list[RankProblem]:
-        found = []
-        for layer in self.profile.layers:
-            if layer.spec is None or not layer.calls or layer.path in self.config["keep"]:
-                continue
-            weight: Any = self.model.get_submodule(layer.path).weight
-            grouped = split_groups(weight.detach(), layer.spec)
-            formats = tuple(self.config["formats"])
-            found.append(RankProblem(layer.path, layer.spec, formats, layer.calls, layer.cost, lambda w=grouped: w))  # type: ignore[misc]
-        return found
+    def _table(self, moments: dict[str, Moments] | None) -> OptionTable:
+        """Return the ranks of the families with the distortion that the planner predicts, by these moments."""
+        recipe = Recipe(rule="random", formats=self.config["formats"], keep=self.config["keep"], keep_ends=False)
+        return tabulate(self.model, self.profile, recipe, moments=moments)
 
-    def _distortions(self, moments: dict[str, Moments] | None) -> dict[tuple[str, str], dict[tuple[int, ...], float]]:
-        """Return the distortion at all ranks of the families, by layer and format, as the planner predicts it."""
-        problems = self.problems if moments is None else with_distortion(self.problems, moments)
-        found = {}
-        for p in problems:
-            for format in p.formats:
-                names = FORMATS.get(format).rank_names
-                ranks = np.array([[rank[name] for name in names] for rank, _ in p.family(format)])
-                curve = tail_distortion(p, format) if p.distortion_at is None else p.distortion_at(format)
-                keys = [tuple(rank.values()) for rank, _ in p.family(format)]
-                found[p.path, format] = dict(zip(keys, curve(ranks).tolist(), strict=True))
-        return found
-
-    def _compressed(self, pairs: list[tuple[RankProblem, Choose]]) -> nn.Module:
+    def _compressed(self, pairs: dict[str, tuple[str, dict[str, int]]]) -> nn.Module:
         """Return the model with the approximated weights, the shifts of the means in the batch norms that follow."""
         small: nn.Module = copy.deepcopy(self.model)
         with torch.no_grad():
-            for problem, choice in pairs:
-                conv: Any = small.get_submodule(problem.path)
-                norm: Any = small.get_submodule(problem.path.replace("conv", "bn"))
-                key = (problem.path, choice.format, *choice.rank.values())
+            for path, (format, rank) in pairs.items():
+                conv: Any = small.get_submodule(path)
+                norm: Any = small.get_submodule(path.replace("conv", "bn"))
+                key = (path, format, *rank.values())
                 if key not in self.known:
-                    metric = self.moments[problem.path]
-                    fit = decompose(conv.weight, choice.format, choice.rank, spec=problem.spec, moments=metric)
+                    spec, moments = self.profile.layer(path).spec, self.moments[path]
+                    fit = decompose(conv.weight, format, rank, spec=spec, moments=moments)
                     shift = torch.zeros(()) if fit.bias_shift is None else fit.bias_shift.float()
                     self.known[key] = (fit.value.to_dense(), shift)
                 weight, shift = self.known[key]

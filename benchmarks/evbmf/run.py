@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import yaml
-from tenfold.ranks import Choose, RankProblem, rule_from
-from torch import Tensor
+from torch import Tensor, nn
 
 from tenfold.decompositions import FitRequest, decompose_many, default_algorithm
 from tenfold.formats import Rank
-from tenfold.profiling.environment import environment
-from tenfold.records import Call, Cost, LayerSpec
+from tenfold.planning import plan
+from tenfold.profiling import environment, profile
+from tenfold.records import Recipe
 from tenfold.tensors import unfold
 from tenfold.tensors.vbmf import evbmf
 
@@ -129,24 +129,34 @@ def weights(config: dict[str, Any]) -> list[Tensor]:
 
 def by_gram(kernels: list[Tensor], weaken: float) -> tuple[float, float, Outcome]:
     """Return the seconds for ranks and for factors, and both, as the package does it."""
+    model = Kernels(kernels)
+    cost = profile(model, [torch.zeros(1, k.shape[1], SIDES[k.shape[0]], SIDES[k.shape[0]]) for k in kernels])
+    recipe = Recipe(rule={"name": "evbmf", "weaken": weaken}, formats="tucker2", keep_ends=False)
     start = time.perf_counter()
-    problems = [_problem(str(n), kernel) for n, kernel in enumerate(kernels)]
-    choices = rule_from("evbmf", weaken=weaken).select(problems)
+    made = plan(model, cost, recipe)
     middle = time.perf_counter()
-    ranks = [choice.rank for choice in choices if isinstance(choice, Choose)]
+    ranks = [layer.rank or {} for layer in made.layers]
     algorithm = default_algorithm("tucker2")
-    parts = zip(kernels, problems, ranks, strict=True)
-    fits = decompose_many([FitRequest(kernel, p.spec, "tucker2", rank, algorithm) for kernel, p, rank in parts])
+    specs = [layer.spec for layer in cost.layers if layer.spec is not None]
+    parts = zip(kernels, specs, ranks, strict=True)
+    fits = decompose_many([FitRequest(kernel, spec, "tucker2", rank, algorithm) for kernel, spec, rank in parts])
     end = time.perf_counter()
     return middle - start, end - middle, [(rank, fit.rel_error) for rank, fit in zip(ranks, fits, strict=True)]
 
 
-def _problem(path: str, kernel: Tensor) -> RankProblem:
-    out, inner, *_ = kernel.shape
-    spec = LayerSpec(kind="conv", in_channels=inner, out_channels=out, kernel=(3, 3), padding=(1, 1))
-    shape = (1, inner, SIDES[out], SIDES[out])
-    cost = Cost(params=spec.num_params, macs=spec.macs(shape))
-    return RankProblem(path, spec, ("tucker2",), (Call(in_shape=shape),), cost, lambda: kernel[None])
+class Kernels(nn.Module):
+    """Convolutions side by side, each with an input of its own."""
+
+    def __init__(self, kernels: list[Tensor]) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(k.shape[1], k.shape[0], k.shape[2:], padding=1, bias=False) for k in kernels]
+        for conv, kernel in zip(convs, kernels, strict=True):
+            conv.weight.data = kernel
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Return the output of each convolution."""
+        return [conv(x) for conv, x in zip(self.convs, inputs, strict=True)]
 
 
 def by_svd(kernels: list[Tensor], weaken: float, *, full: bool) -> tuple[float, float, Outcome]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.house.source import PACKAGE, ROOT, File, Function
 
-ORCHESTRATION = {"planning", "pipeline", "staging", "iterative", "tuning", "training", "integrations", "cli"}
+ORCHESTRATION = {"planning", "pipeline", "iterative", "training", "explorer", "integrations", "cli"}
 MODES = {"TorchFunctionMode", "TorchDispatchMode"}
 COMMANDS = "cli/commands/"
 
@@ -97,7 +97,7 @@ def smuggled(files: Sequence[File]) -> list[str]:
     """Return where a cache travels with the arguments: ``_cache`` of another object, ``memory`` in orchestration."""
     found = []
     for file in files:
-        decides = file.room in ORCHESTRATION | {"ranks", "allocation"}
+        decides = file.room in ORCHESTRATION | {"allocation"}
         for node in ast.walk(file.tree):
             if isinstance(node, ast.Attribute) and node.attr == "_cache":
                 hit = not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})

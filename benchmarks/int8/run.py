@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.turns import compare
 from benchmarks.zoo import build
-from tenfold import compress, load
+from tenfold import Recipe, Runtime, compress, load
 from tenfold.exporting import ExportConfig, export, open_exported, quantize_onnx
 from tenfold.profiling import Comparison, environment
 from tenfold.tasks import Task, load_task
@@ -34,7 +34,7 @@ HEAD = """\
 # Compress, then int8
 
 `python -m benchmarks.int8.run --clock {clock}` on {device}, torch {torch}, ONNX Runtime {ort}, {threads} threads; load
-when it began {load:.1f}. Each row is an ONNX file with batch norm folded. *ms*: by the clock of the {clock}.
+when it began {load:.1f}. Each row is an ONNX file with batch norm fused. *ms*: by the clock of the {clock}.
 *Speed-up*: over the first file of its network, the median of rounds in turns with its 95 % interval. *Top-1*: of the
 file in ONNX Runtime, on {tested} test images.
 
@@ -109,14 +109,17 @@ def compressed(task: Task, dense: nn.Module, wanted: dict[str, Any], checkpoint:
     if checkpoint is not None:
         return load(task.build(), checkpoint)[0].eval()
     data = task.calibration_batches(wanted["calibration"], batch_size=125, seed=0)
-    made = compress(dense, task.example_inputs(1), budget=wanted["budget"], data=data, latency=False)
+    made = compress(
+        dense, task.example_inputs(1), Recipe(budget=wanted["budget"]), data=data, runtime=Runtime(measure=False)
+    )
     return made.model.eval()
 
 
 def zoo(wanted: dict[str, Any], config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a network with random weights, dense and compressed: the time does not depend on them."""
     subject = build(wanted["name"], batch=wanted["batch"])
-    small = compress(subject.model, subject.inputs, budget=wanted["budget"], latency=False).model
+    recipe, runtime = Recipe(budget=wanted["budget"]), Runtime(measure=False)
+    small = compress(subject.model, subject.inputs, recipe, runtime=runtime).model
     files = {}
     for name, model in (("dense", subject.model), ("compressed", small)):
         files[name] = folder / f"zoo-{name}.onnx"

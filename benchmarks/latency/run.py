@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 import yaml
-from tenfold.ranks import rule_from
 from torch import nn
 
 from benchmarks.zoo import Subject, build
-from tenfold.planning import FastPlan, plan_fast
+from tenfold.planning import FastPlan, LatencySearch, plan_within_latency, tabulate
 from tenfold.profiling import (
     Comparison,
     LatencyTable,
@@ -33,7 +32,7 @@ from tenfold.profiling import (
     profile,
     to_memory_format,
 )
-from tenfold.records import LayerPlan, Profile
+from tenfold.records import LayerPlan, Profile, Recipe
 from tenfold.surgery import apply, fuse_batchnorm
 
 HERE = Path(__file__).parent
@@ -42,17 +41,17 @@ HEAD = """\
 
 `python -m benchmarks.latency.run` on {device}, torch {torch}, Python {python}, float32. Weights
 random with a decaying spectrum; the time does not depend on them. Dense models run in the memory format that is best
-for them, so do the small ones. *Budget*: share of the dense model's time; *folded*: planned and demanded of both models
-with batch norm folded into the layers, the dense one too. *Speed-up*: median of the ratios of rounds in turns, with its
+for them, so do the small ones. *Budget*: share of the dense model's time; *fused*: planned and demanded of both models
+with batch norm fused into the layers, the dense one too. *Speed-up*: median of the ratios of rounds in turns, with its
 95 % interval. *Per MACs*: speed-up divided by the reduction of multiply-accumulates. *Layers*: how many are factorized,
-and how many were sent back because they measured no faster. A plan for folded models has two rows: the models as they
+and how many were sent back because they measured no faster. A plan for fused models has two rows: the models as they
 run then, and the same two with batch norm left in place.
 
 | network | batch | threads | budget | dense ms | small ms | speed-up | MACs | per MACs | layers | load | demanded |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
 """
 LAYERS = """
-## {name}, batch {batch}, {threads} threads{folded}: layers
+## {name}, batch {batch}, {threads} threads{fused}: layers
 
 | layer | geometry | now | dense ms | factorized ms | speed-up |
 |---|---|---|---:|---:|---:|
@@ -89,7 +88,7 @@ def main() -> None:
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["name"], row["batch"], row.get("fold", False), row["threads"]
+    return row["name"], row["batch"], row.get("fuse", False), row["threads"]
 
 
 def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +102,7 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     after = profile(small, subject.inputs)
     plain = compared(subject.model, small, subject.inputs, found, config)
     ran = plain
-    if wanted.get("fold"):
+    if wanted.get("fuse"):
         dense, slim = (fuse_batchnorm(model, subject.inputs) for model in (subject.model, small))
         ran = compared(dense, slim, subject.inputs, found, config)
     speedup = ran.speedups["small"]
@@ -118,14 +117,14 @@ def measure(wanted: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "name": subject.name,
         "batch": wanted["batch"],
         "threads": torch.get_num_threads(),
-        "fold": wanted.get("fold", False),
-        "folded_norms": len(found.plan.fused),
+        "fuse": wanted.get("fuse", False),
+        "fused_norms": len(found.plan.fused),
         "budget": wanted["latency"],
         "demanded": {k: wanted[k] for k in ("speedup", "per_macs") if k in wanted},
         "as_demanded": as_demanded,
         "met": found.met,
         **figures(ran),
-        "unfolded": figures(plain) if wanted.get("fold") else None,
+        "unfused": figures(plain) if wanted.get("fuse") else None,
         "macs": [cost.macs, after.macs],
         "params": [cost.params, after.params],
         "per_macs": per_macs,
@@ -151,23 +150,23 @@ def figures(result: Comparison) -> dict[str, Any]:
 
 def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dict[str, Any]) -> FastPlan:
     """Return the plan for the latency budget, as near to it as the layers allow."""
-    runs = fuse_batchnorm(subject.model, subject.inputs) if wanted.get("fold") else subject.model
+    runs = fuse_batchnorm(subject.model, subject.inputs) if wanted.get("fuse") else subject.model
     layout, _ = best_memory_format(runs, subject.inputs, seconds=config["model_seconds"] / 2)
-    return plan_fast(
-        subject.model,
-        cost,
-        subject.inputs,
-        clock=LatencyTable(memory_format=layout, seconds=config["clock_seconds"]),
+    recipe = Recipe(
         budget={"latency": wanted["latency"]},
+        formats=config["formats"],
+        fuse_batchnorm=wanted.get("fuse", False),
+        seed=config["seed"],
+    )
+    table = tabulate(subject.model, cost, recipe)
+    clock = LatencyTable(memory_format=layout, seconds=config["clock_seconds"])
+    search = LatencySearch(
         strict=False,
-        fold=wanted.get("fold", False),
         rounds=config["rounds"],
         seconds=config["model_seconds"],
         layer_seconds=config["layer_seconds"],
-        rule=rule_from(config["rule"]),
-        formats=config["formats"],
-        seed=config["seed"],
     )
+    return plan_within_latency(subject.model, table, cost, subject.inputs, clock, search)
 
 
 def decay_(model: nn.Module, decay: float) -> None:
@@ -208,20 +207,20 @@ def table(result: dict[str, Any]) -> str:
     total = sum(lay["factorized"] for row in result["rows"] for lay in row["layers"])
     text += f"\nOf {total} factorized layers in these plans, {len(slower)} measure slower than their dense originals.\n"
     for row in result["rows"]:
-        folded = ", folded" if row.get("fold") else ""
-        text += LAYERS.format(name=row["name"], batch=row["batch"], threads=row["threads"], folded=folded) + "".join(
+        fused = ", fused" if row.get("fuse") else ""
+        text += LAYERS.format(name=row["name"], batch=row["batch"], threads=row["threads"], fused=fused) + "".join(
             layer_line(layer) for layer in row["layers"]
         )
     return text
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """Return one network as a line of the table; two where its plan is for folded models."""
+    """Return one network as a line of the table; two where its plan is for fused models."""
     demanded = ", ".join(f"{k} ≥ {v}" for k, v in row["demanded"].items()) or "not slower"
     verdict = f"{demanded}: {'yes' if row['as_demanded'] else '**no**'}"
-    if not row.get("fold"):
+    if not row.get("fuse"):
         return [line(row, f"{row['budget']:.0%}", verdict)]
-    return [line(row, f"{row['budget']:.0%} folded", verdict), line(row | row["unfolded"], "the same, not folded", "")]
+    return [line(row, f"{row['budget']:.0%} fused", verdict), line(row | row["unfused"], "the same, not fused", "")]
 
 
 def line(row: dict[str, Any], budget: str, verdict: str) -> str:

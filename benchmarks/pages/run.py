@@ -3,7 +3,7 @@
     python -m benchmarks.pages.run [--config FILE] [--out FOLDER]
 
 Opening is what headless Chromium says of its navigation, until the load event; its processor time is that of the page's
-own thread. An answer is from the wish to what the page is sent; the browser's part of it is a fraction.
+own thread. An answer is from the query to what the page is sent; the browser's part of it is a fraction.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tenfold.ranks import rule_from
 
 from benchmarks.zoo import build
-from tenfold.explorer import Explorer, Wish
-from tenfold.explorer.view import shown_answer, shown_explorer
-from tenfold.planning import candidates, plan
+from tenfold.allocation import pruned
+from tenfold.explorer import Explorer, Query
+from tenfold.explorer.view import initial_view, selection_view
+from tenfold.planning import plan, tabulate
 from tenfold.profiling import environment, profile
-from tenfold.records import Candidates
+from tenfold.records import OptionTable, Recipe
 from tenfold.reporting.report import write_report
 from tenfold.reporting.run_files import read_run
 from tests.browser import Browser, chromium
@@ -84,33 +84,30 @@ def load(browser: Browser, page: Path) -> tuple[float, float]:
 
 
 def explorer(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what the candidates of a network weigh, and how long answers to budgets take."""
-    subject, memory = build(config["model"], seed=config["seed"]), {}
-    cost, formats = profile(subject.model, subject.inputs), tuple(config["formats"])
-    choices: dict[str, Any] = {"formats": formats, "memory": memory, "seed": config["seed"]}
-    made, planned = timed(
-        lambda: plan(subject.model, cost, rule=rule_from("global"), budget=config["budgets"][0], **choices)
-    )
-    found, gathered = timed(lambda: candidates(subject.model, cost, made, **choices))
-    file = folder / "candidates.json"
-    found.save(file)
-    (own, opened) = timed(lambda: Explorer(Candidates.load(file)))
-    _, first = timed(lambda: shown_explorer(own))
+    """Return what the option table of a network weighs, and how long answers to budgets take."""
+    subject = build(config["model"], seed=config["seed"])
+    cost = profile(subject.model, subject.inputs)
+    recipe = Recipe(budget=config["budgets"][0], formats=config["formats"], seed=config["seed"])
+    whole, tabulated = timed(lambda: tabulate(subject.model, cost, recipe))
+    file = folder / "options.json"
+    table, fewer = timed(lambda: pruned(whole))
+    table.save(file)
+    (own, opened) = timed(lambda: Explorer(OptionTable.load(file)))
+    _, first = timed(lambda: initial_view(own))
     rows = []
     for budget in config["budgets"]:
-        wish = Wish(budget=budget)
-        times = [timed(lambda w=wish: shown_answer(own, own.answer(w)))[1] for _ in range(config["answers"])]
-        again, anew = timed(lambda b=budget: plan(subject.model, cost, rule=rule_from("global"), budget=b, **choices))
-        same = own.plan(own.answer(wish)) == again
-        rows.append({"budget": budget, "answer_ms": spread([1000 * t for t in times]), "plan_s": round(anew, 2)})
-        rows[-1] |= {"same": same}
+        query = Query(budget=budget)
+        times = [timed(lambda q=query: selection_view(own, own.select(q), q))[1] for _ in range(config["answers"])]
+        again, seconds = timed(lambda b=budget: plan(subject.model, cost, recipe.replace(budget=b)))
+        rows.append({"budget": budget, "answer_ms": spread([1000 * t for t in times]), "plan_s": round(seconds, 2)})
+        rows[-1] |= {"same": own.plan(query) == again}
     return {
         "model": config["model"],
-        "layers": len(found.layers),
-        "options": sum(len(options) for layer in found.layers for options in layer.options),
+        "layers": len(table.eligible),
+        "options": sum(len(options) for layer in table.eligible for options in layer.options),
         "bytes": file.stat().st_size,
-        "plan_s": round(planned, 2),
-        "candidates_s": round(gathered, 2),
+        "tabulate_s": round(tabulated, 2),
+        "prune_s": round(fewer, 2),
         "open_s": round(opened + first, 2),
         "rows": rows,
         "load": round(os.getloadavg()[0], 2),
@@ -129,7 +126,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 1), "min": round(min(values), 1), "max": round(max(values), 1)}
 
 
-def told(values: dict[str, float]) -> str:
+def words(values: dict[str, float]) -> str:
     """Return median and spread in words."""
     return f"{values['median']:.0f} [{values['min']:.0f}–{values['max']:.0f}]"
 
@@ -144,15 +141,15 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"headless Chromium. Medians [least–most]; load of the machine {page['load']} and {own['load']}.", ""]
     lines += ["| report | size | until loaded, ms | processor time of the page, ms |", "| --- | --- | --- | --- |"]
     size = page["bytes"] / 1e6
-    lines += [f"| {page['layers']} layers | {size:.2f} MB | {told(page['open_ms'])} | {told(page['cpu_ms'])} |", ""]
+    lines += [f"| {page['layers']} layers | {size:.2f} MB | {words(page['open_ms'])} | {words(page['cpu_ms'])} |", ""]
     lines += [f"The explorer of {own['model']}, {own['layers']} layers with {own['options']:,} options:"]
-    lines += [f"{own['bytes'] / 1e6:.2f} MB, gathered in {own['candidates_s']} s after a plan of {own['plan_s']} s,"]
+    lines += [f"{own['bytes'] / 1e6:.2f} MB, tabulated in {own['tabulate_s']} s, pruned in {own['prune_s']} s,"]
     lines += [f"opened in {own['open_s']} s.", ""]
     lines += ["| budget | answer, ms | the same by `plan`, s | same plan |", "| --- | --- | --- | --- |"]
     for row in own["rows"]:
         budget = ", ".join(f"{k} {v:.0%}" for k, v in row["budget"].items())
         same = "yes" if row["same"] else "no"
-        lines.append(f"| {budget} | {told(row['answer_ms'])} | {row['plan_s']} | {same} |")
+        lines.append(f"| {budget} | {words(row['answer_ms'])} | {row['plan_s']} | {same} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import yaml
-from tenfold.ranks.globally import Global
 
 from benchmarks.zoo import build
 from tenfold.planning import plan
 from tenfold.profiling import environment, profile
+from tenfold.records import Recipe
 
 HERE = Path(__file__).parent
 
@@ -49,7 +49,7 @@ def row(wanted: dict[str, Any], formats: tuple[str, ...], seed: int) -> dict[str
     subject = build(wanted["name"], seed=seed)
     cost = profile(subject.model, subject.inputs)
     start = time.perf_counter()
-    made = plan(subject.model, cost, rule=Global(), formats=formats, budget=wanted["budget"], seed=seed)
+    made = plan(subject.model, cost, Recipe(budget=wanted["budget"], formats=formats, seed=seed))
     seconds = time.perf_counter() - start
     used = {name: getattr(made.after, name) / getattr(made.before, name) for name in wanted["budget"]}
     gaps = {part for layer in made.factorized for part in layer.reason.split("gap ")[1:]}

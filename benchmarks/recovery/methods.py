@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tenfold.ranks import rule_from
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import tenfold
-from tenfold.decompositions import Decomposition
-from tenfold.iterative import Schedule, run_stages
+from tenfold.iterative import Schedule, Training, compress_iteratively, musco
 from tenfold.layers import FactorizedLayer, build
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.records import Budget, Plan
+from tenfold.records import Plan, Recipe
+from tenfold.runtime import Runtime
 from tenfold.tasks.base import Task
 from tenfold.training import (
     Batches,
@@ -55,19 +54,12 @@ class Work:
     @property
     def calibration(self) -> list[Any]:
         """The unlabeled training images that ranks and factors may know."""
-        return list(self.task.calibration_batches(self.config["calibration"], batch_size=125, seed=self.seed))
+        return list(self.task.calibration_batches(self.config["samples"], batch_size=125, seed=self.seed))
 
     @property
-    def algorithms(self) -> dict[str, Decomposition]:
-        """Those that the row names instead of the formats' own."""
-        own = self.config["algorithms"]
-        return {name: Decomposition.from_dict(given | {"seed": self.seed}) for name, given in own.items()}
-
-    @property
-    def rule(self) -> dict[str, Any]:
-        """The rank rule, as name and settings."""
-        rule = self.config["rule"]
-        return {"name": rule} if isinstance(rule, str) else dict(rule)
+    def recipe(self) -> Recipe:
+        """What is wanted of the row."""
+        return Recipe.of(self.config["recipe"] | {"seed": self.seed})
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +77,7 @@ def one_shot(work: Work, started: tuple[nn.Module, Plan | None] | None = None) -
     model, plan = started or compressed(work)
     before = {"compressed": work.task.evaluate(model)}
     with multiplied_out(model) if work.config.get("multiplied_out") else nullcontext():
-        told = finetune(
+        tuned = finetune(
             model,
             work.batches,
             work.train,
@@ -93,7 +85,7 @@ def one_shot(work: Work, started: tuple[nn.Module, Plan | None] | None = None) -
             folder=TrainingFolder(work.folder / "tuning", work.name),
             progress=TuneProgress(work.report),
         )
-    return Outcome(model, plan, told.history, before)
+    return Outcome(model, plan, tuned.history, before)
 
 
 @contextmanager
@@ -124,45 +116,32 @@ def _by_dense_weight(layer: FactorizedLayer, x: Tensor) -> Tensor:
 def staged(work: Work) -> Outcome:
     """Return the network after stages; ``musco`` has the published rank rule, and ends when the budget is met."""
     way = {k: v for k, v in work.config["method"].items() if k != "name"}
-    common = {"budget": work.config["budget"], "formats": work.config["formats"], "keep": tuple(work.config["keep"])}
+    recipe = work.recipe
     if work.config["method"]["name"] == "musco":
         final = way.pop("final_epochs", 0)  # its stages end when the budget is met: the rest of the training comes then
-        schedule = Schedule.musco(**way).replace(budget=Budget.of(common.pop("budget")), final_epochs=final, **common)
+        published, schedule = musco(**way)
+        recipe, schedule = recipe.replace(rule=published.rule), schedule.replace(final_epochs=final)
     else:
-        schedule = Schedule.of({**common, "rule": work.rule, **way})
-    told = run_stages(
+        schedule = Schedule.of(way)
+    outcome = compress_iteratively(
         work.model,
         work.task.example_inputs(),
+        recipe,
         schedule,
-        tune=work.train,
-        batches=work.batches,
-        loss=work.loss,
-        folder=work.folder / "stages",
-        identity=work.name,
+        tune=Training(work.batches, work.train, loss=work.loss),
         data=work.calibration,
-        use_data=work.config["use_data"],
-        algorithms=work.algorithms,
         evaluate=work.task.evaluate,
-        seed=work.seed,
+        runtime=Runtime(folder=work.folder / "stages", identity=work.name),
     )
-    epochs = [epoch for stage in told.record.stages for epoch in stage.tuning]
+    epochs = [epoch for stage in outcome.record.stages for epoch in stage.tuning]
     history = tuple(EpochRecord(**epoch | {"epoch": number}) for number, epoch in enumerate(epochs, 1))
-    return Outcome(told.model, told.plan, history, dict(told.record.stages[-1].scores))
+    return Outcome(outcome.model, outcome.plan, history, dict(outcome.record.stages[-1].scores))
 
 
 def admm(work: Work) -> Outcome:
     """Return the network trained towards the ranks of a plan, replaced by its factors, and trained on."""
     inputs = work.task.example_inputs()
-    rule = work.rule
-    plan = make_plan(
-        work.model,
-        profile(work.model, inputs),
-        rule=rule_from(rule.pop("name"), **rule),
-        budget=work.config["budget"],
-        formats=work.config["formats"],
-        keep=work.config["keep"],
-        seed=work.seed,
-    )
+    plan = make_plan(work.model, profile(work.model, inputs), work.recipe)
     towards = int(work.config["method"]["towards"])
     first = work.train.replace(epochs=towards)
     after = work.train.replace(epochs=work.train.epochs - towards, seed=work.train.seed + 1)
@@ -186,21 +165,14 @@ WAYS: dict[str, Callable[[Work], Outcome]] = {"one-shot": one_shot, "stages": st
 
 def compressed(work: Work) -> tuple[nn.Module, Plan]:
     """Return the network compressed as the row says; kept in its folder for the next time."""
-    own, folder = work.config, work.folder / "compressed"
+    folder = work.folder / "compressed"
     if not folder.is_dir():
-        rule = work.rule
         tenfold.compress(
             copy.deepcopy(work.model),
             work.task.example_inputs(),
-            budget=own["budget"],
-            rule=rule_from(rule.pop("name"), **rule),
-            formats=own["formats"],
-            algorithms=work.algorithms,
-            keep=own["keep"],
+            work.recipe,
             data=work.calibration,
-            use_data=own["use_data"],
-            latency=False,
-            seed=work.seed,
+            runtime=Runtime(measure=False),
         ).save(folder)
     model, plan = tenfold.load(copy.deepcopy(work.model), folder)
     return model, plan

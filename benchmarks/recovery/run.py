@@ -60,11 +60,17 @@ def main() -> None:
 
 def runs(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield name and configuration of all runs: one for each seed of each row, all rows at one seed first."""
-    rows = {name: config["defaults"] | own for name, own in config["rows"].items()}
+    rows = {name: merged(config["defaults"], own) for name, own in config["rows"].items()}
     for seed in sorted({seed for row in rows.values() for seed in row["seeds"]}):
         for name, row in rows.items():
             if seed in row["seeds"]:
                 yield (name if len(row["seeds"]) == 1 else f"{name}/{seed}"), row | {"seed": seed}
+
+
+def merged(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with what it leaves out; of its recipe, too. A recipe of null is the dense network, trained on."""
+    recipe = own.get("recipe", {})
+    return defaults | own | {"recipe": None if recipe is None else defaults["recipe"] | recipe}
 
 
 class Row:
@@ -138,7 +144,7 @@ class Row:
         """Return the network as it goes into training: fitted by data, from a checkpoint, or dense as a control."""
         if self.config.get("start"):  # goes on where another run ended
             return tenfold.load(copy.deepcopy(self.model), CHECKPOINTS / self.config["start"])
-        if self.config["budget"] is None:
+        if self.config["recipe"] is None:
             return copy.deepcopy(self.model), None
         return compressed(work)
 
@@ -158,7 +164,7 @@ class Row:
             return self.task.train_batches(epoch, batch_size=config.batch_size, seed=0)
 
         def unlabeled(epoch: int) -> Any:
-            size, samples = config.batch_size, self.config["calibration"]
+            size, samples = config.batch_size, self.config["samples"]
             return self.task.unlabeled_batches(epoch, samples, batch_size=size, seed=self.seed)
 
         taught = self.config["distillation"]

@@ -119,22 +119,23 @@ def at(
     example = known.batches[len(known.batches) // 2]
     cost = tenfold.profile(model, example)
     linear = {p.path: p.params for p in cost.layers if p.spec is not None and p.spec.kind == "linear"}
-    budget = {"params": cost.params - (1 - share) * sum(linear.values())}
+    limit = cost.params - (1 - share) * sum(linear.values())
     wanted = asked.embeddings(model)
     rows, small = [], {}
     for name, method in experiment["methods"].items():
-        data = known.batches if "use_data" in method else None
         start = time.perf_counter()
         made = tenfold.compress(
             model,
             example,
-            budget=budget,
-            formats=("low_rank",),
-            keep=("re:.*embeddings",),
-            data=data,
-            latency=False,
-            seed=experiment["seed"],
-            **method,
+            {
+                "budget": {"max_params": limit},
+                "formats": "low_rank",
+                "keep": "re:.*embeddings",
+                "seed": experiment["seed"],
+                **method,
+            },
+            data=known.batches,
+            runtime=tenfold.Runtime(measure=False),
         )
         seconds = time.perf_counter() - start
         after = tenfold.profile(made.model, example)

@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 import tenfold
-from tenfold.planning import close_idle
+from tenfold.planning.unroll import refuse_unused
 from tenfold.profiling import environment
 from tenfold.surgery import unroll_rnns
 from tenfold.tasks import Task, load_task
@@ -84,22 +84,16 @@ def compressed(task: Task, model: nn.Module, name: str, way: Row, config: Row, f
     """Return what is left of the accuracy when one part has a third of its parameters."""
     parts = {path: size(model.get_submodule(path)) for path in ("embedding", "rnn", "head")}
     part = way["part"]
-    budget = size(model) - parts[part] * (1 - 1 / config["share"])
-    data = None
-    if "use_data" in way:
-        data = list(task.calibration_batches(config["calibration"], batch_size=100, seed=config["seed"]))
-    small = tenfold.compress(
-        model,
-        task.example_inputs(),
-        budget={"params": budget},
-        formats=way["formats"],
-        keep=[path for path in parts if path != part],
-        keep_ends=False,
-        data=data,
-        use_data=way.get("use_data", "layers"),
-        latency=False,
-        seed=config["seed"],
-    )
+    recipe = {
+        "budget": {"max_params": size(model) - parts[part] * (1 - 1 / config["share"])},
+        "keep": [path for path in parts if path != part],
+        "keep_ends": False,
+        "seed": config["seed"],
+        **way["recipe"],
+    }
+    data = list(task.calibration_batches(config["calibration"], batch_size=100, seed=config["seed"]))
+    runtime = tenfold.Runtime(measure=False)
+    small = tenfold.compress(model, task.example_inputs(), recipe, data=data, runtime=runtime)
     row = {"name": name, "params": size(small.model), "part": parts[part]}
     row |= {"left": size(small.model.get_submodule(part)), "test": task.evaluate(small.model)}
     row["ranks"] = {layer.path: layer.rank for layer in small.plan.factorized}
@@ -115,8 +109,8 @@ def timed(task: Task, model: nn.Module, config: Row, rows: list[Row]) -> list[li
     cost = tenfold.profile(opened, example)
     models = [model]
     for row, way in zip(rows[1:], config["rows"].values(), strict=True):
-        rule = tenfold.rule_from("fixed", ranks=row["ranks"])
-        plan = close_idle(tenfold.plan(opened, cost, rule=rule, formats=way["formats"]), model)
+        recipe = {"rule": {"name": "fixed", "ranks": row["ranks"]}, "formats": way["recipe"]["formats"]}
+        plan = refuse_unused(tenfold.plan(opened, cost, recipe), model)
         models.append(tenfold.apply(model, plan).eval())
     ms: list[list[float]] = [[] for _ in models]
     for turn in range(config["rounds"] + 1):

@@ -162,16 +162,17 @@ def _pick(layer: LayerOptions, choice: Choice) -> Pick:
         reason = choice.reason if isinstance(choice, Keep) else choice.note
         return Pick(layer.path, None, 0, layer.rank, layer.before, None, layer.latency_ms, reason)
     options, option = layer.place(choice.row)
-    column = options.columns.get("distortion")
+    own, row = options.taken(option)
+    column = own.columns.get("distortion", options.columns.get("distortion"))
     return Pick(
         layer.path,
         options.format,
         option,
-        options.rank(option),
-        options.cost(option),
-        None if column is None else float(column[option]),
-        None if options.latency_ms is None else float(options.latency_ms[option]),
-        choice.note + options.notes.get(option, ""),
+        own.rank(row),
+        own.cost(row),
+        None if column is None else float(column[row if "distortion" in own.columns else option]),
+        None if own.latency_ms is None else float(own.latency_ms[row]),
+        choice.note + ("" if own is options else options.notes.get(option, "")),
     )
 
 

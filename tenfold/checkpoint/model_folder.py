@@ -34,7 +34,8 @@ def save(
     """Write a compressed model to the folder ``path``, atomically, and return the folder.
 
     It holds ``model.safetensors``, with the plan for ``load`` in its header, ``plan.yaml`` and ``README.md`` to read,
-    ``recipe.yaml`` to do the same again, and ``record.json`` if there is a record. The written plan names the batch norms that are fused in the model.
+    ``recipe.yaml`` to do the same again, and ``record.json`` if there is a record. The written plan names the batch
+    norms that are fused in the model.
 
     An earlier checkpoint is replaced, other files in the folder stay. After an error it is unchanged; if the process is
     killed at any time, ``load`` returns the earlier model or the new one, beside which files may be missing, but none
@@ -99,7 +100,8 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
         path: a folder written by ``save``, or the weights file in it.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, foreign, of another version, modified, or for another model.
+        CheckpointError: the checkpoint is missing, damaged, foreign, of another version, modified, or for another
+            model.
     """
     path = Path(path)
     state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
+from pydantic import Field
+
 from tenfold.allocation import Accounts, Override, Pick, Selection, plan_of, select
 from tenfold.records import Budget, OptionTable, Plan, Recipe
 from tenfold.records.base import Record
@@ -21,7 +23,7 @@ class Query(Record):
     """
 
     budget: Budget = Budget()
-    overrides: dict[str, Override] = {}
+    overrides: dict[str, Override] = Field(default_factory=dict)
 
 
 class Explorer:

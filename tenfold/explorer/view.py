@@ -44,7 +44,7 @@ def selection_view(explorer: Explorer, selection: Selection, query: Query) -> Va
 
 
 def layer_steps(layer: LayerOptions, options: FormatOptions) -> list[list[Any]]:
-    """Return the steps of a slider: option, words and cost, from small to large, each with less distortion than the last.
+    """Return the steps of a slider: option, words and cost, from small to large, each with less distortion.
 
     Costs are MACs, or parameters where the layer has none.
     """

@@ -59,16 +59,23 @@ def rows_of(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -
     return ROWS[rule.rows](layer, format, weight, rule)
 
 
-def without_idle_factors(layer: EligibleLayer, format: str, ranks: Ranks) -> tuple[Ranks, dict[int, str]]:
-    """Return ranks of which none has a factor that costs more than it saves, and a note for each row that changed.
+def without_idle_factors(
+    layer: EligibleLayer, format: str, ranks: Ranks
+) -> tuple[Ranks, dict[int, int], dict[int, str]]:
+    """Return ranks that beat others by making some of them full, which row becomes which, and a note for each.
 
     64 → 62 → 20 channels, 1×1 and then 3×3, take more multiplications than 64 → 20 at once. At full rank the format
     leaves that factor out, which is the two multiplied out, exactly, and what the factor had dropped comes back for
     nothing.
     """
     fuller, cheaper = _fuller(layer, format, ranks)
-    names = FORMATS.get(format).rank_names
-    return fuller, {int(row): _note(names, ranks[row], fuller[row]) for row in np.flatnonzero(cheaper)}
+    rows = np.flatnonzero(cheaper)
+    unique, place = np.unique(fuller[rows], axis=0, return_inverse=True)
+    becomes = dict(zip(rows.tolist(), place.reshape(-1).tolist(), strict=True))
+    kind = FORMATS.get(format)
+    notes = {row: _note(kind.rank_names, ranks[row], fuller[row]) for row in becomes}
+    named = (dict(zip(kind.rank_names, row, strict=True)) for row in unique.tolist())
+    return kind.rows(kind.check_rank(layer.spec, rank) for rank in named), becomes, notes
 
 
 def _fuller(layer: EligibleLayer, format: str, ranks: Ranks) -> tuple[Ranks, NDArray[np.bool_]]:
@@ -103,11 +110,6 @@ def _note(names: tuple[str, ...], before: Ranks, after: Ranks) -> str:
     return f"; {changed} made full: cheaper without that factor"
 
 
-def _array(format: str, ranks: list[Rank] | tuple[Rank, ...]) -> Ranks:
-    names = FORMATS.get(format).rank_names
-    return np.array([[rank[name] for name in names] for rank in ranks], dtype=np.int64).reshape(-1, len(names))
-
-
 @row_source("grid")
 def grid(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> tuple[Ranks, Columns]:
     """Multiples of a step, and full rank; all pairs of two ranks. Only what makes the layer cheaper.
@@ -124,17 +126,14 @@ def grid(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> t
 
     ranks = FORMATS.get(format).rank_grid(layer.spec, axis)
     ranks = ranks[saves(layer, *costs_of(layer, format, ranks))]
-    fuller, cheaper = _fuller(layer, format, ranks)  # which beat the rows they come from: the knapsack drops those
-    known = set(map(tuple, ranks.tolist()))
-    new = [row for row in np.unique(fuller[cheaper], axis=0).tolist() if tuple(row) not in known]
-    return np.concatenate([ranks, np.array(new, dtype=np.int64).reshape(-1, ranks.shape[1])]), {}
+    return ranks, {}
 
 
 @row_source("family")
 def family(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> tuple[Ranks, Columns]:
     """Ranks from small to full along the format's family."""
     del weight, rule
-    return _array(format, FORMATS.get(format).rank_family(layer.spec)), {}
+    return FORMATS.get(format).rows(FORMATS.get(format).rank_family(layer.spec)), {}
 
 
 @row_source("saving")
@@ -161,7 +160,7 @@ def tolerance(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule)
     spectra = spectra_of(layer, format, weight)
     tails = [tail_shares(spectra[name])[1:] - _ROUND for name in kind.rank_names]  # from rank 1 on
     dropped = np.unique(np.maximum(np.concatenate(tails), 0.0))[::-1]
-    dropped = dropped[dropped <= max(tail[0] for tail in tails)] if len(dropped) else dropped
+    dropped = dropped[dropped <= max(0.0, *(tail[0] for tail in tails))]
     ranks = np.stack([np.searchsorted(-tail, -dropped) + 1 for tail in tails], axis=1)
     return ranks, {"dropped": len(tails) * dropped}
 
@@ -193,9 +192,9 @@ def weakened(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) 
         ranks = {name: _weakened(now[name], extreme[name], at, rule.min_rank) for name in extreme}
         key = tuple(ranks.values())
         if key not in covering:
-            covering[key] = kind.covering(layer.spec, ranks)
+            covering[key] = kind.check_rank(layer.spec, kind.covering(layer.spec, ranks))
         rows.append(covering[key])
-    return _array(format, rows), {"weaken": np.array(ends)}
+    return FORMATS.get(format).rows(rows), {"weaken": np.array(ends)}
 
 
 @row_source("given")
@@ -206,11 +205,10 @@ def given(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> 
     kind = FORMATS.get(format)
     pattern = first_match(rule.ranks, layer.path)
     if pattern is None or format != layer.formats[0]:
-        return _array(format, []), {}
-    rank = rule.ranks[pattern]
-    return _array(
-        format, [kind.check_rank(layer.spec, dict.fromkeys(kind.rank_names, rank) if isinstance(rank, int) else rank)]
-    ), {}
+        return FORMATS.get(format).rows([]), {}
+    asked = rule.ranks[pattern]
+    rank = dict.fromkeys(kind.rank_names, asked) if isinstance(asked, int) else asked
+    return kind.rows([kind.check_rank(layer.spec, rank)]), {}
 
 
 def _rank_now(layer: EligibleLayer, format: str) -> Rank:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tenfold import __version__
 from tenfold.allocation import RankRule, rule_of
+from tenfold.allocation.rules.fixed import Fixed
 from tenfold.allocation.rules.threshold import ErrorBound
 from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
+from tenfold.patterns import check_patterns
 from tenfold.planning.columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.costs import costs_of
 from tenfold.planning.curves import BY_DATA
@@ -78,6 +80,8 @@ def tabulate(
         for layer in profile.layers
         if not kept[layer.path]
     ]
+    if isinstance(rule, Fixed):
+        check_patterns(rule.ranks, [layer.path for layer in layers])
     if len({layer.moments.output_gram is None for layer in layers if layer.moments is not None}) > 1:
         msg = "some moments have output Gram matrices and some do not: their distortions are not on one scale"
         raise PlanError(msg)
@@ -141,25 +145,23 @@ def _weighed(
             cache.add(errors)
     ranks = {path: {o.format: o.ranks for o in own} for path, own in options.items()}
     measured = score_columns(rule.columns, ranks, rule, scores)
-    replaces = rule.rows != "grid" and not rule.by_name
     return {
-        layer.path: [
-            _finished(layer, own, measured[layer.path][own.format], replaces=replaces) for own in options[layer.path]
+        path: [
+            o.replace(columns={**o.columns, **measured[path][o.format]}) if measured[path][o.format] else o for o in own
         ]
-        for layer in layers
+        for path, own in options.items()
     }
 
 
-def _finished(layer: EligibleLayer, own: FormatOptions, measured: dict[str, Any], *, replaces: bool) -> FormatOptions:
-    """Return options with the columns that scores fill, and idle factors left out where a rule has no choice of it.
-
-    On a grid the fuller ranks are rows of their own, and ranks that somebody gave by hand stay.
-    """
-    own = own.replace(columns={**own.columns, **measured}) if measured else own
-    if not replaces:
+def _with_fuller(layer: EligibleLayer, own: FormatOptions, weight: Tensor, work: _Work) -> FormatOptions:
+    """Return options with those that a plan takes instead of others; ranks that somebody gave by hand stay."""
+    ranks, becomes, notes = without_idle_factors(layer, own.format, own.ranks)
+    if not becomes:
         return own
-    ranks, notes = without_idle_factors(layer, own.format, own.ranks)
-    return own if not notes else _costed(layer, own.format, ranks, own.columns).replace(notes=notes)
+    columns = {}
+    if "distortion" in work.rule.columns and not work.by_scores:
+        columns["distortion"] = BY_WEIGHT["distortion"](layer, own.format, weight)(ranks)
+    return own.replace(fuller=_costed(layer, own.format, ranks, columns), becomes=becomes, notes=notes)
 
 
 def _costed(layer: EligibleLayer, format: str, ranks: Any, columns: Mapping[str, Any]) -> FormatOptions:
@@ -197,5 +199,6 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
                 columns = {**columns, name: column}
         if fitted:
             columns = {**columns, "fitted_error": fitted[format]}
-        options.append(_costed(layer, format, ranks, columns))
+        own = _costed(layer, format, ranks, columns)
+        options.append(own if rule.by_name else _with_fuller(layer, own, weight, work))
     return options, {} if search is None else search.new

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from tenfold.allocation import rule_of
 from tenfold.formats import Rank
 from tenfold.profiling import LatencyTable, best_memory_format, to_memory_format
 from tenfold.profiling import profile as make_profile
@@ -88,7 +89,8 @@ class Timing:
                 if known.spec
             ]
         )
-        timed = {layer.path: self._timed(layer, known) for layer, known in used}
+        few = rule_of(table.recipe.rule).rows != "grid"
+        timed = {layer.path: self._timed(layer, known, few=few) for layer, known in used}
         layers = tuple(timed.get(layer.path, layer) for layer in table.layers)
         return table.replace(layers=layers, time=self.forward_time())
 
@@ -118,15 +120,26 @@ class Timing:
         """Return the same timing with an allowance that is ``factor`` times as large."""
         return replace(self, tighten=self.tighten * factor)
 
-    def _timed(self, layer: LayerOptions, known: LayerProfile) -> LayerOptions:
-        options = (own.replace(latency_ms=self._column(own, known)) for own in layer.options)
-        return layer.replace(latency_ms=self._now(known), options=tuple(options))
+    def _timed(self, layer: LayerOptions, known: LayerProfile, *, few: bool) -> LayerOptions:
+        return layer.replace(
+            latency_ms=self._now(known),
+            options=tuple(self._with_latencies(own, known, few=few) for own in layer.options),
+        )
 
-    def _column(self, options: FormatOptions, known: LayerProfile) -> NDArray[np.float64]:
+    def _with_latencies(self, options: FormatOptions, known: LayerProfile, *, few: bool) -> FormatOptions:
+        fuller = None if options.fuller is None else self._with_latencies(options.fuller, known, few=few)
+        return options.replace(latency_ms=self._column(options, known, few=few), fuller=fuller)
+
+    def _column(self, options: FormatOptions, known: LayerProfile, *, few: bool) -> NDArray[np.float64]:
         if known.spec is None or not len(options):
             return np.zeros(len(options))
         ranks = [options.rank(i) for i in range(len(options))]
-        return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
+        if not few:
+            return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
+        # Depthwise sub-layers have the rank in their geometry: one at a time each is predicted as what it is, which on
+        # a grid of thousands would take too long.
+        alone = [self.clock.predict(options.format, known.spec, known.calls, [rank]) for rank in ranks]
+        return np.concatenate(alone)
 
     def _now(self, layer: LayerProfile) -> float:
         """Return what a layer takes as it is."""

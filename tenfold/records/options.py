@@ -52,7 +52,9 @@ class FormatOptions(_Columns):
         latency_ms: (n,) milliseconds of one forward; None without a clock.
         columns: further numbers (n,) that rules compare, by name: ``distortion``, ``rel_error`` ... Not a number where
             nothing was measured.
-        notes: what a plan adds to its reason, by option.
+        fuller: options that no rule selects, but that plans take instead of others: they cost less and hold more.
+        becomes: by option, the one of ``fuller`` that is taken instead.
+        notes: what a plan adds to its reason then, by option.
     """
 
     format: str
@@ -62,6 +64,8 @@ class FormatOptions(_Columns):
     macs: Ints
     latency_ms: Floats | None = None
     columns: dict[str, Floats] = {}
+    fuller: FormatOptions | None = None
+    becomes: dict[int, int] = {}
     notes: dict[int, str] = {}
 
     @model_validator(mode="after")
@@ -74,6 +78,9 @@ class FormatOptions(_Columns):
             raise ValueError(msg)
         if len(self) and self.ranks.min() < 1:
             msg = f"the options of {self.format} have ranks below 1"
+            raise ValueError(msg)
+        if any(not 0 <= to < (0 if self.fuller is None else len(self.fuller)) for to in self.becomes.values()):
+            msg = f"options of {self.format} become others that are not there"
             raise ValueError(msg)
         return self
 
@@ -88,6 +95,16 @@ class FormatOptions(_Columns):
         """Return what the layer costs as this option."""
         return Cost(params=int(self.params[option]), macs=int(self.macs[option]))
 
+    def taken(self, option: int) -> tuple[FormatOptions, int]:
+        """Return the option that a plan takes for this one: itself, or a fuller one that is no slower either."""
+        if option not in self.becomes or self.fuller is None:
+            return self, option
+        other = self.becomes[option]
+        if self.latency_ms is not None and self.fuller.latency_ms is not None:
+            if self.fuller.latency_ms[other] > self.latency_ms[option]:
+                return self, option
+        return self.fuller, other
+
     def only(self, rows: Any) -> FormatOptions:
         """Return some of the options."""
         kept = np.arange(len(self))[rows]
@@ -99,6 +116,8 @@ class FormatOptions(_Columns):
             macs=self.macs[kept],
             latency_ms=None if self.latency_ms is None else self.latency_ms[kept],
             columns={name: column[kept] for name, column in self.columns.items()},
+            fuller=self.fuller,
+            becomes={new: self.becomes[old] for new, old in enumerate(kept.tolist()) if old in self.becomes},
             notes={new: self.notes[old] for new, old in enumerate(kept.tolist()) if old in self.notes},
         )
 

@@ -71,7 +71,7 @@ def check_choices(rule: RankRule) -> None:
                     continue
                 expect(len(choices) == len(layers), f"{len(choices)} choices for {len(layers)} layers")
                 for layer, choice in zip(layers, choices, strict=True):
-                    _expect_saving(model.layer(layer.path, formats), layer, choice)
+                    _expect_saving(model.eligible(layer.path, formats), layer, choice)
                 again = rule.select(layers, limits)
                 expect(again == choices, "the rule decides otherwise when asked again")
 
@@ -118,7 +118,7 @@ def check_budget(rule: RankRule) -> None:
             for name, limit in limits.items():
                 expect(getattr(cost, name) <= limit, f"{name} is {getattr(cost, name)} over the limit {limit:.6g}")
             steps = zip(layers, choices, strict=True)
-            more = sum((_one_step_up(model.layer(own.path), own, c) for own, c in steps), Cost())
+            more = sum((_one_step_up(model.eligible(own.path), own, c) for own, c in steps), Cost())
             seen = ", ".join(f"{name} could be {getattr(more, name)} of {limit:.6g}" for name, limit in limits.items())
             expect(any(getattr(more, name) > limit for name, limit in limits.items()), f"too much is dropped: {seen}")
     with law(10, rule, "a budget that nothing can meet"):

@@ -48,6 +48,6 @@ class SideBySide(nn.Module):
         recipe = Recipe(rule=rule.to_dict(), formats=names, keep_ends=False)
         return tabulate(self, self.profile, recipe, **measured)
 
-    def layer(self, name: str, formats: Sequence[str] | None = None) -> EligibleLayer:
+    def eligible(self, name: str, formats: Sequence[str] | None = None) -> EligibleLayer:
         """Return what the options of a layer are computed from."""
         return eligible_layer(self, self.profile.layer(name), tuple(FORMATS.names() if formats is None else formats))

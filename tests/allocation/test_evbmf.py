@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tenfold.ranks import Choose, Keep, RankProblem, rule_from, total_cost
-from torch import Tensor
+from torch import Tensor, nn
 
+from tenfold.allocation import Pick, rule_from
+from tenfold.allocation.rules.evbmf import EVBMF
 from tenfold.errors import BudgetError, TenfoldError, WeightError
-from tenfold.formats import FORMATS, Rank
-from tenfold.records import Call, Cost, LayerSpec
-from tenfold.tensors.vbmf import EVBMF, evbmf, unfolding_columns
+from tenfold.formats import FORMATS
+from tenfold.planning import plan
+from tenfold.profiling import profile
+from tenfold.records import LayerPlan, LayerSpec
+from tenfold.surgery import apply
+from tenfold.tensors.vbmf import evbmf
+from tenfold.testing.tables import SideBySide
 from tests.allocation.oracles import evbmf_rank
+from tests.allocation.small import selection
 
 PLANTED = [(64, 576, 12), (256, 2304, 40), (512, 512, 60)]
 
@@ -24,26 +30,29 @@ def spectrum(rows: int, columns: int, rank: int, *, seed: int = 0, noise: float 
     return np.sqrt(np.linalg.eigvalsh(square @ square.T)[::-1])
 
 
-def conv_problem(
-    weight: Tensor, formats: tuple[str, ...] = ("tucker2",), side: int = 8, current: tuple[str, Rank] | None = None
-) -> RankProblem:
-    """The problem of a dense convolution (groups, out, in, k, k) with padding that keeps the size."""
+def conv(weight: Tensor) -> nn.Conv2d:
+    """The convolution of a weight (groups, out, in, k, k), with padding that keeps the size."""
     groups, out, inner, k, _ = weight.shape
-    spec = LayerSpec(
-        kind="conv",
-        in_channels=groups * inner,
-        out_channels=groups * out,
-        kernel=(k, k),
-        padding=(k // 2,) * 2,
-        groups=groups,
-    )
-    shape = (1, spec.in_channels, side, side)
-    cost = Cost(params=spec.num_params, macs=spec.macs(shape))
-    problem = RankProblem("conv", spec, formats, (Call(in_shape=shape),), cost, lambda: weight, current)
-    if current is None:
-        return problem
-    now = problem.cost_at(*current)
-    return RankProblem("conv", spec, formats, (Call(in_shape=shape),), now, lambda: weight, current)
+    layer = nn.Conv2d(groups * inner, groups * out, k, padding=k // 2, groups=groups, bias=False)
+    layer.weight.data = weight.flatten(0, 1)
+    return layer
+
+
+def beside(*layers: nn.Conv2d, side: int = 8) -> SideBySide:
+    named = {f"conv{i}": layer for i, layer in enumerate(layers)}
+    return SideBySide(named, {name: (1, layer.in_channels, side, side) for name, layer in named.items()})
+
+
+def choice(weight: Tensor, formats: tuple[str, ...] = ("tucker2",), **settings: object) -> Pick:
+    (found,) = selection(beside(conv(weight)), EVBMF(**settings), formats=formats).picks
+    return found
+
+
+def extreme(weight: Tensor) -> dict[str, int]:
+    """The ranks of EVBMF itself; a mode of noise stays whole."""
+    rank = choice(weight, weaken=1, min_rank=1).rank
+    assert rank is not None
+    return rank
 
 
 def kernel(
@@ -150,36 +159,36 @@ def test_spectra_that_cannot_be(bad: list[float]) -> None:
 
 
 def test_modes_of_a_kernel_get_their_own_ranks() -> None:
-    problem = conv_problem(kernel(48, 32, (14, 9)))
-    (choice,) = EVBMF(weaken=1, min_rank=1).select([problem])
-    assert choice == Choose("tucker2", {"out": 14, "in": 9}, "EVBMF ranks, weakened by 1")
+    weight = kernel(48, 32, (14, 9))
+    found = choice(weight, weaken=1, min_rank=1)
+    assert found.format == "tucker2"
+    assert found.rank == {"out": 14, "in": 9}
+    assert found.reason == "EVBMF ranks, weakened by 1"
+    spec = LayerSpec(kind="conv", in_channels=32, out_channels=48, kernel=(3, 3))
     for name, rows in (("out", 48), ("in", 32)):
-        unfolded = FORMATS.get("tucker2").unfoldings(problem.load_weight(), problem.spec)[name][0].double().numpy()
-        assert evbmf_rank(np.linalg.svd(unfolded, compute_uv=False), unfolded.shape[1])[0] == choice.rank[name]
-        assert unfolded.shape == (rows, unfolding_columns(problem, "tucker2")[name])
+        unfolded = FORMATS.get("tucker2").unfoldings(weight, spec)[name][0].double().numpy()
+        assert evbmf_rank(np.linalg.svd(unfolded, compute_uv=False), unfolded.shape[1])[0] == found.rank[name]
+        assert unfolded.shape == (rows, 9 * 48 * 32 // rows)
 
 
 @pytest.mark.parametrize(
     ("weaken", "min_rank", "expected"), [(1, 1, 14), (0.5, 1, 31), (0.8, 1, 20), (1, 21, 21), (0.9, 1, 17)]
 )
 def test_weakening_is_musco_s(weaken: float, min_rank: int, expected: int) -> None:
-    (choice,) = EVBMF(weaken=weaken, min_rank=min_rank).select([conv_problem(kernel(48, 48, (14, 14)))])
-    assert isinstance(choice, Choose)
-    assert choice.rank["out"] == expected  # max(floor(48 − w(48 − 14)), R_min)
+    found = choice(kernel(48, 48, (14, 14)), weaken=weaken, min_rank=min_rank)
+    assert found.rank is not None
+    assert found.rank["out"] == expected  # max(floor(48 − w(48 − 14)), R_min)
 
 
 def test_a_mode_at_or_below_the_least_rank_stays_whole() -> None:
-    (choice,) = EVBMF(weaken=1, min_rank=8).select([conv_problem(kernel(32, 8, (3, 2)))])
-    assert isinstance(choice, Choose)
-    assert choice.rank == {"out": 8, "in": 8}
+    assert choice(kernel(32, 8, (3, 2)), weaken=1, min_rank=8).rank == {"out": 8, "in": 8}
 
 
 def test_noise_is_kept() -> None:
     noise = torch.randn(1, 32, 32, 3, 3, generator=torch.Generator().manual_seed(0))
-    (choice,) = EVBMF().select([conv_problem(noise, ("tucker2", "low_rank", "spatial"))])
-    assert choice == Keep("EVBMF finds nothing but noise in this weight")
-    (choice,) = EVBMF().select([conv_problem(torch.zeros(1, 32, 32, 3, 3))])
-    assert isinstance(choice, Keep)
+    found = choice(noise, ("tucker2", "low_rank", "spatial"))
+    assert (found.format, found.reason) == (None, "EVBMF finds nothing but noise in this weight")
+    assert choice(torch.zeros(1, 32, 32, 3, 3)).format is None
 
 
 def test_a_mode_of_noise_keeps_its_rank_where_the_other_has_structure() -> None:
@@ -187,20 +196,14 @@ def test_a_mode_of_noise_keeps_its_rank_where_the_other_has_structure() -> None:
     pattern = 1.8 * torch.randn(64, 3, 3, generator=g)  # one combination of outputs, over all inputs and taps alike
     weight = torch.einsum("o,ixy->oixy", torch.ones(32) / 32**0.5, pattern)
     weight = weight + torch.randn(32, 64, 3, 3, generator=g)
-    problem = conv_problem(weight[None])
-    extreme = EVBMF().extreme(problem, "tucker2")
-    assert extreme == {"out": 1, "in": 0}
-    (choice,) = EVBMF(weaken=1, min_rank=1).select([problem])
-    assert isinstance(choice, Choose)
-    assert choice.rank == {"out": 1, "in": 64}
+    assert choice(weight[None], weaken=1, min_rank=1).rank == {"out": 1, "in": 64}
 
 
 @pytest.mark.parametrize("groups", [2, 4, 16])
 def test_groups_share_a_rank_and_their_noise_is_noise(groups: int) -> None:
     noise = torch.randn(groups, 32, 32, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert EVBMF().extreme(conv_problem(noise), "tucker2") == {"out": 0, "in": 0}
-    planted = kernel(32, 32, (6, 5), groups=groups)
-    assert EVBMF().extreme(conv_problem(planted), "tucker2") == {"out": 6, "in": 5}
+    assert choice(noise, weaken=1, min_rank=1).format is None
+    assert extreme(kernel(32, 32, (6, 5), groups=groups)) == {"out": 6, "in": 5}
 
 
 def test_further_compression_starts_from_the_present_rank() -> None:
@@ -208,78 +211,69 @@ def test_further_compression_starts_from_the_present_rank() -> None:
     g = torch.Generator().manual_seed(1)
     left, right = (torch.linalg.qr(torch.randn(n, r, generator=g)).Q for n, r in ((64, 24), (64, 20)))
     weight = torch.einsum("abxy,oa,ib->oixy", inner, left, right)[None]
-    problem = conv_problem(weight, current=("tucker2", {"out": 24, "in": 20}))
+    model, x = nn.Sequential(conv(weight)), torch.zeros(1, 64, 8, 8)
+    fixed = {"rule": {"name": "fixed", "ranks": {"0": {"out": 24, "in": 20}}}, "formats": "tucker2"}
+    small = apply(model, plan(model, profile(model, x), fixed))
+
+    def further(**settings: object) -> LayerPlan:
+        rule = {"name": "evbmf", "min_rank": 1, **settings}
+        recipe = {"rule": rule, "formats": "tucker2", "keep_ends": False}
+        return plan(small, profile(small, x), recipe).layer("0")
+
     # The core's own ranks, as if it were the layer: of the dense weight, all 24 and 20 values stand out.
-    assert EVBMF().extreme(problem, "tucker2") == {"out": 6, "in": 5}
-    (choice,) = EVBMF(weaken=0.5, min_rank=1).select([problem])
-    assert choice == Choose("tucker2", {"out": 15, "in": 12}, "EVBMF ranks, weakened by 0.5")
-    (choice,) = EVBMF(weaken=0).select([problem])
-    assert isinstance(choice, Keep)
+    assert further(weaken=1).rank == {"out": 6, "in": 5}
+    half = further(weaken=0.5)
+    assert (half.rank, half.reason) == ({"out": 15, "in": 12}, "EVBMF ranks, weakened by 0.5")
+    assert further(weaken=0, min_rank=8).action == "keep"
 
 
 # Kernels of the kind that one finds in networks: some wide, some with few channels, one 1×1, one grouped.
 NETWORK = [(64, 3, 1, 7), (64, 64, 1, 3), (128, 64, 1, 3), (128, 64, 1, 1), (96, 32, 4, 3), (160, 40, 1, 5)]
+FAMILIES = ("tucker2", "low_rank", "spatial")
 
 
-def network() -> list[RankProblem]:
-    problems = []
+@pytest.fixture(scope="module")
+def network() -> SideBySide:
+    layers = []
     for n, (out, inner, groups, k) in enumerate(NETWORK):
         ranks = (max(out // groups // 4, 1), max(inner // 3, 1))
-        weight = kernel(out // groups, inner, ranks, groups=groups, k=k, seed=n, noise=0.5)
-        formats = ("low_rank",) if k == 1 else ("tucker2", "low_rank", "spatial")
-        problems.append(conv_problem(weight, formats, side=14))
-    return problems
+        layers.append(conv(kernel(out // groups, inner, ranks, groups=groups, k=k, seed=n, noise=0.5)))
+    return beside(*layers, side=14)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weaken": 1.0, "min_rank": 1}, {"weaken": 0.3}, {"threshold": "exact"}])
-def test_choices_obey_the_laws(settings: dict[str, float]) -> None:
-    problems = network()
-    for problem, choice in zip(problems, rule_from("evbmf", **settings).select(problems), strict=True):
-        if isinstance(choice, Choose):
-            assert FORMATS.get(choice.format).check_rank(problem.spec, choice.rank) == choice.rank
-            assert problem.cost_at(choice.format, choice.rank).below(problem.cost)
-    assert any(isinstance(c, Choose) for c in EVBMF(**settings).select(problems))
+def test_choices_obey_the_laws(network: SideBySide, settings: dict[str, float]) -> None:
+    found = selection(network, rule_from("evbmf", **settings), formats=FAMILIES).picks
+    taken = [pick for pick in found if pick.format is not None]
+    assert taken
+    for pick in taken:
+        layer = network.eligible(pick.path)
+        assert FORMATS.get(pick.format).check_rank(layer.spec, pick.rank) == pick.rank
+        assert layer.cost_at(pick.format, pick.rank) == pick.cost
+        assert pick.cost.below(layer.cost)
 
 
-def test_stronger_weakening_costs_less() -> None:
-    problems = network()
-    costs = [total_cost(problems, EVBMF(weaken=w).select(problems)).macs for w in (1.0, 0.8, 0.5, 0.2, 0.0)]
+def test_stronger_weakening_costs_less(network: SideBySide) -> None:
+    shares = (1.0, 0.8, 0.5, 0.2, 0.0)
+    costs = [selection(network, EVBMF(weaken=w), formats=FAMILIES).cost.macs for w in shares]
     assert costs == sorted(costs)
-    assert costs[0] < costs[1] < costs[-1] == sum(p.cost.macs for p in problems)
+    assert costs[0] < costs[1] < costs[-1] == network.profile.macs
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
-def test_budgets_are_met_by_weakening(share: float) -> None:
-    problems = network()
-    now = sum(p.cost.macs for p in problems)
-    choices = EVBMF(min_rank=4).select(problems, {"macs": share * now})
-    assert 0.93 * share * now < total_cost(problems, choices).macs <= share * now
+def test_budgets_are_met_by_weakening(network: SideBySide, share: float) -> None:
+    limit = share * network.profile.macs
+    assert 0.93 * limit < selection(network, EVBMF(min_rank=4), {"macs": limit}, FAMILIES).cost.macs <= limit
 
 
-def test_budgets_out_of_reach_name_the_range() -> None:
-    problems = network()
-    least = total_cost(problems, EVBMF(weaken=1).select(problems))
-    with pytest.raises(BudgetError, match=f"{least.macs:,} to {sum(p.cost.macs for p in problems):,}"):
-        EVBMF().select(problems, {"macs": 0.9 * least.macs})
-    assert total_cost(problems, EVBMF().select(problems, {"macs": least.macs})) == least
+def test_budgets_out_of_reach_name_the_range(network: SideBySide) -> None:
+    least = selection(network, EVBMF(weaken=1), formats=FAMILIES).cost
+    with pytest.raises(BudgetError, match=f"{least.macs:,} to {network.profile.macs:,}"):
+        selection(network, EVBMF(), {"macs": 0.9 * least.macs}, FAMILIES)
+    assert selection(network, EVBMF(), {"macs": least.macs}, FAMILIES).cost == least
 
 
 @pytest.mark.parametrize("settings", [{"weaken": 1.1}, {"weaken": -0.1}, {"min_rank": 0}, {"threshold": "exakt"}])
 def test_settings_that_cannot_be(settings: dict[str, float]) -> None:
     with pytest.raises(TenfoldError, match=next(iter(settings))):
         rule_from("evbmf", **settings)
-
-
-# --- the constant rate, whose published values the ranks must reproduce -------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("out", "inner", "rate", "expected"),
-    [(512, 512, 2, (309, 309)), (128, 64, 2, (67, 42)), (64, 64, 3, (30, 30)), (256, 128, 4, (88, 55))],
-)
-def test_constant_rate_gives_musco_s_ranks(out: int, inner: int, rate: float, expected: tuple[int, int]) -> None:
-    problem = conv_problem(torch.zeros(1, out, inner, 3, 3))
-    (choice,) = rule_from("ratio", share=1 / rate, of="params").select([problem])
-    assert isinstance(choice, Choose)
-    assert problem.cost_at("tucker2", choice.rank).params * rate <= problem.cost.params
-    assert choice.rank == {"out": expected[0], "in": expected[1]}

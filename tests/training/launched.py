@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tenfold.cli.scaling import leave
+from tenfold.cli.launch import leave
 from tenfold.training import TuneConfig, TuneProgress, finetune
 
 PLAIN = TuneConfig(epochs=3, lr=0.1, warmup=0.2, autocast="off", channels_last=False, clip_norm=0.5)
