@@ -62,6 +62,7 @@ def test_a_file_that_is_no_recipe(tenfold: Run, tiny: str, text: str) -> None:
 @pytest.mark.parametrize(
     "args",
     [
+        (),
         ("--budget", "flops=0.5"),
         ("--budget", "macs=2"),
         ("--rule", "enrgy"),
@@ -77,10 +78,12 @@ def test_all_is_checked_before_any_work(
 ) -> None:
     """Nothing is trained, loaded or read for a command that cannot be carried out."""
     monkeypatch.setattr(Task, "dense", lambda *a, **k: pytest.fail("the model was opened"))
-    task = () if args[0] == "--checkpoint" else ("--task", "digits")
-    outcome = tenfold(command, *task, *args, "--out", "out")
-    words = args[-1].rpartition("=")[2] if args[0] == "--algorithms" else args[-1].partition("=")[0]
-    assert outcome.is_error(words, code=2 if args[0] == "--algorithms" else 1)
+    task = () if "--checkpoint" in args else ("--task", "digits")
+    budget = () if not args or "--budget" in args else ("--budget", "macs=0.5")
+    outcome = tenfold(command, *task, *budget, *args, "--out", "out")
+    misuse = "--algorithms" in args
+    word = (args or ("budget",))[-1].split("=")[-1 if misuse else 0]
+    assert outcome.is_error(word, code=2 if misuse else 1)
 
 
 def test_every_field_of_the_fine_tuning_is_an_option(tenfold: Run) -> None:
