@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tenfold.planning.curves import BY_DATA, distortion_curve
 from torch import nn
 
 from tenfold.calibration.collect import collect_moments, measurable
@@ -12,7 +13,6 @@ from tenfold.calibration.gradients import collect_gradients
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import PlanError
 from tenfold.planning import tabulate
-from tenfold.planning.curves import BY_DATA, distortion_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer
 from tenfold.profiling import profile
 
