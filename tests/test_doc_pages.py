@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tenfold.ranks import RULES
+from tenfold.allocation import RULES
 
 from tenfold import training
 from tenfold.decompositions import DECOMPOSITIONS

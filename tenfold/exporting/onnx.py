@@ -11,7 +11,7 @@ from torch import nn
 from tenfold.errors import ExportError
 from tenfold.exporting.base import EXPORTERS, Exporter
 from tenfold.exporting.quiet import quiet
-from tenfold.exporting.runtime import OnnxModule
+from tenfold.exporting.onnx_session import OnnxModule
 
 
 @EXPORTERS.register("onnx")

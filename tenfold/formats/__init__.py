@@ -4,8 +4,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from tenfold.formats.base import FORMATS, Factorization, Rank, Reduced, Structure, SubLayer, join_groups, split_groups
-from tenfold.formats.kruskal import Kruskal
 from tenfold.formats.matrix import MatrixFormat
+from tenfold.formats.rank_one_sum import Kruskal
 from tenfold.formats.tucker2 import Tucker2
 
 for _module in iter_modules(__path__):

@@ -10,7 +10,7 @@ from typing import Self
 from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure
-from tenfold.formats.kruskal import Kruskal
+from tenfold.formats.rank_one_sum import Kruskal
 from tenfold.records import LayerSpec, Shape
 
 

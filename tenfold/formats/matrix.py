@@ -31,7 +31,7 @@ class MatrixFormat(Factorization):
     @classmethod
     @abc.abstractmethod
     def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
-        """Return the matrix (groups, m, n) of a weight with its groups apart."""
+        """Return the matrix (groups, m, n) of a weight split by groups."""
 
     @classmethod
     @abc.abstractmethod

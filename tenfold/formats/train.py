@@ -48,12 +48,12 @@ class TrainFormat(Factorization):
     @classmethod
     @abc.abstractmethod
     def to_tensor(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
-        """Return the tensor (groups, *modes) with the entries of a weight that has its groups apart."""
+        """Return the tensor (groups, *modes) with the entries of a weight that is split by groups."""
 
     @classmethod
     @abc.abstractmethod
     def from_tensor(cls, tensor: Tensor, spec: LayerSpec) -> Tensor:
-        """Return the weight, groups apart, with the entries of a tensor (groups, *modes); undoes ``to_tensor``."""
+        """Return the weight, split by groups, with the entries of a tensor (groups, *modes); undoes ``to_tensor``."""
 
     @classmethod
     @abc.abstractmethod

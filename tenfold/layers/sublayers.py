@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tenfold.layers.gather import Gather
+from tenfold.layers.tt_gather import Gather
 from tenfold.records import ContractSpec, LayerSpec, SharedSliceSpec, SubLayerSpec, TTGatherSpec
 
 # Products with fewer columns are run as one large one, which needs a turn of the memory.

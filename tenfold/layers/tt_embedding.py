@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold.errors import WeightError
-from tenfold.layers.gather import COMPILED_IDS, gather_distinct, gather_rows
+from tenfold.layers.tt_gather import COMPILED_IDS, gather_distinct, gather_rows
 from tenfold.layers.tt_logits import train_logits
 from tenfold.layers.tt_modes import column_modes, each_rank, row_modes_for
 from tenfold.records import TrainShape

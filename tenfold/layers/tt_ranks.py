@@ -1,4 +1,4 @@
-"""The bonds of layers that are tensor trains, whatever the layer: read the cores, write them, leave indices out."""
+"""TT ranks of layers that are tensor trains, of any kind: read the cores, write them, drop indices of bonds."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def without_indices(module: nn.Module, kept: Sequence[Tensor]) -> tuple[nn.Modul
     Returns:
         The layer, and pairs (old parameter, function from a tensor of its shape to the part that stays) in the order of
         the new layer's cores, with which the state of an optimizer can follow. No pairs for a ``FactorizedLayer``: at
-        smaller ranks its cores may meet the input in another order, so it needs an optimizer that starts anew.
+        smaller ranks its cores may meet the input in another order, so its optimizer must start again.
 
     Example:
         >>> layer = TTLinear(12, 8, 3, cores=2)

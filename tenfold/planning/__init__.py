@@ -1,6 +1,6 @@
 """Decide first, then do: everything that is decided about a model ends up in a Plan."""
 
-from tenfold.planning.analysis import analyse
+from tenfold.planning.weight_analysis import analyse
 from tenfold.planning.decide import Decision, decide
 from tenfold.planning.latency_budget import FastPlan, LatencySearch, plan_within_latency
 from tenfold.planning.layer_bench import LayerBench, LayerTiming, keep_slower_layers_dense

@@ -9,7 +9,7 @@ from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
-from tenfold.planning.curves import Curve, weight_curve
+from tenfold.planning.error_curves import Curve, weight_curve
 from tenfold.planning.eligible import eligible_layer
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
 

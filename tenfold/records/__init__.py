@@ -5,7 +5,6 @@ from tenfold.records.base import Record, explain
 from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.exports import ExportRecord, Int8Record
-from tenfold.records.gather import TrainShape, TTGatherSpec
 from tenfold.records.geometry import (
     ContractSpec,
     LayerSpec,
@@ -18,7 +17,7 @@ from tenfold.records.geometry import (
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
 from tenfold.records.plans import LayerPlan, Measurement, Plan, RunRecord
 from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
-from tenfold.records.sensitivity import (
+from tenfold.records.sensitivity_table import (
     LayerSensitivity,
     SensitivityKey,
     SensitivityPoint,
@@ -28,6 +27,7 @@ from tenfold.records.sensitivity import (
 )
 from tenfold.records.stages import StageLayer, StageRecord
 from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
+from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
 __all__ = [

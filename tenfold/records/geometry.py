@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from tenfold.records.base import Spec
-from tenfold.records.gather import TTGatherSpec
+from tenfold.records.train_shape import TTGatherSpec
 
 LayerKind = Literal["linear", "conv", "conv_transpose", "embedding"]
 Shape = tuple[int, ...]

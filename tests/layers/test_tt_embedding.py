@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tenfold.errors import RankError, WeightError
 from tenfold.layers import TTEmbedding, TTEmbeddingBag, batched_matmul
-from tenfold.layers import gather as module
-from tenfold.layers.gather import distinct_ids, gather_distinct, gather_rows
+from tenfold.layers import tt_gather as module
+from tenfold.layers.tt_gather import distinct_ids, gather_distinct, gather_rows
 from tenfold.records import TrainShape
 from tenfold.tensors.modes import mode_factors
 

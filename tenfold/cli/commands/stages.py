@@ -98,7 +98,7 @@ def run(
     `before`, `after`, `layers` with their ranks, `scores`, `tuning` by epoch, `seconds`.
     """
     from tenfold.checkpoint import check_target
-    from tenfold.cli.choices import check_recipe
+    from tenfold.cli.choices import plan_or_recipe
     from tenfold.cli.recovery import Tuner
     from tenfold.cli.show import show_outcome
     from tenfold.cli.source import open_source
@@ -106,7 +106,7 @@ def run(
     from tenfold.runtime import Runtime
     from tenfold.training import RichProgress
 
-    check_recipe(recipe)
+    plan_or_recipe(recipe, None)
     teaching, schedule = recover.teaching(), staging.read(tune)
     schedule.check(recipe)
     opened = open_source(source, machine, recipe.seed)

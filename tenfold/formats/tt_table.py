@@ -13,7 +13,7 @@ from torch import Tensor
 from tenfold.formats.base import FORMATS, Rank, Structure
 from tenfold.formats.train import Runs, TrainFormat
 from tenfold.records import LayerSpec, Shape, TrainShape, TTGatherSpec
-from tenfold.records.gather import segmentations
+from tenfold.records.train_shape import segmentations
 from tenfold.tensors import mode_factors, trains
 
 

@@ -53,7 +53,7 @@ class Kruskal(Factorization):
 
     @classmethod
     def tensorize(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
-        """Return the tensor (groups, *shape) of a weight with its groups apart."""
+        """Return the tensor (groups, *shape) of a weight split by groups."""
         return weight.reshape(len(weight), *cls.shape(spec))
 
     @classmethod

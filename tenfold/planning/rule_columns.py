@@ -13,7 +13,7 @@ from torch import Tensor
 from tenfold.allocation.rules.threshold import AccuracyDrop
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, Rank
-from tenfold.planning.curves import Curve, distortion_curve, weight_curve
+from tenfold.planning.error_curves import Curve, distortion_curve, weight_curve
 from tenfold.planning.eligible import EligibleLayer
 
 Ranks = NDArray[np.int64]

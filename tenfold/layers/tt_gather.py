@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tenfold.layers.batched_matmul import NARROW, JoinPicked, join
 from tenfold.records import TrainShape, TTGatherSpec
-from tenfold.records.gather import Segments
+from tenfold.records.train_shape import Segments
 
 # From this many ids on, repeated ones are looked for; they are computed once if at most this share is distinct.
 _MANY = 256
