@@ -19,7 +19,7 @@ from tenfold.formats import FORMATS
 from tenfold.patterns import check_patterns
 from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.costs import costs_of
-from tenfold.planning.curves import Curve
+from tenfold.planning.error_curves import Curve
 from tenfold.planning.error_curves import BY_DATA, BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, kept_reasons
 from tenfold.planning.error_search import Errors, ErrorSearch

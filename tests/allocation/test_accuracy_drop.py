@@ -15,7 +15,7 @@ from tenfold.allocation.rules.threshold import AccuracyDrop
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
 from tenfold.planning import Sensitivity, plan
-from tenfold.planning.columns import _bisect, gallop
+from tenfold.planning.rule_columns import _bisect, gallop
 from tenfold.profiling import profile
 from tenfold.records import Plan, Recipe
 from tenfold.testing.tables import SideBySide

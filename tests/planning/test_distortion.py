@@ -12,7 +12,7 @@ from tenfold.calibration.gradients import collect_gradients
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import PlanError
 from tenfold.planning import tabulate
-from tenfold.planning.curves import BY_DATA, distortion_curve
+from tenfold.planning.error_curves import BY_DATA, distortion_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer
 from tenfold.profiling import profile
 
