@@ -21,7 +21,6 @@ from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
 
-
 QUIET = Runtime(measure=False)
 
 
@@ -68,7 +67,9 @@ def test_the_original_is_untouched_and_the_result_shares_nothing_with_it() -> No
 
 def test_batch_norm_is_re_estimated_from_the_data() -> None:
     model = network()
-    result = compress(model, X, {"budget": "macs=0.5", "calibration": {"method": "batchnorm"}}, data=DATA, runtime=QUIET)
+    result = compress(
+        model, X, {"budget": "macs=0.5", "calibration": {"method": "batchnorm"}}, data=DATA, runtime=QUIET
+    )
     mean = torch.cat([result.model[0](x) for x in DATA]).mean((0, 2, 3))
     torch.testing.assert_close(result.model[1].running_mean, mean, atol=1e-5, rtol=1e-4)
     without = compress(model, X, "macs=0.5", runtime=QUIET).model
@@ -193,9 +194,7 @@ def test_data_without_a_batch_are_refused(method: str) -> None:
     list(spent)
     for data in ([], spent):
         with pytest.raises(DataError, match=r"no calibration batches.*leave data out"):
-            compress(
-                network(), X, {"budget": "macs=0.5", "calibration": {"method": method}}, data=data, runtime=QUIET
-            )
+            compress(network(), X, {"budget": "macs=0.5", "calibration": {"method": method}}, data=data, runtime=QUIET)
 
 
 def test_data_may_be_ignored() -> None:

@@ -17,13 +17,13 @@ from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.patterns import check_patterns
-from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.costs import costs_of
-from tenfold.planning.error_curves import Curve
-from tenfold.planning.error_curves import BY_DATA, BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, kept_reasons
+from tenfold.planning.error_curves import BY_DATA, Curve
+from tenfold.planning.error_curves import BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.error_search import Errors, ErrorSearch
 from tenfold.planning.rows import rows_of, without_idle_factors
+from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.timing import Timing
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
 from tenfold.records.store import JsonCache

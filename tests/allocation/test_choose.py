@@ -95,9 +95,7 @@ def test_a_plan_wholly_by_hand_claims_only_the_budget_that_it_meets(table: Optio
         ("7", Override(format="low_rank", option=999), r"layer '7' has no option 999 of low_rank"),
     ],
 )
-def test_what_cannot_be_set_by_hand_is_refused(
-    table: OptionTable, path: str, override: Override, words: str
-) -> None:
+def test_what_cannot_be_set_by_hand_is_refused(table: OptionTable, path: str, override: Override, words: str) -> None:
     with pytest.raises(PlanError, match=words):
         choose(table, overrides={path: override})
 
@@ -139,7 +137,7 @@ def test_a_layer_that_is_factorized_already_says_what_it_is() -> None:
         layer.path: (layer.format, layer.rank) for layer in made.factorized if layer.path in known
     }
     assert any(format for format, _ in known.values())
-    stays = choose(again.kept({path: "for now" for path in known}), RECIPE.replace(budget=Budget(macs=1.0)))
+    stays = choose(again.kept(dict.fromkeys(known, "for now")), RECIPE.replace(budget=Budget(macs=1.0)))
     assert {layer.path: (layer.format, layer.rank) for layer in stays.layers if layer.format} == {
         path: now for path, now in known.items() if now[0]
     }

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tenfold.layers import spec_of
-from tenfold.profiling import LatencyTable, Comparison
+from tenfold.profiling import Comparison, LatencyTable
 from tenfold.records import Latency, Speedup
 
 OVERHEAD_MS = 0.3  # of everything that is no layer

@@ -12,8 +12,8 @@ from tenfold.calibration.gradients import collect_gradients
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import PlanError
 from tenfold.planning import tabulate
-from tenfold.planning.error_curves import BY_DATA, distortion_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer
+from tenfold.planning.error_curves import BY_DATA, distortion_curve
 from tenfold.profiling import profile
 
 

@@ -11,7 +11,7 @@ from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import LatencySearch, Timing, decide, plan, plan_within_latency, recost, tabulate
 from tenfold.planning.latency_budget import with_structure
-from tenfold.profiling import LatencyTable, Comparison, profile
+from tenfold.profiling import Comparison, LatencyTable, profile
 from tenfold.records import OptionTable, Recipe, Speedup
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply, fuse_batchnorm

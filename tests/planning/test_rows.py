@@ -14,8 +14,8 @@ from tenfold.formats import FORMATS, Rank
 from tenfold.layers import spec_of
 from tenfold.planning import plan
 from tenfold.planning.costs import costs_of, saves
-from tenfold.planning.error_curves import weight_curve
 from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.error_curves import weight_curve
 from tenfold.planning.rows import rows_of, without_idle_factors
 from tenfold.profiling import profile
 from tenfold.records import Call, Cost, FormatOptions, ForwardTime, LayerOptions, LayerSpec, OptionTable, Recipe
@@ -41,7 +41,9 @@ SPECS = {
 }
 
 
-def layer_of(spec: LayerSpec, *, current: tuple[str, Rank] | None = None, weight: Tensor | None = None) -> EligibleLayer:
+def layer_of(
+    spec: LayerSpec, *, current: tuple[str, Rank] | None = None, weight: Tensor | None = None
+) -> EligibleLayer:
     made = torch.randn(spec.group_shape, generator=torch.Generator().manual_seed(0)) if weight is None else weight
     names = ("tucker2", "low_rank", "spatial")
     formats = tuple(n for n in names if FORMATS.get(n).unsupported_reason(spec) is None)
@@ -92,7 +94,9 @@ def test_the_grid_has_all_that_is_cheaper(name: str, step: int | None) -> None:
         if step != 1 or max(full) > 60:
             continue  # too many to look at one by one
         every = [[i + 1 for i in row] for row in np.ndindex(*full)]  # nothing that is cheaper is left out
-        cheaper = [r for r in every if layer.cost_at(format, dict(zip(kind.rank_names, r, strict=True))).below(layer.cost)]
+        cheaper = [
+            r for r in every if layer.cost_at(format, dict(zip(kind.rank_names, r, strict=True))).below(layer.cost)
+        ]
         assert ranks.tolist() == cheaper
 
 

@@ -293,7 +293,13 @@ def test_batch_norm_is_estimated_for_the_score_and_put_back(model: nn.Sequential
         means.append(candidate[1].running_mean.clone())  # type: ignore[index]
         return 0.5
 
-    found = made(model, evaluate=evaluate, calibration={"method": "batchnorm"}, batches=[inputs(3, samples=20)], formats=["low_rank"])
+    found = made(
+        model,
+        evaluate=evaluate,
+        calibration={"method": "batchnorm"},
+        batches=[inputs(3, samples=20)],
+        formats=["low_rank"],
+    )
     before = digest(found._model)
     found.score("0", "low_rank", {"rank": 4})
     assert torch.equal(means[0], torch.zeros(16))  # the baseline is the model as it is
