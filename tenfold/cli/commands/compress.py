@@ -69,13 +69,13 @@ def run(
     from tenfold.records import Plan
     from tenfold.runtime import Runtime
 
-    wanted = plan_or_recipe(recipe, work.plan)
     teaching, launch = recover.teaching(), launched(machine)
     opened = open_source(source, launch.own(machine), recipe.seed)
     out = work.out or opened.default_folder
     if not work.dry_run:
         check_target(out)  # now, and not after hours of tuning
     config = recover.config(opened, tune, recipe.seed)
+    wanted = plan_or_recipe(recipe, work.plan)
     data = recover.batches(opened, wanted.recipe if isinstance(wanted, Plan) else wanted)
     terminal.step("open the model")
     identity = identity_of(opened, wanted.to_json(), recover.calibration_samples, teaching)

@@ -106,13 +106,13 @@ def run(
     from tenfold.runtime import Runtime
     from tenfold.training import RichProgress
 
-    plan_or_recipe(recipe, None)
     teaching, schedule = recover.teaching(), staging.read(tune)
     schedule.check(recipe)
     opened = open_source(source, machine, recipe.seed)
     out = staging.out or opened.default_folder
     check_target(out)
     config = recover.config(opened, tune, recipe.seed)
+    plan_or_recipe(recipe, None)
     if "epochs" not in schedule.model_fields_set or not recover.tune:
         schedule = schedule.replace(epochs=config.epochs)
     data = recover.batches(opened, recipe)

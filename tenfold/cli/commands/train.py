@@ -87,9 +87,9 @@ def run(
     if out is None:
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
-    wanted = _wanted(recipe, low_rank)
     check_target(out)
     opened = open_source(source, machine, recipe.seed)
+    wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
     terminal.step("evaluate")
     original = opened.task.evaluate(opened.model)
