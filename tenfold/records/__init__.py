@@ -17,7 +17,7 @@ from tenfold.records.geometry import (
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
 from tenfold.records.plans import LayerPlan, Measurement, Plan, RunRecord
 from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
-from tenfold.records.sensitivity import (
+from tenfold.records.sensitivity_table import (
     LayerSensitivity,
     SensitivityKey,
     SensitivityPoint,
