@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-import typer
 from pydantic import PositiveInt
 
 from tenfold.cli.choices import RecipeOptions
@@ -37,7 +36,6 @@ class Work(Options):
 
 
 def run(
-    ctx: typer.Context,
     source: Source,
     recipe: RecipeOptions,
     recover: Recover,
@@ -103,7 +101,7 @@ def run(
         "processes": launch.processes,
         "latency_batch_size": work.latency_batch_size,
     }
-    record = result.record.replace(task=opened.name, command=ctx.obj, settings=settings)
+    record = result.record.replace(task=opened.name, command=terminal.command, settings=settings)
     dataclasses.replace(result, record=record).save(out, beside=partial(opened.task.write_beside, result.model))
     forget_epochs(out)
     show_outcome(record, out, terminal)
