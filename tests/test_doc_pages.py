@@ -44,7 +44,7 @@ def own(registry: Any) -> list[str]:
 def methods() -> list[str]:
     found = [f"formats/{name}" for name in own(FORMATS)]
     found += [f"decompositions/{name}" for name in own(DECOMPOSITIONS)]
-    found += [f"ranks/{name}" for name in own(RULES)]
+    found += [f"allocation/{name}" for name in own(RULES)]
     return found + [f"training/{name}" for name in training.__all__ if not PARTS.fullmatch(name)]
 
 
@@ -56,7 +56,7 @@ def test_every_method_has_a_page(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(COVERED))
 def test_pages_cover_what_is_there(name: str) -> None:
     room, _, entry = name.partition("/")
-    registry = {"formats": FORMATS, "decompositions": DECOMPOSITIONS, "ranks": RULES}.get(room)
+    registry = {"formats": FORMATS, "decompositions": DECOMPOSITIONS, "allocation": RULES}.get(room)
     if registry is not None and entry in registry.names():
         return
     module = import_module(f"tenfold.{room}")
