@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tenfold.allocation import RULES
 
 from tenfold import training
+from tenfold.allocation import RULES
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tests.test_docs import snippets

@@ -52,7 +52,7 @@ class RankRule(abc.ABC):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the rule compares, by name; see ``tenfold.planning.columns``."""
+        """The columns that the rule compares, by name; see ``tenfold.planning.rule_columns``."""
         return ()
 
     @abc.abstractmethod

@@ -17,9 +17,9 @@ from tenfold.allocation import choose
 from tenfold.calibration import calibrate, called_layers
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
-from tenfold.planning.columns import Scores
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
+from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile

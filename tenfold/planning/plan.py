@@ -11,7 +11,7 @@ from tenfold.allocation import choose
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.planning.columns import Scores
+from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.timing import Timing
 from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile, Recipe

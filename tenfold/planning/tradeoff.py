@@ -9,8 +9,8 @@ from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
-from tenfold.planning.curves import Curve, weight_curve
 from tenfold.planning.eligible import eligible_layer
+from tenfold.planning.error_curves import Curve, weight_curve
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
 
 SHARES = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))

@@ -19,7 +19,7 @@ from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.pipeline import compress
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.surgery import apply_in_order
+from tenfold.surgery import apply_sequentially
 
 ROWS, WIDTH = 60, 16
 
@@ -152,7 +152,7 @@ def test_embeddings_join_plans_by_data_and_a_budget_of_parameters_is_met(model, 
         off = (small.embed.weight - model.embed.weight).detach().double().square().sum(1)
         return float((off * weights).sum())
 
-    with_data, without = apply_in_order(model, forced, batches), apply_blind(model, forced)
+    with_data, without = apply_sequentially(model, forced, batches), apply_blind(model, forced)
     assert missed(with_data) < 0.9 * missed(without)
 
 

@@ -23,7 +23,7 @@ from tenfold.planning import plan
 from tenfold.profiling import profile
 from tenfold.records import LayerSpec
 from tenfold.surgery import apply
-from tenfold.surgery.refit import apply_in_order
+from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 
 WIDTH, OUT = 400, 60
 SPEC = LayerSpec(kind="linear", in_channels=WIDTH, out_channels=OUT)
@@ -210,9 +210,9 @@ def test_fitting_in_order_by_sketches_is_as_good_and_makes_no_square():
     model, batches = wide()
     todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.3}, keep_ends=False)
     held = torch.cat(batches[4:])
-    exact = apply_in_order(model, todo, batches[:4])
+    exact = apply_sequentially(model, todo, batches[:4])
     with Largest() as seen:
-        own = apply_in_order(model, todo, batches[:4], widest=250)
+        own = apply_sequentially(model, todo, batches[:4], config=SequentialFit(max_width=250))
     assert seen.entries < 1200 * 300
     assert isinstance(own[0], FactorizedLayer)
     with torch.no_grad():
