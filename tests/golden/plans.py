@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import nn
 
 from tenfold.allocation import choose
 from tenfold.calibration import calibrate, called_layers
-from tenfold.decompositions import Moments
 from tenfold.errors import TenfoldError
 from tenfold.planning import Sensitivity, tabulate
 from tenfold.planning.timing import Timing
@@ -79,9 +77,6 @@ class Subject:
             self.model, self.profile, {"formats": self.untimed}, evaluate=self.score, batches=[self.seen]
         )
 
-    def _table(self, recipe: Recipe, moments: Mapping[str, Moments] | None, scores: Sensitivity | None) -> OptionTable:
-        return tabulate(self.model, self.profile, recipe, moments=moments, scores=scores)
-
     def plans(self, rule_name: str) -> dict[str, Found]:
         """Return what comes of every budget, with and without data and clock; budgets share their tables."""
         scores = self.scores(rule_name)
@@ -93,17 +88,23 @@ class Subject:
                     limits = budget if clock == "no clock" else {**budget, "latency": latency}
                     shown = ",".join(f"{k}={v}" for k, v in limits.items())
                     rule = {"name": rule_name, **RULES[rule_name]}
-                    formats = self.untimed if clock == "no clock" else self.timed
-                    recipe = Recipe.of({"budget": limits, "rule": rule, "formats": formats})
+                    recipe = Recipe.of({"budget": limits, "rule": rule, "formats": self.untimed})
                     try:
-                        if clock not in tables:
-                            same = clock == "clock" and self.timed == self.untimed and "no clock" in tables
-                            table = tables["no clock"] if same else self._table(recipe, moments, scores)
-                            tables[clock] = table if clock == "no clock" else self.timing.time(table)
+                        if "no clock" not in tables:
+                            table = tabulate(self.model, self.profile, recipe, moments=moments, scores=scores)
+                            tables = {"no clock": table, "clock": self.timing.time(_only(table, self.timed))}
                         found[f"{source}, {clock}, {shown}"] = _shown(choose(tables[clock], recipe))
                     except TenfoldError as error:
                         found[f"{source}, {clock}, {shown}"] = {"error": type(error).__name__}
         return found
+
+
+def _only(table: OptionTable, formats: tuple[str, ...]) -> OptionTable:
+    """Return the table with options in some formats."""
+    layers = (
+        layer.replace(options=tuple(own for own in layer.options if own.format in formats)) for layer in table.layers
+    )
+    return table.replace(layers=tuple(layers))
 
 
 def _shown(made: Plan) -> Found:
