@@ -1,4 +1,8 @@
-"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure."""
+"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure.
+
+Ranks are chosen in ``tenfold.planning.decide``, by the rule of the recipe; the default is
+``tenfold/allocation/rules/global_budget.py``.
+"""
 
 from __future__ import annotations
 
