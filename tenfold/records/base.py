@@ -71,5 +71,8 @@ def _values(text: str) -> Any:
 
 def explain(error: ValidationError) -> str:
     """Return the first problems of a validation error in one line."""
-    problems = [f"{'.'.join(str(part) for part in e['loc']) or 'top level'}: {e['msg']}" for e in error.errors()[:3]]
+    problems = [
+        f"{'.'.join(str(part) for part in e['loc']) or 'top level'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()[:3]
+    ]
     return "; ".join(problems)

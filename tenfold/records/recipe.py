@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from tenfold.errors import RecipeError, TenfoldError
 from tenfold.records.base import Record, explain
@@ -37,6 +46,10 @@ class Calibration(Record):
     positions: PositiveInt | None = 64
     draws: PositiveInt = 1
     max_width: PositiveInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_positions(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**dump(self), "positions": self.positions}  # files leave out what is None, which here is no default
 
     @property
     def plans(self) -> bool:
@@ -93,8 +106,11 @@ class Recipe(Record):
             return recipe
         if isinstance(recipe, str):
             return cls(budget=Budget.parse(recipe))
+        fields = dict(recipe or {})
+        if "budget" in fields:
+            fields["budget"] = Budget.of(fields["budget"])
         try:
-            return cls.model_validate(dict(recipe or {}))
+            return cls.model_validate(fields)
         except ValidationError as error:
             msg = f"invalid recipe: {explain(error)}"
             raise RecipeError(msg) from error
