@@ -1,4 +1,4 @@
-"""What measurements of layers depend on, in digests: by these a table is told from one of other conditions."""
+"""Cache keys for sensitivity measurements."""
 
 from __future__ import annotations
 

@@ -56,10 +56,10 @@ class Bench:
         """Return the score of a model.
 
         Raises:
-            DataError: there is nothing to score with, or the score is not a finite number.
+            DataError: there is no ``evaluate``, or the score is not a finite number.
         """
         if self.evaluate is None:
-            msg = "scores are wanted and there is nothing to score with: pass evaluate=, a function of a model"
+            msg = "scoring needs evaluate=, a function of the model"
             raise DataError(msg)
         score = float(self.evaluate(model))
         if not math.isfinite(score):

@@ -1,4 +1,4 @@
-"""One layer of a model replaced for a while, and the model told apart from others."""
+"""Temporarily replace one layer; hash a model."""
 
 from __future__ import annotations
 

@@ -308,7 +308,7 @@ def test_batch_norm_is_estimated_for_the_score_and_put_back(model: nn.Sequential
 
 
 def test_wrong_scores_and_batches_are_refused(model: nn.Sequential) -> None:
-    with pytest.raises(DataError, match="nothing to score with"):
+    with pytest.raises(DataError, match="scoring needs evaluate="):
         made(model).score("7", "low_rank", {"rank": 2})
     with pytest.raises(DataError, match="finite"):
         _ = made(model, evaluate=lambda m: float("nan")).baseline
