@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tenfold.errors import DataError, ExportError, TenfoldError, require
 from tenfold.exporting.base import check_free
+from tenfold.exporting.onnx_session import OnnxModule, feeds
 from tenfold.exporting.program import first_words
 from tenfold.exporting.quiet import quiet
-from tenfold.exporting.onnx_session import OnnxModule, feeds
 from tenfold.profiling import compare_latency
 from tenfold.records import Int8Record, Speedup, atomic_write
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in

@@ -10,8 +10,8 @@ from torch import nn
 
 from tenfold.errors import ExportError
 from tenfold.exporting.base import EXPORTERS, Exporter
-from tenfold.exporting.quiet import quiet
 from tenfold.exporting.onnx_session import OnnxModule
+from tenfold.exporting.quiet import quiet
 
 
 @EXPORTERS.register("onnx")

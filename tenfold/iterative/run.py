@@ -329,7 +329,7 @@ def _record(index: int, step: Step, plan: Plan, cost: Profile) -> StageRecord:
 
 
 def _identify(model: nn.Module, example_inputs: Any, planner: StagePlanner, batches: Sequence[Any] | None) -> Run:
-    """Return what the run is: the model, the data, the recipe, the schedule, and whatever else the outcome depends on."""
+    """Return what the run is: model, data, recipe, schedule, and whatever else the outcome depends on."""
     shapes = [tuple(t.shape) for t in tensors_in(arguments(example_inputs))]
     return Run(
         tenfold=__version__,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.allocation import choose
+from tenfold.allocation import choose, limits_latency
 from tenfold.calibration import calibrate, called_layers
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
-from tenfold.planning.rule_columns import Scores
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
+from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile
@@ -87,7 +87,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    source = unroll_for_plan(model, plan=given, keep=wanted.keep, budget=wanted.budget)
+    source = unroll_for_plan(model, wanted) if given is None else unroll_rnns(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
@@ -149,7 +149,7 @@ def _chosen(decision: Decision, runtime: Runtime) -> Decision:
     table, source, inputs = decision.table, decision.source, decision.latency_inputs
     if table is None:
         return decision
-    if "latency" not in decision.recipe.budget.limited:
+    if not limits_latency(decision.recipe):
         fused = fused_pairs(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
         return replace(decision, plan=choose(table).replace(fused=fused))
     timed = plan_within_latency(source, table, profile(source, inputs), inputs, clock_for(source, inputs, runtime))

@@ -13,8 +13,8 @@ from torch import Tensor
 from tenfold.allocation.rules.threshold import AccuracyDrop
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, Rank
-from tenfold.planning.error_curves import Curve, distortion_curve, weight_curve
 from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.error_curves import Curve, distortion_curve, weight_curve
 
 Ranks = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -20,8 +20,8 @@ from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
 from tenfold.patterns import check_patterns
 from tenfold.planning.conditions import conditions_of
-from tenfold.planning.error_curves import weight_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, reason_to_keep
+from tenfold.planning.error_curves import weight_curve
 from tenfold.planning.measuring import Bench, Place, errors_of, score_of
 from tenfold.records import (
     Cost,

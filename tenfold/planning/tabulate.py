@@ -17,13 +17,12 @@ from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.patterns import check_patterns
-from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
-from tenfold.planning.costs import costs_of
+from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
 from tenfold.planning.error_curves import BY_DATA
 from tenfold.planning.error_curves import BY_WEIGHT as WEIGHT_ERRORS
-from tenfold.planning.eligible import EligibleLayer, eligible_layer, kept_reasons
 from tenfold.planning.error_search import Errors, ErrorSearch
 from tenfold.planning.rows import rows_of, without_idle_factors
+from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.timing import Timing
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
 from tenfold.records.store import JsonCache
@@ -192,13 +191,13 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
     search = ErrorSearch(layer, weight, rule, work.known) if isinstance(rule, ErrorBound) else None
     fitted = search.errors({f: own[0] for f, own in rows.items()}) if search and "fitted_error" in rule.columns else {}
     options = []
-    for format, (ranks, columns) in rows.items():
+    for format, (ranks, given) in rows.items():
+        columns = dict(given)
         for name in rule.columns:
             if name in BY_WEIGHT and not work.by_scores:
-                column = BY_WEIGHT[name](layer, format, weight)(ranks) if len(ranks) else ()
-                columns = {**columns, name: column}
+                columns[name] = BY_WEIGHT[name](layer, format, weight)(ranks) if len(ranks) else ()
         if fitted:
-            columns = {**columns, "fitted_error": fitted[format]}
+            columns["fitted_error"] = fitted[format]
         own = _costed(layer, format, ranks, columns)
         options.append(own if rule.by_name else _with_fuller(layer, own, weight, work))
     return options, {} if search is None else search.new

@@ -9,8 +9,8 @@ from torch import nn
 
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
-from tenfold.planning.error_curves import Curve, weight_curve
 from tenfold.planning.eligible import eligible_layer
+from tenfold.planning.error_curves import Curve, weight_curve
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
 
 SHARES = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))
@@ -33,7 +33,7 @@ def tradeoff(
 ) -> TradeOff:
     """Return what budgets from small to large lead to, so that a person can choose one by looking.
 
-    The predicted distortion is the sum of what the rule says of each layer; for a rule that says nothing, the sum of the
+    The predicted distortion is the sum of what the rule says of each layer; for one that says nothing, the sum of the
     squared relative errors of the weights, as the tails of their spectra bound them.
 
     Args:

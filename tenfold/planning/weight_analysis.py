@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tenfold import __version__
 from tenfold.errors import TenfoldError
 from tenfold.formats import FORMATS
-from tenfold.planning.error_curves import spectra_of, weight_curve
 from tenfold.planning.eligible import EligibleLayer, eligible_layer
+from tenfold.planning.error_curves import spectra_of, weight_curve
 from tenfold.records import Analysis, CurvePoint, LayerAnalysis, LayerPlan, Plan, Profile, Spectrum
 
 VALUES, POINTS, DIGITS = 48, 24, 4  # so that 200 layers stay far below a megabyte

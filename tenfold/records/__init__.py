@@ -27,7 +27,7 @@ from tenfold.records.sensitivity_table import (
 )
 from tenfold.records.stages import StageLayer, StageRecord
 from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
-from tenfold.records.train_shape import TTGatherSpec, TrainShape
+from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
 __all__ = [

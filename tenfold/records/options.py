@@ -100,9 +100,9 @@ class FormatOptions(_Columns):
         if option not in self.becomes or self.fuller is None:
             return self, option
         other = self.becomes[option]
-        if self.latency_ms is not None and self.fuller.latency_ms is not None:
-            if self.fuller.latency_ms[other] > self.latency_ms[option]:
-                return self, option
+        timed = self.latency_ms is not None and self.fuller.latency_ms is not None
+        if timed and self.fuller.latency_ms[other] > self.latency_ms[option]:
+            return self, option
         return self.fuller, other
 
     def only(self, rows: Any) -> FormatOptions:

@@ -27,7 +27,7 @@ PLAN_HEADER = """\
 
 
 def check_version(what: str, values: Any) -> Any:
-    """Return the values of a record, before they are validated; of another version, raise ValueError and say what to do."""
+    """Return the values of a record before validation; raise ValueError, with the way out, for another version."""
     version = values.get("version", PLAN_VERSION) if isinstance(values, Mapping) else PLAN_VERSION
     if isinstance(version, int) and version != PLAN_VERSION:
         way_out = (

@@ -92,12 +92,16 @@ class Recipe(Record):
         if isinstance(recipe, cls):
             return recipe
         if isinstance(recipe, str):
-            return cls(budget=Budget.parse(recipe))
+            return cls._within(recipe)
         try:
             return cls.model_validate(dict(recipe or {}))
         except ValidationError as error:
             msg = f"invalid recipe: {explain(error)}"
             raise RecipeError(msg) from error
+
+    @classmethod
+    def _within(cls, budget: str) -> Self:
+        return cls(budget=Budget.parse(budget))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -128,11 +132,6 @@ class Recipe(Record):
         """The name of the rank rule."""
         return str(self.rule["name"])
 
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _read_budget(cls, value: Any) -> Any:
-        return value if isinstance(value, Budget) else Budget.of(value)
-
     @field_validator("rule", mode="before")
     @classmethod
     def _read_rule(cls, value: Any) -> Any:
@@ -154,7 +153,7 @@ class Recipe(Record):
     def _check(self) -> Recipe:
         if not isinstance(self.rule.get("name"), str):
             msg = "a rule needs its name, such as {name: evbmf, weaken: 0.8}"
-            raise ValueError(msg)
+            raise ValueError(msg)  # noqa: TRY004 - pydantic reports ValueError
         if not self.formats:
             msg = "formats is empty: name at least one, such as low_rank"
             raise ValueError(msg)

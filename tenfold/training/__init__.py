@@ -3,9 +3,9 @@
 Any other training loop works as well: the result of ``apply`` is an ordinary module.
 """
 
+from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.batches import Batches
 from tenfold.training.cached_logits import CachedLogits
-from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.distillation import Distillation
 from tenfold.training.finetune import finetune
 from tenfold.training.losses import SensitivityPenalty

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from tenfold.records.tuning import TuneConfig, TuneResult
 from tenfold.tracing.contexts import kept_modes, same_random_numbers
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, Batches, at_epoch, count_steps, peek, seed_epoch, share
-from tenfold.records.tuning import TuneConfig, TuneResult
 from tenfold.training.distributed import AccelerateProcess, SingleProcess
 from tenfold.training.ema import Average
 from tenfold.training.loop import Evaluate, Loop, Loss

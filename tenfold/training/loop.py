@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import TuningError
+from tenfold.records.tuning import EpochRecord, TuneConfig
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batch, as_pair, grouped, peek
-from tenfold.records.tuning import EpochRecord, TuneConfig
 from tenfold.training.distributed import SingleProcess
 from tenfold.training.ema import Average
 from tenfold.training.optimizer import learning_rate

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tenfold.errors import TuningError
 from tenfold.records import Plan, Record
+from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.surgery import reestimate_batchnorm_, with_errors
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.inputs import to_device
 from tenfold.training.batches import Batches, as_pair, at_epoch, seed_epoch
-from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.training.finetune import finetune
 from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy

@@ -14,8 +14,8 @@ from tenfold.formats.train import TrainFormat
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import tabulate
 from tenfold.records import Plan, Profile, Recipe
-from tenfold.training.batches import Batches
 from tenfold.records.tuning import TuneConfig, TuneResult
+from tenfold.training.batches import Batches
 from tenfold.training.finetune import finetune
 from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy
