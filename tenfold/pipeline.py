@@ -1,4 +1,8 @@
-"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure."""
+"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure.
+
+Ranks are chosen in ``tenfold.planning.decide``, by the rule of the recipe; the default is
+``tenfold/allocation/rules/global_budget.py``.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,9 @@ from tenfold.records import Analysis, Latency, Measurement, OptionTable, Plan, P
 from tenfold.reporting import render_record
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
+    SequentialFit,
     apply,
-    apply_in_order,
+    apply_sequentially,
     fuse_batchnorm_,
     fused_pairs,
     reestimate_batchnorm_,
@@ -182,9 +187,11 @@ def apply_decision(
     moments, source = decision.moments, decision.source
     if moments is not None and decision.recipe.calibration.method == "sequential":
         grams = {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
-        small = apply_in_order(
-            source, plan, decision.batches, original=target, outputs=grams, seed=decision.recipe.seed
+        calibration = decision.recipe.calibration
+        config = SequentialFit(
+            positions=calibration.positions, seed=decision.recipe.seed, max_width=calibration.max_width
         )
+        small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
     else:
         small = apply(source, plan, moments=moments, workers=runtime.workers)
     return small, with_errors(plan, small)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tenfold.ranks import RULES
 
+from tenfold.allocation import RULES
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.tasks import TASKS

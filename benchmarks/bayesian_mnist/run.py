@@ -57,16 +57,16 @@ def trained(task: Task, config: Row, folder: Path, *, test: bool) -> Row:
     before = _params(model)
     evaluate = partial(task.evaluate, split="validation")
     run = TrainingFolder(folder, f"{task.id} {config['training']} {config['prior']}")
-    told = train_bayesian(model, batches, training, prior, tune=tuning, evaluate=evaluate, folder=run)
-    tuned = told.tuning.history if told.tuning is not None else ()
+    result = train_bayesian(model, batches, training, prior, tune=tuning, evaluate=evaluate, folder=run)
+    tuned = result.tuning.history if result.tuning is not None else ()
     row: Row = {
         "seed": task.seed,
         "params_before": before,
         "params": _params(model),
-        "ranks_before": told.before,
-        "ranks": told.ranks,
-        "pruned_in_epoch": [list(ranks.values()) for ranks in told.history],
-        "curve": [e.model_dump(include={"epoch", "loss", "score", "seconds"}) for e in told.training.history],
+        "ranks_before": result.before,
+        "ranks": result.ranks,
+        "pruned_in_epoch": [list(ranks.values()) for ranks in result.history],
+        "curve": [e.model_dump(include={"epoch", "loss", "score", "seconds"}) for e in result.training.history],
         "tuning": [e.model_dump(include={"epoch", "loss", "score", "seconds"}) for e in tuned],
         "validation": evaluate(model),
     }

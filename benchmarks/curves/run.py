@@ -27,7 +27,7 @@ from tenfold.decompositions import Moments
 from tenfold.planning import tabulate
 from tenfold.profiling import environment, profile
 from tenfold.records import OptionTable, Plan, Recipe
-from tenfold.surgery import apply, apply_in_order, reestimate_batchnorm_
+from tenfold.surgery import SequentialFit, apply, apply_sequentially, reestimate_batchnorm_
 from tenfold.tasks import load_task
 
 HERE = Path(__file__).parent
@@ -166,7 +166,9 @@ class Network:
         """Return the model that a method makes of a plan, with the batch norms that belong to it."""
         if "fit" not in self.config["methods"][method]:
             grams = {path: own.output_gram for path, own in self.moments.items() if own.output_gram is not None}
-            return apply_in_order(self.model, plan, self.batches, outputs=grams, seed=self.seed)
+            return apply_sequentially(
+                self.model, plan, self.batches, output_grams=grams, config=SequentialFit(seed=self.seed)
+            )
         how = self.config["methods"][method]
         small = apply(self.model, plan, moments=self.fitted(how["fit"]))
         if how["norms"] == "re-estimated":

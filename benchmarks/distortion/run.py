@@ -51,10 +51,10 @@ ResNet-20 on CIFAR-10; {samples:,} training images without labels to predict fro
 loss on. Each layer is factorized on its own (least distortion of the network's outputs), the shift of its mean goes
 into the batch norm that follows. Spearman's rank correlation between the predicted distortion, summed over layers, and
 what came; with the 95 % interval of 2,000 bootstrap samples. No model of distortion has a say in the plans: each layer
-gets a format at random, or stays (chance {dense:.0%}), and keeps level^exp({spread}·normal) of its cost, with one level
-for the budget. Plans were drawn wilder at first (25 % stay, spread 1.0): a dozen of these showed networks at chance,
-where more distortion makes no difference, so the draw was narrowed. The configuration has the wilder ones as a set of
-their own.
+gets a format at random, or stays (chance {dense:.0%}), and keeps level^exp({spread}·normal) of its cost, with one
+level for the budget. Plans were drawn wilder at first (25 % stay, spread 1.0): a dozen of these showed networks at
+chance, where more distortion makes no difference, so the draw was narrowed. The configuration has the wilder ones as a
+set of their own.
 """
 
 

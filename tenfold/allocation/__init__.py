@@ -17,6 +17,7 @@ from tenfold.allocation.rule import (
     total_cost,
 )
 from tenfold.allocation.rules.threshold import ThresholdRule
+from tenfold.allocation.schedule import Schedule
 
 __all__ = [
     "RULES",
@@ -28,6 +29,7 @@ __all__ = [
     "Override",
     "Pick",
     "RankRule",
+    "Schedule",
     "Selection",
     "ThresholdRule",
     "Total",

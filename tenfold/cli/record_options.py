@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import re
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from tenfold.cli.terminal import Options, Terminal
-from tenfold.cli.values import TEXTS, Text, completion
+from tenfold.cli.declare import argument, documented, keyword, option, text_option
+from tenfold.cli.terminal import Misuse, Options, Terminal
+from tenfold.cli.values import TEXTS
 from tenfold.errors import TenfoldError
 from tenfold.records import Record
-
-_SHORT = {"task": "-t", "budget": "-b", "formats": "-f", "out": "-o", "quiet": "-q", "jobs": "-j"}
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,20 @@ class Fields:
 
 @dataclass(frozen=True)
 class _Option:
-    """One option: the place of its value in the record, and how it is declared."""
+    """An option: the field that it gives, or the field of a record in a field, and how its value is read."""
 
-    path: tuple[str, ...]
+    field: tuple[str, ...]
     declared: inspect.Parameter
-    text: Text | None = None
+    read: Callable[[Any], Any] | None = None
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.declared.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A record to be made from options."""
+    """A record to be made from options, and from the file that the option ``file`` names, if there is one."""
 
     kind: type[Record]
     options: tuple[_Option, ...]
@@ -60,40 +61,36 @@ class _Group:
         """Return the record with what was given, in a file or by options, set; the rest has its default.
 
         Raises:
-            TenfoldError: a value that is not allowed.
+            Misuse: a value that the command line does not allow.
+            TenfoldError: a value that a library record does not allow.
         """
         given: dict[str, Any] = {}
         if self.file and values[self.file] is not None:
             given = _read(self.kind, values[self.file], self.file).model_dump(exclude_unset=True)
-        for option in self.options:
-            value = values[option.declared.name]
+        for each in self.options:
+            value = values[each.declared.name]
             if value is None or value == []:
                 continue
-            value = value if option.text is None else option.text.read(value)
-            *parents, last = option.path
             inside = given
-            for name in parents:
+            for name in each.field[:-1]:
                 inside = inside.setdefault(name, {})
-            inside[last] = _over(inside.get(last), value) if isinstance(value, dict) else value
+            value = value if each.read is None else each.read(value)
+            inside[each.field[-1]] = _over(inside.get(each.field[-1]), value) if isinstance(value, dict) else value
         try:
             return self.kind.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
-            name = self._name(tuple(map(str, first["loc"])))
-            msg = f"{name or self.kind.__name__}: {first['msg'].removeprefix('Value error, ')}"
-            raise TenfoldError(msg) from error
-
-    def _name(self, place: tuple[str, ...]) -> str:
-        """Return the option whose value is at a place, or the place itself."""
-        found = [o.declared.name for o in self.options if o.path == place[: len(o.path)]]
-        return f"--{found[0].replace('_', '-')}" if found else ".".join(place)
+            flags = [each.flag for each in self.options if each.field == first["loc"][: len(each.field)]]
+            where = flags[0] if flags else ".".join(map(str, first["loc"])) or self.kind.__name__
+            msg = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+            raise (Misuse if issubclass(self.kind, Options) else TenfoldError)(msg) from error
 
 
-def _read(kind: type[Record], file: Path, option: str) -> Record:
+def _read(kind: type[Record], file: Path, name: str) -> Record:
     try:
         return kind.from_text(file.read_text(encoding="utf-8"), source=str(file))
     except (OSError, UnicodeDecodeError) as error:
-        msg = f"cannot read --{option} {file}: {getattr(error, 'strerror', None) or error}"
+        msg = f"cannot read --{name} {file}: {getattr(error, 'strerror', None) or error}"
         raise TenfoldError(msg) from error
 
 
@@ -115,40 +112,36 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         ...     width: int = 3
         >>> def area(size: Size, terminal: Terminal, height: int = 2) -> None: ...
         >>> list(inspect.signature(as_command(area)).parameters)
-        ['width', 'as_json', 'quiet', 'debug', 'height']
+        ['ctx', 'width', 'as_json', 'quiet', 'debug', 'height']
     """
-    hints = get_type_hints(run, include_extras=True)
-    doc = documented(run.__doc__ or "", "Args")
+    hints, doc = get_type_hints(run, include_extras=True), documented(run.__doc__ or "", "Args")
     groups: dict[str, _Group] = {}
-    declared: dict[str, inspect.Parameter] = {}
+    declared: dict[str, inspect.Parameter] = {"ctx": keyword("ctx", typer.Context)}
+    arguments: list[str] = []
     own: dict[str, Any] = {}
     for name, parameter in inspect.signature(run).parameters.items():
-        hint = hints[name]
-        kind, fields = _group_of(hint)
-        if kind is not None:
-            groups[name] = _group(name, kind, fields)
-            if fields.file:
-                declared[name] = _file_option(name, fields)
-            declared |= {o.declared.name: o.declared for o in groups[name].options if o.declared.name not in declared}
+        if (group := _group(name, hints[name])) is not None:
+            groups[name] = group
+            if group.file:
+                about = f"Read the {name} from a YAML file; single options change its fields."
+                file = FieldInfo(annotation=Path | None, default=None)
+                declared[name] = option(name, file, about, name.capitalize())
+            for each in group.options:  # records share options of one name, such as the seed
+                declared.setdefault(each.declared.name, each.declared)
         elif parameter.kind is parameter.POSITIONAL_ONLY:
-            declared[name] = _argument(parameter, hint, doc.get(name, ""))
-        elif hint is typer.Context:
-            declared[name] = _keyword(name, hint)
+            arguments.append(name)
+            declared[name] = argument(parameter, hints[name], doc.get(name, ""))
         else:
-            own[name] = (hint, ... if parameter.default is parameter.empty else parameter.default)
-    plain = _plain(own, doc)
-    declared |= {option.declared.name: option.declared for option in plain.options}
+            own[name] = (hints[name], ... if parameter.default is parameter.empty else parameter.default)
+    plain, shown = _plain(own, doc), groups.pop("terminal")
+    declared |= {each.declared.name: each.declared for each in plain.options}
 
-    def command(**values: Any) -> None:
-        terminal = cast("Terminal", groups["terminal"].build(values))
+    def command(ctx: typer.Context, **values: Any) -> None:
+        terminal = cast("Terminal", shown.build(values)).model_copy(update={"command": ctx.obj})
         with terminal.session():
-            records = {name: group.build(values) for name, group in groups.items()}
-            extra = dict(plain.build(values))
-            rest = {name: value for name, value in values.items() if name in hints and name not in {*groups, *own}}
-            positional = [
-                rest.pop(n) for n, p in inspect.signature(run).parameters.items() if p.kind is p.POSITIONAL_ONLY
-            ]
-            run(*positional, **{**records, **extra, **rest, "terminal": terminal})
+            records: dict[str, Any] = {name: group.build(values) for name, group in groups.items()}
+            own = dict(plain.build(values))
+            run(*(values[name] for name in arguments), **records, **own, terminal=terminal)
 
     vars(command)["__signature__"] = inspect.Signature(list(declared.values()), return_annotation=None)
     command.__annotations__ = {name: parameter.annotation for name, parameter in declared.items()}
@@ -160,146 +153,43 @@ def help_of(run: Callable[..., None]) -> str:
     return inspect.cleandoc(run.__doc__ or "").partition("\n\nArgs:\n")[0]
 
 
-def documented(doc: str, section: str) -> dict[str, str]:
-    r"""Return what a section such as ``Attributes`` or ``Args`` of a docstring says, by name.
-
-    Example:
-        >>> documented("Area.\n\nAttributes:\n    width: of the ``thing``,\n        in metres.", "Attributes")
-        {'width': 'Of the `thing`, in metres.'}
-    """
-    entries = inspect.cleandoc(doc).partition(f"\n{section}:\n")[2].partition("\n\n")[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", entries, flags=re.MULTILINE)
-    texts = {name: " ".join(text.split()).replace("``", "`") for name, text in found}
-    return {name: text[:1].upper() + text[1:] for name, text in texts.items()}
-
-
-def _group_of(hint: Any) -> tuple[type[Record] | None, Fields]:
-    """Return the record that a parameter is, and which of its fields are options; None where it is none."""
+def _group(name: str, hint: Any) -> _Group | None:
+    """Return the group of a parameter; None for one that is no record."""
     kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if not isinstance(kind, type) or not issubclass(kind, Record):
+        return None
     fields = next((mark for mark in marks if isinstance(mark, Fields)), Fields())
-    return (kind if isinstance(kind, type) and issubclass(kind, Record) else None), fields
-
-
-def _group(name: str, kind: type[Record], fields: Fields) -> _Group:
     panel = fields.panel or inspect.cleandoc(kind.__doc__ or "").partition("\n")[0].rstrip(".")
-    chosen = [n for n in fields.only or kind.model_fields if n not in fields.without]
-    options = tuple(_options_of(kind, (), chosen, panel, both=fields.file))
-    return _Group(kind, options, name if fields.file else "")
+    chosen = [
+        n for n in fields.only or kind.model_fields if n not in fields.without and not kind.model_fields[n].exclude
+    ]
+    return _Group(kind, tuple(_options_of(kind, chosen, panel, both=fields.file)), name if fields.file else "")
 
 
 def _plain(own: Mapping[str, Any], doc: Mapping[str, str]) -> _Group:
     """Return the group of the parameters that are no records."""
-    kind: type[Record] = create_model("Options", __base__=Options, **own)
-    options = (_option((name,), info, doc.get(name, ""), "Options") for name, info in kind.model_fields.items())
-    return _Group(kind, tuple(options))
+    kind: type[Record] = create_model("Own", __base__=Options, **own)
+    infos = kind.model_fields.items()
+    return _Group(
+        kind, tuple(_Option((name,), option(name, info, doc.get(name, ""), "Options")) for name, info in infos)
+    )
 
 
 def _options_of(
-    kind: type[Record], parents: tuple[str, ...], names: Sequence[str], panel: str, *, both: bool
+    kind: type[Record], names: Sequence[str], panel: str, parents: tuple[str, ...] = (), *, both: bool = False
 ) -> Iterator[_Option]:
     """Yield the options of some fields; those of a record within are named after both."""
     doc: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         doc |= documented(base.__doc__ or "", "Attributes")
     for name in names:
-        info = kind.model_fields[name]
-        path = (*parents, name)
-        if name in TEXTS and not parents:
-            for option, text in TEXTS[name].items():
-                yield _text_option(option, path, text, text.help or doc.get(name, ""), panel)
+        info, path = kind.model_fields[name], (*parents, name)
+        if name in TEXTS:
+            for flag, text in TEXTS[name].items():
+                yield _Option(path, text_option(flag, text, panel), text.read)
         elif isinstance(info.annotation, type) and issubclass(info.annotation, Record):
-            yield from _options_of(info.annotation, path, list(info.annotation.model_fields), panel, both=both)
+            yield from _options_of(info.annotation, list(info.annotation.model_fields), panel, path, both=both)
         else:
-            yield _option(path, info, doc.get(name, ""), panel, both=both)
-
-
-def _text_option(name: str, path: tuple[str, ...], text: Text, about: str, panel: str) -> _Option:
-    option = typer.Option(
-        *_flags(name),
-        metavar=text.metavar,
-        help=about,
-        rich_help_panel=panel,
-        show_default=False,
-        autocompletion=completion(name),
-    )
-    return _Option(path, _keyword(name, Annotated[text.kind | None, option], None), text)
-
-
-def _option(path: tuple[str, ...], info: FieldInfo, about: str, panel: str, *, both: bool = False) -> _Option:
-    name = "_".join(path)
-    kind, bounds = _shape(info.annotation)
-    bounds |= _bounds(info.metadata, kind)
-    shown = info.alias or name
-    default = info.default
-    flags = _flags(shown)
-    if kind is bool:
-        flag = shown.replace("_", "-")
-        flags = (f"--{flag}/--no-{flag}",) if both or default is not False else (f"--{flag}", *flags[1:])
-    display = str(default) if default not in (None, False, True, ()) and not info.is_required() else False
-    if kind is not bool and get_origin(kind) is not Literal:
-        bounds["metavar"] = next((mark for mark in info.metadata if isinstance(mark, str)), _metavar(kind, shown))
-    option = typer.Option(
-        *flags,
-        help=about,
-        rich_help_panel=panel,
-        show_default=display,
-        autocompletion=completion(shown),
-        **bounds,
-    )
-    if info.is_required():
-        return _Option(path, _keyword(name, Annotated[kind, option]))
-    return _Option((*path[:-1], info.alias or path[-1]), _keyword(name, Annotated[kind | None, option], None))
-
-
-def _file_option(name: str, fields: Fields) -> inspect.Parameter:
-    text = f"Read the {name} from a YAML file; single options change its fields."
-    option = typer.Option(f"--{name}", metavar="FILE", help=text, rich_help_panel=fields.panel, show_default=False)
-    return _keyword(name, Annotated[Path | None, option], None)
-
-
-def _argument(parameter: inspect.Parameter, hint: Any, about: str) -> inspect.Parameter:
-    many = get_origin(hint) is list
-    metavar = f"{parameter.name.upper()}..." if many else parameter.name.upper()
-    argument = typer.Argument(metavar=metavar, help=about, show_default=False)
-    if get_origin(_shape(hint)[0]) is Literal:
-        argument = typer.Argument(help=about, show_default=False)
-    return _keyword(parameter.name, Annotated[hint, argument], parameter.default)
-
-
-def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _flags(name: str) -> tuple[str, ...]:
-    flag = f"--{name.replace('_', '-')}"
-    return (flag, _SHORT[name]) if name in _SHORT else (flag,)
-
-
-def _shape(annotation: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the type of an option for a field of this type, and its bounds."""
-    if get_origin(annotation) is Annotated:
-        kind, *marks = get_args(annotation)
-        inner, bounds = _shape(kind)
-        return inner, bounds | _bounds(marks, inner)
-    if get_origin(annotation) in (Union, types.UnionType):
-        parts = [part for part in get_args(annotation) if part is not type(None)]
-        return _shape(parts[0]) if len(parts) == 1 else (str, {})
-    if get_origin(annotation) in (tuple, list):
-        return list[get_args(annotation)[0]], {}  # type: ignore[misc]
-    return annotation, {}
-
-
-def _bounds(marks: Sequence[Any], kind: Any) -> dict[str, Any]:
-    """Return the least and the largest value that a field takes, as far as an option can say so."""
-    found = {}
-    for mark in marks:
-        for name, limit in (("ge", "min"), ("le", "max")):
-            if getattr(mark, name, None) is not None:
-                found[limit] = getattr(mark, name)
-        if kind is int and getattr(mark, "gt", None) is not None:
-            found["min"] = mark.gt + 1
-    return found
-
-
-def _metavar(kind: Any, name: str) -> str:
-    return {int: "N", float: "X", Path: "FILE", list[Path]: "FILE"}.get(kind, name.upper())
+            shown = info.alias or name
+            declared = option("_".join(path), info, doc.get(shown, ""), panel, both=both)
+            yield _Option((*parents, shown), declared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,8 @@ def sensitivity(
         there = task.calibration_size(recipe.seed)
         batches = CalibrationBatches(opened, min(looked_at, there), recipe.seed)
     if samples:
-        about = {"task": opened.name, "scored": samples}
-        score = Score(lambda model: task.evaluate(model, split="validation", limit=samples), about)
+        evaluate = partial(task.evaluate, split="validation", limit=samples)
+        score = Score(evaluate, {"task": opened.name, "scored": samples})
     return Sensitivity(model, profile, recipe, evaluate=score, batches=batches, path=path, workers=workers)
 
 

@@ -18,13 +18,13 @@ class Text:
         kind: ``str``, or ``list[str]`` where it can be repeated.
         metavar: its form.
         read: returns the value of the field, or of a mapping the part that the option gives.
-        help: shown instead of the documentation of the field.
+        help: what it is for.
     """
 
     kind: Any
     metavar: str
     read: Callable[[Any], Any]
-    help: str = ""
+    help: str
 
 
 def names(texts: Sequence[str]) -> tuple[str, ...]:
@@ -105,11 +105,27 @@ TEXTS: dict[str, dict[str, Text]] = {
             "max_latency_ms. Several with commas between them.",
         )
     },
-    "formats": {"formats": Text(list[str], "FORMAT,...", names)},
+    "formats": {
+        "formats": Text(
+            list[str],
+            "FORMAT,...",
+            names,
+            "What layers may turn into, the preferred first; see `tenfold list formats`.",
+        )
+    },
     "algorithms": {"algorithms": Text(list[str], "FORMAT=NAME", algorithms, "The algorithm of a format. Repeatable.")},
-    "keep": {"keep": Text(list[str], "PATTERN", list)},
+    "keep": {
+        "keep": Text(
+            list[str], "PATTERN", list, "Leave these layers alone: a path, a glob or re:EXPRESSION. Repeatable."
+        )
+    },
     "rule": {
-        "rule": Text(str, "RULE", lambda name: {"name": name}, "How ranks are chosen: global by default; see `list`."),
+        "rule": Text(
+            str,
+            "RULE",
+            lambda name: {"name": name},
+            "How ranks are chosen, global by default; see `tenfold list rules`.",
+        ),
         "set": Text(list[str], "NAME=VALUE", settings, "A setting of the rule, such as rel_error=0.3. Repeatable."),
         "rank": Text(
             list[str],

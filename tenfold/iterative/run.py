@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from tenfold import __version__
+from tenfold.allocation.schedule import Schedule
 from tenfold.calibration import calibrate, called_layers
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
-from tenfold.iterative.schedule import Schedule
 from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed, apply_decision, measurement
 from tenfold.planning import Decision, analyse

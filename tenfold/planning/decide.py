@@ -1,4 +1,7 @@
-"""The front half of every compression: profile, calibrate, tabulate and choose; or cost again a plan that is given."""
+"""The front half of every compression: profile, calibrate, tabulate and choose; or cost again a plan that is given.
+
+``tabulate`` measures what each layer could become; ``choose`` lets a rule of ``tenfold/allocation/rules`` select ranks.
+"""
 
 from __future__ import annotations
 

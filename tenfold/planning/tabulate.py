@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tenfold import __version__
 from tenfold.allocation import RankRule, rule_of
@@ -18,7 +18,7 @@ from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.patterns import check_patterns
 from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
-from tenfold.planning.error_curves import BY_DATA
+from tenfold.planning.error_curves import BY_DATA, Curve
 from tenfold.planning.error_curves import BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.error_search import Errors, ErrorSearch
 from tenfold.planning.rows import rows_of, without_idle_factors
@@ -152,14 +152,12 @@ def _weighed(
     }
 
 
-def _with_fuller(layer: EligibleLayer, own: FormatOptions, weight: Tensor, work: _Work) -> FormatOptions:
-    """Return options with those that a plan takes instead of others; ranks that somebody gave by hand stay."""
+def _with_fuller(layer: EligibleLayer, own: FormatOptions, curves: Mapping[str, Curve]) -> FormatOptions:
+    """Return options with those that a plan takes instead of others."""
     ranks, becomes, notes = without_idle_factors(layer, own.format, own.ranks)
     if not becomes:
         return own
-    columns = {}
-    if "distortion" in work.rule.columns and not work.by_scores:
-        columns["distortion"] = BY_WEIGHT["distortion"](layer, own.format, weight)(ranks)
+    columns = {name: curve(ranks) for name, curve in curves.items()}
     return own.replace(fuller=_costed(layer, own.format, ranks, columns), becomes=becomes, notes=notes)
 
 
@@ -192,12 +190,14 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
     fitted = search.errors({f: own[0] for f, own in rows.items()}) if search and "fitted_error" in rule.columns else {}
     options = []
     for format, (ranks, given) in rows.items():
-        columns = dict(given)
-        for name in rule.columns:
-            if name in BY_WEIGHT and not work.by_scores:
-                columns[name] = BY_WEIGHT[name](layer, format, weight)(ranks) if len(ranks) else ()
+        computed = [] if work.by_scores or not len(ranks) else [name for name in rule.columns if name in BY_WEIGHT]
+        curves = {name: BY_WEIGHT[name](layer, format, weight) for name in computed}
+        columns = {**given, **{name: curve(ranks) for name, curve in curves.items()}}
+        if not len(ranks):
+            columns = dict.fromkeys(rule.columns, ()) | columns
         if fitted:
             columns["fitted_error"] = fitted[format]
         own = _costed(layer, format, ranks, columns)
-        options.append(own if rule.by_name else _with_fuller(layer, own, weight, work))
+        # Ranks that somebody gave by hand stay as they are.
+        options.append(own if rule.by_name else _with_fuller(layer, own, curves))
     return options, {} if search is None else search.new

@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from tenfold.errors import BudgetError
-from tenfold.records.base import Record, explain
+from tenfold.records.base import Record, explain, refusal
 from tenfold.records.costs import Cost
 from tenfold.registry import did_you_mean
 
@@ -76,9 +76,7 @@ class Budget(Record):
         try:
             return cls.model_validate(budget)
         except ValidationError as error:
-            first = error.errors()[0]
-            known = first.get("ctx", {}).get("error")
-            raise known if isinstance(known, BudgetError) else BudgetError(explain(error)) from error
+            raise refusal(error) or BudgetError(explain(error)) from error
 
     @classmethod
     def at_most(cls, limits: Mapping[str, float]) -> Self:

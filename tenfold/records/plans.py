@@ -27,7 +27,7 @@ PLAN_HEADER = """\
 
 
 def check_version(what: str, values: Any) -> Any:
-    """Return the values of a record before validation; raise ValueError, with the way out, for another version."""
+    """Return the values of a record that is to be validated; raise ValueError for another version, with the way out."""
     version = values.get("version", PLAN_VERSION) if isinstance(values, Mapping) else PLAN_VERSION
     if isinstance(version, int) and version != PLAN_VERSION:
         way_out = (

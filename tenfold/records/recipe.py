@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from tenfold.errors import RecipeError, TenfoldError
-from tenfold.records.base import Record, explain
+from tenfold.errors import BudgetError, RecipeError, TenfoldError
+from tenfold.records.base import Record, explain, refusal
 from tenfold.records.budget import Budget
 from tenfold.records.store import write_text
 from tenfold.registry import as_tuple
@@ -37,6 +46,10 @@ class Calibration(Record):
     positions: PositiveInt | None = 64
     draws: PositiveInt = 1
     max_width: PositiveInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_positions(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**dump(self), "positions": self.positions}  # files leave out what is None, which here is no default
 
     @property
     def plans(self) -> bool:
@@ -96,6 +109,9 @@ class Recipe(Record):
         try:
             return cls.model_validate(dict(recipe or {}))
         except ValidationError as error:
+            refused = refusal(error)
+            if isinstance(refused, BudgetError):
+                raise refused from error
             msg = f"invalid recipe: {explain(error)}"
             raise RecipeError(msg) from error
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from tenfold.records import write_text
 from tenfold.reporting.charts import Chart, dense_rule, xy
-from tenfold.reporting.columns import Cell, Column, Row
 from tenfold.reporting.comparison import Group, Spread, best
 from tenfold.reporting.grouping import grouped
 from tenfold.reporting.numbers import plural
 from tenfold.reporting.pages import page
+from tenfold.reporting.table_parts import Cell, Column, Row
 
 _SHOWN = {"params": "params (%)", "macs": "MACs (%)", "speedup": "speed-up", "score": "score (%)"}
 _COSTS = {"params": "parameters left (%)", "macs": "MACs left (%)", "speedup": "times faster"}

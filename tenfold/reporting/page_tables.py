@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from tenfold.records import Analysis, LayerPlan, RunRecord
-from tenfold.reporting.columns import Cell, Column, Row, number
 from tenfold.reporting.numbers import change, count, percent, ranks, three_digits
+from tenfold.reporting.table_parts import Cell, Column, Row, number
 
 _STABILITY = re.compile(r"; sensitivity (\S+), largest term (\S+)")
 

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerPlan, LayerSensitivity, Plan
-from tenfold.reporting.columns import grid
 from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
 from tenfold.reporting.numbers import change, count, factor, plural, ranks
+from tenfold.reporting.table_parts import grid
 
 WHOLE_PATH = 28  # paths up to this length are not broken, however narrow the page
 

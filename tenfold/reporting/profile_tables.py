@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerProfile, Profile
-from tenfold.reporting.columns import grid
 from tenfold.reporting.grouping import grouped, kinds_in_short, paths_in_short
 from tenfold.reporting.numbers import count, interval, milliseconds, plural, ranks, size
+from tenfold.reporting.table_parts import grid
 
 
 def profile_tables(profile: Profile) -> tuple[RenderableType, ...]:

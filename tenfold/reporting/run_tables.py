@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import Latency, Measurement, RunRecord
-from tenfold.reporting.columns import grid, rich_table
 from tenfold.reporting.numbers import (
     count,
     factor,
@@ -22,6 +21,7 @@ from tenfold.reporting.numbers import (
 )
 from tenfold.reporting.page_tables import stage_table
 from tenfold.reporting.plan_tables import plan_tables
+from tenfold.reporting.table_parts import grid, rich_table
 
 
 def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerSensitivity, SensitivityPoint, SensitivityTable
-from tenfold.reporting.columns import grid
 from tenfold.reporting.numbers import count, percent
 from tenfold.reporting.plan_tables import reasons_table
+from tenfold.reporting.table_parts import grid
 
 _SHARES = (0.25, 0.5, 0.75)
 

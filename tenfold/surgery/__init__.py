@@ -5,7 +5,7 @@ from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
-from tenfold.surgery.refit import apply_in_order
+from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
     fuse_rnns_,
     fused_rnns,
@@ -17,9 +17,10 @@ from tenfold.surgery.unroll_rnn import (
 __all__ = [
     "FusedNorm",
     "FusedPairs",
+    "SequentialFit",
     "apply",
     "apply_",
-    "apply_in_order",
+    "apply_sequentially",
     "densify",
     "densify_",
     "find",

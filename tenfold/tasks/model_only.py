@@ -54,7 +54,7 @@ class ModelOnly(Task):
             DataError: there is no ``data``, or it cannot be read.
         """
         if self.data is None:
-            msg = f"{self.id} is a model without data: give --data with inputs of your own, or --calibration 0"
+            msg = f"{self.id} is a model without data: give --data with inputs of your own, or --calibration-samples 0"
             raise DataError(msg)
         return self.inputs_of(self.data, samples, batch_size=batch_size, seed=seed)
 

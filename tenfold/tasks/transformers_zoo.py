@@ -139,7 +139,7 @@ class HuggingFace(ModelOnly):
             pictures = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
             return MappedBatches(pictures, lambda batch: {"pixel_values": batch})
         if self.processor is None:
-            msg = f"{self.id} has no tokenizer: sentences of --data cannot be read. Use --calibration 0, or Python."
+            msg = f"{self.id} has no tokenizer for the sentences of --data. Use --calibration-samples 0, or Python."
             raise DataError(msg)
         texts = _lines(source)
         order = torch.randperm(len(texts), generator=seeded(seed)).tolist()[:samples]

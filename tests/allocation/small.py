@@ -47,7 +47,9 @@ def selection(
     return select(table, table.recipe.replace(budget=Budget.at_most(limits or {})))
 
 
-def picks(model: SideBySide, rule: RankRule, limits: dict[str, float] | None = None, **options: Any) -> tuple[Pick, ...]:
+def picks(
+    model: SideBySide, rule: RankRule, limits: dict[str, float] | None = None, **options: Any
+) -> tuple[Pick, ...]:
     """Return what becomes of each layer."""
     return selection(model, rule, limits, **options).picks
 

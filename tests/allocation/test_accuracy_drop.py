@@ -8,26 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from tenfold.ranks import RankProblem, rule_from
-from tenfold.ranks.accuracy_drop import AccuracyDrop, _bisect, _gallop
 from torch import nn
 
+from tenfold.allocation import rule_from
+from tenfold.allocation.rules.threshold import AccuracyDrop
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
 from tenfold.planning import Sensitivity, plan
+from tenfold.planning.rule_columns import _bisect, gallop
 from tenfold.profiling import profile
-from tenfold.records import Call, Cost, LayerSpec
+from tenfold.records import Plan, Recipe
+from tenfold.testing.tables import SideBySide
+from tests.allocation.small import beside, conv, picks
 from tests.planning.fakes import Scorer, costs, inputs, net
 
 SIZE = 128
 FORMATS = ("tucker2", "low_rank")
+ONE = {"formats": ("low_rank",)}
 
 
-def problem(path: str, size: int = SIZE) -> RankProblem:
-    spec = LayerSpec(kind="linear", in_channels=size, out_channels=size)
-    call = Call(in_shape=(1, size), out_shape=(1, size))
-    cost = Cost(params=spec.num_params, macs=spec.macs((1, size)))
-    return RankProblem(path, spec, ("low_rank",), (call,), cost, lambda: torch.zeros(1, size, size))
+def layers(*names: str) -> SideBySide:
+    return beside(**{f"layer_{name}": conv(SIZE, SIZE, 0, torch.zeros(SIZE, SIZE)) for name in names})
 
 
 class Table:
@@ -36,7 +37,8 @@ class Table:
     baseline = 0.9
 
     def __init__(self, needs: dict[str, int], drop: float = 0.01, *, error: float = 1.0) -> None:
-        self.needs, self.drop, self.slope = needs, drop, error
+        self.needs = {f"layer_{name}": rank for name, rank in needs.items()}
+        self.drop, self.slope = drop, error
         self.asked: list[tuple[str, int]] = []
 
     def score(self, path: str, format: str, rank: Rank) -> float:
@@ -52,55 +54,55 @@ class Table:
         """A straight line from 0.4 at the smallest rank up to the baseline at ``needs``."""
         return [0.9 - 0.5 * max(0, self.needs[path] - r["rank"]) / self.needs[path] for r in ranks]
 
+    def distortion_at(self, path: str, format: str) -> Any:
+        raise NotImplementedError
+
 
 @pytest.mark.parametrize("needs", [1, 2, 17, 40, 63])
 def test_finds_the_smallest_rank_that_is_good_enough(needs: int) -> None:
     table = Table({"a": needs})
-    (choice,) = AccuracyDrop(drop=0.01, scores=table).select([problem("a")])
-    assert choice.rank == {"rank": needs}  # type: ignore[union-attr]
+    (found,) = picks(layers("a"), AccuracyDrop(drop=0.01), scores=table, **ONE)
+    assert found.rank == {"rank": needs}
     assert len(table.asked) <= 2 * ceil(log2(63)) + 1
 
 
 def test_a_layer_that_no_rank_serves_is_kept_with_the_reason() -> None:
     table = Table({"a": SIZE, "b": 30})
-    kept, taken = AccuracyDrop(drop=0.01, scores=table).select([problem("a"), problem("b")])
-    assert kept.reason == "every rank that is cheaper costs more than 1 points of score"  # type: ignore[union-attr]
-    assert taken.rank == {"rank": 30}  # type: ignore[union-attr]
+    kept, taken = picks(layers("a", "b"), AccuracyDrop(drop=0.01), scores=table, **ONE)
+    assert (kept.format, kept.reason) == (None, "every rank that is cheaper costs more than 1 points of score")
+    assert taken.rank == {"rank": 30}
 
 
 def test_the_error_says_where_to_look_and_the_score_decides() -> None:
     needs = {str(i): 10 + 5 * i for i in range(10)}
     told, lied = Table(needs), Table(needs, error=-1.0)
-    problems = [problem(path) for path in needs]
     for table in (told, lied):
-        choices = AccuracyDrop(drop=0.01, scores=table).select(problems)
-        assert [c.rank["rank"] for c in choices] == list(needs.values())  # type: ignore[union-attr]
-    later = [path for path, _ in told.asked if path != "0"]
+        found = picks(layers(*needs), AccuracyDrop(drop=0.01), scores=table, **ONE)
+        assert [(pick.rank or {})["rank"] for pick in found] == list(needs.values())
+    later = [path for path, _ in told.asked if path != "layer_0"]
     assert len(later) <= 3 * 9  # the rank that will do, that the one below will not, and what rounding takes
     assert len(told.asked) < len(lied.asked)
 
 
 def test_every_rank_that_scores_exactly_enough_is_enough() -> None:
     scores = Table({"a": 20}, drop=0.005)  # loses exactly 0.01 below rank 20: 0.9 - 0.01 rounds to below 0.89
-    (choice,) = AccuracyDrop(drop=0.01, scores=scores).select([problem("a")])
-    assert choice.rank == {"rank": 1}  # type: ignore[union-attr]
+    (found,) = picks(layers("a"), AccuracyDrop(drop=0.01), scores=scores, **ONE)
+    assert found.rank == {"rank": 1}
 
 
 def test_steps_try_a_coarser_grid() -> None:
     table = Table({"a": 17})
-    (choice,) = AccuracyDrop(drop=0.01, step=8, scores=table).select([problem("a")])
-    assert choice.rank == {"rank": 24}  # type: ignore[union-attr]
+    (found,) = picks(layers("a"), AccuracyDrop(drop=0.01, step=8), scores=table, **ONE)
+    assert found.rank == {"rank": 24}
     assert all(rank % 8 == 0 for _, rank in table.asked)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9])
 def test_a_budget_sets_the_drop(share: float) -> None:
-    needs = {"a": 60, "b": 20}
-    problems = [problem(path) for path in needs]
-    limit = share * sum(p.cost.macs for p in problems)
-    table = Table(needs)
-    choices = AccuracyDrop(scores=table).select(problems, {"macs": limit})
-    ranks = [getattr(c, "rank", {"rank": SIZE // 2})["rank"] for c in choices]
+    table, model = Table({"a": 60, "b": 20}), layers("a", "b")
+    limit = share * model.profile.macs
+    found = picks(model, AccuracyDrop(), {"macs": limit}, scores=table, **ONE)
+    ranks = [(pick.rank or {"rank": SIZE // 2})["rank"] for pick in found]
     used = sum(2 * SIZE * r for r in ranks)
     assert used <= limit
     assert used >= limit - 2 * SIZE * 4 or ranks == [60, 20]  # more would gain nothing
@@ -115,11 +117,11 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(RankError, match="step=0"):
         AccuracyDrop(step=0)
     with pytest.raises(BudgetError, match=r"needs scores of the model"):
-        rule_from("accuracy_drop", drop=0.01).select([problem("a")])
+        picks(layers("a"), rule_from("accuracy_drop", drop=0.01))
     with pytest.raises(BudgetError, match="a number of its own or a budget"):
-        AccuracyDrop(scores=Table({"a": 3})).select([problem("a")])
+        picks(layers("a"), AccuracyDrop(), scores=Table({"a": 3}), **ONE)
     with pytest.raises(BudgetError, match="cannot be met"):
-        AccuracyDrop(scores=Table({"a": 3})).select([problem("a")], {"macs": 10})
+        picks(layers("a"), AccuracyDrop(), {"macs": 10}, scores=Table({"a": 3}), **ONE)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 30])
@@ -133,28 +135,30 @@ def test_searches_agree_with_looking_at_everything(size: int) -> None:
                 seen.append(i)
                 return i >= first
 
-            assert _gallop(good, guess, size) == first
+            assert gallop(good, guess, size) == first
             assert len(seen) == len(set(seen))
             assert all(0 <= i < size for i in seen)
+
+
+def dropping(model: nn.Module, scores: Sensitivity, drop: float | None = None, **recipe: Any) -> Plan:
+    rule = AccuracyDrop(drop=drop).to_dict()
+    return plan(model, costs(model), {"rule": rule, "formats": FORMATS, **recipe}, scores=scores)
 
 
 def test_the_plan_keeps_the_drop_and_a_second_one_costs_nothing(tmp_path: Any) -> None:
     model, file = net(), tmp_path / "table.json"
     weights = {"3": 0.9, "7": 0.04}
     scorer = Scorer(weights)
-    found = Sensitivity(model, costs(model), formats=FORMATS, evaluate=scorer, path=file)
-    rule = AccuracyDrop(drop=0.05, scores=found)
-    made = plan(model, costs(model), rule=rule, formats=FORMATS, keep=["0", "9"])
-    assert made.rule == {"name": "accuracy_drop", "drop": 0.05, "step": 1}
+    found = Sensitivity(model, costs(model), {"formats": FORMATS}, evaluate=scorer, path=file)
+    made = dropping(model, found, 0.05, keep=["0", "9"])
+    assert made.recipe.rule == {"name": "accuracy_drop", "drop": 0.05, "step": 1}
     assert made.layer("7").rank == {"rank": 1}
     assert "as measured" in made.layer("7").reason
     assert made.layer("3").action == "keep"  # 0.9·(1 − r/16) ≤ 0.05 from r = 16 on, which saves nothing
     assert "costs more than 5 points" in made.layer("3").reason
-    again = Sensitivity(model, costs(model), formats=FORMATS, evaluate=Scorer(weights, stop=0), path=file)
-    assert (
-        plan(model, costs(model), rule=AccuracyDrop(drop=0.05, scores=again), formats=FORMATS, keep=["0", "9"]) == made
-    )
-    half = plan(model, costs(model), rule=AccuracyDrop(scores=found), formats=FORMATS, budget={"macs": 0.7})
+    again = Sensitivity(model, costs(model), {"formats": FORMATS}, evaluate=Scorer(weights, stop=0), path=file)
+    assert dropping(model, again, 0.05, keep=["0", "9"]) == made
+    half = dropping(model, found, budget={"macs": 0.7})
     assert 0.6 < half.after.macs / half.before.macs <= 0.7
     assert scorer.calls[0] == {}
 
@@ -169,8 +173,9 @@ def test_scores_of_a_network_confirm_the_drop() -> None:
         return float((candidate(x).argmax(1) == labels).double().mean())
 
     cost = profile(model, x[:1])
-    found = Sensitivity(model, cost, evaluate=evaluate, calibration=[x[:64]], formats=["low_rank"])
-    made = plan(model, cost, rule=AccuracyDrop(drop=0.3, scores=found), formats=["low_rank"], keep_ends=False)
+    recipe = Recipe(rule=AccuracyDrop(drop=0.3).to_dict(), formats="low_rank", keep_ends=False)
+    found = Sensitivity(model, cost, recipe, evaluate=evaluate, batches=[x[:64]])
+    made = plan(model, cost, recipe, scores=found)
     assert found.baseline == 1.0
     assert made.factorized
     for layer in made.factorized:
@@ -193,17 +198,15 @@ def test_cp_ranks_keep_the_drop_too(tmp_path: Any) -> None:
         return float(1 - missed)
 
     def search() -> Sensitivity:
-        return Sensitivity(model, costs(model), formats=["cp3"], evaluate=evaluate, path=tmp_path / "table.json")
+        return Sensitivity(model, costs(model), {"formats": "cp3"}, evaluate=evaluate, path=tmp_path / "table.json")
 
-    scores = search()
-    rule = AccuracyDrop(drop=0.02, scores=scores)
-    made = plan(model, costs(model), rule=rule, formats=["cp3"], keep=["0", "7", "9"])
+    scores, recipe = search(), {"formats": "cp3", "keep": ["0", "7", "9"]}
+    made = dropping(model, scores, 0.02, **recipe)
     rank = (made.layer("3").rank or {})["rank"]
     assert scores.score("3", "cp3", {"rank": rank}) >= scores.baseline - 0.02
     assert scores.score("3", "cp3", {"rank": rank - 1}) < scores.baseline - 0.02
     assert 2 <= rank <= 8
-    again = AccuracyDrop(drop=0.02, scores=search())
-    assert plan(model, costs(model), rule=again, formats=["cp3"], keep=["0", "7", "9"]) == made
+    assert dropping(model, search(), 0.02, **recipe) == made
 
 
 def low_rank_kernel(rank: int) -> torch.Tensor:

@@ -87,6 +87,27 @@ def test_a_budget_moves_the_numbers(page: Browser, explorer: Explorer) -> None:
     assert page.run(DISTORTION) == distortion(explorer, macs=0.5)
 
 
+def test_an_absolute_limit_is_shown_as_a_share_until_it_is_moved(browser: Browser, tmp_path: Path) -> None:
+    explorer = Made().explorer(max_macs=200_000)
+    share = 200_000 / explorer.table.before.macs
+    with served(explorer, tmp_path / "explored.yaml") as client:
+        browser.open(client.address)
+        browser.wait(READY)
+        assert browser.run(DISTORTION) == distortion(explorer, max_macs=200_000)
+        assert browser.run("document.querySelector('[data-kind=macs] .asked').checked") is True
+        shown = float(browser.run("document.getElementById('number-macs').value"))
+        assert shown == pytest.approx(100 * share, abs=0.01)
+        moves(browser, "#range-macs", 50)
+        assert browser.run(DISTORTION) == distortion(explorer, macs=0.5)
+        browser.click("#reset")
+        browser.wait(READY)
+        assert browser.run(DISTORTION) == distortion(explorer, max_macs=200_000)
+        browser.click("#save")
+        browser.wait("document.getElementById('saved').textContent.startsWith('Saved in')")
+    assert Plan.load(tmp_path / "explored.yaml").recipe.budget.given == {"max_macs": 200_000}
+    assert browser.problems == []
+
+
 def test_a_budget_moves_with_the_arrow_keys(page: Browser, explorer: Explorer) -> None:
     page.run("document.getElementById('range-macs').focus()")
     page.press("ArrowLeft")

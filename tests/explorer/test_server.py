@@ -186,13 +186,13 @@ def test_no_torch_and_a_clean_end(tmp_path: Path) -> None:
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(4)]
-        told = json.loads("".join(lines))
-        assert told["out"] == str(tmp_path / "explored.yaml")
-        assert urllib.request.urlopen(told["url"], timeout=60).status == 200  # noqa: S310 - our own
+        shown = json.loads("".join(lines))
+        assert shown["out"] == str(tmp_path / "explored.yaml")
+        assert urllib.request.urlopen(shown["url"], timeout=60).status == 200  # noqa: S310 - our own
         process.send_signal(2)
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
     with socket.socket() as gone:
-        assert gone.connect_ex(("127.0.0.1", int(told["url"].split(":")[2].split("/")[0]))) != 0
+        assert gone.connect_ex(("127.0.0.1", int(shown["url"].split(":")[2].split("/")[0]))) != 0

@@ -72,7 +72,7 @@ def test_example_inputs_are_a_list_of_pictures() -> None:
 
 ONE_COMMAND = (
     *("compress", "--keep", HEADS, "--rule", "ratio", "--set", "share=0.5", "--no-keep-ends"),
-    *("--algorithm", "tucker2=hosvd", "--calibration", "0", "--no-latency", "--json", "--out", "half"),
+    *("--algorithms", "tucker2=hosvd", "--calibration-samples", "0", "--no-latency", "--json", "--out", "half"),
 )
 FEW_PROPOSALS = '''
 """The detector of the documentation with fresh weights, and few proposals: each goes through the heads."""

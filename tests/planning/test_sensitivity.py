@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tenfold.calibration.collect import collect_moments
-from tenfold.decompositions import Decomposition, decompose
+from tenfold.decompositions import decompose
 from tenfold.errors import DataError, PlanError, UnknownNameError
 from tenfold.layers import FactorizedLayer
-from tenfold.planning import Sensitivity
+from tenfold.planning import Score, Sensitivity
 from tenfold.planning.outputs import output_errors
 from tenfold.planning.substituting import digest, replaced, substitute
 from tenfold.records import SensitivityTable
@@ -35,13 +36,17 @@ def model() -> nn.Sequential:
     return net()
 
 
-def made(model: nn.Module, **options: object) -> Sensitivity:
-    return Sensitivity(model, costs(model), **({"formats": FORMATS} | options))  # type: ignore[arg-type]
+RECIPE = ("formats", "algorithms", "keep", "seed", "calibration")
+
+
+def made(model: nn.Module, **options: Any) -> Sensitivity:
+    recipe = {"formats": FORMATS} | {name: options.pop(name) for name in RECIPE if name in options}
+    return Sensitivity(model, costs(model), recipe, **options)
 
 
 def test_output_errors_are_those_of_the_outputs(model: nn.Sequential) -> None:
     batches = [inputs(1), inputs(2, samples=3)]
-    found = made(model, calibration=batches)
+    found = made(model, batches=batches)
     error = found.error("3", "tucker2", {"out": 6, "in": 5})
     dense = decompose(model[3].weight, "tucker2", {"out": 6, "in": 5}).value.to_dense()
     with torch.no_grad():
@@ -89,7 +94,7 @@ def test_errors_without_data_are_those_of_the_weight(model: nn.Sequential) -> No
 def test_moments_make_the_error_smaller_by_their_bias(model: nn.Sequential) -> None:
     batches = [inputs(seed, samples=40) for seed in range(4)]
     moments = collect_moments(model, batches)
-    plain, aware = made(model, calibration=batches), made(model, calibration=batches, moments=moments)
+    plain, aware = made(model, batches=batches), made(model, batches=batches, moments=moments)
     rank = {"out": 5, "in": 5}
     assert aware.error("3", "tucker2", rank) < 0.9 * plain.error("3", "tucker2", rank)
 
@@ -107,20 +112,20 @@ def test_scores_are_of_one_layer_at_a_time_and_leave_the_model_alone(model: nn.S
 def test_nothing_is_measured_twice(model: nn.Sequential, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     scorer = Scorer({"3": 0.5})
-    first = made(model, evaluate=scorer, calibration=[inputs()], path=file).measure(3, scores=True)
+    first = made(model, evaluate=scorer, batches=[inputs()], path=file).measure(3, scores=True)
     count = len(scorer.calls)
     assert count == 1 + sum(len(layer.points) for layer in first.layers)
-    again = made(model, evaluate=Scorer({}, stop=0), calibration=[inputs()], path=file).measure(3, scores=True)
+    again = made(model, evaluate=Scorer({}, stop=0), batches=[inputs()], path=file).measure(3, scores=True)
     assert again == first == SensitivityTable.load(file)
 
 
 def test_goes_on_where_it_was_interrupted(model: nn.Sequential, tmp_path: Path) -> None:
     file, weights = tmp_path / "table.json", {"3": 0.5, "7": 0.2}
-    whole = made(model, evaluate=Scorer(weights), calibration=[inputs()]).measure(4, scores=True)
+    whole = made(model, evaluate=Scorer(weights), batches=[inputs()]).measure(4, scores=True)
     calls = 0
     for stop in (1, 4, 3, None):
         scorer = Scorer(weights, stop=stop)
-        found = made(model, evaluate=scorer, calibration=[inputs()], path=file)
+        found = made(model, evaluate=scorer, batches=[inputs()], path=file)
         if stop is None:
             assert found.measure(4, scores=True) == whole
         else:
@@ -148,7 +153,7 @@ def test_a_killed_process_loses_one_measurement_at_most(tmp_path: Path) -> None:
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.planning.fakes import Scorer, costs, net
-from tenfold.planning import Sensitivity
+from tenfold.planning import Score, Sensitivity
 scorer = Scorer({{"3": 0.5}})
 def slow(model):
     with open({str(log)!r}, "a") as file:
@@ -156,7 +161,7 @@ def slow(model):
     time.sleep(float(sys.argv[1]))
     return scorer(model)
 model = net()
-Sensitivity(model, costs(model), formats={FORMATS!r}, evaluate=slow, path={str(file)!r}).measure(6, scores=True)
+Sensitivity(model, costs(model), {{"formats": {FORMATS!r}}}, evaluate=slow, path={str(file)!r}).measure(6, scores=True)
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", script, "0.1"], env=env)
@@ -183,7 +188,7 @@ def test_other_conditions_are_refused_and_other_formats_added(model: nn.Sequenti
     made(model, formats=["low_rank"], path=file).measure(2)
     added = made(model, formats=FORMATS, path=file).measure(2)
     assert added.layer("3").formats == ("low_rank", "tucker2")
-    for options, word in (({"seed": 3}, "seed"), ({"calibration": [inputs()]}, "samples")):
+    for options, word in (({"seed": 3}, "seed"), ({"batches": [inputs()]}, "samples")):
         with pytest.raises(DataError, match=f"other conditions: {word}"):
             made(model, path=file, **options)
     with torch.no_grad():
@@ -199,18 +204,18 @@ def test_other_conditions_are_refused_and_other_formats_added(model: nn.Sequenti
 def test_other_data_of_the_same_size_are_other_conditions(model: nn.Sequential, tmp_path: Path) -> None:
     file, (one, other) = tmp_path / "table.json", ([inputs(seed, samples=40)] for seed in (1, 2))
     moments = {"3": collect_moments(model, one)["3"]}
-    options = {"formats": ["tucker2"], "calibration": one, "moments": moments, "path": file}
+    options = {"formats": ["tucker2"], "batches": one, "moments": moments, "path": file}
     first = made(model, **options).measure(2)
     key = first.key.algorithms["tucker2"]
     assert {settings["name"] for settings in key} == {
         "weighted_als",
         "hooi",
     }  # of layer 3, and of those without moments
-    assert made(model, **options | {"calibration": [inputs(1, samples=40)]}).table == first
-    hooi = {"tucker2": Decomposition.from_dict({"name": "hooi"})}
+    assert made(model, **options | {"batches": [inputs(1, samples=40)]}).table == first
+    hooi = {"tucker2": "hooi"}
     shifted = {"3": moments["3"].replace(mean=moments["3"].mean + 1e-9)}
-    wrong = {"calibration": other, "moments": shifted, "algorithms": hooi}
-    for name, said in (("calibration", "data"), ("moments", "moments"), ("algorithms", "algorithms of tucker2")):
+    wrong = {"batches": other, "moments": shifted, "algorithms": hooi}
+    for name, said in (("batches", "data"), ("moments", "moments"), ("algorithms", "algorithms of tucker2")):
         with pytest.raises(DataError, match=rf"other conditions: {said} \("):
             made(model, **options | {name: wrong[name]})
     old = json.loads(file.read_text()) | {"version": 1}
@@ -222,10 +227,10 @@ def test_other_data_of_the_same_size_are_other_conditions(model: nn.Sequential, 
 def test_what_scores_depend_on_matters_once_there_are_some(model: nn.Sequential, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     errors = made(model, path=file).measure(2)
-    scored = made(model, path=file, evaluate=Scorer({"3": 0.5}), about={"images": 100}).measure(2, scores=True)
+    scored = made(model, path=file, evaluate=Score(Scorer({"3": 0.5}), {"images": 100})).measure(2, scores=True)
     assert scored.layer("3").points[0].output_error == errors.layer("3").points[0].output_error
     with pytest.raises(DataError, match=r"other conditions: about .*100.* now .*200"):
-        made(model, path=file, evaluate=Scorer({}), about={"images": 200})
+        made(model, path=file, evaluate=Score(Scorer({}), {"images": 200}))
     assert made(model, path=file).measure(2) == scored
 
 
@@ -288,14 +293,18 @@ def test_batch_norm_is_estimated_for_the_score_and_put_back(model: nn.Sequential
         means.append(candidate[1].running_mean.clone())  # type: ignore[index]
         return 0.5
 
-    found = made(model, evaluate=evaluate, batchnorm=True, calibration=[inputs(3, samples=20)], formats=["low_rank"])
+    found = made(
+        model,
+        evaluate=evaluate,
+        calibration={"method": "batchnorm"},
+        batches=[inputs(3, samples=20)],
+        formats=["low_rank"],
+    )
     before = digest(found._model)
     found.score("0", "low_rank", {"rank": 4})
     assert torch.equal(means[0], torch.zeros(16))  # the baseline is the model as it is
     assert float(means[1].abs().max()) > 0
     assert digest(found._model) == before
-    with pytest.raises(DataError, match="calibration batches"):
-        made(model, batchnorm=True)
 
 
 def test_wrong_scores_and_batches_are_refused(model: nn.Sequential) -> None:
@@ -304,7 +313,7 @@ def test_wrong_scores_and_batches_are_refused(model: nn.Sequential) -> None:
     with pytest.raises(DataError, match="finite"):
         _ = made(model, evaluate=lambda m: float("nan")).baseline
     with pytest.raises(DataError, match="not an iterator"):
-        made(model, calibration=iter([inputs()]))
+        made(model, batches=iter([inputs()]))
     with pytest.raises(DataError, match="no calibration batches"):
         output_errors(model, "3", [], [])
 

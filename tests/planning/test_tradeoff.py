@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.decompositions import decompose
@@ -29,7 +28,7 @@ def cost(model: nn.Sequential) -> Profile:
 
 def test_weights_tell_the_distortion_where_the_rule_does_not(model: nn.Sequential, cost: Profile) -> None:
     def make(budget: Mapping[str, float]) -> Plan:
-        return plan(model, cost, rule=rule_from("ratio"), budget=budget, formats=["low_rank"])
+        return plan(model, cost, {"rule": "ratio", "budget": budget, "formats": "low_rank"})
 
     curve = tradeoff(model, cost, make, shares=[0.6, 0.001, 0.3])
     assert [p.budget for p in curve.points] == [0.3, 0.6]
@@ -48,7 +47,7 @@ def test_the_rule_tells_the_distortion_where_it_can(model: nn.Sequential, cost: 
     curve = tradeoff(
         model,
         cost,
-        lambda budget: plan(model, cost, rule=rule_from("global"), budget=budget, formats=["low_rank"]),
+        lambda budget: plan(model, cost, {"budget": budget, "formats": "low_rank"}),
         shares=[0.5, 0.75],
         score=lambda made: made.after.macs / made.before.macs,
         baseline=1.0,

@@ -14,7 +14,7 @@ from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning.substituting import substitute
 from tenfold.records import Cost, LayerPlan, Plan
-from tenfold.surgery import apply, apply_in_order, restructure_, with_errors
+from tenfold.surgery import apply, apply_sequentially, restructure_, with_errors
 from tenfold.surgery.replacement import geometry
 
 
@@ -60,11 +60,11 @@ def test_a_plan_says_what_found_the_factors(model: nn.Sequential, batches: list[
     named = DECOMPOSITIONS.get("hooi")(n_iter=3)
     plan = planned("tucker2", {"out": 4, "in": 3}, named)
     assert with_errors(plan, apply(model, plan)).layer("0").algorithm == named.to_dict()
-    fitted = with_errors(plan, apply_in_order(model, plan, batches)).layer("0").algorithm
+    fitted = with_errors(plan, apply_sequentially(model, plan, batches)).layer("0").algorithm
     assert fitted is not None
     assert fitted["name"] == default_algorithm("tucker2", data_aware=True).name()
     again = planned("tucker2", {"out": 4, "in": 3}, Decomposition.from_dict(fitted))
-    first, second = (apply_in_order(model, p, batches)[0].weight for p in (plan, again))
+    first, second = (apply_sequentially(model, p, batches)[0].weight for p in (plan, again))
     assert torch.equal(first.detach() + 0, second.detach() + 0)
 
 
@@ -73,7 +73,7 @@ def test_an_algorithm_that_does_not_exist_is_told_with_its_layer(
 ) -> None:
     plan = planned("tucker2", {"out": 4, "in": 3})
     plan = plan.replace(layers=(plan.layers[0].replace(algorithm={"name": "hoooi"}),))
-    for carry_out in (apply, lambda m, p: apply_in_order(m, p, batches)):
+    for carry_out in (apply, lambda m, p: apply_sequentially(m, p, batches)):
         with pytest.raises(PlanError, match=r"layer '0'.*hooi"):
             carry_out(model, plan)
 
@@ -83,7 +83,7 @@ def test_settings_of_a_plan_count_where_nothing_knows_the_data(
 ) -> None:
     named = DECOMPOSITIONS.get("tucker_cp")(slack=1.5, seed=3)
     plan = planned("tucker_cp", {"out": 6, "in": 5, "rank": 6}, named)
-    layer = apply_in_order(model, plan, batches)[0]
+    layer = apply_sequentially(model, plan, batches)[0]
     assert isinstance(layer, FactorizedLayer)
     assert layer.fit is not None
     assert layer.fit.algorithm == named.to_dict()
@@ -99,7 +99,7 @@ def test_a_layer_that_nothing_serves_is_named() -> None:
 def test_a_plan_for_another_layer_is_refused(model: nn.Sequential, batches: list[torch.Tensor]) -> None:
     plan = planned("low_rank", {"rank": 3})
     plan = plan.replace(layers=(plan.layers[0].replace(kind="Conv2d 6→8 5×5"),))
-    for carry_out in (apply, restructure_, lambda m, p: apply_in_order(m, p, batches)):
+    for carry_out in (apply, restructure_, lambda m, p: apply_sequentially(m, p, batches)):
         with pytest.raises(PlanError, match="another model's plan"):
             carry_out(model, plan)
 
@@ -128,7 +128,7 @@ def test_hooks_are_no_part_of_what_is_fitted() -> None:
     batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     full = planned("low_rank", {"rank": 16})
     with torch.no_grad():
-        same = apply_in_order(model, full, batches)(batches[0])
+        same = apply_sequentially(model, full, batches)(batches[0])
         torch.testing.assert_close(same, model(batches[0]), rtol=1e-2, atol=1e-2)
         moments = collect_moments(model, batches, {"0": geometry(model[0])[0]}, dense=copy.deepcopy(model))
         torch.testing.assert_close(

@@ -7,7 +7,6 @@ import operator
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.surgery.refit import apply_in_order
+from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tracing.replay import Replay
 from tenfold.tracing.trace import trace
@@ -112,7 +111,7 @@ def rows(count: int = 3) -> list[torch.Tensor]:
 
 def ranks(model: nn.Module, batch: torch.Tensor, **wanted: int):
     """Return the plan that makes these layers low_rank at these ranks."""
-    found = plan(model, profile(model, batch[:1]), rule=rule_from("ratio"), formats=["low_rank"], budget={"macs": 0.5})
+    found = plan(model, profile(model, batch[:1]), {"rule": "ratio", "formats": ["low_rank"], "budget": {"macs": 0.5}})
     layers = (layer.replace(rank={"rank": wanted[layer.path]}) for layer in found.factorized if layer.path in wanted)
     return found.replace(layers=tuple(layers))
 
@@ -128,7 +127,10 @@ def error(model: nn.Module, new: nn.Module, batches: list[torch.Tensor]) -> floa
 def test_what_a_shortcut_lost_comes_back_whole_where_the_rank_allows_it(join, norm):
     model, batches = two(join, norm=norm), rows()
     todo = ranks(model, batches[0], short=1, branch=4)  # 2 + what is missing of 3
-    with_, without = (apply_in_order(model, todo, batches, repair=r, ridge=1e-9) for r in (True, False))
+    with_, without = (
+        apply_sequentially(model, todo, batches, config=SequentialFit(correct_shortcuts=r, ridge=1e-9))
+        for r in (True, False)
+    )
     assert error(model, without, batches) > 0.05
     assert error(model, with_, batches) < 1e-6
 
@@ -136,8 +138,10 @@ def test_what_a_shortcut_lost_comes_back_whole_where_the_rank_allows_it(join, no
 @pytest.mark.parametrize("inplace", [False, True])
 def test_blocks_make_up_for_those_before_them(inplace):
     model, batches, held = convolutional(inplace=inplace), pictures(8), pictures(4, seed=9)
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
-    with_, without = (apply_in_order(model, todo, batches, repair=r) for r in (True, False))
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
+    with_, without = (
+        apply_sequentially(model, todo, batches, config=SequentialFit(correct_shortcuts=r)) for r in (True, False)
+    )
     assert error(model, with_, held) < 0.95 * error(model, without, held)
 
 
@@ -209,7 +213,10 @@ def test_where_no_one_partner_is_found_nothing_changes(join):
     model, batches = two(join), rows()
     assert branch_of(model, trace(model, batches[0]), "branch") is None
     todo = ranks(model, batches[0], short=1, branch=2)
-    first, second = (apply_in_order(model, todo, batches, repair=r).state_dict() for r in (True, False))
+    first, second = (
+        apply_sequentially(model, todo, batches, config=SequentialFit(correct_shortcuts=r)).state_dict()
+        for r in (True, False)
+    )
     assert all(torch.equal(first[k], v) for k, v in second.items())
 
 
@@ -260,7 +267,7 @@ def test_of_two_branches_that_meet_the_last_repairs_the_first():
     torch.manual_seed(0)
     model, batches = Joint(operator.add).eval(), rows()
     todo = ranks(model, batches[0], short=4, branch=1)  # 3 + what is missing of 2
-    assert error(model, apply_in_order(model, todo, batches, ridge=1e-9), batches) < 1e-6
+    assert error(model, apply_sequentially(model, todo, batches, config=SequentialFit(ridge=1e-9)), batches) < 1e-6
 
 
 def test_dead_channels_are_not_corrected():
@@ -271,14 +278,14 @@ def test_dead_channels_are_not_corrected():
     model, batches = two(torch.add, norm=True), rows()
     with torch.no_grad():
         model.norm.weight[3] = 0
-    new = apply_in_order(model, ranks(model, batches[0], short=1, branch=4), batches)
+    new = apply_sequentially(model, ranks(model, batches[0], short=1, branch=4), batches)
     assert all(bool(torch.isfinite(v).all()) for v in new.state_dict().values())
 
 
 def test_all_is_as_it_was_afterwards():
     model, batches = two(operator.iadd, norm=True).train(), rows()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    new = apply_in_order(model, ranks(model, batches[0], short=1, branch=4), batches)
+    new = apply_sequentially(model, ranks(model, batches[0], short=1, branch=4), batches)
     assert isinstance(new.branch, FactorizedLayer)
     assert not _get_current_dispatch_mode_stack()
     for found in (model, new):

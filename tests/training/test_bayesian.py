@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenfold.allocation.rules.fixed import Fixed
 from tenfold.errors import PlanError
 from tenfold.layers import TTGRU, FactorizedLayer, TTEmbedding, TTEmbeddingBag, TTLinear
 from tenfold.layers.tt_ranks import bond_cores, scale_bonds_, without_indices
@@ -169,7 +168,7 @@ def factorized(kind: str) -> tuple[nn.Module, nn.Module, Tensor]:
         "tt_embedding": (nn.Embedding(60, 16, padding_idx=2), torch.tensor([[2, 5, 59]])),
     }[kind]
     dense = nn.Sequential(layer)
-    found = plan(dense, profile(dense, inputs), rule=Fixed({"0": 4}), formats=(kind,), keep_ends=False)
+    found = plan(dense, profile(dense, inputs), {"rule": {"name": "fixed", "ranks": {"0": 4}}, "formats": kind})
     small = apply(dense, found)
     assert isinstance(small[0], FactorizedLayer), found.layer("0").reason
     return dense, small, inputs

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.errors import CheckpointError
-from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.records.tuning import EpochRecord
+from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.training.snapshot import FILE_NAME
 
 CONFIG = TuneConfig(epochs=3, lr=0.05, seed=5, channels_last=True)

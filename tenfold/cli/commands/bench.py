@@ -124,8 +124,8 @@ def _compared(pair: list[Opened], conditions: Conditions) -> Comparison:
 
 
 def _table(models: dict[str, tuple[str, int]], result: Comparison) -> RenderableType:
-    from tenfold.reporting.columns import grid
     from tenfold.reporting.numbers import count, milliseconds, three_digits
+    from tenfold.reporting.table_parts import grid
 
     table = grid()
     for title in ("", "model", "parameters", "median", "quartiles", "memory format", "times faster"):

@@ -59,8 +59,8 @@ def run(runs: list[Path], /, terminal: Terminal, *, out: tuple[Path, ...] = ()) 
 
 
 def _table(groups: Sequence[Group]) -> Table:
-    from tenfold.reporting.columns import grid
     from tenfold.reporting.comparison_page import text
+    from tenfold.reporting.table_parts import grid
 
     table = grid()
     for name in ("model", "method", "budget"):

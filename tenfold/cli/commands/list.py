@@ -46,7 +46,7 @@ def _registries() -> dict[str, Registry[Any]]:
 
 
 def _table(kind: str, entries: dict[str, str]) -> Table:
-    from tenfold.reporting.columns import grid
+    from tenfold.reporting.table_parts import grid
 
     table = grid()
     table.add_column(kind, no_wrap=True)

@@ -59,8 +59,8 @@ def run(
     if work.plot is not None and work.plan is not None:
         msg = "--plot shows what other budgets lead to, and --plan FILE has decided: leave one out."
         raise Misuse(msg)
-    wanted = plan_or_recipe(recipe, work.plan)
     opened = open_source(source, machine, recipe.seed)
+    wanted = plan_or_recipe(recipe, work.plan)
     data = Recover(calibration_samples=work.calibration_samples).batches(
         opened, wanted.recipe if isinstance(wanted, Plan) else wanted
     )

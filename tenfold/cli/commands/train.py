@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
 from pydantic import NonNegativeInt, PositiveFloat
 
 from tenfold.cli.record_options import Fields
@@ -50,14 +49,13 @@ class LowRank(Options):
 
         train, final = tune_config(opened, tune, seed), None
         if self.final_epochs:
-            size = {"batch_size": tune.batch_size} if "batch_size" in tune.model_fields_set else {}
-            final = tune_config(opened, TuneConfig(epochs=self.final_epochs, **size), seed)
+            own = tune.model_dump(include={"batch_size"}, exclude_unset=True)
+            final = tune_config(opened, TuneConfig.model_validate({"epochs": self.final_epochs, **own}), seed)
         admm = AdmmConfig(rho=self.rho, last_rho=100 * self.rho, updates=max(train.epochs, 1))
         return LowRankConfig(train=train, admm=admm, tune=final)
 
 
 def run(
-    ctx: typer.Context,
     source: Source,
     recipe: Annotated[Recipe, Fields("Recipe", without=("calibration", "fuse_batchnorm"), file=True)],
     low_rank: LowRank,
@@ -87,41 +85,44 @@ def run(
     if out is None:
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
-    _check(recipe, low_rank)
     check_target(out)
     opened = open_source(source, machine, recipe.seed)
+    wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
     terminal.step("evaluate")
     original = opened.task.evaluate(opened.model)
     terminal.step("train towards low rank")
-    result = _train(opened, recipe, low_rank, config, distill, terminal)
+    projection = _projection(opened, wanted, low_rank, terminal)
+    result = _train(opened, projection, low_rank, config, distill, terminal)
     seconds = time.perf_counter() - start
     terminal.step("evaluate")
-    record = _record(opened, result, original, seconds).replace(command=ctx.obj, seed=recipe.seed)
+    record = _record(opened, result, original, seconds).replace(command=terminal.command, seed=recipe.seed)
     record = record.replace(settings={"method": low_rank.method, "towards": result.training.summary()})
     save(result.model, result.plan, out, record=record)
     forget_epochs(out)
     show_outcome(record, out, terminal)
 
 
-def _check(recipe: Recipe, low_rank: LowRank) -> None:
-    """Raise a usage error for choices that the method does not leave open."""
-    from tenfold.cli.choices import check_recipe, refuse_choices
+def _wanted(recipe: Recipe, low_rank: LowRank) -> Plan | Recipe:
+    """Return what is to be reached; raises a usage error for choices that the method does not leave open."""
+    from tenfold.cli.choices import check_recipe, plan_or_recipe, refuse_choices
 
     if low_rank.method == "lc":
         message = "--method lc chooses ranks by itself; leave {} out."
         refuse_choices(recipe, set(Recipe.model_fields) - {"rule", "algorithms"}, message)
         if low_rank.plan is not None:
             raise Misuse(message.format("--plan"))
-    elif low_rank.cost_weight is not None:
+        check_recipe(recipe)
+        return recipe
+    if low_rank.cost_weight is not None:
         msg = "--cost-weight is the price that --method lc pays for ranks; admm takes those of the plan."
         raise Misuse(msg)
-    check_recipe(recipe)
+    return plan_or_recipe(recipe, low_rank.plan)
 
 
 def _train(
     opened: Opened,
-    recipe: Recipe,
+    projection: Plan | LearnedRanks,
     low_rank: LowRank,
     config: LowRankConfig,
     distill: Distill,
@@ -131,7 +132,6 @@ def _train(
     from tenfold.training import LearnedRanks, RichProgress, TrainingFolder, train_admm
 
     task, teaching, out = opened.task, distill.teaching(), low_rank.out or Path()
-    projection = _projection(opened, recipe, low_rank, terminal)
     target = projection.identity if isinstance(projection, LearnedRanks) else projection
     identity = identity_of(opened, low_rank.replace(out=None), teaching, config.to_json(), target)
     return train_admm(
@@ -146,20 +146,25 @@ def _train(
     )
 
 
-def _projection(opened: Opened, recipe: Recipe, low_rank: LowRank, terminal: Terminal) -> Plan | LearnedRanks:
+def _projection(opened: Opened, wanted: Plan | Recipe, low_rank: LowRank, terminal: Terminal) -> Plan | LearnedRanks:
     """Return the plan to reach, or what learns ranks."""
-    from tenfold.cli.choices import plan_or_recipe
     from tenfold.planning import decide
     from tenfold.profiling import profile
+    from tenfold.records import Plan
     from tenfold.runtime import Runtime
     from tenfold.training import LcConfig, LearnedRanks
 
-    if low_rank.method == "admm":
-        wanted = plan_or_recipe(recipe, low_rank.plan)
+    if low_rank.method == "admm" or isinstance(wanted, Plan):
         return decide(opened.model, opened.inputs(), wanted, runtime=Runtime(on_event=terminal.on_event)).plan
-    given = {name: getattr(recipe, name) for name in ("budget", "formats", "keep") if name in recipe.model_fields_set}
-    ends = recipe.keep_ends is not False
-    config = LcConfig(**given, keep_ends=ends, seed=recipe.seed, cost_weight=low_rank.cost_weight)
+    own = wanted.model_dump(include={"formats"}, exclude_unset=True)
+    config = LcConfig(
+        budget=wanted.budget,
+        cost_weight=low_rank.cost_weight,
+        keep=wanted.keep,
+        keep_ends=wanted.keep_ends is not False,
+        seed=wanted.seed,
+        **own,
+    )
     return LearnedRanks(opened.model, profile(opened.model, opened.inputs()), config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,19 +29,36 @@ Progress = Callable[[int, int], None]
 _FEW = 0.1  # ridge where there is a row for each unknown
 
 
-def apply_in_order(  # noqa: PLR0913 - all choices of one pass
+@dataclass(frozen=True)
+class SequentialFit:
+    """How layers are fitted one after the other.
+
+    Attributes:
+        positions: output positions read from each map of a convolution and batch; None for all.
+        ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance; of
+            algorithms that the plan does not name. Few rows get more than that in any case.
+        correct_shortcuts: let layers at the end of a residual branch make up for their shortcuts.
+        seed: of the draw of positions.
+        max_width: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
+        forward: runs the model on one batch; ``call_model`` by default.
+    """
+
+    positions: int | None = 64
+    ridge: float = 1e-4
+    correct_shortcuts: bool = True
+    seed: int = 0
+    max_width: int | None = None
+    forward: Forward | None = None
+
+
+def apply_sequentially(
     model: nn.Module,
     plan: Plan,
     batches: Sequence[Any],
     *,
-    original: nn.Module | None = None,
-    outputs: Mapping[str, Tensor] | None = None,
-    positions: int | None = 64,
-    ridge: float = 1e-4,
-    repair: bool = True,
-    seed: int = 0,
-    widest: int | None = None,
-    forward: Forward | None = None,
+    target: nn.Module | None = None,
+    output_grams: Mapping[str, Tensor] | None = None,
+    config: SequentialFit | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Return a new model in which the plan is carried out front to back, fitted to unlabeled batches; no training.
@@ -59,16 +77,11 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
         plan: which layers to factorize, into what, at which rank.
         batches: unlabeled inputs as ``call_model`` takes them, on the device of the model. They are gone through many
             times: a list, not an iterator.
-        original: whose outputs are to be met, where ``model`` was compressed from it before: a model with layers of the
+        target: whose outputs are to be met, where ``model`` was compressed from it before: a model with layers of the
             same shapes at the same paths. ``model`` itself if None.
-        outputs: how much the network minds errors at the outputs of a layer, by path: see ``Moments.output_gram``.
-        positions: output positions taken from each map of a convolution and batch; None for all.
-        ridge: draws the weights to the dense ones where the data say little, as a share of the mean variance; of
-            algorithms that the plan does not name. Few rows get more than that in any case.
-        repair: let layers at the end of a residual branch make up for their shortcuts.
-        seed: of the draw of positions.
-        widest: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
-        forward: runs the model on one batch; ``call_model`` by default.
+        output_grams: output Gram matrices by path, which weigh the errors of a layer's outputs: see
+            ``Moments.output_gram``.
+        config: how layers are fitted.
         progress: called with (layers done, layers in all).
 
     Raises:
@@ -78,42 +91,50 @@ def apply_in_order(  # noqa: PLR0913 - all choices of one pass
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
+    config = config or SequentialFit()
     model = unroll_rnns(model, plan.unrolled)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if original is None else unroll_rnns(original, plan.unrolled)
+    original = model if target is None else unroll_rnns(target, plan.unrolled)
     dense, new = (
-        Replay(original, batches, forward=forward, changing=False),
-        _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, outputs or {}, forward),
+        Replay(original, batches, forward=config.forward, changing=False),
+        _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config.forward),
     )
-    changing = Replay(new, batches, forward=forward)
+    changing = Replay(new, batches, forward=config.forward)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
         old: Any = find(model, path)
         (spec, weight), bias = geometry(old, path), getattr(old, "bias", None)
-        branch = branch_of(new, changing.trace, path) if repair else None
+        branch = branch_of(new, changing.trace, path) if config.correct_shortcuts else None
         if changing.trace.calls[path] == 1:
-            sums = MomentSums(widest, seed)
+            sums = MomentSums(config.max_width, config.seed)
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
-                target = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
-                drawn = seed * 1_000_003 + done * 1009 + i
-                sums.add(x, spec, target, positions=positions, seed=drawn, mask=token_mask(batches[i]))
+                wanted_output = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
+                drawn = config.seed * 1_000_003 + done * 1009 + i
+                sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=token_mask(batches[i]))
             metric = sums.moments(path)
         else:  # it runs several times: what enters it depends on itself
             own = {path: spec}
             metric = collect_moments(
-                new, batches, own, dense=original, positions=positions, seed=seed, widest=widest, forward=forward
+                new,
+                batches,
+                own,
+                dense=original,
+                positions=config.positions,
+                seed=config.seed,
+                widest=config.max_width,
+                forward=config.forward,
             )[path]
         follower = changing.trace.follower(path)
         norm: Any = None if follower is None else new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.uncentered()  # nothing could take the shift of the mean
-        minded = (outputs or {}).get(path)
-        if minded is None and branch is not None:
-            minded = branch.importance(spec)
-        metric = metric.replace(output_gram=minded)
-        fit, algorithm = _fit(weight, spec, wanted[path], metric, ridge, plan.seed)
+        gram = (output_grams or {}).get(path)
+        if gram is None and branch is not None:
+            gram = branch.importance(spec)
+        metric = metric.replace(output_gram=gram)
+        fit, algorithm = _fit(weight, spec, wanted[path], metric, config.ridge, plan.seed)
         if bias is None and fit.bias_shift is not None and _takes_mean(norm):
             norm.running_mean.sub_(fit.bias_shift.to(norm.running_mean))
         new = put(new, {path: layer_of(fit, old, algorithm)})

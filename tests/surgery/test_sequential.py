@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.calibration.moment_sums import frequencies, id_counts
@@ -16,7 +15,7 @@ from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
 from tenfold.surgery import apply
-from tenfold.surgery.refit import apply_in_order
+from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.tracing.replay import Replay
 
 
@@ -47,13 +46,13 @@ def images(count: int, seed: int = 1) -> list[torch.Tensor]:
 
 
 def halved(model: nn.Module):
-    return plan(model, profile(model, images(1)[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    return plan(model, profile(model, images(1)[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
 
 
 def test_fitting_in_order_beats_decomposing_weights_one_by_one():
     model, batches, held = network(), images(4), torch.cat(images(2, seed=9))
     todo = halved(model)
-    new = apply_in_order(model, todo, batches)
+    new = apply_sequentially(model, todo, batches)
     assert {p for p, m in new.named_modules() if isinstance(m, FactorizedLayer)} == {p.path for p in todo.factorized}
     with torch.no_grad():
         wanted, own, plain = (m(held) for m in (model, new, apply(model, todo)))
@@ -64,7 +63,7 @@ def test_the_model_and_the_plan_stay_as_they_are_and_the_result_is_deterministic
     model, batches = network(), images(2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     todo = halved(model)
-    first, second = (apply_in_order(model, todo, batches).state_dict() for _ in range(2))
+    first, second = (apply_sequentially(model, todo, batches).state_dict() for _ in range(2))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(torch.equal(first[k], v) for k, v in second.items())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
@@ -74,7 +73,7 @@ def test_the_last_layer_alone_is_the_closed_form():
     model, batches = network(), images(3)
     todo = halved(model)
     todo = todo.replace(layers=tuple(layer for layer in todo.layers if layer.path == "5"))
-    new = apply_in_order(model, todo, batches)
+    new = apply_sequentially(model, todo, batches)
     with torch.no_grad():
         x = torch.cat([model[:5](b) for b in batches])
         y = x @ model[5].weight.T
@@ -86,7 +85,7 @@ def test_the_last_layer_alone_is_the_closed_form():
 
 def test_the_mean_of_what_follows_is_kept_by_batch_norm():
     model, batches = network(), images(4)
-    new = apply_in_order(model, halved(model), batches, positions=None)
+    new = apply_sequentially(model, halved(model), batches, config=SequentialFit(positions=None))
     with torch.no_grad():
         means = [m[:2](torch.cat(batches)).mean((0, 2, 3)) for m in (model, new)]
         inner = [m[1].bn1(m[1].conv1(m[0](torch.cat(batches)))).mean((0, 2, 3)) for m in (model, new)]
@@ -104,14 +103,14 @@ def test_layers_that_run_twice_are_fitted_too():
             return self.fc(torch.relu(self.fc(x)))
 
     model, batches = Twice(), [torch.randn(64, 16)]
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
-    assert isinstance(apply_in_order(model, todo, batches).fc, FactorizedLayer)
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
+    assert isinstance(apply_sequentially(model, todo, batches).fc, FactorizedLayer)
 
 
 def test_a_model_that_is_one_layer_is_fitted_too():
     model, batches = nn.Linear(16, 16), [torch.randn(64, 16)]
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
-    new = apply_in_order(model, todo, batches)
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
+    new = apply_sequentially(model, todo, batches)
     assert isinstance(new, FactorizedLayer)
     assert new.rank == todo.factorized[0].rank
 
@@ -122,10 +121,10 @@ def test_few_rows_do_no_harm(rows):
     torch.manual_seed(0)
     model = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 8))
     batch, held = (torch.randn(n, 64, generator=generator) for n in (rows, 2000))
-    todo = plan(model, profile(model, held[:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    todo = plan(model, profile(model, held[:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
     with torch.no_grad():
         wanted = model(held)
-        new = apply_in_order(model, todo, [batch])
+        new = apply_sequentially(model, todo, [batch])
         own, plain = ((m(held) - wanted).square().mean() for m in (new, apply(model, todo)))
     assert own < plain
 
@@ -133,9 +132,9 @@ def test_few_rows_do_no_harm(rows):
 def test_embeddings_are_fitted_where_they_are_asked_for_and_what_follows_to_them():
     model = nn.Sequential(nn.Embedding(60, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     batches = [torch.randint(0, 60, (64, 3))]
-    todo = plan(model, profile(model, batches[0]), rule=rule_from("fixed", ranks={"1": 6}), keep_ends=False)
+    todo = plan(model, profile(model, batches[0]), {"rule": {"name": "fixed", "ranks": {"1": 6}}, "keep_ends": False})
     table = todo.layers[0].replace(action="factorize", format="low_rank", rank={"rank": 5})
-    new = apply_in_order(model, todo.replace(layers=(table, *todo.layers[1:])), batches)
+    new = apply_sequentially(model, todo.replace(layers=(table, *todo.layers[1:])), batches)
     weight, often = model[0].weight.detach(), frequencies(id_counts(batches[0], 60)).float()
     _, _, right = torch.linalg.svd(often.sqrt()[:, None] * weight, full_matrices=False)
     torch.testing.assert_close(new[0].weight, weight @ right[:5].T @ right[:5], rtol=1e-3, atol=1e-3)
@@ -205,9 +204,9 @@ def test_replay_keeps_what_a_module_does_to_its_input():
 def test_what_cannot_be_done_is_said():
     model, todo = network(), halved(network())
     with pytest.raises(DataError, match="pass a list"):
-        apply_in_order(model, todo, iter(images(1)))
+        apply_sequentially(model, todo, iter(images(1)))
     with pytest.raises(PlanError, match="no layer"):
-        apply_in_order(nn.Sequential(nn.Linear(2, 2)), todo, images(1))
+        apply_sequentially(nn.Sequential(nn.Linear(2, 2)), todo, images(1))
     replay = Replay(nn.Sequential(nn.Identity(), Branch()), [torch.ones(2, 8), -torch.ones(2, 8)])
     with pytest.raises(DataError, match=r"'1\.fc' on the first batch, but not on batch 2"):
         list(replay.inputs("1.fc"))
