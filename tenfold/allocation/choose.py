@@ -185,8 +185,8 @@ def _layer_plan(table: OptionTable, layer: LayerOptions, pick: Pick | None) -> L
     common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": layer.kind, "before": layer.before}
     if pick is None or pick.format is None:
         reason = str(layer.keep_reason) if pick is None else pick.reason
-        now = {"format": layer.format, "rank": layer.rank, "after": layer.before}
-        return LayerPlan(**common, **now, action="keep", reason=reason)
+        common |= {"format": layer.format, "rank": layer.rank, "after": layer.before}
+        return LayerPlan(**common, action="keep", reason=reason)
     return LayerPlan(
         **common,
         action="factorize",

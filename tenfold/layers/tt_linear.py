@@ -78,13 +78,14 @@ class TTLinear(nn.Module):
             raise WeightError(msg)
         self.in_features, self.out_features = in_features, out_features
         self.ranks = each_rank(ranks, count)
-        std = options.pop("std", None)
+        std = options.get("std")
+        place: Any = {name: value for name, value in options.items() if name != "std"}
         self.std = (3 * in_features) ** -0.5 if std is None else std
         self._compiled = self.order(COMPILED_ROWS)
         r = (1, *self.ranks, 1)
         shapes = [(r[k], m, n, r[k + 1]) for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True))]
-        self.cores = nn.ParameterList(torch.empty(s, **options) for s in shapes)
-        self.bias = nn.Parameter(torch.empty(out_features, **options)) if bias else None
+        self.cores = nn.ParameterList(torch.empty(s, **place) for s in shapes)
+        self.bias = nn.Parameter(torch.empty(out_features, **place)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -43,7 +43,7 @@ class _TTRecurrent(Recurrent):
         count = len(in_modes or hidden_modes or range(cores))
         hidden = tuple(hidden_modes) if hidden_modes else mode_factors(hidden_size, count, pad=False).modes
         stacked = (self.gates * hidden[0], *hidden[1:])
-        place: Any = {name: options.pop(name) for name in ("device", "dtype") if name in options}  # type: ignore[misc]
+        place: Any = {name: options.pop(name) for name in ("device", "dtype") if name in options}
         bias = options.get("bias", True)
 
         def train(size: int, modes: Sequence[int] | None) -> TTLinear:
@@ -66,8 +66,7 @@ class _TTRecurrent(Recurrent):
                 return train(hidden_size, hidden)
             return nn.Linear(hidden_size, self.gates * hidden_size, bias, **place)
 
-        own = cast("RNNOptions", {"num_layers": num_layers, **options})
-        super().__init__(input_size, hidden_size, make_ih, make_hh, **own)
+        super().__init__(input_size, hidden_size, make_ih, make_hh, num_layers, **cast("RNNOptions", options))
         self.sides = sides
         self.reset_parameters()
 

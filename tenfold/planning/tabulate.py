@@ -192,7 +192,7 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
     for format, (ranks, given) in rows.items():
         computed = [] if work.by_scores or not len(ranks) else [name for name in rule.columns if name in BY_WEIGHT]
         curves = {name: BY_WEIGHT[name](layer, format, weight) for name in computed}
-        columns = {**given, **{name: curve(ranks) for name, curve in curves.items()}}
+        columns: dict[str, Any] = {**given, **{name: curve(ranks) for name, curve in curves.items()}}
         if not len(ranks):
             columns = dict.fromkeys(rule.columns, ()) | columns
         if fitted:
