@@ -231,15 +231,7 @@ class _Run:
         if not self.batches or not wanted.plans:
             return None
         with self.watch("calibrate"):
-            return calibrate(
-                model,
-                self.batches,
-                called_layers(cost),
-                positions=wanted.positions,
-                draws=wanted.draws,
-                seed=self.recipe.seed,
-                widest=wanted.max_width,
-            )
+            return calibrate(model, self.batches, called_layers(cost), wanted, seed=self.recipe.seed)
 
     def _last(self, now: _Now, cost: Profile, index: int) -> tuple[Stage, RunRecord] | None:
         """Return the stage that only trains, if there is to be one."""

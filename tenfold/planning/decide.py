@@ -135,15 +135,7 @@ def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
     batches = gathered(data, device_of(decision.source, decision.inputs))
     if not wanted.plans:
         return replace(decision, batches=batches)
-    moments = calibrate(
-        decision.source,
-        batches,
-        called_layers(decision.profile),
-        positions=wanted.positions,
-        draws=wanted.draws,
-        seed=recipe.seed,
-        widest=wanted.max_width,
-    )
+    moments = calibrate(decision.source, batches, called_layers(decision.profile), wanted, seed=recipe.seed)
     return replace(decision, batches=batches, moments=moments)
 
 
