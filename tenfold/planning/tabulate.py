@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tenfold import __version__
@@ -192,9 +193,9 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
     for format, (ranks, given) in rows.items():
         computed = [] if work.by_scores or not len(ranks) else [name for name in rule.columns if name in BY_WEIGHT]
         curves = {name: BY_WEIGHT[name](layer, format, weight) for name in computed}
-        columns: dict[str, Any] = {**given, **{name: curve(ranks) for name, curve in curves.items()}}
+        columns = {**given, **{name: curve(ranks) for name, curve in curves.items()}}
         if not len(ranks):
-            columns = dict.fromkeys(rule.columns, ()) | columns
+            columns = dict.fromkeys(rule.columns, np.zeros(0)) | columns
         if fitted:
             columns["fitted_error"] = fitted[format]
         own = _costed(layer, format, ranks, columns)
