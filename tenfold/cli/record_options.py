@@ -136,7 +136,7 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
     plain, shown = _plain(own, doc), groups.pop("terminal")
     declared |= {each.declared.name: each.declared for each in plain.options}
 
-    def command(ctx: typer.Context, **values: Any) -> None:
+    def command(ctx: typer.Context, **values: object) -> None:
         terminal = cast("Terminal", shown.build(values)).model_copy(update={"command": ctx.obj})
         with terminal.session():
             records: dict[str, Any] = {name: group.build(values) for name, group in groups.items()}
