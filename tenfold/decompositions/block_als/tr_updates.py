@@ -120,12 +120,38 @@ def _closing(order: int, k: int) -> str:
 
 
 def gram_between(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a)."""
+    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a).
+
+    The inner products of the fibers of one neighbour have (ab)² or (ac)² entries. Where its mode is short, they are far
+    larger than the core itself, which is then multiplied to those of the other neighbour twice instead.
+    """
+    (a, rows, b), (c, columns, _) = left.shape[1:], right.shape[1:]
+    twice = a**2 * b**2 * c**2
+    ways = {
+        "overlaps": (a * b) ** 2 * rows + (a * c) ** 2 * columns + twice,
+        "right twice": (a * b) ** 2 * rows + (a * b) ** 2 * c * columns + b**2 * a * columns * c**2,
+        "left twice": (a * c) ** 2 * columns + (a * c) ** 2 * b * rows + c**2 * a * rows * b**2,
+    }
+    way = min(ways, key=lambda name: ways[name])
+    if way == "right twice":
+        return _gram_by_overlap(_overlap(left), right)
+    if way == "left twice":
+        turned = _gram_by_overlap(_overlap(right.permute(0, 3, 2, 1)), left.permute(0, 3, 2, 1))
+        return turned.reshape(-1, c, b, c, b).permute(0, 2, 1, 4, 3).reshape(-1, b * c, b * c)
     of_left, of_right = _overlap(left), _overlap(right)
-    b, c = left.shape[3], right.shape[1]
     pairs = of_left.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (bb', aa')
     others = of_right.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (aa', cc')
     return (pairs @ others).reshape(-1, b, b, c, c).transpose(2, 3).reshape(-1, b * c, b * c)
+
+
+def _gram_by_overlap(overlap: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix of ``gram_between`` from the inner products (batch, a, b, a, b) and the core (c, r, a)."""
+    batch, a, b = overlap.shape[:3]
+    c, columns = right.shape[1:3]
+    half = overlap.transpose(3, 4).reshape(batch, a * b * b, a) @ right.flatten(1, 2).mT  # (abb', c'r)
+    half = half.reshape(batch, a, b * b, c, columns).permute(0, 2, 3, 4, 1).reshape(batch, b * b * c, columns * a)
+    whole = half @ right.flatten(2).mT  # (bb'c', c)
+    return whole.reshape(batch, b, b, c, c).permute(0, 1, 4, 2, 3).reshape(batch, b * c, b * c)
 
 
 @dataclass(frozen=True, eq=False)
