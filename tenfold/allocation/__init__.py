@@ -1,7 +1,7 @@
 """How much of each layer to keep: rules, the knapsack, and the choice of a plan. Numbers alone, no torch."""
 
 from tenfold.allocation.accounts import Accounts
-from tenfold.allocation.choose import Override, Pick, Selection, choose, plan_of, select
+from tenfold.allocation.choose import Override, Pick, Selection, choose, limits_latency, plan_of, select
 from tenfold.allocation.pareto import explorable, pareto, pruned
 from tenfold.allocation.rule import (
     RULES,
@@ -36,6 +36,7 @@ __all__ = [
     "beyond",
     "choose",
     "explorable",
+    "limits_latency",
     "pareto",
     "plan_of",
     "pruned",

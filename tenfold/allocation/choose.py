@@ -85,6 +85,11 @@ def choose(
     return plan_of(table, recipe, select(table, recipe, overrides=overrides))
 
 
+def limits_latency(recipe: Recipe) -> bool:
+    """Whether the budget limits the time of a forward, so that layers have to be timed."""
+    return "latency" in recipe.budget.limited
+
+
 def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Override] | None = None) -> Selection:
     """Return the rows that the rule of the recipe selects, around layers that are set by hand; see ``choose``.
 

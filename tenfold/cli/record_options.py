@@ -136,12 +136,12 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
     plain, shown = _plain(own, doc), groups.pop("terminal")
     declared |= {each.declared.name: each.declared for each in plain.options}
 
-    def command(ctx: typer.Context, **values: Any) -> None:
+    def command(ctx: typer.Context, **values: object) -> None:
         terminal = cast("Terminal", shown.build(values)).model_copy(update={"command": ctx.obj})
         with terminal.session():
             records: dict[str, Any] = {name: group.build(values) for name, group in groups.items()}
-            own = dict(plain.build(values))
-            run(*(values[name] for name in arguments), **records, **own, terminal=terminal)
+            single = dict(plain.build(values))
+            run(*(values[name] for name in arguments), **records, **single, terminal=terminal)
 
     vars(command)["__signature__"] = inspect.Signature(list(declared.values()), return_annotation=None)
     command.__annotations__ = {name: parameter.annotation for name, parameter in declared.items()}

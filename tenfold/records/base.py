@@ -69,6 +69,12 @@ def _values(text: str) -> Any:
     return yaml.safe_load(text)
 
 
+def refusal(error: ValidationError) -> Exception | None:
+    """Return the error that a validator of ours raised first, if that is what a validation error is about."""
+    raised = error.errors()[0].get("ctx", {}).get("error")
+    return raised if isinstance(raised, TenfoldError) else None
+
+
 def explain(error: ValidationError) -> str:
     """Return the first problems of a validation error in one line."""
     problems = [

@@ -100,10 +100,9 @@ class FormatOptions(_Columns):
         if option not in self.becomes or self.fuller is None:
             return self, option
         other = self.becomes[option]
-        if self.latency_ms is not None and self.fuller.latency_ms is not None:
-            if self.fuller.latency_ms[other] > self.latency_ms[option]:
-                return self, option
-        return self.fuller, other
+        now, then = self.latency_ms, self.fuller.latency_ms
+        slower = now is not None and then is not None and then[other] > now[option]
+        return (self, option) if slower else (self.fuller, other)
 
     def only(self, rows: Any) -> FormatOptions:
         """Return some of the options."""

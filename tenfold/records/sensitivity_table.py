@@ -156,7 +156,7 @@ class TradeOffPoint(Record):
 class TradeOff(Record):
     """Plans for several budgets of one kind (``params``, ``macs`` or ``latency``), the smallest first.
 
-    ``distortion`` tells in words what the predicted distortion is. Budgets that no plan can meet are in ``unreachable``.
+    ``distortion`` tells in words what is predicted. Budgets that no plan can meet are in ``unreachable``.
     """
 
     version: int = TRADEOFF_VERSION

@@ -18,6 +18,7 @@ from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.pipeline import compress
 from tenfold.planning import plan
 from tenfold.profiling import profile
+from tenfold.records import Calibration
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply_sequentially
 
@@ -113,7 +114,7 @@ def test_distortion_is_the_change_of_the_outputs_that_brute_force_finds():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 5)).double().eval()
     ids = torch.randint(0, 25, (4000, 1)).square() % 25
-    known = calibrate(model, [ids[:2000], ids[2000:]], draws=200)["0"]
+    known = calibrate(model, [ids[:2000], ids[2000:]], settings=Calibration(draws=200))["0"]
     spec = spec_of(model[0])[0]
     fit = decompose(model[0].weight.detach(), "low_rank", {"rank": 3}, spec=spec, moments=known)
     flat = [split_groups(w.detach().double(), spec).flatten(2) for w in (model[0].weight, fit.value.to_dense())]

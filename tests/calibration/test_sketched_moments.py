@@ -20,7 +20,7 @@ from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.records import LayerSpec
+from tenfold.records import Calibration, LayerSpec
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
@@ -221,7 +221,7 @@ def test_fitting_in_order_by_sketches_is_as_good_and_makes_no_square():
 def test_calibrate_passes_the_limit_on():
     model, batches = wide()
     with pytest.warns(CalibrationWarning):
-        found = calibrate(model, batches[:1], widest=100)
+        found = calibrate(model, batches[:1], settings=Calibration(max_width=100))
     assert isinstance(found["0"].input_second_moment, Sketch)
     assert found["0"].output_gram is not None
 
