@@ -12,8 +12,7 @@ from tenfold.allocation import rule_from
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.layers import FactorizedLayer
-from tenfold.planning.costs import costs_of
-from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.eligible import EligibleLayer, costs_of
 from tenfold.planning.rows import rows_of
 from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs, chain_params
 from tenfold.testing.weights import random_factors

@@ -16,8 +16,7 @@ from tenfold.formats.tensor_train import TensorTrain
 from tenfold.formats.tt_matrix import cheapest
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
-from tenfold.planning.costs import costs_of
-from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.eligible import EligibleLayer, costs_of
 from tenfold.planning.rows import rows_of
 from tenfold.profiling import profile
 from tenfold.records import Call, Cost, LayerSpec, chain_macs

@@ -13,8 +13,7 @@ from tenfold.errors import RankError, UnknownNameError
 from tenfold.formats import FORMATS, Rank
 from tenfold.layers import spec_of
 from tenfold.planning import plan
-from tenfold.planning.costs import costs_of, saves
-from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.eligible import EligibleLayer, costs_of, saves
 from tenfold.planning.error_curves import weight_curve
 from tenfold.planning.rows import rows_of, without_idle_factors
 from tenfold.profiling import profile

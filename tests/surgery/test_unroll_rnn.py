@@ -12,7 +12,7 @@ from tenfold.layers import LSTM, FactorizedLayer
 from tenfold.planning import plan as make_plan
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
-from tenfold.records import Plan
+from tenfold.records import Plan, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
     apply,
