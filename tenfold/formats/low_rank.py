@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Rank, Structure
+from tenfold.formats.base import FORMATS, Ints, Rank, Structure
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import LayerSpec
 
@@ -55,6 +55,12 @@ class LowRank(MatrixFormat):
         """Return the layer into R channels per group, and the mix of those into the outputs."""
         inner = rank["rank"] * spec.groups
         return (spec.core(spec.in_channels, inner), spec.mix(inner, spec.out_channels, bias=spec.bias))
+
+    @classmethod
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...]:
+        """Return those of the two layers: R for each group in between."""
+        inner = ranks[:, 0] * spec.groups
+        return (spec.in_channels, inner), (inner, spec.out_channels)
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:

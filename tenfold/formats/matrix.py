@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -76,12 +76,6 @@ class MatrixFormat(Factorization):
     def max_rank(cls, spec: LayerSpec) -> Rank:
         """Return {rank: min(m, n)}."""
         return {"rank": min(cls.matrix_shape(spec))}
-
-    @classmethod
-    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...]:
-        """Return those of the two layers: R for each group in between."""
-        inner = ranks[:, 0] * spec.groups
-        return (spec.in_channels, inner), (inner, spec.out_channels)
 
     @classmethod
     def cost(cls, spec: LayerSpec, ranks: Ints, in_shape: Shape) -> tuple[Ints, Ints]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Rank, Structure
+from tenfold.formats.base import FORMATS, Ints, Rank, Structure
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import LayerSpec
 
@@ -70,6 +70,12 @@ class Spatial(MatrixFormat):
         del spec
         rows = weight.movedim(2, -1).movedim(2, -1)  # (groups, out, k2, ..., in, k1)
         return rows.flatten(-2).flatten(1, -2)
+
+    @classmethod
+    def channels(cls, spec: LayerSpec, ranks: Ints) -> tuple[tuple[Any, Any], ...]:
+        """Return those of the two layers: R for each group in between."""
+        inner = ranks[:, 0] * spec.groups
+        return (spec.in_channels, inner), (inner, spec.out_channels)
 
     @classmethod
     def from_chain(cls, spec: LayerSpec, rank: Rank, chain: Sequence[Tensor]) -> Self:
