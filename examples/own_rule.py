@@ -42,6 +42,7 @@ class EqualError(ThresholdRule):
 
     def row(self, layer: LayerOptions, options: FormatOptions, level: float) -> int | None:
         """Return the cheapest option within the bound."""
+        del layer  # the same bound for all
         return first_within(options.columns["expected_error"], 1 - level)
 
     def note(self, level: float) -> str:

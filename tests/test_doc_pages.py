@@ -111,7 +111,7 @@ def test_the_first_tutorial_is_the_newcomers_example() -> None:
 
 def test_adding_a_format_a_rule_or_a_task_is_shown_by_an_example() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    sections = {title: body for title, body in re.findall(r"^### (.*?)\n(.*?)(?=^##)", text, re.DOTALL | re.MULTILINE)}
+    sections = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##)", text, re.DOTALL | re.MULTILINE))
     shown = {
         title: re.findall(r"`examples/(\w+)\.py`", sections[title]) for title in ("A format", "A rank rule", "A task")
     }

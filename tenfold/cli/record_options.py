@@ -140,8 +140,8 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         terminal = cast("Terminal", shown.build(values)).model_copy(update={"command": ctx.obj})
         with terminal.session():
             records: dict[str, Any] = {name: group.build(values) for name, group in groups.items()}
-            own = dict(plain.build(values))
-            run(*(values[name] for name in arguments), **records, **own, terminal=terminal)
+            single = dict(plain.build(values))
+            run(*(values[name] for name in arguments), **records, **single, terminal=terminal)
 
     vars(command)["__signature__"] = inspect.Signature(list(declared.values()), return_annotation=None)
     command.__annotations__ = {name: parameter.annotation for name, parameter in declared.items()}

@@ -1,4 +1,4 @@
-"""How much a model minds that a layer is factorized: measured on demand, kept on disk, never measured twice."""
+"""Per-layer sensitivity: output error and score with one layer factorized. Measured lazily, cached on disk."""
 
 from __future__ import annotations
 

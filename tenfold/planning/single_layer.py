@@ -62,7 +62,7 @@ class Bench:
         """Return the score of a model.
 
         Raises:
-            DataError: there is nothing to score with, or the score is not a finite number.
+            DataError: there is no ``evaluate``, or the score is not a finite number.
         """
         if self.evaluate is None:
             msg = "scoring needs evaluate=, a function of the model"

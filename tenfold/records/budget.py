@@ -155,6 +155,6 @@ def _check(name: str, value: object) -> None:
         msg = f"the budget {name}={value!r} must be a positive number"
         raise BudgetError(msg)
     if name in LIMITED and value > 1:  # type: ignore[operator]
-        absolute = f"{LIMITED[name]}={value:g}"
-        msg = f"the budget {name}={value:g} is a share of the model, up to 1. For an absolute limit write {absolute}"
+        limit = f"{LIMITED[name]}={value:g}"
+        msg = f"the budget {name}={value:g} is a share of the model, up to 1. For an absolute limit write {limit}"
         raise BudgetError(msg)

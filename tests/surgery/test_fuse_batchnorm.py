@@ -225,7 +225,7 @@ def test_a_fused_model_is_saved_loaded_profiled_and_made_dense(tmp_path):
     with torch.device("meta"):
         skeleton = small_net_on_meta()
     loaded, told = tenfold.load(skeleton, tmp_path / "fused")
-    assert told.folded == {"1": "0", "4": "3"}
+    assert told.fused == {"1": "0", "4": "3"}
     assert told.factorized == made.factorized
     assert torch.equal(loaded(x), fused(x))
     assert profile(loaded, x).params == sum(p.numel() for p in fused.parameters())

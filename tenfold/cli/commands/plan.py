@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from tenfold.cli.choices import RecipeOptions
 from tenfold.cli.recovery import Recover
@@ -32,7 +32,7 @@ class Work(Options):
     """
 
     plan: Path | None = None
-    calibration_samples: int | None = None
+    calibration_samples: NonNegativeInt | None = None
     latency_batch_size: PositiveInt = 1
     out: Path | None = None
     plot: Path | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from tenfold.decompositions.block_als.descent import DIRECT, Blocks, solve, solve_by_steps
 from tenfold.decompositions.block_als.weighted_descent import Layout
 from tenfold.tensors import rings
-from tenfold.tensors.conjugate_gradients import dot, each
+from tenfold.tensors.conjugate_gradients import Map, dot, each
 
 
 class RingLeastSquares:
@@ -120,12 +120,38 @@ def _closing(order: int, k: int) -> str:
 
 
 def gram_between(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a)."""
+    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a).
+
+    The inner products of the fibers of one neighbour have (ab)² or (ac)² entries. Where its mode is short, they are far
+    larger than the core itself, which is then multiplied to those of the other neighbour twice instead.
+    """
+    (a, rows, b), (c, columns, _) = left.shape[1:], right.shape[1:]
+    twice = a**2 * b**2 * c**2
+    ways = {
+        "overlaps": (a * b) ** 2 * rows + (a * c) ** 2 * columns + twice,
+        "right twice": (a * b) ** 2 * rows + (a * b) ** 2 * c * columns + b**2 * a * columns * c**2,
+        "left twice": (a * c) ** 2 * columns + (a * c) ** 2 * b * rows + c**2 * a * rows * b**2,
+    }
+    way = min(ways, key=lambda name: ways[name])
+    if way == "right twice":
+        return _gram_by_overlap(_overlap(left), right)
+    if way == "left twice":
+        turned = _gram_by_overlap(_overlap(right.permute(0, 3, 2, 1)), left.permute(0, 3, 2, 1))
+        return turned.reshape(-1, c, b, c, b).permute(0, 2, 1, 4, 3).reshape(-1, b * c, b * c)
     of_left, of_right = _overlap(left), _overlap(right)
-    b, c = left.shape[3], right.shape[1]
     pairs = of_left.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (bb', aa')
     others = of_right.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (aa', cc')
     return (pairs @ others).reshape(-1, b, b, c, c).transpose(2, 3).reshape(-1, b * c, b * c)
+
+
+def _gram_by_overlap(overlap: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix of ``gram_between`` from the inner products (batch, a, b, a, b) and the core (c, r, a)."""
+    batch, a, b = overlap.shape[:3]
+    c, columns = right.shape[1:3]
+    half = overlap.transpose(3, 4).reshape(batch, a * b * b, a) @ right.flatten(1, 2).mT  # (abb', c'r)
+    half = half.reshape(batch, a, b * b, c, columns).permute(0, 2, 3, 4, 1).reshape(batch, b * b * c, columns * a)
+    whole = half @ right.flatten(2).mT  # (bb'c', c)
+    return whole.reshape(batch, b, b, c, c).permute(0, 1, 4, 2, 3).reshape(batch, b * c, b * c)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,18 +169,14 @@ class Between:
     def best(self, tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best core for tensors (batch, l, n, r), the objective less their power, and the terms' squares."""
         b, c = held.shape[1], held.shape[3]
-        rhs = _columns(_contracted(tensor, self.left, self.right))  # (batch, bc, n)
+        between = _contracted(tensor, self.left, self.right)  # (batch, b, n, c)
         if self.closing != "a" or b * c <= DIRECT:
             gram = gram_between(self.left, self.right)
             within = self._within_terms(gram, b, c)
-            x, lower = solve(gram + each(self.ridge, gram) * within, rhs, _columns(held))
-            terms = dot(x, within @ x)
-        else:
-            x, lower = solve_by_steps(
-                lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), rhs, _columns(held)
-            )
-            terms = dot(x, self._terms(x))
-        return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, terms
+            x, lower = solve(gram + each(self.ridge, gram) * within, _columns(between), _columns(held))
+            return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, dot(x, within @ x)
+        x, lower = solve_by_steps(self._normal_map(), between, held)
+        return x, lower, dot(x, self._terms(x))
 
     def _within_terms(self, gram: Tensor, b: int, c: int) -> Tensor:
         """Return the Gram matrix without what is between different values of the closing bond."""
@@ -172,18 +194,28 @@ class Between:
         return self.left.mT @ self.left, right.mT @ right
 
     def _terms(self, x: Tensor) -> Tensor:
+        """Return the Gram matrix within the terms times a core (batch, b, n, c)."""
         left, right = self._overlaps()
-        apart = x.reshape(len(x), left.shape[2], right.shape[2], -1)
-        return torch.einsum("zabe,zefn,zacf->zbcn", left, apart, right).reshape(x.shape)
+        return torch.einsum("zabe,zenf,zacf->zbnc", left, x, right)
 
-    def _product(self, x: Tensor) -> Tensor:
-        """Return the Gram matrix times columns (batch, bc, n) without writing it down."""
-        a, b, c = self.left.shape[1], self.left.shape[3], self.right.shape[1]
-        by_left = _overlap(self.left).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (aa'b', b)
-        by_right = _overlap(self.right).permute(0, 2, 4, 1, 3).flatten(1, 3)  # (aa'c, c')
-        moved = (by_left @ x.reshape(len(x), b, -1)).reshape(len(x), a * a, b, c, -1)
-        gathered = moved.permute(0, 2, 4, 1, 3).reshape(len(x), -1, a * a * c) @ by_right
-        return gathered.reshape(len(x), b, -1, c).transpose(2, 3).flatten(1, 2)
+    def _normal_map(self) -> Map:
+        """Return the Gram matrix, that within the terms added ``ridge`` times, as a map of cores (batch, b, n, c).
+
+        It is a sum over pairs of values of bond a of products from the left and the right; those of equal values are
+        within the terms.
+        """
+        batch, a, _, b = self.left.shape
+        c = self.right.shape[1]
+        same = torch.eye(a).to(self.left)[:, :, None, None]
+        weights = 1 + self.ridge.to(self.left)[:, None, None, None, None] * same  # (batch, a, a', 1, 1)
+        by_left = (_overlap(self.left).permute(0, 1, 3, 2, 4) * weights).flatten(1, 2)  # (aa', b, b')
+        by_right = _overlap(self.right).permute(0, 2, 4, 3, 1).flatten(1, 2)  # (aa', c', c)
+
+        def normal(x: Tensor) -> Tensor:
+            moved = by_left @ x.reshape(batch, 1, b, -1)  # (aa', b, n·c')
+            return (moved.reshape(batch, a * a, -1, c) @ by_right).sum(1).reshape(x.shape)
+
+        return normal
 
 
 def _columns(core: Tensor) -> Tensor:
