@@ -5,8 +5,8 @@
 
 Each kind of layer is planned alone and counts as often as the network has it. ``--beside`` is another source tree of
 tenfold, which takes turns with this one in a process of its own. What exceeds ``--most`` seconds is stopped and counts
-as that much: ratios are then too small, or too large where it is this tree. ``--whole`` plans the whole network with all
-formats at once.
+as that much: ratios are then too small, or too large where it is this tree. ``--whole`` plans the whole network with
+all formats at once.
 """
 
 from __future__ import annotations

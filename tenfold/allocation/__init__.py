@@ -1,7 +1,7 @@
 """How much of each layer to keep: rules, the knapsack, and the choice of a plan. Numbers alone, no torch."""
 
 from tenfold.allocation.accounts import Accounts
-from tenfold.allocation.choose import Override, Pick, Selection, choose, limits_latency, plan_of, select
+from tenfold.allocation.choose import Override, Pick, Selection, check_budget, choose, limits_latency, plan_of, select
 from tenfold.allocation.pareto import explorable, pareto, pruned
 from tenfold.allocation.rule import (
     RULES,
@@ -34,6 +34,7 @@ __all__ = [
     "ThresholdRule",
     "Total",
     "beyond",
+    "check_budget",
     "choose",
     "explorable",
     "limits_latency",

@@ -85,6 +85,13 @@ def choose(
     return plan_of(table, recipe, select(table, recipe, overrides=overrides))
 
 
+def check_budget(recipe: Recipe) -> None:
+    """Raise BudgetError if the rule of a recipe needs a budget, for want of a number of its own, and there is none."""
+    rule = rule_of(recipe.rule)
+    if not recipe.budget and not rule.by_name:
+        rule.select(())  # no rule can be without both
+
+
 def limits_latency(recipe: Recipe) -> bool:
     """Whether the budget limits the time of a forward, so that layers have to be timed."""
     return "latency" in recipe.budget.limited

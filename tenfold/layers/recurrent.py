@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from tenfold.errors import WeightError
 
 State = tuple[Tensor, ...]
-MakeLayer = Callable[[int, int], nn.Module]
 
 
 class RNNOptions(TypedDict, total=False):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tenfold.errors import TenfoldError
+from tenfold.errors import DataError, TenfoldError
 
 
 class Record(BaseModel):
@@ -46,6 +47,22 @@ class Record(BaseModel):
         except ValidationError as error:
             msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
             raise TenfoldError(msg) from error
+
+    @classmethod
+    def from_json_file(cls, path: str | Path, what: str) -> Self:
+        """Read a record from a JSON file; ``what`` it holds is for messages.
+
+        Raises:
+            DataError: the file cannot be read, is something else, or was written by another version.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            msg = f"cannot read {what} {path}: {error.strerror or error}"
+            raise DataError(msg) from error
+        except ValidationError as error:
+            msg = f"{path} is not {what} that this tenfold reads: {explain(error)}"
+            raise DataError(msg) from error
 
 
 class Spec:

@@ -110,7 +110,7 @@ def test_the_whitened_svd_has_the_least_weighted_error(model, batches):
 
 
 def test_distortion_is_the_change_of_the_outputs_that_brute_force_finds():
-    """A net that is linear behind the embedding: its distortion is exact, up to the random projections of the gradients."""
+    """A net that is linear behind the embedding: its distortion is exact, up to random projections of gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 5)).double().eval()
     ids = torch.randint(0, 25, (4000, 1)).square() % 25

@@ -74,7 +74,8 @@ def test_the_whole_fits_together(changes: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "cannot read"), ("{", "does not hold"), (json.dumps({"a": 1}), "does not hold")]
+    ("text", "words"),
+    [(None, "cannot read"), ("{", "is not an option table"), (json.dumps({"a": 1}), "is not an option table")],
 )
 def test_what_is_something_else_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
     file = tmp_path / "options.json"

@@ -18,8 +18,8 @@ from tenfold.surgery import apply
 from tenfold.training import TuneConfig
 from tenfold.training.low_rank.bayesian import BayesianRanks
 from tenfold.training.low_rank.priors import BayesianConfig, GammaPrior, HalfCauchyPrior, LogUniformPrior, RankPrior
-from tenfold.training.low_rank.rank_schedule import allowed_params
 from tenfold.training.low_rank.train_bayesian import ranks_plan, train_bayesian
+from tenfold.training.low_rank.tt_rank_pruning import allowed_params
 
 PRIORS = [GammaPrior(1.5, 5.0), GammaPrior(1.0, 0.0), LogUniformPrior(), HalfCauchyPrior(0.3)]
 
