@@ -37,7 +37,7 @@ class ExportRecord(Record):
         bytes: its size.
         opset: version of the operators, where the target has one.
         dynamic_batch: whether it takes batches of any size.
-        folded: how many batch norms were merged into the layers before them.
+        fused: how many batch norms were merged into the layers before them.
         parity: largest error of an output against eager execution, by the size of the batch: |a − b| by the largest
             |a| of that output. Of the file in floating point, where that was quantized afterwards.
         tolerance: what the errors had to stay below.
@@ -53,7 +53,7 @@ class ExportRecord(Record):
     bytes: PositiveInt
     opset: PositiveInt | None = None
     dynamic_batch: bool
-    folded: NonNegativeInt = 0
+    fused: NonNegativeInt = 0
     parity: dict[PositiveInt, NonNegativeFloat]
     tolerance: NonNegativeFloat
     int8: Int8Record | None = None

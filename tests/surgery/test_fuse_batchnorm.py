@@ -229,7 +229,7 @@ def test_a_fused_model_is_saved_loaded_profiled_and_made_dense(tmp_path):
     assert told.factorized == made.factorized
     assert torch.equal(loaded(x), fused(x))
     assert profile(loaded, x).params == sum(p.numel() for p in fused.parameters())
-    with pytest.raises(CheckpointError, match="folded, the model does not"):
+    with pytest.raises(CheckpointError, match="fused, the model does not"):
         tenfold.save(small, told, tmp_path / "other")
     again = apply(model, told)  # the plan as it was saved does all of it
     torch.testing.assert_close(again(x), fused(x), rtol=1e-9, atol=1e-9)

@@ -177,7 +177,8 @@ def _cost_of_products(cores: Blocks) -> int:
 class Between:
     """A core (batch, b, n, c) between its neighbours (batch, a, l, b) and (batch, c, r, a).
 
-    ``others`` are the cores of which these are made: see ``gram_around``. ``closing`` names the bond whose values are the terms, and ``ridge`` is the weight of their squares.
+    ``others`` are the cores of which these are made: see ``gram_around``. ``closing`` names the bond whose
+    values are the terms, and ``ridge`` is the weight of their squares.
     """
 
     others: Blocks
