@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from tenfold import training
 from tenfold.allocation import RULES
+from tenfold.cli.app import build
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tests.test_docs import snippets
@@ -33,6 +35,7 @@ def front_matter(page: Path) -> dict[str, Any]:
     return {} if found is None else yaml.safe_load(found[1])
 
 
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(build()).commands)  # type: ignore[attr-defined]
 COVERED = {name: page for page in METHODS for name in front_matter(page).get("covers", [])}
 
 
@@ -116,6 +119,17 @@ def test_adding_a_format_a_rule_or_a_task_is_shown_by_an_example() -> None:
         title: re.findall(r"`examples/(\w+)\.py`", sections[title]) for title in ("A format", "A rank rule", "A task")
     }
     assert shown == {"A format": ["kronecker"], "A rank rule": ["own_rule"], "A task": ["own_task"]}
+
+
+def test_command_lines_name_options_that_exist() -> None:
+    known = {n: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for n, command in COMMANDS.items()}
+    wrong = []
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"), *(ROOT / "examples").glob("*.py")):
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        for name, rest in re.findall(r"\btenfold +([a-z]+)\b([^`#|\n]*)", text):
+            options = re.findall(r"(?<=\s)--?[a-z][\w-]*", rest)
+            wrong += [f"{page.name}: {name} {o}" for o in options if name in known and o not in known[name]]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 from torch import nn
 
 from tenfold import __version__
@@ -224,6 +223,8 @@ class Sensitivity:
         Scores on few images are noisy: what was measured is replaced by the nearest non-decreasing sequence, which
         ends at the baseline. Where nothing is measured yet, ``measured`` ranks are.
         """
+        from scipy.optimize import isotonic_regression
+
         layer = self._layer_at(path)
 
         def size(cost: Cost) -> int:
@@ -241,6 +242,8 @@ class Sensitivity:
 
         The measured ranks lie along one family; others are compared with these by what their unfoldings drop.
         """
+        from scipy.optimize import isotonic_regression
+
         layer = self._layer_at(path)
         tails = weight_curve(layer, format, layer.load_weight())
         names = FORMATS.get(format).rank_names

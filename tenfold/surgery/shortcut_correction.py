@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ def targets(dense: Replay, new: Replay, path: str, branch: Branch | None) -> Ite
     if branch is None:
         yield from zip(new.inputs(path), dense.outputs(path), strict=True)
         return
-    pairs = zip(new.branches(path, branch.last), dense.branches(path, branch.last), strict=True)
-    for (x, _, shortcut), (_, y, dense_shortcut) in pairs:
+    wanted, ahead = tee(dense.branches(path, branch.last))
+    own = new.branches(path, branch.last, instead=(y for _, y, _ in ahead))
+    for (_, y, dense_shortcut), (x, _, shortcut) in zip(wanted, own, strict=True):
         yield x, y + branch.correction(dense_shortcut - shortcut)

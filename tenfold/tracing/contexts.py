@@ -22,7 +22,8 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:  # setting an attribute of a module takes longer than comparing it
+                module.training = training
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     # Flags are set directly: an overridden ``eval()`` may do more (merge adapters, freeze layers) that is not undone.
     # No inference mode: tensors that a model caches in its forward must remain trainable.
     with kept_modes(model), torch.no_grad():
-        for module in model.modules():
+        for module in [module for module in model.modules() if module.training]:
             module.training = False
         yield
 

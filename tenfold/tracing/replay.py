@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -101,6 +101,8 @@ class Replay:
             if path in self._single
         }
         self._before: dict[str, list[str]] = {}
+        self._handed: dict[str, Tensor] = {}
+        self._written: set[str] = set()
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -133,13 +135,18 @@ class Replay:
             self._keep_read(path, number, output)
             yield output
 
-    def branches(self, path: str, last: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def branches(
+        self, path: str, last: str, instead: Iterable[Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Iterate over first input and output of the layer at ``path``, and the shortcut its branch is added to.
 
         Args:
             path: the layer.
-            last: the module at the end of its branch, itself or one after it; ``trace.is_added`` must hold for it.
+            last: the module at the end of its branch, itself or the one after it; ``trace.is_added`` must hold for it.
+            instead: for each batch a tensor in the shape of the output; then neither of the two runs, and outputs are
+                hollow. Use it where only inputs and shortcuts are wanted.
         """
+        shapes = None if instead is None else iter(instead)
         seen: dict[str, Tensor] = {}
 
         def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -150,15 +157,15 @@ class Replay:
 
         for number in range(len(self._batches)):
             layer, end, stop = self._model.get_submodule(path), self._model.get_submodule(last), _Stop()
-            shortcut = self._run(
-                path,
-                number,
-                stop,
-                layer.register_forward_pre_hook(enter, with_kwargs=True),
-                layer.register_forward_hook(leave, prepend=True),
-                Tracer({last: end}, on_addition=stop),
-            )
-            self._keep_read(path, number, seen["output"])
+            watching = [layer.register_forward_pre_hook(enter, with_kwargs=True), Tracer({last: end}, on_addition=stop)]
+            if shapes is None:
+                watching.insert(1, layer.register_forward_hook(leave, prepend=True))
+            else:
+                seen["output"] = _hollow(next(shapes))
+                watching += [_stand_in(module, lambda *_, **__: seen["output"]) for module in {layer, end}]
+            shortcut = self._run(path, number, stop, *watching)
+            if shapes is None:
+                self._keep_read(path, number, seen["output"])
             yield seen["input"], seen["output"], shortcut
 
     def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> Tensor:
@@ -172,6 +179,8 @@ class Replay:
             except (_Reached, Exception):  # scripted code turns whatever is raised within it into an error of its own
                 if stop.tensor is None:
                     raise
+        self._written |= {name for name, tensor in self._handed.items() if version_of(tensor) != 0}
+        self._handed.clear()
         self._standing(path, number)  # what was kept on the way has made other outputs dispensable
         if stop.tensor is not None:
             return stop.tensor
@@ -229,7 +238,7 @@ class Replay:
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if known is not None:
-                return known if hollow else known.clone()  # an operation in place may follow
+                return known if hollow else self._hand_out(name, number, known)
             before = _versions((args, kwargs))
             output = forward(*args, **kwargs)
             after = _versions((args, kwargs))
@@ -237,14 +246,24 @@ class Replay:
             if changed == [id(output)]:  # others may read the input that it changed: it runs whenever one of them does
                 self._hollow[number][name] = _hollow(output)
             elif not changed and isinstance(output, Tensor):
-                self._keep(name, number, output)
+                self._keep(name, number, output.detach().clone())
             return output
 
         return remembered
 
+    def _hand_out(self, name: str, number: int, known: Tensor) -> Tensor:
+        """Return what is held, or a copy of it if an operation in place follows."""
+        # Every batch goes the way of the first, on which it is seen what is written to on the way to a layer.
+        if number > 0 and name not in self._written:
+            return known.detach()
+        copied = known.clone()
+        if number == 0:
+            self._handed[name] = copied
+        return copied
+
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
         if not self._changing and path in self._readers:
-            self._keep(path, number, output)
+            self._keep(path, number, output)  # nothing writes to it any more: the run has ended
 
     def _keep(self, name: str, number: int, output: Tensor) -> None:
         """Hold the output of a module if there is room for it, in place of what was held of the modules within."""
@@ -254,7 +273,7 @@ class Replay:
         few = bisect_left(self._leaves, end) - bisect_left(self._leaves, nearest) <= _FEW
         limit = min(self._limit, self._spare) if few else self._limit
         if name not in kept and self._bytes + _size(output) <= limit:
-            kept[name] = output.detach().clone()
+            kept[name] = output
             self._bytes += _size(output)
             for other in [other for other in kept if other.startswith(f"{name}.")]:
                 self._forget(other, number)

@@ -129,6 +129,10 @@ class Tracer(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler at the first operation, which takes a second and 70 MiB
+
     def __init__(
         self, modules: Mapping[str, nn.Module], *, on_addition: Callable[[Tensor], None] | None = None
     ) -> None:

@@ -36,7 +36,7 @@ class RingLeastSquares:
         cores, lower, terms = list(blocks), self.power, self.power
         for k, tensor in enumerate(self._turned):
             left, right = beside(cores, k)
-            between = Between(left, right, closing=_closing(len(cores), k), ridge=ridge)
+            between = Between(_others(cores, k), left, right, closing=_closing(len(cores), k), ridge=ridge)
             cores[k], lower, terms = between.best(tensor, cores[k])
         return tuple(cores), (self.power + lower - ridge * terms).clamp_min(0), terms
 
@@ -82,8 +82,8 @@ class RingLayout(Layout):
 
     def gram(self, blocks: Blocks, k: int) -> Tensor | None:
         """Return the Gram matrix of what is beside core k."""
-        left, right = beside(blocks, k)
-        return gram_between(left, right) if left.shape[3] * right.shape[1] <= DIRECT else None
+        small = blocks[k].shape[1] * blocks[k].shape[3] <= DIRECT
+        return gram_around(_others(blocks, k)) if small else None
 
     def columns(self, block: Tensor) -> Tensor:
         """Return a core (batch, r, n, r') as (batch, r·r', n)."""
@@ -105,6 +105,11 @@ def beside(cores: Blocks | list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     return rings.tr_chain(tuple(cores[m] for m in before)), rings.tr_chain(tuple(cores[m] for m in after))
 
 
+def _others(cores: Blocks | list[Tensor], k: int) -> Blocks:
+    """Return the cores around the ring from the one after core k to the one before."""
+    return (*cores[k + 1 :], *cores[:k])
+
+
 def _around(order: int, k: int) -> tuple[range, range]:
     """Return which cores stand before core k and which after: the closing bond is never within either."""
     if k == 0:
@@ -119,48 +124,63 @@ def _closing(order: int, k: int) -> str:
     return "b" if k == 0 else "c" if k == order - 1 else "a"
 
 
-def gram_between(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a).
+def gram_around(others: Blocks) -> Tensor:
+    """Return the matrix (batch, b·c, b·c) of the normal equations of a core whose left rank is b and right rank is c.
 
-    The inner products of the fibers of one neighbour have (ab)² or (ac)² entries. Where its mode is short, they are far
-    larger than the core itself, which is then multiplied to those of the other neighbour twice instead.
+    ``others`` are the other cores, from the right neighbour (c, n, r) around to the left one (r', n, b). Core after
+    core is multiplied to the inner products of those so far, from one end, the other, or both until they meet: whatever
+    multiplies least, for products of fibers may be far larger than the cores.
     """
-    (a, rows, b), (c, columns, _) = left.shape[1:], right.shape[1:]
-    twice = a**2 * b**2 * c**2
-    ways = {
-        "overlaps": (a * b) ** 2 * rows + (a * c) ** 2 * columns + twice,
-        "right twice": (a * b) ** 2 * rows + (a * b) ** 2 * c * columns + b**2 * a * columns * c**2,
-        "left twice": (a * c) ** 2 * columns + (a * c) ** 2 * b * rows + c**2 * a * rows * b**2,
-    }
-    way = min(ways, key=lambda name: ways[name])
-    if way == "right twice":
-        return _gram_by_overlap(_overlap(left), right)
-    if way == "left twice":
-        turned = _gram_by_overlap(_overlap(right.permute(0, 3, 2, 1)), left.permute(0, 3, 2, 1))
-        return turned.reshape(-1, c, b, c, b).permute(0, 2, 1, 4, 3).reshape(-1, b * c, b * c)
-    of_left, of_right = _overlap(left), _overlap(right)
-    pairs = of_left.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (bb', aa')
-    others = of_right.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (aa', cc')
-    return (pairs @ others).reshape(-1, b, b, c, c).transpose(2, 3).reshape(-1, b * c, b * c)
+    mirrored = tuple(core.permute(0, 3, 2, 1) for core in reversed(others))
+    count = len(others)
+    (c, *_), (b, *_) = others[0].shape[1:], mirrored[0].shape[1:]
+
+    def cost(first: int) -> int:
+        meeting = (b * c * others[first].shape[1]) ** 2 if 0 < first < count else 0
+        return _cost_of_products(others[:first]) + _cost_of_products(mirrored[: count - first]) + meeting
+
+    first = min(range(count + 1), key=cost)
+    if first == 0:
+        whole = _products(mirrored).permute(0, 1, 3, 2, 4)
+    elif first == count:
+        whole = _products(others).permute(0, 3, 1, 4, 2)
+    else:
+        left, right = _products(mirrored[: count - first]), _products(others[:first])  # (b, b', a, a'), (c, c', a, a')
+        met = left.flatten(3).flatten(1, 2) @ right.flatten(3).flatten(1, 2).mT
+        whole = met.reshape(-1, b, b, c, c).transpose(2, 3)
+    return whole.reshape(-1, b * c, b * c)
 
 
-def _gram_by_overlap(overlap: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix of ``gram_between`` from the inner products (batch, a, b, a, b) and the core (c, r, a)."""
-    batch, a, b = overlap.shape[:3]
-    c, columns = right.shape[1:3]
-    half = overlap.transpose(3, 4).reshape(batch, a * b * b, a) @ right.flatten(1, 2).mT  # (abb', c'r)
-    half = half.reshape(batch, a, b * b, c, columns).permute(0, 2, 3, 4, 1).reshape(batch, b * b * c, columns * a)
-    whole = half @ right.flatten(2).mT  # (bb'c', c)
-    return whole.reshape(batch, b, b, c, c).permute(0, 1, 4, 2, 3).reshape(batch, b * c, b * c)
+def _products(cores: Blocks) -> Tensor:
+    """Return the inner products (batch, c, c', r, r') of the fibers of the core that neighbours multiply to."""
+    first, *others = cores
+    c = first.shape[1]
+    found = _overlap(first).permute(0, 1, 3, 2, 4)
+    for core in others:
+        batch, inside, n, outside = core.shape
+        half = found.reshape(batch, -1, inside) @ core.flatten(2)  # (cc'r, n·s')
+        half = half.reshape(batch, c * c, inside * n, outside).transpose(2, 3).reshape(batch, -1, inside * n)
+        found = (half @ core.flatten(1, 2)).reshape(batch, c, c, outside, outside).transpose(3, 4)
+    return found
+
+
+def _cost_of_products(cores: Blocks) -> int:
+    """Return the multiplications of ``_products``."""
+    if not cores:
+        return 0
+    c = cores[0].shape[1]
+    sizes = [core.shape[1:] for core in cores[1:]]
+    return cores[0][0].numel() * c * cores[0].shape[3] + sum(c * c * r * n * s * (r + s) for r, n, s in sizes)
 
 
 @dataclass(frozen=True, eq=False)
 class Between:
     """A core (batch, b, n, c) between its neighbours (batch, a, l, b) and (batch, c, r, a).
 
-    ``closing`` names the bond whose values are the terms, and ``ridge`` is the weight of their squares.
+    ``others`` are the cores of which these are made: see ``gram_around``. ``closing`` names the bond whose values are the terms, and ``ridge`` is the weight of their squares.
     """
 
+    others: Blocks
     left: Tensor
     right: Tensor
     closing: str
@@ -171,7 +191,7 @@ class Between:
         b, c = held.shape[1], held.shape[3]
         between = _contracted(tensor, self.left, self.right)  # (batch, b, n, c)
         if self.closing != "a" or b * c <= DIRECT:
-            gram = gram_between(self.left, self.right)
+            gram = gram_around(self.others)
             within = self._within_terms(gram, b, c)
             x, lower = solve(gram + each(self.ridge, gram) * within, _columns(between), _columns(held))
             return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, dot(x, within @ x)
