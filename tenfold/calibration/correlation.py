@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
+from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from tenfold.records import LayerSpec
 
@@ -22,25 +23,47 @@ def covers(x: Tensor, spec: LayerSpec, positions: int | None) -> bool:
     return usual and (positions is None or positions >= x.shape[2] * x.shape[3])
 
 
-def patch_square(x: Tensor) -> Tensor:
-    """Return the Gram matrix (1, 9·in, 9·in) of the 3×3 patches around all positions of x (batch, in, height, width).
+class PatchGram:
+    """The Gram matrix (1, 9·in, 9·in) of the 3×3 patches around all positions of maps, summed map by map.
 
     Example:
-        >>> patch_square(torch.ones(1, 1, 3, 3)).diagonal(dim1=1, dim2=2)
-        tensor([[4., 6., 4., 6., 9., 6., 4., 6., 4.]])
+        >>> gram = PatchGram()
+        >>> gram.add(torch.ones(1, 1, 3, 3))
+        >>> gram.value().diagonal(dim1=1, dim2=2)
+        tensor([[4., 6., 4., 6., 9., 6., 4., 6., 4.]], dtype=torch.float64)
     """
-    channels = x.shape[1]
-    taps = torch.arange(3, device=x.device)
-    apart = taps - taps[:, None] + 2  # how far tap t' lies from tap t
-    blocks = _products(x, 2, 2)[:, :, apart[:, None, :, None], apart[None, :, None, :]]  # (in, in, t, u, t', u')
-    for tap, line in ((0, -1), (2, 0)):  # what the first tap along an axis never sees is the last line, and vice versa
-        across, down = x[:, :, [line]], x[:, :, :, [line]]
-        blocks[:, :, tap, :, tap] -= _products(across, 0, 2)[:, :, 0, apart]
-        blocks[:, :, :, tap, :, tap] -= _products(down, 2, 0)[:, :, apart, 0]
-        for other, end in ((0, -1), (2, 0)):
-            corner = x[:, :, line, end]
-            blocks[:, :, tap, other, tap, other] += corner.mT @ corner
-    return blocks.permute(0, 2, 3, 1, 4, 5).reshape(1, 9 * channels, 9 * channels)
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor) -> None:
+        """Add maps (batch, in, height, width)."""
+        # Σ x[i, q] x[j, q + d] at −d is that at d with i and j exchanged: half of the shifts along an axis do.
+        self._sum("map", conv2d_weight(F.pad(x, (0, 0, 0, 2)), (x.shape[1], x.shape[1], 3, 5), x, padding=(0, 2)))
+        for line in (0, -1):
+            self._sum(f"row {line}", _line_products(x[:, :, line]))
+            self._sum(f"column {line}", _line_products(x[:, :, :, line]))
+            for end in (0, -1):
+                corner = x[:, :, line, end]
+                self._sum(f"corner {line} {end}", corner.mT @ corner)
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
+
+    def value(self) -> Tensor:
+        """Return the matrix of all maps so far, in float64."""
+        half = self._sums["map"]
+        products = torch.cat([half[:, :, 1:].flip(2, 3).transpose(0, 1), half], dim=2)  # shifts −2..2 along both axes
+        channels = len(half)
+        taps = torch.arange(3, device=half.device)
+        apart = taps - taps[:, None] + 2  # how far tap t' lies from tap t
+        blocks = products[:, :, apart[:, None, :, None], apart[None, :, None, :]]  # (in, in, t, u, t', u')
+        for tap, line in ((0, -1), (2, 0)):  # what the first tap along an axis never sees is the last line, and back
+            blocks[:, :, tap, :, tap] -= self._sums[f"row {line}"][:, :, apart]
+            blocks[:, :, :, tap, :, tap] -= self._sums[f"column {line}"][:, :, apart]
+            for other, end in ((0, -1), (2, 0)):
+                blocks[:, :, tap, other, tap, other] += self._sums[f"corner {line} {end}"]
+        return blocks.permute(0, 2, 3, 1, 4, 5).reshape(1, 9 * channels, 9 * channels)
 
 
 def patch_sum(x: Tensor) -> Tensor:
@@ -57,8 +80,7 @@ def patch_cross(y: Tensor, x: Tensor) -> Tensor:
     return cross.flatten(1)[None]
 
 
-def _products(x: Tensor, high: int, wide: int) -> Tensor:
-    """Return Σ x[i, q] x[j, q + d] (in, in, d, d') for all shifts up to (high, wide), at their index plus that."""
-    size = (x.shape[1], x.shape[1], 2 * high + 1, 2 * wide + 1)
-    products: Tensor = conv2d_weight(x, size, x, padding=(high, wide))
+def _line_products(x: Tensor) -> Tensor:
+    """Return Σ x[i, q] x[j, q + d] (in, in, 5) of lines x (batch, in, length) for shifts d of −2..2."""
+    products: Tensor = conv1d_weight(x, (x.shape[1], x.shape[1], 5), x, padding=2)
     return products

@@ -43,10 +43,29 @@ def input_patches(x: Tensor, spec: LayerSpec, *, positions: int | None = None, s
         windows = windows.unflatten(1, (spec.groups, -1)).movedim(0, -spec.axes - 1)
         everywhere: Tensor = windows.reshape(spec.groups, -1, x.shape[0] * prod(size))
         return everywhere
-    index = _sources(tuple(wide.shape[2:]), spec, drawn).to(x.device)  # (taps, places)
-    taken = wide.flatten(2).index_select(2, index.flatten()).unflatten(2, index.shape)  # (batch, in, taps, places)
-    patches: Tensor = taken.permute(1, 2, 0, 3).reshape(spec.groups, -1, x.shape[0] * index.shape[1])
+    rows = _read(wide, spec, drawn)
+    patches: Tensor = rows.unflatten(2, (spec.groups, -1)).permute(2, 3, 1, 0).reshape(spec.groups, -1, len(rows))
     return patches
+
+
+def drawn_patches(x: Tensor, spec: LayerSpec, *, positions: int | None, seed: int = 0) -> Tensor | None:
+    """Extract the same patches at drawn positions as rows (rows, taps, in), which takes one copy instead of two.
+
+    Returns:
+        None where all positions count.
+    """
+    wide = _padded(x[None] if x.dim() == spec.axes + 1 else x, spec)
+    drawn = _drawn(_places(tuple(wide.shape[2:]), spec), positions, seed)
+    return None if drawn is None else _read(wide, spec, drawn)
+
+
+def _read(wide: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
+    """Return what the taps read of a padded map at these output positions (batch·places, taps, in)."""
+    size = tuple(wide.shape[2:])
+    index = _sources(size, spec, places).t().to(wide.device)  # (places, taps)
+    # All channels of a position lie together in maps that are channels_last, and are copied at once.
+    taken = wide.movedim(1, -1).flatten(1, -2).index_select(1, index.flatten())
+    return taken.view(-1, index.shape[1], wide.shape[1])
 
 
 def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, seed: int = 0) -> Tensor:
@@ -55,11 +74,12 @@ def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, see
         return y.reshape(-1, spec.out_channels).t()[None]
     if y.dim() == spec.axes + 1:
         y = y[None]
-    values: Tensor = y.unflatten(1, (spec.groups, -1)).movedim(0, 2)
-    drawn = _drawn(tuple(values.shape[3:]), positions, seed)
+    size = tuple(y.shape[2:])
+    drawn = _drawn(size, positions, seed)
     if drawn is not None:
-        values = values.flatten(3).index_select(3, _flat(drawn, tuple(values.shape[3:])).to(y.device))
-    return values.flatten(2)
+        taken = y.movedim(1, -1).flatten(1, -2).index_select(1, _flat(drawn, size).to(y.device))
+        return taken.flatten(0, 1).t().unflatten(0, (spec.groups, -1))
+    return y.unflatten(1, (spec.groups, -1)).movedim(0, 2).flatten(2)
 
 
 def _drawn(size: tuple[int, ...], positions: int | None, seed: int) -> Tensor | None:

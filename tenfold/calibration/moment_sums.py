@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tenfold.calibration.correlation import covers, patch_cross, patch_square, patch_sum
-from tenfold.calibration.im2col import input_patches, output_rows
+from tenfold.calibration.correlation import PatchGram, covers, patch_cross, patch_sum
+from tenfold.calibration.im2col import drawn_patches, input_patches, output_rows
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions import Moments, Sketch
 from tenfold.errors import DataError
@@ -80,6 +80,7 @@ class MomentSums:
         self._widest, self._seed = widest, seed
         self._sums: dict[str, Tensor] = {}
         self._sketch: SketchSums | None = None
+        self._maps: PatchGram | None = None
         self._counts: Tensor | None = None
 
     def add(
@@ -113,30 +114,38 @@ class MomentSums:
             self._add_maps(x, y)
             return
         for part in _chunks(x, spec, positions):
-            patches = input_patches(x[part], spec, positions=positions, seed=seed)
+            taps_first = None
+            if self._sketch is None and spec.kind != "linear" and spec.groups == 1:
+                taps_first = drawn_patches(x[part], spec, positions=positions, seed=seed)
+            if taps_first is None:
+                patches = input_patches(x[part], spec, positions=positions, seed=seed)
+            else:
+                patches = taps_first.flatten(1).t()[None]
             patches = patches if patches.dtype == torch.float64 else patches.float()
             self.count += patches.shape[-1]
             rows = None
             if y is not None:
                 rows = output_rows(y[part], spec, positions=positions, seed=seed).to(patches.dtype)
             if self._sketch is None:
-                self._add(patches, rows)
+                self._add(patches, rows, taps=1 if taps_first is None else taps_first.shape[1])
             else:
                 self._sketch.add(patches, rows)
 
-    def _add(self, patches: Tensor, rows: Tensor | None) -> None:
-        self._sum("input_second_moment", _square(patches))
-        self._sum("mean", patches.sum(-1))
+    def _add(self, patches: Tensor, rows: Tensor | None, taps: int) -> None:
+        """Add patches whose entries lie in the order (tap, channel), for ``taps`` above 1."""
+        self._sum("input_second_moment", _channels_first(_channels_first(_square(patches), taps).mT, taps))
+        self._sum("mean", _channels_first(patches.sum(-1), taps))
         if rows is not None:
-            self._sum("cross", rows @ patches.mT)
+            self._sum("cross", _channels_first(rows @ patches.mT, taps))
             self._sum("target_mean", rows.sum(-1))
             self._sum("target_power", rows.square().sum(-1))
 
     def _add_maps(self, x: Tensor, y: Tensor | None) -> None:
-        """Add all patches of whole maps, which need not be made for that."""
+        """Add all patches of whole maps without extracting them."""
         x = x if x.dtype == torch.float64 else x.float()
         self.count += x.shape[0] * prod(x.shape[2:])
-        self._sum("input_second_moment", patch_square(x))
+        self._maps = self._maps or PatchGram()
+        self._maps.add(x)
         self._sum("mean", patch_sum(x))
         if y is not None:
             y = y.to(x.dtype)
@@ -161,6 +170,9 @@ class MomentSums:
             raise DataError(msg)
         if self._counts is not None:
             return moments_of_ids(self._counts)
+        if self._maps is not None:
+            self._sum("input_second_moment", self._maps.value())
+            self._maps = None
         sketch = self._sketch
         if not (bool(torch.isfinite(self._sums["input_second_moment"]).all()) if sketch is None else sketch.finite()):
             msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
@@ -168,6 +180,11 @@ class MomentSums:
         if sketch is not None:
             return sketch.moments()
         return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
+
+
+def _channels_first(values: Tensor, taps: int) -> Tensor:
+    """Bring the last axis from the order (tap, channel) into (channel, tap)."""
+    return values if taps == 1 else values.unflatten(-1, (taps, -1)).transpose(-1, -2).flatten(-2)
 
 
 def _square(rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Given V, the best core and U come in closed form; given those, V is a linear lea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -162,13 +163,37 @@ class Weighted:
         power = (product * kernel).flatten(1).sum(-1)
         return cls(kernel, covariance, product, power, channel_blocks(covariance, taps))
 
+    @cached_property
+    def blocks(self) -> Tensor | None:
+        """The covariance by pairs of taps (batch, k, k', c, c'), where V meets matrices; None of a sketch."""
+        if isinstance(self.covariance, Sketch):
+            return None
+        split = self.kernel.shape[2:]
+        return self.covariance.unflatten(-1, split).unflatten(1, split).permute(0, 2, 4, 1, 3).contiguous()
+
+    @cached_property
+    def lower_channels(self) -> Tensor:
+        """Cholesky factor of ``channels``."""
+        return torch.linalg.cholesky(add_ridge(self.channels, 1e-6))
+
+    @cached_property
+    def _white(self) -> tuple[Tensor, Tensor]:
+        """The kernel for white channels, and the inverse root that it is brought back with."""
+        root, inverse = sqrt_and_inverse_sqrt(self.channels)
+        return torch.einsum("bock,bcd->bodk", self.kernel, root), inverse
+
+    @cached_property
+    def _white_outputs(self) -> Tensor:
+        """All eigenvectors (batch, out, out) of the outputs of that kernel, the leading ones last."""
+        return torch.linalg.eigh(gram(self._white[0].flatten(2))).eigenvectors
+
     def start(self, r_out: int, r_in: int) -> Tensor:
         """Return orthonormal columns (batch, c, r_in) that span the leading inputs of the channel-whitened kernel."""
-        root, inverse = sqrt_and_inverse_sqrt(self.channels)
-        white = torch.einsum("bock,bcd->bodk", self.kernel, root)
-        u = leading_eigenvectors(gram(white.flatten(2)), r_out) if r_out < white.shape[1] else None
-        inner = white if u is None else torch.einsum("bock,boa->back", white, u)
-        lead = leading_eigenvectors(gram(inner.transpose(1, 2).flatten(2)), r_in)
+        white, inverse = self._white
+        if r_out < white.shape[1]:
+            u = self._white_outputs[..., -r_out:].flip(-1)
+            white = torch.einsum("bock,boa->back", white, u)
+        lead = leading_eigenvectors(gram(white.transpose(1, 2).flatten(2)), r_in)
         basis: Tensor = torch.linalg.qr(inverse @ lead).Q
         return basis
 
@@ -177,10 +202,8 @@ class Weighted:
         product = torch.einsum("bock,bcr->bork", self.product, v).flatten(2)
         if isinstance(self.covariance, Sketch):
             return self.covariance.through(v), product
-        batch, width = self.covariance.shape[:2]
-        taps = self.kernel.shape[-1]
-        half = torch.einsum("bnck,bcr->bnrk", self.covariance.reshape(batch, width, -1, taps), v).flatten(2)
-        square = torch.einsum("bckm,bcr->brkm", half.reshape(batch, -1, taps, half.shape[-1]), v).flatten(1, 2)
+        half = self.blocks @ v[:, None, None]  # (batch, k, k', c, s)
+        square = (v.mT[:, None, None] @ half).permute(0, 3, 1, 4, 2).flatten(3).flatten(1, 2)
         return (square + square.mT) / 2, product
 
     def outputs(self, v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -243,12 +266,18 @@ def _input_step(problem: Weighted, u: Tensor | None, core: Tensor, v: Tensor, st
     right = torch.einsum("back,bark->bcr", rows, core)
     weights = torch.einsum("bark,bask->brs", core, core)
 
+    # The core meets itself once and not in every step, which then takes c²·k²·r_in products instead of out·c²·k².
+    blocks = problem.blocks if core.shape[2] <= core.shape[1] else None
+    pairs = None if blocks is None else torch.einsum("bark,basl->bklsr", core, core)
+
     def normal(x: Tensor) -> Tensor:
+        if blocks is not None and pairs is not None:
+            return ((blocks @ x[:, None, None]) @ pairs).sum((1, 2))
         dense = torch.einsum("bark,bcr->back", core, x)
         moved = (dense.reshape(batch, core.shape[1], -1) @ problem.covariance).view_as(dense)
         return torch.einsum("back,bark->bcr", moved, core)
 
-    lower_c = torch.linalg.cholesky(add_ridge(problem.channels, 1e-6))
+    lower_c = problem.lower_channels
     lower_r = torch.linalg.cholesky(add_ridge(weights, 1e-6))
 
     def precondition(x: Tensor) -> Tensor:

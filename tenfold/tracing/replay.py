@@ -21,6 +21,9 @@ Forward = Callable[[nn.Module, Any], object]
 
 _FEW = 4  # layers that are computed again rather than their output kept beyond ``spare``
 
+_BLOCK_BYTES = 40 << 20  # of outputs in one block: above the 32 MiB from which glibc maps every block by itself
+_ALIGNED = 16  # elements
+
 
 class _Reached(BaseException):
     """Raised where the forward has come as far as was asked for; no error, so that nothing on the way catches it."""
@@ -90,6 +93,7 @@ class Replay:
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
         self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self._bytes = 0
+        self._rooms: dict[str, Tensor] = {}
         self.trace = trace(model, batches[0], forward=self._forward)
         self._span = self.trace.spans
         self._leaves = sorted(self._span[path][0] for path in self.order)
@@ -181,6 +185,8 @@ class Replay:
                     raise
         self._written |= {name for name, tensor in self._handed.items() if version_of(tensor) != 0}
         self._handed.clear()
+        if number == len(self._batches) - 1:
+            self._rooms.clear()
         self._standing(path, number)  # what was kept on the way has made other outputs dispensable
         if stop.tensor is not None:
             return stop.tensor
@@ -246,7 +252,7 @@ class Replay:
             if changed == [id(output)]:  # others may read the input that it changed: it runs whenever one of them does
                 self._hollow[number][name] = _hollow(output)
             elif not changed and isinstance(output, Tensor):
-                self._keep(name, number, output.detach().clone())
+                self._keep(name, number, output)
             return output
 
         return remembered
@@ -263,7 +269,7 @@ class Replay:
 
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
         if not self._changing and path in self._readers:
-            self._keep(path, number, output)  # nothing writes to it any more: the run has ended
+            self._keep(path, number, output)
 
     def _keep(self, name: str, number: int, output: Tensor) -> None:
         """Hold the output of a module if there is room for it, in place of what was held of the modules within."""
@@ -273,10 +279,23 @@ class Replay:
         few = bisect_left(self._leaves, end) - bisect_left(self._leaves, nearest) <= _FEW
         limit = min(self._limit, self._spare) if few else self._limit
         if name not in kept and self._bytes + _size(output) <= limit:
-            kept[name] = output
+            kept[name] = self._stored(name, number, output)
             self._bytes += _size(output)
             for other in [other for other in kept if other.startswith(f"{name}.")]:
                 self._forget(other, number)
+
+    def _stored(self, name: str, number: int, output: Tensor) -> Tensor:
+        """Return a copy of an output, in one block of memory with those of the next batches."""
+        # The allocator maps large blocks one by one and gives each back once it is free. Single outputs would lie among
+        # what forwards allocate in between, and leave holes as large as all of them.
+        size = -(-output.numel() // _ALIGNED) * _ALIGNED
+        room = self._rooms.get(name)
+        if room is None or len(room) < size or room.dtype != output.dtype:
+            most = max(1, min(_BLOCK_BYTES // (size * output.element_size() or 1), len(self._batches) - number))
+            room = output.new_empty(most * size)
+        self._rooms[name] = room[size:]
+        strides = torch.empty_like(output, device="meta").stride()
+        return room[:size].as_strided(output.shape, strides).copy_(output.detach())
 
     def _forget(self, name: str, number: int) -> None:
         if name in self._kept[number]:

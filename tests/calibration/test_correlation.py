@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tenfold.calibration.correlation import covers, patch_cross, patch_square, patch_sum
+from tenfold.calibration.correlation import PatchGram, covers, patch_cross, patch_sum
 from tenfold.calibration.im2col import input_patches, output_rows
 from tenfold.calibration.moment_sums import MomentSums
 from tenfold.records import LayerSpec
@@ -21,7 +21,10 @@ def test_sums_over_patches_are_those_of_the_patches(size, channels):
     x, y = torch.randn(3, channels, *size).double(), torch.randn(3, 5, *size).double()
     spec = conv(channels, 5)
     patches, rows = input_patches(x, spec), output_rows(y, spec)
-    torch.testing.assert_close(patch_square(x), patches @ patches.mT)
+    gram = PatchGram()
+    for part in x.split(2):
+        gram.add(part)
+    torch.testing.assert_close(gram.value(), patches @ patches.mT)
     torch.testing.assert_close(patch_sum(x), patches.sum(-1))
     torch.testing.assert_close(patch_cross(y, x), rows @ patches.mT)
 
