@@ -152,7 +152,7 @@ def seconds_of_network(model: nn.Module, wanted: Any, formats: Any, *, keep_ends
         _plan_as_before(model, wanted, formats, keep_ends)
         return round(time.process_time() - start, 4)
     start = time.process_time()
-    recipe = Recipe(budget=BUDGET, formats=tuple(formats), keep_ends=keep_ends)
+    recipe = Recipe.of({"budget": BUDGET, "formats": list(formats), "keep_ends": keep_ends})
     table = tabulate(model, wanted, recipe)
     with suppress(BudgetError):  # one layer in one format may not come so low
         choose(table, recipe)
@@ -168,11 +168,16 @@ def _plan_as_before(model: nn.Module, wanted: Any, formats: Any, keep_ends: bool
         plan(model, wanted, rule=rule, formats=tuple(formats), budget=BUDGET, keep_ends=keep_ends)
 
 
+def _pair(sizes: list[int]) -> tuple[int, int]:
+    return sizes[0], sizes[1]
+
+
 def _layer(inner: int, outer: int, kernel: list[int], stride: list[int], padding: list[int]) -> nn.Module:
     """Return a layer whose singular values fall, as those of trained layers do."""
     torch.manual_seed(0)
-    plain = not kernel
-    made = nn.Linear(inner, outer) if plain else nn.Conv2d(inner, outer, kernel, stride, padding, bias=False)
+    made: nn.Linear | nn.Conv2d = nn.Linear(inner, outer)
+    if kernel:
+        made = nn.Conv2d(inner, outer, _pair(kernel), _pair(stride), _pair(padding), bias=False)
     weight = made.weight
     u, s, v = torch.linalg.svd(weight.detach().double().flatten(1), full_matrices=False)
     fall = torch.arange(1, len(s) + 1).double() ** -0.5
