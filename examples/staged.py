@@ -3,7 +3,7 @@
     python examples/staged.py
 
 Instead of one large step, compress a little and train, and again: each stage starts from the factors as they were
-trained in the one before. The run is kept in the folder ``stages``: kill the script, start it again, and it goes on.
+trained in the one before. The run is kept in the folder ``stages``: kill the script, start it again, and it continues.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHARE = 0.2  # of the MACs
 
 
 def make_data(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return points of which a fixed random network tells the class."""
+    """Return points, classified by a fixed random network."""
     generator = torch.Generator().manual_seed(17)
     first, second = torch.randn(20, 40, generator=generator), torch.randn(40, CLASSES, generator=generator)
     x = torch.randn(samples, 20, generator=torch.Generator().manual_seed(seed))

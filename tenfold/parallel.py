@@ -129,11 +129,6 @@ def connect_to_ray(cpus: int) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
-def parallel_map(workers: Workers | None, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
-    """Iterate over ``function(shared, item)`` in the order of the items; in this process if ``workers`` is None."""
-    return (workers or Workers()).map(function, shared, items)
-
-
 def _from_file(file: str, item: bytes, threads: int) -> bytes:
     return _done(_read(file), item, threads)
 

@@ -1,4 +1,8 @@
-"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure."""
+"""compress(): the verbs in a row. Decide, apply, re-estimate, tune, measure.
+
+Ranks are chosen in ``tenfold.planning.decide``, by the rule of the recipe; the default is
+``tenfold/allocation/rules/global_budget.py``.
+"""
 
 from __future__ import annotations
 
@@ -94,8 +98,8 @@ def compress(
         recipe: what is wanted: a ``Recipe``, a mapping of its fields, or only a budget such as ``"macs=0.5"``. A
             ``Plan`` is carried out as it is.
         data: unlabeled batches as the forward takes them; a few thousand samples are plenty. They decide ranks and
-            factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch norm keeps
-            its statistics.
+            factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch norms
+            keep their statistics.
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.

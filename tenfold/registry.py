@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -27,22 +27,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"Did you mean {' or '.join(near)}?"
     shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
     return f"Known: {shown or 'none'}."
-
-
-def check_choice(what: str, name: str, allowed: Sequence[str]) -> None:
-    """Raise UnknownNameError unless ``name`` is allowed; the message says for ``what`` it was given, and what is.
-
-    Example:
-        >>> check_choice("use_data", "sequental", ["sequential", "layers"])
-        Traceback (most recent call last):
-        tenfold.errors.UnknownNameError: use_data='sequental' must be sequential or layers. Did you mean sequential?
-    """
-    if name in allowed:
-        return
-    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    msg = f"{what}={name!r} must be {', '.join(allowed[:-1])} or {allowed[-1]}.{hint}"
-    raise UnknownNameError(msg)
 
 
 def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:

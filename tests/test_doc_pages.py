@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from tenfold import training
 from tenfold.allocation import RULES
+from tenfold.cli.app import build
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tests.test_docs import snippets
@@ -33,6 +35,7 @@ def front_matter(page: Path) -> dict[str, Any]:
     return {} if found is None else yaml.safe_load(found[1])
 
 
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(build()).commands)  # type: ignore[attr-defined]
 COVERED = {name: page for page in METHODS for name in front_matter(page).get("covers", [])}
 
 
@@ -44,7 +47,7 @@ def own(registry: Any) -> list[str]:
 def methods() -> list[str]:
     found = [f"formats/{name}" for name in own(FORMATS)]
     found += [f"decompositions/{name}" for name in own(DECOMPOSITIONS)]
-    found += [f"ranks/{name}" for name in own(RULES)]
+    found += [f"allocation/{name}" for name in own(RULES)]
     return found + [f"training/{name}" for name in training.__all__ if not PARTS.fullmatch(name)]
 
 
@@ -56,7 +59,7 @@ def test_every_method_has_a_page(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(COVERED))
 def test_pages_cover_what_is_there(name: str) -> None:
     room, _, entry = name.partition("/")
-    registry = {"formats": FORMATS, "decompositions": DECOMPOSITIONS, "ranks": RULES}.get(room)
+    registry = {"formats": FORMATS, "decompositions": DECOMPOSITIONS, "allocation": RULES}.get(room)
     if registry is not None and entry in registry.names():
         return
     module = import_module(f"tenfold.{room}")
@@ -107,6 +110,39 @@ def test_the_first_tutorial_is_the_newcomers_example() -> None:
     page = snippets((DOCS / "tutorials" / "own_model.md").read_text(encoding="utf-8"))
     blocks = [line for block in page for line in block.code.splitlines() if line]
     assert blocks == [line for line in script.splitlines() if line]
+
+
+def test_adding_a_format_a_rule_or_a_task_is_shown_by_an_example() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##)", text, re.DOTALL | re.MULTILINE))
+    shown = {
+        title: re.findall(r"`examples/(\w+)\.py`", sections[title]) for title in ("A format", "A rank rule", "A task")
+    }
+    assert shown == {"A format": ["kronecker"], "A rank rule": ["own_rule"], "A task": ["own_task"]}
+
+
+def test_command_lines_name_options_that_exist() -> None:
+    known = {n: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for n, command in COMMANDS.items()}
+    wrong = []
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"), *(ROOT / "examples").glob("*.py")):
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        for name, rest in re.findall(r"\btenfold +([a-z]+)\b([^`#|\n]*)", text):
+            options = re.findall(r"(?<=\s)--?[a-z][\w-]*", rest)
+            wrong += [f"{page.name}: {name} {o}" for o in options if name in known and o not in known[name]]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_of_the_front_pages_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!\w+:)([^)#\s]+)", (ROOT / name).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_rank_is_chosen_four_files_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    way = ("tenfold/pipeline.py", "tenfold/planning/decide.py", "tenfold/allocation/rules/global_budget.py")
+    assert [path for path in way if f"]({path})" not in text] == []
+    assert "best = solve(" in (ROOT / way[-1]).read_text(encoding="utf-8")
 
 
 def test_the_site_shows_every_result_that_is_committed() -> None:

@@ -61,7 +61,7 @@ def test_import_is_light_and_silent() -> None:
     assert added & NOT_AT_IMPORT == set()
 
 
-def test_records_and_the_explorer_load_without_torch() -> None:
+def test_records_choosing_and_the_explorer_load_without_torch() -> None:
     """The package itself needs torch, so its place is taken by an empty one whose rooms can be imported."""
     code = f"""if True:
         import sys, types
@@ -70,6 +70,8 @@ def test_records_and_the_explorer_load_without_torch() -> None:
         package.__path__ = [{str(PACKAGE)!r}]
         package.__version__ = "0"
         import tenfold.records
+        import tenfold.allocation
+        tenfold.allocation.RULES.items()  # with all rules loaded
         import tenfold.explorer.server
         """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,17 +6,22 @@ import copy
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn import functional as F
 
+from tenfold.allocation import choose
 from tenfold.checkpoint import load
-from tenfold.errors import BudgetError, DataError, PlanError, TenfoldError, UnknownNameError
-from tenfold.pipeline import compress
+from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TenfoldError
+from tenfold.pipeline import carry_out, compress
+from tenfold.planning import decide
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
+from tenfold.records import OptionTable, Recipe
+from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
+
+QUIET = Runtime(measure=False)
 
 
 def network() -> nn.Module:
@@ -39,7 +44,7 @@ DATA = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(i)) + 1
 
 def test_the_record_says_what_profile_says() -> None:
     model = network()
-    result = compress(model, X, budget={"macs": 0.5}, latency=False)
+    result = compress(model, X, "macs=0.5", runtime=QUIET)
     for measured, cost in ((result.record.before, profile(model, X)), (result.record.after, profile(result.model, X))):
         assert (measured.params, measured.macs, measured.bytes) == (cost.params, cost.macs, cost.bytes)
         assert measured.latency_ms is None
@@ -52,7 +57,7 @@ def test_the_record_says_what_profile_says() -> None:
 def test_the_original_is_untouched_and_the_result_shares_nothing_with_it() -> None:
     model = network().train()
     before = copy.deepcopy(model.state_dict())
-    result = compress(model, X, budget={"macs": 0.5}, data=DATA, evaluate=lambda m: 0.5, latency=False)
+    result = compress(model, X, "macs=0.5", data=DATA, evaluate=lambda m: 0.5, runtime=QUIET)
     assert result.original is model
     assert model.training
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -62,10 +67,12 @@ def test_the_original_is_untouched_and_the_result_shares_nothing_with_it() -> No
 
 def test_batch_norm_is_re_estimated_from_the_data() -> None:
     model = network()
-    result = compress(model, X, budget={"macs": 0.5}, data=DATA, use_data="norms", latency=False)
+    result = compress(
+        model, X, {"budget": "macs=0.5", "calibration": {"method": "batchnorm"}}, data=DATA, runtime=QUIET
+    )
     mean = torch.cat([result.model[0](x) for x in DATA]).mean((0, 2, 3))
     torch.testing.assert_close(result.model[1].running_mean, mean, atol=1e-5, rtol=1e-4)
-    without = compress(model, X, budget={"macs": 0.5}, latency=False).model
+    without = compress(model, X, "macs=0.5", runtime=QUIET).model
     assert torch.equal(without[1].running_mean, model[1].running_mean)
 
 
@@ -86,9 +93,8 @@ def test_a_loop_of_ones_own_tunes_and_is_scored() -> None:
         with torch.no_grad():
             return float(1 / (1 + loss(model)))
 
-    result = compress(
-        network(), X, budget={"macs": 0.5}, tune=loop, evaluate=score, latency=False, observe=steps.append
-    )
+    runtime = QUIET.replace(on_event=lambda event: steps.append(event.step) if event.done is None else None)
+    result = compress(network(), X, "macs=0.5", tune=loop, evaluate=score, runtime=runtime)
     scores = result.record.scores
     assert list(scores) == ["original", "compressed", "tuned"]
     assert scores["tuned"] > scores["compressed"]
@@ -103,33 +109,33 @@ def test_the_history_of_finetune_goes_into_the_record() -> None:
     result = compress(
         network(),
         X,
-        budget={"macs": 0.5},
+        "macs=0.5",
         tune=lambda m: finetune(m, batches, TuneConfig(epochs=2)),
-        latency=False,
+        runtime=QUIET,
     )
     assert [epoch["epoch"] for epoch in result.record.tuning] == [1, 2]
 
 
-def test_batch_norm_is_folded_last_and_the_checkpoint_loads(tmp_path) -> None:
+def test_batch_norm_is_fused_last_and_the_checkpoint_loads(tmp_path) -> None:
     model = network()
     tuned = []
-    options = {"budget": {"macs": 0.5}, "data": DATA, "tune": lambda m: tuned.append(len(norms_of(m)))}
-    plain = compress(model, X, latency=False, **options)
-    folded = compress(model, X, fold=True, **options)
+    options = {"data": DATA, "tune": lambda m: tuned.append(len(norms_of(m)))}
+    plain = compress(model, X, "macs=0.5", runtime=QUIET, **options)
+    fused = compress(model, X, {"budget": "macs=0.5", "fuse_batchnorm": True}, **options)
     assert tuned == [len(norms_of(model))] * 2
     assert norms_of(model)
-    assert not norms_of(folded.model)
-    assert folded.plan.fused
+    assert not norms_of(fused.model)
+    assert fused.plan.fused
     assert not plain.plan.fused
     with torch.no_grad():
-        torch.testing.assert_close(folded.model(X), plain.model.eval()(X), rtol=1e-4, atol=1e-5)
-    assert folded.record.after.macs == plain.record.after.macs
-    assert folded.record.after.params < plain.record.after.params
-    assert folded.record.before.params == plain.record.before.params
-    loaded, plan = load(network(), folded.save(tmp_path / "folded"))
-    assert plan == folded.plan
-    assert torch.equal(loaded.eval()(X), folded.model(X))
-    again = compress(model, X, plan=plan, latency=False)
+        torch.testing.assert_close(fused.model(X), plain.model.eval()(X), rtol=1e-4, atol=1e-5)
+    assert fused.record.after.macs == plain.record.after.macs
+    assert fused.record.after.params < plain.record.after.params
+    assert fused.record.before.params == plain.record.before.params
+    loaded, plan = load(network(), fused.save(tmp_path / "fused"))
+    assert plan == fused.plan
+    assert torch.equal(loaded.eval()(X), fused.model(X))
+    again = compress(model, X, plan, runtime=QUIET)
     assert again.plan.fused == plan.fused
     assert not norms_of(again.model)
 
@@ -139,7 +145,7 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
 
 
 def test_latency_is_measured_on_its_own_inputs() -> None:
-    result = compress(network(), X, budget={"macs": 0.5}, latency_inputs=X.repeat(3, 1, 1, 1))
+    result = compress(network(), X, "macs=0.5", runtime=Runtime(latency_inputs=X.repeat(3, 1, 1, 1)))
     latency = result.record.after.latency
     assert latency is not None
     assert latency.batch_size == 6
@@ -150,11 +156,11 @@ def test_latency_is_measured_on_its_own_inputs() -> None:
 
 def test_a_plan_is_carried_out_as_it_is() -> None:
     model = network()
-    plan = make_plan(model, profile(model, X), rule=rule_from("fixed", ranks={"3": {"out": 5, "in": 4}}))
+    plan = make_plan(model, profile(model, X), {"rule": {"name": "fixed", "ranks": {"3": {"out": 5, "in": 4}}}})
     edited = plan.replace(
         layers=tuple(p.replace(rank={"out": 7, "in": 3}) if p.path == "3" else p for p in plan.layers)
     )
-    result = compress(model, X, plan=edited, latency=False)
+    result = compress(model, X, edited, runtime=QUIET)
     assert result.model[3].rank == {"out": 7, "in": 3}
     assert result.plan.layer("3").after.params == 16 * 3 + 7 * 3 * 9 + 32 * 7  # counted anew
     expected = apply(model, edited).eval()
@@ -163,33 +169,66 @@ def test_a_plan_is_carried_out_as_it_is() -> None:
 
 def test_a_run_that_would_do_nothing_says_why() -> None:
     with pytest.raises(PlanError, match=r"nothing is to be done.*kept as asked"):
-        compress(network(), X, rule=rule_from("ratio", share=0.5), keep=["*"], latency=False)
+        compress(network(), X, {"rule": {"name": "ratio", "share": 0.5}, "keep": "*"}, runtime=QUIET)
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(BudgetError):
-        compress(network(), X, budget={"macs": 1e-6}, latency=False)
+        compress(network(), X, "macs=1e-6", runtime=QUIET)
     with pytest.raises(TenfoldError):
-        compress(network(), torch.zeros(2, 5, 8, 8), budget={"macs": 0.5}, latency=False)
+        compress(network(), torch.zeros(2, 5, 8, 8), "macs=0.5", runtime=QUIET)
 
 
 def test_summary_shows_numbers_and_reasons() -> None:
-    text = compress(network(), X, budget={"macs": 0.5}, rule="ratio", evaluate=lambda m: 0.875, latency=False).summary()
+    text = compress(
+        network(), X, {"budget": "macs=0.5", "rule": "ratio"}, evaluate=lambda m: 0.875, runtime=QUIET
+    ).summary()
     assert "87.50 %" in text
     assert "BatchNorm2d" in text
     assert "tucker2 out=" in text
 
 
-@pytest.mark.parametrize("use_data", ["sequential", "layers", "norms"])
-def test_data_without_a_batch_are_refused(use_data) -> None:
+@pytest.mark.parametrize("method", ["sequential", "independent", "batchnorm"])
+def test_data_without_a_batch_are_refused(method: str) -> None:
     spent = iter(DATA)
     list(spent)
     for data in ([], spent):
         with pytest.raises(DataError, match=r"no calibration batches.*leave data out"):
-            compress(network(), X, budget={"macs": 0.5}, data=data, use_data=use_data, latency=False)
+            compress(network(), X, {"budget": "macs=0.5", "calibration": {"method": method}}, data=data, runtime=QUIET)
+
+
+def test_data_may_be_ignored() -> None:
+    recipe = {"budget": "macs=0.5", "calibration": {"method": "none"}}
+    model = network()
+    ignored = compress(model, X, recipe, data=DATA, runtime=QUIET)
+    assert ignored.plan.layers == compress(model, X, recipe, runtime=QUIET).plan.layers
+    assert torch.equal(ignored.model[1].running_mean, model[1].running_mean)
 
 
 def test_a_misspelt_use_of_data_is_refused() -> None:
-    words = r"use_data='sequental' must be sequential, layers or norms\. Did you mean sequential\?"
-    with pytest.raises(UnknownNameError, match=words):
-        compress(network(), X, budget={"macs": 0.5}, data=DATA, use_data="sequental", latency=False)
+    with pytest.raises(RecipeError, match=r"calibration.method.*'sequential'"):
+        compress(network(), X, {"budget": "macs=0.5", "calibration": {"method": "sequental"}}, data=DATA)
+
+
+def test_a_decision_can_be_looked_at_and_carried_out() -> None:
+    model, recipe = network(), Recipe.of("macs=0.5")
+    decision = decide(model, X, recipe, data=DATA)
+    assert decision.plan.layers
+    assert decision.table is not None
+    assert choose(decision.table).layers == decision.plan.layers
+    small = carry_out(model, decision, runtime=QUIET)
+    whole = compress(model, X, recipe, data=DATA, runtime=QUIET)
+    assert small.plan == whole.plan
+    assert all(torch.equal(a, b) for a, b in zip(small.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def test_what_the_plan_was_chosen_from_is_saved_beside_it(tmp_path) -> None:
+    small = compress(network(), X, "macs=0.5", runtime=QUIET)
+    small.save(tmp_path / "saved")
+    table = OptionTable.load(tmp_path / "saved" / "options.json")
+    assert [(layer.path, layer.rank) for layer in choose(table).factorized] == [
+        (layer.path, layer.rank) for layer in small.plan.factorized
+    ]
+    ratio = compress(network(), X, {"budget": "macs=0.5", "rule": "ratio"}, runtime=QUIET)
+    ratio.save(tmp_path / "ratio")
+    assert not (tmp_path / "ratio" / "options.json").exists()  # nothing to explore without distortions

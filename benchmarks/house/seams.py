@@ -125,7 +125,8 @@ def data_flow_modes(files: Sequence[File]) -> list[str]:
 def concrete_formats(files: Sequence[File]) -> list[str]:
     """Return where code outside formats/ asks which format it has: by ``isinstance``, ``is``, ``==``, ``in`` a table.
 
-    The question ``serves``/``supports`` of an algorithm is what such a comparison is for.
+    The question ``serves``/``supports`` of an algorithm, or the ``formats`` that it declares, is what such a comparison
+    is for.
     """
     formats = {
         node.name
@@ -144,9 +145,14 @@ def concrete_formats(files: Sequence[File]) -> list[str]:
             if name.rpartition(".")[2] in {"serves", "supports"}
             for node in ast.walk(function)
         }
+        allowed |= {id(node.value) for node in ast.walk(file.tree) if isinstance(node, ast.Assign) and _declares(node)}
         hits = [node for node in ast.walk(file.tree) if id(node) not in allowed and _asks(node, formats)]
         found += [file.where(node) for node in hits]
     return found
+
+
+def _declares(node: ast.Assign) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == "formats" for target in node.targets)
 
 
 def _asks(node: ast.AST, formats: set[str]) -> bool:

@@ -1,7 +1,7 @@
 """How much of each layer to keep: rules, the knapsack, and the choice of a plan. Numbers alone, no torch."""
 
 from tenfold.allocation.accounts import Accounts
-from tenfold.allocation.choose import Override, Pick, Selection, choose, plan_of, select
+from tenfold.allocation.choose import Override, Pick, Selection, check_budget, choose, limits_latency, plan_of, select
 from tenfold.allocation.pareto import explorable, pareto, pruned
 from tenfold.allocation.rule import (
     RULES,
@@ -17,6 +17,7 @@ from tenfold.allocation.rule import (
     total_cost,
 )
 from tenfold.allocation.rules.threshold import ThresholdRule
+from tenfold.allocation.schedule import Schedule
 
 __all__ = [
     "RULES",
@@ -28,12 +29,15 @@ __all__ = [
     "Override",
     "Pick",
     "RankRule",
+    "Schedule",
     "Selection",
     "ThresholdRule",
     "Total",
     "beyond",
+    "check_budget",
     "choose",
     "explorable",
+    "limits_latency",
     "pareto",
     "plan_of",
     "pruned",

@@ -85,6 +85,18 @@ def choose(
     return plan_of(table, recipe, select(table, recipe, overrides=overrides))
 
 
+def check_budget(recipe: Recipe) -> None:
+    """Raise BudgetError if the rule of a recipe needs a budget, for want of a number of its own, and there is none."""
+    rule = rule_of(recipe.rule)
+    if not recipe.budget and not rule.by_name:
+        rule.select(())  # no rule can be without both
+
+
+def limits_latency(recipe: Recipe) -> bool:
+    """Whether the budget limits the time of a forward, so that layers have to be timed."""
+    return "latency" in recipe.budget.limited
+
+
 def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Override] | None = None) -> Selection:
     """Return the rows that the rule of the recipe selects, around layers that are set by hand; see ``choose``.
 
@@ -180,8 +192,8 @@ def _layer_plan(table: OptionTable, layer: LayerOptions, pick: Pick | None) -> L
     common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": layer.kind, "before": layer.before}
     if pick is None or pick.format is None:
         reason = str(layer.keep_reason) if pick is None else pick.reason
-        now = {"format": layer.format, "rank": layer.rank, "after": layer.before}
-        return LayerPlan(**common, **now, action="keep", reason=reason)
+        common |= {"format": layer.format, "rank": layer.rank, "after": layer.before}
+        return LayerPlan(**common, action="keep", reason=reason)
     return LayerPlan(
         **common,
         action="factorize",

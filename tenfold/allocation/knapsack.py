@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option for each layer, the least distortion within all limits, with a certificate."""
+"""The multiple-choice knapsack: one option for each layer, least distortion within all limits, with a certificate."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def solve(
     picks = options.improved(options.repaired(options.cheapest(prices)), prices)
     method: Literal["lagrangian", "milp"] = "lagrangian"
     if picks is None or _gap(options.distortion(picks), bound) > gap:
-        found, proven = _branch_and_bound(options, picks, prices, bound, gap / 2, time_limit)
+        found, proven = options.branched(picks, prices, bound, gap / 2, time_limit)
         bound = max(bound, proven)
         found = options.improved(found, prices)
         if found is not None and (picks is None or options.distortion(found) < options.distortion(picks)):
@@ -233,7 +233,7 @@ class _Options:
         return np.maximum(-np.asarray(found.ineqlin.marginals) * unit, 0)
 
     def _program(self, chosen: NDArray[np.bool_]) -> tuple[Array, Any, Any]:
-        """Return distortions (variables,), costs (budgets, variables) and the layers' sums (layers, variables), sparse."""
+        """Return distortions (variables,), costs (budgets, variables), and sums (layers, variables), sparse."""
         from scipy import sparse
 
         layer, _ = np.nonzero(chosen)
@@ -242,7 +242,7 @@ class _Options:
         return self.distortions[chosen], sparse.csr_array(self.costs[chosen].T), sums
 
     def repaired(self, picks: Picks) -> Picks | None:
-        """Return picks within the limits, by the steps that cost the least distortion for what they save; None if stuck."""
+        """Return picks within the limits, by steps that cost least distortion for what they save; None if stuck."""
         picks = picks.copy()
         for _ in range(self.distortions.size + 1):
             excess = np.maximum(self.cost(picks) - 1, 0)
@@ -276,42 +276,42 @@ class _Options:
             picks[best // rate.shape[1]] = best % rate.shape[1]
         return picks
 
+    def branched(
+        self, picks: Picks | None, prices: Array, bound: float, gap: float, seconds: float
+    ) -> tuple[Picks | None, float]:
+        """Return the best picks that HiGHS finds, None if none, and a lower bound, −∞ if none.
 
-def _branch_and_bound(
-    options: _Options, picks: Picks | None, prices: Array, bound: float, gap: float, seconds: float
-) -> tuple[Picks | None, float]:
-    """Return the best picks that HiGHS finds, None if none, and a lower bound, −∞ if none.
+        An option whose reduced cost exceeds the distance between the known distortion and the bound is in no better
+        allocation.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
 
-    An option whose reduced cost exceeds the distance between the known distortion and the bound is in no better allocation.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    reduced = options.distortions + options.costs @ prices
-    reduced = reduced - reduced.min(1)[:, None]
-    known = np.inf if picks is None else options.distortion(picks)
-    distance = known - bound
-    chosen = options.real & (reduced <= distance * (1 + 1e-9))
-    distortions, capacity, one_each = options._program(chosen)  # noqa: SLF001
-    # The gap that the solver stops at is relative to the distortion: its scale must be that of the real one.
-    unit = 1000 / (abs(known if picks is not None else bound) or float(np.abs(distortions).max()) or 1.0)
-    rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(capacity * _SOLVER_LIMIT, -np.inf, _SOLVER_LIMIT)]
-    with _quiet():
-        found = milp(
-            distortions * unit,
-            integrality=np.ones(len(distortions), dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=rules,
-            options={"mip_rel_gap": gap, "time_limit": seconds},
-        )
-    # What was ruled out does not lie below the known distortion, so the true optimum is at least the lesser of both.
-    proven = -np.inf if found.mip_dual_bound is None else min(found.mip_dual_bound / unit, known)
-    if found.status == 2:  # proven infeasible
-        proven = known
-    if found.x is None:
-        return None, proven
-    values = np.zeros(options.distortions.shape)
-    values[chosen] = found.x
-    return options.repaired(values.argmax(1)), proven
+        reduced = self.distortions + self.costs @ prices
+        reduced = reduced - reduced.min(1)[:, None]
+        known = np.inf if picks is None else self.distortion(picks)
+        distance = known - bound
+        chosen = self.real & (reduced <= distance * (1 + 1e-9))
+        distortions, capacity, one_each = self._program(chosen)
+        # The gap that the solver stops at is relative to the distortion: its scale must be that of the real one.
+        unit = 1000 / (abs(known if picks is not None else bound) or float(np.abs(distortions).max()) or 1.0)
+        rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(capacity * _SOLVER_LIMIT, -np.inf, _SOLVER_LIMIT)]
+        with _quiet():
+            found = milp(
+                distortions * unit,
+                integrality=np.ones(len(distortions), dtype=np.int64),
+                bounds=Bounds(0, 1),
+                constraints=rules,
+                options={"mip_rel_gap": gap, "time_limit": seconds},
+            )
+        # What was ruled out is not below the known distortion, so the true optimum is at least the lesser of both.
+        proven = -np.inf if found.mip_dual_bound is None else min(found.mip_dual_bound / unit, known)
+        if found.status == 2:  # proven infeasible
+            proven = known
+        if found.x is None:
+            return None, proven
+        values = np.zeros(self.distortions.shape)
+        values[chosen] = found.x
+        return self.repaired(values.argmax(1)), proven
 
 
 # The descriptor belongs to the whole process: a thread that took over while another has it would keep the nowhere.

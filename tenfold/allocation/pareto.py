@@ -43,6 +43,7 @@ def _beats(costs: Array, these: Picks, those: Picks) -> NDArray[np.bool_]:
 
 
 def columns_of(costs: ArrayLike) -> Array:
+    """Return costs as a table (options, budgets), one column where there is one budget."""
     array = np.asarray(costs, dtype=np.float64)
     return array[:, None] if array.ndim == 1 else array
 

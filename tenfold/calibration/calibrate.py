@@ -13,18 +13,16 @@ from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
-from tenfold.records import LayerSpec, Profile
+from tenfold.records import Calibration, LayerSpec, Profile
 
 
 def calibrate(
     model: nn.Module,
     batches: Sequence[Any],
     specs: Mapping[str, LayerSpec] | None = None,
+    settings: Calibration | None = None,
     *,
-    positions: int | None = 64,
-    draws: int = 1,
     seed: int = 0,
-    widest: int | None = None,
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
@@ -35,10 +33,9 @@ def calibrate(
         model: any module.
         batches: inputs as ``call_model`` takes them, on the device of the model; iterated over once per draw.
         specs: the layers, with their dense geometry: see ``called_layers``. All layers if None.
-        positions: output positions sampled from each map of a convolution and batch; None for all.
-        draws: random projections of the outputs for each batch.
+        settings: positions and projections that are sampled, and the width from which inputs are sketched; the method
+            decides nothing here.
         seed: of the positions and projections.
-        widest: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
 
     Raises:
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
@@ -53,13 +50,15 @@ def calibrate(
         >>> known["0"].output_gram.shape
         torch.Size([1, 3, 3])
     """
+    settings = settings or Calibration()
     specs = measurable(model) if specs is None else specs
+    positions, widest = settings.positions, settings.max_width
     collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
     moments = None
     try:
         with GradientSums(model, specs, seed=seed) as gradients:
             moments = collect(forward=gradients.add)
-            for batch in (batch for _ in range(draws - 1) for batch in batches):
+            for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
                 gradients.add(model, batch)
         grams = gradients.mean()
     except DataError as error:

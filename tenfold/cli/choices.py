@@ -51,14 +51,12 @@ def plan_or_recipe(recipe: Recipe, file: Path | None) -> Plan | Recipe:
         BudgetError: the rule needs a budget and there is none.
         PlanError: there is no plan at that path.
     """
-    from tenfold.allocation import rule_of
+    from tenfold.allocation import check_budget
     from tenfold.records import Plan
 
     if file is None:
         check_recipe(recipe)
-        rule = rule_of(recipe.rule)
-        if not recipe.budget and not rule.by_name:
-            rule.select(())  # no rule can be without both a number and a budget
+        check_budget(recipe)
         return recipe
     refuse_choices(recipe, _BESIDE_A_PLAN, "--plan decides everything; leave {} out, or edit the plan.")
     plan = Plan.load(file)

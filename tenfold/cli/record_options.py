@@ -112,11 +112,11 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         ...     width: int = 3
         >>> def area(size: Size, terminal: Terminal, height: int = 2) -> None: ...
         >>> list(inspect.signature(as_command(area)).parameters)
-        ['width', 'as_json', 'quiet', 'debug', 'height']
+        ['ctx', 'width', 'as_json', 'quiet', 'debug', 'height']
     """
     hints, doc = get_type_hints(run, include_extras=True), documented(run.__doc__ or "", "Args")
     groups: dict[str, _Group] = {}
-    declared: dict[str, inspect.Parameter] = {}
+    declared: dict[str, inspect.Parameter] = {"ctx": keyword("ctx", typer.Context)}
     arguments: list[str] = []
     own: dict[str, Any] = {}
     for name, parameter in inspect.signature(run).parameters.items():
@@ -131,20 +131,17 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             arguments.append(name)
             declared[name] = argument(parameter, hints[name], doc.get(name, ""))
-        elif hints[name] is typer.Context:
-            declared[name] = keyword(name, typer.Context)
         else:
             own[name] = (hints[name], ... if parameter.default is parameter.empty else parameter.default)
-    plain = _plain(own, doc)
+    plain, shown = _plain(own, doc), groups.pop("terminal")
     declared |= {each.declared.name: each.declared for each in plain.options}
 
-    def command(**values: Any) -> None:
-        terminal = cast("Terminal", groups["terminal"].build(values))
+    def command(ctx: typer.Context, **values: object) -> None:
+        terminal = cast("Terminal", shown.build(values)).model_copy(update={"command": ctx.obj})
         with terminal.session():
             records: dict[str, Any] = {name: group.build(values) for name, group in groups.items()}
-            context = {name: value for name, value in values.items() if hints.get(name) is typer.Context}
-            called = {**records, **dict(plain.build(values)), **context, "terminal": terminal}
-            run(*(values[name] for name in arguments), **called)
+            single = dict(plain.build(values))
+            run(*(values[name] for name in arguments), **records, **single, terminal=terminal)
 
     vars(command)["__signature__"] = inspect.Signature(list(declared.values()), return_annotation=None)
     command.__annotations__ = {name: parameter.annotation for name, parameter in declared.items()}
@@ -163,7 +160,9 @@ def _group(name: str, hint: Any) -> _Group | None:
         return None
     fields = next((mark for mark in marks if isinstance(mark, Fields)), Fields())
     panel = fields.panel or inspect.cleandoc(kind.__doc__ or "").partition("\n")[0].rstrip(".")
-    chosen = [n for n in fields.only or kind.model_fields if n not in fields.without]
+    chosen = [
+        n for n in fields.only or kind.model_fields if n not in fields.without and not kind.model_fields[n].exclude
+    ]
     return _Group(kind, tuple(_options_of(kind, chosen, panel, both=fields.file)), name if fields.file else "")
 
 

@@ -46,6 +46,7 @@ class Terminal(Options):
     as_json: bool = Field(default=False, alias="json")  # a model has a method of that name
     quiet: bool = False
     debug: bool = False
+    command: str = Field(default="", exclude=True)  # the whole command line, and no option
     _bar: Any = PrivateAttr(default=None)
     _step: str = PrivateAttr(default="")
 

@@ -87,7 +87,7 @@ def export(
         bytes=size,
         opset=opset,
         dynamic_batch=dynamic,
-        folded=fused,
+        fused=fused,
         parity=parity,
         tolerance=config.tolerance,
         environment=environment_of(exporter),

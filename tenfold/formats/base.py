@@ -336,6 +336,14 @@ def proportional_cost(smallest: Structure, rank: Ints, in_shape: Shape) -> tuple
     return (chain_params(smallest) - bias) * rank + bias, chain_macs(smallest, in_shape) * rank
 
 
+def reason_without_channels(what: str, spec: LayerSpec, verb: str) -> str | None:
+    """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to drop or mix."""
+    if spec.axes == 0 or spec.pointwise:
+        return f"{what} needs a convolution with a kernel larger than 1: low_rank serves this layer"
+    _, out, inner, *_ = spec.group_shape
+    return f"a depthwise convolution has no channels to {verb}" if out == inner == 1 else None
+
+
 def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     """Split a weight in torch's layout by groups: (groups, out/groups, in/groups, *kernel).
 

@@ -11,7 +11,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import Factorization, Ints, Rank, Reduced, join_groups, proportional_cost
+from tenfold.formats.base import (
+    Factorization,
+    Ints,
+    Rank,
+    Reduced,
+    join_groups,
+    proportional_cost,
+    reason_without_channels,
+)
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors import kruskal
 from tenfold.tensors.kruskal import Stability, stability
@@ -59,14 +67,7 @@ class Kruskal(Factorization):
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to mix."""
-        if spec.axes == 0 or spec.pointwise:
-            return (
-                "a sum of rank-one tensors needs a convolution with a kernel larger than 1: low_rank serves this layer"
-            )
-        _, out, inner, *_ = spec.group_shape
-        if out == inner == 1:
-            return "a depthwise convolution has no channels to mix"
-        return None
+        return reason_without_channels("a sum of rank-one tensors", spec, "mix")
 
     @classmethod
     def max_rank(cls, spec: LayerSpec) -> Rank:

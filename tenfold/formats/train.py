@@ -14,6 +14,7 @@ from torch import Tensor
 from tenfold.formats.base import Factorization, Ints, Rank, combinations, distinct
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors import trains
+from tenfold.tensors.modes import mode_factors
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -213,6 +214,12 @@ class TrainFormat(Factorization):
     @classmethod
     def _named(cls, ranks: Sequence[int]) -> Rank:
         return dict(zip(cls.rank_names, ranks, strict=True))
+
+
+def balanced_pairs(spec: LayerSpec, order: int) -> tuple[Shape, Shape]:
+    """Return the output modes, ascending, and the input modes, descending: the most balanced factors of both."""
+    outer, inner = (mode_factors(n, order, pad=False).modes for n in (spec.out_channels, spec.in_channels))
+    return outer, tuple(reversed(inner))
 
 
 def _by_runs(modes: Shape, columns: Sequence[Ints]) -> Iterator[tuple[Runs, Ints]]:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure, total_cost
-from tenfold.formats.train import Runs, TrainFormat
+from tenfold.formats.train import Runs, TrainFormat, balanced_pairs
 from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec
-from tenfold.tensors import mode_factors, trains
+from tenfold.tensors import trains
 
 
 @FORMATS.register("tt_conv")
@@ -41,9 +41,7 @@ class TTConv(TrainFormat):
     @classmethod
     def pairs(cls, spec: LayerSpec) -> tuple[Shape, Shape]:
         """Return the output modes, ascending, and the input modes, descending: the most balanced factors of both."""
-        outer = mode_factors(spec.out_channels, cls.order, pad=False).modes
-        inner = mode_factors(spec.in_channels, cls.order, pad=False).modes
-        return outer, tuple(reversed(inner))
+        return balanced_pairs(spec, cls.order)
 
     @classmethod
     def modes(cls, spec: LayerSpec) -> Shape:

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from tenfold.formats.base import FORMATS, Rank, Structure, total_cost
-from tenfold.formats.train import Runs, TrainFormat
+from tenfold.formats.train import Runs, TrainFormat, balanced_pairs
 from tenfold.records import ContractSpec, LayerSpec, Shape, SubLayerSpec
-from tenfold.tensors import mode_factors, trains
+from tenfold.tensors import trains
 
 _MODES = ("left", "out", "in", "right")
 
@@ -44,9 +44,7 @@ class TTMatrix(TrainFormat):
     @classmethod
     def pairs(cls, spec: LayerSpec) -> tuple[Shape, Shape]:
         """Return the output modes, ascending, and the input modes, descending: the most balanced factors of both."""
-        outer = mode_factors(spec.out_channels, cls.order, pad=False).modes
-        inner = mode_factors(spec.in_channels, cls.order, pad=False).modes
-        return outer, tuple(reversed(inner))
+        return balanced_pairs(spec, cls.order)
 
     @classmethod
     def modes(cls, spec: LayerSpec) -> Shape:

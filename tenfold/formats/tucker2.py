@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Reduced, Structure, join_groups, total_cost
+from tenfold.formats.base import (
+    FORMATS,
+    Factorization,
+    Ints,
+    Rank,
+    Reduced,
+    Structure,
+    join_groups,
+    reason_without_channels,
+    total_cost,
+)
 from tenfold.records import LayerSpec, Shape
 
 
@@ -36,12 +46,7 @@ class Tucker2(Factorization):
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to drop."""
-        if spec.axes == 0 or spec.pointwise:
-            return "tucker2 needs a convolution with a kernel larger than 1: low_rank serves this layer"
-        _, out, inner, *_ = spec.group_shape
-        if out == inner == 1:
-            return "a depthwise convolution has no channels to drop"
-        return None
+        return reason_without_channels("tucker2", spec, "drop")
 
     @classmethod
     def max_rank(cls, spec: LayerSpec) -> Rank:

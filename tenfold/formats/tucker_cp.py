@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, total_cost
+from tenfold.formats.base import FORMATS, Factorization, Ints, Rank, Structure, reason_without_channels, total_cost
 from tenfold.records import LayerSpec, Shape
 from tenfold.tensors.kruskal import Stability, stability
 
@@ -40,12 +40,7 @@ class TuckerCP(Factorization):
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
         """Return a reason for layers without a kernel, and for depthwise ones, which have no channels to drop."""
-        if spec.axes == 0 or spec.pointwise:
-            return "tucker_cp needs a convolution with a kernel larger than 1: low_rank serves this layer"
-        _, out, inner, *_ = spec.group_shape
-        if out == inner == 1:
-            return "a depthwise convolution has no channels to drop"
-        return None
+        return reason_without_channels("tucker_cp", spec, "drop")
 
     @classmethod
     def max_rank(cls, spec: LayerSpec) -> Rank:

@@ -1,7 +1,7 @@
 """Compress a little, train, and again: multi-stage compression with your own loop or the built-in one."""
 
+from tenfold.allocation.schedule import Schedule, musco
 from tenfold.iterative.run import stages
-from tenfold.iterative.schedule import Schedule, musco
 from tenfold.iterative.stage import Stage
 from tenfold.iterative.with_training import Training, compress_iteratively, tune_stage
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 from torch import nn
 
+from tenfold.allocation.schedule import Schedule
 from tenfold.checkpoint import load, read_record, save
 from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.iterative.schedule import Schedule
 from tenfold.records import Plan, Recipe, Record, RunRecord, write_text
 
 RUN, LATEST, RECORD, PLAN, START, TRAINING = "run.json", "latest", "record.json", "plan.yaml", "start", "training"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from tenfold.allocation import choose
+from tenfold.allocation.schedule import Schedule, target_of
 from tenfold.decompositions import Moments
 from tenfold.errors import BudgetError, PlanError
-from tenfold.iterative.schedule import Schedule, target_of
 from tenfold.planning import plan_within_latency, recost, tabulate
 from tenfold.planning.decide import clock_for
 from tenfold.planning.eligible import cheap_ends

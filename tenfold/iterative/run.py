@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from tenfold import __version__
+from tenfold.allocation.schedule import Schedule
 from tenfold.calibration import calibrate, called_layers
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
-from tenfold.iterative.schedule import Schedule
 from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed, apply_decision, measurement
 from tenfold.planning import Decision, analyse
@@ -231,15 +231,7 @@ class _Run:
         if not self.batches or not wanted.plans:
             return None
         with self.watch("calibrate"):
-            return calibrate(
-                model,
-                self.batches,
-                called_layers(cost),
-                positions=wanted.positions,
-                draws=wanted.draws,
-                seed=self.recipe.seed,
-                widest=wanted.max_width,
-            )
+            return calibrate(model, self.batches, called_layers(cost), wanted, seed=self.recipe.seed)
 
     def _last(self, now: _Now, cost: Profile, index: int) -> tuple[Stage, RunRecord] | None:
         """Return the stage that only trains, if there is to be one."""
@@ -329,7 +321,7 @@ def _record(index: int, step: Step, plan: Plan, cost: Profile) -> StageRecord:
 
 
 def _identify(model: nn.Module, example_inputs: Any, planner: StagePlanner, batches: Sequence[Any] | None) -> Run:
-    """Return what the run is: the model, the data, the recipe, the schedule, and whatever else the outcome depends on."""
+    """Return what the run is: model, data, recipe, schedule, and whatever else the outcome depends on."""
     shapes = [tuple(t.shape) for t in tensors_in(arguments(example_inputs))]
     return Run(
         tenfold=__version__,

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenfold.allocation.schedule import Schedule
 from tenfold.iterative.run import stages
-from tenfold.iterative.schedule import Schedule
 from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed
 from tenfold.records import Recipe

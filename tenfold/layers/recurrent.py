@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,16 @@ from torch.nn.utils.rnn import PackedSequence
 from tenfold.errors import WeightError
 
 State = tuple[Tensor, ...]
-MakeLayer = Callable[[int, int], nn.Module]
+
+
+class RNNOptions(TypedDict, total=False):
+    """Torch's own options of a recurrent network, with its defaults; ``proj_size`` is refused."""
+
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
 
 
 class Cell(nn.Module):
@@ -45,27 +54,36 @@ class Recurrent(nn.Module, abc.ABC):
         hidden_size: int,
         make_ih: Callable[[int], nn.Module],
         make_hh: Callable[[], nn.Module],
-        *,
         num_layers: int = 1,
+        **options: Unpack[RNNOptions],
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            msg = f"num_layers={num_layers} is at least 1"
+            raise WeightError(msg)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self._follow(**options)
+        sizes = [input_size] + [hidden_size * self.directions] * (num_layers - 1)
+        self.cells = nn.ModuleList(Cell(make_ih(size), make_hh()) for size in sizes for _ in range(self.directions))
+
+    def _follow(
+        self,
+        *,
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
     ) -> None:
-        super().__init__()
+        """Take over torch's own options."""
         if proj_size:
             msg = f"proj_size={proj_size}: a projection is a low-rank recurrent matrix already; leave it out"
             raise WeightError(msg)
-        if not 0 <= dropout <= 1 or num_layers < 1:
-            msg = f"dropout={dropout} is in 0..1 and num_layers={num_layers} at least 1"
+        if not 0 <= dropout <= 1:
+            msg = f"dropout={dropout} is a probability, in 0..1"
             raise WeightError(msg)
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
-        self.proj_size = 0
-        directions = 2 if bidirectional else 1
-        sizes = [input_size] + [hidden_size * directions] * (num_layers - 1)
-        self.cells = nn.ModuleList(Cell(make_ih(size), make_hh()) for size in sizes for _ in range(directions))
+        self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
+        self.bidirectional, self.proj_size = bidirectional, 0
 
     @property
     def directions(self) -> int:

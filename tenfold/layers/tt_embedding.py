@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,20 @@ from tenfold.layers.tt_gather import COMPILED_IDS, gather_distinct, gather_rows
 from tenfold.layers.tt_logits import train_logits
 from tenfold.layers.tt_modes import column_modes, each_rank, row_modes_for
 from tenfold.records import TrainShape
+from tenfold.tensors import version_of
 from tenfold.tensors.trains import Cores, tt_core_std, tt_norm, ttm_svd, ttm_to_dense
+
+
+class _Options(TypedDict, total=False):
+    """Torch's own options of an embedding."""
+
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
+    device: Any
+    dtype: Any
 
 
 class _TrainTable(nn.Module):
@@ -27,7 +40,7 @@ class _TrainTable(nn.Module):
     cached_ids: Tensor | None
     cached_rows: Tensor | None
 
-    def __init__(  # noqa: PLR0913 - torch's own options, and those of trains
+    def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
@@ -36,17 +49,10 @@ class _TrainTable(nn.Module):
         row_modes: Sequence[int] | None = None,
         col_modes: Sequence[int] | None = None,
         order: int = 3,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
         std: float | None = None,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        **options: Unpack[_Options],
     ) -> None:
         super().__init__()
-        _refuse(scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
         order = len(row_modes or col_modes or range(order))
         rows = tuple(row_modes) if row_modes else row_modes_for(num_embeddings, order)
         columns = tuple(col_modes) if col_modes else column_modes(embedding_dim, rows, ranks)
@@ -59,16 +65,31 @@ class _TrainTable(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.shape = TrainShape(row_modes=rows, col_modes=columns, ranks=each_rank(ranks, len(rows)))
         self._compiled = self.shape.segments(COMPILED_IDS)
-        self.padding_idx = _padding(padding_idx, num_embeddings)
-        self.max_norm, self.norm_type = max_norm, norm_type
-        self.scale_grad_by_freq, self.sparse = False, False
         # Glorot's variance, as Hrinchuk et al. have it.
         self.std = (2 / (num_embeddings + embedding_dim)) ** 0.5 if std is None else std
-        self.cores = nn.ParameterList(torch.empty(s, device=device, dtype=dtype) for s in self.shape.core_shapes)
+        self._follow(**options)
         self.register_buffer("cached_ids", None, persistent=False)
         self.register_buffer("cached_rows", None, persistent=False)
-        self._cached_at: tuple[int, ...] = ()
+        self._cached_at: tuple[int | None, ...] = ()
         self.reset_parameters()
+
+    def _follow(
+        self,
+        *,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Take over torch's own options."""
+        _refuse(scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+        self.padding_idx = _padding(padding_idx, self.num_embeddings)
+        self.max_norm, self.norm_type = max_norm, norm_type
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.cores = nn.ParameterList(torch.empty(s, device=device, dtype=dtype) for s in self.shape.core_shapes)
 
     def reset_parameters(self) -> None:
         """Draw normal cores, scaled so that the entries of the table have exactly the standard deviation ``std``."""
@@ -138,12 +159,17 @@ class _TrainTable(nn.Module):
             self.cached_rows = self._rows(self.cached_ids)
         self._cached_at = self._versions()
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(core._version for core in self.cores)  # noqa: SLF001 - torch's own count of changes in place
+    def _versions(self) -> tuple[int | None, ...]:
+        return tuple(version_of(core) for core in self.cores)
 
     def _cache_serves(self) -> bool:
         fresh = self.cached_ids is not None and not torch.compiler.is_compiling()
-        return fresh and not torch.is_grad_enabled() and self._cached_at == self._versions()
+        return (
+            fresh
+            and not torch.is_grad_enabled()
+            and None not in self._cached_at
+            and self._cached_at == self._versions()
+        )
 
     def _from_cache(self, ids: Tensor) -> Tensor:
         hot, rows = self.cached_ids, self.cached_rows
@@ -217,14 +243,9 @@ class TTEmbedding(_TrainTable):
         row_modes: their product at least ``num_embeddings``, the first the slowest; chosen when left out.
         col_modes: their product ``embedding_dim``; chosen when left out.
         order: how many cores, where no modes are given.
-        padding_idx: the row that is zero and that no gradient reaches.
-        max_norm: rows longer than this are shortened to it.
-        norm_type: of ``max_norm``.
         std: standard deviation of the entries of the table to begin with; (2/(rows + columns))^½ when left out.
-        scale_grad_by_freq: refused: gradients belong to cores, which all rows share.
-        sparse: refused, for the same reason.
-        device: as in torch.
-        dtype: as in torch.
+        options: ``padding_idx``, ``max_norm``, ``norm_type``, ``device`` and ``dtype``, as in torch.
+            ``scale_grad_by_freq`` and ``sparse`` are refused: gradients belong to cores, which all rows share.
 
     Raises:
         WeightError: modes that do not make the table, or an option that factors cannot have.

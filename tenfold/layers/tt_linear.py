@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold.errors import WeightError
-from tenfold.layers.tt_modes import each_rank
+from tenfold.layers.tt_modes import CoreOptions, each_rank
 from tenfold.tensors.modes import mode_factors
 from tenfold.tensors.trains import Cores, merge_modes, tt_balance, tt_core_std, tt_norm, ttm_svd, ttm_to_dense
 
@@ -41,9 +41,8 @@ class TTLinear(nn.Module):
         out_modes: their product ``out_features``, as many as there are ``in_modes``; balanced when left out.
         cores: how many cores, where no modes are given.
         bias: whether there is one.
-        std: standard deviation of the entries of the weight to begin with; (3·in)^-½ when left out, as torch has it.
-        device: as in torch.
-        dtype: as in torch.
+        options: ``std``, the standard deviation of the entries of the weight to begin with, (3·in)^-½ when left out,
+            as torch has it; ``device`` and ``dtype`` as in torch.
 
     Raises:
         WeightError: modes that do not make the weight.
@@ -64,9 +63,7 @@ class TTLinear(nn.Module):
         out_modes: Sequence[int] | None = None,
         cores: int = 3,
         bias: bool = True,
-        std: float | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        **options: Unpack[CoreOptions],
     ) -> None:
         super().__init__()
         count = len(in_modes or out_modes or range(cores))
@@ -81,12 +78,14 @@ class TTLinear(nn.Module):
             raise WeightError(msg)
         self.in_features, self.out_features = in_features, out_features
         self.ranks = each_rank(ranks, count)
+        std = options.get("std")
+        place: Any = {name: value for name, value in options.items() if name != "std"}
         self.std = (3 * in_features) ** -0.5 if std is None else std
         self._compiled = self.order(COMPILED_ROWS)
         r = (1, *self.ranks, 1)
         shapes = [(r[k], m, n, r[k + 1]) for k, (m, n) in enumerate(zip(self.out_modes, self.in_modes, strict=True))]
-        self.cores = nn.ParameterList(torch.empty(s, device=device, dtype=dtype) for s in shapes)
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.cores = nn.ParameterList(torch.empty(s, **place) for s in shapes)
+        self.bias = nn.Parameter(torch.empty(out_features, **place)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,10 +1,11 @@
-"""Modes and ranks of layers that are trains from the start, where they are not given."""
+"""Options of layers that are trains from the start: modes and ranks where they are not given, and how cores begin."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
 from math import prod
+from typing import Any, TypedDict
 
 from tenfold.errors import RankError
 from tenfold.records import TrainShape
@@ -13,6 +14,14 @@ from tenfold.tensors.modes import mode_factors
 # Up to this order all orders of the modes are compared; that many rows at once are taken for usual.
 _COMPARED = 5
 _USUAL = 1024
+
+
+class CoreOptions(TypedDict, total=False):
+    """How cores are drawn: ``std`` of the entries of the weight, ``device`` and ``dtype`` as in torch."""
+
+    std: float | None
+    device: Any
+    dtype: Any
 
 
 def each_rank(ranks: int | Sequence[int], order: int) -> tuple[int, ...]:

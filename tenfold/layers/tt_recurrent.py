@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from tenfold.errors import WeightError
-from tenfold.layers.recurrent import GRU, LSTM, Recurrent, stacked_weights
+from tenfold.layers.recurrent import GRU, LSTM, Recurrent, RNNOptions, stacked_weights
 from tenfold.layers.tt_linear import TTLinear
 from tenfold.tensors.modes import mode_factors
 
 Sides = Literal["input", "both"]
 
 
+class _Options(RNNOptions, total=False):
+    device: Any
+    dtype: Any
+
+
 class _TTRecurrent(Recurrent):
     """The common part of ``TTGRU`` and ``TTLSTM``; everything is said there."""
 
-    def __init__(  # noqa: PLR0913 - torch's own options, and those of trains
+    def __init__(
         self,
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
-        bias: bool = True,  # noqa: FBT001, FBT002 - torch's own signature
-        batch_first: bool = False,  # noqa: FBT001, FBT002
-        dropout: float = 0.0,
-        bidirectional: bool = False,  # noqa: FBT001, FBT002
-        proj_size: int = 0,
         *,
         ranks: int | Sequence[int] = 4,
         in_modes: Sequence[int] | None = None,
         hidden_modes: Sequence[int] | None = None,
         cores: int = 4,
         sides: Sides = "input",
-        device: Any = None,
-        dtype: Any = None,
+        **options: Unpack[_Options],
     ) -> None:
         if sides not in ("input", "both"):
             msg = f"sides={sides!r}: trains hold the matrices of the inputs ('input') or of the states too ('both')"
@@ -44,7 +43,8 @@ class _TTRecurrent(Recurrent):
         count = len(in_modes or hidden_modes or range(cores))
         hidden = tuple(hidden_modes) if hidden_modes else mode_factors(hidden_size, count, pad=False).modes
         stacked = (self.gates * hidden[0], *hidden[1:])
-        std = (3 * hidden_size) ** -0.5  # of torch's own uniform weights
+        place: Any = {name: options.pop(name) for name in ("device", "dtype") if name in options}
+        bias = options.get("bias", True)
 
         def train(size: int, modes: Sequence[int] | None) -> TTLinear:
             return TTLinear(
@@ -54,9 +54,8 @@ class _TTRecurrent(Recurrent):
                 in_modes=modes or mode_factors(size, count, pad=False).modes,
                 out_modes=stacked,
                 bias=bias,
-                std=std,
-                device=device,
-                dtype=dtype,
+                std=(3 * hidden_size) ** -0.5,  # of torch's own uniform weights
+                **place,
             )
 
         def make_ih(size: int) -> nn.Module:
@@ -65,20 +64,9 @@ class _TTRecurrent(Recurrent):
         def make_hh() -> nn.Module:
             if sides == "both":
                 return train(hidden_size, hidden)
-            return nn.Linear(hidden_size, self.gates * hidden_size, bias, device, dtype)
+            return nn.Linear(hidden_size, self.gates * hidden_size, bias, **place)
 
-        super().__init__(
-            input_size,
-            hidden_size,
-            make_ih,
-            make_hh,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            proj_size=proj_size,
-        )
+        super().__init__(input_size, hidden_size, make_ih, make_hh, num_layers, **cast("RNNOptions", options))
         self.sides = sides
         self.reset_parameters()
 
@@ -132,19 +120,14 @@ class TTGRU(_TTRecurrent, GRU):
         input_size: as in torch.
         hidden_size: as in torch.
         num_layers: as in torch.
-        bias: as in torch.
-        batch_first: as in torch.
-        dropout: as in torch.
-        bidirectional: as in torch.
-        proj_size: refused.
         ranks: of all bonds, or of each.
         in_modes: of the inputs of the first layer; balanced when left out.
         hidden_modes: of the hidden size; balanced when left out.
         cores: how many cores, where no modes are given.
         sides: ``input`` for a dense recurrent matrix (Yang et al.), ``both`` for trains on both sides (Tjandra et al.
             2018, arXiv 1802.10410).
-        device: as in torch.
-        dtype: as in torch.
+        options: ``bias``, ``batch_first``, ``dropout``, ``bidirectional``, ``device`` and ``dtype``, as in torch;
+            ``proj_size`` is refused.
 
     Example:
         >>> net = TTGRU(57_600, 256, in_modes=(8, 20, 20, 18), hidden_modes=(4, 4, 4, 4), ranks=4)

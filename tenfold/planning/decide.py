@@ -1,4 +1,7 @@
-"""The front half of every compression: profile, calibrate, tabulate and choose; or cost again a plan that is given."""
+"""The front half of every compression: profile, calibrate, tabulate and choose; or cost again a plan that is given.
+
+``tabulate`` measures what each layer could become; ``choose`` lets a rule of ``tenfold/allocation/rules`` select ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tenfold.allocation import choose
+from tenfold.allocation import choose, limits_latency
 from tenfold.calibration import calibrate, called_layers
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
@@ -87,7 +90,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    source = unroll_for_plan(model, plan=given, keep=wanted.keep, budget=wanted.budget)
+    source = unroll_for_plan(model, wanted) if given is None else unroll_rnns(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
@@ -132,15 +135,7 @@ def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
     batches = gathered(data, device_of(decision.source, decision.inputs))
     if not wanted.plans:
         return replace(decision, batches=batches)
-    moments = calibrate(
-        decision.source,
-        batches,
-        called_layers(decision.profile),
-        positions=wanted.positions,
-        draws=wanted.draws,
-        seed=recipe.seed,
-        widest=wanted.max_width,
-    )
+    moments = calibrate(decision.source, batches, called_layers(decision.profile), wanted, seed=recipe.seed)
     return replace(decision, batches=batches, moments=moments)
 
 
@@ -149,7 +144,7 @@ def _chosen(decision: Decision, runtime: Runtime) -> Decision:
     table, source, inputs = decision.table, decision.source, decision.latency_inputs
     if table is None:
         return decision
-    if "latency" not in decision.recipe.budget.limited:
+    if not limits_latency(decision.recipe):
         fused = fused_pairs(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
         return replace(decision, plan=choose(table).replace(fused=fused))
     timed = plan_within_latency(source, table, profile(source, inputs), inputs, clock_for(source, inputs, runtime))

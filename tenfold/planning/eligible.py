@@ -1,11 +1,13 @@
-"""Select the layers eligible for factorization, and say why the others are kept."""
+"""Select the layers eligible for factorization, say why the others are kept, and cost the options of a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold.decompositions import Moments
@@ -15,6 +17,8 @@ from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Profile
 from tenfold.surgery import find
+
+Ints = NDArray[np.int64]
 
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
@@ -152,13 +156,31 @@ def eligible_layer(
     return EligibleLayer(
         path=layer.path,
         spec=spec,
-        formats=tuple(f for f in formats if FORMATS.get(f).unsupported_reason(spec) is None),
+        formats=tuple(f for f in formats if not FORMATS.get(f).unsupported_reason(spec)),
         calls=layer.calls,
         cost=layer.cost,
         load_weight=lambda: split_groups(_weight(model, layer.path), spec),
         current=None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank)),
         moments=moments,
     )
+
+
+def costs_of(layer: EligibleLayer, format: str, ranks: Ints) -> tuple[Ints, Ints]:
+    """Return parameters and MACs (n,) of all calls of a layer at many ``ranks`` (n, names)."""
+    kind = FORMATS.get(format)
+    params, macs = np.zeros(len(ranks), dtype=np.int64), np.zeros(len(ranks), dtype=np.int64)
+    for call in layer.calls:
+        params, once = kind.cost(layer.spec, ranks, call.in_shape)
+        macs = macs + call.count * once
+    return params, macs
+
+
+def saves(layer: EligibleLayer, params: Ints, macs: Ints) -> NDArray[np.bool_]:
+    """Return which costs (n,) are below what the layer costs now; a lookup is judged by its parameters."""
+    now = layer.cost
+    counted = macs if now.macs else np.zeros_like(macs)
+    no_more = (params <= now.params) & (counted <= now.macs)
+    return np.asarray(no_more & ((params < now.params) | (counted < now.macs)))
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:

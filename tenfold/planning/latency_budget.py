@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.allocation import choose
+from tenfold.allocation import choose, limits_latency
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, stage_specs
 from tenfold.planning.layer_bench import Compare, LayerBench, LayerTiming, fill_neutral_, keep_slower_layers_dense
@@ -114,7 +114,7 @@ def plan_within_latency(
         runs = copy.deepcopy(model).eval()
         fuse_batchnorm_(runs, inputs)
     state = _State(model, runs, table, profile, inputs, clock, search)
-    if "latency" not in table.recipe.budget.limited:
+    if not limits_latency(table.recipe):
         found, better = state.attempt(None, 1)
         return found if better is None else state.in_format(better).attempt(None, 2)[0]
     timing = state.timing()

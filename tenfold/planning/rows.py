@@ -18,8 +18,7 @@ from tenfold.decompositions import error_curve
 from tenfold.errors import UnknownNameError
 from tenfold.formats import FORMATS, Rank
 from tenfold.patterns import first_match
-from tenfold.planning.costs import costs_of, saves
-from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.eligible import EligibleLayer, costs_of, saves
 from tenfold.planning.error_curves import spectra_of, tail_shares
 from tenfold.registry import did_you_mean
 from tenfold.tensors.vbmf import evbmf

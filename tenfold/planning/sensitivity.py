@@ -1,4 +1,4 @@
-"""How much a model minds that a layer is factorized: measured on demand, kept on disk, never measured twice."""
+"""Per-layer sensitivity: output error and score with one layer factorized. Measured lazily, cached on disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
 from tenfold.patterns import check_patterns
-from tenfold.planning.conditions import conditions_of
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, reason_to_keep
 from tenfold.planning.error_curves import weight_curve
-from tenfold.planning.measuring import Bench, Place, errors_of, score_of
+from tenfold.planning.single_layer import Bench, Place, errors_of, score_of
 from tenfold.records import (
     Cost,
     LayerSensitivity,
@@ -125,7 +124,7 @@ class Sensitivity:
                 self._reasons[name] = f"no {' or '.join(layer.formats)} rank makes the layer cheaper"
         formats_of = {path: layer.formats for path, layer in self._eligible.items()}
         about = evaluate.about if isinstance(evaluate, Score) else {}
-        self._key = conditions_of(self._bench, formats_of, about)
+        self._key = self._bench.key(formats_of, about)
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
         if self._path is not None and self._path.exists():

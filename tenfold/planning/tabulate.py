@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tenfold import __version__
@@ -17,8 +18,7 @@ from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.patterns import check_patterns
-from tenfold.planning.costs import costs_of
-from tenfold.planning.eligible import EligibleLayer, eligible_layer, kept_reasons
+from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
 from tenfold.planning.error_curves import BY_DATA, Curve
 from tenfold.planning.error_curves import BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.error_search import Errors, ErrorSearch
@@ -190,14 +190,14 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
     search = ErrorSearch(layer, weight, rule, work.known) if isinstance(rule, ErrorBound) else None
     fitted = search.errors({f: own[0] for f, own in rows.items()}) if search and "fitted_error" in rule.columns else {}
     options = []
-    for format, (ranks, columns) in rows.items():
+    for format, (ranks, given) in rows.items():
         computed = [] if work.by_scores or not len(ranks) else [name for name in rule.columns if name in BY_WEIGHT]
         curves = {name: BY_WEIGHT[name](layer, format, weight) for name in computed}
-        columns = {**columns, **{name: curve(ranks) for name, curve in curves.items()}}
+        columns = {**given, **{name: curve(ranks) for name, curve in curves.items()}}
         if not len(ranks):
-            columns = {**dict.fromkeys(rule.columns, ()), **columns}
+            columns = dict.fromkeys(rule.columns, np.zeros(0)) | columns
         if fitted:
-            columns = {**columns, "fitted_error": fitted[format]}
+            columns["fitted_error"] = fitted[format]
         own = _costed(layer, format, ranks, columns)
         # Ranks that somebody gave by hand stay as they are.
         options.append(own if rule.by_name else _with_fuller(layer, own, curves))

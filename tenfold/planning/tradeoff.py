@@ -33,7 +33,7 @@ def tradeoff(
 ) -> TradeOff:
     """Return what budgets from small to large lead to, so that a person can choose one by looking.
 
-    The predicted distortion is the sum of what the rule says of each layer; for a rule that says nothing, the sum of the
+    The predicted distortion is the sum of what the rule says of each layer; for one that says nothing, the sum of the
     squared relative errors of the weights, as the tails of their spectra bound them.
 
     Args:

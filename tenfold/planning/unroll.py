@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
+from tenfold.allocation import limits_latency
 from tenfold.patterns import first_match
-from tenfold.records import Budget, Cost, LayerPlan, Plan
+from tenfold.records import Cost, LayerPlan, Plan, Recipe
 from tenfold.surgery import fused_rnns, unroll_rnns, unrolled_rnns
 
 
-def unroll_for_plan(
-    model: nn.Module, *, plan: Plan | None = None, keep: Sequence[str] = (), budget: Budget | None = None
-) -> nn.Module:
-    """Return the model with its recurrent networks open, on a copy, so that a plan reaches their matrices.
+def unroll_for_plan(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Return the model with its recurrent networks unrolled, on a copy, so that a plan reaches their matrices.
 
-    The model itself where there are none. Those that ``keep`` names as a whole stay closed, and all do under a budget
-    of latency: an open network runs its recurrence in Python, step by step, which torch's own does not.
-
-    Args:
-        model: stays as it is.
-        plan: open the networks that this one has opened, and no others.
-        keep: layers to leave alone.
-        budget: what the whole model may cost.
+    The model itself where there are none. Those that ``recipe.keep`` names as a whole stay fused, and all do under a
+    budget of latency: an unrolled network runs its recurrence in Python, step by step, which torch's own does not.
     """
-    if plan is not None:
-        return unroll_rnns(model, plan.unrolled)
-    if budget is not None and "latency" in budget.limited:
+    if limits_latency(recipe):
         return model
-    return unroll_rnns(model, [path for path in fused_rnns(model) if first_match(keep, path) is None])
+    return unroll_rnns(model, [path for path in fused_rnns(model) if first_match(recipe.keep, path) is None])
 
 
 def refuse_unused(plan: Plan, model: nn.Module) -> Plan:

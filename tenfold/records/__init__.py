@@ -4,7 +4,6 @@ from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectr
 from tenfold.records.base import Record, explain
 from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
-from tenfold.records.exports import ExportRecord, Int8Record
 from tenfold.records.geometry import (
     ContractSpec,
     LayerSpec,
@@ -15,8 +14,9 @@ from tenfold.records.geometry import (
     chain_params,
 )
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
-from tenfold.records.plans import LayerPlan, Measurement, Plan, RunRecord
+from tenfold.records.plans import LayerPlan, Plan
 from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
+from tenfold.records.runs import ExportRecord, Int8Record, Measurement, RunRecord, StageLayer, StageRecord
 from tenfold.records.sensitivity_table import (
     LayerSensitivity,
     SensitivityKey,
@@ -25,7 +25,6 @@ from tenfold.records.sensitivity_table import (
     TradeOff,
     TradeOffPoint,
 )
-from tenfold.records.stages import StageLayer, StageRecord
 from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult

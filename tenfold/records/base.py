@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tenfold.errors import TenfoldError
+from tenfold.errors import DataError, TenfoldError
 
 
 class Record(BaseModel):
@@ -47,6 +48,22 @@ class Record(BaseModel):
             msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
             raise TenfoldError(msg) from error
 
+    @classmethod
+    def from_json_file(cls, path: str | Path, what: str) -> Self:
+        """Read a record from a JSON file; ``what`` it holds is for messages.
+
+        Raises:
+            DataError: the file cannot be read, is something else, or was written by another version.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except OSError as error:
+            msg = f"cannot read {what} {path}: {error.strerror or error}"
+            raise DataError(msg) from error
+        except ValidationError as error:
+            msg = f"{path} is not {what} that this tenfold reads: {explain(error)}"
+            raise DataError(msg) from error
+
 
 class Spec:
     """Base of the geometries: frozen dataclasses, because planning derives hundreds of thousands of them.
@@ -69,7 +86,16 @@ def _values(text: str) -> Any:
     return yaml.safe_load(text)
 
 
+def refusal(error: ValidationError) -> Exception | None:
+    """Return the error that a validator of ours raised first, if that is what a validation error is about."""
+    raised = error.errors()[0].get("ctx", {}).get("error")
+    return raised if isinstance(raised, TenfoldError) else None
+
+
 def explain(error: ValidationError) -> str:
     """Return the first problems of a validation error in one line."""
-    problems = [f"{'.'.join(str(part) for part in e['loc']) or 'top level'}: {e['msg']}" for e in error.errors()[:3]]
+    problems = [
+        f"{'.'.join(str(part) for part in e['loc']) or 'top level'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()[:3]
+    ]
     return "; ".join(problems)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from tenfold.errors import BudgetError
-from tenfold.records.base import Record
+from tenfold.records.base import Record, explain, refusal
 from tenfold.records.costs import Cost
 from tenfold.registry import did_you_mean
 
@@ -38,6 +38,25 @@ class Budget(Record):
     max_macs: float | None = Field(default=None, gt=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """Read text, and refuse names and numbers that are not allowed, each in words of its own."""
+        if isinstance(value, cls):
+            return value
+        values = _split(value) if isinstance(value, str) else value
+        if values is not None and not isinstance(values, Mapping):
+            msg = f"a budget names what it limits, such as macs=0.5 or max_latency_ms=4, not {values!r}"
+            raise BudgetError(msg)
+        for name, number in (values or {}).items():
+            if name not in cls.model_fields:
+                known = cls.model_fields
+                msg = f"a budget names {', '.join(known)}, not {name}. {did_you_mean(name, known)}"
+                raise BudgetError(msg)
+            if number is not None:
+                _check(name, number)
+        return values or {}
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``"macs=0.5,max_params=40000"``.
@@ -45,18 +64,7 @@ class Budget(Record):
         Raises:
             BudgetError: not of that form, an unknown name, or a number that is not allowed.
         """
-        values: dict[str, float] = {}
-        for part in filter(None, (p.strip() for p in text.split(","))):
-            name, equals, number = part.partition("=")
-            twice = name.strip() in values
-            try:
-                values[name.strip()] = float(number)
-            except ValueError:
-                equals = ""
-            if not equals or twice:
-                msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once"
-                raise BudgetError(msg)
-        return cls.of(values)
+        return cls.of(text)
 
     @classmethod
     def of(cls, budget: Budget | Mapping[str, float] | str | None) -> Self:
@@ -65,23 +73,10 @@ class Budget(Record):
         Raises:
             BudgetError: an unknown name, or a number that is not allowed.
         """
-        if isinstance(budget, cls):
-            return budget
-        if isinstance(budget, str):
-            return cls.parse(budget)
-        if budget is not None and not isinstance(budget, Mapping):
-            msg = f"a budget names what it limits, such as macs=0.5 or max_latency_ms=4, not {budget!r}"
-            raise BudgetError(msg)
-        values = dict(budget or {})
-        for name, value in values.items():
-            if name not in cls.model_fields:
-                msg = (
-                    f"a budget names {', '.join(cls.model_fields)}, not {name}. {did_you_mean(name, cls.model_fields)}"
-                )
-                raise BudgetError(msg)
-            if value is not None:
-                _check(name, value)
-        return cls(**values)
+        try:
+            return cls.model_validate(budget)
+        except ValidationError as error:
+            raise refusal(error) or BudgetError(explain(error)) from error
 
     @classmethod
     def at_most(cls, limits: Mapping[str, float]) -> Self:
@@ -138,6 +133,21 @@ class Budget(Record):
         return list(self.given.items())
 
 
+def _split(text: str) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, number = part.partition("=")
+        twice = name.strip() in values
+        try:
+            values[name.strip()] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or twice:
+            msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once"
+            raise BudgetError(msg)
+    return values
+
+
 def _check(name: str, value: object) -> None:
     """Raise BudgetError unless ``value`` is allowed for the field ``name``."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
@@ -145,5 +155,6 @@ def _check(name: str, value: object) -> None:
         msg = f"the budget {name}={value!r} must be a positive number"
         raise BudgetError(msg)
     if name in LIMITED and value > 1:  # type: ignore[operator]
-        msg = f"the budget {name}={value:g} is a share of the model, up to 1. For an absolute limit write {LIMITED[name]}={value:g}"
+        limit = f"{LIMITED[name]}={value:g}"
+        msg = f"the budget {name}={value:g} is a share of the model, up to 1. For an absolute limit write {limit}"
         raise BudgetError(msg)

@@ -14,12 +14,11 @@ from pydantic import (
     PlainValidator,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
 from tenfold.errors import DataError
-from tenfold.records.base import Record, explain
+from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.recipe import Recipe
 from tenfold.records.store import write_text
@@ -100,10 +99,9 @@ class FormatOptions(_Columns):
         if option not in self.becomes or self.fuller is None:
             return self, option
         other = self.becomes[option]
-        if self.latency_ms is not None and self.fuller.latency_ms is not None:
-            if self.fuller.latency_ms[other] > self.latency_ms[option]:
-                return self, option
-        return self.fuller, other
+        now, then = self.latency_ms, self.fuller.latency_ms
+        slower = now is not None and then is not None and then[other] > now[option]
+        return (self, option) if slower else (self.fuller, other)
 
     def only(self, rows: Any) -> FormatOptions:
         """Return some of the options."""
@@ -281,12 +279,4 @@ class OptionTable(_Columns):
         Raises:
             DataError: the file cannot be read, is something else, or was written by another version.
         """
-        path = Path(path)
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            msg = f"cannot read the options {path}: {error.strerror or error}"
-            raise DataError(msg) from error
-        except ValidationError as error:
-            msg = f"{path} does not hold the options of a plan: {explain(error)}"
-            raise DataError(msg) from error
+        return cls.from_json_file(path, "an option table")

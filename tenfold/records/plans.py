@@ -1,4 +1,4 @@
-"""What to do with each layer of a model, and what came of it."""
+"""What to do with each layer of a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.records.base import Record
-from tenfold.records.costs import Cost, Environment, Latency, Speedup
-from tenfold.records.exports import ExportRecord
+from tenfold.records.costs import Cost
 from tenfold.records.recipe import Recipe
-from tenfold.records.stages import StageRecord
 from tenfold.records.store import write_text
 
 PLAN_VERSION = 2
@@ -159,39 +157,3 @@ class Plan(Record):
             return cls.from_text(path.read_text(encoding="utf-8"), source=str(path))
         except (TenfoldError, UnicodeDecodeError) as error:
             raise PlanError(str(error)) from error
-
-
-class Measurement(Record):
-    """A model as measured: cost, latency and score (a fraction; None when it was not evaluated)."""
-
-    params: int
-    macs: int
-    bytes: int | None = None
-    latency_ms: float | None = None
-    latency: Latency | None = None
-    score: float | None = None
-
-
-class RunRecord(Record):
-    """The outcome of a compression run: everything that a report shows, without any weights."""
-
-    version: int = PLAN_VERSION
-    task: str | None = None
-    command: str | None = None
-    seed: int = 0
-    before: Measurement
-    after: Measurement
-    speedup: Speedup | None = None
-    scores: dict[str, float] = {}
-    plan: Plan
-    tuning: tuple[dict[str, Any], ...] = ()
-    stages: tuple[StageRecord, ...] = ()
-    seconds: dict[str, float] = {}
-    settings: dict[str, Any] = {}
-    exports: tuple[ExportRecord, ...] = ()
-    environment: Environment
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_version(cls, values: Any) -> Any:
-        return check_version("record", values)

@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from tenfold.errors import RecipeError, TenfoldError
-from tenfold.records.base import Record, explain
+from tenfold.errors import BudgetError, RecipeError, TenfoldError
+from tenfold.records.base import Record, explain, refusal
 from tenfold.records.budget import Budget
 from tenfold.records.store import write_text
 from tenfold.registry import as_tuple
@@ -37,6 +46,10 @@ class Calibration(Record):
     positions: PositiveInt | None = 64
     draws: PositiveInt = 1
     max_width: PositiveInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_positions(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**dump(self), "positions": self.positions}  # files leave out what is None, which here is no default
 
     @property
     def plans(self) -> bool:
@@ -92,12 +105,19 @@ class Recipe(Record):
         if isinstance(recipe, cls):
             return recipe
         if isinstance(recipe, str):
-            return cls(budget=Budget.parse(recipe))
+            return cls._within(recipe)
         try:
             return cls.model_validate(dict(recipe or {}))
         except ValidationError as error:
+            refused = refusal(error)
+            if isinstance(refused, BudgetError):
+                raise refused from error
             msg = f"invalid recipe: {explain(error)}"
             raise RecipeError(msg) from error
+
+    @classmethod
+    def _within(cls, budget: str) -> Self:
+        return cls(budget=Budget.parse(budget))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -128,11 +148,6 @@ class Recipe(Record):
         """The name of the rank rule."""
         return str(self.rule["name"])
 
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _read_budget(cls, value: Any) -> Any:
-        return value if isinstance(value, Budget) else Budget.of(value)
-
     @field_validator("rule", mode="before")
     @classmethod
     def _read_rule(cls, value: Any) -> Any:
@@ -154,7 +169,7 @@ class Recipe(Record):
     def _check(self) -> Recipe:
         if not isinstance(self.rule.get("name"), str):
             msg = "a rule needs its name, such as {name: evbmf, weaken: 0.8}"
-            raise ValueError(msg)
+            raise ValueError(msg)  # noqa: TRY004 - pydantic reports ValueError
         if not self.formats:
             msg = "formats is empty: name at least one, such as low_rank"
             raise ValueError(msg)

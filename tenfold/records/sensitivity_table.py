@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import NonNegativeFloat, ValidationError, model_validator
+from pydantic import NonNegativeFloat, model_validator
 
-from tenfold.errors import DataError
-from tenfold.records.base import Record, explain
+from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.store import write_text
 
@@ -133,15 +132,7 @@ class SensitivityTable(Record):
         Raises:
             DataError: the file is missing, is not such a table, or was written by a newer version.
         """
-        path = Path(path)
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            msg = f"cannot read the sensitivity table {path}: {error.strerror or error}"
-            raise DataError(msg) from error
-        except ValidationError as error:
-            msg = f"{path} is not a sensitivity table that this tenfold reads: {explain(error)}"
-            raise DataError(msg) from error
+        return cls.from_json_file(path, "a sensitivity table")
 
 
 class TradeOffPoint(Record):
@@ -156,7 +147,7 @@ class TradeOffPoint(Record):
 class TradeOff(Record):
     """Plans for several budgets of one kind (``params``, ``macs`` or ``latency``), the smallest first.
 
-    ``distortion`` tells in words what the predicted distortion is. Budgets that no plan can meet are in ``unreachable``.
+    ``distortion`` tells in words what is predicted. Budgets that no plan can meet are in ``unreachable``.
     """
 
     version: int = TRADEOFF_VERSION

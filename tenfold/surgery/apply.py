@@ -48,7 +48,7 @@ def apply(
         model: the model that the plan was made for.
         plan: which layers to factorize, into what, at which rank.
         moments: of the inputs of the layers, by path: then the factors minimise the error of the output instead of
-            that of the weight, and the bias takes the shift of the mean. ``apply_sequentially`` gets more from the data.
+            that of the weight, and the bias takes the shift of the mean. ``apply_sequentially`` uses the data better.
         progress: called with (layers done, layers in all).
         workers: who decomposes the layers of a model on the CPU; this process if None.
 

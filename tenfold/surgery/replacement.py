@@ -1,4 +1,4 @@
-"""The layer that takes the place of another: what of the old one it is made from, and how it is made from a fit."""
+"""Build the factorized replacement of a layer."""
 
 from __future__ import annotations
 

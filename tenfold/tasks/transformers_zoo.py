@@ -97,7 +97,7 @@ class HuggingFace(ModelOnly):
 
     def write_beside(self, model: nn.Module, folder: Path) -> None:
         """Write config and tokenizer beside the weights, so that ``load_pretrained`` and ``AutoModel`` open them."""
-        write_config(model, folder, tokenizer=self._processor)
+        write_config(model, folder, tokenizer=self.processor)
 
     # --- inputs ---
 
@@ -126,9 +126,9 @@ class HuggingFace(ModelOnly):
         if pad is not None:
             ids[ids == pad] = (pad + 1) % int(config.vocab_size)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return self._with_decoder(inputs)
+        return self.with_decoder(inputs)
 
-    def _with_decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def with_decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs; an encoder-decoder gets the same text on both sides."""
         decoder = {"decoder_input_ids": inputs["input_ids"]} if self.config.is_encoder_decoder else {}
         return {**inputs, **decoder}
@@ -138,15 +138,15 @@ class HuggingFace(ModelOnly):
         if self.main_input == "pixel_values":
             pictures = PictureFolder.chosen(source, self.look, samples, batch_size=batch_size, seed=seed)
             return MappedBatches(pictures, lambda batch: {"pixel_values": batch})
-        if self._processor is None:
-            msg = f"{self.id} has no tokenizer: sentences of --data cannot be read. Use --calibration-samples 0, or Python."
+        if self.processor is None:
+            msg = f"{self.id} has no tokenizer for the sentences of --data. Use --calibration-samples 0, or Python."
             raise DataError(msg)
         texts = _lines(source)
         order = torch.randperm(len(texts), generator=seeded(seed)).tolist()[:samples]
         return _Texts(self, tuple(texts[i] for i in order), batch_size)
 
     @cached_property
-    def _processor(self) -> Any:
+    def processor(self) -> Any:
         """The tokenizer or image processor; None if there is none."""
         transformers = _transformers()
         auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
@@ -162,8 +162,8 @@ class HuggingFace(ModelOnly):
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = int(getattr(self.config, "num_channels", 3))
         half = (0.5,) * channels
-        mean = tuple(getattr(self._processor, "image_mean", None) or half)
-        return Look((int(height), int(width)), mean, tuple(getattr(self._processor, "image_std", None) or half))
+        mean = tuple(getattr(self.processor, "image_mean", None) or half)
+        return Look((int(height), int(width)), mean, tuple(getattr(self.processor, "image_std", None) or half))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,14 +178,14 @@ class _Texts:
         return math.ceil(len(self.texts) / self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        tokenizer = self.task._processor  # noqa: SLF001 - the same module
+        tokenizer = self.task.processor
         if tokenizer.pad_token is None:  # such as GPT-2; the mask excludes padding
             tokenizer.pad_token = tokenizer.eos_token
         by_length = sorted(self.texts, key=len)
         for start in range(0, len(by_length), self.batch_size):
             part = by_length[start : start + self.batch_size]
             made = tokenizer(part, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-            yield self.task._with_decoder({k: made[k] for k in ("input_ids", "attention_mask")})  # noqa: SLF001
+            yield self.task.with_decoder({k: made[k] for k in ("input_ids", "attention_mask")})
 
 
 def _lines(path: Path) -> list[str]:

@@ -15,7 +15,7 @@ from tenfold.tensors.algebra import (
     truncated_svd,
     unfold,
 )
-from tenfold.tensors.digests import digest
+from tenfold.tensors.digests import digest, version_of
 from tenfold.tensors.modes import Modes, mode_factors
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "trains",
     "truncated_svd",
     "unfold",
+    "version_of",
 ]

@@ -1,4 +1,4 @@
-"""Fingerprints: what tells tensors from all others, in a few characters to keep."""
+"""Fingerprints of tensors, and the count of their changes in place."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Return how often the tensor was changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch's own count

@@ -55,6 +55,7 @@ def evbmf(singular_values: Tensor | ArrayLike, columns: int, *, threshold: Thres
         WeightError: no values, values that are not finite, or more values than columns.
 
     Example:
+        >>> import torch
         >>> noise = torch.randn(32, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> low = torch.linspace(-1, 1, 32)[:, None] * torch.linspace(-1, 1, 200)
         >>> evbmf(torch.linalg.svdvals(noise), 200).rank, evbmf(torch.linalg.svdvals(noise + 5 * low), 200).rank

@@ -90,7 +90,7 @@ def check_everywhere(format: Format, folder: Path) -> None:
             exporter.write(program, file, opset=None)
             others[target] = exporter.open(file)
             check_parity(small, others[target], inputs, dynamic_batch=True, tolerance=_TOLERANCE)
-        torch._dynamo.reset()  # noqa: SLF001 - what earlier formats compiled counts against a limit
+        torch.compiler.reset()  # what earlier formats compiled counts against a limit
         others["torch.compile"] = torch.compile(small, backend="eager", fullgraph=True)
         outputs = small(*inputs)
         for name, other in others.items():

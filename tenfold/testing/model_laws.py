@@ -100,11 +100,11 @@ def check_untouched(format: Format, at: Geometry) -> None:
     model.layer.get_parameter("weight").requires_grad = False
     before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
     made = planned(format, at, model)
-    hooks = [len(m._forward_hooks) for m in model.modules()]  # noqa: SLF001 - there is no public way to ask
+    hooks = _hook_counts(model)
     with law(11, format.name(), at):
         small = apply(model, made)
         expect(dict(model.named_modules()) == modules, "the input has other modules")
-        expect([len(m._forward_hooks) for m in model.modules()] == hooks, "the input has other hooks")  # noqa: SLF001
+        expect(_hook_counts(model) == hooks, "the input has other hooks")
         state = model.state_dict()
         expect(list(state) == list(before), "the input has other tensors")
         expect(all(torch.equal(state[k], before[k]) for k in before), "a tensor of the input changed")
@@ -118,6 +118,10 @@ def check_untouched(format: Format, at: Geometry) -> None:
         calls.clear()  # the profile ran the layer too
         small(at.inputs(torch.float32))
         expect(calls == ["hook"], f"the hook of the layer ran {len(calls)} times, not once")
+
+
+def _hook_counts(model: nn.Module) -> list[int]:
+    return [len(m._forward_hooks) for m in model.modules()]  # noqa: SLF001 - there is no public way to ask
 
 
 def _expect_handed_over(new: nn.Module, old: nn.Module) -> None:

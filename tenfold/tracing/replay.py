@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
+from tenfold.tensors import version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, tensors_in
-from tenfold.tracing.trace import Tracer, trace, version_of
+from tenfold.tracing.trace import Tracer, trace
 
 Forward = Callable[[nn.Module, Any], object]
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
 from tenfold.records import Shape
+from tenfold.tensors import version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 
@@ -269,8 +270,3 @@ def _storage(tensor: Tensor) -> int | None:
         return int(StorageWeakRef(tensor.untyped_storage()).cdata)
     except RuntimeError:
         return None  # sparse tensors have none
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """Return how often the tensor was changed in place; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch's own count

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tenfold.planning.columns import _bisect, gallop
 from torch import nn
 
 from tenfold.allocation import rule_from
@@ -16,6 +15,7 @@ from tenfold.allocation.rules.threshold import AccuracyDrop
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
 from tenfold.planning import Sensitivity, plan
+from tenfold.planning.rule_columns import _bisect, gallop
 from tenfold.profiling import profile
 from tenfold.records import Plan, Recipe
 from tenfold.testing.tables import SideBySide

@@ -7,7 +7,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.calibration import calibrate, called_layers
@@ -19,6 +18,8 @@ from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.pipeline import compress
 from tenfold.planning import plan
 from tenfold.profiling import profile
+from tenfold.records import Calibration
+from tenfold.runtime import Runtime
 from tenfold.surgery import apply_sequentially
 
 ROWS, WIDTH = 60, 16
@@ -109,11 +110,11 @@ def test_the_whitened_svd_has_the_least_weighted_error(model, batches):
 
 
 def test_distortion_is_the_change_of_the_outputs_that_brute_force_finds():
-    """A net that is linear behind the embedding: its distortion is exact, up to the random projections of the gradients."""
+    """A net that is linear behind the embedding: its distortion is exact, up to random projections of gradients."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 5)).double().eval()
     ids = torch.randint(0, 25, (4000, 1)).square() % 25
-    known = calibrate(model, [ids[:2000], ids[2000:]], draws=200)["0"]
+    known = calibrate(model, [ids[:2000], ids[2000:]], settings=Calibration(draws=200))["0"]
     spec = spec_of(model[0])[0]
     fit = decompose(model[0].weight.detach(), "low_rank", {"rank": 3}, spec=spec, moments=known)
     flat = [split_groups(w.detach().double(), spec).flatten(2) for w in (model[0].weight, fit.value.to_dense())]
@@ -137,12 +138,15 @@ def test_embeddings_join_plans_by_data_and_a_budget_of_parameters_is_met(model, 
     cost = profile(model, batches[0][:1])
     moments = calibrate(model, batches, called_layers(cost))
     assert "embed" in moments
-    made = plan(model, cost, rule=rule_from("global"), budget={"params": 0.8}, moments=moments, keep_ends=False)
+    made = plan(model, cost, {"rule": "global", "budget": {"params": 0.8}, "keep_ends": False}, moments=moments)
     layer = made.layer("embed")
     assert layer.distortion is not None or "what it would save elsewhere" in layer.reason
     assert made.after.params <= 0.8 * cost.params
     forced = plan(
-        model, cost, rule=rule_from("fixed", ranks={"embed": 5}), moments=moments, keep_ends=False, formats=["low_rank"]
+        model,
+        cost,
+        {"rule": {"name": "fixed", "ranks": {"embed": 5}}, "keep_ends": False, "formats": ["low_rank"]},
+        moments=moments,
     )
     assert forced.layer("embed").algorithm["name"] == "whitened_svd"
     weights = moments["embed"].covariance().diagonal()[0]
@@ -162,10 +166,14 @@ def apply_blind(model, made):
     return apply(model, made)
 
 
-@pytest.mark.parametrize("use_data", ["sequential", "layers"])
-def test_compress_takes_embeddings_with_data(model, batches, use_data):
+@pytest.mark.parametrize("method", ["sequential", "independent"])
+def test_compress_takes_embeddings_with_data(model, batches, method):
     result = compress(
-        model, batches[0][:1], budget={"params": 0.5}, data=batches, use_data=use_data, latency=False, keep_ends=False
+        model,
+        batches[0][:1],
+        {"budget": {"params": 0.5}, "calibration": {"method": method}, "keep_ends": False},
+        data=batches,
+        runtime=Runtime(measure=False),
     )
     assert result.record.after.params <= 0.5 * result.record.before.params
     assert result.plan.layer("embed").action == "factorize"

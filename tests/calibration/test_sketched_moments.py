@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +20,8 @@ from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
 from tenfold.profiling import profile
-from tenfold.records import LayerSpec
+from tenfold.records import Calibration, LayerSpec
+from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 
@@ -176,8 +176,8 @@ def test_moments_take_what_was_said_and_never_a_square_of_the_width(dense, caplo
     assert isinstance(found["2"].input_second_moment, torch.Tensor)
 
 
-@pytest.mark.parametrize("use_data", ["sequential", "layers"])
-def test_a_wide_model_is_compressed_without_a_square_of_its_width(use_data, monkeypatch):
+@pytest.mark.parametrize("method", ["sequential", "independent"])
+def test_a_wide_model_is_compressed_without_a_square_of_its_width(method, monkeypatch):
     model, batches = wide()
     held = torch.cat(batches[4:])
 
@@ -185,12 +185,9 @@ def test_a_wide_model_is_compressed_without_a_square_of_its_width(use_data, monk
         return compress(
             model,
             held[:1],
-            budget={"macs": 0.4},
-            formats=["low_rank"],
-            keep_ends=False,
+            {"budget": {"macs": 0.4}, "formats": ["low_rank"], "keep_ends": False, "calibration": {"method": method}},
             data=batches[:4],
-            use_data=use_data,
-            latency=False,
+            runtime=Runtime(measure=False),
         ).model
 
     with pytest.warns(CalibrationWarning):
@@ -208,7 +205,7 @@ def test_a_wide_model_is_compressed_without_a_square_of_its_width(use_data, monk
 
 def test_fitting_in_order_by_sketches_is_as_good_and_makes_no_square():
     model, batches = wide()
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.3}, keep_ends=False)
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.3}, "keep_ends": False})
     held = torch.cat(batches[4:])
     exact = apply_sequentially(model, todo, batches[:4])
     with Largest() as seen:
@@ -224,7 +221,7 @@ def test_fitting_in_order_by_sketches_is_as_good_and_makes_no_square():
 def test_calibrate_passes_the_limit_on():
     model, batches = wide()
     with pytest.warns(CalibrationWarning):
-        found = calibrate(model, batches[:1], widest=100)
+        found = calibrate(model, batches[:1], settings=Calibration(max_width=100))
     assert isinstance(found["0"].input_second_moment, Sketch)
     assert found["0"].output_gram is not None
 

@@ -90,7 +90,7 @@ def test_explore_of_nothing(tenfold: Run, tmp_path: Path) -> None:
     assert tenfold("explore", "nowhere").is_error("nothing at nowhere")
     assert tenfold("explore", runs.write(tmp_path / "half")).is_error("has no options.json", "tenfold plan")
     (tmp_path / "half" / "options.json").write_text('{"version": 9}', encoding="utf-8")
-    assert tenfold("explore", tmp_path / "half").is_error("options.json", "does not hold the options")
+    assert tenfold("explore", tmp_path / "half").is_error("options.json", "is not an option table")
     assert tenfold("explore", tmp_path / "half", "--out", tmp_path).is_error("is a folder", code=2)
     assert tenfold("explore", tmp_path / "half", "--port", "70000").is_error("--port", code=2)
 

@@ -28,7 +28,7 @@ def test_a_checkpoint_becomes_a_file_that_computes_the_same(tenfold, tiny: str, 
     assert done.code == 0, done.err
     found = done.json
     assert found["target"] == "onnx"
-    assert found["folded"] == 1
+    assert found["fused"] == 1
     assert found["bytes"] == Path("a.onnx").stat().st_size
     assert max(found["parity"].values()) < found["tolerance"]
     assert found["latency"]["median_ms"] > 0

@@ -77,7 +77,7 @@ def test_a_schedule_from_a_file(tenfold: Run, tiny: str) -> None:
     [
         (("--budget", "macs=0.001"), ("the target of the schedule is out of reach",), 1),
         (("--budget", "latency=3.5"), ("--budget", "latency=3.5", "max_latency_ms"), 1),
-        (("--schedule", "nosuch.yaml"), ("there is no schedule at nosuch.yaml",), 1),
+        (("--schedule", "nosuch.yaml"), ("--schedule nosuch.yaml", "No such file"), 1),
         (("--plan", "plan.yaml"), ("--plan",), 2),
         (("--path", "steep"), ("steep",), 2),
     ],

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -184,7 +183,7 @@ def test_costs_a_fraction_of_the_dense_way(format: str, before: Rank, after: Ran
 
 
 def stage(net: nn.Module, inputs: Tensor, share: float, of: str, format: str) -> tuple[nn.Module, Any]:
-    made = plan(net, profile(net, inputs), rule=rule_from("ratio", share=share, of=of), formats=[format])
+    made = plan(net, profile(net, inputs), {"rule": {"name": "ratio", "share": share, "of": of}, "formats": [format]})
     return apply(net, made), made
 
 
@@ -214,7 +213,7 @@ def test_apply_takes_the_short_way_on_factorized_layers(monkeypatch: pytest.Monk
     net = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 24, 3))
     inputs = torch.randn(2, 32, 8, 8)
     first, _ = stage(net, inputs, 0.5, "params", "tucker2")
-    made = plan(first, profile(first, inputs), rule=rule_from("ratio", share=0.5), formats=["tucker2"])
+    made = plan(first, profile(first, inputs), {"rule": {"name": "ratio", "share": 0.5}, "formats": ["tucker2"]})
     by_hand = {
         layer.path: recompress(first.get_submodule(layer.path).factorization(), "tucker2", layer.rank or {})  # type: ignore[operator]
         for layer in made.factorized
@@ -231,7 +230,7 @@ def test_apply_takes_the_short_way_on_factorized_layers(monkeypatch: pytest.Monk
 def test_an_error_of_a_factorized_layer_names_it() -> None:
     net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
     first, _ = stage(net, torch.zeros(1, 32), 0.5, "macs", "low_rank")
-    made = plan(first, profile(first, torch.zeros(1, 32)), rule=rule_from("ratio", share=0.5))
+    made = plan(first, profile(first, torch.zeros(1, 32)), {"rule": {"name": "ratio", "share": 0.5}})
     with torch.no_grad():
         first[2].stages[0].weight[0, 0] = float("inf")  # type: ignore[index, union-attr]
     with pytest.raises(PlanError, match="layer '2'"):

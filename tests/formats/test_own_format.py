@@ -56,8 +56,8 @@ def test_the_best_sum_of_products_is_a_truncated_svd_of_the_blocks():
 
 def test_plan_apply_save_and_load_know_it(tmp_path):
     model, x = nn.Sequential(nn.Linear(16, 36), nn.ReLU(), nn.Linear(36, 16)), torch.randn(2, 16)
-    rule = tenfold.rule_from("ratio", share=0.5)
-    plan = tenfold.plan(model, tenfold.profile(model, x), rule=rule, formats=["kronecker"], keep_ends=False)
+    recipe = {"rule": {"name": "ratio", "share": 0.5}, "formats": ["kronecker"], "keep_ends": False}
+    plan = tenfold.plan(model, tenfold.profile(model, x), recipe)
     small = tenfold.apply(model, plan)
     assert {layer.format for layer in plan.factorized} == {"kronecker"}
     assert tenfold.profile(small, x).cost == plan.after

@@ -6,13 +6,14 @@ from itertools import product
 
 import pytest
 import torch
-from tenfold.ranks import RankProblem
-from tenfold.ranks.candidates import grids
 from torch.nn import functional
 
+from tenfold.allocation import rule_from
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_ring import TensorRing
 from tenfold.layers import FactorizedLayer
+from tenfold.planning.eligible import EligibleLayer, costs_of
+from tenfold.planning.rows import rows_of
 from tenfold.records import Call, Cost, LayerSpec, SharedSliceSpec, chain_macs, chain_params
 from tenfold.testing.weights import random_factors
 
@@ -113,23 +114,17 @@ def test_layers_that_no_ring_serves_are_refused_with_the_reason(spec, reason):
 
 @pytest.mark.parametrize("spec", [LayerSpec(kind="conv", in_channels=64, out_channels=48, kernel=(3, 3)), LINEAR])
 @pytest.mark.parametrize("format", ["tensor_ring", "block_term"])
-def test_candidates_have_several_rings_with_exact_costs(format, spec):
+def test_grids_have_several_rings_with_exact_costs(format, spec):
     kind = FORMATS.get(format)
     if kind.unsupported_reason(spec) is not None:
         return
     shape = (1, spec.in_channels, 8, 8) if spec.axes else (1, spec.in_channels)
     call = Call(in_shape=shape, out_shape=spec.out_shape(shape), count=1)
-    problem = RankProblem(
-        path="layer",
-        spec=spec,
-        formats=(format,),
-        calls=(call,),
-        cost=Cost(params=spec.num_params, macs=spec.macs(shape)),
-        load_weight=lambda: torch.zeros(spec.group_shape),
-    )
-    (grid,) = grids(problem)
+    cost = Cost(params=spec.num_params, macs=spec.macs(shape))
+    layer = EligibleLayer("layer", spec, (format,), (call,), cost, lambda: torch.zeros(spec.group_shape))
+    grid, _ = rows_of(layer, format, layer.load_weight(), rule_from("global"))
     assert len(grid) >= 4
-    assert len(set(grid.ranks[:, 0].tolist())) >= 2
-    for row, params, macs in zip(grid.ranks.tolist(), grid.params, grid.macs, strict=True):
+    assert len(set(grid[:, 0].tolist())) >= 2
+    for row, params, macs in zip(grid.tolist(), *costs_of(layer, format, grid), strict=True):
         structure = kind.structure(spec, dict(zip(kind.rank_names, row, strict=True)))
         assert (params, macs) == (chain_params(structure), chain_macs(structure, shape))

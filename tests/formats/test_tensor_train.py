@@ -7,16 +7,17 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 import torch
-from tenfold.ranks import RankProblem, rule_from
-from tenfold.ranks.candidates import grids
 from torch.nn import functional
 
+from tenfold.allocation import rule_from
 from tenfold.decompositions import DECOMPOSITIONS, Moments, curves, decompose, error_curve
 from tenfold.formats import FORMATS
 from tenfold.formats.tensor_train import TensorTrain
 from tenfold.formats.tt_matrix import cheapest
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import plan
+from tenfold.planning.eligible import EligibleLayer, costs_of
+from tenfold.planning.rows import rows_of
 from tenfold.profiling import profile
 from tenfold.records import Call, Cost, LayerSpec, chain_macs
 
@@ -86,8 +87,8 @@ def test_ranks_that_the_train_cannot_use_are_lowered():
     fit = decompose(random_weight(SQUARE), "tensor_train", named("tensor_train", 1, 64, 64, 8), spec=SQUARE)
     assert fit.value.rank == named("tensor_train", 1, 8, 64, 8)
     net = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3))
-    rule = rule_from("fixed", ranks={"0": named("tensor_train", 1, 64, 16, 4)})
-    made = plan(net, profile(net, torch.zeros(1, 64, 5, 5)), rule=rule, formats=["tensor_train"])
+    rule = {"name": "fixed", "ranks": {"0": named("tensor_train", 1, 64, 16, 4)}}
+    made = plan(net, profile(net, torch.zeros(1, 64, 5, 5)), {"rule": rule, "formats": ["tensor_train"]})
     assert made.layer("0").rank == named("tensor_train", 1, 8, 16, 4)
 
 
@@ -228,7 +229,7 @@ def test_a_few_fits_tell_the_distortion_of_all_ranks(format, monkeypatch):
         assert reached / 2 < found[grid.index(row)] < 2 * reached
 
 
-def test_candidates_cost_what_they_cost_one_by_one_and_hold_tucker2():
+def test_grids_cost_what_they_cost_one_by_one_and_hold_tucker2():
     conv = LayerSpec(kind="conv", in_channels=24, out_channels=32, kernel=(3, 3), bias=True)
     linear = LayerSpec(kind="linear", in_channels=512, out_channels=512)
     of_conv, of_linear = Call(in_shape=(1, 24, 8, 8), out_shape=(1, 32, 6, 6)), Call(in_shape=(1, 512), out_shape=(1,))
@@ -238,12 +239,14 @@ def test_candidates_cost_what_they_cost_one_by_one_and_hold_tucker2():
         ("tt_matrix", linear, of_linear),
     ):
         cost = Cost(params=spec.num_params, macs=spec.macs(call.in_shape))
-        (grid,) = grids(RankProblem("layer", spec, (format,), (call,), cost, lambda: torch.zeros(1)))
+        layer = EligibleLayer("layer", spec, (format,), (call,), cost, lambda: torch.zeros(1))
+        grid, _ = rows_of(layer, format, layer.load_weight(), rule_from("global"))
         assert len(grid) > 5
+        kind, (params, macs) = FORMATS.get(format), costs_of(layer, format, grid)
         for k in range(0, len(grid), 7):
-            kind, candidate = FORMATS.get(format), grid.candidate(k)
-            assert candidate.cost.params == kind.num_params(spec, candidate.rank)
-            assert candidate.cost.macs == kind.macs(spec, candidate.rank, call.in_shape)
+            rank = dict(zip(kind.rank_names, grid[k].tolist(), strict=True))
+            assert params[k] == kind.num_params(spec, rank)
+            assert macs[k] == kind.macs(spec, rank, call.in_shape)
         if format == "tensor_train":
-            assert [4, 16, 12, 6] in grid.ranks.tolist()  # Tucker-2
-            assert [3, 16, 12, 6] in grid.ranks.tolist()
+            assert [4, 16, 12, 6] in grid.tolist()  # Tucker-2
+            assert [3, 16, 12, 6] in grid.tolist()

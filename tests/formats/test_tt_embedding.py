@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tenfold import apply, plan, profile, rule_from
+from tenfold import apply, plan, profile
 from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, TTEmbedding, build
@@ -50,7 +50,9 @@ def test_a_trained_embedding_by_plan() -> None:
     model = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 5)).eval()
     ids = torch.randint(1000, (4, 20))
     cost = profile(model, ids)
-    made = plan(model, cost, rule=rule_from("ratio", share=0.2, of="params"), formats=["tt_embedding", "low_rank"])
+    made = plan(
+        model, cost, {"rule": {"name": "ratio", "share": 0.2, "of": "params"}, "formats": ["tt_embedding", "low_rank"]}
+    )
     assert made.layer("0").format == "tt_embedding"
     small = apply(model, made)
     table = small[0].weight  # type: ignore[index]

@@ -9,9 +9,9 @@ import pytest
 
 from tenfold.allocation.rules.evbmf import EVBMF
 from tenfold.allocation.rules.threshold import Ratio
+from tenfold.allocation.schedule import target_of
 from tenfold.errors import TuningError
 from tenfold.iterative import Schedule, musco
-from tenfold.iterative.schedule import target_of
 from tenfold.records import Budget, Cost, Recipe
 
 COST = Cost(params=2000, macs=10_000)

@@ -273,7 +273,7 @@ def test_what_cannot_be_is_said_before_the_first_stage(schedule: Any, kind: Any,
 
 
 def test_data_without_a_batch_are_refused_at_the_call() -> None:
-    with pytest.raises(DataError, match="hold no batch|no calibration batches"):
+    with pytest.raises(DataError, match=r"hold no batch|no calibration batches"):
         stages(cnn(), ONE, *SHALLOW, data=iter(()))
 
 

@@ -15,7 +15,7 @@ from tenfold.layers.lazy_weight import LazyWeight
 @pytest.fixture
 def layer() -> FactorizedLayer:
     net = nn.Linear(12, 10)
-    plan = tenfold.plan(net, tenfold.profile(net, torch.ones(1, 12)), rule=tenfold.rule_from("fixed", ranks={"": 3}))
+    plan = tenfold.plan(net, tenfold.profile(net, torch.ones(1, 12)), {"rule": {"name": "fixed", "ranks": {"": 3}}})
     found = tenfold.apply(net, plan)
     assert isinstance(found, FactorizedLayer)
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tenfold.planning.curves import BY_DATA, distortion_curve
 from torch import nn
 
 from tenfold.calibration.collect import collect_moments, measurable
@@ -14,6 +13,7 @@ from tenfold.decompositions import Moments, decompose
 from tenfold.errors import PlanError
 from tenfold.planning import tabulate
 from tenfold.planning.eligible import EligibleLayer, eligible_layer
+from tenfold.planning.error_curves import BY_DATA, distortion_curve
 from tenfold.profiling import profile
 
 

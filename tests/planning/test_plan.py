@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from tenfold.decompositions.tucker import HOSVD
-from tenfold.errors import BudgetError, PlanError, UnknownNameError
+from tenfold.errors import BudgetError, PlanError, TenfoldError, UnknownNameError
 from tenfold.planning import plan, recost
 from tenfold.profiling import profile
-from tenfold.records import Plan
+from tenfold.records import Budget, Plan, Recipe
 from tenfold.surgery import apply
 
 
@@ -55,6 +53,7 @@ class Zoo(nn.Module):
 
 
 X = torch.randn(2, 2, 4, 4)
+HALF = {"rule": {"name": "ratio", "share": 0.5}, "keep_ends": False}
 
 
 @pytest.fixture
@@ -62,9 +61,9 @@ def zoo():
     return Zoo().eval()
 
 
-def planned(model, x=X, rule="ratio", settings=None, formats=("tucker2", "low_rank"), **options):
-    chosen = rule_from(rule, **(settings or {"share": 0.5}))
-    return plan(model, profile(model, x), rule=chosen, formats=formats, **options)
+def planned(model, x=X, rule="ratio", settings=None, formats=("tucker2", "low_rank"), scores=None, **recipe):
+    chosen = {"name": rule, **({"share": 0.5} if settings is None else settings)}
+    return plan(model, profile(model, x), {"rule": chosen, "formats": formats, **recipe}, scores=scores)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +115,10 @@ def test_costs_come_true(zoo):
 
 
 def test_a_budget_of_the_whole_model_is_met(zoo):
-    made = planned(zoo, settings={"share": None}, budget={"params": 0.6})
+    made = planned(zoo, settings={}, budget={"params": 0.6})
     assert 0.5 * made.before.params < made.after.params <= 0.6 * made.before.params
-    assert made.budget == {"params": 0.6}
-    absolute = planned(zoo, settings={"share": None}, budget={"params": 0.6 * made.before.params})
+    assert made.recipe.budget == Budget(params=0.6)
+    absolute = planned(zoo, settings={}, budget={"max_params": 0.6 * made.before.params})
     assert [layer.rank for layer in absolute.layers] == [layer.rank for layer in made.layers]
 
 
@@ -127,14 +126,15 @@ def test_a_budget_of_the_whole_model_is_met(zoo):
     ("budget", "message"),
     [
         ({"macs": 0.001}, "below the .* macs of the layers that stay as they are"),
-        ({"flops": 0.5}, "a budget names params or macs"),
+        ({"flops": 0.5}, "a budget names params, macs"),
+        ({"macs": 4e6}, "write max_macs=4e\\+06"),
         ({"macs": -1}, "must be a positive number"),
         ({"macs": float("nan")}, "must be a positive number"),
     ],
 )
 def test_impossible_budgets_say_why(zoo, budget, message):
     with pytest.raises(BudgetError, match=message):
-        planned(zoo, settings={"share": None}, budget=budget)
+        planned(zoo, settings={}, budget=budget)
 
 
 def test_names_that_mean_nothing_are_errors_with_near_ones(zoo):
@@ -158,15 +158,15 @@ def test_ends_are_kept_by_default_unless_asked_otherwise(zoo):
 
 
 def test_the_algorithm_is_part_of_the_plan(zoo):
-    made = planned(zoo, algorithms={"tucker2": HOSVD(seed=7)}, seed=3)
+    made = planned(zoo, algorithms={"tucker2": {"name": "hosvd", "seed": 7}}, seed=3)
     assert made.layer("body").algorithm == {"name": "hosvd", "dtype": "auto", "seed": 7}
     assert made.layer("fc").algorithm["seed"] == 3
-    assert made.rule["name"] == "ratio"
+    assert made.recipe.rule["name"] == "ratio"
 
 
 def test_a_plan_of_another_model_is_an_error(zoo):
     with pytest.raises(PlanError, match="has no layer"):
-        plan(nn.Sequential(nn.Linear(2, 2)), profile(zoo, X), rule=rule_from("ratio", share=0.5))
+        plan(nn.Sequential(nn.Linear(2, 2)), profile(zoo, X), HALF)
 
 
 # ---- files
@@ -202,7 +202,8 @@ def test_a_plan_edited_by_hand_is_carried_out(zoo, tmp_path):
     [
         (("rank: {out", "rnak: {out"), "rnak: Extra inputs are not permitted"),
         (("action: factorize", "action: shrink"), "action: Input should be 'factorize' or 'keep'"),
-        (("version: 1", "version: 99"), "version 99, this tenfold reads up to 1: upgrade tenfold"),
+        (("version: 2", "version: 99"), "version 99, this tenfold reads 2: upgrade tenfold"),
+        (("version: 2", "version: 1"), "version 1, this tenfold reads 2: make it again with this version, or read it"),
         (("path: stem", "path: body"), "layers appear twice: body"),
         (("layers:", "layers: ]["), "is not valid YAML"),
         (("rank: {out: ", "rank: {out: -"), "greater than 0"),
@@ -248,7 +249,7 @@ def test_what_was_said_of_a_layer_goes_when_it_is_edited(zoo):
 def test_one_name_alone_is_a_name_and_no_row_of_letters():
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(13)))
     cost = profile(model, torch.zeros(1, 16))
-    found = plan(model, cost, rule=rule_from("ratio", share=0.5), formats="low_rank", keep="12", keep_ends=False)
+    found = plan(model, cost, HALF | {"formats": "low_rank", "keep": "12"})
     assert [layer.path for layer in found.layers if layer.action == "keep"] == ["12"]
 
 
@@ -258,10 +259,10 @@ def test_models_without_values_or_without_modules_of_their_own_are_refused():
         empty = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     x = torch.randn(2, 32)
     with pytest.raises(PlanError, match="layer '0' is on the meta device and has no values"):
-        plan(empty, profile(empty, x.to("meta")), rule=rule_from("ratio", share=0.5), keep_ends=False)
+        plan(empty, profile(empty, x.to("meta")), HALF)
     scripted = torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)))
     with pytest.raises(PlanError, match="scripted or traced model"):
-        plan(scripted, profile(scripted, x), rule=rule_from("ratio", share=0.5), keep_ends=False)
+        plan(scripted, profile(scripted, x), HALF)
 
 
 def test_the_plan_of_another_model_is_refused():
@@ -269,22 +270,22 @@ def test_the_plan_of_another_model_is_refused():
         return nn.Sequential(nn.Conv2d(16, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3))
 
     x = torch.randn(1, 16, 8, 8)
-    made = planned(pair(16), x, budget={"macs": 0.5}, settings={"share": None})
+    made = planned(pair(16), x, budget={"macs": 0.5}, settings={})
     with pytest.raises(PlanError, match=r"16→16.*in the plan and.*16→24.*another model"):
         recost(made, profile(pair(24), x))
 
 
 def test_a_factorized_model_is_planned_further_in_its_own_format():
     model, x = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)), torch.randn(1, 16, 6, 6)
-    first = planned(model, x, settings={"share": None}, budget={"macs": 0.5})
+    first = planned(model, x, settings={}, budget={"macs": 0.5})
     small = apply(model, first)
     cost = profile(small, x)
     assert cost.cost == first.after
-    same = planned(small, x, settings={"share": None}, budget={"macs": float(first.after.macs)})
+    same = planned(small, x, settings={}, budget={"max_macs": first.after.macs})
     assert not same.factorized
     assert same.layer("0").format == "tucker2"
     assert same.layer("0").rank == first.layer("0").rank
-    further = planned(small, x, settings={"share": None}, budget={"macs": 0.5}, formats=["low_rank", "tucker2"])
+    further = planned(small, x, settings={}, budget={"macs": 0.5}, formats=["low_rank", "tucker2"])
     assert {layer.format for layer in further.factorized} == {"tucker2"}
     smaller = apply(small, further)
     assert profile(smaller, x).macs <= 0.5 * first.after.macs
@@ -292,27 +293,40 @@ def test_a_factorized_model_is_planned_further_in_its_own_format():
         assert all(v <= first.layer(layer.path).rank[k] for k, v in layer.rank.items())
 
 
-def test_distortions_from_elsewhere_decide_for_the_global_rule(zoo):
-    def distortions(path, format):
-        del format
-        return lambda ranks: np.full(len(ranks), 0.0 if path == "body" else 1.0)
+def test_scores_decide_for_the_global_rule(zoo):
+    class Scores:
+        def distortion_at(self, path, format):
+            del format
+            return lambda ranks: np.full(len(ranks), 0.0 if path == "body" else 1.0)
 
-    made = planned(zoo, rule="global", settings={"step": None}, budget={"macs": 0.9}, distortions=distortions)
+    made = planned(zoo, rule="global", settings={}, budget={"macs": 0.9}, scores=Scores())
     assert {layer.path: layer.distortion for layer in made.factorized} == {"body": 0.0, "fc": 1.0}
+
+
+def test_a_rule_by_name_and_a_budget_as_text_will_do(zoo):
+    cost = profile(zoo, X)
+    assert plan(zoo, cost, {"rule": "ratio", "budget": "params=0.6"}) == plan(
+        zoo, cost, Recipe(rule={"name": "ratio"}, budget=Budget(params=0.6))
+    )
+    assert plan(zoo, cost, "params=0.6").recipe == Recipe(budget=Budget(params=0.6))
+    with pytest.raises(UnknownNameError, match=r"unknown rank rule 'ratoi'\. Did you mean ratio"):
+        plan(zoo, cost, {"rule": "ratoi"})
+    with pytest.raises(TenfoldError, match="the rule ratio has the settings share, of, not shares"):
+        plan(zoo, cost, {"rule": {"name": "ratio", "shares": 0.4}})
 
 
 def test_an_embedding_has_no_macs_and_is_judged_by_its_parameters():
     net = nn.Sequential(nn.Embedding(500, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     cost = profile(net, torch.zeros(1, 4, dtype=torch.long))
     for rule, options in (("fixed", {"ranks": {"0": 4}}), ("ratio", {"share": 0.5, "of": "params"})):
-        made = plan(net, cost, rule=rule_from(rule, **options), keep_ends=False)
+        made = plan(net, cost, {"rule": {"name": rule, **options}, "keep_ends": False})
         assert made.layer("0").format == "low_rank"
         assert made.after.params < made.before.params
-    made = plan(net, cost, rule=rule_from("global"), budget={"params": 0.4}, keep_ends=False)
+    made = plan(net, cost, {"budget": {"params": 0.4}, "keep_ends": False})
     assert made.layer("0").action == "factorize"
     assert made.after.params <= 0.4 * made.before.params
     assert profile(apply(net, made), torch.zeros(1, 4, dtype=torch.long)).cost == made.after
-    assert plan(net, cost, rule=rule_from("ratio", share=0.5), keep_ends=False).layer("0").action == "keep"
+    assert plan(net, cost, HALF).layer("0").action == "keep"
 
 
 @pytest.mark.parametrize(
@@ -340,7 +354,7 @@ def test_an_edit_that_costs_the_same_is_noticed(tmp_path, old, new):
     assert recost(told, cost) == told  # what is said of the edited layer stays
 
 
-def test_plans_from_before_fingerprints_are_read(zoo):
+def test_a_fingerprint_left_out_is_that_of_the_decision(zoo):
     made = planned(zoo)
     lines = made.to_yaml().splitlines()
     old = Plan.from_text("\n".join(line for line in lines if "fingerprint:" not in line))

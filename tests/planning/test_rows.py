@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tenfold.planning.curves import weight_curve
 from torch import Tensor, nn
 
 from tenfold.allocation import rule_from, select
@@ -14,8 +13,8 @@ from tenfold.errors import RankError, UnknownNameError
 from tenfold.formats import FORMATS, Rank
 from tenfold.layers import spec_of
 from tenfold.planning import plan
-from tenfold.planning.costs import costs_of, saves
-from tenfold.planning.eligible import EligibleLayer
+from tenfold.planning.eligible import EligibleLayer, costs_of, saves
+from tenfold.planning.error_curves import weight_curve
 from tenfold.planning.rows import rows_of, without_idle_factors
 from tenfold.profiling import profile
 from tenfold.records import Call, Cost, FormatOptions, ForwardTime, LayerOptions, LayerSpec, OptionTable, Recipe

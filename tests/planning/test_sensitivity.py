@@ -23,8 +23,7 @@ from tenfold.decompositions import decompose
 from tenfold.errors import DataError, PlanError, UnknownNameError
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import Score, Sensitivity
-from tenfold.planning.outputs import output_errors
-from tenfold.planning.substituting import digest, replaced, substitute
+from tenfold.planning.single_layer import digest_model, output_errors, replaced, substitute
 from tenfold.records import SensitivityTable
 from tests.planning.fakes import BASELINE, Scorer, costs, inputs, net
 
@@ -100,12 +99,12 @@ def test_moments_make_the_error_smaller_by_their_bias(model: nn.Sequential) -> N
 
 
 def test_scores_are_of_one_layer_at_a_time_and_leave_the_model_alone(model: nn.Sequential) -> None:
-    scorer, before = Scorer({"3": 0.5, "7": 0.2}), digest(model)
+    scorer, before = Scorer({"3": 0.5, "7": 0.2}), digest_model(model)
     found = made(model, evaluate=scorer)
     assert found.score("3", "tucker2", {"out": 8, "in": 8}) == pytest.approx(BASELINE - 0.25)
     assert found.score("7", "low_rank", {"rank": 8}) == pytest.approx(BASELINE - 0.15)
     assert scorer.calls == [{}, {"3": 8}, {"7": 8}]
-    assert digest(model) == digest(found._model) == before
+    assert digest_model(model) == digest_model(found._model) == before
     assert not any(isinstance(m, FactorizedLayer) for m in found._model.modules())
 
 
@@ -300,15 +299,15 @@ def test_batch_norm_is_estimated_for_the_score_and_put_back(model: nn.Sequential
         batches=[inputs(3, samples=20)],
         formats=["low_rank"],
     )
-    before = digest(found._model)
+    before = digest_model(found._model)
     found.score("0", "low_rank", {"rank": 4})
     assert torch.equal(means[0], torch.zeros(16))  # the baseline is the model as it is
     assert float(means[1].abs().max()) > 0
-    assert digest(found._model) == before
+    assert digest_model(found._model) == before
 
 
 def test_wrong_scores_and_batches_are_refused(model: nn.Sequential) -> None:
-    with pytest.raises(DataError, match="nothing to score with"):
+    with pytest.raises(DataError, match="scoring needs evaluate="):
         made(model).score("7", "low_rank", {"rank": 2})
     with pytest.raises(DataError, match="finite"):
         _ = made(model, evaluate=lambda m: float("nan")).baseline

@@ -113,13 +113,24 @@ def test_chains_run_one_after_the_other():
     assert contract.macs((7, 6)) == 7 * 2 * 3 * 5
 
 
-def test_budgets_are_shares_or_absolutes():
+def test_budgets_are_shares_and_absolutes():
     cost = Cost(params=1000, macs=50)
-    assert Budget.parse("macs=0.5, params=400").allowance(cost) == {"params": 400.0, "macs": 25.0}
+    both = Budget.parse("macs=0.5, max_params=400")
+    assert both.allowance(cost) == {"params": 400.0, "macs": 25.0}
+    assert both.limited == ("params", "macs")
     assert Budget.of({"macs": 1}).allowance(cost) == {"macs": 50.0}
+    assert Budget(params=0.9, max_params=400).allowance(cost) == {"params": 400.0}  # the smaller holds
+    assert Budget(params=0.3, max_params=400).allowance(cost) == {"params": 300.0}
+    assert Budget(max_latency_ms=3.0).allowance(cost) == {"latency": 3.0}
+    assert Budget(latency=0.5).allowance(cost, latency_ms=8.0) == {"latency": 4.0}
+    with pytest.raises(BudgetError, match="a latency that was not measured"):
+        Budget(latency=0.5).allowance(cost)
+    assert Budget.at_most({"macs": 40, "latency": 0.5}) == Budget(max_macs=40, latency=0.5)
+    assert Budget(macs=0.5, latency=0.5, max_latency_ms=3).without_latency() == Budget(macs=0.5)
     assert not Budget()
     assert Budget(macs=0.5)
     assert repr(Budget(macs=0.5)) == "Budget(macs=0.5)"
+    assert str(both) == "macs=0.5,max_params=400"
 
 
 @pytest.mark.parametrize(

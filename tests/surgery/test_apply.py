@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.errors import PlanError
@@ -17,7 +16,7 @@ from tenfold.surgery import apply, apply_, densify, densify_, find, fits_of, pat
 
 
 def planned(model, x, share=0.5, **options):
-    return plan(model, profile(model, x), rule=rule_from("ratio", share=share), keep_ends=False, **options)
+    return plan(model, profile(model, x), {"rule": {"name": "ratio", "share": share}, "keep_ends": False, **options})
 
 
 def forced(made, path, rank, format="low_rank"):
@@ -165,7 +164,7 @@ def _whole_plan(model, x):
             return self.attention(x, x, x)[0]
 
     runs = Runs()
-    return plan(runs, profile(runs, x), rule=rule_from("fixed"))
+    return plan(runs, profile(runs, x), {"rule": "fixed"})
 
 
 def test_an_error_leaves_the_model_as_it_was():

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
 import tenfold
@@ -66,7 +65,7 @@ def test_outputs_stay_and_the_batch_norm_goes(layer, norm, shape, format):
     x = torch.randn(shape, dtype=torch.float64)
     if format != "dense":
         whole = profile(model, x)
-        made = plan(model, whole, rule=rule_from("ratio", share=0.6), formats=[format], keep_ends=False)
+        made = plan(model, whole, {"rule": {"name": "ratio", "share": 0.6}, "formats": [format], "keep_ends": False})
         if not made.factorized:
             pytest.skip(made.layers[0].reason)
         model = apply(model, made)
@@ -219,18 +218,18 @@ def small_net():
 
 def test_a_fused_model_is_saved_loaded_profiled_and_made_dense(tmp_path):
     model, x = small_net(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    made = plan(model, profile(model, x), rule=rule_from("ratio", share=0.5), keep_ends=False)
+    made = plan(model, profile(model, x), {"rule": {"name": "ratio", "share": 0.5}, "keep_ends": False})
     small = apply(model, made)
     fused = fuse_batchnorm(small, x)
     tenfold.save(fused, made, tmp_path / "fused")
     with torch.device("meta"):
         skeleton = small_net_on_meta()
     loaded, told = tenfold.load(skeleton, tmp_path / "fused")
-    assert told.folded == {"1": "0", "4": "3"}
+    assert told.fused == {"1": "0", "4": "3"}
     assert told.factorized == made.factorized
     assert torch.equal(loaded(x), fused(x))
     assert profile(loaded, x).params == sum(p.numel() for p in fused.parameters())
-    with pytest.raises(CheckpointError, match="folded, the model does not"):
+    with pytest.raises(CheckpointError, match="fused, the model does not"):
         tenfold.save(small, told, tmp_path / "other")
     again = apply(model, told)  # the plan as it was saved does all of it
     torch.testing.assert_close(again(x), fused(x), rtol=1e-9, atol=1e-9)
@@ -247,7 +246,7 @@ def test_a_fused_model_can_be_compressed_further(tmp_path):
         fuse_batchnorm(small_net(), torch.zeros(1, 3, 6, 6).double()),
         torch.randn(2, 3, 6, 6, dtype=torch.float64),
     )
-    made = plan(model, profile(model, x), rule=rule_from("ratio", share=0.5), keep_ends=False)
+    made = plan(model, profile(model, x), {"rule": {"name": "ratio", "share": 0.5}, "keep_ends": False})
     small = apply(model, made)
     tenfold.save(small, made, tmp_path / "small")
     loaded, _ = tenfold.load(small_net(), tmp_path / "small")

@@ -12,7 +12,7 @@ from tenfold.calibration.collect import collect_moments
 from tenfold.decompositions import DECOMPOSITIONS, Decomposition, default_algorithm
 from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
-from tenfold.planning.substituting import substitute
+from tenfold.planning.single_layer import substitute
 from tenfold.records import Cost, LayerPlan, Plan
 from tenfold.surgery import apply, apply_sequentially, restructure_, with_errors
 from tenfold.surgery.replacement import geometry

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 
 from tenfold.calibration.moment_sums import frequencies, id_counts
@@ -47,7 +46,7 @@ def images(count: int, seed: int = 1) -> list[torch.Tensor]:
 
 
 def halved(model: nn.Module):
-    return plan(model, profile(model, images(1)[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    return plan(model, profile(model, images(1)[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
 
 
 def test_fitting_in_order_beats_decomposing_weights_one_by_one():
@@ -104,13 +103,13 @@ def test_layers_that_run_twice_are_fitted_too():
             return self.fc(torch.relu(self.fc(x)))
 
     model, batches = Twice(), [torch.randn(64, 16)]
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
     assert isinstance(apply_sequentially(model, todo, batches).fc, FactorizedLayer)
 
 
 def test_a_model_that_is_one_layer_is_fitted_too():
     model, batches = nn.Linear(16, 16), [torch.randn(64, 16)]
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
     new = apply_sequentially(model, todo, batches)
     assert isinstance(new, FactorizedLayer)
     assert new.rank == todo.factorized[0].rank
@@ -122,7 +121,7 @@ def test_few_rows_do_no_harm(rows):
     torch.manual_seed(0)
     model = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 8))
     batch, held = (torch.randn(n, 64, generator=generator) for n in (rows, 2000))
-    todo = plan(model, profile(model, held[:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    todo = plan(model, profile(model, held[:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
     with torch.no_grad():
         wanted = model(held)
         new = apply_sequentially(model, todo, [batch])
@@ -133,7 +132,7 @@ def test_few_rows_do_no_harm(rows):
 def test_embeddings_are_fitted_where_they_are_asked_for_and_what_follows_to_them():
     model = nn.Sequential(nn.Embedding(60, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     batches = [torch.randint(0, 60, (64, 3))]
-    todo = plan(model, profile(model, batches[0]), rule=rule_from("fixed", ranks={"1": 6}), keep_ends=False)
+    todo = plan(model, profile(model, batches[0]), {"rule": {"name": "fixed", "ranks": {"1": 6}}, "keep_ends": False})
     table = todo.layers[0].replace(action="factorize", format="low_rank", rank={"rank": 5})
     new = apply_sequentially(model, todo.replace(layers=(table, *todo.layers[1:])), batches)
     weight, often = model[0].weight.detach(), frequencies(id_counts(batches[0], 60)).float()

@@ -7,7 +7,6 @@ import operator
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -112,7 +111,7 @@ def rows(count: int = 3) -> list[torch.Tensor]:
 
 def ranks(model: nn.Module, batch: torch.Tensor, **wanted: int):
     """Return the plan that makes these layers low_rank at these ranks."""
-    found = plan(model, profile(model, batch[:1]), rule=rule_from("ratio"), formats=["low_rank"], budget={"macs": 0.5})
+    found = plan(model, profile(model, batch[:1]), {"rule": "ratio", "formats": ["low_rank"], "budget": {"macs": 0.5}})
     layers = (layer.replace(rank={"rank": wanted[layer.path]}) for layer in found.factorized if layer.path in wanted)
     return found.replace(layers=tuple(layers))
 
@@ -139,7 +138,7 @@ def test_what_a_shortcut_lost_comes_back_whole_where_the_rank_allows_it(join, no
 @pytest.mark.parametrize("inplace", [False, True])
 def test_blocks_make_up_for_those_before_them(inplace):
     model, batches, held = convolutional(inplace=inplace), pictures(8), pictures(4, seed=9)
-    todo = plan(model, profile(model, batches[0][:1]), rule=rule_from("ratio"), budget={"macs": 0.5})
+    todo = plan(model, profile(model, batches[0][:1]), {"rule": "ratio", "budget": {"macs": 0.5}})
     with_, without = (
         apply_sequentially(model, todo, batches, config=SequentialFit(correct_shortcuts=r)) for r in (True, False)
     )

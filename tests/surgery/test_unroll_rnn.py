@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import Tensor, nn
 
 import tenfold
 from tenfold.errors import PlanError
 from tenfold.layers import LSTM, FactorizedLayer
-from tenfold.pipeline import UseData
-from tenfold.planning import close_idle, open_for_plan
 from tenfold.planning import plan as make_plan
+from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
-from tenfold.records import Budget, Plan
+from tenfold.records import Plan, Recipe
+from tenfold.runtime import Runtime
 from tenfold.surgery import (
     apply,
     apply_,
@@ -27,7 +25,7 @@ from tenfold.surgery import (
 )
 
 IDS = torch.tensor([[3, 4, 5, 0], [6, 7, 8, 9]])
-COMPRESS: Any = {"latency": False, "keep_ends": False}
+QUIET = Runtime(measure=False)
 
 
 class Tagger(nn.Module):
@@ -94,7 +92,7 @@ def test_one_network_in_two_places_stays_one(tagger: Tagger) -> None:
 
 
 def test_compressing_reaches_recurrent_matrices(tagger: Tagger, tmp_path: Path) -> None:
-    small = tenfold.compress(tagger, IDS, budget={"params": 0.5}, **COMPRESS)
+    small = tenfold.compress(tagger, IDS, {"budget": {"params": 0.5}, "keep_ends": False}, runtime=QUIET)
     assert small.record.after.params <= 0.5 * small.record.before.params
     rnn = small.model.get_submodule("rnn")
     assert isinstance(rnn, LSTM)
@@ -107,16 +105,22 @@ def test_compressing_reaches_recurrent_matrices(tagger: Tagger, tmp_path: Path) 
     assert torch.equal(back.eval()(IDS), small.model.eval()(IDS))
     assert plan.unrolled == small.plan.unrolled
 
-    again = tenfold.compress(tagger, IDS, plan=Plan.from_text(small.plan.to_yaml(), source="test"), latency=False)
+    again = tenfold.compress(tagger, IDS, Plan.from_text(small.plan.to_yaml(), source="test"), runtime=QUIET)
     assert torch.equal(again.model.eval()(IDS), small.model.eval()(IDS))
 
 
-@pytest.mark.parametrize("use_data", ["layers", "sequential"])
-def test_data_are_used_step_by_step(tagger: Tagger, use_data: UseData) -> None:
+@pytest.mark.parametrize("method", ["independent", "sequential"])
+def test_data_are_used_step_by_step(tagger: Tagger, method: str) -> None:
     generator = torch.Generator().manual_seed(1)
     data = [torch.randint(0, 20, (8, length), generator=generator) for length in (4, 6, 5)]
-    small = tenfold.compress(tagger, IDS, budget={"params": 0.75}, data=data, use_data=use_data, **COMPRESS)
-    blind = tenfold.compress(tagger, IDS, budget={"params": 0.75}, **COMPRESS)
+    small = tenfold.compress(
+        tagger,
+        IDS,
+        {"budget": {"params": 0.75}, "calibration": {"method": method}, "keep_ends": False},
+        data=data,
+        runtime=QUIET,
+    )
+    blind = tenfold.compress(tagger, IDS, {"budget": {"params": 0.75}, "keep_ends": False}, runtime=QUIET)
     fresh = torch.randint(0, 20, (64, 6), generator=generator)
 
     def error(model: nn.Module) -> float:
@@ -128,7 +132,7 @@ def test_data_are_used_step_by_step(tagger: Tagger, use_data: UseData) -> None:
 
 def test_an_idle_network_is_left_closed_and_the_plan_says_why(tagger: Tagger) -> None:
     kept = ["re:top.*", "re:rnn.*hh"]
-    small = tenfold.compress(tagger, IDS, budget={"params": 0.8}, keep=kept, **COMPRESS)
+    small = tenfold.compress(tagger, IDS, {"budget": {"params": 0.8}, "keep": kept, "keep_ends": False}, runtime=QUIET)
     assert isinstance(small.model.get_submodule("top"), nn.GRU)
     assert small.plan.unrolled == {"rnn": "LSTM"}
     line = small.plan.layer("top")
@@ -139,23 +143,23 @@ def test_an_idle_network_is_left_closed_and_the_plan_says_why(tagger: Tagger) ->
 
 
 def test_networks_named_as_a_whole_and_budgets_of_latency_open_nothing(tagger: Tagger) -> None:
-    assert unrolled_rnns(open_for_plan(tagger, keep=["rnn"])) == {"top": "GRU"}
-    assert open_for_plan(tagger, budget=Budget(latency=0.5)) is tagger
+    assert unrolled_rnns(unroll_for_plan(tagger, Recipe(keep=("rnn",)))) == {"top": "GRU"}
+    assert unroll_for_plan(tagger, Recipe.of("latency=0.5")) is tagger
 
 
 def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:
     opened = unroll_rnns(tagger, ["top"])
-    rule = rule_from("fixed", ranks={"head": 2})
-    made = make_plan(opened, profile(opened, IDS), rule=rule)
-    assert close_idle(made, opened).opened == {"top": "GRU"}
-    closed = close_idle(made, tagger)
-    assert closed.opened == {}
+    rule = {"name": "fixed", "ranks": {"head": 2}}
+    made = make_plan(opened, profile(opened, IDS), {"rule": rule})
+    assert refuse_unused(made, opened).unrolled == {"top": "GRU"}
+    closed = refuse_unused(made, tagger)
+    assert closed.unrolled == {}
     assert closed.layer("top").reason.startswith("left closed")
 
 
 def test_applying_in_place_needs_open_networks(tagger: Tagger) -> None:
     opened = unroll_rnns(tagger)
-    made = make_plan(opened, profile(opened, IDS), rule=rule_from("fixed", ranks={"rnn.cells.0.ih": 3}))
+    made = make_plan(opened, profile(opened, IDS), {"rule": {"name": "fixed", "ranks": {"rnn.cells.0.ih": 3}}})
     small = apply(tagger, made)
     assert isinstance(small.get_submodule("rnn.cells.0.ih"), FactorizedLayer)
     with pytest.raises(PlanError, match=r"no layer 'rnn\.cells"):
@@ -166,6 +170,6 @@ def test_applying_in_place_needs_open_networks(tagger: Tagger) -> None:
 def test_a_model_that_is_a_recurrent_network_itself() -> None:
     torch.manual_seed(0)
     net, x = nn.LSTM(16, 16), torch.randn(5, 2, 16)
-    small = tenfold.compress(net, x, budget={"params": 0.5}, **COMPRESS)
+    small = tenfold.compress(net, x, {"budget": {"params": 0.5}, "keep_ends": False}, runtime=QUIET)
     assert small.plan.unrolled == {"": "LSTM"}
     assert small.model(x)[0].shape == net(x)[0].shape

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tenfold.ranks import rule_from
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, PlanError, TuningError
@@ -38,7 +37,8 @@ def trained() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def wanted(trained: nn.Sequential) -> Plan:
     ranks = {"0": RANK, "3": RANK}
-    return plan(trained, profile(trained, data()[0][:1]), rule=rule_from("fixed", ranks=ranks), formats=["low_rank"])
+    recipe = {"rule": {"name": "fixed", "ranks": ranks}, "formats": "low_rank"}
+    return plan(trained, profile(trained, data()[0][:1]), recipe)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenfold.allocation.rules.fixed import Fixed
 from tenfold.errors import PlanError
 from tenfold.layers import TTGRU, FactorizedLayer, TTEmbedding, TTEmbeddingBag, TTLinear
 from tenfold.layers.tt_ranks import bond_cores, scale_bonds_, without_indices
@@ -19,8 +18,8 @@ from tenfold.surgery import apply
 from tenfold.training import TuneConfig
 from tenfold.training.low_rank.bayesian import BayesianRanks
 from tenfold.training.low_rank.priors import BayesianConfig, GammaPrior, HalfCauchyPrior, LogUniformPrior, RankPrior
-from tenfold.training.low_rank.rank_schedule import allowed_params
 from tenfold.training.low_rank.train_bayesian import ranks_plan, train_bayesian
+from tenfold.training.low_rank.tt_rank_pruning import allowed_params
 
 PRIORS = [GammaPrior(1.5, 5.0), GammaPrior(1.0, 0.0), LogUniformPrior(), HalfCauchyPrior(0.3)]
 
@@ -169,7 +168,7 @@ def factorized(kind: str) -> tuple[nn.Module, nn.Module, Tensor]:
         "tt_embedding": (nn.Embedding(60, 16, padding_idx=2), torch.tensor([[2, 5, 59]])),
     }[kind]
     dense = nn.Sequential(layer)
-    found = plan(dense, profile(dense, inputs), rule=Fixed({"0": 4}), formats=(kind,), keep_ends=False)
+    found = plan(dense, profile(dense, inputs), {"rule": {"name": "fixed", "ranks": {"0": 4}}, "formats": kind})
     small = apply(dense, found)
     assert isinstance(small[0], FactorizedLayer), found.layer("0").reason
     return dense, small, inputs

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tenfold.training.low_rank.learned_rules import PenalizedRank
 from torch import Tensor, nn
 
 from tenfold.checkpoint import load, save
 from tenfold.errors import BudgetError, PlanError
 from tenfold.layers import FactorizedLayer
-from tenfold.planning import plan
 from tenfold.profiling import profile
 from tenfold.records import Profile
 from tenfold.surgery import apply
@@ -49,14 +47,14 @@ def test_the_c_step_is_exact(trained: nn.Sequential, price: float) -> None:
     """Against all ranks tried one by one in NumPy: the optimum of λC(r) + ρ/2·tail, with a strength for each layer."""
     strengths = {"0": 0.05, "3": 0.02, "6": 0.01}
     found = profile(trained, X)
-    whole = {"macs": found.macs, "params": found.params}
-    rule = PenalizedRank(price, strengths=strengths, whole=whole)
-    made = plan(trained, found, rule=rule, formats=["low_rank"], keep_ends=False)
+    learned = LearnedRanks(trained, found, LcConfig(cost_weight=price, keep_ends=False))
+    weights = {path: trained.get_submodule(path).weight.detach() for path in learned.paths}
+    learned(trained, weights, torch.tensor([strengths[path] for path in learned.paths]))
+    made = learned.plan_for(trained)
     for path, strength in strengths.items():
-        layer = made.layer(path)
         expected = best(trained.get_submodule(path), price, strength, found.macs)
-        assert (layer.rank or {}).get("rank") == expected
-    assert made.rule == {"name": "lc", "cost_weight": price, "cost": "macs"}
+        assert (made.layer(path).rank or {}).get("rank") == expected
+    assert made.recipe.rule == {"name": "lc", "cost_weight": price, "cost": "macs"}
 
 
 @pytest.mark.parametrize("budget", [{"macs": 0.5}, {"params": 0.4}, {"macs": 0.5, "params": 0.45}])
@@ -110,7 +108,7 @@ def test_train_with_a_budget(trained: nn.Sequential, tmp_path: Path) -> None:
     save(found.model, found.plan, tmp_path / "saved")
     again, read = load(network(), tmp_path / "saved")
     assert same(state(again), state(found.model))
-    assert read.rule["name"] == "lc"
+    assert read.recipe.rule["name"] == "lc"
 
 
 def test_a_dearer_cost_gives_lower_ranks(trained: nn.Sequential) -> None:
@@ -147,5 +145,3 @@ def test_refusals(trained: nn.Sequential) -> None:
     weights = {path: trained.get_submodule(path).weight.detach() for path in learned.paths}
     with pytest.raises(BudgetError, match="Raise the budget"):
         learned(trained, weights, torch.ones(len(learned.paths)))
-    with pytest.raises(BudgetError, match="a price of cost or a budget"):
-        plan(trained, found, rule=PenalizedRank(whole={"macs": 1, "params": 1}), formats=["low_rank"])

@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-import typer
 from pydantic import PositiveInt
 
 from tenfold.cli.choices import RecipeOptions
@@ -37,7 +36,6 @@ class Work(Options):
 
 
 def run(
-    ctx: typer.Context,
     source: Source,
     recipe: RecipeOptions,
     recover: Recover,
@@ -69,13 +67,13 @@ def run(
     from tenfold.records import Plan
     from tenfold.runtime import Runtime
 
-    wanted = plan_or_recipe(recipe, work.plan)
     teaching, launch = recover.teaching(), launched(machine)
     opened = open_source(source, launch.own(machine), recipe.seed)
     out = work.out or opened.default_folder
     if not work.dry_run:
         check_target(out)  # now, and not after hours of tuning
     config = recover.config(opened, tune, recipe.seed)
+    wanted = plan_or_recipe(recipe, work.plan)
     data = recover.batches(opened, wanted.recipe if isinstance(wanted, Plan) else wanted)
     terminal.step("open the model")
     identity = identity_of(opened, wanted.to_json(), recover.calibration_samples, teaching)
@@ -103,7 +101,7 @@ def run(
         "processes": launch.processes,
         "latency_batch_size": work.latency_batch_size,
     }
-    record = result.record.replace(task=opened.name, command=ctx.obj, settings=settings)
+    record = result.record.replace(task=opened.name, command=terminal.command, settings=settings)
     dataclasses.replace(result, record=record).save(out, beside=partial(opened.task.write_beside, result.model))
     forget_epochs(out)
     show_outcome(record, out, terminal)

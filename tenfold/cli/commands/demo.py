@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from pydantic import NonNegativeInt
 
 from tenfold.cli.source import Machine, Source
@@ -26,7 +25,6 @@ BATCH = 64  # for the latency
 
 
 def run(
-    ctx: typer.Context,
     machine: Machine,
     terminal: Terminal,
     *,
@@ -38,7 +36,6 @@ def run(
     Trains it, profiles it, compresses it to a third of its MACs, tunes it, saves it, loads it again, shows the outcome.
 
     Args:
-        ctx: has the command line.
         machine: where to compute.
         terminal: what to show.
         out: where to write the model.
@@ -58,7 +55,7 @@ def run(
         "2. Compress it to a third of its MACs by the look of 256 unlabeled images; tune, measure and save it.\n"
     )
     result = _compress(opened, seed, terminal)
-    record = result.record.replace(task=opened.name, command=ctx.obj)
+    record = result.record.replace(task=opened.name, command=terminal.command)
     dataclasses.replace(result, record=record).save(out)
     show_outcome(record, out, terminal)
     terminal.say("\n3. Load it again onto a freshly built network.\n")

@@ -59,7 +59,7 @@ def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> Non
     The file is compared with the model on several batches first, and kept only if it computes the same. Batch norm is
     merged into the layers. What came of it goes into the record of the checkpoint too.
 
-    With --json, one object: `target`, `file`, `bytes`, `opset`, `dynamic_batch`, `folded`, `parity` (largest error by
+    With --json, one object: `target`, `file`, `bytes`, `opset`, `dynamic_batch`, `fused`, `parity` (largest error by
     size of the batch), `tolerance`, `int8`, `eager`, `latency`, `speedup`, `environment`.
     """
     _check(file)
@@ -144,8 +144,8 @@ def _lines(out: Path, made: ExportRecord) -> list[str]:
 
     opset = f", opset {made.opset}" if made.opset else ""
     batches = "batches of any size" if made.dynamic_batch else "one size of the batch"
-    folded = f", {made.folded} batch norms merged" if made.folded else ""
-    lines = [f"{out}: {made.target}{opset}, {made.bytes:,} bytes, {batches}{folded}"]
+    fused = f", {made.fused} batch norms fused" if made.fused else ""
+    lines = [f"{out}: {made.target}{opset}, {made.bytes:,} bytes, {batches}{fused}"]
     errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in made.parity.items())
     lines.append(f"largest error against the model: {errors}")
     if made.int8 is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from tenfold.cli.choices import RecipeOptions
 from tenfold.cli.recovery import Recover
@@ -32,7 +32,7 @@ class Work(Options):
     """
 
     plan: Path | None = None
-    calibration_samples: int | None = None
+    calibration_samples: NonNegativeInt | None = None
     latency_batch_size: PositiveInt = 1
     out: Path | None = None
     plot: Path | None = None
@@ -59,8 +59,8 @@ def run(
     if work.plot is not None and work.plan is not None:
         msg = "--plot shows what other budgets lead to, and --plan FILE has decided: leave one out."
         raise Misuse(msg)
-    wanted = plan_or_recipe(recipe, work.plan)
     opened = open_source(source, machine, recipe.seed)
+    wanted = plan_or_recipe(recipe, work.plan)
     data = Recover(calibration_samples=work.calibration_samples).batches(
         opened, wanted.recipe if isinstance(wanted, Plan) else wanted
     )

@@ -5,85 +5,43 @@ from __future__ import annotations
 import dataclasses
 import logging
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-from pydantic import NonNegativeInt, PositiveInt
-
+from tenfold.allocation import Schedule
 from tenfold.cli.choices import RecipeOptions
+from tenfold.cli.record_options import Fields
 from tenfold.cli.recovery import Recover, TuneOptions
 from tenfold.cli.source import Folder, Machine, Source
 from tenfold.cli.terminal import Options, Terminal
-from tenfold.errors import TuningError
 
 if TYPE_CHECKING:
     from tenfold.cli.source import Opened
-    from tenfold.iterative import Schedule, Stage
+    from tenfold.iterative import Stage
     from tenfold.pipeline import Compressed
-    from tenfold.records import TuneConfig
 
 ORDER = 35
 
 
-class Staging(Options):
-    """Stages.
+class Output(Options):
+    """Output.
 
     Attributes:
-        schedule: read the schedule from a YAML file; single options change it.
-        rounds: how often each layer is visited; the number of stages without --layers-per-stage.
-        path: how the budget is approached: each round takes the same share of what is left, or as much as the others,
-            or what the rule says until the budget is met.
-        layers_per_stage: layers to compress between two trainings; all of them, each a little, if left out.
-        order: which layers come first, with --layers-per-stage.
-        fit_to: whose outputs the fits of later stages are to meet: those as tuned last, or the dense model's.
-        final_epochs: epochs of training on after the last stage.
         out: where to write the model, replacing an earlier checkpoint; compressed-TASK by default.
         run: where to keep the stages, each a checkpoint; OUT.stages by default.
     """
 
-    schedule: Path | None = None
-    rounds: PositiveInt = 3
-    path: Literal["geometric", "linear", "rule"] = "geometric"
-    layers_per_stage: PositiveInt | None = None
-    order: Literal["front", "back", "cost"] = "front"
-    fit_to: Literal["current", "original"] = "current"
-    final_epochs: NonNegativeInt = 0
     out: Folder = None
     run: Folder = None
 
-    def read(self, tune: TuneConfig) -> Schedule:
-        """Return the schedule, with the epochs that ``tune`` sets.
-
-        Raises:
-            TuningError: there is no such file, or the schedule is not valid.
-        """
-        from tenfold.errors import TenfoldError
-        from tenfold.iterative import Schedule
-
-        values = self.model_dump(exclude_unset=True, exclude={"schedule", "out", "run"})
-        if "epochs" in tune.model_fields_set:
-            values["epochs"] = tune.epochs
-        if self.schedule is None:
-            return Schedule.of(values)
-        if not self.schedule.is_file():
-            msg = f"there is no schedule at {self.schedule}"
-            raise TuningError(msg)
-        try:
-            file = Schedule.from_text(self.schedule.read_text(encoding="utf-8"), source=str(self.schedule))
-        except (TenfoldError, UnicodeDecodeError) as error:
-            raise TuningError(str(error)) from error
-        return Schedule.of({**file.model_dump(exclude_unset=True), **values})
-
 
 def run(
-    ctx: typer.Context,
     source: Source,
     recipe: RecipeOptions,
-    staging: Staging,
+    schedule: Annotated[Schedule, Fields("Schedule", without=("rules",), file=True)],
     recover: Recover,
     tune: TuneOptions,
     machine: Machine,
+    output: Output,
     terminal: Terminal,
 ) -> None:
     """Make a trained model smaller in stages, with tuning after each: compress a little, tune, and again.
@@ -106,17 +64,17 @@ def run(
     from tenfold.runtime import Runtime
     from tenfold.training import RichProgress
 
-    plan_or_recipe(recipe, None)
-    teaching, schedule = recover.teaching(), staging.read(tune)
+    teaching = recover.teaching()
     schedule.check(recipe)
     opened = open_source(source, machine, recipe.seed)
-    out = staging.out or opened.default_folder
+    out = output.out or opened.default_folder
     check_target(out)
     config = recover.config(opened, tune, recipe.seed)
+    plan_or_recipe(recipe, None)
     if "epochs" not in schedule.model_fields_set or not recover.tune:
         schedule = schedule.replace(epochs=config.epochs)
     data = recover.batches(opened, recipe)
-    folder = staging.run or out.with_name(f"{out.name}.stages")
+    folder = output.run or out.with_name(f"{out.name}.stages")
     terminal.step("open the model")
     tuner = Tuner(opened, config, out, "", teaching=teaching)
     progress = None if terminal.quiet else RichProgress()
@@ -139,7 +97,7 @@ def run(
     result = _fused(result, opened) if recipe.fuse_batchnorm else result
     samples = {"calibration_samples": recover.calibration_samples}
     settings = {**result.record.settings, **samples, **tuner.settings, "tuning": config.model_dump()}
-    record = result.record.replace(task=opened.name, command=ctx.obj, settings=settings)
+    record = result.record.replace(task=opened.name, command=terminal.command, settings=settings)
     dataclasses.replace(result, record=record).save(out, beside=partial(opened.task.write_beside, result.model))
     show_outcome(record, out, terminal)
 

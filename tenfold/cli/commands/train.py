@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
 from pydantic import NonNegativeInt, PositiveFloat
 
 from tenfold.cli.record_options import Fields
@@ -57,7 +56,6 @@ class LowRank(Options):
 
 
 def run(
-    ctx: typer.Context,
     source: Source,
     recipe: Annotated[Recipe, Fields("Recipe", without=("calibration", "fuse_batchnorm"), file=True)],
     low_rank: LowRank,
@@ -87,9 +85,9 @@ def run(
     if out is None:
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
-    wanted = _wanted(recipe, low_rank)
     check_target(out)
     opened = open_source(source, machine, recipe.seed)
+    wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
     terminal.step("evaluate")
     original = opened.task.evaluate(opened.model)
@@ -98,7 +96,7 @@ def run(
     result = _train(opened, projection, low_rank, config, distill, terminal)
     seconds = time.perf_counter() - start
     terminal.step("evaluate")
-    record = _record(opened, result, original, seconds).replace(command=ctx.obj, seed=recipe.seed)
+    record = _record(opened, result, original, seconds).replace(command=terminal.command, seed=recipe.seed)
     record = record.replace(settings={"method": low_rank.method, "towards": result.training.summary()})
     save(result.model, result.plan, out, record=record)
     forget_epochs(out)

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from tenfold.cli.recovery import Distill, TuneOptions
 from tenfold.cli.source import Folder, Machine, Source
 from tenfold.cli.terminal import Misuse, Options, Terminal
@@ -35,7 +33,6 @@ class Output(Options):
 
 
 def run(
-    ctx: typer.Context,
     source: Source,
     tune: TuneOptions,
     distill: Distill,
@@ -85,7 +82,7 @@ def run(
         tuner(opened.model)
         return
     record = _tune(opened, tuner, terminal)
-    record = record.replace(command=ctx.obj, settings={**record.settings, "tuning": config.model_dump()})
+    record = record.replace(command=terminal.command, settings={**record.settings, "tuning": config.model_dump()})
     save(opened.model, plan, out, record=record, beside=partial(opened.task.write_beside, opened.model))
     forget_epochs(out)
     show_outcome(record, out, terminal)

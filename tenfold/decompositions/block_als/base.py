@@ -21,7 +21,8 @@ _LOOSER = 10
 _SMALL = 1 << 12
 _SHORT = 20
 
-# Of the fits of a curve.
+# Of the fits of a curve; those of weights with so many entries are in float32.
+_LARGE = 1 << 16
 QUICK = {"n_iter": 20, "data_iter": 3, "starts": 1}
 
 
@@ -53,7 +54,10 @@ class BlockALS(CovarianceDecomposition):
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the curve between quick fits on lines of ranks."""
-        return problem.between_fits_on_lines(self.with_settings(QUICK))
+        # Under a covariance, which is a square, fits need float64; small ones cost nothing in it.
+        fast = problem.moments is None and problem.weight.numel() >= _LARGE
+        precision = {"dtype": "auto"} if fast else {}
+        return problem.between_fits_on_lines(self.with_settings({**QUICK, **precision}))
 
     def fit_blocks(
         self, problem: FitProblem, modes: Shape, layout: Layout, fit_white: Callable[[Tensor], Descent]

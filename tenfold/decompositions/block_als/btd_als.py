@@ -220,13 +220,17 @@ def _best_cores(by_in: Tensor, outer: Tensor, inner: Tensor, held: Tensor, ridge
         square = square + each(ridge, square) * _diagonal_blocks(square, blocks)
         x, lower = solve(square, rhs.flatten(1, 3), held.flatten(1, 3))
         return x.view_as(held), lower
-    by_out = _overlap(outer).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (c', cp, p')
+    # The squares of the blocks are the part of the objective that is within them.
+    same = torch.eye(blocks).to(outer)[:, :, None, None]
+    weights = 1 + ridge.to(outer)[:, None, None, None, None] * same
+    by_out = (_overlap(outer).permute(0, 3, 1, 2, 4) * weights).flatten(2, 3)  # (c', cp, p')
     by_both = _overlap(inner).permute(0, 1, 3, 4, 2).flatten(2, 3)  # (c, c'q', q)
 
     def product(x: Tensor) -> Tensor:
-        moved = (by_out @ x.flatten(3)).reshape(-1, blocks, blocks, p, q, taps)  # (c', c, p, q', K)
-        gathered = moved.permute(0, 2, 3, 5, 1, 4).reshape(-1, blocks, p * taps, blocks * q) @ by_both
-        all_blocks = gathered.reshape(-1, blocks, p, taps, q).transpose(3, 4)
-        return all_blocks + each(ridge, x) * _own_gram(x, outer, inner)
+        """Return the matrix of the normal equations times cores (batch, blocks, p, K, q)."""
+        moved = (by_out @ x.flatten(3)).reshape(-1, blocks, blocks, p * taps, q)  # (c', c, pK, q')
+        gathered = moved.permute(0, 2, 3, 1, 4).flatten(3)  # (c, pK, c'q')
+        return (gathered @ by_both).view_as(x)
 
-    return solve_by_steps(product, rhs, held)
+    x, lower = solve_by_steps(product, rhs.transpose(3, 4).contiguous(), held.transpose(3, 4).contiguous())
+    return x.transpose(3, 4).contiguous(), lower

@@ -10,7 +10,7 @@ from torch import Tensor
 from tenfold.decompositions.block_als.descent import DIRECT, Blocks, solve, solve_by_steps
 from tenfold.decompositions.block_als.weighted_descent import Layout
 from tenfold.tensors import rings
-from tenfold.tensors.conjugate_gradients import dot, each
+from tenfold.tensors.conjugate_gradients import Map, dot, each
 
 
 class RingLeastSquares:
@@ -36,7 +36,7 @@ class RingLeastSquares:
         cores, lower, terms = list(blocks), self.power, self.power
         for k, tensor in enumerate(self._turned):
             left, right = beside(cores, k)
-            between = Between(left, right, closing=_closing(len(cores), k), ridge=ridge)
+            between = Between(_others(cores, k), left, right, closing=_closing(len(cores), k), ridge=ridge)
             cores[k], lower, terms = between.best(tensor, cores[k])
         return tuple(cores), (self.power + lower - ridge * terms).clamp_min(0), terms
 
@@ -82,8 +82,8 @@ class RingLayout(Layout):
 
     def gram(self, blocks: Blocks, k: int) -> Tensor | None:
         """Return the Gram matrix of what is beside core k."""
-        left, right = beside(blocks, k)
-        return gram_between(left, right) if left.shape[3] * right.shape[1] <= DIRECT else None
+        small = blocks[k].shape[1] * blocks[k].shape[3] <= DIRECT
+        return gram_around(_others(blocks, k)) if small else None
 
     def columns(self, block: Tensor) -> Tensor:
         """Return a core (batch, r, n, r') as (batch, r·r', n)."""
@@ -105,6 +105,11 @@ def beside(cores: Blocks | list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     return rings.tr_chain(tuple(cores[m] for m in before)), rings.tr_chain(tuple(cores[m] for m in after))
 
 
+def _others(cores: Blocks | list[Tensor], k: int) -> Blocks:
+    """Return the cores around the ring from the one after core k to the one before."""
+    return (*cores[k + 1 :], *cores[:k])
+
+
 def _around(order: int, k: int) -> tuple[range, range]:
     """Return which cores stand before core k and which after: the closing bond is never within either."""
     if k == 0:
@@ -119,22 +124,64 @@ def _closing(order: int, k: int) -> str:
     return "b" if k == 0 else "c" if k == order - 1 else "a"
 
 
-def gram_between(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix (batch, b·c, b·c) of the normal equations of a core between (a, l, b) and (c, r, a)."""
-    of_left, of_right = _overlap(left), _overlap(right)
-    b, c = left.shape[3], right.shape[1]
-    pairs = of_left.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (bb', aa')
-    others = of_right.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # (aa', cc')
-    return (pairs @ others).reshape(-1, b, b, c, c).transpose(2, 3).reshape(-1, b * c, b * c)
+def gram_around(others: Blocks) -> Tensor:
+    """Return the matrix (batch, b·c, b·c) of the normal equations of a core whose left rank is b and right rank is c.
+
+    ``others`` are the other cores, from the right neighbour (c, n, r) around to the left one (r', n, b). Core after
+    core is multiplied to the inner products of those so far, from one end, the other, or both until they meet: whatever
+    multiplies least, for products of fibers may be far larger than the cores.
+    """
+    mirrored = tuple(core.permute(0, 3, 2, 1) for core in reversed(others))
+    count = len(others)
+    (c, *_), (b, *_) = others[0].shape[1:], mirrored[0].shape[1:]
+
+    def cost(first: int) -> int:
+        meeting = (b * c * others[first].shape[1]) ** 2 if 0 < first < count else 0
+        return _cost_of_products(others[:first]) + _cost_of_products(mirrored[: count - first]) + meeting
+
+    first = min(range(count + 1), key=cost)
+    if first == 0:
+        whole = _products(mirrored).permute(0, 1, 3, 2, 4)
+    elif first == count:
+        whole = _products(others).permute(0, 3, 1, 4, 2)
+    else:
+        left, right = _products(mirrored[: count - first]), _products(others[:first])  # (b, b', a, a'), (c, c', a, a')
+        met = left.flatten(3).flatten(1, 2) @ right.flatten(3).flatten(1, 2).mT
+        whole = met.reshape(-1, b, b, c, c).transpose(2, 3)
+    return whole.reshape(-1, b * c, b * c)
+
+
+def _products(cores: Blocks) -> Tensor:
+    """Return the inner products (batch, c, c', r, r') of the fibers of the core that neighbours multiply to."""
+    first, *others = cores
+    c = first.shape[1]
+    found = _overlap(first).permute(0, 1, 3, 2, 4)
+    for core in others:
+        batch, inside, n, outside = core.shape
+        half = found.reshape(batch, -1, inside) @ core.flatten(2)  # (cc'r, n·s')
+        half = half.reshape(batch, c * c, inside * n, outside).transpose(2, 3).reshape(batch, -1, inside * n)
+        found = (half @ core.flatten(1, 2)).reshape(batch, c, c, outside, outside).transpose(3, 4)
+    return found
+
+
+def _cost_of_products(cores: Blocks) -> int:
+    """Return the multiplications of ``_products``."""
+    if not cores:
+        return 0
+    c = cores[0].shape[1]
+    sizes = [core.shape[1:] for core in cores[1:]]
+    return cores[0][0].numel() * c * cores[0].shape[3] + sum(c * c * r * n * s * (r + s) for r, n, s in sizes)
 
 
 @dataclass(frozen=True, eq=False)
 class Between:
     """A core (batch, b, n, c) between its neighbours (batch, a, l, b) and (batch, c, r, a).
 
-    ``closing`` names the bond whose values are the terms, and ``ridge`` is the weight of their squares.
+    ``others`` are the cores of which these are made: see ``gram_around``. ``closing`` names the bond whose
+    values are the terms, and ``ridge`` is the weight of their squares.
     """
 
+    others: Blocks
     left: Tensor
     right: Tensor
     closing: str
@@ -143,18 +190,14 @@ class Between:
     def best(self, tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best core for tensors (batch, l, n, r), the objective less their power, and the terms' squares."""
         b, c = held.shape[1], held.shape[3]
-        rhs = _columns(_contracted(tensor, self.left, self.right))  # (batch, bc, n)
+        between = _contracted(tensor, self.left, self.right)  # (batch, b, n, c)
         if self.closing != "a" or b * c <= DIRECT:
-            gram = gram_between(self.left, self.right)
+            gram = gram_around(self.others)
             within = self._within_terms(gram, b, c)
-            x, lower = solve(gram + each(self.ridge, gram) * within, rhs, _columns(held))
-            terms = dot(x, within @ x)
-        else:
-            x, lower = solve_by_steps(
-                lambda x: self._product(x) + each(self.ridge, x) * self._terms(x), rhs, _columns(held)
-            )
-            terms = dot(x, self._terms(x))
-        return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, terms
+            x, lower = solve(gram + each(self.ridge, gram) * within, _columns(between), _columns(held))
+            return x.reshape(len(x), b, c, -1).transpose(2, 3), lower, dot(x, within @ x)
+        x, lower = solve_by_steps(self._normal_map(), between, held)
+        return x, lower, dot(x, self._terms(x))
 
     def _within_terms(self, gram: Tensor, b: int, c: int) -> Tensor:
         """Return the Gram matrix without what is between different values of the closing bond."""
@@ -172,18 +215,28 @@ class Between:
         return self.left.mT @ self.left, right.mT @ right
 
     def _terms(self, x: Tensor) -> Tensor:
+        """Return the Gram matrix within the terms times a core (batch, b, n, c)."""
         left, right = self._overlaps()
-        apart = x.reshape(len(x), left.shape[2], right.shape[2], -1)
-        return torch.einsum("zabe,zefn,zacf->zbcn", left, apart, right).reshape(x.shape)
+        return torch.einsum("zabe,zenf,zacf->zbnc", left, x, right)
 
-    def _product(self, x: Tensor) -> Tensor:
-        """Return the Gram matrix times columns (batch, bc, n) without writing it down."""
-        a, b, c = self.left.shape[1], self.left.shape[3], self.right.shape[1]
-        by_left = _overlap(self.left).permute(0, 1, 3, 4, 2).flatten(1, 3)  # (aa'b', b)
-        by_right = _overlap(self.right).permute(0, 2, 4, 1, 3).flatten(1, 3)  # (aa'c, c')
-        moved = (by_left @ x.reshape(len(x), b, -1)).reshape(len(x), a * a, b, c, -1)
-        gathered = moved.permute(0, 2, 4, 1, 3).reshape(len(x), -1, a * a * c) @ by_right
-        return gathered.reshape(len(x), b, -1, c).transpose(2, 3).flatten(1, 2)
+    def _normal_map(self) -> Map:
+        """Return the Gram matrix, that within the terms added ``ridge`` times, as a map of cores (batch, b, n, c).
+
+        It is a sum over pairs of values of bond a of products from the left and the right; those of equal values are
+        within the terms.
+        """
+        batch, a, _, b = self.left.shape
+        c = self.right.shape[1]
+        same = torch.eye(a).to(self.left)[:, :, None, None]
+        weights = 1 + self.ridge.to(self.left)[:, None, None, None, None] * same  # (batch, a, a', 1, 1)
+        by_left = (_overlap(self.left).permute(0, 1, 3, 2, 4) * weights).flatten(1, 2)  # (aa', b, b')
+        by_right = _overlap(self.right).permute(0, 2, 4, 3, 1).flatten(1, 2)  # (aa', c', c)
+
+        def normal(x: Tensor) -> Tensor:
+            moved = by_left @ x.reshape(batch, 1, b, -1)  # (aa', b, n·c')
+            return (moved.reshape(batch, a * a, -1, c) @ by_right).sum(1).reshape(x.shape)
+
+        return normal
 
 
 def _columns(core: Tensor) -> Tensor:

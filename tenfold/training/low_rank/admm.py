@@ -88,10 +88,9 @@ class Admm(nn.Module):
     Example:
         >>> from tenfold.planning import plan
         >>> from tenfold.profiling import profile
-        >>> from tenfold.ranks import rule_from
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(16, 16))
-        >>> target = plan(net, profile(net, torch.zeros(1, 16)), rule=rule_from("fixed", ranks={"0": 4}))
+        >>> target = plan(net, profile(net, torch.zeros(1, 16)), {"rule": {"name": "fixed", "ranks": {"0": 4}}})
         >>> admm = Admm(net, target, AdmmConfig(rho=10.0))
         >>> before = admm.residuals["0"].primal
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

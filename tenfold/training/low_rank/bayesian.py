@@ -15,8 +15,7 @@ from tenfold.layers.tt_ranks import bond_cores, has_bonds, scale_bonds_, write_b
 from tenfold.tensors.trains import tt_canonical
 from tenfold.training.loop import Loss
 from tenfold.training.low_rank.priors import BayesianConfig
-from tenfold.training.low_rank.rank_schedule import allowed_params, least_worth
-from tenfold.training.low_rank.tt_rank_pruning import prune_bonds_
+from tenfold.training.low_rank.tt_rank_pruning import allowed_params, least_worth, prune_bonds_
 
 _SWEEPS = 20  # over the bonds
 

@@ -147,10 +147,9 @@ def train_admm(
     Example:
         >>> from tenfold.planning import plan
         >>> from tenfold.profiling import profile
-        >>> from tenfold.ranks import rule_from
         >>> _ = torch.manual_seed(0)
         >>> net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(64, 16)
-        >>> target = plan(net, profile(net, x[:1]), rule=rule_from("fixed", ranks={"0": 4}))
+        >>> target = plan(net, profile(net, x[:1]), {"rule": {"name": "fixed", "ranks": {"0": 4}}})
         >>> config = LowRankConfig(train=TuneConfig(epochs=10, lr=0.1))
         >>> result = train_admm(net, target, [(x, (x[:, 0] > 0).long())] * 20, config)
         >>> result.plan.layer("0").rel_error < 0.1

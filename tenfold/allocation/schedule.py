@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
-from tenfold.allocation import RankRule, rule_of
+from tenfold.allocation.rule import RankRule, rule_of
 from tenfold.errors import TenfoldError, TuningError
 from tenfold.records import Budget, Cost, Recipe, Record, explain
 

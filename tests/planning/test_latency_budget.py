@@ -1,0 +1,217 @@
+"""The latency budget under a made-up clock: what is promised is met, as measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tenfold.allocation import choose
+from tenfold.errors import BudgetError
+from tenfold.layers import FactorizedLayer
+from tenfold.planning import LatencySearch, Timing, decide, plan, plan_within_latency, recost, tabulate
+from tenfold.planning.latency_budget import with_structure
+from tenfold.profiling import Comparison, LatencyTable, profile
+from tenfold.records import OptionTable, Recipe, Speedup
+from tenfold.runtime import Runtime
+from tenfold.surgery import apply, fuse_batchnorm
+from tests.planning.made_up_time import OVERHEAD_MS, FakeCompare, model_ms, three_layers
+from tests.planning.made_up_time import clock as made_up
+
+
+@pytest.fixture(scope="module")
+def net():
+    return three_layers()
+
+
+X = torch.zeros(1, 32, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def costs(net):
+    return profile(net, X)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    compare = FakeCompare()
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    return compare
+
+
+def fast(net, x, budget=None, *, clock=None, rule="ratio", keep=(), fuse=False, **search):
+    """Return the plan within a budget, by a made-up clock."""
+    recipe = Recipe(budget=budget, rule=rule, keep=keep, keep_ends=False, fuse_batchnorm=fuse)
+    cost = profile(net, x)
+    table = tabulate(net, cost, recipe)
+    return plan_within_latency(net, table, cost, x, clock or made_up(), LatencySearch(**search))
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.7, 0.9])
+def test_a_latency_budget_is_met_from_below(net, costs, fake, share):
+    result = fast(net, X, {"latency": share}, compare=fake)
+    before = model_ms(net, X)
+    after = model_ms(with_structure(net, result.plan), X)
+    assert after <= share * before
+    assert after >= 0.9 * share * before
+    assert result.met
+    assert result.rounds == 1
+    assert all(t.faster() for t in result.layers.values())
+
+
+def test_a_model_slower_than_predicted_is_planned_anew_until_the_budget_is_met(net, costs, monkeypatch):
+    compare = FakeCompare(bias=1.3)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    result = fast(net, X, {"latency": 0.6}, compare=compare)
+    after = 1.3 * model_ms(with_structure(net, result.plan), X)
+    assert after <= 0.6 * model_ms(net, X)
+    assert after >= 0.5 * model_ms(net, X)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_what_the_clock_learns_on_the_way_is_not_taken_twice(monkeypatch, share):
+    """A chain of stages takes 1.5 times their sum: measured once, every later plan is as predicted."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*[m for _ in range(6) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]).eval()
+    x = torch.zeros(1, 64, 8, 8)
+
+    class Chained(FakeCompare):
+        def __call__(self, variants, *, seconds, threads):
+            found = super().__call__(variants, seconds=seconds, threads=threads)
+            times = {name: found.latencies[name].median_ms + slower(*variants[name]) for name in variants}
+            first = next(iter(times.values()))
+            latencies = {n: found.latencies[n].replace(median_ms=t, low_ms=t, high_ms=t) for n, t in times.items()}
+            ratios = {n: first / t for n, t in times.items()}
+            return Comparison(latencies, {n: Speedup(ratio=r, low=r, high=r, rounds=9) for n, r in ratios.items()})
+
+    def slower(model, inputs):
+        chains = [m for m in model.modules() if isinstance(m, FactorizedLayer)]
+        return 0.5 * sum(model_ms(chain, inputs if chain is model else x) - OVERHEAD_MS for chain in chains)
+
+    compare = Chained()
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    result = fast(deep, x, {"latency": share}, rule="global", compare=compare)
+    assert result.met
+    assert result.share >= 0.96 * share
+    assert result.rounds <= 3
+
+
+def test_absolute_budgets_are_milliseconds(net, costs, fake):
+    wanted = 0.7 * model_ms(net, X)
+    assert wanted > 1
+    result = fast(net, X, {"max_latency_ms": wanted}, compare=fake)
+    assert 0.9 * wanted <= model_ms(with_structure(net, result.plan), X) <= wanted
+
+
+@pytest.mark.parametrize("bias", [1.0, 10.0])
+def test_without_a_latency_budget_the_clock_is_not_asked_and_the_gate_stands(net, costs, bias):
+    def refuse(*_):
+        raise AssertionError
+
+    still = LatencyTable(cache=None, threads=1, timer=refuse, model_timer=refuse)
+    rule = {"name": "ratio", "share": 0.5}
+    result = fast(net, X, clock=still, rule=rule, compare=FakeCompare(bias=bias))
+    assert bool(result.plan.factorized) == (bias == 1)
+    assert set(result.returned) == (set() if bias == 1 else {"0", "2", "4"})
+    assert result.met
+
+
+def test_what_cannot_be_met_is_an_error_or_comes_as_near_as_it_can(net, costs, fake):
+    impossible = {"latency": OVERHEAD_MS / 2 / model_ms(net, X)}
+    with pytest.raises(BudgetError, match="what no plan changes"):
+        fast(net, X, impossible, compare=fake)
+    keep = fast(net, X, {"latency": 0.5}, keep=["0"], strict=False, rounds=12, compare=fake)
+    assert keep.speedup.ratio > 1
+
+
+def test_fused_models_are_planned_and_measured_against_the_fused_dense_one(fake):
+    torch.manual_seed(0)
+    blocks = [(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()) for _ in range(3)]
+    net = nn.Sequential(*(module for block in blocks for module in block)).eval()
+    asked = []
+
+    def compare(variants, **how):
+        asked.extend(sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) for model, _ in variants.values())
+        return fake(variants, **how)
+
+    result = fast(net, X, {"latency": 0.5}, fuse=True, compare=compare)
+    assert set(asked) == {0}
+    assert result.met
+    assert result.plan.fused == {"1": "0", "4": "3", "7": "6"}
+    small = apply(net, result.plan)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
+    assert model_ms(small, X) <= 0.5 * model_ms(fuse_batchnorm(net, X), X)
+    assert fast(net, X, {"latency": 0.5}, compare=compare).plan.fused == {}
+
+
+def test_a_latency_budget_needs_a_clock(net, costs):
+    for budget in ({"latency": 0.5}, {"max_latency_ms": 0.5}):
+        with pytest.raises(BudgetError, match=r"latenc.* not measured|needs latencies|needs measured latencies"):
+            plan(net, costs, {"rule": "ratio", "budget": budget})
+
+
+def test_what_is_no_layer_is_set_apart(net, costs, fake):
+    timing = Timing.of(net, X, made_up())
+    assert timing.layer_share == pytest.approx(1 - OVERHEAD_MS / model_ms(net, X))
+    assert timing.dense_ms == pytest.approx(model_ms(net, X))
+    everything = plan(net, costs, {"rule": "ratio", "keep_ends": False, "budget": {"latency": 1.0}}, timing=timing)
+    assert everything.factorized == ()
+    assert everything.layer("0").reason == "the budget is met as it is"
+
+
+def test_the_timing_of_other_budgets_is_left_alone(net, costs, fake):
+    timing = Timing.of(net, X, made_up())
+    recipe = {"rule": "ratio", "budget": {"macs": 0.5}}
+    assert plan(net, costs, recipe, timing=timing) == plan(net, costs, recipe)
+    recipe = {"rule": "ratio", "keep_ends": False, "budget": {"macs": 0.5, "latency": 0.4}}
+    both = plan(net, costs, recipe, timing=timing)
+    assert both.after.macs <= 0.5 * costs.macs
+
+
+def test_the_memory_format_that_is_faster_takes_over(net, costs, monkeypatch):
+    compare = FakeCompare(channels_last=0.5)
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    formats = []
+
+    def watch(variants, **options):
+        formats.extend(n for n in variants if n == "after")
+        layouts = [v[1].is_contiguous(memory_format=torch.channels_last) for n, v in variants.items() if n == "after"]
+        formats.extend(layouts)
+        return compare(variants, **options)
+
+    result = fast(net, X, {"latency": 0.6}, compare=watch)
+    assert formats[:2] == ["after", False]
+    assert formats[-1] is True
+    assert result.met
+    assert result.share == pytest.approx(0.6, rel=0.1)
+
+
+def test_a_model_that_is_not_faster_as_a_whole_is_never_handed_back(net, costs, monkeypatch):
+    def compare(variants, **options):
+        return FakeCompare(bias=1.0 if "factorized" in variants else 50.0)(variants, **options)
+
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    with pytest.raises(BudgetError, match="no plan makes the model faster"):
+        fast(net, X, {"latency": 0.5}, strict=False, compare=compare)
+
+
+def test_the_table_of_a_plan_by_the_clock(monkeypatch):
+    """Explorers go by the clock of the final plan, and by what measuring whole models taught it."""
+    compare = FakeCompare(bias=1.2)  # slower as a whole than the clock says
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    monkeypatch.setattr(LatencySearch, "__init__", _with(compare, LatencySearch.__init__))
+    model, batch = three_layers(), torch.zeros(4, 32, 8, 8)
+    recipe = Recipe.of({"budget": {"latency": 0.6}, "keep_ends": False})
+    runtime = Runtime(clock=made_up(), latency_inputs=batch)
+    decision = decide(model, batch[:1], recipe, runtime=runtime)
+    table = OptionTable.model_validate_json(decision.table.model_dump_json())
+    assert table.time.dense_ms == pytest.approx(model_ms(model, batch))
+    assert (table.time.batch_size, table.time.tighten < 1) == (4, True)
+    small = choose(table)
+    assert small.after == recost(small, profile(model, batch[:1])).after  # of one sample, whatever batch was timed
+    assert 1.2 * model_ms(with_structure(model, small), batch) == pytest.approx(0.6 * model_ms(model, batch), rel=0.1)
+    assert decision.timed.met
+
+
+def _with(compare, init):
+    return lambda self, **options: init(self, **{"compare": compare, **options})
