@@ -65,7 +65,8 @@ def _read(wide: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
     index = _sources(size, spec, places).t().to(wide.device)  # (places, taps)
     # All channels of a position lie together in maps that are channels_last, and are copied at once.
     taken = wide.movedim(1, -1).flatten(1, -2).index_select(1, index.flatten())
-    return taken.view(-1, index.shape[1], wide.shape[1])
+    rows: Tensor = taken.view(-1, index.shape[1], wide.shape[1])
+    return rows
 
 
 def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, seed: int = 0) -> Tensor:

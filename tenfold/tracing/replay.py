@@ -166,7 +166,8 @@ class Replay:
 
         for number in range(len(self._batches)):
             layer, end, stop = self._model.get_submodule(path), self._model.get_submodule(last), _Stop()
-            watching = [layer.register_forward_pre_hook(enter, with_kwargs=True), Tracer({last: end}, on_addition=stop)]
+            taking = layer.register_forward_pre_hook(enter, with_kwargs=True)
+            watching: list[AbstractContextManager[Any]] = [taking, Tracer({last: end}, on_addition=stop)]
             if shapes is None:
                 watching.insert(1, layer.register_forward_hook(leave, prepend=True))
             else:
