@@ -40,7 +40,8 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
     for turn in range(config["repeats"] + 1):
         for name, tree in trees.items():
-            found = run(tree, config, options.weights_dir, options.threads)
+            arguments = config["arguments" if name == "this" else "arguments_beside"]
+            found = run(tree, config | {"arguments": arguments}, options.weights_dir, options.threads)
             print(name, found, flush=True)
             if turn:
                 runs[name].append(found)

@@ -65,7 +65,8 @@ def _read(wide: Tensor, spec: LayerSpec, places: Tensor) -> Tensor:
     index = _sources(size, spec, places).t().to(wide.device)  # (places, taps)
     # All channels of a position lie together in maps that are channels_last, and are copied at once.
     taken = wide.movedim(1, -1).flatten(1, -2).index_select(1, index.flatten())
-    return taken.view(-1, index.shape[1], wide.shape[1])
+    rows: Tensor = taken.view(-1, index.shape[1], wide.shape[1])
+    return rows
 
 
 def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, seed: int = 0) -> Tensor:
@@ -77,9 +78,11 @@ def output_rows(y: Tensor, spec: LayerSpec, *, positions: int | None = None, see
     size = tuple(y.shape[2:])
     drawn = _drawn(size, positions, seed)
     if drawn is not None:
-        taken = y.movedim(1, -1).flatten(1, -2).index_select(1, _flat(drawn, size).to(y.device))
-        return taken.flatten(0, 1).t().unflatten(0, (spec.groups, -1))
-    return y.unflatten(1, (spec.groups, -1)).movedim(0, 2).flatten(2)
+        taken: Tensor = y.movedim(1, -1).flatten(1, -2).index_select(1, _flat(drawn, size).to(y.device))
+        drawn_rows: Tensor = taken.flatten(0, 1).t().unflatten(0, (spec.groups, -1))
+        return drawn_rows
+    rows: Tensor = y.unflatten(1, (spec.groups, -1)).movedim(0, 2).flatten(2)
+    return rows
 
 
 def _drawn(size: tuple[int, ...], positions: int | None, seed: int) -> Tensor | None:

@@ -164,17 +164,18 @@ class Weighted:
         return cls(kernel, covariance, product, power, channel_blocks(covariance, taps))
 
     @cached_property
-    def blocks(self) -> Tensor | None:
-        """The covariance by pairs of taps (batch, k, k', c, c'), where V meets matrices; None of a sketch."""
-        if isinstance(self.covariance, Sketch):
-            return None
+    def blocks(self) -> Tensor:
+        """The covariance by pairs of taps (batch, k, k', c, c'), where V meets matrices; made for dense ones only."""
+        dense = self.covariance.dense() if isinstance(self.covariance, Sketch) else self.covariance
         split = self.kernel.shape[2:]
-        return self.covariance.unflatten(-1, split).unflatten(1, split).permute(0, 2, 4, 1, 3).contiguous()
+        pairs: Tensor = dense.unflatten(-1, split).unflatten(1, split).permute(0, 2, 4, 1, 3).contiguous()
+        return pairs
 
     @cached_property
     def lower_channels(self) -> Tensor:
         """Cholesky factor of ``channels``."""
-        return torch.linalg.cholesky(add_ridge(self.channels, 1e-6))
+        lower: Tensor = torch.linalg.cholesky(add_ridge(self.channels, 1e-6))
+        return lower
 
     @cached_property
     def _white(self) -> tuple[Tensor, Tensor]:
@@ -185,7 +186,8 @@ class Weighted:
     @cached_property
     def _white_outputs(self) -> Tensor:
         """All eigenvectors (batch, out, out) of the outputs of that kernel, the leading ones last."""
-        return torch.linalg.eigh(gram(self._white[0].flatten(2))).eigenvectors
+        vectors: Tensor = torch.linalg.eigh(gram(self._white[0].flatten(2))).eigenvectors
+        return vectors
 
     def start(self, r_out: int, r_in: int) -> Tensor:
         """Return orthonormal columns (batch, c, r_in) that span the leading inputs of the channel-whitened kernel."""
@@ -267,12 +269,12 @@ def _input_step(problem: Weighted, u: Tensor | None, core: Tensor, v: Tensor, st
     weights = torch.einsum("bark,bask->brs", core, core)
 
     # The core meets itself once and not in every step, which then takes c²·k²·r_in products instead of out·c²·k².
-    blocks = problem.blocks if core.shape[2] <= core.shape[1] else None
-    pairs = None if blocks is None else torch.einsum("bark,basl->bklsr", core, core)
+    paired = core.shape[2] <= core.shape[1] and not isinstance(problem.covariance, Sketch)
+    pairs = torch.einsum("bark,basl->bklsr", core, core) if paired else core
 
     def normal(x: Tensor) -> Tensor:
-        if blocks is not None and pairs is not None:
-            return ((blocks @ x[:, None, None]) @ pairs).sum((1, 2))
+        if paired:
+            return ((problem.blocks @ x[:, None, None]) @ pairs).sum((1, 2))
         dense = torch.einsum("bark,bcr->back", core, x)
         moved = (dense.reshape(batch, core.shape[1], -1) @ problem.covariance).view_as(dense)
         return torch.einsum("back,bark->bcr", moved, core)

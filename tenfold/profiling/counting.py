@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any, Self
 
@@ -103,6 +104,8 @@ class MacCounter:
         # Entered first, hence called last: composite operations arrive after the counter has decomposed them.
         self._watch.__enter__()  # type: ignore[no-untyped-call]
         self._flops.__enter__()
+        if self._flops.mode is not None:
+            _uncompiled(self._flops.mode)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,8 +113,19 @@ class MacCounter:
         self._watch.__exit__(*error)  # type: ignore[no-untyped-call]
 
 
+def _uncompiled(mode: TorchDispatchMode) -> None:
+    """Keep a mode from importing torch's compiler at its first operation, which takes a second and 70 MiB."""
+    raw = inspect.unwrap(type(mode).__torch_dispatch__)
+    body = {"__torch_dispatch__": raw, "_should_skip_dynamo": classmethod(lambda _: False)}
+    mode.__class__ = type(type(mode).__name__, (type(mode),), body)
+
+
 class _Watch(TorchDispatchMode):
     """Notes the operations without a formula."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see ``_uncompiled``
 
     def __init__(self, counted: set[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import tee
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,9 @@ def targets(dense: Replay, new: Replay, path: str, branch: Branch | None) -> Ite
     if branch is None:
         yield from zip(new.inputs(path), dense.outputs(path), strict=True)
         return
-    wanted, ahead = tee(dense.branches(path, branch.last))
-    own = new.branches(path, branch.last, instead=(y for _, y, _ in ahead))
-    for (_, y, dense_shortcut), (x, _, shortcut) in zip(wanted, own, strict=True):
+    latest: list[Tensor] = []
+    own = new.branches(path, branch.last, instead=iter(latest.pop, None))
+    for _, y, dense_shortcut in dense.branches(path, branch.last):
+        latest.append(y)
+        x, _, shortcut = next(own)
         yield x, y + branch.correction(dense_shortcut - shortcut)

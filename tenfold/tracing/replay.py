@@ -92,8 +92,10 @@ class Replay:
         self._limit, self._spare, self._changing = limit, spare, changing
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
         self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._hollows: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._bytes = 0
         self._rooms: dict[str, Tensor] = {}
+        self._lasting: set[str] = set()
         self.trace = trace(model, batches[0], forward=self._forward)
         self._span = self.trace.spans
         self._leaves = sorted(self._span[path][0] for path in self.order)
@@ -157,19 +159,21 @@ class Replay:
             seen["input"] = next(tensors_in((args, kwargs))).detach().clone()  # an operation in place may follow
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            seen["output"] = next(tensors_in(output)).detach().clone()  # a hook of the layer may change it
+            tensor = next(tensors_in(output))
+            self._keep_read(path, number, tensor)
+            held = self._kept[number].get(path) if self._holds(path) else None
+            seen["output"] = tensor.detach().clone() if held is None else held  # a hook of the layer may change it
 
         for number in range(len(self._batches)):
             layer, end, stop = self._model.get_submodule(path), self._model.get_submodule(last), _Stop()
-            watching = [layer.register_forward_pre_hook(enter, with_kwargs=True), Tracer({last: end}, on_addition=stop)]
+            taking = layer.register_forward_pre_hook(enter, with_kwargs=True)
+            watching: list[AbstractContextManager[Any]] = [taking, Tracer({last: end}, on_addition=stop)]
             if shapes is None:
                 watching.insert(1, layer.register_forward_hook(leave, prepend=True))
             else:
-                seen["output"] = _hollow(next(shapes))
+                seen["output"] = self._hollowed(next(shapes))
                 watching += [_stand_in(module, lambda *_, **__: seen["output"]) for module in {layer, end}]
             shortcut = self._run(path, number, stop, *watching)
-            if shapes is None:
-                self._keep_read(path, number, seen["output"])
             yield seen["input"], seen["output"], shortcut
 
     def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> Tensor:
@@ -177,6 +181,7 @@ class Replay:
         with ExitStack() as stack:
             for context in watching:
                 stack.enter_context(context)
+            before = set(self._kept[number])
             try:
                 with evaluating(self._model), layer_by_layer(), self._settled(path, number):
                     self._forward(self._model, self._batches[number])
@@ -185,9 +190,11 @@ class Replay:
                     raise
         self._written |= {name for name, tensor in self._handed.items() if version_of(tensor) != 0}
         self._handed.clear()
+        self._standing(path, number)  # what was kept on the way has made other outputs dispensable
+        if number == 0:
+            self._lasting = set(self._kept[0]) - before
         if number == len(self._batches) - 1:
             self._rooms.clear()
-        self._standing(path, number)  # what was kept on the way has made other outputs dispensable
         if stop.tensor is not None:
             return stop.tensor
         msg = (
@@ -220,7 +227,7 @@ class Replay:
                 continue
             read = any(not reader.startswith(idle) for reader in self._readers[name])
             if name in kept and not read:
-                hollow[name] = _hollow(kept[name])
+                hollow[name] = self._hollowed(kept[name])
                 self._forget(name, number)
             known = kept.get(name) if read else hollow.get(name)
             if known is not None:
@@ -250,9 +257,9 @@ class Replay:
             after = _versions((args, kwargs))
             changed = [key for key in before if before[key] != after.get(key)]
             if changed == [id(output)]:  # others may read the input that it changed: it runs whenever one of them does
-                self._hollow[number][name] = _hollow(output)
-            elif not changed and isinstance(output, Tensor):
-                self._keep(name, number, output)
+                self._hollow[number][name] = self._hollowed(output)
+            elif not changed and isinstance(output, Tensor) and (number == 0 or name in self._lasting):
+                self._keep(name, number, output)  # of the first batch all, to see which are still wanted at the end
             return output
 
         return remembered
@@ -267,8 +274,12 @@ class Replay:
             self._handed[name] = copied
         return copied
 
+    def _holds(self, path: str) -> bool:
+        """Whether the output of a layer is kept once it was read."""
+        return not self._changing and path in self._readers
+
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
-        if not self._changing and path in self._readers:
+        if self._holds(path):
             self._keep(path, number, output)
 
     def _keep(self, name: str, number: int, output: Tensor) -> None:
@@ -297,6 +308,16 @@ class Replay:
         strides = torch.empty_like(output, device="meta").stride()
         return room[:size].as_strided(output.shape, strides).copy_(output.detach())
 
+    def _hollowed(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the same shape that takes the memory of one element. NaN tells if something reads it."""
+        # One for all batches: small blocks that stay cut the free memory between them into pieces of little use.
+        key = (tensor.shape, tensor.dtype, tensor.device)
+        if key not in self._hollows:
+            value = torch.nan if tensor.is_floating_point() else 0
+            one = torch.full((1,), value, dtype=tensor.dtype, device=tensor.device)
+            self._hollows[key] = one.expand(tensor.shape)
+        return self._hollows[key]
+
     def _forget(self, name: str, number: int) -> None:
         if name in self._kept[number]:
             self._bytes -= _size(self._kept[number].pop(name))
@@ -320,12 +341,6 @@ def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
-
-
-def _hollow(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape that takes the memory of one element. NaN tells if something reads it."""
-    value = torch.nan if tensor.is_floating_point() else 0
-    return torch.full((1,), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _versions(tree: Any) -> dict[int, int | None]:
