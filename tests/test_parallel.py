@@ -17,6 +17,7 @@ from tenfold.parallel import Workers
 from tenfold.pipeline import compress
 from tenfold.planning import Sensitivity
 from tenfold.profiling import profile
+from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 
 BACKENDS = ["loky", "ray"]
@@ -114,28 +115,31 @@ def test_one_job_stays_here() -> None:
 
 
 def test_factors_are_the_same_to_the_last_bit(workers: Workers) -> None:
-    result = compress(net(), images(1), budget={"macs": 0.5}, latency=False)
+    result = compress(net(), images(1), "macs=0.5", runtime=Runtime(measure=False))
     assert len(result.plan.factorized) >= 2
     assert bits(apply(net(), result.plan, workers=workers)) == bits(result.model)
 
 
 def test_a_planned_run_gives_the_same_plan_and_model(workers: Workers) -> None:
-    settings = {"budget": {"macs": 0.5}, "data": [images()], "use_data": "layers", "latency": False}
-    expected = compress(net(), images(1), **settings)
-    found = compress(net(), images(1), workers=workers, **settings)
+    recipe = {"budget": {"macs": 0.5}, "calibration": {"method": "independent"}}
+    expected, found = (
+        compress(net(), images(1), recipe, data=[images()], runtime=Runtime(workers=who, measure=False))
+        for who in (Workers(), workers)
+    )
     assert found.plan.to_yaml() == expected.plan.to_yaml()
     assert bits(found.model) == bits(expected.model)
 
 
 def test_a_staged_run_gives_the_same_plans_and_model(workers: Workers) -> None:
-    def run(workers: Workers | None) -> tuple[list[str], dict[str, bytes]]:
+    def run(workers: Workers) -> tuple[list[str], dict[str, bytes]]:
         plans, model = [], net()
-        for stage in stages(model, images(1), {"budget": {"macs": 0.5}, "rounds": 2}, data=[images()], workers=workers):
+        how = Runtime(workers=workers)
+        for stage in stages(model, images(1), "macs=0.5", {"rounds": 2}, data=[images()], runtime=how):
             plans.append(stage.plan.to_yaml())
             model = stage.model
         return plans, bits(model)
 
-    expected = run(None)
+    expected = run(Workers())
     assert len(expected[0]) == 2
     assert run(workers) == expected
 
@@ -146,9 +150,9 @@ def test_a_sensitivity_table_is_the_same_and_kept_as_it_grows(workers: Workers, 
         return Sensitivity(
             net(),
             profile(net(), x[:1]),
+            {"calibration": {"method": "batchnorm"}},
             evaluate=lambda model: float(model(x).detach().abs().mean()),
-            calibration=[x],
-            batchnorm=True,
+            batches=[x],
             path=path,
             workers=workers,
         )
@@ -164,7 +168,7 @@ def test_a_sensitivity_table_is_the_same_and_kept_as_it_grows(workers: Workers, 
 
 def test_an_error_names_its_layer(workers: Workers) -> None:
     model = net()
-    plan = compress(model, images(1), budget={"macs": 0.5}, latency=False).plan
+    plan = compress(model, images(1), "macs=0.5", runtime=Runtime(measure=False)).plan
     path = plan.factorized[0].path
     with torch.no_grad():
         model.get_submodule(path).weight[0] = float("nan")

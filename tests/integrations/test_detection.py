@@ -40,10 +40,8 @@ def test_the_backbone_goes_to_half_its_macs_and_the_profile_is_the_flop_counters
     small = tenfold.compress(
         detector,
         pictures,
-        budget={"macs": before.macs - backbone_macs(before) // 2},
-        rule="ratio",
-        keep=(HEADS,),
-        latency=False,
+        {"budget": {"max_macs": before.macs - backbone_macs(before) // 2}, "rule": "ratio", "keep": HEADS},
+        runtime=tenfold.Runtime(measure=False),
     )
     after = profile(small.model, pictures)
     for model, cost in ((detector, before), (small.model, after)):

@@ -38,7 +38,12 @@ IDS = torch.tensor([[1, 2, 3]])
 def test_a_layer_whose_weight_others_compute_with_is_kept(how: str) -> None:
     found = profile(Reader(how), IDS)
     assert [layer.path for layer in found.layers if layer.read] == ["table"]
-    small = tenfold.compress(Reader(how).eval(), IDS, budget={"params": 0.9}, keep_ends=False, latency=False)
+    small = tenfold.compress(
+        Reader(how).eval(),
+        IDS,
+        {"budget": {"params": 0.9}, "keep_ends": False},
+        runtime=tenfold.Runtime(measure=False),
+    )
     assert "others compute with its weight" in small.plan.layer("table").reason
     assert small.plan.layer("out").action == "factorize"
 
