@@ -63,9 +63,9 @@ MODELS = [bert, roberta, gpt2, llama, vit]
 GENERATING = [gpt2, llama]
 
 
-def small(model: nn.Module, inputs: Any, **choices: Any) -> Compressed:
-    choices = {"budget": {"params": 0.8}, "formats": ("low_rank",), "latency": False} | choices
-    return tenfold.compress(model.eval(), inputs, **choices)
+def small(model: nn.Module, inputs: Any, data: Any = None, **fields: Any) -> Compressed:
+    recipe = {"budget": {"params": 0.8}, "formats": "low_rank"} | fields
+    return tenfold.compress(model.eval(), inputs, recipe, data=data, runtime=tenfold.Runtime(measure=False))
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -107,7 +107,7 @@ def test_conv1d_is_a_linear_layer_with_its_weight_turned() -> None:
     assert (spec.kind, spec.in_channels, spec.out_channels, spec.bias) == ("linear", 4, 6, True)
     x = torch.randn(5, 4)
     assert torch.allclose(nn.functional.linear(x, dense_weight(conv), conv.bias), conv(x), atol=1e-6)
-    plan = tenfold.plan(conv, tenfold.profile(conv, x), rule=tenfold.rule_from("fixed", ranks={"": 2}))
+    plan = tenfold.plan(conv, tenfold.profile(conv, x), {"rule": {"name": "fixed", "ranks": {"": 2}}})
     lower = tenfold.apply(conv, plan)
     assert isinstance(lower, FactorizedLayer)
     u, s, vh = torch.linalg.svd(conv.weight.detach().double(), full_matrices=False)
@@ -124,9 +124,9 @@ def test_data_make_layers_of_gpt2_better_than_weights_alone() -> None:
     model.eval()
     batches = [tokens(8, 16) for _ in range(8)]
     ranks = {"re:.*c_fc": 8, "re:.*mlp.c_proj": 8}
-    rule = tenfold.rule_from("fixed", ranks=ranks)
-    blind = small(model, inputs, rule=rule, budget=None)
-    knowing = small(model, inputs, rule=rule, budget=None, data=batches)
+    rule = {"name": "fixed", "ranks": ranks}
+    blind = small(model, inputs, rule=rule, budget={})
+    knowing = small(model, inputs, rule=rule, budget={}, data=batches)
     held_out = tokens(16, 16)
     wanted = model(**held_out).logits
     errors = [float((m.model(**held_out).logits - wanted).square().sum()) for m in (blind, knowing)]
@@ -156,8 +156,8 @@ def test_what_padding_holds_changes_no_outcome() -> None:
     model.eval()
     batches = [tokens(6, 12) for _ in range(6)]
     other = [dict(b, input_ids=torch.where(b["attention_mask"].bool(), b["input_ids"], 1)) for b in batches]
-    rule = tenfold.rule_from("fixed", ranks={"re:.*dense": 6})
-    one, two = (small(model, inputs, rule=rule, budget=None, data=d, formats=("low_rank",)) for d in (batches, other))
+    rule = {"name": "fixed", "ranks": {"re:.*dense": 6}}
+    one, two = (small(model, inputs, rule=rule, budget={}, data=d) for d in (batches, other))
     asked = tokens(4, 12)
     real = asked["attention_mask"].bool()
     a, b = (m.model(**asked).last_hidden_state[real] for m in (one, two))
