@@ -114,8 +114,8 @@ class RunFolder:
         """
         return self._read(self.stage(index), skeleton)
 
-    def begun(self, index: int, skeleton: nn.Module) -> tuple[nn.Module, Plan, RunRecord] | None:
-        """Return a stage as it began: model, its own plan, record. None where it has not begun.
+    def started(self, index: int, skeleton: nn.Module) -> tuple[nn.Module, Plan, RunRecord] | None:
+        """Return a stage as it started: model, its own plan, record. None where it has not started.
 
         Raises:
             CheckpointError: what is there is damaged.

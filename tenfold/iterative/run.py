@@ -48,7 +48,7 @@ def stages(
 ) -> Stages:
     """Yield one stage after the other, each with a model that is compressed a little further and is to be trained.
 
-    Multi-stage compression (MUSCO: Gusak et al. 2019, arXiv 1903.09973): ranks are chosen anew from the trained
+    Multi-stage compression (MUSCO: Gusak et al. 2019, arXiv 1903.09973): ranks are chosen again from the trained
     factors, and these are compressed further at the cost of factors. Train ``stage.model`` in place by any loop, then
     ask for the next stage, which is what a ``for`` loop does; the generator returns what ``compress`` returns. A
     ``TuneResult`` that is sent into it goes into the record. Use it with a loop of your own, and
@@ -136,12 +136,12 @@ class _Run:
     def go(self) -> Stages:
         """Yield the stages; return the outcome."""
         now = self._resume()
-        while (found := self._begun(now) or self._next(now)) is not None:
+        while (found := self._started(now) or self._next(now)) is not None:
             stage, record = found
             with kept_modes(stage.model), self.watch("train"):
-                told = yield stage
+                result = yield stage
             stage.model.zero_grad(set_to_none=True)
-            now = self._complete(stage, record, told)
+            now = self._complete(stage, record, result)
         if self.recipe.budget and not self.planner.met(profile(now.model, self.inputs), now.done):
             logger.warning("the budget is not met after the last round: more rounds, or a stronger rule, may meet it")
         plan = now.record.plan
@@ -157,12 +157,12 @@ class _Run:
         if self.folder is not None and done:
             logger.info("going on after stage %d in %s", done, self.folder.path)
             return _Now(*self.folder.read(done, self.original))
-        if self.folder is None or self.folder.begun(1, self.original) is None:
+        if self.folder is None or self.folder.started(1, self.original) is None:
             with self.watch("check the target"):
                 self.planner.check_reachable(self.original)
         cost = self.planner.original
         scores = {}
-        if self.evaluate is not None and (self.folder is None or self.folder.begun(1, self.original) is None):
+        if self.evaluate is not None and (self.folder is None or self.folder.started(1, self.original) is None):
             scores["original"] = self._score(self.original)
         plan = Plan(
             tenfold=__version__,
@@ -183,10 +183,10 @@ class _Run:
         )
         return _Now(self.original, record)
 
-    def _begun(self, now: _Now) -> tuple[Stage, RunRecord] | None:
-        """Return the stage that was begun before a kill."""
+    def _started(self, now: _Now) -> tuple[Stage, RunRecord] | None:
+        """Return the stage that was started before a kill."""
         index = len(now.done) + 1
-        found = None if self.folder is None else self.folder.begun(index, self.original)
+        found = None if self.folder is None else self.folder.started(index, self.original)
         if found is None:
             return None
         model, plan, record = found
@@ -253,7 +253,7 @@ class _Run:
         record = now.record.replace(plan=whole, after=after, scores=scores, stages=(*now.done, own))
         if self.folder is not None:
             self.folder.begin(own.index, model, plan, record)
-            model, plan, record = self.folder.begun(own.index, self.original) or (model, plan, record)
+            model, plan, record = self.folder.started(own.index, self.original) or (model, plan, record)
         return self._stage(model, plan, record), record
 
     def _stage(self, model: nn.Module, plan: Plan, record: RunRecord) -> Stage:
@@ -271,10 +271,10 @@ class _Run:
             identity=f"{self.planner.runtime.identity} stage {own.index}".strip(),
         )
 
-    def _complete(self, stage: Stage, record: RunRecord, told: TuneResult | None) -> _Now:
+    def _complete(self, stage: Stage, record: RunRecord, result: TuneResult | None) -> _Now:
         """Return where the run stands after a stage was trained, which is then on disk if it is kept there."""
         scores = dict(record.scores)
-        epochs = () if told is None else tuple(epoch.model_dump() for epoch in told.history)
+        epochs = () if result is None else tuple(epoch.model_dump() for epoch in result.history)
         own = stage.record
         if self.evaluate is not None:
             scores["tuned"] = self._score(stage.model)

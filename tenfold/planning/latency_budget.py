@@ -22,7 +22,7 @@ from tenfold.records import Budget, Latency, LayerPlan, OptionTable, Plan, Profi
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
 
 _LOG = logging.getLogger("tenfold")
-_SLACK = 0.02  # a plan may stay this far below the allowance before it is made anew with more
+_SLACK = 0.02  # a plan may stay this far below the allowance before another one is chosen with more
 _AIM = 0.99  # of the allowance: measurements scatter
 _RELAX = 1.1
 _OTHER_FORMAT = 1.05  # how much faster another memory format must be
@@ -145,7 +145,7 @@ def plan_within_latency(
     return _best_of(tried, wanted, strict=search.strict)
 
 
-def next_share(told: list[tuple[float, float]], wanted: float) -> float:
+def next_share(history: list[tuple[float, float]], wanted: float) -> float:
     """Return the predicted share of the time to plan for next, from (predicted, measured) shares of plans so far.
 
     In proportion at first; between the nearest two once there are some on both sides of what is wanted.
@@ -155,10 +155,10 @@ def next_share(told: list[tuple[float, float]], wanted: float) -> float:
         (0.413, 0.448)
     """
     aim = _AIM * wanted
-    below = max((pair for pair in told if pair[1] <= wanted), key=lambda pair: pair[1], default=None)
-    above = min((pair for pair in told if pair[1] > wanted), key=lambda pair: pair[1], default=None)
+    below = max((pair for pair in history if pair[1] <= wanted), key=lambda pair: pair[1], default=None)
+    above = min((pair for pair in history if pair[1] > wanted), key=lambda pair: pair[1], default=None)
     if below is None or above is None or below[0] >= above[0]:
-        predicted, measured = told[-1]
+        predicted, measured = history[-1]
         return predicted * aim / measured
     part = min(0.9, max(0.1, (aim - below[1]) / (above[1] - below[1])))
     return below[0] + part * (above[0] - below[0])

@@ -195,7 +195,7 @@ def keep_slower_layers_dense(
         make: returns a plan that keeps some layers, by path, for these reasons.
         check: returns the timing of every factorized layer, by path; see ``LayerBench``.
         margin: by how much a layer has to be faster.
-        learn: told every timing once per round. When there is one, a layer gets a second chance at other ranks before
+        learn: called with every timing once per round. With it, a layer gets a second chance at other ranks before
             it stays dense: ``make`` is expected to do better with what was learned.
     """
     reasons: dict[str, str] = {}

@@ -59,7 +59,7 @@ def plan(
 
 
 def recost(plan: Plan, profile: Profile) -> Plan:
-    """Return the plan with its costs computed anew, after its ranks or actions were edited by hand.
+    """Return the plan with its costs recomputed after its ranks or actions were edited by hand.
 
     What was measured or predicted of layers that were edited goes: those whose fingerprint is not that of what is to be
     done, or whose parameters are others than the plan says.

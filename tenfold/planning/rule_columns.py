@@ -100,7 +100,7 @@ def _measured(
         drop: that is allowed.
         scores: measures.
         crossed: output errors at which earlier layers came to lie; that of this one is added. Where to look first is
-            told by their median, which costs little, and the score confirms.
+            guessed from their median, which is cheap, and confirmed by the score.
     """
     found = {format: np.full(len(rows), np.nan) for format, rows in ranks.items()}
     for format, rows in ranks.items():

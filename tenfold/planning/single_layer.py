@@ -162,7 +162,7 @@ def replaced(
         model: changed in place meanwhile.
         path: of the layer to replace.
         layer: what stands there meanwhile.
-        batchnorm: batches on which batch norm is estimated anew meanwhile; None to leave it alone.
+        batchnorm: batches on which batch norm is re-estimated meanwhile; None to leave it alone.
     """
     old = find(model, path)
     kept = {name: b.detach().clone() for name, b in model.named_buffers()} if batchnorm is not None else {}

@@ -69,8 +69,8 @@ def tradeoff(
             scores[share] = score(plans[share])
         if progress is not None:
             progress(done, len(shares))
-    told = all(layer.distortion is not None for made in plans.values() for layer in made.factorized)
-    distortion = _by_rule if told and any(made.factorized for made in plans.values()) else _Weights(model, profile)
+    known = all(layer.distortion is not None for made in plans.values() for layer in made.factorized)
+    distortion = _by_rule if known and any(made.factorized for made in plans.values()) else _Weights(model, profile)
     return TradeOff(
         model=profile.model,
         budget=budget,

@@ -1,4 +1,4 @@
-"""Recurrent networks in plans: opened before one is made, left closed where it factorizes nothing of them."""
+"""Unroll recurrent networks for planning, and leave those fused that a plan does not touch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def unroll_for_plan(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan with networks left closed that were opened for it and of which it factorizes nothing.
+    """Return the plan with networks left fused that were unrolled for it and of which it factorizes nothing.
 
     Each of these becomes one line, with the reasons of its layers.
 
     Args:
-        plan: made for the open model.
-        model: the one that was given: what is open there already stays so.
+        plan: made for the unrolled model.
+        model: the one that was given: what is unrolled there already stays so.
     """
     for path, kind in plan.unrolled.items():
         inside = f"{path}.cells." if path else "cells."
@@ -40,7 +40,7 @@ def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
             path=path,
             kind=kind,
             action="keep",
-            reason=f"left closed, since none of its {len(layers)} matrices is factorized: {reasons}",
+            reason=f"left fused, since none of its {len(layers)} matrices is factorized: {reasons}",
             before=sum((layer.before for layer in layers), Cost()),
             after=sum((layer.after for layer in layers), Cost()),
         )

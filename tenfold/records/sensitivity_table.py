@@ -1,4 +1,4 @@
-"""How much a model minds that one of its layers is factorized, and what budgets cost it: as measured, to keep."""
+"""Per-layer sensitivity and trade-off curves, as measured, to keep on disk."""
 
 from __future__ import annotations
 

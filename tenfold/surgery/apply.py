@@ -138,8 +138,8 @@ def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
     reason, _, _ = layer.reason.partition("; sensitivity ")
     if fit.stability is not None:
         reason = f"{reason}; {fit.stability}"
-    told = layer.replace(rel_error=fit.rel_error, reason=reason, algorithm=fit.algorithm or layer.algorithm)
-    return told if layer.edited else told.replace(fingerprint=None)  # that of what is said of it now
+    updated = layer.replace(rel_error=fit.rel_error, reason=reason, algorithm=fit.algorithm or layer.algorithm)
+    return updated if layer.edited else updated.replace(fingerprint=None)
 
 
 def _job(model: nn.Module, layer: LayerPlan, seed: int, moments: Moments | None) -> Job:

@@ -46,7 +46,7 @@ def layer_of(fit: Fit, old: nn.Module, algorithm: Decomposition | None = None) -
     Args:
         fit: of the weight of ``old``; a shift of the mean goes into the bias, if there is one.
         old: stays as it is.
-        algorithm: what found the factors, to be told by ``fit`` of the layer.
+        algorithm: what found the factors, recorded in ``fit`` of the layer.
     """
     bias: Tensor | None = getattr(old, "bias", None)
     if bias is not None and fit.bias_shift is not None:

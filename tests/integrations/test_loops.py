@@ -126,7 +126,7 @@ def test_lightning_calls_drive_stages_and_the_pull() -> None:
     plan = tenfold.plan(
         module.net,
         tenfold.profile(module.net, x[:1]),
-        rule=tenfold.rule_from("fixed", ranks={"0": 4, "2": 4}),
+        {"rule": {"name": "fixed", "ranks": {"0": 4, "2": 4}}},
     )
     board = Board(written)
     pull = LowRankCallback(LivePull(plan, AdmmConfig(rho=1.0, updates=6), on_update=board.admm), of=lambda m: m.net)
@@ -177,7 +177,7 @@ def test_the_trainer_of_transformers_compresses_while_it_trains(tmp_path: Path) 
     plan = tenfold.plan(
         model,
         tenfold.profile(model, example),
-        rule=tenfold.rule_from("fixed", ranks={"bert.encoder.layer.0.output.dense": 8}),
+        {"rule": {"name": "fixed", "ranks": {"bert.encoder.layer.0.output.dense": 8}}},
     )
     told: list[int] = []
     pull = LivePull(plan, on_update=lambda _, step: told.append(step))

@@ -297,9 +297,9 @@ class AccuracyDrop(ThresholdRule):
     """Smallest ranks at which the model, with that layer alone replaced, loses at most ``drop`` of its score.
 
     The same drop for all layers (MUSCO's constant layer accuracy drop). The rank is found by bisection between a rank
-    that is good enough and one that is not; where to look first is told by the output error at which earlier layers
-    came to lie, which costs little, and the score confirms. With a budget and no drop, the drop is found that meets the
-    budget, on curves through a few measured ranks of each layer. Needs a score: ``tenfold.Sensitivity``.
+    that is good enough and one that is not; where to look first is guessed from the output error at which earlier
+    layers ended, which is cheap, and confirmed by the score. With a budget and no drop, the drop is found that meets
+    the budget, on curves through a few measured ranks of each layer. Needs a score: ``tenfold.Sensitivity``.
 
     Attributes:
         drop: in [0, 1), of a score that is a fraction: 0.01 is one percentage point; None to let a budget set it.

@@ -109,7 +109,7 @@ class LearnedRanks(Projection):
         return f"learned at {self.config!r} of {', '.join(self._paths)}"
 
     def forward(self, model: nn.Module, targets: Mapping[str, Tensor], strengths: Tensor) -> dict[str, Tensor]:
-        """Choose the ranks anew (C-step), and return the nearest weights at these ranks, by path.
+        """Choose the ranks again (C-step), and return the nearest weights at these ranks, by path.
 
         r* = argmin λ·C(r) + ρ/2 · Σ_{i>r} σ_i², exact, each layer alone: σ are the singular values of the weight in one
         of its formats, all of whose ranks are tried (Idelbayev and Carreira-Perpiñán, CVPR 2020, theorem 1); C is the
