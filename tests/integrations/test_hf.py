@@ -185,7 +185,7 @@ def test_saving_again_replaces_the_folder_whole(tmp_path: Path) -> None:
     for _ in range(2):
         save_pretrained(made.model, made.plan, tmp_path / "x")
     names = sorted(p.name for p in (tmp_path / "x").iterdir())
-    assert names == ["README.md", "config.json", "model.safetensors", "plan.yaml"]
+    assert names == ["README.md", "config.json", "model.safetensors", "plan.yaml", "recipe.yaml"]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
