@@ -65,7 +65,8 @@ def choose(
 
     Args:
         table: what each layer could become.
-        recipe: with another budget, or other settings of the rule, than the table was made for; its own if None.
+        recipe: whose budget and rule to go by instead of those that the table was made for; all else, such as formats
+            and layers to keep, is in the table.
         overrides: layers set by hand, by path; the rule decides on the others.
 
     Raises:
@@ -81,7 +82,9 @@ def choose(
         >>> [choose(table, Recipe.of(f"macs={share}")).after.macs for share in (0.5, 0.25)]
         [4096, 2048]
     """
-    recipe = table.recipe if recipe is None else recipe
+    asked = table.recipe if recipe is None else recipe
+    # The plan claims no other formats or layers than those that it was chosen from.
+    recipe = table.recipe.replace(budget=asked.budget, rule=asked.rule)
     return plan_of(table, recipe, select(table, recipe, overrides=overrides))
 
 
@@ -167,6 +170,13 @@ def _check_serves(table: OptionTable, rule: RankRule) -> None:
     if made_for.rows != rule.rows or not set(rule.columns) <= set(made_for.columns):
         msg = f"the options were tabulated for the rule {made_for.name()}, not for {rule.name()}: tabulate them again"
         raise PlanError(msg)
+    there = made_for.tabulated_for
+    for name, value in rule.tabulated_for.items():
+        if name not in there or there[name] != value:
+            msg = (
+                f"the options were tabulated for {name}={there.get(name)}, not for {name}={value}: tabulate them again"
+            )
+            raise PlanError(msg)
 
 
 def _pick(layer: LayerOptions, choice: Choice) -> Pick:

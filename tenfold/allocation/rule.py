@@ -55,6 +55,16 @@ class RankRule(abc.ABC):
         """The columns that the rule compares, by name; see ``tenfold.planning.rule_columns``."""
         return ()
 
+    @property
+    def tabulated_for(self) -> dict[str, Any]:
+        """The settings that the rows and columns depend on: a table serves only rules with the same."""
+        return {}
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Patterns by which the rule names layers; each has to match one that there is a choice for."""
+        return ()
+
     @abc.abstractmethod
     def select(self, layers: Sequence[LayerOptions], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return one choice for each layer.

@@ -12,7 +12,6 @@ from torch import nn
 
 from tenfold import __version__
 from tenfold.allocation import RankRule, rule_of
-from tenfold.allocation.rules.fixed import Fixed
 from tenfold.allocation.rules.threshold import ErrorBound
 from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
@@ -80,8 +79,7 @@ def tabulate(
         for layer in profile.layers
         if not kept[layer.path]
     ]
-    if isinstance(rule, Fixed):
-        check_patterns(rule.ranks, [layer.path for layer in layers])
+    check_patterns(rule.patterns, [layer.path for layer in layers])
     if len({layer.moments.output_gram is None for layer in layers if layer.moments is not None}) > 1:
         msg = "some moments have output Gram matrices and some do not: their distortions are not on one scale"
         raise PlanError(msg)

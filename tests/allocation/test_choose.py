@@ -195,3 +195,36 @@ def _options(distortion: np.ndarray, costs: np.ndarray) -> FormatOptions:
 
 def test_pareto_keeps_the_first_of_equal_options() -> None:
     assert pareto([0.5, 0.5, 0.1], [[2], [2], [3]]).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("made_for", "asked", "words"),
+    [
+        (
+            {"name": "error", "rel_error": 0.3},
+            {"name": "error", "rel_error": 0.6},
+            "rel_error=0.3, not for rel_error=0.6",
+        ),
+        ({"name": "fixed", "ranks": {"3": 4}}, {"name": "fixed", "ranks": {"3": 6}}, "tabulated for ranks="),
+        ({"name": "evbmf", "min_rank": 2}, {"name": "evbmf", "min_rank": 4}, "min_rank=2, not for min_rank=4"),
+        ({"name": "global", "step": 4}, {"name": "global", "step": 2}, "step=4, not for step=2"),
+    ],
+)
+def test_a_table_of_other_settings_is_refused(
+    net: nn.Module, costs: Profile, made_for: dict[str, object], asked: dict[str, object], words: str
+) -> None:
+    """Its rows, or the errors of the few ranks that were fitted, would answer another question in silence."""
+    made = tabulate(net, costs, RECIPE.replace(rule=made_for))
+    with pytest.raises(PlanError, match=words):
+        choose(made, RECIPE.replace(rule=asked))
+
+
+def test_settings_that_only_select_may_change(net: nn.Module, costs: Profile) -> None:
+    evbmf = RECIPE.replace(rule={"name": "evbmf", "min_rank": 2, "weaken": 0.8}, budget=Budget())
+    less = evbmf.replace(rule={"name": "evbmf", "min_rank": 2, "weaken": 0.4})
+    assert choose(tabulate(net, costs, evbmf), less).layers == plan(net, costs, less).layers
+
+
+def test_a_plan_claims_the_recipe_that_its_table_was_made_for(table: OptionTable) -> None:
+    made = choose(table, Recipe.of("macs=0.6"))
+    assert made.recipe == table.recipe.replace(budget=Budget(macs=0.6))

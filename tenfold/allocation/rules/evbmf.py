@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class EVBMF(ThresholdRule):
         if self.threshold not in get_args(Threshold):
             msg = f"threshold={self.threshold!r} must be {' or '.join(get_args(Threshold))}"
             raise TenfoldError(msg)
+
+    @property
+    def tabulated_for(self) -> dict[str, Any]:
+        """All but how far ranks are weakened, of which there is a row for every rank."""
+        return {"min_rank": self.min_rank, "threshold": self.threshold}
 
     def level(self) -> float | None:
         """Return the share of the way that is left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tenfold.allocation.rule import RULES, Choice, Factorize, Keep, Limits, RankRule, beyond, total_cost
 from tenfold.errors import BudgetError
@@ -26,6 +26,16 @@ class Fixed(RankRule):
 
     rows: ClassVar[str] = "given"
     by_name: ClassVar[bool] = True
+
+    @property
+    def tabulated_for(self) -> dict[str, Any]:
+        """The ranks, which are the rows."""
+        return {"ranks": self.ranks}
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns that ranks are given for."""
+        return tuple(self.ranks)
 
     def select(self, layers: Sequence[LayerOptions], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return the given ranks, where they make their layer cheaper."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,11 @@ class GlobalBudget(RankRule):
     def columns(self) -> tuple[str, ...]:
         """The distortion, which is minimised."""
         return ("distortion",)
+
+    @property
+    def tabulated_for(self) -> dict[str, Any]:
+        """The step of the grid."""
+        return {"step": self.step}
 
     def select(self, layers: Sequence[LayerOptions], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return the optimum within the limits."""

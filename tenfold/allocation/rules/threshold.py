@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -273,6 +273,11 @@ class ErrorBound(ThresholdRule):
         """Errors of fits around the bound; without a bound those that are expected."""
         return ("expected_error",) if self.rel_error is None else ("fitted_error",)
 
+    @property
+    def tabulated_for(self) -> dict[str, Any]:
+        """With a bound all settings: fits are tried around it only."""
+        return {} if self.rel_error is None else dataclasses.asdict(self)
+
     def level(self) -> float | None:
         """Return the share of the norm to keep."""
         return None if self.rel_error is None else 1 - self.rel_error
@@ -324,6 +329,11 @@ class AccuracyDrop(ThresholdRule):
     def columns(self) -> tuple[str, ...]:
         """What is lost of the score: as searched for a drop, as interpolated without."""
         return ("expected_drop",) if self.drop is None else ("measured_drop",)
+
+    @property
+    def tabulated_for(self) -> dict[str, Any]:
+        """The step, and the drop if there is one: scores are measured around it only."""
+        return {"step": self.step, "drop": self.drop}
 
     def level(self) -> float | None:
         """Return the share of the score to keep."""
