@@ -31,6 +31,7 @@ from tenfold.surgery import (
     fuse_batchnorm_,
     fused_pairs,
     reestimate_batchnorm_,
+    verify,
     with_errors,
 )
 from tenfold.tracing import device_of
@@ -185,6 +186,7 @@ def apply_decision(
         target: whose outputs sequential fits are to meet; those of the model itself if None.
     """
     moments, source = decision.moments, decision.source
+    verify(source, plan, decision.inputs)
     if moments is not None and decision.recipe.calibration.method == "sequential":
         grams = {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
         calibration = decision.recipe.calibration

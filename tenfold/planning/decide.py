@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +25,7 @@ from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
-from tenfold.tracing import device_of, gathered
+from tenfold.tracing import copied, device_of, gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +123,9 @@ def refuse_empty(plan: Plan) -> None:
 
 def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
     """Return a copy in evaluation mode with its batch norms fused."""
-    copied = copy.deepcopy(model).eval()
-    fuse_batchnorm_(copied, inputs)
-    return copied
+    twin = copied(model).eval()
+    fuse_batchnorm_(twin, inputs)
+    return twin
 
 
 def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:

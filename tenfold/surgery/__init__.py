@@ -13,6 +13,7 @@ from tenfold.surgery.unroll_rnn import (
     unroll_rnns_,
     unrolled_rnns,
 )
+from tenfold.surgery.verify import verify
 
 __all__ = [
     "FusedNorm",
@@ -39,5 +40,6 @@ __all__ = [
     "unroll_rnns",
     "unroll_rnns_",
     "unrolled_rnns",
+    "verify",
     "with_errors",
 ]

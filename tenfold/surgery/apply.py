@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -26,6 +25,7 @@ from tenfold.surgery.replacement import (
     trainable,
 )
 from tenfold.surgery.unroll_rnn import unroll_rnns_
+from tenfold.tracing import copied
 
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
@@ -55,8 +55,8 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    copied = unroll_rnns_(copy.deepcopy(model), plan.unrolled)
-    return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
+    twin = unroll_rnns_(copied(model), plan.unrolled)
+    return apply_(twin, plan, moments=moments, progress=progress, workers=workers)
 
 
 def apply_(
@@ -111,7 +111,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
 
 def densify(model: nn.Module) -> nn.Module:
     """Return a new model with a plain dense layer in place of every factorized one."""
-    return densify_(copy.deepcopy(model))
+    return densify_(copied(model))
 
 
 def densify_(model: nn.Module) -> nn.Module:
