@@ -32,6 +32,7 @@ from tenfold.surgery import (
     fused_pairs,
     reestimate_batchnorm_,
     verify,
+    warn_of_costs,
     with_errors,
 )
 from tenfold.tracing import device_of
@@ -152,6 +153,8 @@ def carry_out(
             fuse_batchnorm_(small.eval(), decision.inputs)
             plan = plan.replace(fused=fused_pairs(small))
     after = profile(small, decision.inputs)
+    if tune is None:  # which may prune
+        warn_of_costs(plan, decision.profile, after)
     times = Comparison({}, {})
     if runtime.measure:
         with runtime.step("measure", seconds):

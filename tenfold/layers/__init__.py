@@ -1,6 +1,6 @@
 """How a factorized weight runs: the layer that stands in for a dense one, and layers that are trains from the start."""
 
-from tenfold.layers.dense_layers import dense_weight, own_layout, spec_of
+from tenfold.layers.dense_layers import dense_weight, is_quantized, own_layout, spec_of
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
@@ -23,6 +23,7 @@ __all__ = [
     "TTLinear",
     "build",
     "dense_weight",
+    "is_quantized",
     "open_recurrent",
     "orthogonal_init_",
     "orthogonalize_",

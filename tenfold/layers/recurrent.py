@@ -183,7 +183,7 @@ class Recurrent(nn.Module, abc.ABC):
         ended: list[State] = []  # of sequences that are over, the shortest first
         now = tuple(h[: sizes[-1] if backwards else sizes[0]] for h in start)
         for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
-            have, size = len(now[0]), sizes[t]
+            have, size = now[0].shape[0], sizes[t]  # len() is a number, also where the batch is to stay open
             if size > have:  # backwards: longer sequences run already, these begin
                 now = tuple(torch.cat([h, s[have:size]]) for h, s in zip(now, start, strict=True))
             elif size < have:

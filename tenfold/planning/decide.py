@@ -116,6 +116,7 @@ def refuse_empty(plan: Plan) -> None:
     """Raise PlanError for a plan that factorizes nothing; the message says why."""
     if not plan.factorized:
         reasons = {layer.reason for layer in plan.layers if layer.before.params}
+        reasons = reasons or {layer.reason for layer in plan.layers}  # packed weights are no parameters
         shown = "; ".join(sorted(reasons)[:3])
         msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
         raise PlanError(msg)

@@ -13,7 +13,7 @@ from tenfold.surgery.unroll_rnn import (
     unroll_rnns_,
     unrolled_rnns,
 )
-from tenfold.surgery.verify import verify
+from tenfold.surgery.verify import verify, warn_of_costs
 
 __all__ = [
     "FusedNorm",
@@ -41,5 +41,6 @@ __all__ = [
     "unroll_rnns_",
     "unrolled_rnns",
     "verify",
+    "warn_of_costs",
     "with_errors",
 ]

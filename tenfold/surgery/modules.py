@@ -30,7 +30,7 @@ def find(model: nn.Module, path: str) -> nn.Module:
         PlanError: there is none, and the message names the nearest paths; or the model is scripted.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        msg = "the layers of a scripted or traced model cannot be replaced: compress the model itself, then script it"
+        msg = "a scripted or traced model takes no other layers: compress the model itself, then script or trace it"
         raise PlanError(msg)
     try:
         return model.get_submodule(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten
 
-from tenfold.errors import PlanError, ProfileError
-from tenfold.records import Plan, Shape
+from tenfold.errors import PlanError, ProfileError, TenfoldWarning
+from tenfold.records import Plan, Profile, Shape
 from tenfold.surgery.apply import restructure_
 from tenfold.surgery.modules import find
 from tenfold.tracing import copied
@@ -88,6 +89,18 @@ def verify(model: nn.Module, plan: Plan, inputs: Any) -> None:
     same_calls, same_values = before.calls() == again.calls(), not _other_values(before, again, changed)
     if same_calls and (same_values or miscounted):  # else it differs from run to run, and nothing can be compared
         raise PlanError(f"{after.error}; {fault}" if after.error else fault) from after.error
+
+
+def warn_of_costs(plan: Plan, before: Profile, after: Profile) -> None:
+    """Warn where the forward of a finished model takes other MACs than its plan says, and say which layers do."""
+    if after.macs == plan.after.macs:
+        return
+    calls = {layer.path: layer.calls for layer in after.layers}
+    moved = [layer.path for layer in before.layers if calls.get(layer.path) != layer.calls]
+    msg = f"the model takes {after.macs:,} MACs, and its plan says {plan.after.macs:,}"
+    if moved:
+        msg += f": {moved[0]!r} runs on other shapes than before, since the forward depends on values"
+    warnings.warn(msg, TenfoldWarning, stacklevel=4)
 
 
 def _run(model: nn.Module, inputs: Any, paths: Sequence[str], stand_ins: Mapping[str, nn.Module]) -> _Run:
