@@ -37,20 +37,20 @@ class _Step:
 
     def agrees(self, other: _Step) -> bool:
         """Whether the same entered the same layer."""
-        room = _CLOSE * (self.norm * _numel(self.shape) ** 0.5 + _CLOSE)
-        return (self.path, self.shape) == (other.path, other.shape) and not (
-            abs(self.norm - other.norm) > room or abs(self.total - other.total) > room
-        )
+        if (self.path, self.shape) != (other.path, other.shape):
+            return False
+        largest = self.norm * torch.Size(self.shape).numel() ** 0.5  # that the total can be
+        same_total = abs(self.total - other.total) <= _CLOSE * (largest + _CLOSE)
+        return same_total and abs(self.norm - other.norm) <= _CLOSE * (self.norm + _CLOSE)
 
 
 @dataclass(eq=False)
 class _Run:
-    """What one forward did: the calls of layers in order, what came of it, and modules that ran from outside."""
+    """What one forward did: the calls of layers in order, and what came of it."""
 
     steps: list[_Step] = field(default_factory=list)
     output: Any = None
     error: ProfileError | None = None
-    strangers: list[nn.Module] = field(default_factory=list)
 
     def calls(self) -> Counter[str]:
         return Counter(step.path for step in self.steps)
@@ -80,15 +80,27 @@ def verify(model: nn.Module, plan: Plan, inputs: Any) -> None:
     before = _run(model, inputs, paths, {})
     if before.error:
         raise before.error
-    after = _run(restructure_(copied(model), plan.replace(fused={})), inputs, paths, changed)
-    miscounted = "" if after.error else _other_calls(before, after, changed)
-    fault = miscounted or _other_values(before, after, changed)
-    if not fault:
+    small = restructure_(copied(model), plan.replace(fused={}))
+    after = _run(small, inputs, paths, changed)
+    moved = next((path for path in changed if before.calls()[path] != after.calls()[path]), None)
+    different = _difference(before, after, changed)
+    if not (after.error or moved or different):
         return
     again = _run(model, inputs, paths, {})
-    same_calls, same_values = before.calls() == again.calls(), not _other_values(before, again, changed)
-    if same_calls and (same_values or miscounted):  # else it differs from run to run, and nothing can be compared
-        raise PlanError(f"{after.error}; {fault}" if after.error else fault) from after.error
+    if before.calls() != again.calls() or (moved is None and _difference(before, again, changed)):
+        return  # no two forwards are alike, whatever its layers are: nothing can be compared
+    if after.error:
+        names = ", ".join(map(repr, list(changed)[:4])) + (" ..." if len(changed) > 4 else "")
+        msg = f"with {names} factorized, {after.error}. Keep the layers whose class or weight the forward asks for."
+        raise PlanError(msg) from after.error
+    if moved is not None:
+        with _others(small, changed) as strangers:
+            _run(small, inputs, paths, changed)
+        now, was = after.calls()[moved], before.calls()[moved]
+        why = _why_not_run(changed[moved], strangers)
+        msg = f"layer {moved!r} runs {now} times once factorized, {was} times before: {why} Or keep {moved!r}."
+        raise PlanError(msg)
+    raise PlanError(different)
 
 
 def warn_of_costs(plan: Plan, before: Profile, after: Profile) -> None:
@@ -106,14 +118,11 @@ def warn_of_costs(plan: Plan, before: Profile, after: Profile) -> None:
 def _run(model: nn.Module, inputs: Any, paths: Sequence[str], stand_ins: Mapping[str, nn.Module]) -> _Run:
     """Run a model and note what its layers do, with the outputs of others in place of those of some layers."""
     run = _Run()
-    own = {id(m) for m in model.modules()}
-    own |= {id(m) for layer in stand_ins.values() for m in layer.modules() if m is not layer}
     with (
         evaluating(model),
         layer_by_layer(),
         same_random_numbers(device_of(model, inputs)),
         _hooked(model, paths, stand_ins, run),
-        _seeing_others(own, run),
     ):
         try:
             run.output = call_model(model, inputs)
@@ -161,57 +170,47 @@ def _passing_on(dense: nn.Module) -> Callable[..., Any]:
 
 
 @contextmanager
-def _seeing_others(own: set[int], run: _Run) -> Iterator[None]:
-    """Note the modules that run and are not in the model."""
+def _others(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[list[nn.Module]]:
+    """Collect the modules that run and are not in the model."""
+    known = {id(m) for m in model.modules()}
+    known |= {id(m) for layer in stand_ins.values() for m in layer.modules() if m is not layer}
+    found: list[nn.Module] = []
 
     def note(module: nn.Module, _args: Any) -> None:
-        if id(module) not in own:
-            run.strangers.append(module)
+        if id(module) not in known:
+            found.append(module)
 
     handle = register_module_forward_pre_hook(note)
     try:
-        yield
+        yield found
     finally:
         handle.remove()
 
 
-def _other_calls(before: _Run, after: _Run, changed: Mapping[str, nn.Module]) -> str:
-    """Return which layer runs more or less often than before, and why; empty if none does."""
-    was, now = before.calls(), after.calls()
-    for path, old in changed.items():
-        if was[path] != now[path]:
-            counts = f"layer {path!r} runs {now[path]} times once factorized, {was[path]} times before"
-            return f"{counts}: {_cause(old, after)} Or keep {path!r}."
-    return ""
+def _why_not_run(old: nn.Module, strangers: Sequence[nn.Module]) -> str:
+    """Return why a layer does not run as often as before, and what helps."""
+    kind = type(old).__name__
+    if any(type(module) is type(old) and _weight_shape(module) == _weight_shape(old) for module in strangers):
+        return (
+            f"the forward still runs a {kind} outside of the model, by a way that cannot be followed (a global "
+            "variable, a generator). Let it reach the layer through an attribute of its module."
+        )
+    return f"the forward asks for its class. Let it call the layer whatever its class is, which need not be {kind}."
 
 
-def _other_values(before: _Run, after: _Run, planned: Container[str]) -> str:
+def _weight_shape(module: nn.Module) -> Shape:
+    weight = getattr(module, "weight", None)
+    return shape_of(weight) if isinstance(weight, Tensor) else ()
+
+
+def _difference(before: _Run, after: _Run, planned: Container[str]) -> str:
     """Return where a run has other values than the one before, and after which layer; empty if nowhere."""
     for i, (one, other) in enumerate(zip(before.steps, after.steps, strict=False)):
-        if one.path != other.path:
-            ran = [step.path for step in before.steps[: i + 1]]
-            return _otherwise(ran, planned, f"layer {other.path!r} runs where {one.path!r} did, which")
         if not one.agrees(other):
             return _otherwise([step.path for step in before.steps[: i + 1]], planned)
     if len(before.steps) != len(after.steps) or not _same_output(before.output, after.output):
         return _otherwise([step.path for step in before.steps], planned, "the output of the model")
     return ""
-
-
-def _cause(old: nn.Module, run: _Run) -> str:
-    """Return why a layer does not run as often as before, and what helps."""
-    kind = type(old).__name__
-    for module in run.strangers:
-        if type(module) is type(old) and _weight_shape(module) == _weight_shape(old):
-            return (
-                f"the forward still runs a {kind} outside of the model, by a way that cannot be followed (a global "
-                "variable, a generator). Let it reach the layer through an attribute of its module."
-            )
-    return f"the forward asks for its class. Let it call the layer whatever its class is, which need not be {kind}."
-
-
-def _weight_shape(module: nn.Module) -> Shape:
-    return shape_of(module.weight) if isinstance(getattr(module, "weight", None), Tensor) else ()  # type: ignore[arg-type]
 
 
 def _otherwise(ran: Sequence[str], planned: Container[str], what: str = "") -> str:
@@ -253,7 +252,3 @@ def _same_tensor(one: Tensor, other: Tensor) -> bool:
 def _finite(tensor: Tensor) -> Tensor:
     values = tensor.abs() if tensor.is_complex() else tensor
     return values.to(torch.float64 if values.numel() < 1_000_000 else torch.float32).nan_to_num()
-
-
-def _numel(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
