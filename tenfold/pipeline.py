@@ -31,6 +31,8 @@ from tenfold.surgery import (
     fuse_batchnorm_,
     fused_pairs,
     reestimate_batchnorm_,
+    verify,
+    warn_of_costs,
     with_errors,
 )
 from tenfold.tracing import device_of
@@ -151,6 +153,8 @@ def carry_out(
             fuse_batchnorm_(small.eval(), decision.inputs)
             plan = plan.replace(fused=fused_pairs(small))
     after = profile(small, decision.inputs)
+    if tune is None:  # which may prune
+        warn_of_costs(plan, decision.profile, after)
     times = Comparison({}, {})
     if runtime.measure:
         with runtime.step("measure", seconds):
@@ -185,6 +189,7 @@ def apply_decision(
         target: whose outputs sequential fits are to meet; those of the model itself if None.
     """
     moments, source = decision.moments, decision.source
+    verify(source, plan, decision.inputs)
     if moments is not None and decision.recipe.calibration.method == "sequential":
         grams = {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
         calibration = decision.recipe.calibration

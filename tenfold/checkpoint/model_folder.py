@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_w
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Analysis, OptionTable, Plan, RunRecord, write_text
-from tenfold.surgery import fused_pairs, restructure_, unrolled_rnns
+from tenfold.surgery import fused_pairs, opened, restructure_
+from tenfold.tracing import copied
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
 ANALYSIS, OPTIONS, RECIPE = "analysis.json", "options.json", "recipe.yaml"
@@ -55,7 +55,7 @@ def save(
         CheckpointError: model and plan disagree, or the folder is not writable or holds other files.
     """
     _check_model(model, plan)
-    plan = plan.replace(fused=fused_pairs(model), unrolled=unrolled_rnns(model))
+    plan = plan.replace(fused=fused_pairs(model), unrolled=opened(model))
     path = Path(path)
     check_target(path)
     try:
@@ -105,7 +105,7 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
     """
     path = Path(path)
     state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
-    model = copy.deepcopy(skeleton)
+    model = copied(skeleton)
     try:
         model = restructure_(model, plan)  # another module where the model is one layer itself
     except TenfoldError as error:

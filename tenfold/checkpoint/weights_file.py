@@ -115,6 +115,10 @@ def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
                 "get_extra_state out of the model"
             )
             raise CheckpointError(msg)
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            kind = type(tensor).__name__
+            msg = f"{name} is of the class {kind}, and files hold plain tensors only: save the model, then quantize it"
+            raise CheckpointError(msg)
         key = (tensor.data_ptr(), tensor.storage_offset(), *tensor.shape, -1, *tensor.stride())
         if tensor.numel() and key in first:
             aliases[name] = first[key]

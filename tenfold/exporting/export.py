@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +16,7 @@ from tenfold.exporting.program import first_words, program_of
 from tenfold.profiling import compare_latency, environment
 from tenfold.records import Environment, ExportRecord, atomic_write
 from tenfold.surgery import fuse_batchnorm_
-from tenfold.tracing import to_device
+from tenfold.tracing import copied, to_device
 from tenfold.tracing.inputs import batch_size_of
 
 
@@ -67,7 +66,7 @@ def export(
         raise ExportError(msg)
     dynamic = config.dynamic_batch and batch_size_of(example_inputs) is not None
     inputs = to_device(example_inputs, "cpu")
-    eager = copy.deepcopy(model).cpu().eval()
+    eager = copied(model).cpu().eval()
     fused = len(fuse_batchnorm_(eager, inputs).pairs) if config.fuse_batchnorm else 0
     program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=exporter.max_batch)
     with atomic_write(path) as partial:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from tenfold.errors import ExportError, require
 from tenfold.exporting.quiet import quiet
+from tenfold.tracing import copied
 
 
 def int8_linear(model: nn.Module, *, activations: bool = True) -> nn.Module:
@@ -35,7 +35,7 @@ def int8_linear(model: nn.Module, *, activations: bool = True) -> nn.Module:
     """
     with quiet():
         torchao: Any = require("torchao.quantization", "int8")
-        made = copy.deepcopy(model)
+        made = copied(model)
         if not any(type(module) is nn.Linear for module in made.modules()):
             msg = "the model has no linear layer: quantize convolutions in an ONNX file, with quantize_onnx"
             raise ExportError(msg)

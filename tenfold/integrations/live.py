@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from tenfold.pipeline import Compressed
 from tenfold.records import Plan, StageRecord
 from tenfold.surgery import find
 from tenfold.surgery.modules import put
+from tenfold.tracing import copied
 from tenfold.tracing.contexts import kept_modes
 from tenfold.training import Admm, AdmmConfig
 from tenfold.training.low_rank.admm import Residual
@@ -74,7 +74,7 @@ class LiveStages:
                 "stages in place are for one process: use tenfold.compress_iteratively with an accelerator for several"
             )
             raise TuningError(msg)
-        self._running = self._start(copy.deepcopy(model))
+        self._running = self._start(copied(model))
         self._next(model, optimizers)
 
     def epoch_ended(self, model: nn.Module, optimizers: Optimizers) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +25,7 @@ from tenfold.profiling import environment, profile
 from tenfold.records import Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
 from tenfold.runtime import Runtime
 from tenfold.surgery import reestimate_batchnorm_
-from tenfold.tracing import device_of, gathered
+from tenfold.tracing import copied, device_of, gathered
 from tenfold.tracing.contexts import kept_modes
 from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
 from tenfold.training import TuneResult
@@ -239,7 +238,7 @@ class _Run:
             return None
         own = StageRecord(index=index, round=now.done[-1].round, final=True, before=cost.cost, after=cost.cost)
         own = own.replace(latency_share=now.done[-1].latency_share)
-        return self._begin(now, copy.deepcopy(now.model), unchanged_plan(now.record.plan, cost), now.record.plan, own)
+        return self._begin(now, copied(now.model), unchanged_plan(now.record.plan, cost), now.record.plan, own)
 
     def _begin(self, now: _Now, model: nn.Module, plan: Plan, whole: Plan, own: StageRecord) -> tuple[Stage, RunRecord]:
         """Return a stage that begins, as it is on disk if it is kept there."""

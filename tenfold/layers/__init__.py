@@ -1,8 +1,9 @@
 """How a factorized weight runs: the layer that stands in for a dense one, and layers that are trains from the start."""
 
-from tenfold.layers.dense_layers import dense_weight, own_layout, spec_of
+from tenfold.layers.dense_layers import dense_weight, is_quantized, own_layout, spec_of
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
+from tenfold.layers.padded_conv import PaddedConv, same_pads
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
 from tenfold.layers.sublayers import Contract, build
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
@@ -17,16 +18,19 @@ __all__ = [
     "Contract",
     "FactorizedLayer",
     "FitSummary",
+    "PaddedConv",
     "Recurrent",
     "TTEmbedding",
     "TTEmbeddingBag",
     "TTLinear",
     "build",
     "dense_weight",
+    "is_quantized",
     "open_recurrent",
     "orthogonal_init_",
     "orthogonalize_",
     "own_layout",
+    "same_pads",
     "spec_of",
     "stage_specs",
     "stiefel_params",

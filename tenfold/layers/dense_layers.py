@@ -31,6 +31,8 @@ def spec_of(module: nn.Module) -> tuple[LayerSpec | None, str]:
         >>> spec_of(nn.ReLU())
         (None, 'ReLU has no weight to factorize')
     """
+    if is_quantized(module):
+        return None, _quantized(f"a quantized {type(module).__name__} packs its weights")
     base = next((t for t in _SERVED if isinstance(module, t)), None) or _transposed(module)
     if base is None:
         owns = any(True for _ in module.parameters(recurse=False))
@@ -52,6 +54,16 @@ def spec_of(module: nn.Module) -> tuple[LayerSpec | None, str]:
         inner, outer = dense_weight(module).shape[::-1]
         return LayerSpec(kind="linear", in_channels=inner, out_channels=outer, bias=module.bias is not None), ""
     return _convolution(module), ""
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Return whether a module is one of torch's own quantized layers, whose weights are packed and no parameters."""
+    home = type(module).__module__
+    return home.startswith("torch.ao.nn.") and "quantized" in home.split(".")
+
+
+def _quantized(what: str) -> str:
+    return f"{what}, which factors cannot take over: compress the model first, then quantize it"
 
 
 def _transposed(module: nn.Module) -> type[nn.Module] | None:
@@ -96,6 +108,10 @@ def _unusual(module: nn.Module, base: type[nn.Module]) -> str:
         return f"the weight of {name} has dtype {weight.dtype}: only floating point weights can be factorized"
     if weight.numel() == 0:
         return f"the weight of {name} is empty"
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return _quantized(f"the weight of {name} is no plain tensor but of the class {type(weight).__name__}")
+    if weight.element_size() == 1:
+        return _quantized(f"the weight of {name} has dtype {weight.dtype}")
     return _altered(module, base)
 
 

@@ -1,14 +1,14 @@
 """The layer that stands where a dense one stood: a chain of plain torch layers with the face of the original."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: torch.jit.script reads those of methods that it leaves out as they are.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from tenfold.errors import WeightError
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.lazy_weight import LazyWeight
 from tenfold.layers.sublayers import build
@@ -36,9 +36,10 @@ class FactorizedLayer(nn.Module):
     """A factorized linear, convolution or embedding layer that still answers for the dense one.
 
     Runs its ``stages`` one after the other. ``weight`` multiplies the factors out when it is computed with
-    (differentiable, but as slow as it sounds) and not when it is asked for its dtype or shape, ``bias`` is that of the
-    last stage, and the hyper-parameters of the dense layer (``in_features``, ``kernel_size``, ``stride`` ...) are there
-    under torch's own names, so that code that reads them, like ``nn.MultiheadAttention``, goes on working.
+    (differentiable, but as slow as it sounds) and not when it is asked for its dtype or shape; writing to it is an
+    error. ``bias`` is that of the last stage, and the hyper-parameters of the dense layer (``in_features``,
+    ``kernel_size``, ``stride`` ...) are there under torch's own names, so that code that reads them, like
+    ``nn.MultiheadAttention``, goes on working.
 
     Attributes:
         spec: geometry of the dense layer.
@@ -46,6 +47,8 @@ class FactorizedLayer(nn.Module):
         rank: ranks by name.
         fit: how the factors were found; None for a layer that was loaded.
     """
+
+    __jit_unused_properties__: ClassVar = ["weight", "bias"]  # of torch.jit.script
 
     def __init__(self, spec: LayerSpec, format: str, rank: Rank, stages: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class FactorizedLayer(nn.Module):
     @classmethod
     def of(
         cls, value: Factorization, bias: Tensor | None = None, *, requires_grad: tuple[bool, bool] = (True, True)
-    ) -> FactorizedLayer:
+    ) -> Self:
         """Return the layer that runs a factorization.
 
         Args:
@@ -80,7 +83,7 @@ class FactorizedLayer(nn.Module):
     @classmethod
     def empty(
         cls, spec: LayerSpec, format: str, rank: Rank, like: Tensor, *, requires_grad: tuple[bool, bool] = (True, True)
-    ) -> FactorizedLayer:
+    ) -> Self:
         """Return a layer with the right structure, uninitialised, in the dtype and on the device of ``like``.
 
         ``requires_grad`` is that of the weights and of the bias.
@@ -114,13 +117,39 @@ class FactorizedLayer(nn.Module):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002 - torch's own name
         """Return what the dense layer would return; ``output_size`` as in ``nn.ConvTranspose2d``."""
+        if output_size is not None:
+            return self._sized(input, output_size)
         x = input
         for stage in self.stages:
-            if output_size is None or not getattr(stage, "transposed", False):
-                x = stage(x)
-            else:
-                x = stage(x, _target_size(stage, x, output_size))
+            x = stage(x)
         return x
+
+    @torch.jit.unused
+    def _sized(self, x: Tensor, output_size: list[int]) -> Tensor:
+        """Return what a transposed convolution returns in this size."""
+        for stage in self.stages:
+            x = stage(x, _target_size(stage, x, output_size)) if getattr(stage, "transposed", False) else stage(x)
+        return x
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse a weight or bias of its own, which nothing would compute with (pruning, ``layer.weight = ...``)."""
+        if name.startswith(("weight", "bias")):
+            msg = (
+                f"a factorized layer takes no {name!r}: its parameters are those of its stages. Change these, or the "
+                "dense layer of densify(model)"
+            )
+            raise WeightError(msg)
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Tell of the weight of a dense layer what it is, instead of calling it unexpected."""
+        errors: list[str] = rest[-1]
+        if f"{prefix}weight" in state_dict:
+            errors.append(
+                f"{prefix}weight is of a dense layer, and {self.format} factors stand here: load it into the dense "
+                "model and compress that."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Return format, ranks and the dense layer replaced."""

@@ -122,6 +122,7 @@ class Recurrent(nn.Module, abc.ABC):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002 - torch's name
         """Return (output, last state), as torch's network does: packed, batched or of one sequence."""
+        self._check(input, hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
             first = self._first(hx, data, int(sizes[0]), order)
@@ -138,6 +139,18 @@ class Recurrent(nn.Module, abc.ABC):
         if single:
             last = [tuple(h.squeeze(0) for h in state) for state in last]
         return out, self._handed(last, None)
+
+    def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
+        """Raise WeightError for an input or a state of the wrong kind or size."""
+        shape = x.data.shape if isinstance(x, PackedSequence) else x.shape
+        if len(shape) not in (2, 3) or shape[-1] != self.input_size:
+            msg = f"the input of {self.mode} has the shape {tuple(shape)}, its last axis is to have {self.input_size}"
+            msg += " entries and one or two axes are to stand before it: (batch and) sequence"
+            raise WeightError(msg)
+        if hx is not None and isinstance(hx, Tensor) != (self.states == 1):
+            wanted = "one tensor" if self.states == 1 else "a pair of tensors, (hidden, cell)"
+            msg = f"hx of {self.mode} is {wanted}, not {type(hx).__name__}"
+            raise WeightError(msg)
 
     def _first(self, hx: Any, like: Tensor, batch: int, order: Tensor | None) -> list[State]:
         """Return the first state of each cell."""
@@ -183,7 +196,7 @@ class Recurrent(nn.Module, abc.ABC):
         ended: list[State] = []  # of sequences that are over, the shortest first
         now = tuple(h[: sizes[-1] if backwards else sizes[0]] for h in start)
         for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
-            have, size = len(now[0]), sizes[t]
+            have, size = now[0].shape[0], sizes[t]  # len() is a number, also where the batch is to stay open
             if size > have:  # backwards: longer sequences run already, these begin
                 now = tuple(torch.cat([h, s[have:size]]) for h, s in zip(now, start, strict=True))
             elif size < have:

@@ -1,8 +1,7 @@
 """The sub-layers that a factorized layer runs: torch's own layers, one einsum, one layer for many slices, a gather."""
 
-from __future__ import annotations
-
-from typing import Any
+# Annotations are not postponed here: torch.jit.script reads those of attributes as they are.
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,36 +22,42 @@ class Contract(nn.Module):
     the few channels of a train that is up to ten times faster than a 1×1 convolution on the same memory.
     """
 
-    bias: nn.Parameter | None
+    bias: Tensor | None
 
     def __init__(self, spec: ContractSpec, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self._outputs = spec.out_channels  # worked out from the equation: nothing that a compiler could trace
+        # Worked out here: neither a compiler nor TorchScript could follow the spec.
+        self._axes, self._middle_only, self._modes = spec.axes, spec.is_middle, list(spec.modes)
+        self._outputs, self._equation = spec.out_channels, _behind(spec.equation, spec.axes)
+        self._narrow = _NARROW
         self.weight = weight
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the contraction, its feature modes flattened into one axis again."""
-        spec = self.spec
-        place = x.dim() - 1 - spec.axes
-        if spec.is_middle:
-            sides = x.shape[place + 1 :]
-            out = self._middle(x, sides.numel()).reshape(*x.shape[:place], self._outputs, *sides)
+        place = x.dim() - 1 - self._axes
+        if self._middle_only:
+            before, sides = list(x.shape[:place]), list(x.shape[place + 1 :])
+            positions = 1
+            for size in sides:
+                positions *= size
+            out = self._middle(x, positions).reshape(before + [self._outputs] + sides)  # noqa: RUF005 - TorchScript has no stars
         else:
-            apart = x.unflatten(place, spec.modes)
-            out = torch.einsum(_behind(spec.equation, spec.axes), apart, self.weight)
-            out = out.flatten(place, out.dim() - 1 - spec.axes)
-        return out if self.bias is None else out + self.bias.view(-1, *(1,) * spec.axes)
+            apart = x.unflatten(place, self._modes)
+            out = torch.einsum(self._equation, [apart, self.weight])
+            out = out.flatten(place, out.dim() - 1 - self._axes)
+        bias = self.bias
+        return out if bias is None else out + bias.view([-1] + [1] * self._axes)
 
     def _middle(self, x: Tensor, positions: int) -> Tensor:
         """Return the product, as (whatever stands before, rows of the weight, whatever stands after)."""
-        _, inner, after = self.spec.modes
+        inner, after = self._modes[1], self._modes[2]
         width = after * positions
         if width == 1:
             return functional.linear(x.reshape(-1, inner), self.weight)
         folded = x.reshape(-1, inner, width)
-        if width < _NARROW:
+        if width < self._narrow:
             return functional.linear(folded.mT, self.weight).mT
         count = folded.shape[0]  # len() is a number, also where the size of the batch is to stay open
         return torch.bmm(self.weight.expand(count, -1, -1), folded)
@@ -65,10 +70,13 @@ class Contract(nn.Module):
 class SharedSlices(nn.Module):
     """One layer that all slices of the channels go through alike, as if each were an input of its own."""
 
-    def __init__(self, layer: nn.Module, copies: int) -> None:
+    __jit_unused_properties__: ClassVar = ["weight"]  # of torch.jit.script
+
+    def __init__(self, layer: nn.Module, copies: int, axes: int) -> None:
         super().__init__()
         self.layer = layer
         self.copies = copies
+        self._axes = axes
 
     @property
     def weight(self) -> Tensor:
@@ -79,11 +87,9 @@ class SharedSlices(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of the layer for each slice, slice after slice."""
-        layer: Any = self.layer
-        place = x.dim() - 1 - len(layer.kernel_size)
-        out = layer(x.unflatten(place, (self.copies, -1)).flatten(0, place))
-        slices: Tensor = out.unflatten(0, (*x.shape[:place], self.copies)).flatten(place, place + 1)
-        return slices
+        place = x.dim() - 1 - self._axes
+        out: Tensor = self.layer(x.unflatten(place, [self.copies, -1]).flatten(0, place))
+        return out.unflatten(0, list(x.shape[:place]) + [self.copies]).flatten(place, place + 1)  # noqa: RUF005
 
 
 def _behind(equation: str, axes: int) -> str:
@@ -107,7 +113,7 @@ def build(spec: SubLayerSpec, weight: nn.Parameter, bias: nn.Parameter | None = 
     if isinstance(spec, TTGatherSpec):
         return Gather(spec, weight)
     if isinstance(spec, SharedSliceSpec):
-        return SharedSlices(build(spec.layer, weight, bias), spec.copies)
+        return SharedSlices(build(spec.layer, weight, bias), spec.copies, spec.axes)
     layer: nn.Module
     if spec.kind == "linear":
         layer = nn.Linear(spec.in_channels, spec.out_channels, bias=spec.bias, device="meta")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,8 +24,8 @@ from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
-from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
-from tenfold.tracing import device_of, gathered
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, open_layers, opened
+from tenfold.tracing import copied, device_of, gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +89,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    source = unroll_for_plan(model, wanted) if given is None else unroll_rnns(model, given.unrolled)
+    source = unroll_for_plan(model, wanted, example_inputs) if given is None else open_layers(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
@@ -107,8 +106,8 @@ def decide(
             table = tabulate(source, cost, wanted, moments=moments, scores=made, runtime=runtime)
             decision = _chosen(replace(decision, table=table), runtime)
         plan = refuse_unused(decision.plan, model)
-        if plan.unrolled != unrolled_rnns(source):
-            source = unroll_rnns(model, plan.unrolled)
+        if plan.unrolled != opened(source):
+            source = open_layers(model, plan.unrolled)
             cost = profile(source, example_inputs)
     return replace(decision, plan=plan, source=source, profile=cost)
 
@@ -117,6 +116,7 @@ def refuse_empty(plan: Plan) -> None:
     """Raise PlanError for a plan that factorizes nothing; the message says why."""
     if not plan.factorized:
         reasons = {layer.reason for layer in plan.layers if layer.before.params}
+        reasons = reasons or {layer.reason for layer in plan.layers}  # packed weights are no parameters
         shown = "; ".join(sorted(reasons)[:3])
         msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
         raise PlanError(msg)
@@ -124,9 +124,9 @@ def refuse_empty(plan: Plan) -> None:
 
 def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
     """Return a copy in evaluation mode with its batch norms fused."""
-    copied = copy.deepcopy(model).eval()
-    fuse_batchnorm_(copied, inputs)
-    return copied
+    twin = copied(model).eval()
+    fuse_batchnorm_(twin, inputs)
+    return twin
 
 
 def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:

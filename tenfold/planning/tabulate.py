@@ -16,6 +16,7 @@ from tenfold.allocation.rules.threshold import ErrorBound
 from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
+from tenfold.layers import is_quantized
 from tenfold.patterns import check_patterns
 from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
 from tenfold.planning.error_curves import BY_DATA, Curve
@@ -27,7 +28,7 @@ from tenfold.planning.timing import Timing
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
-from tenfold.surgery import unrolled_rnns
+from tenfold.surgery import find, opened
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -93,14 +94,14 @@ def tabulate(
         layers=tuple(
             _layer(layer, kept[layer.path], options.get(layer.path, ()))
             for layer in profile.layers
-            if layer.spec is not None or layer.params or layer.macs
+            if layer.spec is not None or layer.params or layer.macs or is_quantized(find(model, layer.path))
         ),
         distortion=BY_SCORES if scores is not None else WEIGHT_ERRORS if moments is None else BY_DATA,
         algorithms={
             f: algorithm_for(f, recipe.algorithms.get(f), recipe.seed, data_aware=moments is not None).to_dict()
             for f in used
         },
-        unrolled=unrolled_rnns(model),
+        unrolled=opened(model),
     )
     return table if timing is None else timing.time(table)
 

@@ -90,7 +90,7 @@ class Plan(Record):
     ``recipe`` is what was wanted. ``before`` and ``after`` are costs of the whole model as the planner computed them.
     ``fused`` are the paths of batch norms that are merged into a layer once all else is done, for inference, each with
     the path of that layer. ``unrolled`` are the paths of recurrent networks whose matrices are layers of the plan, each
-    with its kind; applying and loading unroll them.
+    with its kind, and of convolutions that are behind their padding, each with that; applying and loading open them.
     """
 
     version: int = PLAN_VERSION

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.opened import open_layers_
 from tenfold.surgery.replacement import (
     check_planned,
     factorizable_spec,
@@ -25,7 +25,7 @@ from tenfold.surgery.replacement import (
     refuse_tied,
     trainable,
 )
-from tenfold.surgery.unroll_rnn import unroll_rnns_
+from tenfold.tracing import copied
 
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
@@ -55,8 +55,8 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    copied = unroll_rnns_(copy.deepcopy(model), plan.unrolled)
-    return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
+    twin = open_layers_(copied(model), plan.unrolled)
+    return apply_(twin, plan, moments=moments, progress=progress, workers=workers)
 
 
 def apply_(
@@ -69,7 +69,7 @@ def apply_(
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
 
-    Recurrent networks that the plan has opened are to be open: see ``unroll_rnns_``.
+    Layers that the plan has opened are to be open: see ``open_layers_``.
     """
     wanted = plan.factorized
     for layer in plan.layers:
@@ -94,7 +94,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = unroll_rnns_(model, plan.unrolled)
+    model = open_layers_(model, plan.unrolled)
     fuse_pairs_(model, plan.fused)
     for layer in plan.layers:
         if layer.format is None:
@@ -111,7 +111,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
 
 def densify(model: nn.Module) -> nn.Module:
     """Return a new model with a plain dense layer in place of every factorized one."""
-    return densify_(copy.deepcopy(model))
+    return densify_(copied(model))
 
 
 def densify_(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from tenfold.errors import PlanError
 from tenfold.registry import did_you_mean
+from tenfold.tracing.references import redirect_
 
 HOOKS = (
     "_forward_hooks",
@@ -29,7 +30,7 @@ def find(model: nn.Module, path: str) -> nn.Module:
         PlanError: there is none, and the message names the nearest paths; or the model is scripted.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        msg = "the layers of a scripted or traced model cannot be replaced: compress the model itself, then script it"
+        msg = "a scripted or traced model takes no other layers: compress the model itself, then script or trace it"
         raise PlanError(msg)
     try:
         return model.get_submodule(path)
@@ -44,9 +45,10 @@ def paths_of(model: nn.Module, module: nn.Module) -> list[str]:
 
 
 def put(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
-    """Put modules in place of those at the given paths, at every place where these are shared; return the model.
+    """Put modules in place of those at the given paths, wherever the model holds these; return the model.
 
-    A replacement takes over training mode and hooks. An empty path replaces the model itself.
+    Lists, functions and whatever else refers to a module is followed too: see ``tenfold.tracing.references``. A
+    replacement takes over training mode and hooks. An empty path replaces the model itself.
     """
     places = [(path, find(model, path), new) for path, new in replacements.items()]
     for _, old, new in places:
@@ -62,6 +64,7 @@ def put(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
             parent = model.get_submodule(name)
             setattr(parent, child, new)
             _leave_fused_path(parent)
+    redirect_(model, {id(old): new for _, old, new in places})
     return model
 
 

@@ -18,9 +18,9 @@ from tenfold.surgery.apply import apply
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.opened import open_layers
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
 from tenfold.surgery.shortcut_correction import branch_of, targets
-from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
 from tenfold.tracing.replay import Forward, Replay
 
@@ -92,10 +92,10 @@ def apply_sequentially(
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
     config = config or SequentialFit()
-    model = unroll_rnns(model, plan.unrolled)
+    model = open_layers(model, plan.unrolled)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if target is None else unroll_rnns(target, plan.unrolled)
+    original = model if target is None else open_layers(target, plan.unrolled)
     dense, new = (
         Replay(original, batches, forward=config.forward, changing=False),
         _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config.forward),

@@ -2,10 +2,12 @@
 
 from tenfold.tracing.contexts import device_of, evaluating
 from tenfold.tracing.inputs import batch_size_of, call_model, gathered, to_device
+from tenfold.tracing.references import copied
 
 __all__ = [
     "batch_size_of",
     "call_model",
+    "copied",
     "device_of",
     "evaluating",
     "gathered",

@@ -11,7 +11,7 @@ from torch.nn import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tenfold.errors import ProfileError
-from tenfold.layers import FactorizedLayer, spec_of
+from tenfold.layers import FactorizedLayer, is_quantized, spec_of
 from tenfold.records import LayerSpec
 
 
@@ -91,7 +91,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def _stands_for_its_inside(module: nn.Module) -> bool:
-    return isinstance(module, FactorizedLayer) or parametrize.is_parametrized(module) or spec_of(module)[0] is not None
+    if isinstance(module, FactorizedLayer) or parametrize.is_parametrized(module) or is_quantized(module):
+        return True
+    return spec_of(module)[0] is not None
 
 
 def _held(module: nn.Module, *, whole: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ from tenfold.layers import dense_weight, spec_of
 from tenfold.records import Plan
 from tenfold.surgery import find, put
 from tenfold.surgery.replacement import layer_of
+from tenfold.tracing import copied
 
 
 class Projection(nn.Module, abc.ABC):
@@ -111,7 +111,7 @@ class PlanProjection(Projection):
     def factorize(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model with factors in place of its weights, warm-started as for an image."""
         problems = [self._problem(i, model, _weight(model, layer.path)) for i, layer in enumerate(self.plan.factorized)]
-        small = copy.deepcopy(model)
+        small = copied(model)
         found = zip(self.paths, problems, decompose_many(problems), strict=True)
         return put(small, {path: layer_of(fit, find(small, path), own.algorithm) for path, own, fit in found})
 
