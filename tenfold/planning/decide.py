@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +25,9 @@ from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
+from tenfold.tensors import normal_tensors
 from tenfold.tracing import device_of, gathered
+from tenfold.tracing.held_tensors import copied, trainable_copy
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,7 @@ class Decision:
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
 
 
+@normal_tensors()
 def decide(
     model: nn.Module,
     example_inputs: Any,
@@ -90,6 +92,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    model = trainable_copy(model)
     source = unroll_for_plan(model, wanted) if given is None else unroll_rnns(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
@@ -124,9 +127,9 @@ def refuse_empty(plan: Plan) -> None:
 
 def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
     """Return a copy in evaluation mode with its batch norms fused."""
-    copied = copy.deepcopy(model).eval()
-    fuse_batchnorm_(copied, inputs)
-    return copied
+    fused = copied(model).eval()
+    fuse_batchnorm_(fused, inputs)
+    return fused
 
 
 def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from tenfold.records import (
     SensitivityTable,
     locked,
 )
+from tenfold.tracing.held_tensors import copied
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,7 +107,7 @@ class Sensitivity:
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
             raise DataError(msg)
         check_patterns(recipe.keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
-        self._model = copy.deepcopy(model)
+        self._model = copied(model)
         self._name = profile.model
         self._workers = workers or Workers()
         self._path = None if path is None else Path(path)

@@ -21,7 +21,8 @@ from tenfold.surgery import find, put, reestimate_batchnorm_
 from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
 from tenfold.tensors import digest
 from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import batch_size_of, call_model, digest_batches, real_tokens, tensors_in, token_mask
+from tenfold.tracing.inputs import batch_size_of, call_model, digest_batches, tensors_in
+from tenfold.tracing.masks import real_tokens, token_mask
 
 Place = tuple[str, str]  # path, format
 
@@ -218,7 +219,7 @@ def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module],
     try:
         with evaluating(model), layer_by_layer():
             for batch in batches:
-                mask = token_mask(batch)
+                mask = token_mask(batch, model)
                 call_model(model, batch)
     finally:
         handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -26,11 +25,14 @@ from tenfold.surgery.replacement import (
     trainable,
 )
 from tenfold.surgery.unroll_rnn import unroll_rnns_
+from tenfold.tensors import normal_tensors, plain_arithmetic
+from tenfold.tracing.held_tensors import copied
 
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
 
 
+@normal_tensors()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -55,8 +57,7 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    copied = unroll_rnns_(copy.deepcopy(model), plan.unrolled)
-    return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
+    return apply_(unroll_rnns_(copied(model), plan.unrolled), plan, moments=moments, progress=progress, workers=workers)
 
 
 def apply_(
@@ -111,9 +112,10 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
 
 def densify(model: nn.Module) -> nn.Module:
     """Return a new model with a plain dense layer in place of every factorized one."""
-    return densify_(copy.deepcopy(model))
+    return densify_(copied(model))
 
 
+@plain_arithmetic()
 def densify_(model: nn.Module) -> nn.Module:
     """Put a plain dense layer in place of every factorized one, in place; return the model."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}

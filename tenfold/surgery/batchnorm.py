@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tenfold.errors import DataError
-from tenfold.tracing.inputs import call_model
+from tenfold.tensors import normal_tensors
+from tenfold.tracing.contexts import device_of, layer_by_layer, same_random_numbers
+from tenfold.tracing.held_tensors import leave_inference_
+from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+@normal_tensors()
 def reestimate_batchnorm_(
     model: M, batches: Iterable[Any], *, forward: Callable[[M, Any], object] | None = None
 ) -> int:
@@ -47,6 +52,7 @@ def reestimate_batchnorm_(
         >>> reestimate_batchnorm_(model, [torch.randn(16, 4) for _ in range(3)])
         3
     """
+    leave_inference_(model)
     norms: dict[str, _BatchNorm] = {
         path: module
         for path, module in model.named_modules()
@@ -75,19 +81,22 @@ class _Pool:
     path: str
     count: int = 0
     calls: int = 0
+    rows: int = 0  # of the last batch
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def check(self, norm: Any, args: tuple[Tensor, ...]) -> None:
+    def check(self, norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Reject inputs with fewer than two values per channel, which have no variance; a forward pre-hook."""
-        if args[0].numel() < 2 * norm.num_features:
+        shape = shape_of(next(tensors_in((args, kwargs))))
+        self.rows = prod(shape) // norm.num_features
+        if self.rows < 2:
             msg = (
-                f"batch norm {self.path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
+                f"batch norm {self.path!r} got an input of shape {shape}: one value per channel has no "
                 "variance. Use larger batches and drop a last batch of one."
             )
             raise DataError(msg)
 
-    def update(self, norm: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
+    def update(self, norm: Any, _args: tuple[Tensor, ...], _output: Tensor) -> None:
         """Pool the statistics of the last batch; a forward hook."""
         if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
             msg = (
@@ -95,7 +104,7 @@ class _Pool:
                 "and the weights before it. The old statistics are kept."
             )
             raise DataError(msg)
-        count = args[0].numel() // norm.num_features
+        count = self.rows
         mean, squares = norm.running_mean.double(), norm.running_var.double() * (count - 1)
         total, delta = self.count + count, mean - self.mean.to(mean.device)
         self.mean = self.mean.to(mean.device) + delta * (count / total)
@@ -125,7 +134,7 @@ def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict
         for path, norm in norms.items():
             norm.training, norm.momentum = True, 1.0
             norm.reset_running_stats()  # 0 · NaN is NaN: broken statistics must not survive a momentum of 1
-            hooks.append(norm.register_forward_pre_hook(pools[path].check))
+            hooks.append(norm.register_forward_pre_hook(pools[path].check, with_kwargs=True))
             hooks.append(norm.register_forward_hook(pools[path].update))
         yield
         unreached = {

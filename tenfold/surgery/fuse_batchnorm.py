@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.batchnorm_pairs import AFTER, FusedPairs, fusable_pairs, last_spec, plain
 from tenfold.surgery.modules import find, put
+from tenfold.tracing.held_tensors import copied
 
 
 class FusedNorm(nn.Sequential):
@@ -58,7 +58,7 @@ def fuse_batchnorm(model: nn.Module, inputs: Any) -> nn.Module:
         >>> fused[1], fused[0].bias.shape
         (FusedNorm(into '0'), torch.Size([4]))
     """
-    fused = copy.deepcopy(model)
+    fused = copied(model)
     fuse_batchnorm_(fused, inputs)
     return fused
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 
 from torch import nn
@@ -11,6 +10,7 @@ from tenfold.errors import PlanError
 from tenfold.layers import GRU, LSTM, Recurrent, open_recurrent
 from tenfold.layers.recurrent import stacked_weights
 from tenfold.surgery.modules import find, put
+from tenfold.tracing.held_tensors import copied
 
 
 def fused_rnns(model: nn.Module) -> dict[str, str]:
@@ -63,7 +63,7 @@ def unroll_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.M
 def unroll_rnns(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:
     """Return a copy in which recurrent networks are unrolled, or the model itself if there is nothing to unroll."""
     fused = fused_rnns(model) if paths is None else [p for p in paths if type(find(model, p)) not in (GRU, LSTM)]
-    return unroll_rnns_(copy.deepcopy(model), fused) if fused else model
+    return unroll_rnns_(copied(model), fused) if fused else model
 
 
 def fuse_rnns_(model: nn.Module, paths: Collection[str] | None = None) -> nn.Module:

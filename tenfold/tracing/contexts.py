@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from tenfold.tracing.inputs import tensors_in
 
@@ -48,16 +49,43 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """Disable what bypasses modules: the fused kernel of transformer layers, and compiled code."""
+    """Let every module run, and once: no fused kernel of transformer layers, compiled code or checkpoints."""
     # The fused kernel is one operation that is opaque to the flop counter and never calls the linear layers; compiled
-    # code runs no hooks.
+    # code runs no hooks; what is checkpointed runs again in the backward pass.
     with ExitStack() as stack:
+        stack.enter_context(_without_checkpoints())
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Let ``torch.utils.checkpoint`` call its function and keep what the backward pass needs."""
+    kept = {name: getattr(checkpoint, name) for name in ("CheckpointFunction", "_checkpoint_without_reentrant_generator")}
+    try:
+        checkpoint.CheckpointFunction = _Direct  # type: ignore[misc, assignment]
+        checkpoint._checkpoint_without_reentrant_generator = _nothing_around  # type: ignore[assignment]  # noqa: SLF001
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
+
+
+class _Direct:
+    """Stands in for the function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:  # noqa: FBT001 - as torch calls it
+        return function(*args)
+
+
+def _nothing_around(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    """Stand in for what runs before and after the function of other checkpoints."""
+    yield
 
 
 def device_of(model: nn.Module, inputs: Any = ()) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tenfold.errors import ProfileError
 from tenfold.profiling.latency.measure import Comparison, compare_latency
 from tenfold.registry import did_you_mean
+from tenfold.tracing.held_tensors import copied
 from tenfold.tracing.inputs import map_tensors, tensors_in
 
 # Name -> (numbers of axes that it applies to, torch's name).
@@ -40,11 +40,11 @@ def to_memory_format(model: nn.Module, inputs: Any, name: str) -> tuple[nn.Modul
     def lay_out(tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=layout) if tensor.dim() in axes else tensor
 
-    copied = copy.deepcopy(model)
+    changed = copied(model)
     with torch.no_grad():
-        for tensor in (*copied.parameters(), *copied.buffers()):
+        for tensor in (*changed.parameters(), *changed.buffers()):
             tensor.data = lay_out(tensor.data)
-    return copied, map_tensors(inputs, lay_out)
+    return changed, map_tensors(inputs, lay_out)
 
 
 def memory_formats_for(inputs: Any) -> tuple[str, ...]:
