@@ -134,13 +134,6 @@ class _Draw:
         return {"positions": self.positions, "seed": self.seed * 1_000_003 + self.step, "mask": self.mask}
 
 
-def _values(tensor: Tensor, spec: LayerSpec) -> Tensor:
-    """Return what a layer was given or returned, the samples of a ``vmap`` as those of a batch."""
-    values = untransformed(tensor.detach())
-    extra = values.dim() - spec.axes - 2
-    return values.flatten(0, extra) if spec.axes and extra > 0 else values
-
-
 @contextmanager
 def _explaining(path: str) -> Iterator[None]:
     """Raise what goes wrong with a layer's input as a DataError that names the layer."""
@@ -164,14 +157,15 @@ def _watching(
         def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             y = waiting[path].pop(0) if waiting[path] else None
             with _explaining(path):
-                sums[path].add(_values(next(tensors_in((args, kwargs))), specs[path]), specs[path], y, **draw.options())
+                x = untransformed(next(tensors_in((args, kwargs)))).detach()
+                sums[path].add(x, specs[path], y, **draw.options())
 
         return enter
 
     def leaving(path: str) -> Callable[..., None]:
         @plain_arithmetic()
         def leave(module: Any, _args: Any, output: Tensor) -> None:
-            y = _values(output, specs[path]).clone()  # an activation in place may follow
+            y = untransformed(output).detach().clone()  # an activation in place may follow
             if getattr(module, "bias", None) is not None:
                 y -= module.bias.view(-1, *[1] * specs[path].axes)
             waiting[path].append(y)

@@ -143,7 +143,8 @@ class GradientSums:
             if not self._backward:
                 return  # of a forward that takes gradients itself
             axis = -1 - spec.axes
-            rows = squarable(gradient.detach()).movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
+            rows = squarable(gradient.detach()).movedim(axis, 0)
+            rows = rows.reshape(spec.groups, spec.out_channels // spec.groups, -1)
             square = (rows @ rows.mT).double()
             self._sums[path] = self._sums[path] + square if path in self._sums else square
 

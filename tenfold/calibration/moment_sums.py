@@ -109,10 +109,7 @@ class MomentSums:
             self._counts = id_counts(x, spec.in_channels, self._counts)
             self.count += x.numel()
             return
-        x = squarable(x)
-        if y is not None:
-            y = squarable(y)
-            x, y = (t.to(torch.promote_types(x.dtype, y.dtype)) for t in (x, y))
+        x, y = _prepared(x, y, spec)
         size = sketch_rows(spec, self._widest)
         if size is not None and self._sketch is None:
             self._sketch = SketchSums(size, self._seed)
@@ -186,6 +183,19 @@ class MomentSums:
         if sketch is not None:
             return sketch.moments()
         return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
+
+
+def _prepared(x: Tensor, y: Tensor | None, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+    """Return inputs and targets in the dtype that their products are computed in, maps with one axis of samples."""
+    extra = x.dim() - spec.axes - 2  # axes of a vmap
+    if spec.axes and extra > 0:
+        x, y = x.flatten(0, extra), None if y is None else y.flatten(0, extra)
+    x = squarable(x)
+    if y is None:
+        return x, None
+    y = squarable(y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 def _channels_first(values: Tensor, taps: int) -> Tensor:

@@ -114,7 +114,8 @@ def apply_sequentially(
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 wanted_output = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
                 drawn = config.seed * 1_000_003 + done * 1009 + i
-                sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=token_mask(batches[i], model))
+                mask = token_mask(batches[i], model)
+                sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=mask)
             metric = sums.moments(path)
         else:  # it runs several times: what enters it depends on itself
             own = {path: spec}

@@ -57,7 +57,7 @@ def untransformed(tensor: Tensor) -> Tensor:
         >>> seen
         [torch.Size([5, 3])]
     """
-    functorch = torch._C._functorch  # type: ignore[attr-defined]  # noqa: SLF001 - torch says it nowhere else
+    functorch = torch._C._functorch  # noqa: SLF001 - torch says it nowhere else
     while functorch.is_functorch_wrapped_tensor(tensor):
         axis = functorch.maybe_get_bdim(tensor)
         tensor = functorch.get_unwrapped(tensor)
@@ -88,4 +88,4 @@ def _accelerator() -> str:
 
 def _transformed() -> bool:
     """Whether a transform of ``torch.func`` is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # noqa: SLF001
+    return torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001

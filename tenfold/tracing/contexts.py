@@ -17,8 +17,8 @@ from tenfold.tracing.inputs import tensors_in
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its own train or eval mode back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Give every module its own train or eval mode back at the end; frozen scripted ones have none."""
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     try:
         yield
     finally:
@@ -28,12 +28,27 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _kept_gradients(model: nn.Module) -> Iterator[None]:
+    """Give every parameter its gradient back at the end: a forward may call ``backward`` itself."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, gradient in gradients:
+            if gradient is not None:
+                parameter.grad = None  # it would be added to in place
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode without gradients, and restore the mode of every module afterwards."""
+    """Run in evaluation mode without gradients; modes of modules and gradients of parameters are as before at the end."""
     # Flags are set directly: an overridden ``eval()`` may do more (merge adapters, freeze layers) that is not undone.
     # No inference mode: tensors that a model caches in its forward must remain trainable.
-    with kept_modes(model), torch.no_grad():
-        for module in [module for module in model.modules() if module.training]:
+    with kept_modes(model), _kept_gradients(model), torch.no_grad():
+        for module in [module for module in model.modules() if getattr(module, "training", False)]:
             module.training = False
         yield
 
@@ -65,10 +80,11 @@ def layer_by_layer() -> Iterator[None]:
 @contextmanager
 def _without_checkpoints() -> Iterator[None]:
     """Let ``torch.utils.checkpoint`` call its function and keep what the backward pass needs."""
-    kept = {name: getattr(checkpoint, name) for name in ("CheckpointFunction", "_checkpoint_without_reentrant_generator")}
+    stand_ins = {"CheckpointFunction": _Direct, "_checkpoint_without_reentrant_generator": _nothing_around}
+    kept = {name: getattr(checkpoint, name) for name in stand_ins}
     try:
-        checkpoint.CheckpointFunction = _Direct  # type: ignore[misc, assignment]
-        checkpoint._checkpoint_without_reentrant_generator = _nothing_around  # type: ignore[assignment]  # noqa: SLF001
+        for name, value in stand_ins.items():
+            setattr(checkpoint, name, value)
         yield
     finally:
         for name, value in kept.items():

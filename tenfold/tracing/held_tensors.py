@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tenfold.tracing.inputs import map_tensors, tensors_in
 
@@ -58,7 +58,9 @@ def drop_graphs(model: nn.Module) -> None:
 
 def _held(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        yield from (t for t in tensors_in(vars(module)) if not isinstance(t, UninitializedTensorMixin))
+        yield from (
+            t for t in tensors_in(vars(module)) if not isinstance(t, UninitializedParameter | UninitializedBuffer)
+        )
 
 
 def _change(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
 from tenfold.records import Shape
-from tenfold.tensors import version_of
+from tenfold.tensors import untransformed, version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 
@@ -196,7 +196,7 @@ class Tracer(TorchDispatchMode):
             while self._running and self._running.pop() != path:
                 pass  # modules that ended with an error that was caught
             self._trace.spans[path] = (self._trace.spans[path][0], next(self._clock))
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and untransformed(output) is output:  # else it ends with its transform
                 (self._value_of(output) or self._start(output)).makers.append(path)
             if not path:
                 for value in map(self._value_of, tensors_in(output)):
