@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from tenfold.profiling import Comparison, LatencyTable, compare_latency, to_memo
 from tenfold.profiling.latency.memory_format import memory_formats_for
 from tenfold.records import Budget, Latency, LayerPlan, OptionTable, Plan, Profile, Speedup
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
+from tenfold.tracing.held_tensors import copied
 
 _LOG = logging.getLogger("tenfold")
 _SLACK = 0.02  # a plan may stay this far below the allowance before another one is chosen with more
@@ -111,7 +111,7 @@ def plan_within_latency(
     search = search or LatencySearch()
     runs = model
     if table.recipe.fuse_batchnorm:
-        runs = copy.deepcopy(model).eval()
+        runs = copied(model).eval()
         fuse_batchnorm_(runs, inputs)
     state = _State(model, runs, table, profile, inputs, clock, search)
     if not limits_latency(table.recipe):
@@ -273,7 +273,7 @@ class _State:
 
 def with_structure(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of the model that has the layers of the plan with made-up factors: to time, not to use."""
-    small = restructure_(copy.deepcopy(model), plan)
+    small = restructure_(copied(model), plan)
     for module in small.modules():
         if isinstance(module, FactorizedLayer):
             _fill(module)

@@ -44,7 +44,7 @@ def _kept_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode without gradients; modes of modules and gradients of parameters are as before at the end."""
+    """Run in evaluation mode without gradients; restore modes of modules and gradients of parameters afterwards."""
     # Flags are set directly: an overridden ``eval()`` may do more (merge adapters, freeze layers) that is not undone.
     # No inference mode: tensors that a model caches in its forward must remain trainable.
     with kept_modes(model), _kept_gradients(model), torch.no_grad():

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -27,7 +28,14 @@ def copied(model: M) -> M:
         False
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _held(model) if t.grad_fn is not None}
-    return copy.deepcopy(model, memo)
+    with (
+        torch.no_grad()
+    ):  # else the parameters of scripted parts would be copied with a graph, and could not be trained
+        made = copy.deepcopy(model, memo)
+    for old, new in zip(model.parameters(), made.parameters(), strict=True):
+        if old.requires_grad != new.requires_grad:
+            new.requires_grad_(old.requires_grad)
+    return made
 
 
 def trainable_copy(model: M) -> M:
