@@ -35,6 +35,7 @@ from tenfold.surgery import (
     warn_of_costs,
     with_errors,
 )
+from tenfold.tensors import normal_tensors
 from tenfold.tracing import device_of
 from tenfold.training import TuneResult
 
@@ -118,6 +119,7 @@ def compress(
     return carry_out(model, decision, tune=tune, evaluate=evaluate, runtime=runtime)
 
 
+@normal_tensors()
 def carry_out(
     model: nn.Module,
     decision: Decision,

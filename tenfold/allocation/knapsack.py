@@ -269,7 +269,8 @@ class _Options:
             gain = self.distortions[self.rows, picks][:, None] - self.distortions
             change = self.costs - self.costs[self.rows, picks][:, None]
             fits = (self.cost(picks) + change <= 1 + _ROUND).all(2)
-            rate = np.where(fits & (gain > 0), gain / np.maximum(change @ weights, 1e-300), 0)
+            with np.errstate(over="ignore"):  # what costs nothing comes first, however little it gains
+                rate = np.where(fits & (gain > 0), gain / np.maximum(change @ weights, 1e-300), 0)
             best = int(rate.argmax())
             if rate.flat[best] <= 0:
                 break

@@ -14,8 +14,12 @@ from tenfold.calibration.gradients import GradientSums
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.records import Calibration, LayerSpec, Profile
+from tenfold.tensors import normal_tensors
+from tenfold.tracing.contexts import device_of, same_random_numbers
+from tenfold.tracing.references import trainable_copy
 
 
+@normal_tensors()
 def calibrate(
     model: nn.Module,
     batches: Sequence[Any],
@@ -50,13 +54,13 @@ def calibrate(
         >>> known["0"].output_gram.shape
         torch.Size([1, 3, 3])
     """
-    settings = settings or Calibration()
+    settings, model = settings or Calibration(), trainable_copy(model)
     specs = measurable(model) if specs is None else specs
     positions, widest = settings.positions, settings.max_width
     collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
     moments = None
     try:
-        with GradientSums(model, specs, seed=seed) as gradients:
+        with same_random_numbers(device_of(model)), GradientSums(model, specs, seed=seed) as gradients:
             moments = collect(forward=gradients.add)
             for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
                 gradients.add(model, batch)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from tenfold.calibration.moment_sums import MomentSums, moment_bytes, sketch_rows
 from tenfold.decompositions import Moments
-from tenfold.errors import CalibrationWarning, DataError
+from tenfold.errors import CalibrationWarning, DataError, TenfoldError, first_line
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
+from tenfold.tensors import plain_arithmetic, untransformed
 from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import call_model, tensors_in, token_mask
+from tenfold.tracing.inputs import call_model, tensors_in
+from tenfold.tracing.masks import token_mask
 
 logger = logging.getLogger("tenfold")
 
@@ -95,7 +97,7 @@ def collect_moments(
     seen = 0
     with evaluating(model), layer_by_layer(), _watching(model, dense, specs, sums, draw):
         for seen, batch in enumerate(batches, start=1):  # noqa: B007
-            draw.mask = token_mask(batch)
+            draw.mask = token_mask(batch, model)
             if dense is not None:
                 with evaluating(dense):
                     run(dense, batch)
@@ -133,6 +135,18 @@ class _Draw:
 
 
 @contextmanager
+def _explaining(path: str) -> Iterator[None]:
+    """Raise what goes wrong with a layer's input as a DataError that names the layer."""
+    try:
+        yield
+    except TenfoldError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        msg = f"the input of layer {path!r} cannot be measured: {first_line(error)}"
+        raise DataError(msg) from error
+
+
+@contextmanager
 def _watching(
     model: nn.Module, dense: nn.Module | None, specs: Mapping[str, LayerSpec], sums: dict[str, MomentSums], draw: _Draw
 ) -> Iterator[None]:
@@ -141,15 +155,17 @@ def _watching(
 
     def entering(path: str) -> Callable[..., None]:
         def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            x = next(tensors_in((args, kwargs))).detach()
             y = waiting[path].pop(0) if waiting[path] else None
-            sums[path].add(x, specs[path], y, **draw.options())
+            with _explaining(path):
+                x = untransformed(next(tensors_in((args, kwargs)))).detach()
+                sums[path].add(x, specs[path], y, **draw.options())
 
         return enter
 
     def leaving(path: str) -> Callable[..., None]:
+        @plain_arithmetic()
         def leave(module: Any, _args: Any, output: Tensor) -> None:
-            y = output.detach().clone()  # an activation in place may follow
+            y = untransformed(output).detach().clone()  # an activation in place may follow
             if getattr(module, "bias", None) is not None:
                 y -= module.bias.view(-1, *[1] * specs[path].axes)
             waiting[path].append(y)

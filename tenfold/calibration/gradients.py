@@ -9,10 +9,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import DataError
+from tenfold.errors import DataError, first_line
 from tenfold.records import LayerSpec
+from tenfold.tensors import plain_arithmetic, squarable, untransformed
 from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import batch_size_of, call_model, real_tokens, tensors_in, token_mask
+from tenfold.tracing.held_tensors import drop_graphs
+from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
+from tenfold.tracing.masks import real_tokens, token_mask
 
 Loss = Literal["outputs", "fisher"]
 
@@ -77,6 +80,7 @@ class GradientSums:
         self._starts: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
+        self._backward = False
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -94,38 +98,61 @@ class GradientSums:
         self._open.close()
 
     def add(self, model: nn.Module, batch: Any) -> None:
-        """Run one batch forward, and backward from one random projection or draw of labels."""
+        """Run one batch forward, and backward from one random projection or draw of labels.
+
+        Raises:
+            DataError: the outputs have no gradients, or none can be taken.
+        """
         self._starts.clear()
         with torch.enable_grad():
-            value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch))
-        torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
+            value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch, model))
+        self._backward = True
+        try:
+            torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
+        except RuntimeError as error:  # a forward that takes gradients itself has used the graph up, for instance
+            msg = f"gradients of the model's outputs cannot be taken: {first_line(error)}"
+            raise DataError(msg) from error
+        finally:
+            self._backward = False
+            self._starts.clear()
+            drop_graphs(model)
         self._samples += batch_size_of(batch) or 1
 
     def mean(self) -> dict[str, Tensor]:
         """Return the sums divided by the number of samples.
 
         Raises:
-            DataError: no batches, or a layer that no gradient reached.
+            DataError: no batches, a layer that no gradient reached, or gradients that are not finite.
         """
         missing = [path for path in self._specs if path not in self._sums]
         if self._samples == 0 or missing:
             what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
             msg = f"cannot estimate how errors of layers affect the outputs: {what}"
             raise DataError(msg)
+        odd = [path for path, value in self._sums.items() if not torch.isfinite(value).all()]
+        if odd:
+            msg = f"cannot estimate how errors of layers affect the outputs: gradients at {odd[0]} are not finite"
+            raise DataError(msg)
         return {path: value / self._samples for path, value in self._sums.items()}
 
     def _leaving(self, path: str, spec: LayerSpec, *, trainable: bool) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
 
+        @plain_arithmetic()
         def add(gradient: Tensor) -> None:
+            if not self._backward:
+                return  # of a forward that takes gradients itself
             axis = -1 - spec.axes
-            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
+            rows = squarable(gradient.detach()).movedim(axis, 0)
+            rows = rows.reshape(spec.groups, spec.out_channels // spec.groups, -1)
             square = (rows @ rows.mT).double()
             self._sums[path] = self._sums[path] + square if path in self._sums else square
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             # The graph starts at the outputs of the first layers; without trainable parameters only at embeddings.
             starts = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
+            if untransformed(output) is not output:
+                return output  # within a transform of torch.func, which has gradients of its own
             if starts and not output.requires_grad:
                 self._starts.append(output.detach().requires_grad_())
                 output = self._starts[-1].clone()  # an operation in place may follow

@@ -14,7 +14,8 @@ from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions import Moments, Sketch
 from tenfold.errors import DataError
 from tenfold.records import LayerSpec
-from tenfold.tracing.inputs import real_tokens
+from tenfold.tensors import plain_arithmetic, squarable
+from tenfold.tracing.masks import real_tokens
 
 # Second moments of wider patches are sketched. One of this width takes 512 MiB, and a sketch at most as much.
 WIDEST = 8192
@@ -83,6 +84,7 @@ class MomentSums:
         self._maps: PatchGram | None = None
         self._counts: Tensor | None = None
 
+    @plain_arithmetic()
     def add(
         self,
         x: Tensor,
@@ -107,6 +109,7 @@ class MomentSums:
             self._counts = id_counts(x, spec.in_channels, self._counts)
             self.count += x.numel()
             return
+        x, y = _prepared(x, y, spec)
         size = sketch_rows(spec, self._widest)
         if size is not None and self._sketch is None:
             self._sketch = SketchSums(size, self._seed)
@@ -121,11 +124,10 @@ class MomentSums:
                 patches = input_patches(x[part], spec, positions=positions, seed=seed)
             else:
                 patches = taps_first.flatten(1).t()[None]
-            patches = patches if patches.dtype == torch.float64 else patches.float()
             self.count += patches.shape[-1]
             rows = None
             if y is not None:
-                rows = output_rows(y[part], spec, positions=positions, seed=seed).to(patches.dtype)
+                rows = output_rows(y[part], spec, positions=positions, seed=seed)
             if self._sketch is None:
                 self._add(patches, rows, taps=1 if taps_first is None else taps_first.shape[1])
             else:
@@ -142,13 +144,11 @@ class MomentSums:
 
     def _add_maps(self, x: Tensor, y: Tensor | None) -> None:
         """Add all patches of whole maps without extracting them."""
-        x = x if x.dtype == torch.float64 else x.float()
         self.count += x.shape[0] * prod(x.shape[2:])
         self._maps = self._maps or PatchGram()
         self._maps.add(x)
         self._sum("mean", patch_sum(x))
         if y is not None:
-            y = y.to(x.dtype)
             self._sum("cross", patch_cross(y, x))
             self._sum("target_mean", y.sum((0, 2, 3))[None])
             self._sum("target_power", y.square().sum((0, 2, 3))[None])
@@ -159,6 +159,7 @@ class MomentSums:
         else:
             self._sums[name] = value.double()
 
+    @plain_arithmetic()
     def moments(self, path: str) -> Moments:
         """Return the moments of all rows added so far; ``path`` names the layer in errors.
 
@@ -175,11 +176,26 @@ class MomentSums:
             self._maps = None
         sketch = self._sketch
         if not (bool(torch.isfinite(self._sums["input_second_moment"]).all()) if sketch is None else sketch.finite()):
-            msg = f"the input of layer {path!r} is not finite: check the calibration batches and the weights before it"
+            finite = "mean" in self._sums and bool(torch.isfinite(self._sums["mean"]).all())
+            what = "so large that its squares overflow float64" if finite else "not finite"
+            msg = f"the input of layer {path!r} is {what}: check the calibration batches and the weights before it"
             raise DataError(msg)
         if sketch is not None:
             return sketch.moments()
         return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
+
+
+def _prepared(x: Tensor, y: Tensor | None, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+    """Return inputs and targets in the dtype that their products are computed in, maps with one axis of samples."""
+    extra = x.dim() - spec.axes - 2  # axes of a vmap
+    if spec.axes and extra > 0:
+        x, y = x.flatten(0, extra), None if y is None else y.flatten(0, extra)
+    x = squarable(x)
+    if y is None:
+        return x, None
+    y = squarable(y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 def _channels_first(values: Tensor, taps: int) -> Tensor:

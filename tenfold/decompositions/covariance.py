@@ -226,6 +226,22 @@ def solve_spd(square: Tensor, right: Tensor) -> Tensor:
     return inverse @ (inverse @ right)
 
 
+def preconditioner(square: Tensor, ridge: float) -> Tensor:
+    """Return the Cholesky factor of A + ridge·(mean of the diagonal)·I for positive semidefinite A (..., n, n).
+
+    Where rounding has made A indefinite, as of inputs that hardly vary, it is that of the diagonal of A alone: enough
+    to speed up conjugate gradients, and never missing.
+    """
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(add_ridge(square, ridge))
+    if bool(failed.any()):
+        diagonal = square.diagonal(dim1=-2, dim2=-1)
+        largest = diagonal.amax(-1, keepdim=True)
+        least = torch.where(largest > 0, max(ridge, 1e-12) * largest, torch.ones_like(largest))
+        lower = torch.where(failed[..., None, None] > 0, torch.diag_embed(diagonal.maximum(least).sqrt()), lower)
+    return lower
+
+
 def _well_posed(lower: Tensor) -> Tensor:
     diagonal = lower.diagonal(dim1=-2, dim2=-1).square()
     return (diagonal.amin(-1) > NEGLIGIBLE * diagonal.amax(-1)).all()

@@ -22,7 +22,7 @@ from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
 from tenfold.parallel import Workers
 from tenfold.records import LayerSpec
-from tenfold.tensors import rel_error
+from tenfold.tensors import plain_arithmetic, rel_error
 from tenfold.tensors.kruskal import Stability
 
 # Larger weights fill the machine alone; stacking them would only cost memory. Smaller ones are faster together.
@@ -128,6 +128,7 @@ def decompose(
     return decompose_many([request])[0]
 
 
+@plain_arithmetic()
 def decompose_many(requests: Sequence[FitRequest]) -> list[Fit]:
     """Return one fit for each request; weights of equal shape are decomposed together, which is faster when small.
 

@@ -176,9 +176,8 @@ class Moments:
         """Return tr(G Δ C Δᵀ) over all groups: Δ the error against the regression target, G ``output_gram`` or I."""
         delta = self.regression_target(weight, NEGLIGIBLE) - approximation
         square = sandwich(delta, self.covariance())
-        return float(
-            (square.diagonal(dim1=-2, dim2=-1) if self.output_gram is None else square * self.output_gram).sum()
-        )
+        weighed = square.diagonal(dim1=-2, dim2=-1) if self.output_gram is None else square * self.output_gram
+        return max(float(weighed.sum()), 0.0)  # below 0 by rounding, where inputs hardly vary
 
     def output_roots(self) -> tuple[Tensor, Tensor] | None:
         """Return the square root of ``output_gram`` and its inverse: times that root all output errors count alike.

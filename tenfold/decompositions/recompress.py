@@ -14,7 +14,7 @@ from tenfold.decompositions.fitting import Fit, FitRequest, decompose_many, refu
 from tenfold.decompositions.input_moments import Moments
 from tenfold.formats import FORMATS, Factorization, Rank, Reduced
 from tenfold.records import LayerSpec
-from tenfold.tensors import rel_error
+from tenfold.tensors import plain_arithmetic, rel_error
 
 Lift = Callable[[Fit], Fit]
 
@@ -37,6 +37,7 @@ def fit_layer(
     return lift(decompose_many([request])[0])
 
 
+@plain_arithmetic()
 def layer_request(
     weight: Tensor | Factorization,
     format: str,
@@ -102,6 +103,7 @@ def _recompression(
     else:
         request = FitRequest(small.weight, small.spec, small.format, rank, algorithm, start=small.start)
 
+    @plain_arithmetic()
     def lift(fit: Fit) -> Fit:
         stored = (fit.value if small is None else small.lift(fit.value)).to(dtype)
         refuse_overflow(stored, request.weight)

@@ -20,8 +20,8 @@ from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition,
 from tenfold.decompositions.covariance import (
     Covariance,
     Sketch,
-    add_ridge,
     channel_blocks,
+    preconditioner,
     sandwich,
     solve_spd,
     sqrt_and_inverse_sqrt,
@@ -173,9 +173,8 @@ class Weighted:
 
     @cached_property
     def lower_channels(self) -> Tensor:
-        """Cholesky factor of ``channels``."""
-        lower: Tensor = torch.linalg.cholesky(add_ridge(self.channels, 1e-6))
-        return lower
+        """Cholesky factor of ``channels``, to speed up conjugate gradients."""
+        return preconditioner(self.channels, 1e-6)
 
     @cached_property
     def _white(self) -> tuple[Tensor, Tensor]:
@@ -280,7 +279,7 @@ def _input_step(problem: Weighted, u: Tensor | None, core: Tensor, v: Tensor, st
         return torch.einsum("back,bark->bcr", moved, core)
 
     lower_c = problem.lower_channels
-    lower_r = torch.linalg.cholesky(add_ridge(weights, 1e-6))
+    lower_r = preconditioner(weights, 1e-6)
 
     def precondition(x: Tensor) -> Tensor:
         return torch.cholesky_solve(torch.cholesky_solve(x, lower_c).mT, lower_r).mT

@@ -25,7 +25,9 @@ from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, open_layers, opened
+from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied, device_of, gathered
+from tenfold.tracing.references import trainable_copy
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ class Decision:
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
 
 
+@normal_tensors()
 def decide(
     model: nn.Module,
     example_inputs: Any,
@@ -89,6 +92,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    model = trainable_copy(model)
     source = unroll_for_plan(model, wanted, example_inputs) if given is None else open_layers(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold.decompositions import error_curve
 from tenfold.formats import FORMATS
 from tenfold.planning.eligible import EligibleLayer
-from tenfold.tensors import singular_values
+from tenfold.tensors import plain_arithmetic, singular_values
 
 Ranks = NDArray[np.int64]
 Curve = Callable[[Ranks], NDArray[np.float64]]
@@ -20,6 +20,7 @@ BY_DATA = "what the network's output loses, by the data"
 BY_WEIGHT = "relative squared errors of the weights"
 
 
+@plain_arithmetic()
 def spectra_of(layer: EligibleLayer, format: str, weight: Tensor) -> dict[str, NDArray[np.float64]]:
     """Return for each rank name the singular values, descending, of its unfolding, pooled over groups."""
     unfoldings = FORMATS.get(format).unfoldings(weight, layer.spec)

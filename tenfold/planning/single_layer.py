@@ -19,9 +19,10 @@ from tenfold.layers import FactorizedLayer
 from tenfold.records import SensitivityKey
 from tenfold.surgery import find, put, reestimate_batchnorm_
 from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
-from tenfold.tensors import digest
+from tenfold.tensors import digest, plain_arithmetic, untransformed
 from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import batch_size_of, call_model, digest_batches, real_tokens, tensors_in, token_mask
+from tenfold.tracing.inputs import batch_size_of, call_model, digest_batches, tensors_in
+from tenfold.tracing.masks import real_tokens, token_mask
 
 Place = tuple[str, str]  # path, format
 
@@ -207,18 +208,22 @@ def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module],
     power = _Power()
     mask: Tensor | None = None
 
+    def rows(output: Any) -> Tensor:
+        return real_tokens(untransformed(next(tensors_in(output))).detach(), mask).double()
+
     def compare(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        wanted = real_tokens(next(tensors_in(output)), mask).double()
-        power.add(wanted, _channel_axis(module))
-        for i, substitute in enumerate(substitutes):
-            found = real_tokens(next(tensors_in(substitute(*args, **kwargs))), mask).double()
-            missed[i] += float((wanted - found).square().sum())
+        outputs = [substitute(*args, **kwargs) for substitute in substitutes]
+        with plain_arithmetic():
+            wanted = rows(output)
+            power.add(wanted, _channel_axis(module))
+            for i, found in enumerate(outputs):
+                missed[i] += float((wanted - rows(found)).square().sum())
 
     handle = module.register_forward_hook(compare, with_kwargs=True, prepend=True)  # hooks of the layer stay with it
     try:
         with evaluating(model), layer_by_layer():
             for batch in batches:
-                mask = token_mask(batch)
+                mask = token_mask(batch, model)
                 call_model(model, batch)
     finally:
         handle.remove()

@@ -29,6 +29,7 @@ from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTab
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
 from tenfold.surgery import find, opened
+from tenfold.tensors import plain_arithmetic
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -182,6 +183,7 @@ def _alone(layer: EligibleLayer) -> EligibleLayer:
     return replace(layer, load_weight=lambda: weight)
 
 
+@plain_arithmetic()
 def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], dict[str, Errors]]:
     """Return the options of a layer in every format, and the errors that a search found."""
     weight, rule = layer.load_weight(), work.rule

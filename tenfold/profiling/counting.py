@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -77,6 +78,8 @@ class MacCounter:
         fused = fused_kernels()
         self._fused = set(fused)
         self._flops = FlopCounterMode(display=False, custom_mapping=fused)
+        # Torch follows modules through the backward pass too, which fails where a forward takes gradients itself.
+        self._flops.mod_tracker = _Everything()  # type: ignore[assignment]
         self._watch = _Watch(set(self._flops.flop_registry))
 
     @property
@@ -111,6 +114,15 @@ class MacCounter:
     def __exit__(self, *error: object) -> None:
         self._flops.__exit__(*error)
         self._watch.__exit__(*error)  # type: ignore[no-untyped-call]
+
+
+class _Everything(AbstractContextManager[None]):
+    """Stands in for what tells torch's counter which modules run: it counts for all of them together."""
+
+    parents = ("Global",)
+
+    def __exit__(self, *error: object) -> None:
+        """Have nothing to undo."""
 
 
 def _uncompiled(mode: TorchDispatchMode) -> None:

@@ -25,12 +25,14 @@ from tenfold.surgery.replacement import (
     refuse_tied,
     trainable,
 )
+from tenfold.tensors import normal_tensors, plain_arithmetic
 from tenfold.tracing import copied
 
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
 
 
+@normal_tensors()
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -114,6 +116,7 @@ def densify(model: nn.Module) -> nn.Module:
     return densify_(copied(model))
 
 
+@plain_arithmetic()
 def densify_(model: nn.Module) -> nn.Module:
     """Put a plain dense layer in place of every factorized one, in place; return the model."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}

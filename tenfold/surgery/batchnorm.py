@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tenfold.errors import DataError
-from tenfold.tracing.inputs import call_model
+from tenfold.tensors import normal_tensors
+from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
+from tenfold.tracing.held_tensors import leave_inference_
+from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+@normal_tensors()
 def reestimate_batchnorm_(
     model: M, batches: Iterable[Any], *, forward: Callable[[M, Any], object] | None = None
 ) -> int:
@@ -47,6 +52,7 @@ def reestimate_batchnorm_(
         >>> reestimate_batchnorm_(model, [torch.randn(16, 4) for _ in range(3)])
         3
     """
+    leave_inference_(model)
     norms: dict[str, _BatchNorm] = {
         path: module
         for path, module in model.named_modules()
@@ -56,7 +62,7 @@ def reestimate_batchnorm_(
         return 0
     pools = {path: _Pool(path) for path in norms}
     seen = 0
-    with _statistics_only(model, norms, pools), torch.no_grad():
+    with _statistics_only(model, norms, pools):
         for seen, batch in enumerate(batches, start=1):  # noqa: B007
             (forward or call_model)(model, batch)
         if seen == 0:
@@ -75,19 +81,27 @@ class _Pool:
     path: str
     count: int = 0
     calls: int = 0
+    rows: int = 0  # of the last batch
+    low: tuple[Tensor, Tensor] | None = None  # variance and mean of the last batch, where the norm is in 16 bits
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def check(self, norm: Any, args: tuple[Tensor, ...]) -> None:
+    def check(self, norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Reject inputs with fewer than two values per channel, which have no variance; a forward pre-hook."""
-        if args[0].numel() < 2 * norm.num_features:
+        x = next(tensors_in((args, kwargs)))
+        shape = shape_of(x)
+        self.rows = prod(shape) // norm.num_features
+        if self.rows < 2:
             msg = (
-                f"batch norm {self.path!r} got an input of shape {tuple(args[0].shape)}: one value per channel has no "
+                f"batch norm {self.path!r} got an input of shape {shape}: one value per channel has no "
                 "variance. Use larger batches and drop a last batch of one."
             )
             raise DataError(msg)
+        self.low = None
+        if norm.running_var.dtype not in (torch.float32, torch.float64):  # would round what is read from it
+            self.low = torch.var_mean(x.float().transpose(0, 1).flatten(1), 1)
 
-    def update(self, norm: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
+    def update(self, norm: Any, _args: tuple[Tensor, ...], _output: Tensor) -> None:
         """Pool the statistics of the last batch; a forward hook."""
         if not (torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
             msg = (
@@ -95,8 +109,9 @@ class _Pool:
                 "and the weights before it. The old statistics are kept."
             )
             raise DataError(msg)
-        count = args[0].numel() // norm.num_features
-        mean, squares = norm.running_mean.double(), norm.running_var.double() * (count - 1)
+        count = self.rows
+        variance, mean = (t.double() for t in self.low or (norm.running_var, norm.running_mean))
+        squares = variance * (count - 1)
         total, delta = self.count + count, mean - self.mean.to(mean.device)
         self.mean = self.mean.to(mean.device) + delta * (count / total)
         self.squares = self.squares.to(mean.device) + squares + delta.square() * (self.count * count / total)
@@ -115,19 +130,18 @@ def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict
     """Run only the batch norms in training mode, and pool the statistics of each batch."""
     # Momentum 1 makes the running statistics those of the last batch alone, which a hook reads at no cost. Flags are
     # set directly, because ``train()`` would also reach the children of some batch norms (timm's, for instance).
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms.values()]
     old = [(buffer, buffer.clone()) for norm in norms.values() for buffer in norm.buffers(recurse=False)]
-    hooks = []
     try:
-        for module, _ in modes:
-            module.training = False
-        for path, norm in norms.items():
-            norm.training, norm.momentum = True, 1.0
-            norm.reset_running_stats()  # 0 · NaN is NaN: broken statistics must not survive a momentum of 1
-            hooks.append(norm.register_forward_pre_hook(pools[path].check))
-            hooks.append(norm.register_forward_hook(pools[path].update))
-        yield
+        with ExitStack() as stack:
+            for context in (evaluating(model), layer_by_layer(), same_random_numbers(device_of(model))):
+                stack.enter_context(context)
+            for path, norm in norms.items():
+                norm.training, norm.momentum = True, 1.0
+                norm.reset_running_stats()  # 0 · NaN is NaN: broken statistics must not survive a momentum of 1
+                stack.enter_context(norm.register_forward_pre_hook(pools[path].check, with_kwargs=True))
+                stack.enter_context(norm.register_forward_hook(pools[path].update))
+            yield
         unreached = {
             id(b) for path, norm in norms.items() if not pools[path].calls for b in norm.buffers(recurse=False)
         }
@@ -136,12 +150,8 @@ def _statistics_only(model: nn.Module, norms: dict[str, _BatchNorm], pools: dict
         _put_back(old)
         raise
     finally:
-        for hook in hooks:
-            hook.remove()
         for norm, momentum in momenta:
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
 
 
 def _put_back(values: list[tuple[Tensor, Tensor]]) -> None:

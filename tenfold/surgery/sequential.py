@@ -21,7 +21,8 @@ from tenfold.surgery.modules import find, put
 from tenfold.surgery.opened import open_layers
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
 from tenfold.surgery.shortcut_correction import branch_of, targets
-from tenfold.tracing.inputs import token_mask
+from tenfold.tensors import normal_tensors
+from tenfold.tracing.masks import token_mask
 from tenfold.tracing.replay import Forward, Replay
 
 Progress = Callable[[int, int], None]
@@ -51,6 +52,7 @@ class SequentialFit:
     forward: Forward | None = None
 
 
+@normal_tensors()
 def apply_sequentially(
     model: nn.Module,
     plan: Plan,
@@ -112,7 +114,8 @@ def apply_sequentially(
             for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
                 wanted_output = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
                 drawn = config.seed * 1_000_003 + done * 1009 + i
-                sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=token_mask(batches[i]))
+                mask = token_mask(batches[i], model)
+                sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=mask)
             metric = sums.moments(path)
         else:  # it runs several times: what enters it depends on itself
             own = {path: spec}

@@ -15,6 +15,7 @@ from tenfold.tensors.algebra import (
     truncated_svd,
     unfold,
 )
+from tenfold.tensors.arithmetic import normal_tensors, plain_arithmetic, squarable, untransformed
 from tenfold.tensors.digests import digest, version_of
 from tenfold.tensors.modes import Modes, mode_factors
 
@@ -31,11 +32,15 @@ __all__ = [
     "leading_eigenvectors",
     "mode_factors",
     "mode_product",
+    "normal_tensors",
+    "plain_arithmetic",
     "rel_error",
     "rings",
     "singular_values",
+    "squarable",
     "trains",
     "truncated_svd",
     "unfold",
+    "untransformed",
     "version_of",
 ]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from tenfold.tracing.inputs import tensors_in
 
 
 @contextmanager
 def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its own train or eval mode back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Give every module its own train or eval mode back at the end; frozen scripted ones have none."""
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
     try:
         yield
     finally:
@@ -27,12 +28,27 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _kept_gradients(model: nn.Module) -> Iterator[None]:
+    """Give every parameter its gradient back at the end: a forward may call ``backward`` itself."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, gradient in gradients:
+            if gradient is not None:
+                parameter.grad = None  # it would be added to in place
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode without gradients, and restore the mode of every module afterwards."""
+    """Run in evaluation mode without gradients; restore modes of modules and gradients of parameters afterwards."""
     # Flags are set directly: an overridden ``eval()`` may do more (merge adapters, freeze layers) that is not undone.
     # No inference mode: tensors that a model caches in its forward must remain trainable.
-    with kept_modes(model), torch.no_grad():
-        for module in [module for module in model.modules() if module.training]:
+    with kept_modes(model), _kept_gradients(model), torch.no_grad():
+        for module in [module for module in model.modules() if getattr(module, "training", False)]:
             module.training = False
         yield
 
@@ -48,16 +64,44 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """Disable what bypasses modules: the fused kernel of transformer layers, and compiled code."""
+    """Let every module run, and once: no fused kernel of transformer layers, compiled code or checkpoints."""
     # The fused kernel is one operation that is opaque to the flop counter and never calls the linear layers; compiled
-    # code runs no hooks.
+    # code runs no hooks; what is checkpointed runs again in the backward pass.
     with ExitStack() as stack:
+        stack.enter_context(_without_checkpoints())
         fused = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Let ``torch.utils.checkpoint`` call its function and keep what the backward pass needs."""
+    stand_ins = {"CheckpointFunction": _Direct, "_checkpoint_without_reentrant_generator": _nothing_around}
+    kept = {name: getattr(checkpoint, name) for name in stand_ins}
+    try:
+        for name, value in stand_ins.items():
+            setattr(checkpoint, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
+
+
+class _Direct:
+    """Stands in for the function of reentrant checkpoints."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:  # noqa: FBT001 - as torch calls it
+        return function(*args)
+
+
+def _nothing_around(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    """Stand in for what runs before and after the function of other checkpoints."""
+    yield
 
 
 def device_of(model: nn.Module, inputs: Any = ()) -> torch.device:

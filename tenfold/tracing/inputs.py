@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tenfold.errors import DataError, ProfileError, TenfoldError
 from tenfold.records import Shape
-from tenfold.tensors import digest
+from tenfold.tensors import digest, untransformed
+
+# What torch says where a forward takes gradients under ``no_grad``.
+_GRADIENTS = re.compile(r"requires?[_ ]grad|grad_fn|differentiated")
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -26,13 +31,13 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
             a dict as the last positional argument, put an empty one behind it.
 
     Raises:
-        ProfileError: the forward fails; the message names the model and the shapes.
+        ProfileError: the forward fails; the message names the model, the shapes and the module that failed.
 
     Example:
         >>> call_model(nn.Bilinear(3, 4, 5), (torch.ones(2, 3), {"input2": torch.ones(2, 4)})).shape
         torch.Size([2, 5])
     """
-    args, kwargs = arguments(inputs)
+    args, kwargs = arguments(writable(inputs))
     try:
         return model(*args, **kwargs)
     except TenfoldError:  # clear already, raised by a hook for instance
@@ -40,12 +45,32 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or "no message"
         msg = (
-            f"{type(model).__name__} does not run on inputs {describe_inputs(inputs)}: "
+            f"{type(model).__name__} does not run on inputs {describe_inputs(inputs)}{_place(model, error)}: "
             f"{type(error).__name__}: {reason[:500]}"
         )
+        if not torch.is_grad_enabled() and _GRADIENTS.search(reason):
+            msg += (
+                " (tenfold runs models under torch.no_grad(); a forward that takes gradients itself has to compute "
+                "what it differentiates within torch.enable_grad())"
+            )
         if isinstance(inputs, list):
             msg += " (a list is passed as one argument; give a tuple to pass its elements one by one)"
         raise ProfileError(msg) from error
+
+
+def _place(model: nn.Module, error: Exception) -> str:
+    """Return in which module of the model an error was raised, for messages; empty for the model itself."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = [path for frame in frames if (path := paths.get(id(frame.f_locals.get("self"))))]
+    return f", in layer {found[-1]!r}" if found else ""
+
+
+def writable(inputs: Any) -> Any:
+    """Return the inputs; if some were made in inference mode, copies that can be trained through and written to."""
+    if not any(tensor.is_inference() for tensor in tensors_in(arguments(inputs))):
+        return inputs
+    return map_tensors(inputs, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,34 +84,6 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if inputs and isinstance(inputs[-1], Mapping):
         return inputs[:-1], dict(inputs[-1])
     return inputs, {}
-
-
-def token_mask(inputs: Any) -> Tensor | None:
-    """Return a boolean mask (batch, sequence) of real tokens, or None if the inputs have none.
-
-    It is the keyword ``attention_mask`` of transformers, if that has two axes; padding is 0 in it.
-
-    Example:
-        >>> token_mask({"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([[1, 1, 0]])})
-        tensor([[ True,  True, False]])
-    """
-    mask = arguments(inputs)[1].get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def real_tokens(values: Tensor, mask: Tensor | None, *, features: bool = True) -> Tensor:
-    """Select the rows (n, ...) of values (batch, sequence, ...) at real tokens.
-
-    Without a mask, or if the leading axes are not those of the mask, the values are returned unchanged.
-
-    Args:
-        values: ids (batch, sequence), or with ``features`` the input of a layer (batch, sequence, n).
-        mask: see ``token_mask``.
-        features: whether the values have an axis of features.
-    """
-    if mask is None or values.dim() != 2 + features or values.shape[:2] != mask.shape:
-        return values
-    return values[mask.to(values.device)]
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -103,7 +100,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
-            yield from tensors_in(getattr(tree, field.name))
+            yield from tensors_in(getattr(tree, field.name, None))
 
 
 def digest_batches(batches: Iterable[Any]) -> str:
@@ -141,6 +138,7 @@ def to_device(inputs: Any, device: torch.device | str, dtype: torch.dtype | None
         >>> to_device({"ids": torch.zeros(2, dtype=torch.long), "x": torch.ones(2)}, "cpu", torch.float64)["x"].dtype
         torch.float64
     """
+    inputs = writable(inputs)
     if isinstance(inputs, PackedSequence):
         moved: Any = inputs
         moved = moved.to(torch.device(device))
@@ -174,8 +172,8 @@ def input_shapes(inputs: Any) -> tuple[Shape, ...]:
 
 
 def shape_of(tensor: Tensor) -> Shape:
-    """Return the shape as a plain tuple, empty for nested tensors, which have none."""
-    return () if tensor.is_nested else tuple(int(n) for n in tensor.shape)
+    """Return the shape as a plain tuple, with the axes of ``vmap``; empty for nested tensors, which have none."""
+    return () if tensor.is_nested else tuple(int(n) for n in untransformed(tensor).shape)
 
 
 def describe_inputs(inputs: Any) -> str:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tenfold.tracing.held_tensors import held_tensors, without_graphs
+
 Model = TypeVar("Model", bound=nn.Module)
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
@@ -27,7 +29,8 @@ def copied(model: Model) -> Model:
     """Return a deep copy of a model whose functions refer to the copy's own modules.
 
     ``copy.deepcopy`` shares functions and weak references, so that a lambda kept on the copy would run the layers of
-    the original.
+    the original. What was made in inference mode is a normal tensor in the copy, and what a forward has kept with its
+    graph is without it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -36,8 +39,12 @@ def copied(model: Model) -> Model:
         >>> twin.body.__closure__[0].cell_contents is twin
         True
     """
-    memo: dict[int, Any] = {}
-    twin = copy.deepcopy(model, memo)
+    memo = without_graphs(model)
+    with torch.no_grad():  # else parameters of scripted parts would be copied with a graph, and could not be trained
+        twin = copy.deepcopy(model, memo)
+    for old, made in zip(model.parameters(), twin.parameters(), strict=True):
+        if old.requires_grad != made.requires_grad:
+            made.requires_grad_(old.requires_grad)
     reached = _Walk({})
     reached.run(model)
     new: dict[int, Any] = {}
@@ -50,6 +57,11 @@ def copied(model: Model) -> Model:
     if new:
         _Walk(new, shared=reached.seen).run(twin)
     return twin
+
+
+def trainable_copy(model: Model) -> Model:
+    """Return the model, or a copy if it holds tensors that were made in inference mode: no gradient passes them."""
+    return copied(model) if any(t.is_inference() for t in held_tensors(model)) else model
 
 
 def redirect_(model: nn.Module, new: Mapping[int, Any]) -> None:

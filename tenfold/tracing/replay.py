@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.tensors import version_of
+from tenfold.tensors import untransformed, version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.trace import Tracer, trace
@@ -35,7 +35,7 @@ class _Stop:
     tensor: Tensor | None = None
 
     def __call__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()
+        self.tensor = untransformed(tensor).detach()
         raise _Reached
 
     def at_input(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

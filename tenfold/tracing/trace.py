@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
 from tenfold.records import Shape
-from tenfold.tensors import version_of
+from tenfold.tensors import untransformed, version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 
@@ -144,20 +145,21 @@ class Tracer(TorchDispatchMode):
         self._clock = count()
         self._known: dict[int, _Known] = {}
         self._weights = _weights_by_storage(self._modules)
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Trace:
-        for path, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._entering(path), prepend=True))
-            # before the hooks of others, which may change the output
-            self._handles.append(module.register_forward_hook(self._leaving(path), prepend=True))
-        super().__enter__()  # type: ignore[no-untyped-call]
+        with ExitStack() as stack:
+            for path, module in self._modules.items():
+                stack.enter_context(module.register_forward_pre_hook(self._entering(path), prepend=True))
+                # before the hooks of others, which may change the output
+                stack.enter_context(module.register_forward_hook(self._leaving(path), prepend=True))
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self._hooks = stack.pop_all()
         return self._trace
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+        with self._hooks:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what the operation takes, and call it."""
@@ -171,7 +173,7 @@ class Tracer(TorchDispatchMode):
                 if other is not None and value.makers and self._on_addition is not None:
                     self._on_addition(other)
         result = func(*args, **kwargs)
-        if _computes(func) and any(True for _ in tensors_in(result)):
+        if not _in_backward() and _computes(func) and any(True for _ in tensors_in(result)):
             for tensor in taken.values():
                 self._note_weight(tensor)
         return result
@@ -194,7 +196,7 @@ class Tracer(TorchDispatchMode):
             while self._running and self._running.pop() != path:
                 pass  # modules that ended with an error that was caught
             self._trace.spans[path] = (self._trace.spans[path][0], next(self._clock))
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and untransformed(output) is output:  # else it ends with its transform
                 (self._value_of(output) or self._start(output)).makers.append(path)
             if not path:
                 for value in map(self._value_of, tensors_in(output)):
@@ -251,6 +253,11 @@ def _computes(func: Any) -> bool:
     """Whether an operation looks at numbers: it makes no view of a tensor, and no tensor that is merely like it."""
     name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
     return not (getattr(func, "is_view", False) or name.startswith("new_") or name.endswith("_like"))
+
+
+def _in_backward() -> bool:
+    """Whether the backward pass runs, of a forward that takes gradients: it needs the weights of whatever layer."""
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - as torch.utils.checkpoint asks
 
 
 def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, list[tuple[str, int, int]]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from tenfold.records.tuning import TuneConfig, TuneResult
 from tenfold.tracing.contexts import kept_modes, same_random_numbers
+from tenfold.tracing.held_tensors import leave_inference_
 from tenfold.tracing.inputs import to_device
 from tenfold.training.as_dense import faster_as_dense
 from tenfold.training.batches import Batch, Batches, at_epoch, count_steps, peek, seed_epoch, share
@@ -98,7 +99,7 @@ def finetune(
             snapshot.restore(model)
         return TuneResult(config=config, history=tuple(history), resumed=done)
 
-    device = processes.place(model)
+    device = processes.place(leave_inference_(model))
     with same_random_numbers(device), kept_modes(model):
         steps = -(-count_steps(batches) // processes.count)
         if snapshot and state:

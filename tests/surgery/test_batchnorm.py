@@ -167,3 +167,36 @@ def test_forward_that_raises_and_half_precision() -> None:
     x = (randn(256, 3) + 3).bfloat16()
     reestimate_batchnorm_(half, [x])
     torch.testing.assert_close(half.running_mean.float(), x.float().mean(0), rtol=0.01, atol=0.01)
+
+
+def test_inputs_by_keyword_are_pooled_as_well() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.maps = nn.BatchNorm1d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.maps(input=self.norm(input=x)[:, :, None, None].expand(-1, 3, 2, 2))
+            return out
+
+    model, x = Keywords(), randn(50, 3) + 2
+    reestimate_batchnorm_(model, [x[:30], x[30:]])
+    torch.testing.assert_close(model.norm.running_mean, x.mean(0))
+    torch.testing.assert_close(model.norm.running_var, x.var(0))
+    with pytest.raises(DataError, match="one value per channel"):
+        reestimate_batchnorm_(model, [x[:1]])
+
+
+def test_statistics_in_sixteen_bits_are_rounded_once() -> None:
+    norm, x = nn.BatchNorm2d(3).bfloat16(), (randn(400, 3, 2, 2) + 30).bfloat16()
+    reestimate_batchnorm_(norm, list(x.split(4)))
+    assert torch.equal(norm.running_mean, x.double().mean((0, 2, 3)).bfloat16())
+    assert torch.equal(norm.running_var, x.double().transpose(0, 1).flatten(1).var(1).bfloat16())
+
+
+def test_a_model_made_in_inference_mode_can_be_written_to() -> None:
+    with torch.inference_mode():
+        norm = nn.BatchNorm1d(3)
+    x = randn(50, 3)
+    assert reestimate_batchnorm_(norm, [x]) == 1
+    torch.testing.assert_close(norm.running_mean, x.mean(0))

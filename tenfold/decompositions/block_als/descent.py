@@ -108,9 +108,9 @@ def solve(gram: Tensor, right: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     hold = torch.where(level > 0, level * _HOLD, torch.ones_like(level))
     lower, failed = torch.linalg.cholesky_ex(add_diagonal(gram, hold))
-    if bool(failed.any()):
+    while bool(failed.any()) and float(hold.max()) < torch.inf:
         hold = torch.where(failed > 0, hold * _FIRMER, hold)
-        lower = torch.linalg.cholesky(add_diagonal(gram, hold))
+        lower, failed = torch.linalg.cholesky_ex(add_diagonal(gram, hold))
     x = torch.cholesky_solve(right + each(hold, held) * held, lower)
     return x, quadratic_value(gram @ x, right, x)
 

@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tenfold.decompositions.block_als.descent import Blocks, Descent, add_diagonal, descend, quadratic_value
-from tenfold.decompositions.covariance import Covariance, Whitening
+from tenfold.decompositions.block_als.descent import Blocks, Descent, descend, quadratic_value
+from tenfold.decompositions.covariance import Covariance, Whitening, preconditioner
 from tenfold.records import Shape
 from tenfold.tensors.conjugate_gradients import Map, conjugate_gradients, dot
 
@@ -155,8 +155,7 @@ class WeightedLeastSquares:
         gram, layout = self.layout.gram(blocks, k), self.layout
         lower = None
         if gram is not None:
-            level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-            lower = torch.linalg.cholesky(add_diagonal(gram, torch.where(level > 0, level * _FIRM, 1.0)))
+            lower = preconditioner(gram, _FIRM)
 
         def precondition(x: Tensor) -> Tensor:
             if lower is None:

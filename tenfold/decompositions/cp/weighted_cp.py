@@ -19,6 +19,7 @@ from tenfold.decompositions.covariance import (
     Covariance,
     add_ridge,
     channel_blocks,
+    preconditioner,
     sandwich,
     solve_spd,
     sqrt_and_inverse_sqrt,
@@ -128,8 +129,8 @@ class _Weighted:
         gram = reduce(torch.mul, (self.factors[m].mT @ self.factors[m] for m in others), weights)
         level = self._blocks.diagonal(dim1=1, dim2=2).mean(-1)
         diagonal = gram.diagonal(dim1=1, dim2=2) * (level * self._ridge)[:, None]
-        lower_r = torch.linalg.cholesky(gram + torch.diag_embed(gram.diagonal(dim1=1, dim2=2).clamp_min(_TINY) * 1e-6))
-        lower_n = torch.linalg.cholesky(add_ridge(self._blocks, 1e-6)) if mode == 1 else None
+        lower_r = preconditioner(gram + torch.diag_embed(gram.diagonal(dim1=1, dim2=2).clamp_min(_TINY) * 1e-6), 0.0)
+        lower_n = preconditioner(self._blocks, 1e-6) if mode == 1 else None
 
         def normal(x: Tensor) -> Tensor:
             dense = self._spread(x, mode)  # (batch, n, R)
