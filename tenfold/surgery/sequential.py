@@ -179,7 +179,7 @@ class _Fitting:
             msg = f"{lost[0]} selects the rows that it sees, by values that the layers before it change"
             raise _UnlikeError(msg)
         places, config = self.changing.places(path), self.config
-        if places != self.dense.places(path):
+        if not places or places != self.dense.places(path):
             msg = "the batches reach it otherwise than in the original"
             raise _UnlikeError(msg)
         sums = MomentSums(config.max_width, config.seed)

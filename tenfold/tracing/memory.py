@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tenfold.tensors import version_of
 from tenfold.tracing.inputs import tensors_in
 
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
 class Memory:
@@ -21,12 +21,12 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(path, module, dict(vars(module))) for path, module in model.named_modules()]
+        self._modules = [(path, module, _attributes(module)) for path, module in model.named_modules()]
         parts = (value for _, _, own in self._modules for value in own.values() if type(value) in _CONTAINERS)
         self._contents = {id(part): (part, part.copy()) for part in parts}
         self._tensors: dict[int, tuple[Tensor, int | None, Tensor]] = {}
         for _, _, own in self._modules:
-            for tensor in tensors_in([own["_buffers"], *(v for k, v in own.items() if not k.startswith("_"))]):
+            for tensor in tensors_in(list(own.values())):
                 if not isinstance(tensor, nn.Parameter):
                     self._tensors[id(tensor)] = (tensor, version_of(tensor), tensor.detach().clone())
 
@@ -34,7 +34,7 @@ class Memory:
         """Set everything back; return whether anything had changed, and the modules whose plain values had."""
         changed, plain = False, set[str]()
         for path, module, before in self._modules:
-            now = vars(module)
+            now = _attributes(module)
             other = [name for name in {**before, **now} if before.get(name, self) is not now.get(name, self)]
             same = (self._contents[id(v)] for v in before.values() if id(v) in self._contents)
             moved = [new for new, old in same if not _alike(new, old)]
@@ -43,9 +43,9 @@ class Memory:
                 plain.add(path)
             for name in other:
                 if name in before:
-                    now[name] = before[name]
+                    vars(module)[name] = before[name]
                 else:
-                    del now[name]
+                    del vars(module)[name]
         for part, content in self._contents.values():
             if not _alike(part, content):
                 part.clear()
@@ -56,6 +56,10 @@ class Memory:
                     changed = True
                     tensor.copy_(value)
         return changed, plain
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if k not in {"_parameters", "_modules"} and not k.endswith("_hooks")}
 
 
 def _alike(part: Any, content: Any) -> bool:

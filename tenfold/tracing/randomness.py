@@ -38,12 +38,13 @@ class Randomness:
         common: Any = (torch.default_generator, np.random.get_state, random.getstate)  # the latter two are methods
         common = [getattr(source, "__self__", source) for source in common]
         self._sources: list[Any] = list({id(source): source for source in (*common, *on_device, *held)}.values())
-        self._known = len(self._sources)
+        self._found: dict[int, Any] = {}  # where generators were that are not seeded, by place
         self._before: list[Any] = []
 
     def include(self, source: Any) -> None:
-        """Add a generator that is found in use: it is set back as well, and every run starts where it is now."""
+        """Add a generator that is found in use: every run starts where it is now, and sets it back."""
         if not any(known is source for known in self._sources):
+            self._found[len(self._sources)] = _state(source)
             self._sources.append(source)
             self._before.append(_state(source))
 
@@ -60,8 +61,11 @@ class Randomness:
     def seeded(self, seed: int) -> Iterator[None]:
         """Draw from ``seed`` on, and set the generators back at the end."""
         self._before = list(self.state())
-        for source in self._sources[: self._known]:
-            _seed(source, seed % 2**32)
+        for place, source in enumerate(self._sources):
+            if place in self._found:
+                _set(source, self._found[place])
+            else:
+                _seed(source, seed % 2**32)
         try:
             yield
         finally:

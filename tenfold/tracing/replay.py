@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -229,17 +230,9 @@ class Replay:
         leaves = [p for p in ran if p and not any(True for _ in self.model.get_submodule(p).children())]
         return tuple(sorted(leaves, key=self.start))
 
-    def start(self, path: str) -> int:
-        """Return when the module at ``path`` started, on a clock of its own.
-
-        Raises:
-            DataError: no batch reaches it.
-        """
-        for way in self.ways:
-            if path in way.trace.spans:
-                return way.trace.spans[path][0]
-        msg = f"the forward never reaches layer {path!r}: leave it out, or give batches that use it"
-        raise DataError(msg)
+    def start(self, path: str) -> float:
+        """Return when the module at ``path`` started, on a clock of its own; infinity if no batch reaches it."""
+        return next((float(trace.spans[path][0]) for trace in self._traces(path)), inf)
 
     def places(self, path: str) -> list[int]:
         """Return the batches of which ``inputs`` and ``outputs`` yield a tensor, in order."""
@@ -309,8 +302,9 @@ class Replay:
         if self._changing:  # the layer may have changed since, on another batch that reached it sooner
             for name in [name for name in kept if way.trace.spans[name][1] > way.trace.spans[path][0]]:
                 self._forget(name, number)
-        memory = Memory(self.model) if self._remembers else None
         with ExitStack() as stack:
+            if self._remembers:
+                stack.callback(Memory(self.model).restore)
             for context in watching:
                 stack.enter_context(context)
             before = set(kept)
@@ -320,9 +314,6 @@ class Replay:
             except (_Reached, Exception):  # scripted code turns whatever is raised within it into an error of its own
                 if not stop.done:
                     raise
-            finally:
-                if memory is not None:
-                    memory.restore()
         way.written |= {name for name, tensor in self._handed.items() if version_of(tensor) != 0}
         self._handed.clear()
         self._standing(path, number)  # what was kept on the way has made other outputs dispensable
