@@ -23,7 +23,7 @@ from tenfold.surgery.replacement import check_planned, factorizable_spec, geomet
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
-from tenfold.tracing.replay import Forward, Replay, UnreachedError
+from tenfold.tracing.replay import Forward, Replay
 
 Progress = Callable[[int, int], None]
 
@@ -107,7 +107,7 @@ def apply_sequentially(
     original = model if target is None else unroll_rnns(target, plan.unrolled)
     new = _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config)
     dense = Replay(original, batches, forward=config.forward, changing=False, seed=config.seed)
-    changing = Replay(new, batches, forward=config.forward, seed=config.seed, decisions=dense.decisions)
+    changing = Replay(new, batches, forward=config.forward, like=dense)
     fitting = _Fitting(model, plan, new, dense, changing, batches, output_grams or {}, config)
     wanted = [layer for layer in plan.factorized if layer not in blind]
     for done, layer in enumerate(sorted(wanted, key=lambda layer: changing.start(layer.path))):
@@ -149,7 +149,7 @@ class _Fitting:
         """Fit a layer to the rows of the new model, or of the dense one where these are others."""
         try:
             self._follow(layer, number)
-        except (_UnlikeError, UnreachedError) as why:
+        except (_UnlikeError, DataError) as why:  # the latter where a batch takes another way unseen
             self.alone[layer.path] = str(why)
             self._fit_alone(layer, str(why))
 

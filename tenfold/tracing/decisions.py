@@ -29,6 +29,8 @@ _SELECTING = frozenset(
 _WITH_PLACES = frozenset(("max", "min", "topk", "sort", "kthvalue", "median", "nanmedian", "mode"))
 
 
+_LOOKING = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+
 Key = tuple[str, int, str, int]  # module, which of its calls, operation, and which of these in the call
 
 
@@ -83,11 +85,13 @@ class Recorder(_Counting):
 
     Attributes:
         decisions: what was found so far.
+        looked: whether plain numbers or shapes were computed of values, by which the way could change.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.decisions = Decisions()
+        self.looked = False
         self._origins = WeakTensorKeyDictionary()  # the decisions that a tensor was computed of, of these alone
         self._lost = ""
 
@@ -100,6 +104,7 @@ class Recorder(_Counting):
         self, running: Sequence[ModuleCall], func: Any, args: Any, kwargs: Any, compute: Callable[[], Any]
     ) -> Any:
         """Note what an operation decides, and by which decisions it selects."""
+        self.looked |= not _LOOKING.isdisjoint(getattr(func, "tags", ()))
         taken = list(tensors_in((args, kwargs)))
         origins = {id(origin): origin for tensor in taken for origin in self._origins.get(tensor, ())}
         if computes(func):

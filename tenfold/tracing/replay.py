@@ -17,7 +17,7 @@ from tenfold.errors import DataError
 from tenfold.tensors import version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.decisions import Decisions, Imposed, Recorder
-from tenfold.tracing.inputs import call_model, tensors_in
+from tenfold.tracing.inputs import call_model, describe_inputs, tensors_in
 from tenfold.tracing.memory import Memory
 from tenfold.tracing.randomness import Randomness, State
 from tenfold.tracing.side_effects import SideEffects
@@ -33,10 +33,6 @@ _ALIGNED = 16  # elements
 
 class _Reached(BaseException):
     """Raised where the forward has come as far as was asked for; no error, so that nothing on the way catches it."""
-
-
-class UnreachedError(DataError):
-    """A batch did not take the way through the model that it took before."""
 
 
 class _Stop:
@@ -122,8 +118,7 @@ class Replay:
     the hooks that change its inputs and before those that change its output.
 
     Every forward of a batch is the same one: it draws the same random numbers, starts from the buffers and attributes
-    that the model has now, and takes the same decisions, where rows are selected by these: those of another replay if
-    they are given. All of that is set back afterwards. Modules that leave something behind besides what they return (a
+    that the model has now, and takes the same decisions, where rows are selected by these. All of that is set back afterwards. Modules that leave something behind besides what they return (a
     feature map in an attribute, in a list that hooks fill) always run. Batches may differ in what runs on them.
 
     The model runs in evaluation mode. Layers must be asked for in the order of ``order``: what lies before must not
@@ -137,7 +132,8 @@ class Replay:
         spare: bytes up to which outputs are kept that a few layers could compute again.
         changing: whether the caller may change a layer once it is read. If not, what was read is kept as well.
         seed: of random numbers that forwards draw, other ones on every batch.
-        decisions: those to impose, by batch: ``decisions`` of the replay of another model of this structure.
+        like: the replay of another model of this structure, on the same batches: what it drew and decided is drawn and
+            decided here.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -158,10 +154,10 @@ class Replay:
         spare: int = 128 << 20,
         changing: bool = True,
         seed: int = 0,
-        decisions: Sequence[Decisions] | None = None,
+        like: Replay | None = None,
     ) -> None:
         self.model, self._batches, self._forward = model, batches, forward or call_model
-        self._limit, self._spare, self._changing, self._seed = limit, spare, changing, seed
+        self._limit, self._spare, self._changing, self.seed = limit, spare, changing, seed if like is None else like.seed
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
         self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self._after: dict[int, dict[str, State]] = defaultdict(dict)  # where modules that draw left the generators
@@ -174,26 +170,45 @@ class Replay:
         self._leaves: set[str] = set()  # something behind
         self._remembers = False  # from one forward to the next
         self._ways: list[_Way] = []
-        self.decisions: list[Decisions] = [] if decisions is None else list(decisions)
+        self._usual: dict[str, _Way] = {}  # by inputs
+        self._like = like
+        self.decisions: list[Decisions] = [] if like is None else like.decisions
         for number in range(len(batches)):
-            self._follow(number, record=decisions is None)
+            self._ways.append(self._known_way(number) or self._follow(number))
         for way in self.ways:
             self._prepare(way)
 
-    def _follow(self, number: int, *, record: bool) -> None:
+    def _known_way(self, number: int) -> _Way | None:
+        """Return the way of a batch if it is that of another one for sure."""
+        if self._like is not None:
+            first = self._like.way(number).first
+            return self._ways[first] if first < number else None
+        known = self._usual.get(describe_inputs(self._batches[number]))
+        if known is not None:
+            self.decisions.append(Decisions())
+        return known
+
+    def _follow(self, number: int) -> _Way:
         """Find out on which way a batch goes, and what modules do on it besides returning tensors."""
-        recorder, effects, memory = Recorder(), SideEffects(self._randomness), Memory(self.model)
-        watchers = (effects, recorder if record else Imposed(self.decisions[number]))
-        with self._randomness.seeded(self._seed + number):
-            found = trace(self.model, self._batches[number], forward=self._forward, watchers=watchers)
+        batch, effects, memory = self._batches[number], SideEffects(self._randomness), Memory(self.model)
+        deciding = Recorder() if self._like is None else Imposed(self.decisions[number])
+        with self._randomness.seeded(self.seed + number):
+            found = trace(self.model, batch, forward=self._forward, watchers=(effects, deciding))
         changed, plain = memory.restore()
         self._remembers |= changed
         self._draws |= effects.draws
         self._leaves |= effects.leaves | {outer for path in plain for outer in (path, *outside(path))}
-        if record:
-            self.decisions.append(recorder.decisions)
         same = (way for way in self.ways if _flow(way.trace) == _flow(found))
-        self._ways.append(next(same, None) or _Way(found, number))
+        way = next(same, None) or _Way(found, number)
+        if isinstance(deciding, Recorder):
+            self.decisions.append(deciding.decisions)
+            if not (deciding.looked or effects.draws or effects.leaves or changed):
+                self._usual[describe_inputs(batch)] = way
+        return way
+
+    def way(self, number: int) -> _Way:
+        """Return the way of a batch."""
+        return self._ways[number]
 
     def _prepare(self, way: _Way) -> None:
         spans = way.trace.spans
@@ -258,7 +273,7 @@ class Replay:
         self._rooms.clear()
 
     def _stop(self, path: str, number: int) -> _Stop:
-        return _Stop(self._ways[number].trace.calls[path], ending=not self._leaves)
+        return _Stop(self.way(number).trace.calls[path], ending=not self._leaves)
 
     def branches(
         self, path: str, last: str, instead: Iterable[Tensor] | None = None
@@ -298,7 +313,7 @@ class Replay:
 
     def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> None:
         """Run one batch until ``stop`` is done, with the hooks in ``watching``, which are removed again."""
-        way, kept = self._ways[number], self._kept[number]
+        way, kept = self.way(number), self._kept[number]
         if self._changing:  # the layer may have changed since, on another batch that reached it sooner
             for name in [name for name in kept if way.trace.spans[name][1] > way.trace.spans[path][0]]:
                 self._forget(name, number)
@@ -324,13 +339,13 @@ class Replay:
                 f"batch {number + 1} reached layer {path!r} before, and does not now: layers can be fitted in order only "
                 "on batches that take the same way through both models"
             )
-            raise UnreachedError(msg)
+            raise DataError(msg)
 
     @contextmanager
     def _same(self, number: int) -> Iterator[None]:
         """Let a forward draw what the first one of this batch drew, and decide as that did."""
         with ExitStack() as stack:
-            stack.enter_context(self._randomness.seeded(self._seed + number))
+            stack.enter_context(self._randomness.seeded(self.seed + number))
             if self.decisions[number].made:
                 followed = dict(self.model.named_modules())
                 stack.enter_context(Tracer(followed, watchers=(Imposed(self.decisions[number]),)))
@@ -354,8 +369,8 @@ class Replay:
         result: dict[str, Tensor | None] = {}
         idle: tuple[str, ...] = ()  # prefixes of what does not run
         whole: tuple[str, ...] = ()  # prefixes of what runs and may be kept as a whole
-        readers = self._ways[number].readers
-        for name in self._ways[number].done(path):  # the last first: whether the readers of an output run is known by then
+        readers = self.way(number).readers
+        for name in self.way(number).done(path):  # the last first: whether the readers of an output run is known by then
             if name.startswith(idle):
                 self._forget(name, number)
                 continue
@@ -374,7 +389,7 @@ class Replay:
         return result
 
     def _keeper(self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]) -> Callable[..., Any]:
-        hollow, way, draws = name not in self._kept[number], self._ways[number], name in self._draws
+        hollow, way, draws = name not in self._kept[number], self.way(number), name in self._draws
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if known is not None:
@@ -398,7 +413,7 @@ class Replay:
     def _hand_out(self, name: str, number: int, known: Tensor) -> Tensor:
         """Return what is held, or a copy of it if an operation in place follows."""
         # On the first batch of a way it is seen what is written to on the way to a layer.
-        way = self._ways[number]
+        way = self.way(number)
         if number != way.first and name not in way.written:
             return known.detach()
         copied = known.clone()
@@ -417,7 +432,7 @@ class Replay:
 
     def _keep(self, name: str, number: int, output: Tensor) -> None:
         """Hold the output of a module if there is room for it, in place of what was held of the modules within."""
-        way, kept = self._ways[number], self._kept[number]
+        way, kept = self.way(number), self._kept[number]
         start, end = way.trace.spans[name]
         ends = (way.trace.spans[other][1] for other in kept)
         nearest = max((other for other in ends if other < start), default=-1)

@@ -7,7 +7,8 @@ Use :func:`trace` for one run of a model, and ask the :class:`Trace`. Where a qu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -244,8 +245,9 @@ class Tracer(TorchDispatchMode):
                 self._trace.spans[path] = (next(self._clock), 0)
             if any(watcher.apart for watcher in self._watchers):
                 args, kwargs = self._apart(args, kwargs)
-            for watcher in self._watchers:
-                watcher.enter(tuple(self._running), (args, kwargs))
+            with self._unseen():
+                for watcher in self._watchers:
+                    watcher.enter(tuple(self._running), (args, kwargs))
             return args, kwargs
 
         return enter
@@ -264,11 +266,21 @@ class Tracer(TorchDispatchMode):
                 for value in map(self._value_of, tensors_in(output)):
                     if value is not None:
                         value.uses.append(Use(path))
-            for watcher in self._watchers:
-                watcher.leave(call, tuple(self._running), output)
+            with self._unseen():
+                for watcher in self._watchers:
+                    watcher.leave(call, tuple(self._running), output)
             return output
 
         return leave
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Let operations pass that are not the model's."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
     def _apart(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments with other tensors on the same memory, which have the same values to this record."""
@@ -280,9 +292,8 @@ class Tracer(TorchDispatchMode):
             if type(tensor) is not Tensor or tensor.layout != torch.strided or (tensor.is_leaf and tensor.requires_grad):
                 return tensor
             if id(tensor) not in made:
-                self._aside = True
-                made[id(tensor)] = torch.ops.aten.alias(tensor), tensor
-                self._aside = False
+                with self._unseen():
+                    made[id(tensor)] = torch.ops.aten.alias(tensor), tensor
                 self._identify(*made[id(tensor)])
             return made[id(tensor)][0]
 

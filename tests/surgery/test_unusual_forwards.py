@@ -49,7 +49,7 @@ def test_replays_see_what_whole_forwards_see(name, limit):
     model, data = build(name), batches(3)
     dense = Replay(model, data, limit=limit, changing=False)
     other = copy.deepcopy(model)
-    changing = Replay(other, data, limit=limit, decisions=dense.decisions)
+    changing = Replay(other, data, limit=limit, like=dense)
     wanted = whole(model, data, dense.decisions)
     layers = [path for path in dense.order if isinstance(model.get_submodule(path), nn.Linear)]
     assert layers == [path for path in changing.order if isinstance(model.get_submodule(path), nn.Linear)]
