@@ -27,8 +27,8 @@ _SELECTING = frozenset(
 )
 # Operations that return values, and beside them the places along an axis where these were found.
 _WITH_PLACES = frozenset(("max", "min", "topk", "sort", "kthvalue", "median", "nanmedian", "mode"))
-
-
+# Operations that draw by rejection.
+_UNSTEADY = frozenset(("poisson", "binomial", "_standard_gamma", "_sample_dirichlet"))
 _LOOKING = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
 
 Key = tuple[str, int, str, int]  # module, which of its calls, operation, and which of these in the call
@@ -55,8 +55,7 @@ class Decisions:
 
     Attributes:
         made: by where they were made.
-        adrift: modules that started after rows were selected in a way that cannot be imposed on another network, with
-            the operation that decided.
+        adrift: modules that started when the rows of two networks could no longer be held together, with the reason.
     """
 
     made: dict[Key, Decision] = field(default_factory=dict)
@@ -77,7 +76,7 @@ class _Counting(Watcher):
 
 
 class Recorder(_Counting):
-    """Records the decisions of a forward that select rows.
+    """Records the decisions of a forward that select rows, as far as torch computes them: not those of numpy or lists.
 
     A decision is a whole number or truth value computed from activations. Choices of a place (argmax, top-k, sort)
     count once anything takes them; comparisons of single numbers only where they, or what is computed of them alone,
@@ -93,12 +92,16 @@ class Recorder(_Counting):
         self.decisions = Decisions()
         self.looked = False
         self._origins = WeakTensorKeyDictionary()  # the decisions that a tensor was computed of, of these alone
-        self._lost = ""
+        self._lost, self._ran = "", False
 
     def enter(self, running: Sequence[ModuleCall], inputs: Any) -> None:
-        """Note modules that start when rows were selected in a way that cannot be imposed."""
+        """Note modules that start once rows cannot be held together."""
         if self._lost:
             self.decisions.adrift.setdefault(running[-1].path, self._lost)
+
+    def leave(self, call: ModuleCall, running: Sequence[ModuleCall], output: Any) -> None:
+        """Note that what follows may depend on layers."""
+        self._ran = True
 
     def operate(
         self, running: Sequence[ModuleCall], func: Any, args: Any, kwargs: Any, compute: Callable[[], Any]
@@ -114,8 +117,10 @@ class Recorder(_Counting):
         if any(_fractional(tensor) and tensor not in self._origins for tensor in taken):
             made = None if key is None else _decision(key, func, result)
             origins = {} if made is None else {id(made): made}
-            if made is not None and not isinstance(result, Tensor | tuple):
-                self.decisions.made[made.key] = made
+            if made is not None and not isinstance(result, tuple) and (made.chooses or not isinstance(result, Tensor)):
+                self.decisions.made[made.key] = made  # it may be read without an operation, as a list
+            if _name(func) in _UNSTEADY and self._ran:
+                self._lost = f"{func} draws as many random numbers as the values ask for that it is given"
         if origins:
             for tensor in tensors_in(result):
                 if not (_fractional(tensor) and isinstance(result, tuple)):
@@ -127,7 +132,7 @@ class Recorder(_Counting):
             if origin.result is not None and (selects or origin.chooses):
                 self.decisions.made[origin.key] = origin
             elif origin.result is None and selects:
-                self._lost = self._lost or origin.key[2]
+                self._lost = f"{origin.key[2]} selects its rows, by values that the layers before it change"
 
 
 class Imposed(_Counting):

@@ -168,6 +168,7 @@ class Replay:
         self._randomness = Randomness(model, batches[0])
         self._draws: set[str] = set()
         self._leaves: set[str] = set()  # something behind
+        self._hidden = False  # where nobody sets it back if a forward does not come to its end
         self._remembers = False  # from one forward to the next
         self._ways: list[_Way] = []
         self._usual: dict[str, _Way] = {}  # by inputs
@@ -190,12 +191,13 @@ class Replay:
 
     def _follow(self, number: int) -> _Way:
         """Find out on which way a batch goes, and what modules do on it besides returning tensors."""
-        batch, effects, memory = self._batches[number], SideEffects(self._randomness), Memory(self.model)
+        batch, effects, memory = self._batches[number], SideEffects(self.model, self._randomness), Memory(self.model)
         deciding = Recorder() if self._like is None else Imposed(self.decisions[number])
         with self._randomness.seeded(self.seed + number):
             found = trace(self.model, batch, forward=self._forward, watchers=(effects, deciding))
         changed, plain = memory.restore()
         self._remembers |= changed
+        self._hidden |= effects.hidden
         self._draws |= effects.draws
         self._leaves |= effects.leaves | {outer for path in plain for outer in (path, *outside(path))}
         same = (way for way in self.ways if _flow(way.trace) == _flow(found))
@@ -273,7 +275,7 @@ class Replay:
         self._rooms.clear()
 
     def _stop(self, path: str, number: int) -> _Stop:
-        return _Stop(self.way(number).trace.calls[path], ending=not self._leaves)
+        return _Stop(self.way(number).trace.calls[path], ending=not self._hidden)
 
     def branches(
         self, path: str, last: str, instead: Iterable[Tensor] | None = None
@@ -300,7 +302,7 @@ class Replay:
 
         for number in self._reaching(path):
             layer, end = self.model.get_submodule(path), self.model.get_submodule(last)
-            stop = _Stop(ending=not self._leaves)
+            stop = _Stop(ending=not self._hidden)
             taking = layer.register_forward_pre_hook(enter, with_kwargs=True)
             watching: list[AbstractContextManager[Any]] = [taking, Tracer({last: end}, on_addition=stop)]
             if shapes is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.memory import attributes
 from tenfold.tracing.randomness import Randomness, State, same_state
 from tenfold.tracing.trace import ModuleCall, Watcher, storage_of
 
@@ -23,14 +24,16 @@ class SideEffects(Watcher):
     Attributes:
         draws: paths of the modules in whose calls random numbers were drawn.
         leaves: paths of the modules that leave values behind.
+        hidden: whether some were found that no attribute of a module holds, which ``Memory`` does not set back.
     """
 
     apart = True
 
-    def __init__(self, randomness: Randomness) -> None:
+    def __init__(self, model: nn.Module, randomness: Randomness) -> None:
         self.draws: set[str] = set()
         self.leaves: set[str] = set()
-        self._randomness = randomness
+        self.hidden = False
+        self._model, self._randomness = model, randomness
         self._starts: dict[ModuleCall, State] = {}
         self._given: dict[ModuleCall, set[int | None]] = {}
         self._within = WeakTensorKeyDictionary()  # the calls within which a tensor came to be
@@ -74,7 +77,11 @@ class SideEffects(Watcher):
         return result
 
     def _read(self, tensor: Tensor, running: Sequence[ModuleCall]) -> None:
-        self.leaves |= {call.path for call in self._within.get(tensor, ()) if call not in running}
+        left = {call.path for call in self._within.get(tensor, ()) if call not in running}
+        if left:
+            self.leaves |= left
+            held = (tensors_in(list(attributes(module).values())) for module in self._model.modules())
+            self.hidden |= not any(kept is tensor for each in held for kept in each)
 
 
 def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
