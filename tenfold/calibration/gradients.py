@@ -16,6 +16,7 @@ from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.held_tensors import drop_graphs
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 from tenfold.tracing.masks import real_tokens, token_mask
+from tenfold.tracing.randomness import Randomness
 
 Loss = Literal["outputs", "fisher"]
 
@@ -44,7 +45,7 @@ def collect_gradients(
             these. ``fisher`` is the divergence from the model's own predictions (classifiers): gradients of the
             cross-entropy with labels drawn from these; of very confident predictions few samples contribute.
         draws: random projections or labels for each batch.
-        seed: of the projections and labels.
+        seed: of the projections, the labels and what the forward draws.
         forward: runs the model on one batch and returns its outputs; ``call_model`` by default.
 
     Raises:
@@ -78,7 +79,7 @@ class GradientSums:
         self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
         self._sums: dict[str, Tensor] = {}
         self._starts: list[Tensor] = []
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
         self._samples = 0
         self._backward = False
         self._open = ExitStack()
@@ -104,7 +105,7 @@ class GradientSums:
             DataError: the outputs have no gradients, or none can be taken.
         """
         self._starts.clear()
-        with torch.enable_grad():
+        with torch.enable_grad(), Randomness(self._model, batch).seeded(self._seed + self._samples):
             value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch, model))
         self._backward = True
         try:

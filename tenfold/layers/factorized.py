@@ -21,7 +21,7 @@ class FitSummary:
     """How well the factors of a layer met its weight: ‖W − Ŵ‖/‖W‖, sweeps used, and what the algorithm said.
 
     ``stability`` tells how far the terms cancel, of formats whose factors can diverge. ``algorithm`` has the name and
-    the settings of what found the factors.
+    the settings of what found the factors. ``alone`` says why a layer was fitted on its own where others were in order.
     """
 
     rel_error: float
@@ -30,6 +30,7 @@ class FitSummary:
     note: str = ""
     stability: Stability | None = None
     algorithm: Mapping[str, Any] | None = None
+    alone: str = ""
 
 
 class FactorizedLayer(nn.Module):

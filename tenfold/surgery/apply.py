@@ -31,6 +31,8 @@ from tenfold.tracing import copied
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
 
+_ALONE = "; fitted on its own: "
+
 
 @normal_tensors()
 def apply(
@@ -137,8 +139,13 @@ def with_errors(plan: Plan, model: nn.Module) -> Plan:
 
 
 def _told(layer: LayerPlan, fit: FitSummary) -> LayerPlan:
-    """Return the plan of a layer with its error; the reason says how stable factors are that could diverge."""
-    reason, _, _ = layer.reason.partition("; sensitivity ")
+    """Return the plan of a layer with its error.
+
+    The reason says why the layer was fitted on its own, and how stable factors are that could diverge.
+    """
+    reason = layer.reason.partition("; sensitivity ")[0].partition(_ALONE)[0]
+    if fit.alone:
+        reason = f"{reason}{_ALONE}{fit.alone}"
     if fit.stability is not None:
         reason = f"{reason}; {fit.stability}"
     updated = layer.replace(rel_error=fit.rel_error, reason=reason, algorithm=fit.algorithm or layer.algorithm)

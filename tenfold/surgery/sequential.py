@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,16 +12,16 @@ from torch import Tensor, nn
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.moment_sums import MomentSums
 from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
-from tenfold.errors import DataError, naming_layer
+from tenfold.errors import CalibrationWarning, DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
-from tenfold.surgery.apply import apply
+from tenfold.surgery.apply import apply, apply_
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.opened import open_layers
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
-from tenfold.surgery.shortcut_correction import branch_of, targets
+from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.masks import token_mask
 from tenfold.tracing.replay import Forward, Replay
@@ -74,6 +75,11 @@ def apply_sequentially(
     Where the output of a layer, or of the batch norm after it, is added to a shortcut, the sum is what is fitted: the
     layer also makes up for what the shortcut has lost in the blocks before.
 
+    All this takes for granted that a row is the same one in both models. So both draw the same random numbers, and the
+    new one decides as the dense one does where rows are selected: routed to experts, sorted, dropped. A layer that sees
+    other rows nevertheless is fitted on its own, by the moments of its inputs in the dense model; ``fit.alone`` of the
+    layer says why.
+
     Args:
         model: the dense model, or one that is factorized in part; stays as it is.
         plan: which layers to factorize, into what, at which rank.
@@ -89,6 +95,9 @@ def apply_sequentially(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
         DataError: no batches, or a layer that the forward never reaches.
+
+    Warns:
+        CalibrationWarning: layers were fitted on their own.
     """
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
@@ -98,52 +107,102 @@ def apply_sequentially(
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if target is None else open_layers(target, plan.unrolled)
-    dense, new = (
-        Replay(original, batches, forward=config.forward, changing=False),
-        _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config.forward),
-    )
-    changing = Replay(new, batches, forward=config.forward)
-    wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
-    ordered = sorted(wanted, key=changing.start)
-    for done, path in enumerate(ordered):
-        old: Any = find(model, path)
-        (spec, weight), bias = geometry(old, path), getattr(old, "bias", None)
-        branch = branch_of(new, changing.trace, path) if config.correct_shortcuts else None
-        if changing.trace.calls[path] == 1:
-            sums = MomentSums(config.max_width, config.seed)
-            for i, (x, y) in enumerate(targets(dense, changing, path, branch)):
-                wanted_output = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
-                drawn = config.seed * 1_000_003 + done * 1009 + i
-                mask = token_mask(batches[i], model)
-                sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=mask)
-            metric = sums.moments(path)
-        else:  # it runs several times: what enters it depends on itself
-            own = {path: spec}
-            metric = collect_moments(
-                new,
-                batches,
-                own,
-                dense=original,
-                positions=config.positions,
-                seed=config.seed,
-                widest=config.max_width,
-                forward=config.forward,
-            )[path]
-        follower = changing.trace.follower(path)
-        norm: Any = None if follower is None else new.get_submodule(follower)
+    new = _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config)
+    dense = Replay(original, batches, forward=config.forward, changing=False, seed=config.seed)
+    changing = Replay(new, batches, forward=config.forward, like=dense)
+    fitting = _Fitting(model, plan, new, dense, changing, batches, output_grams or {}, config)
+    wanted = [layer for layer in plan.factorized if layer not in blind]
+    for done, layer in enumerate(sorted(wanted, key=lambda layer: changing.start(layer.path))):
+        fitting.fit(layer, done)
+        if progress is not None:
+            progress(done + 1, len(wanted))
+    if fitting.alone:
+        path, why = next(iter(fitting.alone.items()))
+        msg = (
+            f"{len(fitting.alone)} of {len(wanted)} layers are fitted each on its own, not in order, for instance "
+            f"{path!r}: {why}"
+        )
+        warnings.warn(msg, CalibrationWarning, stacklevel=2)
+    return fuse_pairs_(fitting.new, plan.fused)
+
+
+class _UnlikeError(Exception):
+    """The rows that a layer sees in the new model are not those of the dense one."""
+
+
+@dataclass
+class _Fitting:
+    """Puts the layers of a plan into ``new``, one after the other; ``alone`` are those that do not follow the others.
+
+    ``source`` has the layers that are replaced, ``dense`` what is to be met, ``changing`` is the replay of ``new``.
+    """
+
+    source: nn.Module
+    plan: Plan
+    new: nn.Module
+    dense: Replay
+    changing: Replay
+    batches: Sequence[Any]
+    output_grams: Mapping[str, Tensor]
+    config: SequentialFit
+    alone: dict[str, str] = field(default_factory=dict)
+
+    def fit(self, layer: LayerPlan, number: int) -> None:
+        """Fit a layer to the rows of the new model, or of the dense one where these are others."""
+        try:
+            self._follow(layer, number)
+        except (_UnlikeError, DataError) as why:  # the latter where a batch takes another way unseen
+            self.alone[layer.path] = str(why)
+            self._fit_alone(layer, str(why))
+
+    def _follow(self, layer: LayerPlan, number: int) -> None:
+        path, old = layer.path, find(self.source, layer.path)
+        spec, weight = geometry(old, path)
+        branch = branch_of(self.new, self.changing, path) if self.config.correct_shortcuts else None
+        bias = getattr(old, "bias", None)
+        metric = self._moments(path, spec, branch, bias, number)
+        follower = self.changing.follower(path)
+        norm: Any = None if follower is None else self.new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
             metric = metric.uncentered()  # nothing could take the shift of the mean
-        gram = (output_grams or {}).get(path)
+        gram = self.output_grams.get(path)
         if gram is None and branch is not None:
             gram = branch.importance(spec)
         metric = metric.replace(output_gram=gram)
-        fit, algorithm = _fit(weight, spec, wanted[path], metric, config.ridge, plan.seed)
+        fit, algorithm = _fit(weight, spec, layer, metric, self.config.ridge, self.plan.seed)
         if bias is None and fit.bias_shift is not None and _takes_mean(norm):
             norm.running_mean.sub_(fit.bias_shift.to(norm.running_mean))
-        new = put(new, {path: layer_of(fit, old, algorithm)})
-        if progress is not None:
-            progress(done + 1, len(ordered))
-    return fuse_pairs_(new, plan.fused)
+        self.new = put(self.new, {path: layer_of(fit, old, algorithm)})
+
+    def _moments(self, path: str, spec: LayerSpec, branch: Branch | None, bias: Tensor | None, number: int) -> Moments:
+        """Return the moments of what enters the layer now, beside its outputs in the dense model."""
+        lost = [decisions.adrift[path] for decisions in self.dense.decisions if path in decisions.adrift]
+        if lost:
+            raise _UnlikeError(lost[0])
+        places, config = self.changing.places(path), self.config
+        if not places or places != self.dense.places(path):
+            msg = "the batches reach it otherwise than in the original"
+            raise _UnlikeError(msg)
+        sums = MomentSums(config.max_width, config.seed)
+        pairs = targets(self.dense, self.changing, path, branch)
+        for i, (place, (x, y)) in enumerate(zip(places, pairs, strict=True)):
+            if spec.out_shape(tuple(x.shape)) != tuple(y.shape):
+                msg = "it sees other rows than in the original"
+                raise _UnlikeError(msg)
+            wanted = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
+            drawn = config.seed * 1_000_003 + number * 1009 + i
+            mask = token_mask(self.batches[place], self.source)
+            sums.add(x, spec, wanted, positions=config.positions, seed=drawn, mask=mask)
+        return sums.moments(path)
+
+    def _fit_alone(self, layer: LayerPlan, why: str) -> None:
+        path, dense = layer.path, self.dense.model
+        specs = {path: factorizable_spec(find(dense, path), path)}
+        own = _dense_moments(dense, specs, self.batches, self.config)[path]
+        metric = own.replace(output_gram=self.output_grams.get(path))
+        self.new = apply_(self.new, self.plan.replace(layers=(layer,), fused={}), moments={path: metric})
+        fitted: Any = find(self.new, path)
+        fitted.fit = replace(fitted.fit, alone=why)
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
@@ -161,12 +220,23 @@ def _looks_up(module: nn.Module) -> bool:
     return spec is not None and spec.kind == "embedding"
 
 
+def _dense_moments(
+    model: nn.Module, specs: Mapping[str, LayerSpec], batches: Sequence[Any], config: SequentialFit
+) -> dict[str, Moments]:
+    if not specs:
+        return {}
+    positions, widest = config.positions, config.max_width
+    return collect_moments(
+        model, batches, specs, positions=positions, seed=config.seed, widest=widest, forward=config.forward
+    )
+
+
 def _with_looked_up(
-    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
+    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], config: SequentialFit
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
     specs = {layer.path: factorizable_spec(find(model, layer.path), layer.path) for layer in plan.layers}
-    found = collect_moments(model, batches, specs, forward=forward) if specs else {}
+    found = _dense_moments(model, specs, batches, config)
     return apply(model, plan, moments={path: own.replace(output_gram=outputs.get(path)) for path, own in found.items()})
 
 

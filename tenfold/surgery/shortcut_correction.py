@@ -44,7 +44,7 @@ class Branch:
         return lost * inverse.view(-1, *[1] * (lost.dim() - 2))  # batch norm has its channels on axis 1
 
 
-def branch_of(model: nn.Module, trace: Trace, path: str) -> Branch | None:
+def branch_of(model: nn.Module, trace: Trace | Replay, path: str) -> Branch | None:
     """Return the branch that ends with the layer at ``path``; None unless its whole output is added to one shortcut."""
     if trace.is_added(path):
         return Branch(path)

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -14,8 +16,12 @@ from torch import Tensor, nn
 from tenfold.errors import DataError
 from tenfold.tensors import untransformed, version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import call_model, tensors_in
-from tenfold.tracing.trace import Tracer, trace
+from tenfold.tracing.decisions import Decisions, Imposed, Recorder
+from tenfold.tracing.inputs import call_model, describe_inputs, tensors_in
+from tenfold.tracing.memory import Memory
+from tenfold.tracing.randomness import Randomness, State
+from tenfold.tracing.side_effects import SideEffects
+from tenfold.tracing.trace import Trace, Tracer, trace
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -30,19 +36,72 @@ class _Reached(BaseException):
 
 
 class _Stop:
-    """Ends a forward by a hook or a callback, and keeps the tensor that was seen there."""
+    """Keeps what is seen at each call of a module, by a hook or a callback, and ends the forward after the last.
 
-    tensor: Tensor | None = None
+    Args:
+        calls: how many there are.
+        ending: whether the forward ends there, or goes on to its end.
+    """
+
+    def __init__(self, calls: int = 1, *, ending: bool = True) -> None:
+        self.seen: list[Tensor] = []
+        self._calls, self._ending = calls, ending
+
+    @property
+    def done(self) -> bool:
+        """Whether all calls were seen."""
+        return len(self.seen) >= self._calls
 
     def __call__(self, tensor: Tensor) -> None:
-        self.tensor = untransformed(tensor).detach()
-        raise _Reached
+        if self.done:
+            return
+        ending, tensor = self._ending and len(self.seen) + 1 == self._calls, untransformed(tensor)
+        self.seen.append(tensor.detach() if ending else tensor.detach().clone())  # an operation in place may follow
+        if ending:
+            raise _Reached
 
     def at_input(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self(next(tensors_in((args, kwargs))))
 
     def at_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self(next(tensors_in(output)))
+
+
+@dataclass(eq=False)
+class _Way:
+    """What runs in which order on some of the batches.
+
+    Attributes:
+        trace: the record of the first of them.
+        first: its number.
+        readers: by module that may be left out, prefixes of the modules that take what it returns.
+        leaves: when the modules without children start.
+        before: the modules that may be left out before another one starts, the last first.
+        lasting: modules whose outputs were still held at the end of a run of the first batch.
+        written: modules to whose outputs something writes.
+    """
+
+    trace: Trace
+    first: int
+    readers: dict[str, list[str]] = field(default_factory=dict)
+    leaves: list[int] = field(default_factory=list)
+    before: dict[str, list[str]] = field(default_factory=dict)
+    lasting: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+
+    def once(self, path: str) -> bool:
+        """Whether the module runs once, and nothing within it runs outside of it."""
+        start, end = self.trace.spans[path]
+        inner = [span for p, span in self.trace.spans.items() if p.startswith(f"{path}.")]
+        return self.trace.calls[path] == 1 and all(start < s and e < end for s, e in inner)
+
+    def done(self, path: str) -> list[str]:
+        """Return the modules that return a tensor before ``path`` starts, the last first."""
+        spans = self.trace.spans
+        if path not in self.before:
+            done = [name for name in self.readers if spans[name][1] < spans[path][0]]
+            self.before[path] = sorted(done, key=lambda name: spans[name][1], reverse=True)
+        return self.before[path]
 
 
 class Replay:
@@ -58,8 +117,13 @@ class Replay:
     Hooks of a layer stay with it, whatever takes its place: what is seen is what its forward takes and returns, after
     the hooks that change its inputs and before those that change its output.
 
-    The model runs in evaluation mode, and no batch may change what runs in which order. Layers must be asked for in the
-    order of ``order``: what lies before must not change any more.
+    Every forward of a batch is the same one: it draws the same random numbers, starts from the buffers and attributes
+    that the model has now, and takes the same decisions, where rows are selected by these. All of that is set back
+    afterwards. Modules that leave something behind besides what they return (a feature map in an attribute, or in a
+    list that hooks fill) always run. Batches may differ in what runs on them.
+
+    The model runs in evaluation mode. Layers must be asked for in the order of ``order``: what lies before must not
+    change any more.
 
     Args:
         model: may be changed between calls, layer by layer.
@@ -68,6 +132,9 @@ class Replay:
         limit: bytes of outputs to keep; beyond that things are computed again.
         spare: bytes up to which outputs are kept that a few layers could compute again.
         changing: whether the caller may change a layer once it is read. If not, what was read is kept as well.
+        seed: of random numbers that forwards draw, other ones on every batch.
+        like: the replay of another model of this structure, on the same batches: what it drew and decided is drawn and
+            decided here.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -87,59 +154,138 @@ class Replay:
         limit: int = 4 << 30,
         spare: int = 128 << 20,
         changing: bool = True,
+        seed: int = 0,
+        like: Replay | None = None,
     ) -> None:
-        self._model, self._batches, self._forward = model, batches, forward or call_model
-        self._limit, self._spare, self._changing = limit, spare, changing
+        self.model, self._batches, self._forward = model, batches, forward or call_model
+        self._limit, self._spare, self._changing, self.seed = (
+            limit,
+            spare,
+            changing,
+            seed if like is None else like.seed,
+        )
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
         self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        self._after: dict[int, dict[str, State]] = defaultdict(dict)  # where modules that draw left the generators
         self._hollows: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
         self._bytes = 0
         self._rooms: dict[str, Tensor] = {}
-        self._lasting: set[str] = set()
-        self.trace = trace(model, batches[0], forward=self._forward)
-        self._span = self.trace.spans
-        self._leaves = sorted(self._span[path][0] for path in self.order)
-        self._single = {path for path in self._span if self._once(path)}
-        self._readers = {
-            path: [f"{use.by}." for use in value.uses]
-            for value in self.trace.values
-            for path in value.makers
-            if path in self._single
-        }
-        self._before: dict[str, list[str]] = {}
         self._handed: dict[str, Tensor] = {}
-        self._written: set[str] = set()
+        self._randomness = Randomness(model, batches[0])
+        self._draws: set[str] = set()
+        self._leaves: set[str] = set()  # something behind
+        self._hidden = False  # where nobody sets it back if a forward does not come to its end
+        self._remembers = False  # from one forward to the next
+        self._ways: list[_Way] = []
+        self._usual: dict[str, _Way] = {}  # by inputs
+        self._like = like
+        self.decisions: list[Decisions] = [] if like is None else like.decisions
+        for number in range(len(batches)):
+            self._ways.append(self._known_way(number) or self._follow(number))
+        for way in self.ways:
+            self._prepare(way)
+
+    def _known_way(self, number: int) -> _Way | None:
+        """Return the way of a batch if it is that of another one for sure."""
+        if self._like is not None:
+            first = self._like.way(number).first
+            return self._ways[first] if first < number else None
+        known = self._usual.get(describe_inputs(self._batches[number]))
+        if known is not None:
+            self.decisions.append(Decisions())
+        return known
+
+    def _follow(self, number: int) -> _Way:
+        """Find out on which way a batch goes, and what modules do on it besides returning tensors."""
+        batch, effects, memory = self._batches[number], SideEffects(self.model, self._randomness), Memory(self.model)
+        deciding = Recorder() if self._like is None else Imposed(self.decisions[number])
+        with self._randomness.seeded(self.seed_of(number)):
+            found = trace(self.model, batch, forward=self._forward, watchers=(effects, deciding))
+        changed, plain = memory.restore()
+        self._remembers |= changed
+        self._hidden |= effects.hidden
+        self._draws |= effects.draws
+        self._leaves |= effects.leaves | {outer for path in plain for outer in (path, *outside(path))}
+        same = (way for way in self.ways if _flow(way.trace) == _flow(found))
+        way = next(same, None) or _Way(found, number)
+        if isinstance(deciding, Recorder):
+            self.decisions.append(deciding.decisions)
+            if not (deciding.looked or effects.draws or effects.leaves or changed):
+                self._usual[describe_inputs(batch)] = way
+        return way
+
+    def seed_of(self, number: int) -> int:
+        """Return the seed of what is drawn on a batch."""
+        return self._seed + number if self._like is None else self._like.seed_of(number)
+
+    def way(self, number: int) -> _Way:
+        """Return the way of a batch."""
+        return self._ways[number]
+
+    def _prepare(self, way: _Way) -> None:
+        spans = way.trace.spans
+        way.leaves = sorted(spans[path][0] for path in self.order if path in spans)
+        single = {path for path in spans if way.once(path)} - self._leaves
+        way.readers = {
+            path: [f"{use.by}." for use in value.uses]
+            for value in way.trace.values
+            for path in value.makers
+            if path in single
+        }
+
+    @property
+    def ways(self) -> list[_Way]:
+        """The different ways of the batches, each once."""
+        return list(dict.fromkeys(self._ways))
+
+    def is_added(self, path: str) -> bool:
+        """Return whether ``Trace.is_added`` holds on all batches that reach the module."""
+        return all(trace.is_added(path) for trace in self._traces(path))
+
+    def follower(self, path: str) -> str | None:
+        """Return the ``Trace.follower`` of a module, if it is the same on all batches that reach it."""
+        found = {trace.follower(path) for trace in self._traces(path)}
+        return found.pop() if len(found) == 1 else None
+
+    def _traces(self, path: str) -> list[Trace]:
+        return [way.trace for way in self.ways if path in way.trace.spans]
 
     @property
     def order(self) -> tuple[str, ...]:
-        """Paths of the modules without children that ran, each at its first call."""
-        leaves = [p for p in self._span if p and not any(True for _ in self._model.get_submodule(p).children())]
-        return tuple(sorted(leaves, key=lambda p: self._span[p][0]))
+        """Paths of the modules without children that ran, each at its first call, of the first batch that ran it."""
+        ran = dict.fromkeys(path for way in self.ways for path in way.trace.spans)
+        leaves = [p for p in ran if p and not any(True for _ in self.model.get_submodule(p).children())]
+        return tuple(sorted(leaves, key=self.start))
 
-    def start(self, path: str) -> int:
-        """Return when the module at ``path`` started, on a clock of its own.
+    def start(self, path: str) -> float:
+        """Return when the module at ``path`` started, on a clock of its own; infinity if no batch reaches it."""
+        return next((float(trace.spans[path][0]) for trace in self._traces(path)), inf)
 
-        Raises:
-            DataError: the forward never reached it.
-        """
-        if path not in self._span:
-            msg = f"the forward never reaches layer {path!r}: leave it out, or give batches that use it"
-            raise DataError(msg)
-        return self._span[path][0]
+    def places(self, path: str) -> list[int]:
+        """Return the batches of which ``inputs`` and ``outputs`` yield a tensor, in order."""
+        return [number for number, way in enumerate(self._ways) for _ in range(way.trace.calls[path])]
 
     def inputs(self, path: str) -> Iterator[Tensor]:
-        """Iterate over the first input of the module at ``path``, batch by batch."""
-        for number in range(len(self._batches)):
-            module, stop = self._model.get_submodule(path), _Stop()
-            yield self._run(path, number, stop, module.register_forward_pre_hook(stop.at_input, with_kwargs=True))
+        """Iterate over the first input of the module at ``path``, batch by batch, call by call."""
+        for number in self._reaching(path):
+            module, stop = self.model.get_submodule(path), self._stop(path, number)
+            self._run(path, number, stop, module.register_forward_pre_hook(stop.at_input, with_kwargs=True))
+            yield from stop.seen
 
     def outputs(self, path: str) -> Iterator[Tensor]:
-        """Iterate over the output of the module at ``path``, batch by batch."""
-        for number in range(len(self._batches)):
-            module, stop = self._model.get_submodule(path), _Stop()
-            output = self._run(path, number, stop, module.register_forward_hook(stop.at_output, prepend=True))
-            self._keep_read(path, number, output)
-            yield output
+        """Iterate over the output of the module at ``path``, batch by batch, call by call."""
+        for number in self._reaching(path):
+            module, stop = self.model.get_submodule(path), self._stop(path, number)
+            self._run(path, number, stop, module.register_forward_hook(stop.at_output, prepend=True))
+            self._keep_read(path, number, stop.seen[0])
+            yield from stop.seen
+
+    def _reaching(self, path: str) -> Iterator[int]:
+        yield from dict.fromkeys(self.places(path))
+        self._rooms.clear()
+
+    def _stop(self, path: str, number: int) -> _Stop:
+        return _Stop(self.way(number).trace.calls[path], ending=not self._hidden)
 
     def branches(
         self, path: str, last: str, instead: Iterable[Tensor] | None = None
@@ -164,8 +310,9 @@ class Replay:
             held = self._kept[number].get(path) if self._holds(path) else None
             seen["output"] = tensor.detach().clone() if held is None else held  # a hook of the layer may change it
 
-        for number in range(len(self._batches)):
-            layer, end, stop = self._model.get_submodule(path), self._model.get_submodule(last), _Stop()
+        for number in self._reaching(path):
+            layer, end = self.model.get_submodule(path), self.model.get_submodule(last)
+            stop = _Stop(ending=not self._hidden)
             taking = layer.register_forward_pre_hook(enter, with_kwargs=True)
             watching: list[AbstractContextManager[Any]] = [taking, Tracer({last: end}, on_addition=stop)]
             if shapes is None:
@@ -173,42 +320,55 @@ class Replay:
             else:
                 seen["output"] = self._hollowed(next(shapes))
                 watching += [_stand_in(module, lambda *_, **__: seen["output"]) for module in {layer, end}]
-            shortcut = self._run(path, number, stop, *watching)
-            yield seen["input"], seen["output"], shortcut
+            self._run(path, number, stop, *watching)
+            yield seen["input"], seen["output"], stop.seen[0]
 
-    def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> Tensor:
-        """Run one batch until ``stop`` is called, with the hooks in ``watching``, which are removed again."""
+    def _run(self, path: str, number: int, stop: _Stop, *watching: AbstractContextManager[Any]) -> None:
+        """Run one batch until ``stop`` is done, with the hooks in ``watching``, which are removed again."""
+        way, kept = self.way(number), self._kept[number]
+        if self._changing:  # the layer may have changed since, on another batch that reached it sooner
+            for name in [name for name in kept if way.trace.spans[name][1] > way.trace.spans[path][0]]:
+                self._forget(name, number)
         with ExitStack() as stack:
+            if self._remembers:
+                stack.callback(Memory(self.model).restore)
             for context in watching:
                 stack.enter_context(context)
-            before = set(self._kept[number])
+            before = set(kept)
             try:
-                with evaluating(self._model), layer_by_layer(), self._settled(path, number):
-                    self._forward(self._model, self._batches[number])
+                with evaluating(self.model), layer_by_layer(), self._settled(path, number), self._same(number):
+                    self._forward(self.model, self._batches[number])
             except (_Reached, Exception):  # scripted code turns whatever is raised within it into an error of its own
-                if stop.tensor is None:
+                if not stop.done:
                     raise
-        self._written |= {name for name, tensor in self._handed.items() if version_of(tensor) != 0}
+        way.written |= {name for name, tensor in self._handed.items() if version_of(tensor) != 0}
         self._handed.clear()
         self._standing(path, number)  # what was kept on the way has made other outputs dispensable
-        if number == 0:
-            self._lasting = set(self._kept[0]) - before
-        if number == len(self._batches) - 1:
-            self._rooms.clear()
-        if stop.tensor is not None:
-            return stop.tensor
-        msg = (
-            f"the forward reached layer {path!r} on the first batch, but not on batch {number + 1}: layers can be "
-            "fitted in order only on batches that all take the same way through the model"
-        )
-        raise DataError(msg)
+        if number == way.first:
+            way.lasting = set(kept) - before
+        if not stop.done:
+            msg = (
+                f"batch {number + 1} reached layer {path!r} before, and does not now: layers can be fitted in order "
+                "only on batches that take the same way through both models"
+            )
+            raise DataError(msg)
+
+    @contextmanager
+    def _same(self, number: int) -> Iterator[None]:
+        """Let a forward draw what the first one of this batch drew, and decide as that did."""
+        with ExitStack() as stack:
+            stack.enter_context(self._randomness.seeded(self.seed_of(number)))
+            if self.decisions[number].made:
+                followed = dict(self.model.named_modules())
+                stack.enter_context(Tracer(followed, watchers=(Imposed(self.decisions[number]),)))
+            yield
 
     @contextmanager
     def _settled(self, path: str, number: int) -> Iterator[None]:
         """Let modules that end before ``path`` return what they returned before."""
         with ExitStack() as stack:
             for name, known in self._standing(path, number).items():
-                module = self._model.get_submodule(name)
+                module = self.model.get_submodule(name)
                 stack.enter_context(_stand_in(module, self._keeper(name, number, known, module.forward)))
             yield
 
@@ -221,11 +381,12 @@ class Replay:
         result: dict[str, Tensor | None] = {}
         idle: tuple[str, ...] = ()  # prefixes of what does not run
         whole: tuple[str, ...] = ()  # prefixes of what runs and may be kept as a whole
-        for name in self._done(path):  # the last first: whether the readers of an output run is known by then
+        way = self.way(number)
+        for name in way.done(path):  # the last first: whether the readers of an output run is known by then
             if name.startswith(idle):
                 self._forget(name, number)
                 continue
-            read = any(not reader.startswith(idle) for reader in self._readers[name])
+            read = any(not reader.startswith(idle) for reader in way.readers[name])
             if name in kept and not read:
                 hollow[name] = self._hollowed(kept[name])
                 self._forget(name, number)
@@ -239,44 +400,43 @@ class Replay:
                     whole += (f"{name}.",)
         return result
 
-    def _done(self, path: str) -> list[str]:
-        """Return the modules that return a tensor before ``path`` starts, the last first."""
-        if path not in self._before:
-            done = [name for name in self._readers if self._span[name][1] < self._span[path][0]]
-            self._before[path] = sorted(done, key=lambda name: self._span[name][1], reverse=True)
-        return self._before[path]
-
     def _keeper(self, name: str, number: int, known: Tensor | None, forward: Callable[..., Any]) -> Callable[..., Any]:
-        hollow = name not in self._kept[number]
+        hollow, way, draws = name not in self._kept[number], self.way(number), name in self._draws
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if known is not None:
+                if draws:
+                    self._randomness.set(self._after[number][name])
                 return known if hollow else self._hand_out(name, number, known)
             before = _versions((args, kwargs))
             output = forward(*args, **kwargs)
+            if draws:
+                self._after[number][name] = self._randomness.state()
             after = _versions((args, kwargs))
             changed = [key for key in before if before[key] != after.get(key)]
             if changed == [id(output)]:  # others may read the input that it changed: it runs whenever one of them does
                 self._hollow[number][name] = self._hollowed(output)
-            elif not changed and isinstance(output, Tensor) and (number == 0 or name in self._lasting):
-                self._keep(name, number, output)  # of the first batch all, to see which are still wanted at the end
+            elif not changed and isinstance(output, Tensor) and (number == way.first or name in way.lasting):
+                self._keep(name, number, output)  # of the first all, to see which are still wanted at the end
             return output
 
         return remembered
 
     def _hand_out(self, name: str, number: int, known: Tensor) -> Tensor:
         """Return what is held, or a copy of it if an operation in place follows."""
-        # Every batch goes the way of the first, on which it is seen what is written to on the way to a layer.
-        if number > 0 and name not in self._written:
+        # On the first batch of a way it is seen what is written to on the way to a layer.
+        way = self.way(number)
+        if number != way.first and name not in way.written:
             return known.detach()
         copied = known.clone()
-        if number == 0:
+        if number == way.first:
             self._handed[name] = copied
         return copied
 
     def _holds(self, path: str) -> bool:
         """Whether the output of a layer is kept once it was read."""
-        return not self._changing and path in self._readers
+        readable = all(path in way.readers for way in self.ways if path in way.trace.spans)
+        return not self._changing and readable and path not in self._draws
 
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
         if self._holds(path):
@@ -284,10 +444,11 @@ class Replay:
 
     def _keep(self, name: str, number: int, output: Tensor) -> None:
         """Hold the output of a module if there is room for it, in place of what was held of the modules within."""
-        kept, (start, end) = self._kept[number], self._span[name]
-        ends = (self._span[other][1] for other in kept)
+        way, kept = self.way(number), self._kept[number]
+        start, end = way.trace.spans[name]
+        ends = (way.trace.spans[other][1] for other in kept)
         nearest = max((other for other in ends if other < start), default=-1)
-        few = bisect_left(self._leaves, end) - bisect_left(self._leaves, nearest) <= _FEW
+        few = bisect_left(way.leaves, end) - bisect_left(way.leaves, nearest) <= _FEW
         limit = min(self._limit, self._spare) if few else self._limit
         if name not in kept and self._bytes + _size(output) <= limit:
             kept[name] = self._stored(name, number, output)
@@ -322,11 +483,21 @@ class Replay:
         if name in self._kept[number]:
             self._bytes -= _size(self._kept[number].pop(name))
 
-    def _once(self, path: str) -> bool:
-        """Whether the module runs once, and nothing within it runs outside of it."""
-        start, end = self._span[path]
-        inner = [span for p, span in self._span.items() if p.startswith(f"{path}.")]
-        return self.trace.calls[path] == 1 and all(start < s and e < end for s, e in inner)
+
+def outside(path: str) -> list[str]:
+    """Return the paths of the modules around the one at ``path``, that of the model last.
+
+    Example:
+        >>> outside("a.b.c")
+        ['a.b', 'a', '']
+    """
+    parts = path.split(".") if path else []
+    return [".".join(parts[:depth]) for depth in reversed(range(len(parts)))]
+
+
+def _flow(found: Trace) -> tuple[Any, ...]:
+    """Return what tells the way of a batch from others."""
+    return found.calls, found.spans, [(value.makers, value.uses) for value in found.values]
 
 
 @contextmanager

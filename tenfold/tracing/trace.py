@@ -7,11 +7,12 @@ Use :func:`trace` for one run of a model, and ask the :class:`Trace`. Where a qu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,20 +99,84 @@ class Trace:
         return uses[0] if len(uses) == self.calls[path] == 1 else None
 
 
-def trace(model: nn.Module, inputs: Any, *, forward: Callable[[nn.Module, Any], object] | None = None) -> Trace:
+@dataclass(frozen=True, eq=False)
+class ModuleCall:
+    """One run of a module: of that at ``path``, the ``number``-th of the forward, from 1."""
+
+    path: str
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation that is about to run, within the calls of modules in ``running``, outermost first."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    running: tuple[ModuleCall, ...]
+    compute: Callable[[], Any]
+
+    @property
+    def name(self) -> str:
+        """Without the overload."""
+        return name_of(self.func)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that it takes."""
+        return list(tensors_in((self.args, self.kwargs)))
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        """The arguments that were given, by name."""
+        schema = getattr(self.func, "_schema", None)
+        names = () if schema is None else [argument.name for argument in schema.arguments]
+        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
+
+
+class Watcher:
+    """Sees what a :class:`Tracer` sees, while it happens.
+
+    Attributes:
+        apart: give every call tensors of its own to take, which share memory with those it was given: so a tensor that
+            it took is told from the same one in other hands.
+    """
+
+    apart: ClassVar[bool] = False
+
+    def enter(self, running: tuple[ModuleCall, ...], inputs: Any) -> None:
+        """Follow the start of ``running[-1]``."""
+
+    def leave(self, call: ModuleCall, running: tuple[ModuleCall, ...], output: Any) -> None:
+        """Follow the end of a call; ``running`` are those around it."""
+
+    def operate(self, operation: Operation) -> Any:
+        """Return the result of an operation: what it computes, unless something else is to stand for it."""
+        return operation.compute()
+
+
+def trace(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    watchers: Iterable[Watcher] = (),
+) -> Trace:
     """Run a model once, in evaluation mode, and return the record of its data flow.
 
     Args:
         model: unchanged afterwards.
         inputs: example inputs as ``forward`` takes them.
         forward: runs the model on the inputs; ``call_model`` by default.
+        watchers: see the run as well.
 
     Example:
         >>> found = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 2))
         >>> found.follower("0"), found.is_added("0"), found.read_outside
         ('1', False, set())
     """
-    with evaluating(model), layer_by_layer(), Tracer(dict(model.named_modules())) as record:
+    with evaluating(model), layer_by_layer(), Tracer(dict(model.named_modules()), watchers=watchers) as record:
         (forward or call_model)(model, inputs)
     return record
 
@@ -126,6 +191,7 @@ class Tracer(TorchDispatchMode):
         modules: the modules to follow, by path.
         on_addition: called with the tensor that is about to be added, once and in its shape, to what a module returned.
             It may raise to end the run.
+        watchers: see the run as well.
     """
 
     supports_higher_order_operators = True
@@ -135,13 +201,19 @@ class Tracer(TorchDispatchMode):
         return False  # else torch imports its compiler at the first operation, which takes a second and 70 MiB
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], *, on_addition: Callable[[Tensor], None] | None = None
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        on_addition: Callable[[Tensor], None] | None = None,
+        watchers: Iterable[Watcher] = (),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._trace = Trace()
         self._modules = {p: m for p, m in modules.items() if not isinstance(m, torch.jit.ScriptModule)}
-        self._on_addition = on_addition
-        self._running: list[str] = []
+        self._on_addition, self._watchers = on_addition, tuple(watchers)
+        self._running: list[ModuleCall] = []
+        self._aside = False
+        self._lent: dict[ModuleCall, list[tuple[Tensor, Tensor]]] = {}  # to calls in progress, with what it stands for
         self._clock = count()
         self._known: dict[int, _Known] = {}
         self._weights = _weights_by_storage(self._modules)
@@ -150,7 +222,9 @@ class Tracer(TorchDispatchMode):
     def __enter__(self) -> Trace:
         with ExitStack() as stack:
             for path, module in self._modules.items():
-                stack.enter_context(module.register_forward_pre_hook(self._entering(path), prepend=True))
+                stack.enter_context(
+                    module.register_forward_pre_hook(self._entering(path), prepend=True, with_kwargs=True)
+                )
                 # before the hooks of others, which may change the output
                 stack.enter_context(module.register_forward_hook(self._leaving(path), prepend=True))
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -164,6 +238,8 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what the operation takes, and call it."""
         kwargs = kwargs or {}
+        if self._aside:
+            return func(*args, **kwargs)
         taken = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
         for tensor in taken.values():
             value = self._value_of(tensor)
@@ -172,38 +248,110 @@ class Tracer(TorchDispatchMode):
                 value.uses.append(Use(self._innermost, other is not None))
                 if other is not None and value.makers and self._on_addition is not None:
                     self._on_addition(other)
-        result = func(*args, **kwargs)
-        if not _in_backward() and _computes(func) and any(True for _ in tensors_in(result)):
+        result = self._operate(func, args, kwargs)
+        if not _in_backward() and computes(func) and any(True for _ in tensors_in(result)):
             for tensor in taken.values():
                 self._note_weight(tensor)
         return result
 
     @property
     def _innermost(self) -> str:
-        return self._running[-1] if self._running else ""
+        return self._running[-1].path if self._running else ""
 
-    def _entering(self, path: str) -> Callable[..., None]:
-        def enter(_module: nn.Module, _args: Any) -> None:
-            self._running.append(path)
+    def _operate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def compute() -> Any:
+            return func(*args, **kwargs)
+
+        for watcher in self._watchers:
+            compute = partial(watcher.operate, Operation(func, args, kwargs, tuple(self._running), compute))
+        return compute()
+
+    def _entering(self, path: str) -> Callable[..., Any]:
+        def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
             self._trace.calls[path] += 1
+            self._running.append(ModuleCall(path, self._trace.calls[path]))
             if path not in self._trace.spans:
                 self._trace.spans[path] = (next(self._clock), 0)
+            if any(watcher.apart for watcher in self._watchers):
+                args, kwargs = self._apart(args, kwargs)
+            with self._unseen():
+                for watcher in self._watchers:
+                    watcher.enter(tuple(self._running), (args, kwargs))
+            return args, kwargs
 
         return enter
 
     def _leaving(self, path: str) -> Callable[..., None]:
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            while self._running and self._running.pop() != path:
-                pass  # modules that ended with an error that was caught
+        def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
+            while self._running:
+                call = self._running.pop()
+                if call.path == path:
+                    break  # others ended with an error that was caught
             self._trace.spans[path] = (self._trace.spans[path][0], next(self._clock))
+            output = self._taken_back(call, output)
             if isinstance(output, Tensor) and untransformed(output) is output:  # else it ends with its transform
                 (self._value_of(output) or self._start(output)).makers.append(path)
             if not path:
                 for value in map(self._value_of, tensors_in(output)):
                     if value is not None:
                         value.uses.append(Use(path))
+            with self._unseen():
+                for watcher in self._watchers:
+                    watcher.leave(call, tuple(self._running), output)
+            return output
 
         return leave
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Let operations pass that are not the model's."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def _apart(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments with other tensors on the same memory, which have the same values to this record."""
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def lend(tensor: Any) -> Any:
+            if type(tensor) is tuple:
+                return tuple(lend(each) for each in tensor)
+            if (
+                type(tensor) is not Tensor
+                or tensor.layout != torch.strided
+                or (tensor.is_leaf and tensor.requires_grad)
+            ):
+                return tensor
+            if id(tensor) not in made:
+                with self._unseen():
+                    made[id(tensor)] = torch.ops.aten.alias(tensor), tensor
+                self._identify(*made[id(tensor)])
+            return made[id(tensor)][0]
+
+        lent = lend(args), {name: lend(value) for name, value in kwargs.items()}
+        self._lent[self._running[-1]] = list(made.values())
+        return lent
+
+    def _taken_back(self, call: ModuleCall, output: Any) -> Any:
+        """Return the output of a call, with the tensors that it was meant to take where it hands on those it took."""
+        lent = self._lent.pop(call, [])
+        for other, tensor in lent:
+            self._identify(tensor, other)
+
+        def back(value: Any) -> Any:
+            if type(value) is tuple:
+                return tuple(back(each) for each in value)
+            return next((tensor for other, tensor in lent if other is value), value)
+
+        return back(output) if lent else output
+
+    def _identify(self, tensor: Tensor, other: Tensor) -> None:
+        """Let a tensor have the value of another one."""
+        value = self._value_of(other)
+        if value is not None:
+            self._known[id(tensor)] = _Known(TensorWeakRef(tensor), version_of(tensor), value)
 
     def _value_of(self, tensor: Tensor) -> Value | None:
         known = self._known.get(id(tensor))
@@ -218,9 +366,9 @@ class Tracer(TorchDispatchMode):
         return value
 
     def _note_weight(self, tensor: Tensor) -> None:
-        weights = self._weights.get(_storage(tensor), ())
+        weights = self._weights.get(storage_of(tensor), ())
         owners = {path for path, start, stop in weights if start <= tensor.storage_offset() < stop}
-        if not owners.intersection(self._running):
+        if not owners.intersection(call.path for call in self._running):
             self._trace.read_outside |= owners
 
 
@@ -249,9 +397,14 @@ def addend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Te
     return others[0] if others[0].shape == tensor.shape else None
 
 
-def _computes(func: Any) -> bool:
+def name_of(func: Any) -> str:
+    """Return the name of an operation without its overload."""
+    return str(getattr(getattr(func, "overloadpacket", func), "__name__", ""))
+
+
+def computes(func: Any) -> bool:
     """Whether an operation looks at numbers: it makes no view of a tensor, and no tensor that is merely like it."""
-    name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+    name = name_of(func)
     return not (getattr(func, "is_view", False) or name.startswith("new_") or name.endswith("_like"))
 
 
@@ -265,14 +418,15 @@ def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, li
     weights: dict[int | None, list[tuple[str, int, int]]] = {}
     for path, module in modules.items():
         for parameter in module.parameters(recurse=False):
-            key = _storage(parameter)
+            key = storage_of(parameter)
             if key is not None:
                 start = int(parameter.storage_offset())
                 weights.setdefault(key, []).append((path, start, start + parameter.numel()))
     return weights
 
 
-def _storage(tensor: Tensor) -> int | None:
+def storage_of(tensor: Tensor) -> int | None:
+    """Return what tells the memory of a tensor from others, as long as it is in use; None if it has none of its own."""
     try:
         return int(StorageWeakRef(tensor.untyped_storage()).cdata)
     except RuntimeError:

@@ -159,7 +159,7 @@ def test_ends_of_branches_are_found_and_their_targets_meet_the_sums_of_the_dense
         changed[0].weight.add_(torch.randn_like(changed[0].weight) / 4)
     before = [batch.clone() for batch in batches]
     dense, new = Replay(model, batches), Replay(changed, batches)
-    found = {path: branch_of(changed, new.trace, path) for path in new.order if "bn" not in path}
+    found = {path: branch_of(changed, new, path) for path in new.order if "bn" not in path}
     assert {path: branch.last for path, branch in found.items() if branch is not None} == ends
     for path in [path for path in new.order if path in ends]:
         branch, layer = found[path], model.get_submodule(path)
@@ -246,7 +246,7 @@ class Odd(Two):
 def test_inputs_are_seen_as_they_were_when_the_layer_took_them():
     model, batches = Odd("overwritten").eval(), rows()
     replay = Replay(model, batches)
-    assert branch_of(model, replay.trace, "branch").last == "norm"
+    assert branch_of(model, replay, "branch").last == "norm"
     for (x, y, shortcut), batch in zip(replay.branches("branch", "norm"), batches, strict=True):
         with torch.no_grad():
             torch.testing.assert_close((x, y), (model.short(batch), model.branch(model.short(batch))))
@@ -301,8 +301,7 @@ def test_errors_on_the_way_leave_nothing_on():
         return x + y
 
     model, batches = two(join), [*rows(1), torch.randn(3, 12)]
-    replay = Replay(model, batches)
     with pytest.raises(Exception, match="does not run"):
-        list(replay.branches("branch", "branch"))
+        Replay(model, batches)
     assert not _get_current_dispatch_mode_stack()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
