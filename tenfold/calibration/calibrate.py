@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
-from tenfold.decompositions import Moments
+from tenfold.decompositions import Moments, Sketch
 from tenfold.errors import CalibrationWarning, DataError
+from tenfold.formats import split_groups
+from tenfold.layers import dense_weight
 from tenfold.records import Calibration, LayerSpec, Profile
 
 
@@ -41,8 +44,8 @@ def calibrate(
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
 
     Warns:
-        CalibrationWarning: too few batches for the width of a layer, or outputs without gradients; all layers then
-            count as equally important.
+        CalibrationWarning: too few batches for the width of a layer; outputs without gradients, where all layers count
+            as equally important; layers that no gradient reaches, which count as much as the most important other.
 
     Example:
         >>> import torch
@@ -52,11 +55,15 @@ def calibrate(
     """
     settings = settings or Calibration()
     specs = measurable(model) if specs is None else specs
+    if not specs:
+        return {}
     positions, widest = settings.positions, settings.max_width
     collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
     moments = None
     try:
-        with GradientSums(model, specs, seed=seed) as gradients:
+        with GradientSums(model, specs, seed=seed, widest=widest) as gradients:
+            for batch in batches[:1]:
+                gradients.split_like(batch)
             moments = collect(forward=gradients.add)
             for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
                 gradients.add(model, batch)
@@ -65,7 +72,42 @@ def calibrate(
         moments = collect() if moments is None else moments
         warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
         return moments
-    return {path: own.replace(output_gram=grams[path]) for path, own in moments.items()}
+    found = {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
+    return found | _unreached(model, specs, found)
+
+
+def _unreached(
+    model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[str, Moments]
+) -> dict[str, Moments]:
+    """Return the moments of layers that no gradient reaches, as important as the most important of the others.
+
+    What such a layer costs the network where all of its output is lost is taken to be the most that it is anywhere:
+    so they are changed last.
+    """
+    unreached = [path for path, own in found.items() if own.output_gram is None]
+    if not unreached:
+        return {}
+    most = max(float(_power(model, path, spec, found[path])) for path, spec in specs.items() if path not in unreached)
+    msg = (
+        f"no gradient of the outputs reaches {len(unreached)} of {len(found)} layers ({', '.join(unreached[:3])}"
+        f"{', ...' if len(unreached) > 3 else ''}): they run under no_grad, are detached or not used. Each counts as "
+        "much as the most important of the others."
+    )
+    warnings.warn(msg, CalibrationWarning, stacklevel=3)
+    changed = {}
+    for path in unreached:
+        spec, own = specs[path], found[path]
+        each = most / (_power(model, path, spec, own) or 1.0)
+        level = own.mean.new_full((spec.groups, spec.out_channels // spec.groups), each)
+        changed[path] = own.replace(output_gram=Sketch.diagonal_of(level))
+    return changed
+
+
+def _power(model: nn.Module, path: str, spec: LayerSpec, moments: Moments) -> float:
+    """Return what it costs to lose all that a layer puts out but its mean."""
+    with torch.no_grad():
+        weight = split_groups(dense_weight(model.get_submodule(path)).detach(), spec).double().flatten(2)
+    return moments.distortion(weight, torch.zeros_like(weight))
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

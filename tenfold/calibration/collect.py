@@ -156,7 +156,13 @@ def _watching(
 
         return leave
 
+    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = token_mask((args, kwargs))
+        draw.mask = draw.mask if mask is None else mask  # that of a part of the batch
+
     with ExitStack() as stack:
+        for whole in (model,) if dense is None else (dense, model):
+            stack.enter_context(whole.register_forward_pre_hook(begin, with_kwargs=True))
         for path in specs:
             if dense is not None:
                 stack.enter_context(dense.get_submodule(path).register_forward_hook(leaving(path), prepend=True))

@@ -65,7 +65,7 @@ class SketchSums:
             self._sums["rows"] = x.new_zeros(*z.shape[:2], x.shape[1], dtype=torch.float64)
         for part in _parts(x.shape[1], self.size):
             self._sums["rows"][:, :, part] += z @ x[:, part].mT
-        self._sum("power", x.square().sum(-1))
+        self._sum("power", torch.linalg.vector_norm(x, dim=-1).square())
         if y is not None:
             self._sum("targets", z @ y.mT)
             self._sum("target_power", y.square().sum(-1))

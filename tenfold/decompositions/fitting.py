@@ -273,15 +273,15 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
     kind, spec, algorithm = FORMATS.get(request.format), request.spec, request.algorithm
     rank, moments = kind.check_rank(spec, request.rank), moments.to(weight.device)
     target = moments.regression_target(weight.double().flatten(2) * scale, algorithm.covariance_ridge)
-    top = float(target.abs().max()) or 1.0
+    top = float(torch.linalg.vector_norm(target, ord=torch.inf)) or 1.0
     # The last factor undoes the change of coordinates, where it is a layer of its own.
-    roots = moments.output_roots() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
-    scaled = (target / top if roots is None else roots[0] @ target / top).view(weight.shape).to(weight.dtype)
+    root = moments.output_root() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
+    scaled = (target / top if root is None else (root @ target).div_(top)).view(weight.shape).to(weight.dtype)
     factors = algorithm.fit(FitProblem(scaled, spec, kind, rank, moments.covariance()))
     value = kind(spec, **factors.tensors)
-    if roots is not None:
+    if root is not None:
         *others, last = value.chain()
-        restored = (roots[1].to(last.dtype) @ last.flatten(2)).view_as(last)
+        restored = root.solve(last.flatten(2)).view_as(last)
         value = kind.from_chain(spec, rank, (*others, restored)).balanced()  # undoing it has stretched the outputs
     return factors, value.scaled(top)
 

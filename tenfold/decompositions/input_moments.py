@@ -12,14 +12,15 @@ from torch import Tensor
 from tenfold.decompositions.covariance import (
     NEGLIGIBLE,
     Covariance,
+    Root,
     Sketch,
     add_ridge,
+    blocks,
     channel_blocks,
     is_finite,
     quadratic,
     sandwich,
-    solve_spd,
-    sqrt_and_inverse_sqrt,
+    spd_solver,
 )
 from tenfold.errors import WeightError
 from tenfold.tensors import digest
@@ -46,7 +47,8 @@ class Moments:
         target_mean: E[y] (groups, out/groups), with targets.
         target_power: E[y²] (groups, out/groups), with targets.
         output_gram: (groups, out/groups, out/groups), positive semidefinite: an error e of the outputs counts as
-            eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖².
+            eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖². Of very
+            many outputs a ``Sketch``.
 
     Example:
         >>> x = torch.randn(500, 6, dtype=torch.float64)
@@ -60,7 +62,7 @@ class Moments:
     cross: Tensor | None = None
     target_mean: Tensor | None = None
     target_power: Tensor | None = None
-    output_gram: Tensor | None = None
+    output_gram: Covariance | None = None
 
     @classmethod
     def of(cls, rows: Tensor, targets: Tensor | None = None) -> Self:
@@ -151,8 +153,20 @@ class Moments:
             return plain.regression(weight, add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
         if self.cross is None:
             return weight
-        centred = self.cross - self.target_mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        return weight + solve_spd(add_ridge(plain, ridge), (centred - weight @ plain).mT).mT
+        solve, found = spd_solver(add_ridge(plain, ridge)), torch.empty_like(weight)
+        for rows in blocks(weight):
+            missed = self._centred_cross(rows).baddbmm_(weight[:, rows], plain, alpha=-1)
+            torch.add(weight[:, rows], solve(missed.mT).mT, out=found[:, rows])
+        return found
+
+    def _centred_cross(self, rows: slice) -> Tensor:
+        """Return E[(y−ȳ)(x−x̄)ᵀ] (groups, rows, n) of some of the outputs."""
+        if self.cross is None or self.target_mean is None:
+            msg = "moments with the means of targets need cross as well"
+            raise WeightError(msg)
+        return torch.baddbmm(
+            self.cross[:, rows], self.target_mean[:, rows].unsqueeze(-1), self.mean.unsqueeze(-2), alpha=-1
+        )
 
     def errors(self, weight: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the error E‖y−ŷ‖² and the power E‖y−ȳ‖² of the outputs, per output (groups, out/groups).
@@ -161,31 +175,39 @@ class Moments:
         """
         covariance = self.covariance()
         if self.target_mean is None or self.target_power is None:
-            return quadratic(weight - approximation, covariance), quadratic(weight, covariance)
+            missed = [quadratic(weight[:, rows] - approximation[:, rows], covariance) for rows in blocks(weight)]
+            power = [quadratic(weight[:, rows], covariance) for rows in blocks(weight)]
+            return torch.cat(missed, dim=1), torch.cat(power, dim=1)
         power = self.target_power - self.target_mean.square()
         if isinstance(covariance, Sketch):
             return covariance.missed(weight, approximation), power
-        if self.cross is None:
-            msg = "moments with the means of targets need cross as well"
-            raise WeightError(msg)
-        centred = self.cross - self.target_mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        mixed = (centred * approximation).sum(-1)
-        return (power - 2 * mixed + quadratic(approximation, covariance)).clamp_min(0), power
+        missed = []
+        for rows in blocks(weight):
+            mixed = (self._centred_cross(rows) * approximation[:, rows]).sum(-1)
+            missed.append(power[:, rows] - 2 * mixed + quadratic(approximation[:, rows], covariance))
+        return torch.cat(missed, dim=1).clamp_min(0), power
 
     def distortion(self, weight: Tensor, approximation: Tensor) -> float:
         """Return tr(G Δ C Δᵀ) over all groups: Δ the error against the regression target, G ``output_gram`` or I."""
-        delta = self.regression_target(weight, NEGLIGIBLE) - approximation
-        square = sandwich(delta, self.covariance())
-        return float(
-            (square.diagonal(dim1=-2, dim2=-1) if self.output_gram is None else square * self.output_gram).sum()
-        )
+        target, covariance = self.regression_target(weight, NEGLIGIBLE), self.covariance()
+        if isinstance(self.output_gram, Tensor):
+            return float((sandwich(target - approximation, covariance) * self.output_gram).sum())
+        gram, total, seen = self.output_gram, target.new_zeros(()), None
+        for rows in blocks(target):
+            delta = target[:, rows] - approximation[:, rows]
+            each = quadratic(delta, covariance)
+            total = total + (each if gram is None else each * gram.rest[:, rows]).sum()
+            if gram is not None:
+                part = gram.rows[:, :, rows] @ delta
+                seen = part if seen is None else seen + part
+        return float(total if seen is None else total + quadratic(seen, covariance).sum())
 
-    def output_roots(self) -> tuple[Tensor, Tensor] | None:
-        """Return the square root of ``output_gram`` and its inverse: times that root all output errors count alike.
+    def output_root(self) -> Root | None:
+        """Return a root of ``output_gram``: times that all output errors count alike. None without one.
 
-        None without an ``output_gram``. Outputs that do not matter at all still count a little: see ``_OUTPUT_RIDGE``.
+        Outputs that do not matter at all still count a little: see ``_OUTPUT_RIDGE``.
         """
-        return None if self.output_gram is None else sqrt_and_inverse_sqrt(add_ridge(self.output_gram, _OUTPUT_RIDGE))
+        return None if self.output_gram is None else Root.of(add_ridge(self.output_gram, _OUTPUT_RIDGE))
 
     def bias_shift(self, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return what to add to the bias so that the mean output is as it should be (groups, out/groups)."""

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
 from tenfold.decompositions.covariance import (
+    WIDE_OUTPUTS,
     Covariance,
+    Root,
     Sketch,
     add_ridge,
     channel_blocks,
@@ -31,7 +33,7 @@ from tenfold.formats import Factorization, MatrixFormat, Tucker2
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.records import LayerSpec
-from tenfold.tensors import gram, leading_eigenvectors
+from tenfold.tensors import gram, leading_eigenvectors, truncated_svd
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 # For curves few sweeps do: they rank the candidates, and the chosen one is decomposed with care.
@@ -45,7 +47,7 @@ class WhitenedSVD(CovarianceDecomposition):
 
     As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
     eigenvectors U of the output covariance W C Wᵀ as U Uᵀ W, which needs no inverse (the linear PCA of Zhang et al.
-    2015, arXiv 1505.06798). Without a covariance this is the plain SVD. The factors have equal norms.
+    2015, arXiv 1505.06798). Of very many outputs these are singular vectors of W C^½, found on the side of the inputs. Without a covariance this is the plain SVD. The factors have equal norms.
 
     Attributes:
         ridge: added to the covariance, as a share of the mean variance.
@@ -55,14 +57,20 @@ class WhitenedSVD(CovarianceDecomposition):
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors."""
-        matrix = problem.weight.flatten(2)
-        left = leading_eigenvectors(gram_under(matrix, self.regularized(problem)), problem.rank["rank"])
+        matrix, covariance, rank = problem.weight.flatten(2), self.regularized(problem), problem.rank["rank"]
+        if not is_tall(matrix):
+            left = leading_eigenvectors(gram_under(matrix, covariance), rank)
+        else:
+            # Orthonormal again, where outputs without power have left directions that are rounding.
+            left = torch.linalg.qr(truncated_svd(seen_by(matrix, covariance).mT, rank, seed=self.seed).u).Q
         value = LowRank(problem.spec, **LowRank.from_matrices(left, left.mT @ matrix, problem.spec))
         return Factors(value.balanced().tensors())
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the tails of the eigenvalues of the output covariance, which are exact."""
-        lost = tails(torch.linalg.eigvalsh(gram_under(problem.kernel.flatten(2), problem.covariance)))
+        matrix, covariance = problem.kernel.flatten(2), problem.covariance
+        square = gram(seen_by(matrix, covariance)) if is_tall(matrix) else gram_under(matrix, covariance)
+        lost = tails(torch.linalg.eigvalsh(square))
         return lambda ranks: lost[ranks[:, 0]]
 
 
@@ -143,6 +151,16 @@ def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return A C Aᵀ (batch, m, m), exactly symmetric."""
     square = sandwich(matrix, covariance)
     return (square + square.mT) / 2
+
+
+def is_tall(matrix: Tensor) -> bool:
+    """Whether a matrix (batch, m, n) has so many rows that nothing (m, m) is to be made of it, and fewer columns."""
+    return matrix.shape[1] > max(matrix.shape[2], WIDE_OUTPUTS)
+
+
+def seen_by(matrix: Tensor, covariance: Covariance) -> Tensor:
+    """Return C^½ Aᵀ (batch, n, m), whose Gram matrix has the eigenvalues of A C Aᵀ (batch, m, m), by rows of inputs."""
+    return Root.of(covariance.double() if isinstance(covariance, Tensor) else covariance) @ matrix.mT
 
 
 @dataclass(frozen=True, eq=False)

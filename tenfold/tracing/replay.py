@@ -275,8 +275,8 @@ class Replay:
         return copied
 
     def _holds(self, path: str) -> bool:
-        """Whether the output of a layer is kept once it was read."""
-        return not self._changing and path in self._readers
+        """Whether the output of a layer is kept once it was read: not that of the last layer, which nothing follows."""
+        return not self._changing and path in self._readers and self._leaves[-1] > self._span[path][1]
 
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
         if self._holds(path):

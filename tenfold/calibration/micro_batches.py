@@ -1,0 +1,109 @@
+"""Batches in parts that are small enough to differentiate, where the samples of a batch do not depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.tracing.contexts import device_of, same_random_numbers
+from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
+
+Forward = Callable[[nn.Module, Any], Any]
+
+# What one part may hold for its backward pass. Larger parts are hardly faster.
+PART_BYTES = 64 << 20
+
+
+def rows_at_a_time(model: nn.Module, batch: Any, forward: Forward, most: int = PART_BYTES) -> int | None:
+    """Return how many samples of a batch to differentiate at a time, or None for all of them.
+
+    A batch is split where one sample alone shows that all would hold more than ``most`` bytes, and where the first and
+    the last part give the outputs of the whole: of tensors with another first axis than the batch they do not.
+
+    Args:
+        model: whose graph is recorded: its layers are watched already.
+        batch: inputs as ``forward`` takes them.
+        forward: runs the model on a batch.
+        most: bytes that are held between forward and backward.
+    """
+    size = _common_axis(batch)
+    if size is None or size < 2:
+        return None
+    try:
+        with same_random_numbers(device_of(model, batch)):
+            each = held_bytes(model, next(parts_of(batch, 1)), forward)
+            rows = max(1, most // max(each, 1))
+            return rows if rows < size and _independent(model, batch, forward, rows) else None
+    except Exception:  # noqa: BLE001 - whatever a model throws that cannot take a part of a batch
+        return None
+
+
+def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
+    """Iterate over a batch some rows at a time; over the batch itself if None, or if its tensors differ in number.
+
+    Example:
+        >>> [part["x"].shape[0] for part in parts_of({"x": torch.zeros(5, 2)}, 2)]
+        [2, 2, 1]
+    """
+    size = _common_axis(batch)
+    if rows is None or size is None or size <= rows:
+        yield batch
+        return
+    for start in range(0, size, rows):
+        yield map_tensors(batch, lambda tensor, at=start: tensor[at : at + rows])
+
+
+def held_bytes(model: nn.Module, batch: Any, forward: Forward) -> int:
+    """Return how much memory a forward holds for its backward pass, besides parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward(model, batch)
+    for tensor in tensors_in(outputs):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values())
+
+
+def _common_axis(batch: Any) -> int | None:
+    """Return the length of the first axis, where all tensors of a batch share it and nothing else is as long."""
+    args, kwargs = arguments(batch)
+    if not all(isinstance(value, Tensor | None | bool) for value in (*args, *kwargs.values())):
+        return None
+    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in((args, kwargs))}
+    return batch_size_of(batch) if len(sizes) == 1 and 0 not in sizes else None
+
+
+def _independent(model: nn.Module, batch: Any, forward: Forward, rows: int) -> bool:
+    """Whether the first and the last part of a batch have the outputs that the whole has there."""
+    size = batch_size_of(batch) or 0
+    parts = [(0, min(rows, size)), (size - rows, size)]
+    with torch.no_grad():
+        whole = _floats(forward(model, batch))
+        for start, end in parts:
+            found = _floats(forward(model, map_tensors(batch, lambda t, s=start, e=end: t[s:e])))
+            if len(found) != len(whole) or not all(map(_is_part, found, whole, [slice(start, end)] * len(found))):
+                return False
+    return bool(whole)
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+
+def _is_part(part: Tensor, whole: Tensor, where: slice) -> bool:
+    wanted = whole[where] if whole.dim() else whole
+    if wanted.shape != part.shape or not whole.dim():
+        return False
+    close = torch.finfo(part.dtype).eps ** 0.5 * wanted.abs().max().clamp_min(torch.finfo(part.dtype).tiny)
+    return bool(((part - wanted).abs() <= close).all())
