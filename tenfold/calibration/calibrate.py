@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import nn
 
 from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
+from tenfold.calibration.needs import Needs
 from tenfold.decompositions import Moments, Sketch
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
 from tenfold.records import Calibration, LayerSpec, Profile
+from tenfold.tracing.inputs import batch_size_of
 
 
 def calibrate(
@@ -26,6 +28,7 @@ def calibrate(
     settings: Calibration | None = None,
     *,
     seed: int = 0,
+    before: Callable[[Needs], None] | None = None,
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
@@ -39,6 +42,7 @@ def calibrate(
         settings: positions and projections that are sampled, and the width from which inputs are sketched; the method
             decides nothing here.
         seed: of the positions and projections.
+        before: called with the memory that it will take, before it is taken.
 
     Raises:
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
@@ -64,6 +68,10 @@ def calibrate(
         with GradientSums(model, specs, seed=seed, widest=widest) as gradients:
             for batch in batches[:1]:
                 gradients.split_like(batch)
+                if before is not None:
+                    rows, samples = gradients.rows or batch_size_of(batch) or 1, map(batch_size_of, batches)
+                    activations = gradients.held * sum(size or 1 for size in samples) // rows
+                    before(Needs.of(specs, widest, gradients.held, activations))
             moments = collect(forward=gradients.add)
             for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
                 gradients.add(model, batch)
@@ -76,9 +84,7 @@ def calibrate(
     return found | _unreached(model, specs, found)
 
 
-def _unreached(
-    model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[str, Moments]
-) -> dict[str, Moments]:
+def _unreached(model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[str, Moments]) -> dict[str, Moments]:
     """Return the moments of layers that no gradient reaches, as important as the most important of the others.
 
     What such a layer costs the network where all of its output is lost is taken to be the most that it is anywhere:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tenfold.calibration.moment_sums import MomentSums, moment_bytes, sketch_rows
+from tenfold.calibration.moment_sums import MomentSums, sketch_rows
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.layers import FactorizedLayer, spec_of
@@ -88,7 +88,7 @@ def collect_moments(
         (144, 27)
     """
     specs = dict(specs) if specs is not None else measurable(model)
-    _announce(specs, targets=dense is not None, widest=widest)
+    _announce(specs, widest)
     sums = {path: MomentSums(widest, seed) for path in specs}
     draw = _Draw(positions, seed)
     run = forward or call_model
@@ -109,9 +109,7 @@ def collect_moments(
     return moments
 
 
-def _announce(specs: Mapping[str, LayerSpec], *, targets: bool, widest: int | None) -> None:
-    size = moment_bytes(specs, targets=targets, widest=widest)
-    logger.info("moments of %d layers take %.1f MiB", len(specs), size / 2**20)
+def _announce(specs: Mapping[str, LayerSpec], widest: int | None) -> None:
     for path, spec in specs.items():
         rows = sketch_rows(spec, widest)
         if rows is not None:

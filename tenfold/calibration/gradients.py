@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tenfold.calibration.micro_batches import parts_of, rows_at_a_time
+from tenfold.calibration.micro_batches import parts_of, split_of
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions.covariance import WIDE_OUTPUTS, Covariance
 from tenfold.errors import DataError
@@ -85,7 +85,8 @@ class GradientSums:
     """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``.
 
     Attributes:
-        rows: samples that are differentiated at a time; None for whole batches. See ``rows_at_a_time``.
+        rows: samples that are differentiated at a time; None for whole batches. See ``split_of``.
+        held: bytes that these hold between forward and backward, once ``split_like`` has looked.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class GradientSums:
         self._samples = 0
         self._open = ExitStack()
         self.rows: int | None = None
+        self.held = 0
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -126,7 +128,7 @@ class GradientSums:
         Labels are drawn for whole batches.
         """
         if self._loss == "outputs":
-            self.rows = rows_at_a_time(self._model, batch, self._forward)
+            self.rows, self.held = split_of(self._model, batch, self._forward)
             self._starts.clear()
 
     def add(self, model: nn.Module, batch: Any) -> None:
@@ -153,7 +155,9 @@ class GradientSums:
             DataError: no batches, or no gradient anywhere.
         """
         if self._samples == 0 or (self._specs and not self._sums):
-            what = f"no gradient reaches {', '.join(list(self._specs)[:3])}" if self._samples else "there are no batches"
+            what = (
+                f"no gradient reaches {', '.join(list(self._specs)[:3])}" if self._samples else "there are no batches"
+            )
             msg = f"cannot estimate how errors of layers affect the outputs: {what}"
             raise DataError(msg)
         return {path: self._mean(own) for path, own in self._sums.items()}
@@ -203,7 +207,9 @@ class _Projection:
         real = [_real(output, mask) for output in outputs]
         if not self._left:
             whole = token_mask(self.batch)
-            self._left = [self._draw(output, whole, real=at is not None) for output, at in zip(outputs, real, strict=True)]
+            self._left = [
+                self._draw(output, whole, real=at is not None) for output, at in zip(outputs, real, strict=True)
+            ]
         found = []
         for i, (output, at) in enumerate(zip(outputs, real, strict=True)):
             count = len(output) if at is None else int(at.sum())

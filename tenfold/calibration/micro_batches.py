@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
 
+logger = logging.getLogger("tenfold")
+
 Forward = Callable[[nn.Module, Any], Any]
 
 # What one part may hold for its backward pass. Larger parts are hardly faster.
 PART_BYTES = 64 << 20
 
 
-def rows_at_a_time(model: nn.Module, batch: Any, forward: Forward, most: int = PART_BYTES) -> int | None:
-    """Return how many samples of a batch to differentiate at a time, or None for all of them.
+def split_of(model: nn.Module, batch: Any, forward: Forward, most: int = PART_BYTES) -> tuple[int | None, int]:
+    """Return how many samples of a batch to differentiate at a time, or None for all of them, and what they hold.
 
     A batch is split where one sample alone shows that all would hold more than ``most`` bytes, and where the first and
     the last part give the outputs of the whole: of tensors with another first axis than the batch they do not.
@@ -31,15 +34,15 @@ def rows_at_a_time(model: nn.Module, batch: Any, forward: Forward, most: int = P
         most: bytes that are held between forward and backward.
     """
     size = _common_axis(batch)
-    if size is None or size < 2:
-        return None
-    try:
-        with same_random_numbers(device_of(model, batch)):
+    with same_random_numbers(device_of(model, batch)):
+        try:
             each = held_bytes(model, next(parts_of(batch, 1)), forward)
             rows = max(1, most // max(each, 1))
-            return rows if rows < size and _independent(model, batch, forward, rows) else None
-    except Exception:  # noqa: BLE001 - whatever a model throws that cannot take a part of a batch
-        return None
+            if size is not None and (rows >= size or _independent(model, batch, forward, rows)):
+                return (None, size * each) if rows >= size else (rows, rows * each)
+        except Exception:  # noqa: BLE001 - whatever a model throws that cannot take a part of a batch
+            logger.debug("batches are differentiated whole", exc_info=True)
+        return None, held_bytes(model, batch, forward)
 
 
 def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:

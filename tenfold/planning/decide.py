@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tenfold.allocation import choose, limits_latency
-from tenfold.calibration import calibrate
+from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
 from tenfold.planning.eligible import changeable
@@ -24,7 +24,7 @@ from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile
-from tenfold.records import OptionTable, Plan, Profile, Recipe
+from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
 from tenfold.tracing import device_of, gathered
@@ -98,7 +98,7 @@ def decide(
     decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, seconds=seconds)
     if data is not None and wanted.calibration.method != "none":
         with runtime.step("calibrate", seconds):
-            decision = _calibrated(decision, data, given or wanted)
+            decision = _calibrated(decision, data, given or wanted, runtime)
     moments = decision.moments
     with runtime.step("plan", seconds):
         if given is not None:
@@ -130,14 +130,19 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
     return copied
 
 
-def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan) -> Decision:
+def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, runtime: Runtime) -> Decision:
     """Return the decision with batches, and what they say of the layers that may change, where they are to decide."""
     recipe, source = decision.recipe, decision.source
     batches = gathered(data, device_of(source, decision.inputs))
     if not recipe.calibration.plans:
         return replace(decision, batches=batches)
     specs = changeable(source, decision.profile, wanted)
-    moments = calibrate(source, batches, specs, recipe.calibration, seed=recipe.seed)
+    cache = parse_size(runtime.max_cache) if recipe.calibration.method == "sequential" else 0
+
+    def say(needs: Needs) -> None:
+        runtime.report("calibrate", note=needs.in_words(cache))
+
+    moments = calibrate(source, batches, specs, recipe.calibration, seed=recipe.seed, before=say)
     return replace(decision, batches=batches, moments=moments)
 
 

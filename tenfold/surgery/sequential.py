@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.moment_sums import MomentSums
 from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
+from tenfold.decompositions.covariance import Covariance
 from tenfold.errors import DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
@@ -40,6 +41,7 @@ class SequentialFit:
         correct_shortcuts: let layers at the end of a residual branch make up for their shortcuts.
         seed: of the draw of positions.
         max_width: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
+        max_cache: bytes of activations that are held of each of the two models; beyond that they are computed again.
         forward: runs the model on one batch; ``call_model`` by default.
     """
 
@@ -48,6 +50,7 @@ class SequentialFit:
     correct_shortcuts: bool = True
     seed: int = 0
     max_width: int | None = None
+    max_cache: int = 4 << 30
     forward: Forward | None = None
 
 
@@ -57,7 +60,7 @@ def apply_sequentially(
     batches: Sequence[Any],
     *,
     target: nn.Module | None = None,
-    output_grams: Mapping[str, Tensor] | None = None,
+    output_grams: Mapping[str, Covariance] | None = None,
     config: SequentialFit | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -97,10 +100,10 @@ def apply_sequentially(
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if target is None else unroll_rnns(target, plan.unrolled)
     dense, new = (
-        Replay(original, batches, forward=config.forward, changing=False),
+        Replay(original, batches, forward=config.forward, limit=config.max_cache, changing=False),
         _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config.forward),
     )
-    changing = Replay(new, batches, forward=config.forward)
+    changing = Replay(new, batches, forward=config.forward, limit=config.max_cache)
     wanted = {layer.path: layer for layer in plan.factorized if layer not in blind}
     ordered = sorted(wanted, key=changing.start)
     for done, path in enumerate(ordered):
@@ -159,7 +162,7 @@ def _looks_up(module: nn.Module) -> bool:
 
 
 def _with_looked_up(
-    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], forward: Forward | None
+    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Covariance], forward: Forward | None
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
     specs = {layer.path: factorizable_spec(find(model, layer.path), layer.path) for layer in plan.layers}
