@@ -101,7 +101,8 @@ class GradientSums:
     ) -> None:
         self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
         self._seed, self._widest = seed, widest
-        self._sums: dict[str, Tensor | SketchSums] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._sketches: dict[str, SketchSums] = {}
         self._starts: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
@@ -140,7 +141,7 @@ class GradientSums:
                 outputs = _differentiable(self._forward(model, part))
                 mask = token_mask(part)
                 if self._loss == "fisher":
-                    outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], [None]
+                    outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], None
                 else:
                     gradients = drawn.of(outputs, mask)
             torch.autograd.grad(outputs, self._starts, gradients, allow_unused=True)  # for its hooks only
@@ -154,19 +155,18 @@ class GradientSums:
         Raises:
             DataError: no batches, or no gradient anywhere.
         """
-        if self._samples == 0 or (self._specs and not self._sums):
+        reached = {*self._squares, *self._sketches}
+        if self._samples == 0 or (self._specs and not reached):
             what = (
                 f"no gradient reaches {', '.join(list(self._specs)[:3])}" if self._samples else "there are no batches"
             )
             msg = f"cannot estimate how errors of layers affect the outputs: {what}"
             raise DataError(msg)
-        return {path: self._mean(own) for path, own in self._sums.items()}
-
-    def _mean(self, own: Tensor | SketchSums) -> Covariance:
-        if isinstance(own, Tensor):
-            return own / self._samples
-        count, sketch = own.count, own.moments().input_second_moment
-        return sketch.scaled(sketch.rest.new_full((len(sketch.rest),), count / self._samples))
+        found: dict[str, Covariance] = {path: own / self._samples for path, own in self._squares.items()}
+        for path, own in self._sketches.items():
+            sketch = own.sketch()
+            found[path] = sketch.scaled(sketch.rest.new_full((len(sketch.rest),), own.count / self._samples))
+        return {path: found[path] for path in self._specs if path in reached}
 
     def _leaving(self, path: str, spec: LayerSpec) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
@@ -176,11 +176,11 @@ class GradientSums:
             axis = -1 - spec.axes
             rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
             if size is not None:
-                self._sums.setdefault(path, SketchSums(size, self._seed)).add(rows)
-            elif path in self._sums:
-                self._sums[path].add_((rows @ rows.mT).double())
+                self._sketches.setdefault(path, SketchSums(size, self._seed)).add(rows)
+            elif path in self._squares:
+                self._squares[path].add_((rows @ rows.mT).double())
             else:
-                self._sums[path] = (rows @ rows.mT).double()
+                self._squares[path] = (rows @ rows.mT).double()
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             # The graph starts at the outputs of the first layers that count, whatever parameters may be trained.

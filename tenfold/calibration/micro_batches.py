@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def split_of(model: nn.Module, batch: Any, forward: Forward, most: int = PART_BY
             rows = max(1, most // max(each, 1))
             if size is not None and (rows >= size or _independent(model, batch, forward, rows)):
                 return (None, size * each) if rows >= size else (rows, rows * each)
-        except Exception:  # noqa: BLE001 - whatever a model throws that cannot take a part of a batch
+        except Exception:
             logger.debug("batches are differentiated whole", exc_info=True)
         return None, held_bytes(model, batch, forward)
 
@@ -57,7 +57,7 @@ def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
         yield batch
         return
     for start in range(0, size, rows):
-        yield map_tensors(batch, lambda tensor, at=start: tensor[at : at + rows])
+        yield _part(batch, slice(start, start + rows))
 
 
 def held_bytes(model: nn.Module, batch: Any, forward: Forward) -> int:
@@ -94,10 +94,14 @@ def _independent(model: nn.Module, batch: Any, forward: Forward, rows: int) -> b
     with torch.no_grad():
         whole = _floats(forward(model, batch))
         for start, end in parts:
-            found = _floats(forward(model, map_tensors(batch, lambda t, s=start, e=end: t[s:e])))
-            if len(found) != len(whole) or not all(map(_is_part, found, whole, [slice(start, end)] * len(found))):
+            found, where = _floats(forward(model, _part(batch, slice(start, end)))), slice(start, end)
+            if len(found) != len(whole) or not all(map(_is_part, found, whole, repeat(where))):
                 return False
     return bool(whole)
+
+
+def _part(batch: Any, where: slice) -> Any:
+    return map_tensors(batch, lambda tensor: tensor[where])
 
 
 def _floats(outputs: Any) -> list[Tensor]:

@@ -44,12 +44,15 @@ class Needs:
         """Return it as one line, with ``cache`` bytes of activations that fits may hold of each of two models."""
         largest = sorted(self.statistics, key=lambda path: -self.statistics[path])[:_SHOWN]
         shown = ", ".join(f"{path} {_size(self.statistics[path])}" for path in largest)
-        total, held = sum(self.statistics.values()), 2 * min(cache, self.activations)
-        return (
-            f"calibration takes up to {_size(total + max(self.gradients, self.work + held))} beside the model: statistics "
-            f"of {len(self.statistics)} layers {_size(total)} ({shown}), the backward pass {_size(self.gradients)}, then "
-            f"fits {_size(self.work)}" + (f" and activations {_size(held)}" if held else "")
-        )
+        held, cached = sum(self.statistics.values()), 2 * min(cache, self.activations)
+        most = held + max(self.gradients, self.work + cached)
+        parts = [
+            f"statistics of {len(self.statistics)} layers {_size(held)} ({shown})",
+            f"the backward pass {_size(self.gradients)}",
+            f"fits {_size(self.work)}",
+            f"activations {_size(cached)}",
+        ]
+        return f"calibration takes up to {_size(most)} beside the model: {', '.join(parts)}"
 
 
 def _size(number: float) -> str:

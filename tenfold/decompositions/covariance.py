@@ -17,8 +17,8 @@ from tenfold.records import Shape
 # Directions with less than this share of the largest eigenvalue carry no data, only rounding.
 NEGLIGIBLE = 1e-10
 
-# Of more outputs than this no matrix of their square is made, if it can be helped: the eigenvectors of one this wide take
-# half a second, of 4,096 half a minute.
+# Of more outputs than this no matrix of their square is made, if it can be helped: the eigenvectors of one this wide
+# take half a second, of one of 4,096 half a minute.
 WIDE_OUTPUTS = 1024
 
 _BLOCK = 1 << 22  # entries of a weight that are worked on at a time

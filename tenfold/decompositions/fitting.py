@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from tenfold.decompositions.base import (
     FitProblem,
     algorithm_for,
 )
+from tenfold.decompositions.covariance import Root, blocks
 from tenfold.decompositions.input_moments import Moments
 from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
@@ -272,11 +274,9 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
     """Return the factors with the least error of the output, in coordinates where all output errors count alike."""
     kind, spec, algorithm = FORMATS.get(request.format), request.spec, request.algorithm
     rank, moments = kind.check_rank(spec, request.rank), moments.to(weight.device)
-    target = moments.regression_target(weight.double().flatten(2) * scale, algorithm.covariance_ridge)
-    top = float(torch.linalg.vector_norm(target, ord=torch.inf)) or 1.0
     # The last factor undoes the change of coordinates, where it is a layer of its own.
     root = moments.output_root() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
-    scaled = (target / top if root is None else (root @ target).div_(top)).view(weight.shape).to(weight.dtype)
+    scaled, top = _target(weight, scale, moments, root, algorithm.covariance_ridge)
     factors = algorithm.fit(FitProblem(scaled, spec, kind, rank, moments.covariance()))
     value = kind(spec, **factors.tensors)
     if root is not None:
@@ -284,6 +284,18 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
         restored = root.solve(last.flatten(2)).view_as(last)
         value = kind.from_chain(spec, rank, (*others, restored)).balanced()  # undoing it has stretched the outputs
     return factors, value.scaled(top)
+
+
+def _target(weight: Tensor, scale: float, moments: Moments, root: Root | None, ridge: float) -> tuple[Tensor, float]:
+    """Return what is to be approximated, in the coordinates of the root and of a size of about 1, and its size."""
+    target = moments.regression_target(_doubled(weight, scale), ridge)
+    top = float(torch.linalg.vector_norm(target, ord=torch.inf)) or 1.0
+    scaled = target / top if root is None else (root @ target).div_(top)
+    return scaled.view(weight.shape).to(weight.dtype), top
+
+
+def _doubled(weight: Tensor, scale: float) -> Tensor:
+    return weight.flatten(2).to(torch.float64, copy=True).mul_(scale)
 
 
 def _measured(request: FitRequest, value: Factorization, factors: Factors, weight: Tensor, scale: float) -> Fit:
@@ -294,16 +306,21 @@ def _measured(request: FitRequest, value: Factorization, factors: Factors, weigh
         stored = value.to(weight.dtype).scaled(1 / scale if scale > _TINY else 1.0)
         error = rel_error(stored.to_grouped(), weight if scale > _TINY else weight * scale)
         return Fit(value, error, factors.n_iter, factors.converged, factors.note)
-    moments, flat = request.moments.to(weight.device), weight.double().flatten(2) * scale
-    approximation = value.to(torch.float64).to_grouped().flatten(2)
-    missed, power = moments.errors(flat, approximation)
-    total = float(power.sum())
+    moments, dense = request.moments.to(weight.device), value.to(torch.float64).to_grouped().flatten(2)
+    off, norm, missed, power, shift = 0.0, 0.0, 0.0, 0.0, []
+    for rows in blocks(dense):
+        flat, own, approximation = _doubled(weight[:, rows], scale), moments.of_outputs(rows), dense[:, rows]
+        lost, whole = own.errors(flat, approximation)
+        missed, power = missed + float(lost.sum()), power + float(whole.sum())
+        off = math.hypot(off, torch.linalg.vector_norm(approximation - flat))
+        norm = math.hypot(norm, torch.linalg.vector_norm(flat))
+        shift.append(own.bias_shift(flat, approximation))
     return Fit(
         value,
-        rel_error(approximation, flat),
+        off / norm if norm else off,
         factors.n_iter,
         factors.converged,
         factors.note,
-        output_error=(float(missed.sum()) / total) ** 0.5 if total > 0 else 0.0,
-        bias_shift=moments.bias_shift(flat, approximation).flatten(),
+        output_error=(missed / power) ** 0.5 if power > 0 else 0.0,
+        bias_shift=torch.cat(shift, dim=1).flatten(),
     )

@@ -28,6 +28,8 @@ from tenfold.tensors import digest
 # Keeps the weights of outputs that do not matter determined, as a share of the mean diagonal of ``output_gram``.
 _OUTPUT_RIDGE = 1e-3
 
+_BY_OUTPUT = ("cross", "target_mean", "target_power")
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -175,17 +177,20 @@ class Moments:
         """
         covariance = self.covariance()
         if self.target_mean is None or self.target_power is None:
-            missed = [quadratic(weight[:, rows] - approximation[:, rows], covariance) for rows in blocks(weight)]
-            power = [quadratic(weight[:, rows], covariance) for rows in blocks(weight)]
-            return torch.cat(missed, dim=1), torch.cat(power, dim=1)
+            return quadratic(weight - approximation, covariance), quadratic(weight, covariance)
         power = self.target_power - self.target_mean.square()
         if isinstance(covariance, Sketch):
             return covariance.missed(weight, approximation), power
-        missed = []
-        for rows in blocks(weight):
-            mixed = (self._centred_cross(rows) * approximation[:, rows]).sum(-1)
-            missed.append(power[:, rows] - 2 * mixed + quadratic(approximation[:, rows], covariance))
-        return torch.cat(missed, dim=1).clamp_min(0), power
+        mixed = (self._centred_cross(slice(None)) * approximation).sum(-1)
+        return (power - 2 * mixed + quadratic(approximation, covariance)).clamp_min(0), power
+
+    def of_outputs(self, rows: slice) -> Self:
+        """Return the moments of some of the outputs of each group, without ``output_gram``."""
+        own = {name: value[:, rows] for name in _BY_OUTPUT if (value := getattr(self, name)) is not None}
+        second = self.input_second_moment
+        if isinstance(second, Sketch) and second.targets is not None:
+            second = dataclasses.replace(second, targets=second.targets[:, :, rows])
+        return self.replace(input_second_moment=second, output_gram=None, **own)
 
     def distortion(self, weight: Tensor, approximation: Tensor) -> float:
         """Return tr(G Δ C Δᵀ) over all groups: Δ the error against the regression target, G ``output_gram`` or I."""
@@ -196,10 +201,12 @@ class Moments:
         for rows in blocks(target):
             delta = target[:, rows] - approximation[:, rows]
             each = quadratic(delta, covariance)
-            total = total + (each if gram is None else each * gram.rest[:, rows]).sum()
-            if gram is not None:
-                part = gram.rows[:, :, rows] @ delta
-                seen = part if seen is None else seen + part
+            if gram is None:
+                total = total + each.sum()
+                continue
+            total = total + (each * gram.rest[:, rows]).sum()
+            part = gram.rows[:, :, rows] @ delta
+            seen = part if seen is None else seen + part
         return float(total if seen is None else total + quadratic(seen, covariance).sum())
 
     def output_root(self) -> Root | None:

@@ -23,6 +23,7 @@ from tenfold.decompositions.covariance import (
     Root,
     Sketch,
     add_ridge,
+    blocks,
     channel_blocks,
     sandwich,
     solve_spd,
@@ -47,7 +48,8 @@ class WhitenedSVD(CovarianceDecomposition):
 
     As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
     eigenvectors U of the output covariance W C Wᵀ as U Uᵀ W, which needs no inverse (the linear PCA of Zhang et al.
-    2015, arXiv 1505.06798). Of very many outputs these are singular vectors of W C^½, found on the side of the inputs. Without a covariance this is the plain SVD. The factors have equal norms.
+    2015, arXiv 1505.06798). Of very many outputs these are singular vectors of W C^½, found on the side of the inputs.
+    Without a covariance this is the plain SVD. The factors have equal norms.
 
     Attributes:
         ridge: added to the covariance, as a share of the mean variance.
@@ -61,15 +63,14 @@ class WhitenedSVD(CovarianceDecomposition):
         if not is_tall(matrix):
             left = leading_eigenvectors(gram_under(matrix, covariance), rank)
         else:
-            # Orthonormal again, where outputs without power have left directions that are rounding.
-            left = torch.linalg.qr(truncated_svd(seen_by(matrix, covariance).mT, rank, seed=self.seed).u).Q
+            left = _leading_outputs(matrix, covariance, rank, self.seed)
         value = LowRank(problem.spec, **LowRank.from_matrices(left, left.mT @ matrix, problem.spec))
         return Factors(value.balanced().tensors())
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the tails of the eigenvalues of the output covariance, which are exact."""
         matrix, covariance = problem.kernel.flatten(2), problem.covariance
-        square = gram(seen_by(matrix, covariance)) if is_tall(matrix) else gram_under(matrix, covariance)
+        square = _seen(matrix, covariance) if is_tall(matrix) else gram_under(matrix, covariance)
         lost = tails(torch.linalg.eigvalsh(square))
         return lambda ranks: lost[ranks[:, 0]]
 
@@ -158,9 +159,27 @@ def is_tall(matrix: Tensor) -> bool:
     return matrix.shape[1] > max(matrix.shape[2], WIDE_OUTPUTS)
 
 
-def seen_by(matrix: Tensor, covariance: Covariance) -> Tensor:
-    """Return C^½ Aᵀ (batch, n, m), whose Gram matrix has the eigenvalues of A C Aᵀ (batch, m, m), by rows of inputs."""
-    return Root.of(covariance.double() if isinstance(covariance, Tensor) else covariance) @ matrix.mT
+def _seen(matrix: Tensor, covariance: Covariance) -> Tensor:
+    """Return C^½ AᵀA C^½ (batch, n, n) in float64, which has the eigenvalues of A C Aᵀ (batch, m, m)."""
+    root = Root.of(covariance.double() if isinstance(covariance, Tensor) else covariance)
+    square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
+    for rows in blocks(matrix):
+        own = matrix[:, rows].double()
+        square.baddbmm_(own.mT, own)
+    square = root @ (root @ square).mT
+    return (square + square.mT) / 2
+
+
+def _leading_outputs(matrix: Tensor, covariance: Covariance, rank: int, seed: int) -> Tensor:
+    """Return the leading eigenvectors (batch, m, rank) of A C Aᵀ, of a tall A (batch, m, n)."""
+    if isinstance(covariance, Sketch):  # wide as well
+        left = truncated_svd((Root.of(covariance) @ matrix.mT).mT, rank, seed=seed).u
+    else:
+        root = Root.of(covariance.double())
+        left = matrix @ (root @ leading_eigenvectors(_seen(matrix, covariance), rank)).to(matrix.dtype)
+    # Orthonormal, also where outputs without power have left directions that are rounding.
+    basis: Tensor = torch.linalg.qr(left).Q
+    return basis
 
 
 @dataclass(frozen=True, eq=False)

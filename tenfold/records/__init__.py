@@ -81,7 +81,7 @@ __all__ = [
     "chain_params",
     "explain",
     "locked",
+    "parse_size",
     "read_json",
     "write_text",
-    "parse_size",
 ]
