@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
 from tenfold.decompositions.covariance import (
@@ -105,8 +106,11 @@ class WeightedALS(CovarianceDecomposition):
         batch, out, inner, _ = kernel.shape
         one_sided = issubclass(problem.format, MatrixFormat)
         r_out, r_in = (out, min(rank["rank"], inner)) if one_sided else (rank["out"], rank["in"])
-        solved = alternate(Weighted.of(kernel, self.regularized(problem)), r_out, r_in, self)
+        frame, kernel = _framed(kernel)
+        solved = alternate(Weighted.of(kernel, self.regularized(problem)), min(r_out, kernel.shape[1]), r_in, self)
         u, core, v = solved.u, solved.core, solved.v
+        if frame is not None:
+            u, core = _unframed(frame, u, core, None if r_out == out else r_out)
         if one_sided:
             first = torch.eye(inner).to(kernel).expand(batch, -1, -1) if v is None else v.mT
             second = core.reshape(batch, out, -1, *spec.kernel[1:])
@@ -120,7 +124,8 @@ class WeightedALS(CovarianceDecomposition):
 
         At each input rank one input factor is found, from which the errors at all output ranks follow.
         """
-        weighted = Weighted.of(_kernel(problem.kernel, problem.spec, problem.format), problem.covariance)
+        _, kernel = _framed(_kernel(problem.kernel, problem.spec, problem.format))
+        weighted = Weighted.of(kernel, problem.covariance)
         quick, power = self.with_settings(_QUICK), float(weighted.power.sum())
         out, most = weighted.kernel.shape[1:3]
         one_sided = issubclass(problem.format, MatrixFormat)
@@ -137,7 +142,7 @@ class WeightedALS(CovarianceDecomposition):
         known = Memo(errors)
         if one_sided:
             return lambda ranks: interpolated(known, ranks[:, 0])[:, 0]
-        return lambda ranks: interpolated(known, ranks[:, 1])[np.arange(len(ranks)), ranks[:, 0]]
+        return lambda ranks: interpolated(known, ranks[:, 1])[np.arange(len(ranks)), np.minimum(ranks[:, 0], out)]
 
 
 def _kernel(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Tensor:
@@ -146,6 +151,27 @@ def _kernel(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Ten
         return weight.flatten(3)
     batch, out, inner = weight.shape[:3]
     return weight.reshape(batch, out, inner * spec.kernel[0], prod(spec.kernel[1:]))
+
+
+def _framed(kernel: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return orthonormal columns (batch, out, c·k) and the kernel (batch, c·k, c, k) in their frame, of a tall kernel.
+
+    The outputs of so few inputs span no more, so that the problem stays the same. Of others the kernel itself.
+    """
+    if not is_tall(kernel.flatten(2)):
+        return None, kernel
+    frame, inside = torch.linalg.qr(kernel.flatten(2))
+    return frame, inside.unflatten(2, kernel.shape[2:])
+
+
+def _unframed(frame: Tensor, u: Tensor | None, core: Tensor, r_out: int | None) -> tuple[Tensor | None, Tensor]:
+    """Return U (batch, out, r_out) and core of the outputs themselves, or None and the core where U is left out."""
+    if r_out is None:
+        whole = core if u is None else torch.einsum("bar,brck->back", u, core)
+        return None, torch.einsum("boa,back->bock", frame, whole)
+    outer = frame if u is None else frame @ u
+    idle = r_out - outer.shape[-1]  # more ranks than the outputs span
+    return functional.pad(outer, (0, idle)), functional.pad(core, (0, 0, 0, 0, 0, idle))
 
 
 def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:

@@ -276,7 +276,7 @@ class Replay:
 
     def _holds(self, path: str) -> bool:
         """Whether the output of a layer is kept once it was read: not that of the last layer, which nothing follows."""
-        return not self._changing and path in self._readers and self._leaves[-1] > self._span[path][1]
+        return not self._changing and path in self._readers and max(self._leaves, default=0) > self._span[path][1]
 
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
         if self._holds(path):
