@@ -264,10 +264,13 @@ class Root:
 
     def __matmul__(self, right: Tensor) -> Tensor:
         """Return S x for columns x (groups, n, m)."""
+        return self.times_(right.clone())
+
+    def times_(self, right: Tensor) -> Tensor:
+        """Return S x, and use the memory of x for it where that goes."""
         if self.scale is None or self.stretch is None:
             return self.vectors.to(right.dtype) @ right
-        scaled = right * self.scale.to(right.dtype)
-        return _stretched(scaled, self.vectors, self.stretch)
+        return _stretched(right.mul_(self.scale.to(right.dtype)), self.vectors, self.stretch)
 
     def solve(self, right: Tensor) -> Tensor:
         """Return S⁻¹ x for columns x (groups, n, m); by the pseudo-inverse where S has none."""
@@ -297,6 +300,11 @@ def spd_solver(square: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda right: torch.cholesky_solve(right, lower)
     _, inverse = sqrt_and_inverse_sqrt(square)
     return lambda right: inverse @ (inverse @ right)
+
+
+def is_tall(matrix: Tensor) -> bool:
+    """Whether a matrix (batch, m, n) has so many rows that nothing (m, m) is to be made of it, and fewer columns."""
+    return matrix.shape[1] > max(matrix.shape[2], WIDE_OUTPUTS)
 
 
 def blocks(matrix: Tensor) -> Iterator[slice]:

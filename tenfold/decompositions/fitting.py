@@ -18,7 +18,7 @@ from tenfold.decompositions.base import (
     FitProblem,
     algorithm_for,
 )
-from tenfold.decompositions.covariance import Root, blocks
+from tenfold.decompositions.covariance import Root, blocks, is_tall
 from tenfold.decompositions.input_moments import Moments
 from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
@@ -263,6 +263,8 @@ def _prepare(request: FitRequest) -> tuple[Tensor, float]:
         request.moments.check(spec.group_shape)
     compute = request.algorithm.dtype
     double = compute == "float64" or (compute == "auto" and weight.dtype == torch.float64)
+    if request.moments is not None and is_tall(split_groups(weight, spec).flatten(2)):
+        double = weight.dtype == torch.float64  # what needs more precision is done on the side of the inputs
     wide = torch.float64 if double else torch.float32
     scale = float(weight.abs().max())
     # Subnormal entries would overflow the reciprocal of the scale, so such weights are lifted in float64.
@@ -288,9 +290,10 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
 
 def _target(weight: Tensor, scale: float, moments: Moments, root: Root | None, ridge: float) -> tuple[Tensor, float]:
     """Return what is to be approximated, in the coordinates of the root and of a size of about 1, and its size."""
-    target = moments.regression_target(_doubled(weight, scale), ridge)
+    target = _doubled(weight, scale)
+    target = moments.regression_target(target, ridge, out=target)
     top = float(torch.linalg.vector_norm(target, ord=torch.inf)) or 1.0
-    scaled = target / top if root is None else (root @ target).div_(top)
+    scaled = (target if root is None else root.times_(target)).div_(top)
     return scaled.view(weight.shape).to(weight.dtype), top
 
 

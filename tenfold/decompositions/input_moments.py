@@ -142,11 +142,11 @@ class Moments:
         none = None if self.target_mean is None else torch.zeros_like(self.target_mean)
         return self.replace(mean=torch.zeros_like(self.mean), target_mean=none)
 
-    def regression_target(self, weight: Tensor, ridge: float = 0.0) -> Tensor:
+    def regression_target(self, weight: Tensor, ridge: float = 0.0, *, out: Tensor | None = None) -> Tensor:
         """Return the best unconstrained weights (groups, out/groups, n): the given ones, unless there are targets.
 
         With targets it is the regression of y on x, drawn to ``weight`` where the data say nothing: the minimiser of
-        E‖y − T x‖² + ridge·(mean variance)·‖T − weight‖².
+        E‖y − T x‖² + ridge·(mean variance)·‖T − weight‖². It may be written to ``out``, such as the weight itself.
         """
         if self.target_mean is None:
             return weight
@@ -155,7 +155,7 @@ class Moments:
             return plain.regression(weight, add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
         if self.cross is None:
             return weight
-        solve, found = spd_solver(add_ridge(plain, ridge)), torch.empty_like(weight)
+        solve, found = spd_solver(add_ridge(plain, ridge)), torch.empty_like(weight) if out is None else out
         for rows in blocks(weight):
             missed = self._centred_cross(rows).baddbmm_(weight[:, rows], plain, alpha=-1)
             torch.add(weight[:, rows], solve(missed.mT).mT, out=found[:, rows])

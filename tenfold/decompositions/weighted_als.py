@@ -19,13 +19,13 @@ from torch.nn import functional
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
 from tenfold.decompositions.covariance import (
-    WIDE_OUTPUTS,
     Covariance,
     Root,
     Sketch,
     add_ridge,
     blocks,
     channel_blocks,
+    is_tall,
     sandwich,
     solve_spd,
     sqrt_and_inverse_sqrt,
@@ -107,10 +107,13 @@ class WeightedALS(CovarianceDecomposition):
         one_sided = issubclass(problem.format, MatrixFormat)
         r_out, r_in = (out, min(rank["rank"], inner)) if one_sided else (rank["out"], rank["in"])
         frame, kernel = _framed(kernel)
-        solved = alternate(Weighted.of(kernel, self.regularized(problem)), min(r_out, kernel.shape[1]), r_in, self)
+        solved = alternate(
+            Weighted.of(kernel, self.regularized(problem).to(kernel)), min(r_out, kernel.shape[1]), r_in, self
+        )
         u, core, v = solved.u, solved.core, solved.v
         if frame is not None:
             u, core = _unframed(frame, u, core, None if r_out == out else r_out)
+            v = None if v is None else v.to(frame)
         if one_sided:
             first = torch.eye(inner).to(kernel).expand(batch, -1, -1) if v is None else v.mT
             second = core.reshape(batch, out, -1, *spec.kernel[1:])
@@ -161,28 +164,23 @@ def _framed(kernel: Tensor) -> tuple[Tensor | None, Tensor]:
     if not is_tall(kernel.flatten(2)):
         return None, kernel
     frame, inside = torch.linalg.qr(kernel.flatten(2))
-    return frame, inside.unflatten(2, kernel.shape[2:])
+    return frame, inside.unflatten(2, kernel.shape[2:]).double()
 
 
 def _unframed(frame: Tensor, u: Tensor | None, core: Tensor, r_out: int | None) -> tuple[Tensor | None, Tensor]:
     """Return U (batch, out, r_out) and core of the outputs themselves, or None and the core where U is left out."""
     if r_out is None:
         whole = core if u is None else torch.einsum("bar,brck->back", u, core)
-        return None, torch.einsum("boa,back->bock", frame, whole)
-    outer = frame if u is None else frame @ u
+        return None, torch.einsum("boa,back->bock", frame, whole.to(frame.dtype))
+    outer = frame if u is None else frame @ u.to(frame.dtype)
     idle = r_out - outer.shape[-1]  # more ranks than the outputs span
-    return functional.pad(outer, (0, idle)), functional.pad(core, (0, 0, 0, 0, 0, idle))
+    return functional.pad(outer, (0, idle)), functional.pad(core.to(frame), (0, 0, 0, 0, 0, idle))
 
 
 def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return A C Aᵀ (batch, m, m), exactly symmetric."""
     square = sandwich(matrix, covariance)
     return (square + square.mT) / 2
-
-
-def is_tall(matrix: Tensor) -> bool:
-    """Whether a matrix (batch, m, n) has so many rows that nothing (m, m) is to be made of it, and fewer columns."""
-    return matrix.shape[1] > max(matrix.shape[2], WIDE_OUTPUTS)
 
 
 def _seen(matrix: Tensor, covariance: Covariance) -> Tensor:
