@@ -69,9 +69,8 @@ def calibrate(
             for batch in batches[:1]:
                 gradients.split_like(batch)
                 if before is not None:
-                    rows, samples = gradients.rows or batch_size_of(batch) or 1, map(batch_size_of, batches)
-                    activations = gradients.held * sum(size or 1 for size in samples) // rows
-                    before(Needs.of(specs, widest, gradients.held, activations))
+                    samples = sum(batch_size_of(own) or 1 for own in batches)
+                    before(Needs.of(specs, widest, gradients.split.held, gradients.split.made * samples))
             moments = collect(forward=gradients.add)
             for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
                 gradients.add(model, batch)

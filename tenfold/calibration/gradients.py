@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from tenfold.calibration.micro_batches import parts_of, split_of
+from tenfold.calibration.micro_batches import Split, parts_of, split_of
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions.covariance import WIDE_OUTPUTS, Covariance
 from tenfold.errors import DataError
@@ -85,8 +85,7 @@ class GradientSums:
     """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``.
 
     Attributes:
-        rows: samples that are differentiated at a time; None for whole batches. See ``split_of``.
-        held: bytes that these hold between forward and backward, once ``split_like`` has looked.
+        split: how batches are differentiated.
     """
 
     def __init__(
@@ -107,8 +106,7 @@ class GradientSums:
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
         self._open = ExitStack()
-        self.rows: int | None = None
-        self.held = 0
+        self.split = Split()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -129,13 +127,13 @@ class GradientSums:
         Labels are drawn for whole batches.
         """
         if self._loss == "outputs":
-            self.rows, self.held = split_of(self._model, batch, self._forward)
+            self.split = split_of(self._model, batch, self._forward)
             self._starts.clear()
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """Run one batch forward, and backward from one random projection or draw of labels."""
         drawn = _Projection(self._generator, batch)
-        for part in parts_of(batch, self.rows):
+        for part in parts_of(batch, self.split.rows):
             self._starts.clear()
             with torch.enable_grad():
                 outputs = _differentiable(self._forward(model, part))

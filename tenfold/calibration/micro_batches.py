@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
 
@@ -21,28 +23,43 @@ Forward = Callable[[nn.Module, Any], Any]
 PART_BYTES = 64 << 20
 
 
-def split_of(model: nn.Module, batch: Any, forward: Forward, most: int = PART_BYTES) -> tuple[int | None, int]:
-    """Return how many samples of a batch to differentiate at a time, or None for all of them, and what they hold.
+@dataclass(frozen=True)
+class Split:
+    """How batches are differentiated, and what that takes.
 
-    A batch is split where one sample alone shows that all would hold more than ``most`` bytes, and where the first and
+    Attributes:
+        rows: samples at a time; None for whole batches.
+        held: bytes that these hold between forward and backward.
+        made: bytes of what the modules without children put out for a sample.
+    """
+
+    rows: int | None = None
+    held: int = 0
+    made: int = 0
+
+
+def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
+    """Return how to differentiate batches like this one.
+
+    A batch is split where one sample alone shows that all would hold more than ``PART_BYTES``, and where the first and
     the last part give the outputs of the whole: of tensors with another first axis than the batch they do not.
 
     Args:
         model: whose graph is recorded: its layers are watched already.
         batch: inputs as ``forward`` takes them.
         forward: runs the model on a batch.
-        most: bytes that are held between forward and backward.
     """
     size = _common_axis(batch)
     with same_random_numbers(device_of(model, batch)):
         try:
-            each = held_bytes(model, next(parts_of(batch, 1)), forward)
-            rows = max(1, most // max(each, 1))
+            each, made = memory_of(model, next(parts_of(batch, 1)), forward)
+            rows = max(1, PART_BYTES // max(each, 1))
             if size is not None and (rows >= size or _independent(model, batch, forward, rows)):
-                return (None, size * each) if rows >= size else (rows, rows * each)
+                return Split(None, size * each, made) if rows >= size else Split(rows, rows * each, made)
         except Exception:
             logger.debug("batches are differentiated whole", exc_info=True)
-        return None, held_bytes(model, batch, forward)
+        held, made = memory_of(model, batch, forward)
+        return Split(None, held, made // (batch_size_of(batch) or 1))
 
 
 def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
@@ -60,10 +77,14 @@ def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
         yield _part(batch, slice(start, start + rows))
 
 
-def held_bytes(model: nn.Module, batch: Any, forward: Forward) -> int:
-    """Return how much memory a forward holds for its backward pass, besides parameters and buffers."""
+def memory_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[int, int]:
+    """Return the bytes that a forward holds for its backward pass, and those that all modules without children return.
+
+    Parameters and buffers are not counted.
+    """
     own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
     held: dict[int, int] = {}
+    made: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -71,11 +92,19 @@ def held_bytes(model: nn.Module, batch: Any, forward: Forward) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        made.extend(tensor.nbytes for tensor in tensors_in(output))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule):
+                stack.enter_context(module.register_forward_hook(leave))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         outputs = forward(model, batch)
     for tensor in tensors_in(outputs):
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(held.values())
+    return sum(held.values()), sum(made)
 
 
 def _common_axis(batch: Any) -> int | None:

@@ -76,6 +76,11 @@ class FitRequest:
     start: Factorization | None = None
 
     @property
+    def fits_outputs(self) -> bool:
+        """Whether the error of the output is minimised."""
+        return self.moments is not None and self.algorithm.uses_covariance
+
+    @property
     def batch_key(self) -> tuple[Any, ...]:
         """What requests have in common that are decomposed together."""
         alone = self.weight.numel() > _STACK_BELOW or self.moments is not None or self.start is not None
@@ -217,7 +222,7 @@ def _detached(request: FitRequest) -> FitRequest:
 def _fit_batch(requests: Sequence[FitRequest]) -> list[Fit]:
     prepared = [_prepare(request) for request in requests]
     first, (weight, scale) = requests[0], prepared[0]
-    if first.moments is not None and first.algorithm.uses_covariance:
+    if first.moments is not None and first.fits_outputs:
         factors, value = _fit_outputs(first, first.moments, weight, scale)
         values = [value]
     else:
@@ -263,8 +268,9 @@ def _prepare(request: FitRequest) -> tuple[Tensor, float]:
         request.moments.check(spec.group_shape)
     compute = request.algorithm.dtype
     double = compute == "float64" or (compute == "auto" and weight.dtype == torch.float64)
-    if request.moments is not None and is_tall(split_groups(weight, spec).flatten(2)):
-        double = weight.dtype == torch.float64  # what needs more precision is done on the side of the inputs
+    if request.fits_outputs and is_tall(split_groups(weight, spec).flatten(2)):
+        # It is scaled with its target. What needs more precision is done on the side of the inputs.
+        return split_groups(weight, spec).to(torch.float64 if weight.dtype == torch.float64 else torch.float32), 1.0
     wide = torch.float64 if double else torch.float32
     scale = float(weight.abs().max())
     # Subnormal entries would overflow the reciprocal of the scale, so such weights are lifted in float64.
@@ -285,7 +291,7 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
         *others, last = value.chain()
         restored = root.solve(last.flatten(2)).view_as(last)
         value = kind.from_chain(spec, rank, (*others, restored)).balanced()  # undoing it has stretched the outputs
-    return factors, value.scaled(top)
+    return dataclasses.replace(factors, tensors={}), value.scaled(top)
 
 
 def _target(weight: Tensor, scale: float, moments: Moments, root: Root | None, ridge: float) -> tuple[Tensor, float]:
@@ -309,10 +315,10 @@ def _measured(request: FitRequest, value: Factorization, factors: Factors, weigh
         stored = value.to(weight.dtype).scaled(1 / scale if scale > _TINY else 1.0)
         error = rel_error(stored.to_grouped(), weight if scale > _TINY else weight * scale)
         return Fit(value, error, factors.n_iter, factors.converged, factors.note)
-    moments, dense = request.moments.to(weight.device), value.to(torch.float64).to_grouped().flatten(2)
+    moments, dense = request.moments.to(weight.device), value.to(weight.dtype).to_grouped().flatten(2)
     off, norm, missed, power, shift = 0.0, 0.0, 0.0, 0.0, []
     for rows in blocks(dense):
-        flat, own, approximation = _doubled(weight[:, rows], scale), moments.of_outputs(rows), dense[:, rows]
+        flat, own, approximation = _doubled(weight[:, rows], scale), moments.of_outputs(rows), dense[:, rows].double()
         lost, whole = own.errors(flat, approximation)
         missed, power = missed + float(lost.sum()), power + float(whole.sum())
         off = math.hypot(off, torch.linalg.vector_norm(approximation - flat))

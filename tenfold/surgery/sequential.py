@@ -116,6 +116,7 @@ def apply_sequentially(
                 wanted_output = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
                 drawn = config.seed * 1_000_003 + done * 1009 + i
                 sums.add(x, spec, wanted_output, positions=config.positions, seed=drawn, mask=token_mask(batches[i]))
+            del x, y, wanted_output  # as large as all that the layer takes and puts out
             metric = sums.moments(path)
         else:  # it runs several times: what enters it depends on itself
             own = {path: spec}
