@@ -51,7 +51,7 @@ def ids(words: int = 300) -> list[Tensor]:
     ids=["all", "kept", "tied", "refused", "named"],
 )
 def test_what_a_recipe_cannot_change_is_not_calibrated(model: nn.Module, fields: Any, wanted: set[str]) -> None:
-    recipe = Recipe.of({"formats": "low_rank", "keep_ends": False, "rule": "ratio", **fields})
+    recipe = Recipe.of({"formats": "low_rank", "keep_ends": False, "rule": {"name": "ratio", "share": 0.5}, **fields})
     data = ids()
     assert set(changeable(model.eval(), profile(model, data[0][:1]), recipe)) == wanted
     decision = decide(model, data[0][:1], recipe, data=data)
