@@ -21,7 +21,7 @@ from tenfold.errors import TenfoldWarning
 from tenfold.planning import Decision, FastPlan, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
 from tenfold.profiling import Comparison, compare_latency, environment, profile, to_memory_format
-from tenfold.records import Analysis, Latency, Measurement, OptionTable, Plan, Profile, Recipe, RunRecord
+from tenfold.records import Analysis, Latency, Measurement, OptionTable, Plan, Profile, Recipe, RunRecord, parse_size
 from tenfold.reporting import render_record
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
@@ -196,7 +196,10 @@ def apply_decision(
         grams = {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
         calibration = decision.recipe.calibration
         config = SequentialFit(
-            positions=calibration.positions, seed=decision.recipe.seed, max_width=calibration.max_width
+            positions=calibration.positions,
+            seed=decision.recipe.seed,
+            max_width=calibration.max_width,
+            max_cache=parse_size(runtime.max_cache),
         )
         small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.parallel import Workers
+from tenfold.records import parse_size
 
 if TYPE_CHECKING:
     from tenfold.profiling import LatencyTable
@@ -17,12 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress: the step that is under way, and how much of it is done where that can be counted."""
+    """Progress: the step that is under way, how much of it is done where that can be counted, and what is to be known.
+
+    A ``note`` is a sentence that is logged as well, such as what memory a step will take.
+    """
 
     step: str
     done: int | None = None
     total: int | None = None
+    note: str = ""
 
+
+logger = logging.getLogger("tenfold")
 
 OnEvent = Callable[[Event], None]
 
@@ -40,6 +48,8 @@ class Runtime:
         folder: where a run in stages is kept; the same call then goes on where it was killed.
         identity: whatever else the outcome of such a run depends on, such as the loss, in any words; a folder of
             another one is refused.
+        max_cache: bytes of activations that sequential fits hold of each of the two models, as a number or such as
+            ``"512MiB"``; beyond that they are computed again.
         on_event: called with every ``Event``.
 
     Example:
@@ -57,16 +67,23 @@ class Runtime:
     cache: str | Path | None = None
     folder: str | Path | None = None
     identity: str = ""
+    max_cache: int | str = "4GiB"
     on_event: OnEvent | None = None
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError for a size that cannot be read."""
+        parse_size(self.max_cache)
 
     def replace(self, **changes: Any) -> Runtime:
         """Return the same runtime with some fields changed."""
         return replace(self, **changes)
 
-    def report(self, step: str, done: int | None = None, total: int | None = None) -> None:
-        """Pass an event on to whoever listens."""
+    def report(self, step: str, done: int | None = None, total: int | None = None, *, note: str = "") -> None:
+        """Pass an event on to whoever listens, and log its note."""
+        if note:
+            logger.info(note)
         if self.on_event is not None:
-            self.on_event(Event(step, done, total))
+            self.on_event(Event(step, done, total, note))
 
     @contextmanager
     def step(self, name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from tenfold.calibration.collect import collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
-from tenfold.decompositions import Moments
+from tenfold.calibration.needs import Needs
+from tenfold.decompositions import Moments, Sketch
 from tenfold.errors import CalibrationWarning, DataError
+from tenfold.formats import split_groups
+from tenfold.layers import dense_weight
 from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.contexts import device_of, same_random_numbers
+from tenfold.tracing.inputs import batch_size_of
 from tenfold.tracing.references import trainable_copy
 
 
@@ -27,6 +32,7 @@ def calibrate(
     settings: Calibration | None = None,
     *,
     seed: int = 0,
+    before: Callable[[Needs], None] | None = None,
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
@@ -40,13 +46,14 @@ def calibrate(
         settings: positions and projections that are sampled, and the width from which inputs are sketched; the method
             decides nothing here.
         seed: of the positions, the projections and what the forward draws.
+        before: called with the memory that it will take, before it is taken.
 
     Raises:
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
 
     Warns:
-        CalibrationWarning: too few batches for the width of a layer, or outputs without gradients; all layers then
-            count as equally important.
+        CalibrationWarning: too few batches for the width of a layer; outputs without gradients, where all layers count
+            as equally important; layers that no gradient reaches, which count as much as the most important other.
 
     Example:
         >>> import torch
@@ -56,11 +63,18 @@ def calibrate(
     """
     settings, model = settings or Calibration(), trainable_copy(model)
     specs = measurable(model) if specs is None else specs
+    if not specs:
+        return {}
     positions, widest = settings.positions, settings.max_width
     collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
     moments = None
     try:
-        with same_random_numbers(device_of(model)), GradientSums(model, specs, seed=seed) as gradients:
+        with same_random_numbers(device_of(model)), GradientSums(model, specs, seed=seed, widest=widest) as gradients:
+            for batch in batches[:1]:
+                gradients.split_like(batch)
+                if before is not None:
+                    samples = sum(batch_size_of(own) or 1 for own in batches)
+                    before(Needs.of(specs, widest, gradients.split.held, gradients.split.made * samples))
             moments = collect(forward=gradients.add)
             for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
                 gradients.add(model, batch)
@@ -69,7 +83,40 @@ def calibrate(
         moments = collect() if moments is None else moments
         warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
         return moments
-    return {path: own.replace(output_gram=grams[path]) for path, own in moments.items()}
+    found = {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
+    return found | _unreached(model, specs, found)
+
+
+def _unreached(model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Return the moments of layers that no gradient reaches, as important as the most important of the others.
+
+    What such a layer costs the network where all of its output is lost is taken to be the most that it is anywhere:
+    so they are changed last.
+    """
+    unreached = [path for path, own in found.items() if own.output_gram is None]
+    if not unreached:
+        return {}
+    most = max(float(_power(model, path, spec, found[path])) for path, spec in specs.items() if path not in unreached)
+    msg = (
+        f"no gradient of the outputs reaches {len(unreached)} of {len(found)} layers ({', '.join(unreached[:3])}"
+        f"{', ...' if len(unreached) > 3 else ''}): they run under no_grad, are detached or not used. Each counts as "
+        "much as the most important of the others."
+    )
+    warnings.warn(msg, CalibrationWarning, stacklevel=3)
+    changed = {}
+    for path in unreached:
+        spec, own = specs[path], found[path]
+        each = most / (_power(model, path, spec, own) or 1.0)
+        level = own.mean.new_full((spec.groups, spec.out_channels // spec.groups), each)
+        changed[path] = own.replace(output_gram=Sketch.diagonal_of(level))
+    return changed
+
+
+def _power(model: nn.Module, path: str, spec: LayerSpec, moments: Moments) -> float:
+    """Return what it costs to lose all that a layer puts out but its mean."""
+    with torch.no_grad():
+        weight = split_groups(dense_weight(model.get_submodule(path)).detach(), spec).double().flatten(2)
+    return moments.distortion(weight, torch.zeros_like(weight))
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tenfold.calibration.moment_sums import MomentSums, moment_bytes, sketch_rows
+from tenfold.calibration.moment_sums import MomentSums, sketch_rows
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError, TenfoldError, first_line
 from tenfold.layers import FactorizedLayer, spec_of
@@ -91,7 +91,7 @@ def collect_moments(
         (144, 27)
     """
     specs = dict(specs) if specs is not None else measurable(model)
-    _announce(specs, targets=dense is not None, widest=widest)
+    _announce(specs, widest)
     sums = {path: MomentSums(widest, seed) for path in specs}
     draw = _Draw(positions, seed)
     run = forward or call_model
@@ -113,9 +113,7 @@ def collect_moments(
     return moments
 
 
-def _announce(specs: Mapping[str, LayerSpec], *, targets: bool, widest: int | None) -> None:
-    size = moment_bytes(specs, targets=targets, widest=widest)
-    logger.info("moments of %d layers take %.1f MiB", len(specs), size / 2**20)
+def _announce(specs: Mapping[str, LayerSpec], widest: int | None) -> None:
     for path, spec in specs.items():
         rows = sketch_rows(spec, widest)
         if rows is not None:
@@ -174,7 +172,13 @@ def _watching(
 
         return leave
 
+    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = token_mask((args, kwargs))
+        draw.mask = draw.mask if mask is None else mask  # that of a part of the batch
+
     with ExitStack() as stack:
+        for whole in (model,) if dense is None else (dense, model):
+            stack.enter_context(whole.register_forward_pre_hook(begin, with_kwargs=True))
         for path in specs:
             if dense is not None:
                 stack.enter_context(dense.get_submodule(path).register_forward_hook(leaving(path), prepend=True))

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from tenfold.calibration.micro_batches import Split, parts_of, split_of
+from tenfold.calibration.sketched_moments import SketchSums, sketch_size
+from tenfold.decompositions.covariance import WIDE_OUTPUTS, Covariance
 from tenfold.errors import DataError, first_line
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, squarable, untransformed
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.held_tensors import drop_graphs
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
-from tenfold.tracing.masks import real_tokens, token_mask
+from tenfold.tracing.masks import real_places, real_tokens, token_mask
 from tenfold.tracing.randomness import Randomness
 
 Loss = Literal["outputs", "fisher"]
+
+
+def output_sketch_rows(spec: LayerSpec, widest: int | None = None) -> int | None:
+    """Return how many rows the sketch of a layer's output Gram matrix has, or None where the matrix is exact.
+
+    At most ``widest``, and no more entries than four matrices of that width.
+
+    Example:
+        >>> [output_sketch_rows(LayerSpec(kind="linear", in_channels=8, out_channels=n)) for n in (1024, 4096, 50257)]
+        [None, 1024, 83]
+    """
+    limit, outputs = WIDE_OUTPUTS if widest is None else widest, spec.out_channels // spec.groups
+    return None if outputs <= limit else min(limit, sketch_size(outputs, 2 * limit))
 
 
 def collect_gradients(
@@ -29,13 +46,15 @@ def collect_gradients(
     loss: Loss = "outputs",
     draws: int = 1,
     seed: int = 0,
+    widest: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Covariance]:
     """Collect G = Σ E[g gᵀ] (groups, out/groups, out/groups) by path, g the gradient at an output position of a layer.
 
     An error e of the outputs costs about eᵀ·G·e per sample (the Kronecker-factored curvature of Martens & Grosse
     2015, arXiv 1503.05671, with the layer's own error in place of its inputs): the errors of different layers are on
-    one scale and add up. It goes into ``Moments.output_gram``. Labels are not needed.
+    one scale and add up. It goes into ``Moments.output_gram``. Labels are not needed. Layers that no gradient reaches
+    are left out: what runs under ``no_grad`` or is detached, or is not used for the outputs.
 
     Args:
         model: unchanged afterwards; its parameters get no gradients.
@@ -45,7 +64,9 @@ def collect_gradients(
             these. ``fisher`` is the divergence from the model's own predictions (classifiers): gradients of the
             cross-entropy with labels drawn from these; of very confident predictions few samples contribute.
         draws: random projections or labels for each batch.
-        seed: of the projections, the labels and what the forward draws.
+        seed: of the projections, labels and sketches.
+        widest: Gram matrices of more outputs than this are sketched, 1,024 by default: a diagonal, which is exact, and
+            a few rows.
         forward: runs the model on one batch and returns its outputs; ``call_model`` by default.
 
     Raises:
@@ -57,7 +78,7 @@ def collect_gradients(
         >>> collect_gradients(model, [torch.randn(8, 4)], specs)["0"].shape
         torch.Size([1, 3, 3])
     """
-    with GradientSums(model, specs, loss=loss, seed=seed, forward=forward) as sums:
+    with GradientSums(model, specs, loss=loss, seed=seed, widest=widest, forward=forward) as sums:
         for batch in batches:
             for _ in range(draws):
                 sums.add(model, batch)
@@ -65,7 +86,11 @@ def collect_gradients(
 
 
 class GradientSums:
-    """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``."""
+    """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``.
+
+    Attributes:
+        split: how batches are differentiated.
+    """
 
     def __init__(
         self,
@@ -74,29 +99,41 @@ class GradientSums:
         *,
         loss: Loss = "outputs",
         seed: int = 0,
+        widest: int | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
-        self._sums: dict[str, Tensor] = {}
+        self._seed, self._widest = seed, widest
+        self._squares: dict[str, Tensor] = {}
+        self._sketches: dict[str, SketchSums] = {}
         self._starts: list[Tensor] = []
-        self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
         self._backward = False
         self._open = ExitStack()
+        self.split = Split()
 
     def __enter__(self) -> Self:
-        trainable = any(p.requires_grad for p in self._model.parameters())
         with ExitStack() as stack:
             for context in (evaluating(self._model), layer_by_layer(), _frozen(self._model)):
                 stack.enter_context(context)
             for path, spec in self._specs.items():
-                layer, hook = self._model.get_submodule(path), self._leaving(path, spec, trainable=trainable)
-                stack.enter_context(layer.register_forward_hook(hook, prepend=True))
+                layer = self._model.get_submodule(path)
+                stack.enter_context(layer.register_forward_hook(self._leaving(path, spec), prepend=True))
             self._open = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
+
+    def split_like(self, batch: Any) -> None:
+        """Look at a batch for how many samples to differentiate at a time; the sums do not depend on it.
+
+        Labels are drawn for whole batches.
+        """
+        if self._loss == "outputs":
+            self.split = split_of(self._model, batch, self._forward)
+            self._starts.clear()
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """Run one batch forward, and backward from one random projection or draw of labels.
@@ -104,40 +141,56 @@ class GradientSums:
         Raises:
             DataError: the outputs have no gradients, or none can be taken.
         """
-        self._starts.clear()
-        with torch.enable_grad(), Randomness(self._model, batch).seeded(self._seed + self._samples):
-            value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch, model))
-        self._backward = True
-        try:
-            torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
-        except RuntimeError as error:  # a forward that takes gradients itself has used the graph up, for instance
-            msg = f"gradients of the model's outputs cannot be taken: {first_line(error)}"
-            raise DataError(msg) from error
-        finally:
-            self._backward = False
+        drawn = _Projection(self._generator, batch, token_mask(batch, model))
+        for number, part in enumerate(parts_of(batch, self.split.rows)):
             self._starts.clear()
-            drop_graphs(model)
+            with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples + number):
+                outputs = _differentiable(self._forward(model, part))
+                mask = token_mask(part, model)
+                if self._loss == "fisher":
+                    outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], None
+                else:
+                    gradients = drawn.of(outputs, mask)
+            self._backward = True
+            try:
+                torch.autograd.grad(outputs, self._starts, gradients, allow_unused=True)  # for its hooks only
+            except RuntimeError as error:  # a forward that takes gradients itself has used the graph up, for instance
+                msg = f"gradients of the model's outputs cannot be taken: {first_line(error)}"
+                raise DataError(msg) from error
+            finally:
+                self._backward = False
+                self._starts.clear()
+                drop_graphs(model)
+            del outputs, gradients
         self._samples += batch_size_of(batch) or 1
 
-    def mean(self) -> dict[str, Tensor]:
-        """Return the sums divided by the number of samples.
+    def mean(self) -> dict[str, Covariance]:
+        """Return the sums divided by the number of samples, of the layers that a gradient reached.
 
         Raises:
-            DataError: no batches, a layer that no gradient reached, or gradients that are not finite.
+            DataError: no batches, no gradient anywhere, or gradients that are not finite.
         """
-        missing = [path for path in self._specs if path not in self._sums]
-        if self._samples == 0 or missing:
-            what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
+        reached = {*self._squares, *self._sketches}
+        if self._samples == 0 or (self._specs and not reached):
+            what = (
+                f"no gradient reaches {', '.join(list(self._specs)[:3])}" if self._samples else "there are no batches"
+            )
             msg = f"cannot estimate how errors of layers affect the outputs: {what}"
             raise DataError(msg)
-        odd = [path for path, value in self._sums.items() if not torch.isfinite(value).all()]
+        odd = [path for path, own in self._squares.items() if not torch.isfinite(own).all()]
+        odd += [path for path, own in self._sketches.items() if not own.finite()]
         if odd:
             msg = f"cannot estimate how errors of layers affect the outputs: gradients at {odd[0]} are not finite"
             raise DataError(msg)
-        return {path: value / self._samples for path, value in self._sums.items()}
+        found: dict[str, Covariance] = {path: own / self._samples for path, own in self._squares.items()}
+        for path, own in self._sketches.items():
+            sketch = own.sketch()
+            found[path] = sketch.scaled(sketch.rest.new_full((len(sketch.rest),), own.count / self._samples))
+        return {path: found[path] for path in self._specs if path in reached}
 
-    def _leaving(self, path: str, spec: LayerSpec, *, trainable: bool) -> Callable[..., Tensor]:
+    def _leaving(self, path: str, spec: LayerSpec) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
+        size = output_sketch_rows(spec, self._widest)
 
         @plain_arithmetic()
         def add(gradient: Tensor) -> None:
@@ -146,15 +199,18 @@ class GradientSums:
             axis = -1 - spec.axes
             rows = squarable(gradient.detach()).movedim(axis, 0)
             rows = rows.reshape(spec.groups, spec.out_channels // spec.groups, -1)
-            square = (rows @ rows.mT).double()
-            self._sums[path] = self._sums[path] + square if path in self._sums else square
+            if size is not None:
+                self._sketches.setdefault(path, SketchSums(size, self._seed)).add(rows)
+            elif path in self._squares:
+                self._squares[path].add_((rows @ rows.mT).double())
+            else:
+                self._squares[path] = (rows @ rows.mT).double()
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            # The graph starts at the outputs of the first layers; without trainable parameters only at embeddings.
-            starts = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
+            # The graph starts at the outputs of the first layers that count, whatever parameters may be trained.
             if untransformed(output) is not output:
                 return output  # within a transform of torch.func, which has gradients of its own
-            if starts and not output.requires_grad:
+            if torch.is_grad_enabled() and not output.requires_grad:
                 self._starts.append(output.detach().requires_grad_())
                 output = self._starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
@@ -164,21 +220,53 @@ class GradientSums:
         return leave
 
 
-def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:
-    """Return a scalar, summed over the batch, whose gradients have the second moments of ``loss``, without padding."""
-    differentiable = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
-    if not differentiable:
-        msg = "the model's outputs have no gradients: are all of its parameters frozen, or its forward under no_grad?"
+@dataclass
+class _Projection:
+    """A random projection of the outputs of one batch, given out part by part; its numbers depend on no part."""
+
+    generator: torch.Generator
+    batch: Any
+    mask: Tensor | None
+    _left: list[Tensor] = field(default_factory=list)
+
+    def of(self, outputs: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+        """Return for each of the next outputs what it is multiplied with: 0 at padding."""
+        real = [real_places(output, mask) for output in outputs]
+        if not self._left:
+            self._left = [self._draw(output, real=at is not None) for output, at in zip(outputs, real, strict=True)]
+        found = []
+        for i, (output, at) in enumerate(zip(outputs, real, strict=True)):
+            count = len(output) if at is None else int(at.sum())
+            own, self._left[i] = self._left[i][:count], self._left[i][count:]
+            own = own.to(output)
+            if at is not None:
+                own = torch.zeros_like(output, requires_grad=False).index_put((at,), own)
+            found.append(own)
+        return found
+
+    def _draw(self, output: Tensor, *, real: bool) -> Tensor:
+        size = batch_size_of(self.batch) or 0
+        if real and self.mask is not None:
+            rows = int(self.mask.sum()) * (size if len(self.mask) == 1 else 1)
+        else:
+            rows = max(len(output), size)
+        return torch.randn(rows, *output.shape[1 + real :], generator=self.generator)
+
+
+def _differentiable(outputs: Any) -> list[Tensor]:
+    found = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
+    if not found:
+        msg = "the model's outputs have no gradients: does its forward run under no_grad, or detach them?"
         raise DataError(msg)
-    total = torch.zeros((), device=differentiable[0].device)
-    for out in (real_tokens(t, mask) for t in (differentiable[:1] if loss == "fisher" else differentiable)):
-        if loss == "outputs":
-            total = total + (out * torch.randn(out.shape, generator=generator).to(out)).sum()
-            continue
-        logits = out.reshape(-1, out.shape[-1]).float()
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(out.device)
-        total = total + nn.functional.cross_entropy(logits, drawn, reduction="sum")
-    return total
+    return found
+
+
+def _drawn_loss(output: Tensor, generator: torch.Generator, mask: Tensor | None) -> Tensor:
+    """Return the cross-entropy, summed over the batch without padding, with labels drawn from the predictions."""
+    logits = real_tokens(output, mask)
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
 
 
 @contextmanager

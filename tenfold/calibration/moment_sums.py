@@ -161,7 +161,7 @@ class MomentSums:
 
     @plain_arithmetic()
     def moments(self, path: str) -> Moments:
-        """Return the moments of all rows added so far; ``path`` names the layer in errors.
+        """Return the moments of all rows; ``path`` names the layer in errors. Frees the sums: add nothing afterwards.
 
         Raises:
             DataError: nothing was added, or it is not finite.
@@ -182,7 +182,7 @@ class MomentSums:
             raise DataError(msg)
         if sketch is not None:
             return sketch.moments()
-        return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
+        return Moments(count=self.count, **{k: self._sums.pop(k).div_(self.count) for k in list(self._sums)})
 
 
 def _prepared(x: Tensor, y: Tensor | None, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:

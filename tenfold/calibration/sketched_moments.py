@@ -15,6 +15,9 @@ from torch import Tensor
 
 from tenfold.decompositions import Moments, Sketch
 
+# A sketch, the mean, and where there are targets their means and mean squares.
+_Parts = tuple[Sketch, Tensor, Tensor | None, Tensor | None]
+
 _CHUNK = 1 << 22  # entries of the sums that are transformed at a time
 
 
@@ -65,7 +68,7 @@ class SketchSums:
             self._sums["rows"] = x.new_zeros(*z.shape[:2], x.shape[1], dtype=torch.float64)
         for part in _parts(x.shape[1], self.size):
             self._sums["rows"][:, :, part] += z @ x[:, part].mT
-        self._sum("power", x.square().sum(-1))
+        self._sum("power", torch.linalg.vector_norm(x, dim=-1).square())
         if y is not None:
             self._sum("targets", z @ y.mT)
             self._sum("target_power", y.square().sum(-1))
@@ -83,20 +86,25 @@ class SketchSums:
 
     def moments(self) -> Moments:
         """Return the moments of all rows, with a sketch as second moment. Frees the sums: add nothing afterwards."""
-        return self._exact() if self._probe is None else self._approximate()
+        sketch, mean, target_mean, target_power = self._exact() if self._probe is None else self._approximate()
+        return Moments(sketch, mean, self.count, None, target_mean, target_power)
 
-    def _exact(self) -> Moments:
+    def sketch(self) -> Sketch:
+        """Return the second moment alone of all rows, not centred. Frees the sums too."""
+        return (self._exact() if self._probe is None else self._approximate())[0]
+
+    def _exact(self) -> _Parts:
         held, self._held = self._held, []
         targets = [y.mT for _, y in held if y is not None]
         sketch = Sketch.of(torch.cat([x.mT for x, _ in held], dim=1), torch.cat(targets, dim=1) if targets else None)
         mean = sketch.rows.mean(1) * self.count**0.5
         if sketch.targets is None:
-            return Moments(sketch, mean, self.count)
+            return sketch, mean, None, None
         target_mean = sketch.targets.mean(1) * self.count**0.5
-        return Moments(sketch, mean, self.count, None, target_mean, _squares(sketch.targets))
+        return sketch, mean, target_mean, _squares(sketch.targets)
 
-    def _approximate(self) -> Moments:
-        """Return moments whose sketch has the mean as its first row, followed by centered rows."""
+    def _approximate(self) -> _Parts:
+        """Return a sketch that has the mean as its first row, followed by centered rows."""
         means = {name: self._sums.pop(name).div_(self.count) for name in list(self._sums)}
         rows, targets = means["rows"], means.get("targets")
         mean, target_mean = rows[:, 0].clone(), None if targets is None else targets[:, 0].clone()
@@ -108,7 +116,7 @@ class SketchSums:
         constant = torch.zeros_like(rows[:, :, 0])
         constant[:, 0] = 1
         sketch = Sketch(rows, (means["power"] - _squares(rows)).clamp_min(0), constant, targets)
-        return Moments(sketch, mean, self.count, None, target_mean, means.get("target_power"))
+        return sketch, mean, target_mean, means.get("target_power")
 
     def _whitening(self, rows: Tensor, targets: Tensor | None) -> Tensor:
         """Center Ωᵀ E[x xᵀ] and Ωᵀ E[x yᵀ] in place; return (Ωᵀ C Ω)^-½ (groups, k, k), which turns them into rows."""

@@ -59,12 +59,15 @@ class Recover(Distill):
         tune: fine-tune after the layers were replaced.
         label_free: tune on the calibration samples by the dense model's answers alone; labels are never read.
         eval: score the model on the test set.
+        max_cache: hold at most so many activations of each of the two models while layers are fitted one after the
+            other, such as 512MiB; beyond that they are computed again, with the same result.
     """
 
     calibration_samples: NonNegativeInt | None = None
     tune: bool = True
     label_free: bool = False
     eval: bool = True
+    max_cache: Annotated[str, "SIZE"] = "4GiB"
 
     def config(self, opened: Opened, tune: TuneConfig, seed: int) -> TuneConfig:
         """Return how to tune, with 0 epochs for not at all; see ``tune_config``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Self, TypeVar
@@ -11,10 +11,17 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
+from tenfold.errors import WeightError
 from tenfold.records import Shape
 
 # Directions with less than this share of the largest eigenvalue carry no data, only rounding.
 NEGLIGIBLE = 1e-10
+
+# Of more outputs than this no matrix of their square is made, if it can be helped: the eigenvectors of one this wide
+# take half a second, of one of 4,096 half a minute.
+WIDE_OUTPUTS = 1024
+
+_BLOCK = 1 << 22  # entries of a weight that are worked on at a time
 
 # The covariance of one mode is kept this far from singular, as a share of its mean variance.
 _MODE_RIDGE = 1e-4
@@ -57,6 +64,11 @@ class Sketch:
         y = None if targets is None else (targets if targets.dim() == 3 else targets[None]).double() * scale
         return cls(x * scale, torch.zeros_like(x[:, 0]), torch.full_like(x[:, :, 0], scale), y)
 
+    @classmethod
+    def diagonal_of(cls, values: Tensor) -> Self:
+        """Return the diagonal matrix of values (groups, n), at least 0, of which nothing else is stored."""
+        return cls(values.new_zeros(len(values), 0, values.shape[1]), values, values.new_zeros(len(values), 0))
+
     @property
     def shape(self) -> torch.Size:
         """Shape (groups, n, n) of the matrix that it stands for."""
@@ -73,8 +85,8 @@ class Sketch:
 
     def __rmatmul__(self, left: Tensor) -> Tensor:
         """Return A C for A (..., m, n)."""
-        product: Tensor = left @ self.rows.mT @ self.rows + left * self.rest.unsqueeze(-2)
-        return product
+        scaled: Tensor = left * self.rest.unsqueeze(-2)
+        return scaled + left @ self.rows.mT @ self.rows if self.rows.shape[-2] else scaled
 
     def sandwich(self, left: Tensor) -> Tensor:
         """Return A C Aᵀ (..., m, m) for A (..., m, n)."""
@@ -217,13 +229,89 @@ def sqrt_and_inverse_sqrt(square: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
 
 
+@dataclass(frozen=True, eq=False)
+class Root:
+    """A square root S of a matrix A (groups, n, n): SᵀS = A, so that ‖S x‖² = xᵀA x. ``root @ x`` is S x.
+
+    Of a dense matrix it is the symmetric one, as a matrix. Of a sketch D + RᵀR it is (I + V diag(stretch) Vᵀ)·√D with
+    V the right singular vectors of R·D^-½, and is never formed: it takes k·n numbers and k equations.
+
+    Attributes:
+        scale: √D (groups, n, 1), or None of a dense matrix.
+        vectors: V (groups, n, k), or S itself of a dense matrix.
+        stretch: by how much S lengthens what lies along V (groups, k, 1).
+        inverse: pseudo-inverse of S of a dense matrix.
+    """
+
+    vectors: Tensor
+    scale: Tensor | None = None
+    stretch: Tensor | None = None
+    inverse: Tensor | None = None
+
+    @classmethod
+    def of(cls, square: Covariance) -> Root:
+        """Return a root of a positive semidefinite matrix; the diagonal of a sketch must be positive."""
+        if not isinstance(square, Sketch):
+            root, inverse = sqrt_and_inverse_sqrt(square)
+            return cls(root, inverse=inverse)
+        scale = square.rest.sqrt().unsqueeze(-1)
+        white = square.rows.mT / scale  # (groups, n, k)
+        values, turn = torch.linalg.eigh(white.mT @ white)
+        kept = values > NEGLIGIBLE  # the others lengthen nothing
+        safe = torch.where(kept, values, torch.ones_like(values))
+        vectors = (white @ turn) * (kept / safe.sqrt()).unsqueeze(-2)
+        return cls(vectors, scale, ((1 + values * kept).sqrt() - 1).unsqueeze(-1))
+
+    def __matmul__(self, right: Tensor) -> Tensor:
+        """Return S x for columns x (groups, n, m)."""
+        return self.times_(right.clone())
+
+    def times_(self, right: Tensor) -> Tensor:
+        """Return S x, and use the memory of x for it where that goes."""
+        if self.scale is None or self.stretch is None:
+            return self.vectors.to(right.dtype) @ right
+        return _stretched(right.mul_(self.scale.to(right.dtype)), self.vectors, self.stretch)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return S⁻¹ x for columns x (groups, n, m); by the pseudo-inverse where S has none."""
+        if self.inverse is not None:
+            return self.inverse.to(right.dtype) @ right
+        if self.scale is None or self.stretch is None:
+            msg = "a root of a sketch needs its scale and stretch"
+            raise WeightError(msg)
+        return _stretched(right.clone(), self.vectors, 1 / (1 + self.stretch) - 1).div_(self.scale.to(right.dtype))
+
+
+def _stretched(columns: Tensor, vectors: Tensor, by: Tensor) -> Tensor:
+    """Return (I + V diag(by) Vᵀ) x, in place of x (groups, n, m)."""
+    vectors = vectors.to(columns.dtype)
+    return columns.baddbmm_(vectors, (vectors.mT @ columns) * by.to(columns.dtype))
+
+
 def solve_spd(square: Tensor, right: Tensor) -> Tensor:
     """Return A⁻¹ B for positive semidefinite A (..., n, n) and B (..., n, m), by eigenvectors where Cholesky fails."""
+    return spd_solver(square)(right)
+
+
+def spd_solver(square: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function B ↦ A⁻¹ B of ``solve_spd``, to be used for many B."""
     lower, failed = torch.linalg.cholesky_ex(square)
     if not bool(failed.any()) and bool(_well_posed(lower)):
-        return torch.cholesky_solve(right, lower)
+        return lambda right: torch.cholesky_solve(right, lower)
     _, inverse = sqrt_and_inverse_sqrt(square)
-    return inverse @ (inverse @ right)
+    return lambda right: inverse @ (inverse @ right)
+
+
+def is_tall(matrix: Tensor) -> bool:
+    """Whether a matrix (batch, m, n) has so many rows that nothing (m, m) is to be made of it, and fewer columns."""
+    return matrix.shape[1] > max(matrix.shape[2], WIDE_OUTPUTS)
+
+
+def blocks(matrix: Tensor) -> Iterator[slice]:
+    """Iterate over slices of the rows of a matrix (groups, m, n), so that a copy of some takes little memory."""
+    step = max(1, _BLOCK // (len(matrix) * matrix.shape[2] or 1))
+    for start in range(0, matrix.shape[1], step):
+        yield slice(start, start + step)
 
 
 def preconditioner(square: Tensor, ridge: float) -> Tensor:

@@ -69,11 +69,11 @@ class CurveProblem:
     def kernel(self) -> Tensor:
         """The weight in float64, in coordinates where all output errors count alike; without moments, of norm 1."""
         kernel = self.weight.double()
-        roots = None if self.moments is None else self.moments.to(kernel.device).output_roots()
+        root = None if self.moments is None else self.moments.to(kernel.device).output_root()
         if self.moments is None:
             kernel = kernel / torch.linalg.vector_norm(kernel).clamp_min(1e-300)
-        elif roots is not None:
-            kernel = (roots[0] @ kernel.flatten(2)).view_as(kernel)
+        elif root is not None:
+            kernel = (root @ kernel.flatten(2)).view_as(kernel)
         return kernel
 
     @cached_property

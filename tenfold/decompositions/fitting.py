@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from tenfold.decompositions.base import (
     FitProblem,
     algorithm_for,
 )
+from tenfold.decompositions.covariance import Root, blocks, is_tall
 from tenfold.decompositions.input_moments import Moments
 from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
@@ -72,6 +74,11 @@ class FitRequest:
     algorithm: Decomposition
     moments: Moments | None = None
     start: Factorization | None = None
+
+    @property
+    def fits_outputs(self) -> bool:
+        """Whether the error of the output is minimised."""
+        return self.moments is not None and self.algorithm.uses_covariance
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
@@ -216,7 +223,7 @@ def _detached(request: FitRequest) -> FitRequest:
 def _fit_batch(requests: Sequence[FitRequest]) -> list[Fit]:
     prepared = [_prepare(request) for request in requests]
     first, (weight, scale) = requests[0], prepared[0]
-    if first.moments is not None and first.algorithm.uses_covariance:
+    if first.moments is not None and first.fits_outputs:
         factors, value = _fit_outputs(first, first.moments, weight, scale)
         values = [value]
     else:
@@ -262,6 +269,9 @@ def _prepare(request: FitRequest) -> tuple[Tensor, float]:
         request.moments.check(spec.group_shape)
     compute = request.algorithm.dtype
     double = compute == "float64" or (compute == "auto" and weight.dtype == torch.float64)
+    if request.fits_outputs and is_tall(split_groups(weight, spec).flatten(2)):
+        # It is scaled with its target. What needs more precision is done on the side of the inputs.
+        return split_groups(weight, spec).to(torch.float64 if weight.dtype == torch.float64 else torch.float32), 1.0
     wide = torch.float64 if double else torch.float32
     scale = float(weight.abs().max())
     # Subnormal entries would overflow the reciprocal of the scale, so such weights are lifted in float64.
@@ -273,18 +283,29 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
     """Return the factors with the least error of the output, in coordinates where all output errors count alike."""
     kind, spec, algorithm = FORMATS.get(request.format), request.spec, request.algorithm
     rank, moments = kind.check_rank(spec, request.rank), moments.to(weight.device)
-    target = moments.regression_target(weight.double().flatten(2) * scale, algorithm.covariance_ridge)
-    top = float(target.abs().max()) or 1.0
     # The last factor undoes the change of coordinates, where it is a layer of its own.
-    roots = moments.output_roots() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
-    scaled = (target / top if roots is None else roots[0] @ target / top).view(weight.shape).to(weight.dtype)
+    root = moments.output_root() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
+    scaled, top = _target(weight, scale, moments, root, algorithm.covariance_ridge)
     factors = algorithm.fit(FitProblem(scaled, spec, kind, rank, moments.covariance()))
     value = kind(spec, **factors.tensors)
-    if roots is not None:
+    if root is not None:
         *others, last = value.chain()
-        restored = (roots[1].to(last.dtype) @ last.flatten(2)).view_as(last)
+        restored = root.solve(last.flatten(2)).view_as(last)
         value = kind.from_chain(spec, rank, (*others, restored)).balanced()  # undoing it has stretched the outputs
-    return factors, value.scaled(top)
+    return dataclasses.replace(factors, tensors={}), value.scaled(top)
+
+
+def _target(weight: Tensor, scale: float, moments: Moments, root: Root | None, ridge: float) -> tuple[Tensor, float]:
+    """Return what is to be approximated, in the coordinates of the root and of a size of about 1, and its size."""
+    target = _doubled(weight, scale)
+    target = moments.regression_target(target, ridge, out=target)
+    top = float(torch.linalg.vector_norm(target, ord=torch.inf)) or 1.0
+    scaled = (target if root is None else root.times_(target)).div_(top)
+    return scaled.view(weight.shape).to(weight.dtype), top
+
+
+def _doubled(weight: Tensor, scale: float) -> Tensor:
+    return weight.flatten(2).to(torch.float64, copy=True).mul_(scale)
 
 
 def _measured(request: FitRequest, value: Factorization, factors: Factors, weight: Tensor, scale: float) -> Fit:
@@ -295,16 +316,21 @@ def _measured(request: FitRequest, value: Factorization, factors: Factors, weigh
         stored = value.to(weight.dtype).scaled(1 / scale if scale > _TINY else 1.0)
         error = rel_error(stored.to_grouped(), weight if scale > _TINY else weight * scale)
         return Fit(value, error, factors.n_iter, factors.converged, factors.note)
-    moments, flat = request.moments.to(weight.device), weight.double().flatten(2) * scale
-    approximation = value.to(torch.float64).to_grouped().flatten(2)
-    missed, power = moments.errors(flat, approximation)
-    total = float(power.sum())
+    moments, dense = request.moments.to(weight.device), value.to(weight.dtype).to_grouped().flatten(2)
+    off, norm, missed, power, shift = 0.0, 0.0, 0.0, 0.0, []
+    for rows in blocks(dense):
+        flat, own, approximation = _doubled(weight[:, rows], scale), moments.of_outputs(rows), dense[:, rows].double()
+        lost, whole = own.errors(flat, approximation)
+        missed, power = missed + float(lost.sum()), power + float(whole.sum())
+        off = math.hypot(off, torch.linalg.vector_norm(approximation - flat))
+        norm = math.hypot(norm, torch.linalg.vector_norm(flat))
+        shift.append(own.bias_shift(flat, approximation))
     return Fit(
         value,
-        rel_error(approximation, flat),
+        off / norm if norm else off,
         factors.n_iter,
         factors.converged,
         factors.note,
-        output_error=(float(missed.sum()) / total) ** 0.5 if total > 0 else 0.0,
-        bias_shift=moments.bias_shift(flat, approximation).flatten(),
+        output_error=(missed / power) ** 0.5 if power > 0 else 0.0,
+        bias_shift=torch.cat(shift, dim=1).flatten(),
     )

@@ -12,20 +12,23 @@ from torch import Tensor
 from tenfold.decompositions.covariance import (
     NEGLIGIBLE,
     Covariance,
+    Root,
     Sketch,
     add_ridge,
+    blocks,
     channel_blocks,
     is_finite,
     quadratic,
     sandwich,
-    solve_spd,
-    sqrt_and_inverse_sqrt,
+    spd_solver,
 )
 from tenfold.errors import WeightError
 from tenfold.tensors import digest
 
 # Keeps the weights of outputs that do not matter determined, as a share of the mean diagonal of ``output_gram``.
 _OUTPUT_RIDGE = 1e-3
+
+_BY_OUTPUT = ("cross", "target_mean", "target_power")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,8 @@ class Moments:
         target_mean: E[y] (groups, out/groups), with targets.
         target_power: E[y²] (groups, out/groups), with targets.
         output_gram: (groups, out/groups, out/groups), positive semidefinite: an error e of the outputs counts as
-            eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖².
+            eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖². Of very
+            many outputs a ``Sketch``.
 
     Example:
         >>> x = torch.randn(500, 6, dtype=torch.float64)
@@ -60,7 +64,7 @@ class Moments:
     cross: Tensor | None = None
     target_mean: Tensor | None = None
     target_power: Tensor | None = None
-    output_gram: Tensor | None = None
+    output_gram: Covariance | None = None
 
     @classmethod
     def of(cls, rows: Tensor, targets: Tensor | None = None) -> Self:
@@ -138,11 +142,11 @@ class Moments:
         none = None if self.target_mean is None else torch.zeros_like(self.target_mean)
         return self.replace(mean=torch.zeros_like(self.mean), target_mean=none)
 
-    def regression_target(self, weight: Tensor, ridge: float = 0.0) -> Tensor:
+    def regression_target(self, weight: Tensor, ridge: float = 0.0, *, out: Tensor | None = None) -> Tensor:
         """Return the best unconstrained weights (groups, out/groups, n): the given ones, unless there are targets.
 
         With targets it is the regression of y on x, drawn to ``weight`` where the data say nothing: the minimiser of
-        E‖y − T x‖² + ridge·(mean variance)·‖T − weight‖².
+        E‖y − T x‖² + ridge·(mean variance)·‖T − weight‖². It may be written to ``out``, such as the weight itself.
         """
         if self.target_mean is None:
             return weight
@@ -151,8 +155,20 @@ class Moments:
             return plain.regression(weight, add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
         if self.cross is None:
             return weight
-        centred = self.cross - self.target_mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        return weight + solve_spd(add_ridge(plain, ridge), (centred - weight @ plain).mT).mT
+        solve, found = spd_solver(add_ridge(plain, ridge)), torch.empty_like(weight) if out is None else out
+        for rows in blocks(weight):
+            missed = self._centred_cross(rows).baddbmm_(weight[:, rows], plain, alpha=-1)
+            torch.add(weight[:, rows], solve(missed.mT).mT, out=found[:, rows])
+        return found
+
+    def _centred_cross(self, rows: slice) -> Tensor:
+        """Return E[(y−ȳ)(x−x̄)ᵀ] (groups, rows, n) of some of the outputs."""
+        if self.cross is None or self.target_mean is None:
+            msg = "moments with the means of targets need cross as well"
+            raise WeightError(msg)
+        return torch.baddbmm(
+            self.cross[:, rows], self.target_mean[:, rows].unsqueeze(-1), self.mean.unsqueeze(-2), alpha=-1
+        )
 
     def errors(self, weight: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
         """Return the error E‖y−ŷ‖² and the power E‖y−ȳ‖² of the outputs, per output (groups, out/groups).
@@ -165,26 +181,41 @@ class Moments:
         power = self.target_power - self.target_mean.square()
         if isinstance(covariance, Sketch):
             return covariance.missed(weight, approximation), power
-        if self.cross is None:
-            msg = "moments with the means of targets need cross as well"
-            raise WeightError(msg)
-        centred = self.cross - self.target_mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        mixed = (centred * approximation).sum(-1)
+        mixed = (self._centred_cross(slice(None)) * approximation).sum(-1)
         return (power - 2 * mixed + quadratic(approximation, covariance)).clamp_min(0), power
+
+    def of_outputs(self, rows: slice) -> Self:
+        """Return the moments of some of the outputs of each group, without ``output_gram``."""
+        own = {name: value[:, rows] for name in _BY_OUTPUT if (value := getattr(self, name)) is not None}
+        second = self.input_second_moment
+        if isinstance(second, Sketch) and second.targets is not None:
+            second = dataclasses.replace(second, targets=second.targets[:, :, rows])
+        return self.replace(input_second_moment=second, output_gram=None, **own)
 
     def distortion(self, weight: Tensor, approximation: Tensor) -> float:
         """Return tr(G Δ C Δᵀ) over all groups: Δ the error against the regression target, G ``output_gram`` or I."""
-        delta = self.regression_target(weight, NEGLIGIBLE) - approximation
-        square = sandwich(delta, self.covariance())
-        weighed = square.diagonal(dim1=-2, dim2=-1) if self.output_gram is None else square * self.output_gram
-        return max(float(weighed.sum()), 0.0)  # below 0 by rounding, where inputs hardly vary
+        target, covariance = self.regression_target(weight, NEGLIGIBLE), self.covariance()
+        if isinstance(self.output_gram, Tensor):
+            weighed = (sandwich(target - approximation, covariance) * self.output_gram).sum()
+            return max(float(weighed), 0.0)  # below 0 by rounding, where inputs hardly vary
+        gram, total, seen = self.output_gram, target.new_zeros(()), None
+        for rows in blocks(target):
+            delta = target[:, rows] - approximation[:, rows]
+            each = quadratic(delta, covariance)
+            if gram is None:
+                total = total + each.sum()
+                continue
+            total = total + (each * gram.rest[:, rows]).sum()
+            part = gram.rows[:, :, rows] @ delta
+            seen = part if seen is None else seen + part
+        return max(float(total if seen is None else total + quadratic(seen, covariance).sum()), 0.0)
 
-    def output_roots(self) -> tuple[Tensor, Tensor] | None:
-        """Return the square root of ``output_gram`` and its inverse: times that root all output errors count alike.
+    def output_root(self) -> Root | None:
+        """Return a root of ``output_gram``: times that all output errors count alike. None without one.
 
-        None without an ``output_gram``. Outputs that do not matter at all still count a little: see ``_OUTPUT_RIDGE``.
+        Outputs that do not matter at all still count a little: see ``_OUTPUT_RIDGE``.
         """
-        return None if self.output_gram is None else sqrt_and_inverse_sqrt(add_ridge(self.output_gram, _OUTPUT_RIDGE))
+        return None if self.output_gram is None else Root.of(add_ridge(self.output_gram, _OUTPUT_RIDGE))
 
     def bias_shift(self, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return what to add to the bias so that the mean output is as it should be (groups, out/groups)."""

@@ -15,12 +15,16 @@ from math import prod
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
 from tenfold.decompositions.covariance import (
     Covariance,
+    Root,
     Sketch,
+    blocks,
     channel_blocks,
+    is_tall,
     preconditioner,
     sandwich,
     solve_spd,
@@ -31,7 +35,7 @@ from tenfold.formats import Factorization, MatrixFormat, Tucker2
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.records import LayerSpec
-from tenfold.tensors import gram, leading_eigenvectors
+from tenfold.tensors import gram, leading_eigenvectors, truncated_svd
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 # For curves few sweeps do: they rank the candidates, and the chosen one is decomposed with care.
@@ -45,7 +49,8 @@ class WhitenedSVD(CovarianceDecomposition):
 
     As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
     eigenvectors U of the output covariance W C Wᵀ as U Uᵀ W, which needs no inverse (the linear PCA of Zhang et al.
-    2015, arXiv 1505.06798). Without a covariance this is the plain SVD. The factors have equal norms.
+    2015, arXiv 1505.06798). Of very many outputs these are singular vectors of W C^½, found on the side of the inputs.
+    Without a covariance this is the plain SVD. The factors have equal norms.
 
     Attributes:
         ridge: added to the covariance, as a share of the mean variance.
@@ -55,14 +60,19 @@ class WhitenedSVD(CovarianceDecomposition):
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors."""
-        matrix = problem.weight.flatten(2)
-        left = leading_eigenvectors(gram_under(matrix, self.regularized(problem)), problem.rank["rank"])
+        matrix, covariance, rank = problem.weight.flatten(2), self.regularized(problem), problem.rank["rank"]
+        if not is_tall(matrix):
+            left = leading_eigenvectors(gram_under(matrix, covariance), rank)
+        else:
+            left = _leading_outputs(matrix, covariance, rank, self.seed)
         value = LowRank(problem.spec, **LowRank.from_matrices(left, left.mT @ matrix, problem.spec))
         return Factors(value.balanced().tensors())
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the tails of the eigenvalues of the output covariance, which are exact."""
-        lost = tails(torch.linalg.eigvalsh(gram_under(problem.kernel.flatten(2), problem.covariance)))
+        matrix, covariance = problem.kernel.flatten(2), problem.covariance
+        square = _seen(matrix, covariance) if is_tall(matrix) else gram_under(matrix, covariance)
+        lost = tails(torch.linalg.eigvalsh(square))
         return lambda ranks: lost[ranks[:, 0]]
 
 
@@ -96,8 +106,14 @@ class WeightedALS(CovarianceDecomposition):
         batch, out, inner, _ = kernel.shape
         one_sided = issubclass(problem.format, MatrixFormat)
         r_out, r_in = (out, min(rank["rank"], inner)) if one_sided else (rank["out"], rank["in"])
-        solved = alternate(Weighted.of(kernel, self.regularized(problem)), r_out, r_in, self)
+        frame, kernel = _framed(kernel)
+        solved = alternate(
+            Weighted.of(kernel, self.regularized(problem).to(kernel)), min(r_out, kernel.shape[1]), r_in, self
+        )
         u, core, v = solved.u, solved.core, solved.v
+        if frame is not None:
+            u, core = _unframed(frame, u, core, None if r_out == out else r_out)
+            v = None if v is None else v.to(frame)
         if one_sided:
             first = torch.eye(inner).to(kernel).expand(batch, -1, -1) if v is None else v.mT
             second = core.reshape(batch, out, -1, *spec.kernel[1:])
@@ -111,7 +127,8 @@ class WeightedALS(CovarianceDecomposition):
 
         At each input rank one input factor is found, from which the errors at all output ranks follow.
         """
-        weighted = Weighted.of(_kernel(problem.kernel, problem.spec, problem.format), problem.covariance)
+        _, kernel = _framed(_kernel(problem.kernel, problem.spec, problem.format))
+        weighted = Weighted.of(kernel, problem.covariance)
         quick, power = self.with_settings(_QUICK), float(weighted.power.sum())
         out, most = weighted.kernel.shape[1:3]
         one_sided = issubclass(problem.format, MatrixFormat)
@@ -128,7 +145,7 @@ class WeightedALS(CovarianceDecomposition):
         known = Memo(errors)
         if one_sided:
             return lambda ranks: interpolated(known, ranks[:, 0])[:, 0]
-        return lambda ranks: interpolated(known, ranks[:, 1])[np.arange(len(ranks)), ranks[:, 0]]
+        return lambda ranks: interpolated(known, ranks[:, 1])[np.arange(len(ranks)), np.minimum(ranks[:, 0], out)]
 
 
 def _kernel(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Tensor:
@@ -139,10 +156,54 @@ def _kernel(weight: Tensor, spec: LayerSpec, format: type[Factorization]) -> Ten
     return weight.reshape(batch, out, inner * spec.kernel[0], prod(spec.kernel[1:]))
 
 
+def _framed(kernel: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return orthonormal columns (batch, out, c·k) and the kernel (batch, c·k, c, k) in their frame, of a tall kernel.
+
+    The outputs of so few inputs span no more, so that the problem stays the same. Of others the kernel itself.
+    """
+    if not is_tall(kernel.flatten(2)):
+        return None, kernel
+    frame, inside = torch.linalg.qr(kernel.flatten(2))
+    return frame, inside.unflatten(2, kernel.shape[2:]).double()
+
+
+def _unframed(frame: Tensor, u: Tensor | None, core: Tensor, r_out: int | None) -> tuple[Tensor | None, Tensor]:
+    """Return U (batch, out, r_out) and core of the outputs themselves, or None and the core where U is left out."""
+    if r_out is None:
+        whole = core if u is None else torch.einsum("bar,brck->back", u, core)
+        return None, torch.einsum("boa,back->bock", frame, whole.to(frame.dtype))
+    outer = frame if u is None else frame @ u.to(frame.dtype)
+    idle = r_out - outer.shape[-1]  # more ranks than the outputs span
+    return functional.pad(outer, (0, idle)), functional.pad(core.to(frame), (0, 0, 0, 0, 0, idle))
+
+
 def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return A C Aᵀ (batch, m, m), exactly symmetric."""
     square = sandwich(matrix, covariance)
     return (square + square.mT) / 2
+
+
+def _seen(matrix: Tensor, covariance: Covariance) -> Tensor:
+    """Return C^½ AᵀA C^½ (batch, n, n) in float64, which has the eigenvalues of A C Aᵀ (batch, m, m)."""
+    root = Root.of(covariance.double() if isinstance(covariance, Tensor) else covariance)
+    square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
+    for rows in blocks(matrix):
+        own = matrix[:, rows].double()
+        square.baddbmm_(own.mT, own)
+    square = root @ (root @ square).mT
+    return (square + square.mT) / 2
+
+
+def _leading_outputs(matrix: Tensor, covariance: Covariance, rank: int, seed: int) -> Tensor:
+    """Return the leading eigenvectors (batch, m, rank) of A C Aᵀ, of a tall A (batch, m, n)."""
+    if isinstance(covariance, Sketch):  # wide as well
+        left = truncated_svd((Root.of(covariance) @ matrix.mT).mT, rank, seed=seed).u
+    else:
+        root = Root.of(covariance.double())
+        left = matrix @ (root @ leading_eigenvectors(_seen(matrix, covariance), rank)).to(matrix.dtype)
+    # Orthonormal, also where outputs without power have left directions that are rounding.
+    basis: Tensor = torch.linalg.qr(left).Q
+    return basis
 
 
 @dataclass(frozen=True, eq=False)

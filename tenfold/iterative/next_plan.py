@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tenfold.allocation import choose
+from tenfold.allocation import choose, rule_of
 from tenfold.allocation.schedule import Schedule, target_of
 from tenfold.decompositions import Moments
 from tenfold.errors import BudgetError, PlanError
 from tenfold.planning import plan_within_latency, recost, tabulate
 from tenfold.planning.decide import clock_for
-from tenfold.planning.eligible import cheap_ends
+from tenfold.planning.eligible import changeable, cheap_ends
 from tenfold.profiling import profile
-from tenfold.records import Budget, LayerPlan, OptionTable, Plan, Profile, Recipe, StageRecord
+from tenfold.records import Budget, LayerPlan, LayerSpec, OptionTable, Plan, Profile, Recipe, StageRecord
 from tenfold.runtime import Runtime
 
 _VISITED = "compressed in this round already"
@@ -153,11 +153,20 @@ class StagePlanner:
         """Return the options of a round, with the limits as its budget."""
         rule = self.schedule.rule_of(number, self.recipe)
         # What is a cheap end of the original is one for good, though its share of the cost grows from stage to stage.
-        wanted = not rule.by_name if self.recipe.keep_ends is None else self.recipe.keep_ends
-        ends = cheap_ends(self.original) if wanted else {}
         recipe = self.recipe.replace(rule=rule.to_dict(), budget=Budget.at_most(limits), keep_ends=False)
         table = tabulate(model, now, recipe, moments=moments, runtime=self.runtime)
-        return table.kept({**ends, **reasons})
+        return table.kept({**self._ends(), **reasons})
+
+    def _ends(self) -> dict[str, str]:
+        """Return the layers that are left alone as cheap ends, with the reasons."""
+        recipe = self.recipe
+        wanted = not rule_of(recipe.rule).by_name if recipe.keep_ends is None else recipe.keep_ends
+        return cheap_ends(self.original) if wanted else {}
+
+    def changeable(self, model: nn.Module, now: Profile) -> dict[str, LayerSpec]:
+        """Return the geometry, by path, of the layers that a stage may change: those that data have to judge."""
+        specs = changeable(model, now, self.recipe.replace(keep_ends=False))
+        return {path: spec for path, spec in specs.items() if path not in self._ends()}
 
     def _few(self, plan: Plan, now: Profile) -> Plan:
         """Return the plan for the layers of one stage only."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from tenfold import __version__
 from tenfold.allocation.schedule import Schedule
-from tenfold.calibration import calibrate, called_layers
+from tenfold.calibration import calibrate
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
 from tenfold.iterative.folder import Run, RunFolder
@@ -230,7 +230,8 @@ class _Run:
         if not self.batches or not wanted.plans:
             return None
         with self.watch("calibrate"):
-            return calibrate(model, self.batches, called_layers(cost), wanted, seed=self.recipe.seed)
+            specs = self.planner.changeable(model, cost)
+            return calibrate(model, self.batches, specs, wanted, seed=self.recipe.seed)
 
     def _last(self, now: _Now, cost: Profile, index: int) -> tuple[Stage, RunRecord] | None:
         """Return the stage that only trains, if there is to be one."""

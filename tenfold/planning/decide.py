@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from tenfold.allocation import choose, limits_latency
-from tenfold.calibration import calibrate, called_layers
+from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
+from tenfold.planning.eligible import changeable
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile
-from tenfold.records import OptionTable, Plan, Profile, Recipe
+from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, open_layers, opened
 from tenfold.tensors import normal_tensors
@@ -100,7 +101,7 @@ def decide(
     decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, seconds=seconds)
     if data is not None and wanted.calibration.method != "none":
         with runtime.step("calibrate", seconds):
-            decision = _calibrated(decision, data)
+            decision = _calibrated(decision, data, given or wanted, runtime)
     moments = decision.moments
     with runtime.step("plan", seconds):
         if given is not None:
@@ -133,13 +134,19 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
     return twin
 
 
-def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
-    """Return the decision with batches, and what they say of the layers where they are to decide anything."""
-    recipe, wanted = decision.recipe, decision.recipe.calibration
-    batches = gathered(data, device_of(decision.source, decision.inputs))
-    if not wanted.plans:
+def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, runtime: Runtime) -> Decision:
+    """Return the decision with batches, and what they say of the layers that may change, where they are to decide."""
+    recipe, source = decision.recipe, decision.source
+    batches = gathered(data, device_of(source, decision.inputs))
+    if not recipe.calibration.plans:
         return replace(decision, batches=batches)
-    moments = calibrate(decision.source, batches, called_layers(decision.profile), wanted, seed=recipe.seed)
+    specs = changeable(source, decision.profile, wanted)
+    cache = parse_size(runtime.max_cache) if recipe.calibration.method == "sequential" else 0
+
+    def say(needs: Needs) -> None:
+        runtime.report("calibrate", note=needs.in_words(cache))
+
+    moments = calibrate(source, batches, specs, recipe.calibration, seed=recipe.seed, before=say)
     return replace(decision, batches=batches, moments=moments)
 
 

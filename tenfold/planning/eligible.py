@@ -10,18 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tenfold.allocation import rule_of
+from tenfold.calibration import called_layers
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
-from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Profile
+from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Plan, Profile, Recipe
 from tenfold.surgery import find
 
 Ints = NDArray[np.int64]
 
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
+_UNNAMED = "no rank was given for this layer"
 _UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
 
 
@@ -62,37 +65,44 @@ class EligibleLayer:
 
 
 def kept_reasons(
-    model: nn.Module,
-    profile: Profile,
-    formats: Sequence[str],
-    *,
-    keep: Sequence[str] = (),
-    keep_ends: bool = True,
-    moments: Mapping[str, Moments] | None = None,
+    model: nn.Module, profile: Profile, recipe: Recipe, moments: Mapping[str, Moments] | None = None
 ) -> dict[str, str]:
-    """Return for the path of every layer why no rule may touch it, or an empty string.
+    """Return for the path of every layer why a recipe must not touch it, or an empty string.
 
     Args:
         model: that was profiled.
         profile: what ``profile`` said of it.
-        formats: names of the formats that layers may get.
-        keep: layers to leave alone, as paths, globs or ``re:`` expressions.
-        keep_ends: leave a cheap first and last layer alone.
+        recipe: formats, layers to keep, and the rule.
         moments: of the inputs of the layers; those without are kept.
 
     Raises:
         UnknownNameError: a format or a pattern that names nothing.
     """
+    rule, formats, keep = rule_of(recipe.rule), recipe.formats, recipe.keep
     for name in formats:
         FORMATS.get(name)
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
     for layer in profile.layers:
         find(model, layer.path)  # the profile is that of this model
+    keep_ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
     ends = cheap_ends(profile) if keep_ends else {}
     kept = {layer.path: reason_to_keep(model, layer, formats, keep, ends) for layer in profile.layers}
+    if rule.patterns:
+        free = [path for path in kept if not kept[path]]
+        check_patterns(rule.patterns, free)
+        kept |= {path: _UNNAMED for path in free if first_match(rule.patterns, path) is None}
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
     return kept
+
+
+def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dict[str, LayerSpec]:
+    """Return the geometry, by path, of the layers that a recipe or a plan may change: those that data have to judge."""
+    specs = called_layers(profile)
+    if isinstance(wanted, Plan):
+        return {layer.path: specs[layer.path] for layer in wanted.factorized if layer.path in specs}
+    kept = kept_reasons(model, profile, wanted)
+    return {path: spec for path, spec in specs.items() if not kept[path]}
 
 
 def cheap_ends(profile: Profile) -> dict[str, str]:

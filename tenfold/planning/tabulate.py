@@ -17,7 +17,6 @@ from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.layers import is_quantized
-from tenfold.patterns import check_patterns
 from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
 from tenfold.planning.error_curves import BY_DATA, Curve
 from tenfold.planning.error_curves import BY_WEIGHT as WEIGHT_ERRORS
@@ -74,14 +73,12 @@ def tabulate(
     """
     recipe, runtime = Recipe.of(recipe), runtime or Runtime()
     rule = rule_of(recipe.rule)
-    ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
-    kept = kept_reasons(model, profile, recipe.formats, keep=recipe.keep, keep_ends=ends, moments=moments)
+    kept = kept_reasons(model, profile, recipe, moments)
     layers = [
         eligible_layer(model, layer, recipe.formats, None if moments is None else moments[layer.path])
         for layer in profile.layers
         if not kept[layer.path]
     ]
-    check_patterns(rule.patterns, [layer.path for layer in layers])
     if len({layer.moments.output_gram is None for layer in layers if layer.moments is not None}) > 1:
         msg = "some moments have output Gram matrices and some do not: their distortions are not on one scale"
         raise PlanError(msg)

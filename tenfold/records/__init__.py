@@ -25,6 +25,7 @@ from tenfold.records.sensitivity_table import (
     TradeOff,
     TradeOffPoint,
 )
+from tenfold.records.sizes import parse_size
 from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
@@ -80,6 +81,7 @@ __all__ = [
     "chain_params",
     "explain",
     "locked",
+    "parse_size",
     "read_json",
     "write_text",
 ]

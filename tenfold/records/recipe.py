@@ -39,7 +39,7 @@ class Calibration(Record):
             ignores the data.
         positions: output positions of a convolution that are read from each map and batch; None for all.
         draws: random projections of the outputs for each batch, from which output Gram matrices are estimated.
-        max_width: inputs wider than this are sketched; None for the default of ``tenfold.calibrate``.
+        max_width: statistics of more inputs or outputs than this are sketched; None for 8,192 inputs and 1,024 outputs.
     """
 
     method: Method = "sequential"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.moment_sums import MomentSums
 from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
+from tenfold.decompositions.covariance import Covariance
 from tenfold.errors import CalibrationWarning, DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
@@ -42,6 +43,7 @@ class SequentialFit:
         correct_shortcuts: let layers at the end of a residual branch make up for their shortcuts.
         seed: of the draw of positions.
         max_width: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
+        max_cache: bytes of activations that are held of each of the two models; beyond that they are computed again.
         forward: runs the model on one batch; ``call_model`` by default.
     """
 
@@ -50,6 +52,7 @@ class SequentialFit:
     correct_shortcuts: bool = True
     seed: int = 0
     max_width: int | None = None
+    max_cache: int = 4 << 30
     forward: Forward | None = None
 
 
@@ -60,7 +63,7 @@ def apply_sequentially(
     batches: Sequence[Any],
     *,
     target: nn.Module | None = None,
-    output_grams: Mapping[str, Tensor] | None = None,
+    output_grams: Mapping[str, Covariance] | None = None,
     config: SequentialFit | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -108,8 +111,8 @@ def apply_sequentially(
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if target is None else open_layers(target, plan.unrolled)
     new = _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config)
-    dense = Replay(original, batches, forward=config.forward, changing=False, seed=config.seed)
-    changing = Replay(new, batches, forward=config.forward, like=dense)
+    dense = Replay(original, batches, forward=config.forward, limit=config.max_cache, changing=False, seed=config.seed)
+    changing = Replay(new, batches, forward=config.forward, limit=config.max_cache, like=dense)
     fitting = _Fitting(model, plan, new, dense, changing, batches, output_grams or {}, config)
     wanted = [layer for layer in plan.factorized if layer not in blind]
     for done, layer in enumerate(sorted(wanted, key=lambda layer: changing.start(layer.path))):
@@ -143,7 +146,7 @@ class _Fitting:
     dense: Replay
     changing: Replay
     batches: Sequence[Any]
-    output_grams: Mapping[str, Tensor]
+    output_grams: Mapping[str, Covariance]
     config: SequentialFit
     alone: dict[str, str] = field(default_factory=dict)
 
@@ -193,6 +196,7 @@ class _Fitting:
             drawn = config.seed * 1_000_003 + number * 1009 + i
             mask = token_mask(self.batches[place], self.source)
             sums.add(x, spec, wanted, positions=config.positions, seed=drawn, mask=mask)
+        del x, y, wanted  # as large as all that the layer takes and puts out
         return sums.moments(path)
 
     def _fit_alone(self, layer: LayerPlan, why: str) -> None:
@@ -232,7 +236,7 @@ def _dense_moments(
 
 
 def _with_looked_up(
-    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Tensor], config: SequentialFit
+    model: nn.Module, plan: Plan, batches: Sequence[Any], outputs: Mapping[str, Covariance], config: SequentialFit
 ) -> nn.Module:
     """Return a new model with the embeddings of the plan in place, each row fitted as it is asked for."""
     specs = {layer.path: factorizable_spec(find(model, layer.path), layer.path) for layer in plan.layers}

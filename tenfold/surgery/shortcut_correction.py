@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tenfold.decompositions import Sketch
 from tenfold.records import LayerSpec
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.replay import Replay
@@ -29,11 +30,11 @@ class Branch:
     last: str
     scale: Tensor | None = None
 
-    def importance(self, spec: LayerSpec) -> Tensor | None:
+    def importance(self, spec: LayerSpec) -> Sketch | None:
         """Return how output errors of the layer weigh in the sum, as ``Moments.output_gram``; None if all are equal."""
         if self.scale is None or len(self.scale) != spec.out_channels:
             return None
-        return torch.diag_embed(self.scale.double().square().view(spec.groups, -1))
+        return Sketch.diagonal_of(self.scale.double().square().view(spec.groups, -1))
 
     def correction(self, lost: Tensor) -> Tensor:
         """Return what to add to the layer's outputs so that ``lost`` is added to the sum; 0 in dead channels."""

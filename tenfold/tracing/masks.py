@@ -55,12 +55,18 @@ def real_tokens(values: Tensor, mask: Tensor | None, *, features: bool = True) -
         mask: see ``token_mask``; one for all samples has a batch of 1.
         features: whether the values have an axis of features.
     """
+    real = real_places(values, mask, features=features)
+    return values if real is None else values[real]
+
+
+def real_places(values: Tensor, mask: Tensor | None, *, features: bool = True) -> Tensor | None:
+    """Return a mask over the first two axes of values, true at real tokens; None where all count."""
     if mask is None or values.dim() != 2 + features:
-        return values
+        return None
     for real in (mask, mask.expand(values.shape[0], -1) if len(mask) == 1 else mask, mask.t()):
         if values.shape[:2] == real.shape:
-            return values[real.to(values.device)]
-    return values
+            return real.to(values.device)
+    return None
 
 
 def _by_name(inputs: Any, model: nn.Module | None) -> dict[str, Any]:

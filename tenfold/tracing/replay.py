@@ -434,9 +434,10 @@ class Replay:
         return copied
 
     def _holds(self, path: str) -> bool:
-        """Whether the output of a layer is kept once it was read."""
-        readable = all(path in way.readers for way in self.ways if path in way.trace.spans)
-        return not self._changing and readable and path not in self._draws
+        """Whether the output of a layer is kept once it was read: not that of the last layer, which nothing follows."""
+        ways = [way for way in self.ways if path in way.trace.spans]
+        readable = not self._changing and path not in self._draws and all(path in way.readers for way in ways)
+        return readable and any(max(way.trace.spans.values())[0] > way.trace.spans[path][1] for way in ways)
 
     def _keep_read(self, path: str, number: int, output: Tensor) -> None:
         if self._holds(path):

@@ -171,6 +171,15 @@ def test_what_cannot_be_taught_together(tenfold: Run, tiny: str) -> None:
     assert list(Path().iterdir()) == []
 
 
+def test_the_cache_of_activations_has_a_bound_that_changes_nothing(tenfold: Run, tiny: str) -> None:
+    args = ("compress", "--task", tiny, "--budget", "macs=0.6", "--calibration-samples", "64", *QUICK)
+    assert tenfold(*args, "--max-cache", "much").is_error("cannot read the size 'much'", "512MiB")
+    assert not Path("one").exists()
+    for out, size in (("one", "4GiB"), ("other", "1kB")):
+        assert tenfold(*args, "--max-cache", size, "--out", out).code == 0
+    assert Plan.load("one/plan.yaml") == Plan.load("other/plan.yaml")
+
+
 def test_a_checkpoint_of_a_task_with_code_of_its_own_does_not_run_it(tenfold: Run, tiny: str) -> None:
     assert tenfold("compress", "--task", tiny, "--rank", "3=8", *QUICK).code == 0
     assert tenfold("eval", "--checkpoint", "out").is_error("--task", "tiny_task.py")

@@ -87,6 +87,7 @@ def run(
         workers=machine.workers(opened),
         measure=work.latency,
         latency_inputs=opened.inputs(work.latency_batch_size),
+        max_cache=recover.max_cache,
         on_event=terminal.on_event,
     )
     decision = decide(opened.model, opened.inputs(), wanted, data=data, runtime=runtime)

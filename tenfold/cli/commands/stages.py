@@ -88,7 +88,10 @@ def run(
             data=data,
             evaluate=recover.evaluator(opened),
             runtime=Runtime(
-                folder=folder, identity=f"{opened.name} {teaching or ''}".strip(), on_event=terminal.on_event
+                folder=folder,
+                identity=f"{opened.name} {teaching or ''}".strip(),
+                max_cache=recover.max_cache,
+                on_event=terminal.on_event,
             ),
         )
     except KeyboardInterrupt:

@@ -1,0 +1,145 @@
+"""Batches in parts that are small enough to differentiate, where the samples of a batch do not depend on each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.tracing.contexts import device_of, same_random_numbers
+from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
+
+logger = logging.getLogger("tenfold")
+
+Forward = Callable[[nn.Module, Any], Any]
+
+# What one part may hold for its backward pass. Larger parts are hardly faster.
+PART_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Split:
+    """How batches are differentiated, and what that takes.
+
+    Attributes:
+        rows: samples at a time; None for whole batches.
+        held: bytes that these hold between forward and backward.
+        made: bytes of what the modules without children put out for a sample.
+    """
+
+    rows: int | None = None
+    held: int = 0
+    made: int = 0
+
+
+def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
+    """Return how to differentiate batches like this one.
+
+    A batch is split where one sample alone shows that all would hold more than ``PART_BYTES``, and where the first and
+    the last part give the outputs of the whole: of tensors with another first axis than the batch they do not.
+
+    Args:
+        model: whose graph is recorded: its layers are watched already.
+        batch: inputs as ``forward`` takes them.
+        forward: runs the model on a batch.
+    """
+    size = _common_axis(batch)
+    with same_random_numbers(device_of(model, batch)):
+        try:
+            each, made = memory_of(model, next(parts_of(batch, 1)), forward)
+            rows = max(1, PART_BYTES // max(each, 1))
+            if size is not None and (rows >= size or _independent(model, batch, forward, rows)):
+                return Split(None, size * each, made) if rows >= size else Split(rows, rows * each, made)
+        except Exception:
+            logger.debug("batches are differentiated whole", exc_info=True)
+        held, made = memory_of(model, batch, forward)
+        return Split(None, held, made // (batch_size_of(batch) or 1))
+
+
+def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
+    """Iterate over a batch some rows at a time; over the batch itself if None, or if its tensors differ in number.
+
+    Example:
+        >>> [part["x"].shape[0] for part in parts_of({"x": torch.zeros(5, 2)}, 2)]
+        [2, 2, 1]
+    """
+    size = _common_axis(batch)
+    if rows is None or size is None or size <= rows:
+        yield batch
+        return
+    for start in range(0, size, rows):
+        yield _part(batch, slice(start, start + rows))
+
+
+def memory_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[int, int]:
+    """Return the bytes that a forward holds for its backward pass, and those that all modules without children return.
+
+    Parameters and buffers are not counted.
+    """
+    own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
+    held: dict[int, int] = {}
+    made: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        made.extend(tensor.nbytes for tensor in tensors_in(output))
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule):
+                stack.enter_context(module.register_forward_hook(leave))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        outputs = forward(model, batch)
+    for tensor in tensors_in(outputs):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values()), sum(made)
+
+
+def _common_axis(batch: Any) -> int | None:
+    """Return the length of the first axis, where all tensors of a batch share it and nothing else is as long."""
+    args, kwargs = arguments(batch)
+    if not all(isinstance(value, Tensor | None | bool) for value in (*args, *kwargs.values())):
+        return None
+    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in((args, kwargs))}
+    return batch_size_of(batch) if len(sizes) == 1 and 0 not in sizes else None
+
+
+def _independent(model: nn.Module, batch: Any, forward: Forward, rows: int) -> bool:
+    """Whether the first and the last part of a batch have the outputs that the whole has there."""
+    size = batch_size_of(batch) or 0
+    parts = [(0, min(rows, size)), (size - rows, size)]
+    with torch.no_grad():
+        whole = _floats(forward(model, batch))
+        for start, end in parts:
+            found, where = _floats(forward(model, _part(batch, slice(start, end)))), slice(start, end)
+            if len(found) != len(whole) or not all(map(_is_part, found, whole, repeat(where))):
+                return False
+    return bool(whole)
+
+
+def _part(batch: Any, where: slice) -> Any:
+    return map_tensors(batch, lambda tensor: tensor[where])
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+
+
+def _is_part(part: Tensor, whole: Tensor, where: slice) -> bool:
+    wanted = whole[where] if whole.dim() else whole
+    if wanted.shape != part.shape or not whole.dim():
+        return False
+    close = torch.finfo(part.dtype).eps ** 0.5 * wanted.abs().max().clamp_min(torch.finfo(part.dtype).tiny)
+    return bool(((part - wanted).abs() <= close).all())

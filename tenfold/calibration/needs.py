@@ -1,0 +1,77 @@
+"""What calibration and the fits after it will take of memory, said before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from tenfold.calibration.gradients import output_sketch_rows
+from tenfold.calibration.moment_sums import moment_bytes
+from tenfold.records import LayerSpec
+
+# While a product is added to a sum, or a covariance is made of one, there are so many more matrices of its size.
+_AT_WORK = 3
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Needs:
+    """An upper estimate in bytes.
+
+    Attributes:
+        statistics: what is held of each layer until all are fitted, by path.
+        work: of the layer that takes the most while it is fitted: its statistics in several forms, its weights in
+            float64.
+        gradients: activations that one forward holds for its backward pass.
+        activations: of all batches in one model, if none were computed again.
+    """
+
+    statistics: Mapping[str, int] = field(repr=False)
+    work: int
+    gradients: int
+    activations: int
+
+    @classmethod
+    def of(cls, specs: Mapping[str, LayerSpec], widest: int | None, gradients: int, activations: int) -> Needs:
+        """Return what these layers take; see ``moment_bytes`` for ``widest``."""
+        held = {path: statistics_bytes(spec, widest) for path, spec in specs.items()}
+        weights = {path: 8 * prod(spec.group_shape) for path, spec in specs.items()}
+        work = max((_AT_WORK * (held[path] + weights[path]) for path in specs), default=0)
+        return cls(held, work, gradients, activations)
+
+    def in_words(self, cache: int) -> str:
+        """Return it as one line, with ``cache`` bytes of activations that fits may hold of each of two models."""
+        largest = sorted(self.statistics, key=lambda path: -self.statistics[path])[:_SHOWN]
+        shown = ", ".join(f"{path} {_size(self.statistics[path])}" for path in largest)
+        held, cached = sum(self.statistics.values()), 2 * min(cache, self.activations)
+        most = held + max(self.gradients, self.work + cached)
+        parts = [
+            f"statistics of {len(self.statistics)} layers {_size(held)} ({shown})",
+            f"the backward pass {_size(self.gradients)}",
+            f"fits {_size(self.work)}",
+            f"activations {_size(cached)}",
+        ]
+        return f"calibration takes up to {_size(most)} beside the model: {', '.join(parts)}"
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def statistics_bytes(spec: LayerSpec, widest: int | None = None) -> int:
+    """Return an upper bound on the bytes that a layer's moments and its output Gram matrix take.
+
+    Example:
+        >>> statistics_bytes(LayerSpec(kind="linear", in_channels=100, out_channels=10))
+        81600
+        >>> statistics_bytes(LayerSpec(kind="linear", in_channels=768, out_channels=50257)) // 2**20  # MiB
+        53
+    """
+    groups, outputs = spec.group_shape[:2]
+    rows = output_sketch_rows(spec, widest)
+    if rows is None:
+        gram = 8 * groups * outputs * outputs
+    else:
+        gram = groups * (8 * (rows + 2) * outputs) + 4 * rows * outputs
+    return moment_bytes({"": spec}, widest=widest) + gram

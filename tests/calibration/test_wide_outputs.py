@@ -1,0 +1,131 @@
+"""Layers of very many outputs, and those that no gradient reaches: what is known of them, and what it takes."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenfold.calibration import calibrate
+from tenfold.calibration.collect import measurable
+from tenfold.calibration.gradients import collect_gradients
+from tenfold.calibration.needs import statistics_bytes
+from tenfold.decompositions import Sketch
+from tenfold.errors import CalibrationWarning
+from tenfold.pipeline import compress
+from tenfold.runtime import Event, Runtime
+
+few_rows = pytest.mark.filterwarnings("ignore:.*saw fewer rows:tenfold.errors.CalibrationWarning")
+
+
+def dense(gram: Tensor | Sketch) -> Tensor:
+    return gram.dense() if isinstance(gram, Sketch) else gram
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(6, 20), nn.Linear(20, 3)), (300, 6)),
+        (nn.Sequential(nn.Conv1d(4, 40, 3, groups=2), nn.Flatten(), nn.Linear(40, 2)), (300, 4, 3)),
+    ],
+    ids=["linear", "grouped"],
+)
+def test_a_sketch_with_a_row_for_every_direction_is_the_matrix(model: nn.Module, shape: tuple[int, ...]) -> None:
+    specs, x = {"0": measurable(model)["0"]}, torch.randn(shape)
+    collect = partial(collect_gradients, model, [x[:100], x[100:]], specs)
+    wanted, found = collect()["0"], collect(widest=8)["0"]
+    assert isinstance(wanted, Tensor)
+    assert isinstance(found, Sketch)
+    assert found.rows.shape[1] < wanted.shape[-1] / 2
+    torch.testing.assert_close(dense(found), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_the_diagonal_of_a_sketch_is_exact_and_what_it_adds_is_never_too_much() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 60)), torch.randn(500, 16)  # its gradients have full rank
+    wanted, found = (collect_gradients(model, [x], measurable(model), widest=w)["0"] for w in (None, 20))
+    assert isinstance(found, Sketch)
+    torch.testing.assert_close(found.diagonal(), dense(wanted).diagonal(dim1=-2, dim2=-1), rtol=1e-5, atol=0)
+    lacking = dense(wanted)[0] - found.rows[0].mT @ found.rows[0]
+    assert float(torch.linalg.eigvalsh(lacking)[0]) > -1e-4 * float(found.diagonal().max())
+
+
+@few_rows
+def test_nothing_of_a_vocabulary_is_squared() -> None:
+    model = nn.Sequential(nn.Embedding(20_000, 8), nn.Linear(8, 20_000), nn.ReLU(), nn.Linear(20_000, 10))
+    known = calibrate(model.eval(), [torch.randint(0, 20_000, (4, 8))])
+    for path, own in known.items():
+        held = (
+            [own.mean, *own.input_second_moment.tensors().values()]
+            if isinstance(own.input_second_moment, Sketch)
+            else []
+        )
+        gram = own.output_gram
+        held += [] if not isinstance(gram, Sketch) else list(gram.tensors().values())
+        assert sum(t.numel() * t.element_size() for t in held) <= statistics_bytes(measurable(model)[path]) < 1 << 30
+    assert isinstance(known["1"].output_gram, Sketch)
+    assert isinstance(known["3"].output_gram, Tensor)
+
+
+class Branches(nn.Module):
+    """Two layers on the way to the outputs, one that runs without gradients, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.blind, self.idle = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = self.blind(x)
+        self.idle(x)
+        return self.b(torch.relu(self.a(x))) + seen
+
+
+def test_layers_that_no_gradient_reaches_leave_the_others_as_they_are() -> None:
+    model, batches = Branches().eval(), [torch.randn(100, 6) for _ in range(3)]
+    specs = measurable(model)
+    with pytest.warns(CalibrationWarning, match=r"no gradient .* 2 of 4 layers \(blind, idle\)"):
+        known = calibrate(model, batches, specs)
+    alone = calibrate(model, batches, {path: specs[path] for path in ("a", "b")})
+    for path in ("a", "b"):
+        torch.testing.assert_close(known[path].output_gram, alone[path].output_gram)
+    cost = {}
+    for path, own in known.items():
+        weight = model.get_submodule(path).weight.detach().double()[None]
+        cost[path] = own.distortion(weight, torch.zeros_like(weight))
+    assert cost["blind"] == pytest.approx(max(cost["a"], cost["b"]))
+    assert cost["idle"] == pytest.approx(cost["blind"])
+
+
+def test_a_model_without_trainable_parameters_is_measured_like_any_other() -> None:
+    model, batches = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), [torch.randn(50, 6)]
+    wanted = calibrate(model, batches)
+    found = calibrate(model.requires_grad_(requires_grad=False), batches)
+    for path in wanted:
+        torch.testing.assert_close(found[path].output_gram, wanted[path].output_gram)
+
+
+def test_what_it_takes_is_said_before_and_is_enough(caplog: pytest.LogCaptureFixture) -> None:
+    model, events = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8)), []
+
+    def keep(event: Event) -> None:
+        events.append(event)
+
+    with caplog.at_level(logging.INFO, logger="tenfold"):
+        compress(
+            model.eval(),
+            torch.zeros(1, 64),
+            {"budget": {"macs": 0.7}, "keep_ends": False},
+            data=[torch.randn(500, 64)],
+            runtime=Runtime(measure=False, max_cache="1MiB", on_event=keep),
+        )
+    (note,) = [event.note for event in events if event.note]
+    assert note in caplog.messages
+    assert "3 layers" in note
+    assert "activations 1.3 MiB" in note
+    known = calibrate(model, [torch.randn(500, 64)])
+    for path, own in known.items():
+        held = sum(t.numel() * 8 for t in vars(own).values() if isinstance(t, Tensor))
+        assert 0.9 < held / statistics_bytes(measurable(model)[path]) <= 1
