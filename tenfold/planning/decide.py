@@ -25,7 +25,7 @@ from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
-from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
 from tenfold.tracing import device_of, gathered
 
 
@@ -36,8 +36,8 @@ class Decision:
     Attributes:
         recipe: what is wanted.
         plan: what is to happen to every layer.
-        source: the model to carry it out on: that which was given, its recurrent networks unrolled where the plan
-            factorizes their matrices.
+        source: the model to carry it out on: that which was given, its recurrent networks unrolled and its
+            experts unstacked where the plan factorizes their matrices.
         profile: of the source.
         inputs: example inputs.
         latency_inputs: what latencies are measured on.
@@ -90,7 +90,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    source = unroll_for_plan(model, wanted) if given is None else unroll_rnns(model, given.unrolled)
+    source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
@@ -107,8 +107,8 @@ def decide(
             table = tabulate(source, cost, wanted, moments=moments, scores=made, runtime=runtime)
             decision = _chosen(replace(decision, table=table), runtime)
         plan = refuse_unused(decision.plan, model)
-        if plan.unrolled != unrolled_rnns(source):
-            source = unroll_rnns(model, plan.unrolled)
+        if plan.unrolled != separated(source):
+            source = separate(model, plan.unrolled)
             cost = profile(source, example_inputs)
     return replace(decision, plan=plan, source=source, profile=cost)
 

@@ -1,53 +1,63 @@
-"""Unroll recurrent networks for planning, and leave those fused that a plan does not touch."""
+"""Make layers of matrices that modules hold together, for planning, and leave those modules that a plan does not touch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from tenfold.allocation import limits_latency
 from tenfold.patterns import first_match
 from tenfold.records import Cost, LayerPlan, Plan, Recipe
-from tenfold.surgery import fused_rnns, unroll_rnns, unrolled_rnns
+from tenfold.surgery import find, fused_rnns, separate, separated, stacks
 
 
-def unroll_for_plan(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Return the model with its recurrent networks unrolled, on a copy, so that a plan reaches their matrices.
+def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any) -> nn.Module:
+    """Return the model with recurrent networks unrolled and experts unstacked, on a copy: plans reach their matrices.
 
-    The model itself where there are none. Those that ``recipe.keep`` names as a whole stay fused, and all do under a
-    budget of latency: an unrolled network runs its recurrence in Python, step by step, which torch's own does not.
+    The model itself where there are none. Those that ``recipe.keep`` names as a whole stay as they are, and all do
+    under a budget of latency: what becomes of them runs in Python, step by step and expert by expert.
     """
     if limits_latency(recipe):
         return model
-    return unroll_rnns(model, [path for path in fused_rnns(model) if first_match(recipe.keep, path) is None])
+    found = fused_rnns(model) | stacks(model, inputs)
+    return separate(model, {path: kind for path, kind in found.items() if first_match(recipe.keep, path) is None})
 
 
 def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan with networks left fused that were unrolled for it and of which it factorizes nothing.
+    """Return the plan with those modules left whole of which it factorizes nothing.
 
     Each of these becomes one line, with the reasons of its layers.
 
     Args:
-        plan: made for the unrolled model.
-        model: the one that was given: what is unrolled there already stays so.
+        plan: made for the model with such modules taken apart.
+        model: the one that was given: what is taken apart there already stays so.
     """
+    whole = separated(model)
     for path, kind in plan.unrolled.items():
-        inside = f"{path}.cells." if path else "cells."
+        inside = tuple(f"{path}.{name}.".lstrip(".") for name in _parts(kind))
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
-        if path in unrolled_rnns(model) or any(layer.format for layer in layers):
+        if path in whole or any(layer.format for layer in layers):
             continue
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
-        whole = LayerPlan(
+        own = [layer for layer in plan.layers if layer.path == path]  # what it holds besides, such as biases
+        line = LayerPlan(
             path=path,
-            kind=kind,
+            kind=type(find(model, path)).__name__,
             action="keep",
-            reason=f"left fused, since none of its {len(layers)} matrices is factorized: {reasons}",
-            before=sum((layer.before for layer in layers), Cost()),
-            after=sum((layer.after for layer in layers), Cost()),
+            reason=f"left whole, since none of its {len(layers)} matrices is factorized: {reasons}",
+            before=sum((layer.before for layer in (*own, *layers)), Cost()),
+            after=sum((layer.after for layer in (*own, *layers)), Cost()),
         )
         kept = list(plan.layers)
-        kept[kept.index(layers[0]) : kept.index(layers[0])] = [whole]
+        kept[kept.index(layers[0]) : kept.index(layers[0])] = [line]
         plan = plan.replace(
-            layers=tuple(layer for layer in kept if layer not in layers),
+            layers=tuple(layer for layer in kept if layer not in layers and layer not in own),
             unrolled={p: k for p, k in plan.unrolled.items() if p != path},
         )
     return plan
+
+
+def _parts(kind: str) -> list[str]:
+    """Return the names of the modules in which the matrices lie: see ``Plan.unrolled``."""
+    return ["cells"] if kind in ("GRU", "LSTM") else [name.removesuffix(".T") for name in kind.split(", ")]

@@ -5,6 +5,7 @@ from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.separate import separate, separate_, separated
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
     fuse_rnns_,
@@ -13,6 +14,7 @@ from tenfold.surgery.unroll_rnn import (
     unroll_rnns_,
     unrolled_rnns,
 )
+from tenfold.surgery.unstack import stacks, unstack_, unstacked
 
 __all__ = [
     "FusedNorm",
@@ -36,8 +38,14 @@ __all__ = [
     "put",
     "reestimate_batchnorm_",
     "restructure_",
+    "separate",
+    "separate_",
+    "separated",
+    "stacks",
     "unroll_rnns",
     "unroll_rnns_",
     "unrolled_rnns",
+    "unstack_",
+    "unstacked",
     "with_errors",
 ]

@@ -25,7 +25,7 @@ from tenfold.surgery.replacement import (
     refuse_tied,
     trainable,
 )
-from tenfold.surgery.unroll_rnn import unroll_rnns_
+from tenfold.surgery.separate import separate_
 
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
@@ -55,7 +55,7 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    copied = unroll_rnns_(copy.deepcopy(model), plan.unrolled)
+    copied = separate_(copy.deepcopy(model), plan.unrolled)
     return apply_(copied, plan, moments=moments, progress=progress, workers=workers)
 
 
@@ -69,7 +69,7 @@ def apply_(
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
 
-    Recurrent networks that the plan has opened are to be open: see ``unroll_rnns_``.
+    What the plan names in ``unrolled`` is to be so already: see ``separate_``.
     """
     wanted = plan.factorized
     for layer in plan.layers:
@@ -94,7 +94,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = unroll_rnns_(model, plan.unrolled)
+    model = separate_(model, plan.unrolled)
     fuse_pairs_(model, plan.fused)
     for layer in plan.layers:
         if layer.format is None:

@@ -19,8 +19,8 @@ from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
+from tenfold.surgery.separate import separate
 from tenfold.surgery.shortcut_correction import branch_of, targets
-from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
 from tenfold.tracing.replay import Forward, Replay
 
@@ -92,10 +92,10 @@ def apply_sequentially(
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
     config = config or SequentialFit()
-    model = unroll_rnns(model, plan.unrolled)
+    model = separate(model, plan.unrolled)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if target is None else unroll_rnns(target, plan.unrolled)
+    original = model if target is None else separate(target, plan.unrolled)
     dense, new = (
         Replay(original, batches, forward=config.forward, changing=False),
         _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config.forward),
