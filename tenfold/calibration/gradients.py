@@ -74,6 +74,7 @@ class GradientSums:
     ) -> None:
         self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
         self._sums: dict[str, Tensor] = {}
+        self._ran: set[str] = set()
         self._starts: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
@@ -107,7 +108,7 @@ class GradientSums:
         Raises:
             DataError: no batches, or a layer that no gradient reached.
         """
-        missing = [path for path in self._specs if path not in self._sums]
+        missing = sorted(self._ran - self._sums.keys())
         if self._samples == 0 or missing:
             what = f"no gradient reaches {', '.join(missing[:3])}" if self._samples else "there are no batches"
             msg = f"cannot estimate how errors of layers affect the outputs: {what}"
@@ -124,6 +125,7 @@ class GradientSums:
             self._sums[path] = self._sums[path] + square if path in self._sums else square
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            self._ran.add(path)
             # The graph starts at the outputs of the first layers; without trainable parameters only at embeddings.
             starts = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
             if starts and not output.requires_grad:

@@ -15,6 +15,7 @@ from tenfold.errors import PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
+from tenfold.profiling.profile import NOT_REACHED
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Profile
 from tenfold.surgery import find
 
@@ -22,7 +23,7 @@ Ints = NDArray[np.int64]
 
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
-_UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
+_UNSEEN = "none of the calibration data reaches it, by which a plan has to judge it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,11 @@ def kept_reasons(
     for layer in profile.layers:
         find(model, layer.path)  # the profile is that of this model
     ends = cheap_ends(profile) if keep_ends else {}
-    kept = {layer.path: reason_to_keep(model, layer, formats, keep, ends) for layer in profile.layers}
+    known = moments or {}
+    kept = {
+        layer.path: reason_to_keep(model, layer, formats, keep, ends, measured=layer.path in known)
+        for layer in profile.layers
+    }
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
     return kept
@@ -112,6 +117,8 @@ def reason_to_keep(
     formats: Sequence[str],
     keep: Sequence[str] = (),
     ends: Mapping[str, str] | None = None,
+    *,
+    measured: bool = False,
 ) -> str:
     """Return why no rule may touch the layer, or an empty string.
 
@@ -121,12 +128,13 @@ def reason_to_keep(
         formats: that it may get.
         keep: layers to leave alone, as paths, globs or ``re:`` expressions.
         ends: further layers to leave alone, by path, with the reasons.
+        measured: whether data reach it, though the example inputs may not.
     """
     pattern = first_match(keep, layer.path, layer.aliases)
     if pattern is not None:
         return f"kept as asked by {pattern!r}"
-    if layer.spec is None or layer.tied or layer.read or not layer.calls:
-        return layer.note or "not called by the forward"
+    if layer.spec is None or layer.tied or layer.read:
+        return layer.note
     if ends and layer.path in ends:
         return ends[layer.path]
     refusals = {name: FORMATS.get(name).unsupported_reason(layer.spec) for name in formats}
@@ -138,7 +146,7 @@ def reason_to_keep(
         raise PlanError(msg)
     if not torch.isfinite(weight).all():
         return "the weight has NaN or infinite entries: repair the model first"
-    return ""
+    return "" if measured or layer.reached else NOT_REACHED
 
 
 def eligible_layer(
