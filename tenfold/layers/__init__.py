@@ -4,7 +4,7 @@ from tenfold.layers.dense_layers import dense_weight, own_layout, spec_of
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
-from tenfold.layers.stacked import Stack, StackedLinear
+from tenfold.layers.stacked import Stack, StackedLinear, stacked_parameters
 from tenfold.layers.sublayers import Contract, build
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
 from tenfold.layers.tt_linear import TTLinear
@@ -31,6 +31,7 @@ __all__ = [
     "orthogonalize_",
     "own_layout",
     "spec_of",
+    "stacked_parameters",
     "stage_specs",
     "stiefel_params",
 ]

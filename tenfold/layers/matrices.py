@@ -26,9 +26,9 @@ class Multiplier(Protocol):
 class Matrices(LazyWeight):
     """Matrices of a stack (..., rows, columns), picked by ``numbers`` (...), perhaps transposed, as a tensor.
 
-    Matrix products with it, in whatever words of torch, are one call of ``multiply`` for each matrix, with all that it
-    meets, and none for a matrix that meets nothing. Indexing and transposing give such tensors again. Any other function
-    gets the numbers themselves.
+    A product with it, by whatever function of torch, is one call of ``multiply`` for each matrix, with all that it
+    meets, and none for a matrix that meets nothing. Indexing and transposing give such tensors again. Any other
+    function gets the entries themselves.
     """
 
     stack: Multiplier
@@ -77,7 +77,8 @@ class Matrices(LazyWeight):
         rows = x.expand(*shape, *x.shape[-2:])[torch.unravel_index(order, shape)].flatten(0, 1)
         counts = numbers.bincount(minlength=self.stack.full_shape[0]).tolist()
         out = self.grouped(rows, [lines * count for count in counts])
-        return out.unflatten(0, (len(numbers), lines))[order.argsort()].unflatten(0, shape)
+        made: Tensor = out.unflatten(0, (len(numbers), lines))[order.argsort()].unflatten(0, shape)
+        return made
 
     def grouped(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """Return the products (n, columns) of rows (n, k), of which the first so many meet the first matrix, and so on.
@@ -114,8 +115,13 @@ def _add_product(bias: Tensor, left: Any, right: Any, **factors: float) -> Any:
 
 
 def _grouped(x: Any, matrices: Any, offs: Tensor | None = None, **options: Any) -> Any:
-    """Return what ``grouped_mm`` does for rows (n, k) that are sorted by matrix; ``offs`` (count,) says where each ends."""
-    if not isinstance(matrices, Matrices) or x.dim() != 2 or offs is None or any(v is not None for v in options.values()):
+    """Return what ``grouped_mm`` does for rows (n, k), sorted by matrix, that of each ending at ``offs`` (count,)."""
+    if (
+        not isinstance(matrices, Matrices)
+        or x.dim() != 2
+        or offs is None
+        or any(v is not None for v in options.values())
+    ):
         return NotImplemented
     ends = offs.tolist()
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -123,7 +129,7 @@ def _grouped(x: Any, matrices: Any, offs: Tensor | None = None, **options: Any) 
 
 
 def _einsum(equation: str, *operands: Any) -> Any:
-    """Return the sum over products of one matrix each; letters of the stack that the result lacks are summed up last."""
+    """Return what the equation says, as products with one matrix each; sums over the stack come last."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     inputs, arrow, out = equation.replace(" ", "").partition("->")

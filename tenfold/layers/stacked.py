@@ -72,6 +72,21 @@ for _name in (
     setattr(Stack, _name, _of_tensor(_name))
 
 
+def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's own parameters, by name, that may stack matrices: those of three axes.
+
+    Layers of torch and of tenfold have none that do.
+
+    Example:
+        >>> stacked_parameters(nn.Conv1d(2, 3, 4))
+        {}
+    """
+    if type(module).__module__.startswith(("torch.", "tenfold.")):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: p for name, p in own if p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()}
+
+
 class StackedLinear(Stack):
     """Linear layers 0, 1, 2 ... in place of a parameter (count, rows, columns) that holds their weights.
 

@@ -1,4 +1,4 @@
-"""Make layers of matrices that modules hold together, for planning, and leave those modules that a plan does not touch."""
+"""Make layers of matrices that modules hold together, for planning, and leave whole what a plan does not touch."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import PlanError, ProfileError
-from tenfold.layers import Stack, StackedLinear
+from tenfold.layers import Stack, StackedLinear, stacked_parameters
 from tenfold.surgery.modules import find
 from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
 from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.layers import entries
 
-_TURNED = ".T"
+_TURNED = ".T"  # marks the name of a parameter with matrices (in, out)
 
 
 def stacks(model: nn.Module, inputs: Any) -> dict[str, str]:
@@ -106,7 +106,7 @@ class _Watch(Stack):
 
     @property
     def suffix(self) -> str:
-        """What marks the name of a parameter with matrices (in, out)."""
+        """What stands behind its name."""
         return _TURNED if self.uses == {"in, out"} else ""
 
     def multiply(self, number: int, x: Tensor, *, turned: bool) -> Tensor:
@@ -124,17 +124,9 @@ class _Watch(Stack):
 def _candidates(model: nn.Module) -> Iterator[tuple[str, dict[str, nn.Parameter]]]:
     """Iterate over the modules with parameters of their own that could be stacks, which no others share."""
     for layer in entries(model):
-        module = layer.module
-        foreign = not type(module).__module__.startswith(("tenfold.", "torch.nn."))
-        if layer.spec is not None or layer.tied or not foreign:
-            continue
-        own = {n: p for n, p in module.named_parameters(recurse=False) if _stacks_matrices(p)}
-        if own and not isinstance(module, torch.jit.ScriptModule):
+        own = stacked_parameters(layer.module)
+        if own and layer.spec is None and not layer.tied:
             yield layer.path, own
-
-
-def _stacks_matrices(parameter: nn.Parameter) -> bool:
-    return parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point()
 
 
 def _put(module: nn.Module, name: str, stack: Any) -> Any:

@@ -143,8 +143,8 @@ def test_an_idle_network_is_left_closed_and_the_plan_says_why(tagger: Tagger) ->
 
 
 def test_networks_named_as_a_whole_and_budgets_of_latency_open_nothing(tagger: Tagger) -> None:
-    assert unrolled_rnns(unroll_for_plan(tagger, Recipe(keep=("rnn",)))) == {"top": "GRU"}
-    assert unroll_for_plan(tagger, Recipe.of("latency=0.5")) is tagger
+    assert unrolled_rnns(unroll_for_plan(tagger, Recipe(keep=("rnn",)), IDS)) == {"top": "GRU"}
+    assert unroll_for_plan(tagger, Recipe.of("latency=0.5"), IDS) is tagger
 
 
 def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:
@@ -154,7 +154,7 @@ def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:
     assert refuse_unused(made, opened).unrolled == {"top": "GRU"}
     closed = refuse_unused(made, tagger)
     assert closed.unrolled == {}
-    assert closed.layer("top").reason.startswith("left fused")
+    assert closed.layer("top").reason.startswith("left whole")
 
 
 def test_applying_in_place_needs_open_networks(tagger: Tagger) -> None:
