@@ -176,7 +176,9 @@ def eligible_layer(
 def costs_of(layer: EligibleLayer, format: str, ranks: Ints) -> tuple[Ints, Ints]:
     """Return parameters and MACs (n,) of all calls of a layer at many ``ranks`` (n, names)."""
     kind = FORMATS.get(format)
-    params, macs = np.zeros(len(ranks), dtype=np.int64), np.zeros(len(ranks), dtype=np.int64)
+    macs = np.zeros(len(ranks), dtype=np.int64)
+    if not layer.calls:  # reached by data alone
+        return kind.params_at(layer.spec, ranks), macs
     for call in layer.calls:
         params, once = kind.cost(layer.spec, ranks, call.in_shape)
         macs = macs + call.count * once
