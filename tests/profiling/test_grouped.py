@@ -93,6 +93,40 @@ def test_experts_cost_what_their_tokens_do(kind: str, implementation: str) -> No
         assert torch.allclose(opened(IDS).logits, model(IDS).logits, atol=1e-4)
 
 
+KIN: dict[str, dict[str, Any]] = {  # with loops over splits, products with all experts, no gates, other layouts
+    "jetmoe": {"kv_channels": 8, "num_attention_heads": None, "head_dim": None},
+    "llama4_text": {"intermediate_size_mlp": INNER, "interleave_moe_layer_step": 1},
+    "aria_text": {},
+    "olmoe": {},
+    "nemotron_h": {
+        "num_hidden_layers": 2,
+        "hybrid_override_pattern": "*E",
+        "n_routed_experts": COUNT,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_shared_expert_intermediate_size": INNER,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KIN)
+def test_kin_are_taken_apart(kind: str) -> None:
+    sizes = {name: size for name, size in (SIZES | KIN[kind]).items() if size is not None}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.15)
+    found = stacks(model, {"input_ids": IDS})
+    assert found
+    opened = separate(model, found)
+    first, second = profile(model, {"input_ids": IDS}), profile(opened, {"input_ids": IDS})
+    assert (first.cost, first.uncounted) == (second.cost, second.uncounted)
+    with torch.no_grad():
+        assert torch.allclose(opened(IDS).logits, model(IDS).logits, atol=1e-4)
+
+
 def test_the_kernel_of_transformers_without_torch_s_own() -> None:
     from transformers.integrations import moe  # noqa: F401 - registers it
 
