@@ -88,9 +88,9 @@ def compress(
         >>> small.record.before.macs, small.record.after.macs
         (8192, 4096)
 
-    GRUs and LSTMs are unrolled into linear layers, and parameters that stack the matrices of experts become one for each
-    expert. These are planned like any others, and such a module is left whole where nothing of it is factorized, under
-    a latency budget, and where ``keep`` names it.
+    GRUs and LSTMs are unrolled into linear layers, and parameters that stack the matrices of experts become a layer for
+    each. These are planned like any others, and such a module is left whole where nothing of it is factorized, under a
+    latency budget, and where ``keep`` names it.
 
     Args:
         model: any trained module; stays as it is.

@@ -89,9 +89,9 @@ class Plan(Record):
 
     ``recipe`` is what was wanted. ``before`` and ``after`` are costs of the whole model as the planner computed them.
     ``fused`` are the paths of batch norms that are merged into a layer once all else is done, for inference, each with
-    the path of that layer. ``unrolled`` are the paths of modules whose matrices are layers of the plan: recurrent networks
-    with their kind, and modules whose parameters stack matrices (experts) with the names of these, with ``.T`` behind it
-    where matrices are (in, out). Applying and loading take them apart.
+    the path of that layer. ``unrolled`` are the paths of modules whose matrices are layers of the plan, which
+    applying and loading take apart: recurrent networks with their kind, and modules whose parameters stack matrices,
+    such as experts, with the names of these; ``.T`` marks matrices (in, out).
     """
 
     version: int = PLAN_VERSION
