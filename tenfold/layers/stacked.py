@@ -20,6 +20,8 @@ class Stack(nn.Module, abc.ABC):
     anything else is computed with ``dense``.
     """
 
+    _is_hf_initialized = True  # as in ``LazyWeight``
+
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.full_shape = tuple(shape)
