@@ -14,7 +14,7 @@ from tenfold.surgery.unroll_rnn import (
     unroll_rnns_,
     unrolled_rnns,
 )
-from tenfold.surgery.unstack import stacks, unstack_, unstacked
+from tenfold.surgery.unstack import restack_, stacks, unstack_, unstacked
 
 __all__ = [
     "FusedNorm",
@@ -37,6 +37,7 @@ __all__ = [
     "paths_of",
     "put",
     "reestimate_batchnorm_",
+    "restack_",
     "restructure_",
     "separate",
     "separate_",

@@ -91,6 +91,16 @@ def unstack_(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
     return model
 
 
+def restack_(model: nn.Module) -> nn.Module:
+    """Put parameters in place of all stacks of linear layers again, factors multiplied out; return the model."""
+    for module in list(model.modules()):
+        for name, stack in list(module.named_children()):
+            if isinstance(stack, StackedLinear):
+                trained = any(p.requires_grad for p in stack.parameters())
+                _put(module, name, nn.Parameter(stack.dense().detach().contiguous(), trained))
+    return model
+
+
 class _Watch(Stack):
     """A parameter that notes how it is used."""
 

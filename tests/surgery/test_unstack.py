@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tenfold.planning.unroll import unroll_for_plan
 from tenfold.profiling import profile
 from tenfold.records import Plan, Recipe
 from tenfold.runtime import Runtime
-from tenfold.surgery import apply, separate, separated, stacks, unstack_, unstacked
+from tenfold.surgery import apply, restack_, separate, separated, stacks, unstack_, unstacked
 from tests.surgery.experts import COUNT, INNER, PATCHES, WIDTH, WORDS, Experts, RoutedViT
 
 QUIET = Runtime(measure=False)
@@ -44,6 +45,9 @@ def test_stacks_are_taken_apart_without_a_change(vit: RoutedViT) -> None:
     assert unstacked(opened) == KINDS
     assert separate(opened, KINDS) is opened
     assert isinstance(vit.blocks[0].experts.up, nn.Parameter)
+    back = restack_(copy.deepcopy(opened))
+    assert torch.equal(back(x), vit(x))
+    assert dict(back.named_parameters()).keys() == dict(vit.named_parameters()).keys()
     before, after = profile(vit, x), profile(opened, x)
     assert before.cost == after.cost
     assert before.uncounted == after.uncounted == {}
@@ -129,6 +133,34 @@ def test_experts_are_planned_by_the_tokens_of_the_data() -> None:
 
     blind = tenfold.compress(net, rows(20, 0, 1), {**recipe, "calibration": {"method": "none"}}, runtime=QUIET)
     assert [blind.plan.layer(f"weight.{n}").action for n in range(COUNT)] == ["factorize"] * 2 + ["keep"] * 2
+
+
+class Modules(nn.Module):
+    """The same with experts that are modules, and run on no rows where nothing is routed to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(24, 24) for _ in range(COUNT))
+        self.head = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            own = torch.where(x[:, 0].long() == number)[0]
+            y = y.index_add(0, own, expert(x[own]))
+        scores: Tensor = self.head(y)
+        return scores
+
+
+def test_experts_that_are_modules_are_planned_alike() -> None:
+    torch.manual_seed(0)
+    net = Modules().eval()
+    recipe = {"budget": {"params": 0.8}, "calibration": {"method": "independent"}, "keep": "head"}
+    small = tenfold.compress(net, rows(20, 0, 1), recipe, data=[rows(300, 0, 2), rows(300, 2)], runtime=QUIET)
+    layers = {n: small.plan.layer(f"experts.{n}") for n in range(COUNT)}
+    assert [layers[n].action for n in range(COUNT)] == ["factorize", "keep", "factorize", "keep"]
+    assert layers[1].reason == "none of the calibration data reaches it, by which a plan has to judge it"
+    assert layers[3].reason == "never called by this forward: no input is routed to it"
 
 
 def test_a_module_that_runs_on_no_rows_saw_none() -> None:
