@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from string import ascii_letters
 from typing import Any, Protocol, Self
 
 import torch
@@ -75,27 +76,28 @@ class Matrices(LazyWeight):
         numbers, lines = self.numbers.expand(shape).flatten().to(x.device), x.shape[-2]
         order = numbers.argsort(stable=True)
         rows = x.expand(*shape, *x.shape[-2:])[torch.unravel_index(order, shape)].flatten(0, 1)
-        counts = numbers.bincount(minlength=self.stack.full_shape[0]).tolist()
-        out = self.grouped(rows, [lines * count for count in counts])
+        met = numbers[order].unique_consecutive(return_counts=True)
+        found, counts = (each.tolist() for each in met)
+        out = self.grouped(rows, found, [lines * count for count in counts])
         made: Tensor = out.unflatten(0, (len(numbers), lines))[order.argsort()].unflatten(0, shape)
         return made
 
-    def grouped(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the products (n, columns) of rows (n, k), of which the first so many meet the first matrix, and so on.
+    def grouped(self, rows: Tensor, numbers: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Return the products (n, columns) of rows (n, k), so many of which meet the matrix of each number.
 
         Rows beyond are not multiplied: they become zero.
         """
         rest = len(rows) - sum(sizes)
         parts = [
             self.stack.multiply(number, part, turned=self.turned)
-            for number, part in enumerate(rows.split([*sizes, rest])[:-1])
+            for number, part in zip(numbers, rows.split([*sizes, rest]), strict=False)
             if len(part)
         ]
         return torch.cat([*parts, rows.new_zeros(rest, self.shape[-1])]) if rest or not parts else torch.cat(parts)
 
 
-def _matmul(left: Any, right: Any) -> Any:
-    if isinstance(left, Matrices) and isinstance(right, Matrices):
+def _matmul(left: Any, right: Any, **options: Any) -> Any:
+    if options or isinstance(left, Matrices) == isinstance(right, Matrices):
         return NotImplemented
     if isinstance(right, Matrices):
         return right.after(left)
@@ -110,22 +112,18 @@ def _linear(x: Any, weight: Any, bias: Tensor | None = None) -> Any:
     return made if bias is None else made + bias
 
 
-def _add_product(bias: Tensor, left: Any, right: Any, **factors: float) -> Any:
-    return NotImplemented if factors else bias + _matmul(left, right)
+def _add_product(bias: Tensor, left: Any, right: Any, **options: Any) -> Any:
+    made = _matmul(left, right, **options)
+    return made if made is NotImplemented else bias + made
 
 
 def _grouped(x: Any, matrices: Any, offs: Tensor | None = None, **options: Any) -> Any:
     """Return what ``grouped_mm`` does for rows (n, k), sorted by matrix, that of each ending at ``offs`` (count,)."""
-    if (
-        not isinstance(matrices, Matrices)
-        or x.dim() != 2
-        or offs is None
-        or any(v is not None for v in options.values())
-    ):
+    plain = isinstance(matrices, Matrices) and matrices.numbers.dim() == 1 and x.dim() == 2
+    if not plain or offs is None or any(option is not None for option in options.values()):
         return NotImplemented
     ends = offs.tolist()
-    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    return matrices.grouped(x, sizes)
+    return matrices.grouped(x, matrices.numbers.tolist(), [b - a for a, b in zip([0, *ends], ends, strict=False)])
 
 
 def _einsum(equation: str, *operands: Any) -> Any:
@@ -133,11 +131,15 @@ def _einsum(equation: str, *operands: Any) -> Any:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     inputs, arrow, out = equation.replace(" ", "").partition("->")
-    if len(operands) != 2 or not arrow or "." in equation or sum(isinstance(o, Matrices) for o in operands) != 1:
+    if len(operands) != 2 or not arrow or sum(isinstance(o, Matrices) for o in operands) != 1:
         return NotImplemented
     (mine, m), (letters, x) = sorted(
         zip(inputs.split(","), operands, strict=True), key=lambda pair: not isinstance(pair[1], Matrices)
     )
+    if len(mine.replace(".", "")) != m.dim():
+        return NotImplemented
+    free = "".join(sorted({*ascii_letters} - {*equation}))[: x.dim() + 3 - len(letters)]
+    letters, out = letters.replace("...", free), out.replace("...", free)
     picked, last = mine[:-2], mine[-2:]
     inner = [c for c in last if c in letters and c not in out]
     outer = [c for c in last if c in out and c not in letters]

@@ -42,11 +42,19 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "some": (lambda w: X @ w[1:3].mT, 2),
     "grouped": (lambda w: functional.grouped_mm(X, w.transpose(-2, -1), offs=ENDS), 3),
     "einsum": (lambda w: torch.einsum("nd,efd->nef", X, w), 4),
+    "grouped in another order": (
+        lambda w: functional.grouped_mm(X, w[torch.tensor([2, 1, 3, 0])].transpose(-2, -1), offs=ENDS),
+        3,
+    ),
+    "einsum of the last axes": (lambda w: torch.einsum("...d,efd->...ef", torch.stack([X, X]), w), 4),
     "einsum of one": (lambda w: torch.einsum("b n d, f d -> b n f", X[None], w[1]), 1),
     "summed": (lambda w: torch.einsum("end,efd->nf", X.expand(COUNT, -1, -1), w), 4),
 }
 READS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled": lambda w: 2 * w + w / 3 - w * w,
+    "as what is added": lambda w: torch.addmm(w[0], torch.ones(OUT, 3), torch.ones(3, IN)),
+    "into another tensor": lambda w: torch.mm(X, w[0].detach().t(), out=torch.empty(7, OUT)),
+    "implicitly": lambda w: torch.einsum("nd,efd", X, w),
     "from the other side": lambda w: torch.ones(5, OUT) @ w[1],
     "in another dtype": lambda w: X.double() @ w[0].double().T,
     "parts of matrices": lambda w: X @ w[:, :3].mT,
@@ -89,7 +97,7 @@ def test_products_run_the_layers(
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
-def test_whatever_else_is_computed_with_the_numbers(weight: nn.Parameter, read: Callable[[Tensor], Tensor]) -> None:
+def test_anything_else_is_computed_with_the_entries(weight: nn.Parameter, read: Callable[[Tensor], Tensor]) -> None:
     stack, rows = stack_of(weight)
     assert torch.allclose(read(stack), read(weight), atol=1e-5)  # type: ignore[arg-type]
     assert rows == []
