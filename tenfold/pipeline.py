@@ -91,8 +91,9 @@ def compress(
         >>> small.record.before.macs, small.record.after.macs
         (8192, 4096)
 
-    GRUs and LSTMs are unrolled into linear layers, which are planned like any others, and left fused where nothing of
-    them is factorized; under a latency budget, and where ``keep`` names them, they stay as they are.
+    GRUs and LSTMs are unrolled into linear layers, and parameters that stack the matrices of experts become a layer for
+    each. These are planned like any others, and such a module is left whole where nothing of it is factorized, under a
+    latency budget, and where ``keep`` names it.
 
     Args:
         model: any trained module; stays as it is.

@@ -36,7 +36,8 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
-    Layers are linear layers, convolutions and embeddings. One pass over the batches, forward for the moments and
+    Layers are linear layers, convolutions and embeddings; those that no batch reaches, such as experts without tokens,
+    are left out. One pass over the batches, forward for the moments and
     backward for the gradients. No labels are needed, and the model is unchanged afterwards.
 
     Args:
@@ -49,7 +50,7 @@ def calibrate(
         before: called with the memory that it will take, before it is taken.
 
     Raises:
-        DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
+        DataError: no batches, or activations that are not finite.
 
     Warns:
         CalibrationWarning: too few batches for the width of a layer; outputs without gradients, where all layers count
@@ -120,5 +121,9 @@ def _power(model: nn.Module, path: str, spec: LayerSpec, moments: Moments) -> fl
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:
-    """Return the geometry, by path, of the layers that the forward calls, whose inputs can therefore be measured."""
-    return {layer.path: layer.spec for layer in profile.layers if layer.spec is not None and layer.calls}
+    """Return the geometry, by path, of the layers whose inputs can be measured: those that a forward calls.
+
+    What was never called here may be called elsewhere, an expert by other tokens, unless its parent reads its weight.
+    """
+    known = ((layer, layer.spec) for layer in profile.layers if layer.calls or not layer.read)
+    return {layer.path: spec for layer, spec in known if spec is not None}

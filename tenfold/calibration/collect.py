@@ -63,7 +63,8 @@ def collect_moments(
     The model runs in evaluation mode, without gradients, and is unchanged afterwards. Products are computed in the
     dtype of the activations (float32 at least) and summed in float64. Each call of a layer and each position of a
     sequence is a row. For an embedding the ids are counted: see ``MomentSums.add``. If a batch has the keyword
-    ``attention_mask`` (batch, sequence), padding contributes no rows.
+    ``attention_mask`` (batch, sequence), padding contributes no rows. Layers that no batch reaches, such as experts
+    without tokens, are left out.
 
     Args:
         model: whose inputs are measured.
@@ -78,7 +79,7 @@ def collect_moments(
         forward: runs the model on one batch; ``call_model`` by default.
 
     Raises:
-        DataError: no batches, activations that are not finite, or a layer that the forward never reaches.
+        DataError: no batches, activations that are not finite, or no layer that the forward reaches.
 
     Warns:
         CalibrationWarning: fewer rows than a patch has entries, which makes the moments singular.
@@ -108,7 +109,8 @@ def collect_moments(
     if seen == 0:
         msg = "there are no calibration batches. Pass an iterable with at least one."
         raise DataError(msg)
-    moments = {path: own.moments(path) for path, own in sums.items()}
+    reached = {path: own for path, own in sums.items() if own.count} or sums  # none at all is an error
+    moments = {path: own.moments(path) for path, own in reached.items()}
     _warn_if_few({path: own for path, own in moments.items() if specs[path].kind != "embedding"})
     return moments
 

@@ -14,7 +14,7 @@ from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_w
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Analysis, OptionTable, Plan, RunRecord, write_text
-from tenfold.surgery import fused_pairs, opened, restructure_
+from tenfold.surgery import fused_pairs, restructure_, separated
 from tenfold.tracing import copied
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
@@ -55,7 +55,7 @@ def save(
         CheckpointError: model and plan disagree, or the folder is not writable or holds other files.
     """
     _check_model(model, plan)
-    plan = plan.replace(fused=fused_pairs(model), unrolled=opened(model))
+    plan = plan.replace(fused=fused_pairs(model), unrolled=separated(model))
     path = Path(path)
     check_target(path)
     try:

@@ -5,6 +5,7 @@ from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.padded_conv import PaddedConv, same_pads
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
+from tenfold.layers.stacked import Stack, StackedLinear, stacked_parameters
 from tenfold.layers.sublayers import Contract, build
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
 from tenfold.layers.tt_linear import TTLinear
@@ -20,6 +21,8 @@ __all__ = [
     "FitSummary",
     "PaddedConv",
     "Recurrent",
+    "Stack",
+    "StackedLinear",
     "TTEmbedding",
     "TTEmbeddingBag",
     "TTLinear",
@@ -32,6 +35,7 @@ __all__ = [
     "own_layout",
     "same_pads",
     "spec_of",
+    "stacked_parameters",
     "stage_specs",
     "stiefel_params",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tenfold.layers.stacked import stacked_parameters
 from tenfold.records import LayerSpec
 from tenfold.records.geometry import LayerKind
 
@@ -37,6 +38,11 @@ def spec_of(module: nn.Module) -> tuple[LayerSpec | None, str]:
     if base is None:
         owns = any(True for _ in module.parameters(recurse=False))
         what = "is not a layer that tenfold factorizes" if owns else "has no weight to factorize"
+        if stacked_parameters(module):
+            what = (
+                "holds stacks of matrices, which compress takes apart where every product uses single ones of them and "
+                "no budget limits latency"
+            )
         return None, f"{type(module).__name__} {what}"
     reason = _unusual(module, base)
     if reason:

@@ -41,6 +41,7 @@ class LazyWeight(Tensor):
     """
 
     _make: Callable[[], Tensor]
+    _is_hf_initialized = True  # else transformers would fill it with random numbers when it loads a model
 
     @classmethod
     def of(cls, shape: tuple[int, ...], like: Tensor, make: Callable[[], Tensor]) -> Self:

@@ -25,7 +25,7 @@ from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
-from tenfold.surgery import fuse_batchnorm_, fused_pairs, open_layers, opened
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied, device_of, gathered
 from tenfold.tracing.references import trainable_copy
@@ -38,8 +38,8 @@ class Decision:
     Attributes:
         recipe: what is wanted.
         plan: what is to happen to every layer.
-        source: the model to carry it out on: that which was given, its recurrent networks unrolled where the plan
-            factorizes their matrices.
+        source: the model to carry it out on: that which was given, its recurrent networks unrolled and its
+            experts unstacked where the plan factorizes their matrices.
         profile: of the source.
         inputs: example inputs.
         latency_inputs: what latencies are measured on.
@@ -94,7 +94,7 @@ def decide(
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
     model = trainable_copy(model)
-    source = unroll_for_plan(model, wanted, example_inputs) if given is None else open_layers(model, given.unrolled)
+    source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
@@ -111,8 +111,8 @@ def decide(
             table = tabulate(source, cost, wanted, moments=moments, scores=made, runtime=runtime)
             decision = _chosen(replace(decision, table=table), runtime)
         plan = refuse_unused(decision.plan, model)
-        if plan.unrolled != opened(source):
-            source = open_layers(model, plan.unrolled)
+        if plan.unrolled != separated(source):
+            source = separate(model, plan.unrolled)
             cost = profile(source, example_inputs)
     return replace(decision, plan=plan, source=source, profile=cost)
 

@@ -17,6 +17,7 @@ from tenfold.errors import PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
+from tenfold.profiling.profile import NOT_REACHED
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Plan, Profile, Recipe
 from tenfold.surgery import find
 
@@ -25,7 +26,7 @@ Ints = NDArray[np.int64]
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
 _UNNAMED = "no rank was given for this layer"
-_UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
+_UNSEEN = "none of the calibration data reaches it, by which a plan has to judge it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +87,11 @@ def kept_reasons(
         find(model, layer.path)  # the profile is that of this model
     keep_ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
     ends = cheap_ends(profile) if keep_ends else {}
-    kept = {layer.path: reason_to_keep(model, layer, formats, keep, ends) for layer in profile.layers}
-    if rule.patterns:
-        free = [path for path in kept if not kept[path]]
-        check_patterns(rule.patterns, free)
-        kept |= {path: _UNNAMED for path in free if first_match(rule.patterns, path) is None}
+    known = moments or {}
+    kept = {
+        layer.path: reason_to_keep(model, layer, formats, keep, ends, measured=layer.path in known)
+        for layer in profile.layers
+    }
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
     return kept
@@ -122,6 +123,8 @@ def reason_to_keep(
     formats: Sequence[str],
     keep: Sequence[str] = (),
     ends: Mapping[str, str] | None = None,
+    *,
+    measured: bool = False,
 ) -> str:
     """Return why no rule may touch the layer, or an empty string.
 
@@ -131,12 +134,13 @@ def reason_to_keep(
         formats: that it may get.
         keep: layers to leave alone, as paths, globs or ``re:`` expressions.
         ends: further layers to leave alone, by path, with the reasons.
+        measured: whether data reach it, though the example inputs may not.
     """
     pattern = first_match(keep, layer.path, layer.aliases)
     if pattern is not None:
         return f"kept as asked by {pattern!r}"
-    if layer.spec is None or layer.tied or layer.read or not layer.calls:
-        return layer.note or "not called by the forward"
+    if layer.spec is None or layer.tied or layer.read:
+        return layer.note
     if ends and layer.path in ends:
         return ends[layer.path]
     refusals = {name: FORMATS.get(name).unsupported_reason(layer.spec) for name in formats}
@@ -148,7 +152,7 @@ def reason_to_keep(
         raise PlanError(msg)
     if not torch.isfinite(weight).all():
         return "the weight has NaN or infinite entries: repair the model first"
-    return ""
+    return "" if measured or layer.reached else NOT_REACHED
 
 
 def eligible_layer(
@@ -178,7 +182,9 @@ def eligible_layer(
 def costs_of(layer: EligibleLayer, format: str, ranks: Ints) -> tuple[Ints, Ints]:
     """Return parameters and MACs (n,) of all calls of a layer at many ``ranks`` (n, names)."""
     kind = FORMATS.get(format)
-    params, macs = np.zeros(len(ranks), dtype=np.int64), np.zeros(len(ranks), dtype=np.int64)
+    macs = np.zeros(len(ranks), dtype=np.int64)
+    if not layer.calls:  # reached by data alone
+        return kind.params_at(layer.spec, ranks), macs
     for call in layer.calls:
         params, once = kind.cost(layer.spec, ranks, call.in_shape)
         macs = macs + call.count * once

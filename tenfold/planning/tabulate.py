@@ -27,7 +27,7 @@ from tenfold.planning.timing import Timing
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
-from tenfold.surgery import find, opened
+from tenfold.surgery import find, separated
 from tenfold.tensors import plain_arithmetic
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
@@ -99,7 +99,7 @@ def tabulate(
             f: algorithm_for(f, recipe.algorithms.get(f), recipe.seed, data_aware=moments is not None).to_dict()
             for f in used
         },
-        unrolled=opened(model),
+        unrolled=separated(model),
     )
     return table if timing is None else timing.time(table)
 

@@ -1,7 +1,8 @@
-"""Open recurrent networks and padded convolutions for planning, and leave those closed that a plan does not touch."""
+"""Make layers of matrices that modules hold together, for planning, and leave whole what a plan does not touch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -9,53 +10,64 @@ from torch import nn
 from tenfold.allocation import limits_latency
 from tenfold.patterns import first_match
 from tenfold.records import Cost, LayerPlan, Plan, Recipe
-from tenfold.surgery import open_layers, openable, opened
-from tenfold.surgery.separate_padding import confirmed, is_padding
+from tenfold.surgery import find, fused_rnns, separate, separated, stacks
+from tenfold.surgery.separate_padding import confirmed, is_padding, padded_convs
 
 
 def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any) -> nn.Module:
-    """Return the model with recurrent networks unrolled and convolutions behind their padding, on a copy.
+    """Return the model with recurrent networks unrolled, experts unstacked and paddings apart, on a copy, for plans.
 
-    So a plan reaches their matrices. The model itself where there are none. Those that ``recipe.keep`` names as a whole
-    stay as they are, and all recurrent networks do under a budget of latency: an unrolled one runs its recurrence in
-    Python, step by step, which torch's own does not.
+    The model itself where there are none. Those that ``recipe.keep`` names as a whole stay as they are. Recurrent
+    networks and experts do under a budget of latency: they would run in Python, step by step and expert by expert.
     """
-    kinds = {path: kind for path, kind in openable(model).items() if first_match(recipe.keep, path) is None}
-    convs = confirmed(model, {path: kind for path, kind in kinds.items() if is_padding(kind)}, inputs)
-    networks = {path: kind for path, kind in kinds.items() if not is_padding(kind)}
-    return open_layers(model, convs if limits_latency(recipe) else networks | convs)
+
+    def wanted(kinds: Mapping[str, str]) -> dict[str, str]:
+        return {path: kind for path, kind in kinds.items() if first_match(recipe.keep, path) is None}
+
+    found = confirmed(model, wanted(padded_convs(model)), inputs)
+    if not limits_latency(recipe):
+        found |= wanted(fused_rnns(model) | stacks(model, inputs))
+    return separate(model, found)
 
 
 def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan with layers left closed that were opened for it and of which it factorizes nothing.
+    """Return the plan with those modules left whole of which it factorizes nothing.
 
     Each of these becomes one line, with the reasons of its layers.
 
     Args:
-        plan: made for the model with these layers open.
-        model: the one that was given: what is open there already stays so.
+        plan: made for the model with such modules taken apart.
+        model: the one that was given: what is taken apart there already stays so.
     """
-    already = opened(model)
+    whole = separated(model)
     for path, kind in plan.unrolled.items():
-        inside = f"{path}." if path else ""
+        padding = is_padding(kind)
+        inside = tuple(f"{path}.{name}".lstrip(".") for name in ([""] if padding else _parts(kind)))
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
-        if path in already or any(layer.format for layer in layers):
+        if path in whole or any(layer.format for layer in layers):
             continue
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
-        whole = LayerPlan(
+        # What it holds besides, such as biases.
+        own = [layer for layer in plan.layers if layer.path == path and not padding]
+        line = LayerPlan(
             path=path,
-            kind=layers[0].kind if is_padding(kind) else kind,
+            kind=layers[0].kind if padding else type(find(model, path)).__name__,
             action="keep",
             reason=reasons
-            if is_padding(kind)
-            else f"left fused, since none of its {len(layers)} matrices is factorized: {reasons}",
-            before=sum((layer.before for layer in layers), Cost()),
-            after=sum((layer.after for layer in layers), Cost()),
+            if padding
+            else f"left whole, since none of its {len(layers)} matrices is factorized: {reasons}",
+            before=sum((layer.before for layer in (*own, *layers)), Cost()),
+            after=sum((layer.after for layer in (*own, *layers)), Cost()),
         )
         kept = list(plan.layers)
-        kept[kept.index(layers[0]) : kept.index(layers[0])] = [whole]
+        kept[kept.index(layers[0]) : kept.index(layers[0])] = [line]
         plan = plan.replace(
-            layers=tuple(layer for layer in kept if layer not in layers),
+            layers=tuple(layer for layer in kept if layer not in layers and layer not in own),
             unrolled={p: k for p, k in plan.unrolled.items() if p != path},
         )
     return plan
+
+
+def _parts(kind: str) -> list[str]:
+    """Return how the paths of the matrices go on behind that of their module: see ``Plan.unrolled``."""
+    return ["cells."] if kind in ("GRU", "LSTM") else [f"{name.removesuffix('.T')}." for name in kind.split(", ")]

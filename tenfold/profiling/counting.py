@@ -54,7 +54,7 @@ _POOL = """
     _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_trilinear3d
 """
 _UNTAGGED_POINTWISE = """
-    binary_cross_entropy binary_cross_entropy_with_logits hardswish huber_loss _linalg_check_errors
+    binary_cross_entropy binary_cross_entropy_with_logits floor_divide hardswish huber_loss _linalg_check_errors
     log_sigmoid_forward mish mse_loss _prelu_kernel rrelu_with_noise smooth_l1_loss soft_margin_loss
 """
 _NEGLIGIBLE = frozenset(f"{_UNTAGGED_POINTWISE} {_CREATE} {_MOVE} {_REDUCE} {_NORMALISE} {_POOL}".split())

@@ -34,6 +34,23 @@ def cudnn_rnn_flops(x: Tensor, weights: list[Tensor], *_: Any, **__: Any) -> int
     return 2 * (x.numel() // x.shape[-1]) * sum(w.numel() for w in weights if w.dim() == 2)
 
 
+def grouped_flops(left: Tensor, right: Tensor, *rest: Any, **options: Any) -> int:
+    """Return the FLOPs of grouped products: groups are a third axis, or lie one after the other along one of two.
+
+    The only integers among what else the kernels take are where the groups end; what lies beyond is not computed with.
+    """
+    tensors = [t for t in (*rest, *options.values()) if isinstance(t, Tensor)]
+    ends = next((t for t in tensors if not t.is_floating_point()), None)
+    if ends is None:
+        return 2 * left.numel() * right.shape[-1]
+    shared = left.dim() == right.dim() == 2  # the groups divide what is summed over
+    whole = right.shape[-1] if left.dim() == 3 else left.shape[-1] if shared else left.shape[0]
+    used = whole if ends.is_meta else int(ends[-1])
+    if left.dim() == 3:
+        return 2 * left.shape[-2] * left.shape[-1] * used
+    return 2 * used * (left.shape[0] if shared else left.shape[-1]) * right.shape[-1]
+
+
 def fused_kernels() -> dict[Any, Callable[..., int]]:
     """Return formulas of fused kernels that the flop counter lacks although it counts their unfused form.
 
@@ -44,9 +61,15 @@ def fused_kernels() -> dict[Any, Callable[..., int]]:
         "_scaled_dot_product_flash_attention_for_cpu": attention_flops,
         "mkldnn_rnn_layer": onednn_rnn_flops,
         "_cudnn_rnn": cudnn_rnn_flops,
+        "_grouped_mm": grouped_flops,
+        "_scaled_grouped_mm": grouped_flops,
+        "_scaled_grouped_mm_v2": grouped_flops,
     }
     known = FlopCounterMode(display=False).flop_registry
     available = {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
+    registered = torch.ops.transformers  # what this library computes with where torch has no grouped kernel
+    if hasattr(registered, "grouped_mm_fallback"):
+        available[registered.grouped_mm_fallback] = grouped_flops
     return {packet: _raw(formula) for packet, formula in available.items() if packet not in known}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from tenfold.tracing.randomness import Randomness
 from tenfold.tracing.trace import Trace, Tracer
 
 NEVER_CALLED = "never called by this forward (its weight may be read by its parent)"
+NOT_REACHED = "never called by this forward: no input is routed to it"
 
 
 def profile(
@@ -115,8 +117,8 @@ def _layer_profile(layer: Entry, seen: Observation, time: LayerTime | None, *, r
 
 def _notes(layer: Entry, seen: Observation, macs: int, *, read: bool) -> list[str]:
     notes = [layer.reason] if layer.reason else []
-    if not seen.calls:
-        notes.append(NEVER_CALLED)
+    if not any(prod(shape) for shape, _ in seen.calls):
+        notes.append(NEVER_CALLED if read else NOT_REACHED)
     if layer.tied:
         notes.append(f"shares a parameter with {', '.join(layer.tied)}")
     if read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -127,6 +128,11 @@ class LayerProfile(Record):
     def num_calls(self) -> int:
         """How often one forward of the model calls the layer."""
         return sum(c.count for c in self.calls)
+
+    @property
+    def reached(self) -> bool:
+        """Whether it was called on anything: experts that no token is routed to may be called on no rows."""
+        return any(prod(call.in_shape) for call in self.calls)
 
 
 class Profile(Record):

@@ -219,7 +219,7 @@ class OptionTable(_Columns):
         layers: every layer of the model, in order; those that are kept as they are with the reason.
         distortion: says in words what the column ``distortion`` measures.
         algorithms: with their settings, by format.
-        unrolled: paths of recurrent networks whose matrices are layers of the table, each with its kind.
+        unrolled: paths of modules whose matrices are layers of the table: see ``Plan``.
         time: for latency budgets; None without a clock.
     """
 

@@ -89,8 +89,10 @@ class Plan(Record):
 
     ``recipe`` is what was wanted. ``before`` and ``after`` are costs of the whole model as the planner computed them.
     ``fused`` are the paths of batch norms that are merged into a layer once all else is done, for inference, each with
-    the path of that layer. ``unrolled`` are the paths of recurrent networks whose matrices are layers of the plan, each
-    with its kind, and of convolutions that are behind their padding, each with that; applying and loading open them.
+    the path of that layer. ``unrolled`` are the paths of modules whose matrices are layers of the plan, which
+    applying and loading take apart: recurrent networks with their kind, and modules whose parameters stack matrices,
+    such as experts, with the names of these; ``.T`` marks matrices (in, out). Convolutions that pad first are put
+    behind their padding, which is their kind.
     """
 
     version: int = PLAN_VERSION

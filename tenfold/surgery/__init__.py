@@ -5,7 +5,7 @@ from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
-from tenfold.surgery.opened import open_layers, open_layers_, openable, opened
+from tenfold.surgery.separate import separate, separate_, separated
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
     fuse_rnns_,
@@ -14,6 +14,7 @@ from tenfold.surgery.unroll_rnn import (
     unroll_rnns_,
     unrolled_rnns,
 )
+from tenfold.surgery.unstack import restack_, stacks, unstack_, unstacked
 from tenfold.surgery.verify import verify, warn_of_costs
 
 __all__ = [
@@ -34,17 +35,20 @@ __all__ = [
     "fuse_rnns_",
     "fused_pairs",
     "fused_rnns",
-    "open_layers",
-    "open_layers_",
-    "openable",
-    "opened",
     "paths_of",
     "put",
     "reestimate_batchnorm_",
+    "restack_",
     "restructure_",
+    "separate",
+    "separate_",
+    "separated",
+    "stacks",
     "unroll_rnns",
     "unroll_rnns_",
     "unrolled_rnns",
+    "unstack_",
+    "unstacked",
     "verify",
     "warn_of_costs",
     "with_errors",

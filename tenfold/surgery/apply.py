@@ -15,7 +15,6 @@ from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opened import open_layers_
 from tenfold.surgery.replacement import (
     check_planned,
     factorizable_spec,
@@ -25,6 +24,7 @@ from tenfold.surgery.replacement import (
     refuse_tied,
     trainable,
 )
+from tenfold.surgery.separate import separate_
 from tenfold.tensors import normal_tensors, plain_arithmetic
 from tenfold.tracing import copied
 
@@ -59,7 +59,7 @@ def apply(
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
     """
-    twin = open_layers_(copied(model), plan.unrolled)
+    twin = separate_(copied(model), plan.unrolled)
     return apply_(twin, plan, moments=moments, progress=progress, workers=workers)
 
 
@@ -73,7 +73,7 @@ def apply_(
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
 
-    Layers that the plan has opened are to be open: see ``open_layers_``.
+    Layers that the plan has opened are to be open: see ``separate_``.
     """
     wanted = plan.factorized
     for layer in plan.layers:
@@ -98,7 +98,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = open_layers_(model, plan.unrolled)
+    model = separate_(model, plan.unrolled)
     fuse_pairs_(model, plan.fused)
     for layer in plan.layers:
         if layer.format is None:

@@ -20,8 +20,8 @@ from tenfold.surgery.apply import apply, apply_
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
-from tenfold.surgery.opened import open_layers
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
+from tenfold.surgery.separate import separate
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.masks import token_mask
@@ -106,10 +106,10 @@ def apply_sequentially(
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
     config = config or SequentialFit()
-    model = open_layers(model, plan.unrolled)
+    model = separate(model, plan.unrolled)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
-    original = model if target is None else open_layers(target, plan.unrolled)
+    original = model if target is None else separate(target, plan.unrolled)
     new = _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config)
     dense = Replay(original, batches, forward=config.forward, limit=config.max_cache, changing=False, seed=config.seed)
     changing = Replay(new, batches, forward=config.forward, limit=config.max_cache, like=dense)

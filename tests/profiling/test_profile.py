@@ -18,7 +18,7 @@ from tenfold.errors import ProfileError
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.profiling import profile
-from tenfold.profiling.profile import NEVER_CALLED
+from tenfold.profiling.profile import NEVER_CALLED, NOT_REACHED
 from tenfold.records import Profile
 from tenfold.tracing.inputs import call_model
 
@@ -158,7 +158,7 @@ def test_a_model_with_everything_adds_up() -> None:
     assert (result.layer("embed").params, result.layer("head").params) == (88, 0)
     assert result.layer("").params == 8
     assert result.layer("unused").calls == ()
-    assert result.layer("unused").note == NEVER_CALLED
+    assert result.layer("unused").note == NOT_REACHED
     assert NEVER_CALLED in result.layer("encoder.layers.0.self_attn.out_proj").note
     assert result.layer("encoder.layers.0.self_attn").macs == 10 * 8 * 8 * 4 + 2 * (2 * 2 * 5 * 5 * 4)
     assert result.layer("rnn").macs == 4 * 2 * 8 * 8 * 4

@@ -154,7 +154,7 @@ def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:
     assert refuse_unused(made, opened).unrolled == {"top": "GRU"}
     closed = refuse_unused(made, tagger)
     assert closed.unrolled == {}
-    assert closed.layer("top").reason.startswith("left fused")
+    assert closed.layer("top").reason.startswith("left whole")
 
 
 def test_applying_in_place_needs_open_networks(tagger: Tagger) -> None:

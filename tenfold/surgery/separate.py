@@ -1,0 +1,41 @@
+"""Modules that compute with several matrices or with a padding, replaced by equal ones of plain layers for plans.
+
+Recurrent networks are unrolled, parameters that stack matrices become stacks of linear layers, and convolutions that
+pad first are put behind their padding. A plan names all of them in ``unrolled``: applying and loading do it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from tenfold.layers import GRU, LSTM
+from tenfold.surgery.separate_padding import is_padding, separate_padding_, separated_convs
+from tenfold.surgery.unroll_rnn import unroll_rnns_, unrolled_rnns
+from tenfold.surgery.unstack import unstack_, unstacked
+from tenfold.tracing import copied
+
+_RNNS = (GRU.mode, LSTM.mode)
+
+
+def separated(model: nn.Module) -> dict[str, str]:
+    """Return path and kind of what is so already: see ``Plan.unrolled``."""
+    return unrolled_rnns(model) | unstacked(model) | separated_convs(model)
+
+
+def separate_(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
+    """Replace modules in place, as ``Plan.unrolled`` says; return the model. What is so already stays.
+
+    Raises:
+        PlanError: no such module, or one of another kind.
+    """
+    padded = {path: kind for path, kind in kinds.items() if is_padding(kind)}
+    rnns = [path for path, kind in kinds.items() if kind in _RNNS]
+    stacked = {path: kind for path, kind in kinds.items() if path not in padded and kind not in _RNNS}
+    return separate_padding_(unstack_(unroll_rnns_(model, rnns), stacked), padded)
+
+
+def separate(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
+    """Return a copy in which this is done, or the model itself if there is nothing to do."""
+    return model if kinds.items() <= separated(model).items() else separate_(copied(model), kinds)
