@@ -35,6 +35,7 @@ from tenfold.surgery import (
 )
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import device_of
+from tenfold.tracing.contexts import same_random_numbers
 from tenfold.training import TuneResult
 
 
@@ -193,7 +194,8 @@ def apply_decision(
         config = SequentialFit(
             positions=calibration.positions, seed=decision.recipe.seed, max_width=calibration.max_width
         )
-        small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
+        with same_random_numbers(device_of(source, decision.inputs)):
+            small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
     else:
         small = apply(source, plan, moments=moments, workers=runtime.workers)
     return small, with_errors(plan, small)

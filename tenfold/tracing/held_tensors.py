@@ -28,13 +28,12 @@ def copied(model: M) -> M:
         False
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in _held(model) if t.grad_fn is not None}
-    with (
-        torch.no_grad()
-    ):  # else the parameters of scripted parts would be copied with a graph, and could not be trained
+    with torch.no_grad():  # else parameters of scripted parts are copied with a graph, and cannot be trained
         made = copy.deepcopy(model, memo)
-    for old, new in zip(model.parameters(), made.parameters(), strict=True):
-        if old.requires_grad != new.requires_grad:
-            new.requires_grad_(old.requires_grad)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in made.named_parameters():
+        if name in trained:
+            parameter.requires_grad_()
     return made
 
 
