@@ -172,7 +172,7 @@ def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | N
     total = torch.zeros((), device=differentiable[0].device)
     for out in (real_tokens(t, mask) for t in (differentiable[:1] if loss == "fisher" else differentiable)):
         if loss == "outputs":
-            total = total + (out * torch.randn(out.shape, generator=generator).to(out)).sum()
+            total = total + (out * torch.randn(out.shape, generator=generator, device="cpu").to(out)).sum()
             continue
         logits = out.reshape(-1, out.shape[-1]).float()
         drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(out.device)
