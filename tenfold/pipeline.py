@@ -37,6 +37,7 @@ from tenfold.surgery import (
 )
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import device_of
+from tenfold.tracing.contexts import same_random_numbers
 from tenfold.training import TuneResult
 
 
@@ -202,7 +203,8 @@ def apply_decision(
             max_width=calibration.max_width,
             max_cache=parse_size(runtime.max_cache),
         )
-        small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
+        with same_random_numbers(device_of(source, decision.inputs)):
+            small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
     else:
         small = apply(source, plan, moments=moments, workers=runtime.workers)
     return small, with_errors(plan, small)

@@ -82,6 +82,11 @@ class Checkpointed(Own):
         return self.net[3:](checkpoint(self.net[2], self.net[:2](x), use_reentrant=True))
 
 
+class Random(Own):
+    def forward(self, x):
+        return self.net(x + torch.randn(()))
+
+
 FORWARDS = {
     "forces": Forces,
     "forces with a graph": DifferentiableForces,
@@ -89,6 +94,7 @@ FORWARDS = {
     "vmap": Mapped,
     "jacrev": Jacobian,
     "feature maps kept": Keeping,
+    "random numbers": Random,
     "reentrant checkpoint": Checkpointed,
     "scripted part": lambda: net(torch.jit.script(body())),
     "traced part": lambda: net(torch.jit.trace(body(), X[:2])),

@@ -250,7 +250,7 @@ class _Projection:
             rows = int(self.mask.sum()) * (size if len(self.mask) == 1 else 1)
         else:
             rows = max(len(output), size)
-        return torch.randn(rows, *output.shape[1 + real :], generator=self.generator)
+        return torch.randn(rows, *output.shape[1 + real :], generator=self.generator, device="cpu")
 
 
 def _differentiable(outputs: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ from tenfold.records import SensitivityKey
 from tenfold.surgery import find, put, reestimate_batchnorm_
 from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
 from tenfold.tensors import digest, plain_arithmetic, untransformed
-from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
 from tenfold.tracing.inputs import batch_size_of, call_model, digest_batches, tensors_in
 from tenfold.tracing.masks import real_tokens, token_mask
 
@@ -221,7 +221,7 @@ def output_errors(model: nn.Module, path: str, substitutes: Sequence[nn.Module],
 
     handle = module.register_forward_hook(compare, with_kwargs=True, prepend=True)  # hooks of the layer stay with it
     try:
-        with evaluating(model), layer_by_layer():
+        with evaluating(model), layer_by_layer(), same_random_numbers(device_of(model)):
             for batch in batches:
                 mask = token_mask(batch, model)
                 call_model(model, batch)

@@ -83,8 +83,8 @@ class _Pool:
     calls: int = 0
     rows: int = 0  # of the last batch
     low: tuple[Tensor, Tensor] | None = None  # variance and mean of the last batch, where the norm is in 16 bits
-    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
+    mean: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
+    squares: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
 
     def check(self, norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Reject inputs with fewer than two values per channel, which have no variance; a forward pre-hook."""

@@ -16,6 +16,8 @@ _SAFE = (1e-15, 1e15)
 def plain_arithmetic() -> Iterator[None]:
     """Compute in the dtypes of the tensors: without autocast, graphs, inference mode or transforms of ``torch.func``.
 
+    Tensors that are made from nothing are on the CPU, whatever the default device.
+
     Tenfold's own numbers are made under it, so that they do not change with the code they are made from: a script that
     runs under autocast, a forward that does. It also serves as a decorator.
 
@@ -30,6 +32,8 @@ def plain_arithmetic() -> Iterator[None]:
         for device in {"cpu", _accelerator()}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":  # random numbers are drawn on the CPU, and moved
+            stack.enter_context(torch.device("cpu"))
         if _transformed():
             from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 

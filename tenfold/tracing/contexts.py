@@ -32,7 +32,7 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _kept_gradients(model: nn.Module) -> Iterator[None]:
     """Give every parameter its gradient back at the end: a forward may call ``backward`` itself."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.is_leaf]
     try:
         for parameter, gradient in gradients:
             if gradient is not None:

@@ -21,7 +21,7 @@ _GRADIENTS = re.compile(r"requires?[_ ]grad|grad_fn|differentiated")
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call the model on example inputs of any of the usual structures.
+    """Call the model on example inputs of any of the usual structures; except in training, on copies of them.
 
     Args:
         model: any callable module.
@@ -37,7 +37,8 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         >>> call_model(nn.Bilinear(3, 4, 5), (torch.ones(2, 3), {"input2": torch.ones(2, 4)})).shape
         torch.Size([2, 5])
     """
-    args, kwargs = arguments(writable(inputs))
+    training = getattr(model, "training", False) and torch.is_grad_enabled()
+    args, kwargs = arguments(writable(inputs) if training else own_copy(inputs))
     try:
         return model(*args, **kwargs)
     except TenfoldError:  # clear already, raised by a hook for instance
@@ -71,6 +72,19 @@ def writable(inputs: Any) -> Any:
     if not any(tensor.is_inference() for tensor in tensors_in(arguments(inputs))):
         return inputs
     return map_tensors(inputs, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
+def own_copy(inputs: Any) -> Any:
+    """Return a copy of the inputs, which a forward may change in place; what is the same tensor stays the same."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            new = tensor.clone()
+            copies[id(tensor)] = new.requires_grad_() if tensor.requires_grad and not new.requires_grad else new
+        return copies[id(tensor)]
+
+    return map_tensors(inputs, copied)
 
 
 def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

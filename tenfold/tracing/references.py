@@ -42,9 +42,10 @@ def copied(model: Model) -> Model:
     memo = without_graphs(model)
     with torch.no_grad():  # else parameters of scripted parts would be copied with a graph, and could not be trained
         twin = copy.deepcopy(model, memo)
-    for old, made in zip(model.parameters(), twin.parameters(), strict=True):
-        if old.requires_grad != made.requires_grad:
-            made.requires_grad_(old.requires_grad)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in twin.named_parameters():
+        if name in trained:
+            parameter.requires_grad_()
     reached = _Walk({})
     reached.run(model)
     new: dict[int, Any] = {}

@@ -101,3 +101,32 @@ def test_shapes_are_listed_in_order() -> None:
         return x
 
     assert input_shapes((X, {"y": [identity(Y), torch.ones(())]})) == ((2, 3), (2, 3), ())
+
+
+class InPlace(nn.Module):
+    """Changes what it is given."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        assert other is None or other is x
+        return x.mul_(2).sum()
+
+
+def test_a_forward_may_change_its_inputs_in_place() -> None:
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        assert call_model(InPlace(), x) == call_model(InPlace(), x) == 12
+        assert call_model(InPlace().eval(), (x, {"other": x})) == 12
+        with torch.inference_mode():
+            made = torch.ones(2, 3)
+        assert call_model(InPlace(), {"x": made}) == 12
+    assert torch.equal(x, torch.ones(2, 3))
+    assert torch.equal(made, torch.ones(2, 3))
+
+
+def test_gradients_pass_to_the_inputs() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    for model in (nn.Linear(3, 1).eval(), nn.Linear(3, 1).train()):
+        (gradient,) = torch.autograd.grad(call_model(model, x).sum(), x)
+        assert torch.equal(gradient, model.weight.detach().expand(2, 3))
+    with torch.no_grad():
+        assert call_model(Echo().eval(), x)[0][0].requires_grad

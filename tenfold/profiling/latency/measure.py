@@ -16,7 +16,7 @@ from torch import nn
 from tenfold.errors import ProfileError
 from tenfold.records import Latency, Speedup
 from tenfold.tracing.contexts import device_of, dtype_of, evaluating, same_random_numbers, synchronize
-from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in, writable
+from tenfold.tracing.inputs import arguments, batch_size_of, call_model, own_copy, tensors_in
 from tenfold.tracing.layers import Entry
 from tenfold.tracing.observing import Observation, observing
 
@@ -149,7 +149,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 def _block(model: nn.Module, inputs: Any) -> Callable[[int], float]:
     """Return a function that runs the model a number of times and returns the seconds per run."""
     device = device_of(model, inputs)
-    args, kwargs = arguments(writable(inputs))
+    args, kwargs = arguments(own_copy(inputs))
 
     def run(number: int) -> float:
         with evaluating(model), same_random_numbers(device):
