@@ -138,7 +138,7 @@ def carry_out(
         TenfoldError: see ``apply``.
     """
     runtime, seconds = runtime or Runtime(), decision.seconds
-    refuse_empty(decision.plan)
+    refuse_empty(decision.plan, decision.profile)
     # Batch norms are fused at the end: what is fused cannot be tuned.
     fuse, plan = decision.recipe.fuse_batchnorm or bool(decision.plan.fused), decision.plan.replace(fused={})
     with runtime.step("apply", seconds):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenfold.allocation import choose
@@ -168,8 +168,25 @@ def test_a_plan_is_carried_out_as_it_is() -> None:
 
 
 def test_a_run_that_would_do_nothing_says_why() -> None:
-    with pytest.raises(PlanError, match=r"nothing is to be done.*kept as asked"):
+    with pytest.raises(PlanError, match=r"nothing is to be done.*Reasons: 100.0% in \d+ layers: kept as asked by '\*'"):
         compress(network(), X, {"rule": {"name": "ratio", "share": 0.5}, "keep": "*"}, runtime=QUIET)
+
+
+def test_a_model_without_parameters_says_so_too() -> None:
+    class Packed(nn.Module):  # as quantized layers are: the weights are no parameters
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.randn(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weights
+
+    for model, words in (
+        (nn.Sequential(Packed(), nn.ReLU()), "1 layer: Packed .*has no parameters: packed weights"),
+        (nn.Sequential(nn.ReLU()), "1 layer: ReLU"),
+    ):
+        with pytest.raises(PlanError, match=f"Reasons: .*{words}"):
+            compress(model, torch.zeros(1, 8), "params=0.5", runtime=QUIET)
 
 
 def test_what_cannot_be_is_refused() -> None:

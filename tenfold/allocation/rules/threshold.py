@@ -18,10 +18,9 @@ from tenfold.allocation.rule import (
     Limits,
     RankRule,
     Total,
-    amount,
+    UnreachableError,
     beyond,
     total_cost,
-    unreachable,
 )
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.records import FormatOptions, LayerOptions
@@ -89,7 +88,7 @@ class ThresholdRule(RankRule):
             return self.within_limits(layers, limits)
         choices = tuple(self.choose(layer, level) for layer in layers)
         if limits and beyond(total := total_cost(layers, choices), limits):
-            raise BudgetError(self._over(total, limits))
+            raise self._over(total, limits)
         return choices
 
     def within_limits(self, layers: Sequence[LayerOptions], limits: Limits) -> tuple[Choice, ...]:
@@ -103,7 +102,7 @@ class ThresholdRule(RankRule):
         best = at(_LEAST)
         least = total_cost(layers, best)
         if beyond(least, limits):
-            raise BudgetError(unreachable(least, limits))
+            raise UnreachableError(least, limits, what=f"the rule {self.name()}")
         low, high = 0.0, 1.0
         if not beyond(total_cost(layers, at(high)), limits):
             return at(high)
@@ -116,15 +115,12 @@ class ThresholdRule(RankRule):
                 low, best = middle, choices
         return best
 
-    def _over(self, total: Total, limits: Limits) -> str:
+    def _over(self, total: Total, limits: Limits) -> UnreachableError:
         given = [name for name in self.numbers if getattr(self, name) is not None]
         shown = " and ".join(f"{name}={getattr(self, name):g}" for name in given) or "its number"
-        over = [f"{k} {amount(now)} (allowed {amount(limit)})" for k, now, limit in beyond(total, limits)]
-        return (
-            f"the rule {self.name()} with {shown} does not meet the budget: the layers that can be factorized keep "
-            f"{', '.join(over)}. Raise the budget, change {' and '.join(given) or 'the number'}, or leave it out: then "
-            "the budget sets it."
-        )
+        number = " and ".join(given) or "the number"
+        advice = f"change {number}, or leave it out: then the budget sets it"
+        return UnreachableError(total, limits, what=f"the rule {self.name()} with {shown}", advice=advice)
 
 
 def first_within(column: np.ndarray, bound: float) -> int | None:
