@@ -97,9 +97,10 @@ def compress(
             of one forward on them.
         recipe: what is wanted: a ``Recipe``, a mapping of its fields, or only a budget such as ``"macs=0.5"``. A
             ``Plan`` is carried out as it is.
-        data: unlabeled batches as the forward takes them; a few thousand samples are plenty. They decide ranks and
-            factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch norms
-            keep their statistics.
+        data: batches of inputs, such as a DataLoader, a data set, or one tensor of all samples; a few thousand samples
+            are plenty. Labels in them are not used: what the forward does not take is left out, and said. They decide
+            ranks and factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch
+            norms keep their statistics.
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.

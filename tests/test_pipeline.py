@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.allocation import choose
 from tenfold.checkpoint import load
@@ -22,6 +25,7 @@ from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
 
 QUIET = Runtime(measure=False)
+RECIPE_OF_DATA = {"budget": "macs=0.5", "keep_ends": False}
 
 
 def network() -> nn.Module:
@@ -249,3 +253,18 @@ def test_what_the_plan_was_chosen_from_is_saved_beside_it(tmp_path) -> None:
     ratio = compress(network(), X, {"budget": "macs=0.5", "rule": "ratio"}, runtime=QUIET)
     ratio.save(tmp_path / "ratio")
     assert not (tmp_path / "ratio" / "options.json").exists()  # nothing to explore without distortions
+
+
+def test_a_loader_with_labels_a_data_set_and_one_tensor_give_what_batches_of_inputs_give() -> None:
+    torch.manual_seed(0)
+    model, x, y = network().eval(), torch.randn(24, 3, 16, 16), torch.arange(24) % 4
+    plain = compress(model, x[:8], RECIPE_OF_DATA, data=list(x.split(8)), runtime=QUIET)
+    pairs = TensorDataset(x, y)
+    for data in (DataLoader(pairs, batch_size=8), pairs, x, x.numpy(), [x, y]):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = compress(model, x[:8], RECIPE_OF_DATA, data=data, runtime=QUIET)
+        assert found.plan == plain.plan
+        assert torch.equal(found.model.eval()(x), plain.model.eval()(x))
+        labels = [str(w.message) for w in said if "left out, as labels" in str(w.message)]
+        assert len(labels) == (data is not x and not isinstance(data, np.ndarray))

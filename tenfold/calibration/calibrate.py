@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,12 @@ from tenfold.calibration.gradients import GradientSums
 from tenfold.decompositions import Moments
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.records import Calibration, LayerSpec, Profile
+from tenfold.tracing.input_batches import input_batches
 
 
 def calibrate(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     specs: Mapping[str, LayerSpec] | None = None,
     settings: Calibration | None = None,
     *,
@@ -51,6 +52,7 @@ def calibrate(
         torch.Size([1, 3, 3])
     """
     settings = settings or Calibration()
+    batches = input_batches(batches, model)
     specs = measurable(model) if specs is None else specs
     positions, widest = settings.positions, settings.max_width
     collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)

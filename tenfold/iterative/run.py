@@ -88,7 +88,7 @@ def stages(
     schedule.check(recipe)
     if runtime.latency_inputs is None:
         runtime = runtime.replace(latency_inputs=example_inputs)
-    batches = None if data is None else gathered(data, device_of(model, example_inputs))
+    batches = None if data is None else gathered(data, model, example_inputs, device_of(model, example_inputs))
     planner = StagePlanner(recipe, schedule, profile(model, example_inputs), runtime)
     folder = None
     if runtime.folder is not None:

@@ -141,7 +141,7 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
 def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
     """Return the decision with batches, and what they say of the layers where they are to decide anything."""
     recipe, wanted = decision.recipe, decision.recipe.calibration
-    batches = gathered(data, device_of(decision.source, decision.inputs))
+    batches = gathered(data, decision.source, decision.inputs, device_of(decision.source, decision.inputs))
     if not wanted.plans:
         return replace(decision, batches=batches)
     moments = calibrate(decision.source, batches, called_layers(decision.profile), wanted, seed=recipe.seed)

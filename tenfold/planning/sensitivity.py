@@ -30,6 +30,7 @@ from tenfold.records import (
     SensitivityTable,
     locked,
 )
+from tenfold.tracing.input_batches import input_batches
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -106,6 +107,7 @@ class Sensitivity:
         if isinstance(batches, Iterator):
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
             raise DataError(msg)
+        batches = None if batches is None else input_batches(batches, model)
         check_patterns(recipe.keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         self._model = copy.deepcopy(model)
         self._name = profile.model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tenfold.errors import DataError
+from tenfold.tracing.input_batches import input_batches
 from tenfold.tracing.inputs import call_model
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,7 +58,8 @@ def reestimate_batchnorm_(
     pools = {path: _Pool(path) for path in norms}
     seen = 0
     with _statistics_only(model, norms, pools), torch.no_grad():
-        for seen, batch in enumerate(batches, start=1):  # noqa: B007
+        read = batches if forward is not None else input_batches(batches, model)
+        for seen, batch in enumerate(read, start=1):  # noqa: B007
             (forward or call_model)(model, batch)
         if seen == 0:
             msg = "there are no batches to re-estimate batch norm from. Pass an iterable with at least one batch."
