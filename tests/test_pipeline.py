@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from tenfold.allocation import choose
 from tenfold.checkpoint import load
 from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TenfoldError
 from tenfold.pipeline import carry_out, compress
-from tenfold.planning import decide
+from tenfold.planning import Score, decide
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.records import OptionTable, Recipe
+from tenfold.records import Metric, OptionTable, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
@@ -104,7 +105,7 @@ def test_a_loop_of_ones_own_tunes_and_is_scored() -> None:
     assert scores["tuned"] > scores["compressed"]
     assert result.record.after.score == scores["tuned"] == score(result.model)
     assert result.record.before.score == scores["original"]
-    assert steps == ["profile", "plan", "apply", "evaluate", "evaluate", "tune", "evaluate"]
+    assert steps == ["profile", "plan", "evaluate", "apply", "evaluate", "tune", "evaluate"]
     assert result.record.tuning == ()
 
 
@@ -268,3 +269,24 @@ def test_a_loader_with_labels_a_data_set_and_one_tensor_give_what_batches_of_inp
         assert torch.equal(found.model.eval()(x), plain.model.eval()(x))
         labels = [str(w.message) for w in said if "left out, as labels" in str(w.message)]
         assert len(labels) == (data is not x and not isinstance(data, np.ndarray))
+
+
+def test_scores_that_are_no_fractions_are_recorded_as_what_they_are() -> None:
+    metric = Metric(name="perplexity", better="lower")
+    values = iter([torch.tensor(7.5), 8.25])
+    score = Score(lambda _: next(values), metric=metric)
+    found = compress(network(), X, "macs=0.5", evaluate=score, runtime=QUIET)
+    assert found.record.metric == metric
+    assert found.record.scores == {"original": 7.5, "compressed": 8.25}
+    assert "perplexity" in found.summary()
+    assert "+0.75" in found.summary()
+
+
+@pytest.mark.parametrize(("returned", "words"), [(93.4, r"return 0\.934"), (float("nan"), "nan"), (None, "None")])
+def test_a_score_without_sense_is_told_before_any_work(returned: Any, words: str) -> None:
+    steps: list[str] = []
+    runtime = QUIET.replace(on_event=lambda event: steps.append(event.step))
+    with pytest.raises(DataError, match=words):
+        compress(network(), X, "macs=0.5", evaluate=lambda _: returned, runtime=runtime)
+    assert steps[-1] == "evaluate"
+    assert "apply" not in steps

@@ -105,7 +105,7 @@ class Recipe(Record):
         if isinstance(recipe, cls):
             return recipe
         if isinstance(recipe, str | int | float | Budget):
-            return cls(budget=Budget.of(recipe))  # type: ignore[arg-type] # a number is refused with what to write
+            return cls(budget=Budget.of(recipe))  # a number is refused with what to write
         if recipe is not None and not isinstance(recipe, Mapping):
             msg = (
                 f"a recipe is a Recipe, a budget such as 'macs=0.5', or a mapping of fields such as "

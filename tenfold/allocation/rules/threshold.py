@@ -303,7 +303,8 @@ class AccuracyDrop(ThresholdRule):
     the budget, on curves through a few measured ranks of each layer. Needs a score: ``tenfold.Sensitivity``.
 
     Attributes:
-        drop: in [0, 1), of a score that is a fraction: 0.01 is one percentage point; None to let a budget set it.
+        drop: how much worse the score may get, in its own unit: of a fraction 0.01 is one percentage point, and it is
+            below 1. None to let a budget set it.
         step: try every ``step``-th rank of the format's family only.
     """
 
@@ -314,8 +315,8 @@ class AccuracyDrop(ThresholdRule):
     numbers: ClassVar[tuple[str, ...]] = ("drop",)
 
     def __post_init__(self) -> None:
-        if self.drop is not None and not 0 <= self.drop < 1:
-            msg = f"drop={self.drop} must be in [0, 1): 0.01 is one percentage point of the score"
+        if self.drop is not None and not 0 <= self.drop < np.inf:
+            msg = f"drop={self.drop} must be 0 or more: how much worse the score may get, in its unit"
             raise TenfoldError(msg)
         if self.step < 1:
             msg = f"step={self.step} must be a whole number from 1 on"
@@ -332,27 +333,27 @@ class AccuracyDrop(ThresholdRule):
         return {"step": self.step, "drop": self.drop}
 
     def level(self) -> float | None:
-        """Return the share of the score to keep."""
-        return None if self.drop is None else 1 - self.drop
+        """Return 1 for no drop, towards 0 for any: drops of scores that are no fractions have no largest."""
+        return None if self.drop is None else 1 / (1 + self.drop)
 
     def note(self, level: float) -> str:
         """Return the drop in words."""
         if self.drop is None:
-            return f"expected to cost at most {_points(1 - level)} alone"
-        return f"costs at most {_points(self.drop)} alone, as measured"
+            return f"expected to cost the score at most {_allowed(level):.2g} alone"
+        return f"costs the score at most {self.drop:.2g} alone, as measured"
 
     def choose(self, layer: LayerOptions, level: float) -> Choice:
         """Return the smallest rank that loses little enough."""
         choice = super().choose(layer, level)
         if self.drop is not None and isinstance(choice, Keep) and any(len(options) for options in layer.options):
-            return Keep(f"every rank that is cheaper costs more than {_points(self.drop)}")
+            return Keep(f"every rank that is cheaper costs the score more than {self.drop:.2g}")
         return choice
 
     def row(self, layer: LayerOptions, options: FormatOptions, level: float) -> int | None:
         """Return the first option that loses little enough."""
         del layer
         (column,) = self.columns
-        allowed = 1 - level if self.drop is None else self.drop
+        allowed = _allowed(level) if self.drop is None else self.drop
         return first_within(options.columns[column], allowed + _SCORE_ROUND)
 
 
@@ -360,5 +361,6 @@ class AccuracyDrop(ThresholdRule):
 _SCORE_ROUND = 1e-9
 
 
-def _points(drop: float) -> str:
-    return f"{100 * drop:.2g} points of score"
+def _allowed(level: float) -> float:
+    """Return the drop of a level."""
+    return (1 - level) / level
