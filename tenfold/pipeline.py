@@ -18,10 +18,22 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.allocation import explorable, pruned
 from tenfold.errors import TenfoldWarning
-from tenfold.planning import Decision, FastPlan, analyse, decide
+from tenfold.planning import Decision, FastPlan, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
 from tenfold.profiling import Comparison, compare_latency, environment, profile, to_memory_format
-from tenfold.records import Analysis, Latency, Measurement, OptionTable, Plan, Profile, Recipe, RunRecord, parse_size
+from tenfold.records import (
+    Analysis,
+    Latency,
+    Measurement,
+    Metric,
+    OptionTable,
+    Plan,
+    Profile,
+    Recipe,
+    RunRecord,
+    parse_size,
+)
+from tenfold.records.metric import FRACTION
 from tenfold.reporting import render_record
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
@@ -102,12 +114,14 @@ def compress(
             of one forward on them.
         recipe: what is wanted: a ``Recipe``, a mapping of its fields, or only a budget such as ``"macs=0.5"``. A
             ``Plan`` is carried out as it is.
-        data: unlabeled batches as the forward takes them; a few thousand samples are plenty. They decide ranks and
-            factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch norms
-            keep their statistics.
+        data: batches of inputs, such as a DataLoader, a data set, or one tensor of all samples; a few thousand samples
+            are plenty. Labels in them are not used: what the forward does not take is left out, and said. They decide
+            ranks and factors, and batch norms, as ``recipe.calibration`` says. Without, weights alone decide, and batch
+            norms keep their statistics.
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
-        evaluate: returns the score of a model as a fraction; called on the original, and after each step of recovery.
+        evaluate: returns the score of a model: a fraction, the larger the better; a ``tenfold.Score`` for any other,
+            which says its name, unit and direction. Called on the original, and after each step of recovery.
         runtime: how it is done: workers, clock, what to measure on, progress. The result does not depend on it.
 
     Raises:
@@ -144,14 +158,15 @@ def carry_out(
         TenfoldError: see ``apply``.
     """
     runtime, seconds = runtime or Runtime(), decision.seconds
-    refuse_empty(decision.plan)
+    refuse_empty(decision.plan, decision.profile)
+    recovery = _Recovery(runtime, seconds, None if evaluate is None else Score.of(evaluate))
+    recovery.score_original(model)
     # Batch norms are fused at the end: what is fused cannot be tuned.
     fuse, plan = decision.recipe.fuse_batchnorm or bool(decision.plan.fused), decision.plan.replace(fused={})
     with runtime.step("apply", seconds):
         small, plan = apply_decision(decision, plan, runtime)
     stale = bool(decision.batches) and decision.moments is None  # layers fitted to data leave the statistics right
-    recovery = _Recovery(runtime, seconds, evaluate)
-    tuning = recovery.run(model, small, tune, decision.batches if stale else [])
+    tuning = recovery.run(small, tune, decision.batches if stale else [])
     if fuse:
         with runtime.step("fuse batch norm", seconds):
             fuse_batchnorm_(small.eval(), decision.inputs)
@@ -172,6 +187,7 @@ def carry_out(
         after=measurement(after, times.latencies.get("after"), scores.get("tuned", scores.get("compressed"))),
         speedup=times.speedups.get("after"),
         scores=scores,
+        metric=recovery.metric,
         plan=plan,
         tuning=tuning,
         seconds=seconds,
@@ -216,14 +232,24 @@ class _Recovery:
 
     runtime: Runtime
     seconds: dict[str, float]
-    evaluate: Callable[[nn.Module], float] | None
+    evaluate: Score | None
     scores: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def metric(self) -> Metric:
+        """What the scores are."""
+        return FRACTION if self.evaluate is None else self.evaluate.metric
+
+    def score_original(self, model: nn.Module) -> None:
+        """Score the model as it is, before any work that a score without sense would lose."""
+        if self.evaluate is not None:
+            with self.runtime.step("evaluate", self.seconds):
+                self.scores["original"] = self.evaluate.of_original(model)
+
     def run(
-        self, model: nn.Module, small: nn.Module, tune: Callable[[nn.Module], Any] | None, batches: list[Any]
+        self, small: nn.Module, tune: Callable[[nn.Module], Any] | None, batches: list[Any]
     ) -> tuple[dict[str, Any], ...]:
         """Recover ``small`` in place; return the epochs of tuning."""
-        self._score("original", model)
         if batches:
             with self.runtime.step("re-estimate batch norm", self.seconds):
                 reestimate_batchnorm_(small, batches)
@@ -238,7 +264,7 @@ class _Recovery:
     def _score(self, name: str, model: nn.Module) -> None:
         if self.evaluate is not None:
             with self.runtime.step("evaluate", self.seconds):
-                self.scores[name] = float(self.evaluate(model))
+                self.scores[name] = self.evaluate(model)
 
 
 def _warn_if_late(fast: FastPlan, times: Comparison) -> None:

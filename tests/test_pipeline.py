@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.allocation import choose
 from tenfold.checkpoint import load
 from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TenfoldError
 from tenfold.pipeline import carry_out, compress
-from tenfold.planning import decide
+from tenfold.planning import Score, decide
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
-from tenfold.records import OptionTable, Recipe
+from tenfold.records import Metric, OptionTable, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
 
 QUIET = Runtime(measure=False)
+RECIPE_OF_DATA = {"budget": "macs=0.5", "keep_ends": False}
 
 
 def network() -> nn.Module:
@@ -100,7 +105,7 @@ def test_a_loop_of_ones_own_tunes_and_is_scored() -> None:
     assert scores["tuned"] > scores["compressed"]
     assert result.record.after.score == scores["tuned"] == score(result.model)
     assert result.record.before.score == scores["original"]
-    assert steps == ["profile", "plan", "apply", "evaluate", "evaluate", "tune", "evaluate"]
+    assert steps == ["profile", "plan", "evaluate", "apply", "evaluate", "tune", "evaluate"]
     assert result.record.tuning == ()
 
 
@@ -168,8 +173,25 @@ def test_a_plan_is_carried_out_as_it_is() -> None:
 
 
 def test_a_run_that_would_do_nothing_says_why() -> None:
-    with pytest.raises(PlanError, match=r"nothing is to be done.*kept as asked"):
+    with pytest.raises(PlanError, match=r"nothing is to be done.*Reasons: 100.0% in \d+ layers: kept as asked by '\*'"):
         compress(network(), X, {"rule": {"name": "ratio", "share": 0.5}, "keep": "*"}, runtime=QUIET)
+
+
+def test_a_model_without_parameters_says_so_too() -> None:
+    class Packed(nn.Module):  # as quantized layers are: the weights are no parameters
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.randn(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weights
+
+    for model, words in (
+        (nn.Sequential(Packed(), nn.ReLU()), "1 layer: Packed .*has no parameters: packed weights"),
+        (nn.Sequential(nn.ReLU()), "1 layer: ReLU"),
+    ):
+        with pytest.raises(PlanError, match=f"Reasons: .*{words}"):
+            compress(model, torch.zeros(1, 8), "params=0.5", runtime=QUIET)
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -232,3 +254,39 @@ def test_what_the_plan_was_chosen_from_is_saved_beside_it(tmp_path) -> None:
     ratio = compress(network(), X, {"budget": "macs=0.5", "rule": "ratio"}, runtime=QUIET)
     ratio.save(tmp_path / "ratio")
     assert not (tmp_path / "ratio" / "options.json").exists()  # nothing to explore without distortions
+
+
+def test_a_loader_with_labels_a_data_set_and_one_tensor_give_what_batches_of_inputs_give() -> None:
+    torch.manual_seed(0)
+    model, x, y = network().eval(), torch.randn(24, 3, 16, 16), torch.arange(24) % 4
+    plain = compress(model, x[:8], RECIPE_OF_DATA, data=list(x.split(8)), runtime=QUIET)
+    pairs = TensorDataset(x, y)
+    for data in (DataLoader(pairs, batch_size=8), pairs, x, x.numpy(), [x, y]):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = compress(model, x[:8], RECIPE_OF_DATA, data=data, runtime=QUIET)
+        assert found.plan == plain.plan
+        assert torch.equal(found.model.eval()(x), plain.model.eval()(x))
+        labels = [str(w.message) for w in said if "left out, as labels" in str(w.message)]
+        assert len(labels) == (data is not x and not isinstance(data, np.ndarray))
+
+
+def test_scores_that_are_no_fractions_are_recorded_as_what_they_are() -> None:
+    metric = Metric(name="perplexity", better="lower")
+    values = iter([torch.tensor(7.5), 8.25])
+    score = Score(lambda _: next(values), metric=metric)
+    found = compress(network(), X, "macs=0.5", evaluate=score, runtime=QUIET)
+    assert found.record.metric == metric
+    assert found.record.scores == {"original": 7.5, "compressed": 8.25}
+    assert "perplexity" in found.summary()
+    assert "+0.75" in found.summary()
+
+
+@pytest.mark.parametrize(("returned", "words"), [(93.4, r"return 0\.934"), (float("nan"), "nan"), (None, "None")])
+def test_a_score_without_sense_is_told_before_any_work(returned: Any, words: str) -> None:
+    steps: list[str] = []
+    runtime = QUIET.replace(on_event=lambda event: steps.append(event.step))
+    with pytest.raises(DataError, match=words):
+        compress(network(), X, "macs=0.5", evaluate=lambda _: returned, runtime=runtime)
+    assert steps[-1] == "evaluate"
+    assert "apply" not in steps

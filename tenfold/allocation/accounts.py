@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil, floor, log10
 
+from tenfold.allocation.reasons import CHEAP_END, grouped_reasons, in_words, listed, share
+from tenfold.allocation.rule import UnreachableError
 from tenfold.errors import BudgetError
 from tenfold.records import Budget, Cost, ForwardTime, LayerOptions, OptionTable
+from tenfold.records.budget import LIMITED
 
 WORDS = {"params": "parameters", "macs": "MACs", "latency": "time"}
 _ORDER = ("latency", "params", "macs")  # of the columns that the knapsack weighs
@@ -19,7 +23,7 @@ class Accounts:
     """
 
     def __init__(self, table: OptionTable) -> None:
-        self.before, self.time, self.layers = table.before, table.time, table.eligible
+        self.table, self.before, self.time, self.layers = table, table.before, table.time, table.eligible
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -49,16 +53,16 @@ class Accounts:
             budget: of the whole model.
             fixed: rows of layers that are not to be chosen, by path.
 
+        They are below 0 where what no choice changes is above the budget: then no rule can meet it.
+
         Raises:
-            BudgetError: what no choice changes is above the budget, or a latency is asked for without a clock.
+            BudgetError: layers that are fixed leave too little, or a latency is asked for without a clock.
         """
         fixed = fixed or {}
         allowed = budget.allowance(self.before, None if self.time is None else self.time.dense_ms)
         found: dict[str, float] = {}
         for name in sorted(allowed, key=_ORDER.index):
             limit, rest = self._limit(name, allowed[name]), self.rest(name)
-            if rest > limit or (name == "latency" and rest >= limit):
-                raise BudgetError(self._too_low(name, allowed[name]))
             taken = sum(float(layer.column(name)[fixed[layer.path]]) for layer in self.layers if layer.path in fixed)
             found[name] = limit - rest - taken
             low = self.least(name, fixed) - taken
@@ -70,6 +74,70 @@ class Accounts:
                 )
                 raise BudgetError(msg)
         return found
+
+    def lowest(self, kind: str, least: float | None = None) -> str:
+        """Return the lowest budget of a kind that can be met, as a share and in full, as a budget is written.
+
+        Args:
+            kind: of cost.
+            least: what the layers that there is a choice for cost at least; what their options allow if None.
+        """
+        least = self.least(kind) if least is None else least
+        reached = self.share(kind, least)
+        if reached >= 1:
+            return f"{kind}=1 (the model as it is)"
+        whole = self._clock().dense_ms if kind == "latency" else 1.0
+        most = _up(reached * whole) if kind == "latency" else str(ceil(self.rest(kind) + least))
+        return f"{kind}={_up(reached)} ({LIMITED[kind]}={most})"
+
+    def out_of_reach(self, budget: Budget, limits: Mapping[str, float], error: UnreachableError) -> str:
+        """Return in words why a rule cannot meet a budget: what stays and why, what can be met, and what to try.
+
+        Args:
+            budget: of the whole model.
+            limits: that ``limits`` made of it.
+            error: what the rule raised.
+        """
+        over = [name for name, limit in limits.items() if getattr(error.least, name) > limit]
+        asked = ", ".join(f"{k}={v:g}" for k, v in budget.given.items() if any(k in (n, LIMITED[n]) for n in over))
+        what = error.what or "these formats and layers"
+        lowest = listed([self.lowest(name, getattr(error.least, name)) for name in over])
+        stays = ". ".join(self._what_stays(name, getattr(error.least, name)) for name in over)
+        return (
+            f"the budget {asked} cannot be met: the lowest that {what} can reach is {lowest}. {stays}. "
+            f"{self._way_out(error)}."
+        )
+
+    def _what_stays(self, kind: str, least: float) -> str:
+        """Return why layers stay, by reason, with their share of a cost, and what the others need."""
+        whole = self._clock().allowed(1.0) if kind == "latency" else float(getattr(self.before, kind))
+        kept = [(layer.keep_reason, _now(layer, kind)) for layer in self.table.layers if layer.keep_reason]
+        fixed = grouped_reasons(kept)
+        stuck = [layer for layer in self.layers if layer.column(kind).min() >= _now(layer, kind)]
+        reason = f"{listed(self.table.recipe.formats, 'or')} costs no less at any rank that was tried"
+        groups = grouped_reasons([*kept, *((reason, _now(layer, kind)) for layer in stuck)])
+        parts = [in_words([group for group in groups if group.cost > 0], whole)]
+        rest = self.rest(kind) - sum(group.cost for group in fixed)
+        if rest > 0.0005 * whole:
+            outside = (
+                "activations, the interpreter and what else is no layer" if kind == "latency" else "outside layers"
+            )
+            parts.append(f"{share(rest, whole)} {outside}")
+        if len(stuck) < len(self.layers):
+            left = least - sum(_now(layer, kind) for layer in stuck)
+            parts.append(
+                f"{share(left, whole)} as the least of the {len(self.layers) - len(stuck)} that can be factorized"
+            )
+        return f"What stays of the {WORDS[kind]}: {'; '.join(filter(None, parts))}"
+
+    def _way_out(self, error: UnreachableError) -> str:
+        recipe, reasons = self.table.recipe, [layer.keep_reason or "" for layer in self.table.layers]
+        ways = [f"allow more formats than {listed(recipe.formats)}"]
+        ways += [f"keep fewer layers than keep={listed(map(repr, recipe.keep))}"] if recipe.keep else []
+        ways += ["keep_ends=False"] if any(reason.endswith(CHEAP_END) for reason in reasons) else []
+        ways += ["data that reach all layers"] if any("moments" in reason for reason in reasons) else []
+        ways += [error.advice] if error.advice else []
+        return f"Raise the budget, or try: {'; '.join(ways)}"
 
     def cost(self, after: Sequence[Cost]) -> Cost:
         """Return what the whole model costs once the layers cost so much."""
@@ -100,20 +168,6 @@ class Accounts:
         time = self._clock()
         return time.allowed(allowed / time.dense_ms)
 
-    def _too_low(self, name: str, allowed: float) -> str:
-        if name == "latency":
-            time = self._clock()
-            return (
-                f"the budget allows {allowed / time.dense_ms * time.tighten:.1%} of the time, and what no plan changes "
-                f"(layers that stay, activations, the interpreter) takes "
-                f"{self.rest(name) / time.whole_ms / time.best_share:.1%}. Raise the budget or keep fewer layers."
-            )
-        total = getattr(self.before, name)
-        return (
-            f"the budget {name}={allowed:,.0f} is below the {self.rest(name):,.0f} {name} of the layers that stay as "
-            f"they are (of {total:,} in all). Raise the budget, allow more formats, or keep fewer layers."
-        )
-
     def _dense_ms(self) -> float | None:
         return None if self.time is None else self.time.dense_ms
 
@@ -126,3 +180,16 @@ class Accounts:
 
 def _now(layer: LayerOptions, kind: str) -> float:
     return (layer.latency_ms or 0.0) if kind == "latency" else float(getattr(layer.before, kind))
+
+
+def _up(value: float) -> str:
+    """Return a number in three digits, rounded up: a budget of so much can be met.
+
+    Example:
+        >>> _up(0.61234), _up(0.5), _up(12.341)
+        ('0.613', '0.5', '12.4')
+    """
+    if value <= 0:
+        return "0"
+    step = 10.0 ** (floor(log10(value)) - 2)
+    return f"{ceil(value / step * (1 - 1e-12)) * step:.6g}"

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import NonNegativeInt
 
 from tenfold.allocation.accounts import Accounts
-from tenfold.allocation.rule import Choice, Factorize, Keep, RankRule, rule_of
-from tenfold.errors import PlanError
+from tenfold.allocation.reasons import listed
+from tenfold.allocation.rule import Choice, Factorize, Keep, RankRule, UnreachableError, rule_of
+from tenfold.errors import BudgetError, PlanError
 from tenfold.records import Budget, Cost, LayerOptions, LayerPlan, OptionTable, Plan, Recipe
 from tenfold.records.base import Record
 from tenfold.registry import did_you_mean
@@ -114,7 +115,18 @@ def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Overri
         rule = rule_of(recipe.rule)
         _check_serves(table, rule)
         limits = accounts.limits(recipe.budget, fixed) if recipe.budget else None
-        choices |= {layer.path: choice for layer, choice in zip(free, rule.select(free, limits), strict=True)}
+        try:
+            chosen = rule.select(free, limits)
+        except UnreachableError as error:
+            if fixed or limits is None:
+                raise
+            raise BudgetError(accounts.out_of_reach(recipe.budget, limits, error)) from error
+        except BudgetError as error:
+            if fixed or limits is None or len(limits) < 2:
+                raise
+            msg = f"{error}. The lowest of each alone: {listed(map(accounts.lowest, limits))}"
+            raise BudgetError(msg) from error
+        choices |= {layer.path: choice for layer, choice in zip(free, chosen, strict=True)}
     picks = tuple(_pick(layer, choices[layer.path]) for layer in layers)
     return Selection(
         picks,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tenfold.errors import TenfoldError
+from tenfold.errors import BudgetError, TenfoldError
 from tenfold.records import Cost, LayerOptions
 from tenfold.registry import Registry
 
@@ -144,13 +144,22 @@ def beyond(cost: Total | Cost, limits: Limits) -> list[tuple[str, float, float]]
     return [(name, getattr(cost, name), limit) for name, limit in limits.items() if getattr(cost, name) > limit]
 
 
-def unreachable(least: Total, limits: Limits) -> str:
-    """Return the message for limits that are below what the layers cost at the very least."""
-    parts = [f"{k} {amount(limit)} (lowest {amount(low)})" for k, low, limit in beyond(least, limits)]
-    return (
-        f"the budget cannot be met: the layers that can be factorized would have to fit into {', '.join(parts)}. "
-        "Raise the budget, allow more formats, or keep fewer layers."
-    )
+class UnreachableError(BudgetError):
+    """Limits that a rule cannot meet. Whoever knows the whole model says in its words what can be met.
+
+    Attributes:
+        least: what the rule can reach of everything, for all its layers together.
+        what: that cannot reach more: the rule with its number, for instance; the formats and layers if empty.
+        advice: what else to try, with commas between.
+    """
+
+    def __init__(self, least: Total, limits: Limits, *, what: str = "", advice: str = "") -> None:
+        self.least, self.what, self.advice = least, what, advice
+        parts = [f"{k} {amount(limit)} (lowest {amount(low)})" for k, low, limit in beyond(least, limits)]
+        super().__init__(
+            "the budget cannot be met: the layers that can be factorized would have to fit into "
+            f"{', '.join(parts)}. Raise the budget, allow more formats, or keep fewer layers."
+        )
 
 
 def amount(value: float) -> str:

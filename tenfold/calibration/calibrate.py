@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from tenfold.layers import dense_weight
 from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.contexts import device_of, same_random_numbers
+from tenfold.tracing.input_batches import input_batches
 from tenfold.tracing.inputs import batch_size_of
 from tenfold.tracing.references import trainable_copy
 
@@ -27,7 +28,7 @@ from tenfold.tracing.references import trainable_copy
 @normal_tensors()
 def calibrate(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     specs: Mapping[str, LayerSpec] | None = None,
     settings: Calibration | None = None,
     *,
@@ -63,6 +64,7 @@ def calibrate(
         torch.Size([1, 3, 3])
     """
     settings, model = settings or Calibration(), trainable_copy(model)
+    batches = list(input_batches(batches, model))
     specs = measurable(model) if specs is None else specs
     if not specs:
         return {}

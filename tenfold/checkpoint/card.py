@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tenfold.records import Cost, Measurement, Plan, RunRecord
+from tenfold.records.metric import FRACTION
 
 
 def model_card(plan: Plan, record: RunRecord | None = None) -> str:
@@ -32,14 +33,19 @@ def _planned(before: Cost, after: Cost) -> list[str]:
 
 
 def _measured(record: RunRecord) -> list[str]:
-    before, after = record.before, record.after
+    before, after, metric = record.before, record.after, record.metric
     lines = _planned(Cost(params=before.params, macs=before.macs), Cost(params=after.params, macs=after.macs))
     if before.latency_ms and after.latency_ms:
         ratio = before.latency_ms / after.latency_ms if record.speedup is None else record.speedup.ratio
         note = _conditions(before)
         lines.append(f"| latency{note} | {before.latency_ms:.2f} ms | {after.latency_ms:.2f} ms | {ratio:.2f}× |")
     if before.score is not None and after.score is not None:
-        lines.append(f"| score | {before.score:.2%} | {after.score:.2%} | {after.score - before.score:+.2%} |")
+        old, new = before.score, after.score
+        if metric == FRACTION:
+            lines.append(f"| score | {old:.2%} | {new:.2%} | {new - old:+.2%} |")
+        else:
+            name = f"{metric.name} ({metric.better} is better)"
+            lines.append(f"| {name} | {metric.text(old)} | {metric.text(new)} | {metric.change(old, new)} |")
     return lines
 
 

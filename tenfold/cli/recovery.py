@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tenfold.cli.source import Opened
+    from tenfold.planning import Score
     from tenfold.records import EpochRecord, Recipe, TuneResult
     from tenfold.training import Distillation
 
@@ -107,13 +108,13 @@ class Recover(Distill):
             samples = min(DEFAULT_CALIBRATION, opened.task.calibration_size(seed))
         return CalibrationBatches(opened, samples, seed) if samples else None
 
-    def evaluator(self, opened: Opened) -> Callable[[nn.Module], float] | None:
+    def evaluator(self, opened: Opened) -> Score | None:
         """Return what scores models; None where that is not wanted, or the task has no score."""
         if not opened.task.labelled:
             if self.eval:
                 logger.info("%s is a model without labels: it is neither trained nor scored", opened.task.id)
             return None
-        return opened.task.evaluate if self.eval else None
+        return opened.score if self.eval else None
 
 
 @dataclass(frozen=True, eq=False)

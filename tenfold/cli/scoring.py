@@ -100,7 +100,7 @@ def sensitivity(
         batches = CalibrationBatches(opened, min(looked_at, there), recipe.seed)
     if samples:
         evaluate = partial(task.evaluate, split="validation", limit=samples)
-        score = Score(evaluate, {"task": opened.name, "scored": samples})
+        score = Score(evaluate, {"task": opened.name, "scored": samples}, task.metric)
     return Sensitivity(model, profile, recipe, evaluate=score, batches=batches, path=path, workers=workers)
 
 

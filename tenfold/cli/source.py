@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tenfold.parallel import Workers
+    from tenfold.planning import Score
     from tenfold.records import Plan, RunRecord
     from tenfold.tasks import Task
 
@@ -106,6 +107,13 @@ class Opened:
             msg = "a compressed model is needed: give --checkpoint FOLDER, as `tenfold compress` wrote it"
             raise CheckpointError(msg)
         return plan
+
+    @property
+    def score(self) -> Score:
+        """The score of models on the test set, with what it is."""
+        from tenfold.planning import Score
+
+        return Score(self.task.evaluate, metric=self.task.metric)
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, Plan | None]:

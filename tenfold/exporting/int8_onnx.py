@@ -17,7 +17,8 @@ from tenfold.exporting.program import first_words
 from tenfold.exporting.quiet import quiet
 from tenfold.profiling import compare_latency
 from tenfold.records import Int8Record, Speedup, atomic_write
-from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
+from tenfold.tracing.input_batches import InputBatches
+from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in
 
 Ranges = Literal["minmax", "entropy", "percentile"]
 
@@ -64,7 +65,7 @@ def quantize_onnx(
         raise ExportError(msg)
     for package in ("onnx", "onnxruntime"):
         require(package, "export")
-    inputs = list(batches)
+    inputs = _inputs(source, batches)
     samples = sum(batch_size_of(batch) or 1 for batch in inputs)
     if not samples:
         msg = "there are no calibration inputs: static quantization needs some, a few hundred are plenty"
@@ -109,6 +110,14 @@ def _quantize(
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=method,
         )
+
+
+def _inputs(source: Path, batches: Any) -> list[Any]:
+    """Return the inputs of the file from what a user has: with labels, as a data set, or in one piece."""
+    net = OnnxModule(source)
+    if isinstance(batches, list) and all(len(list(tensors_in(arguments(b)))) == len(net.names) for b in batches):
+        return batches
+    return list(InputBatches(batches, net, net.example_inputs))
 
 
 def _shape_inference(source: Path, target: Path) -> None:

@@ -32,6 +32,18 @@ class OnnxModule(nn.Module):
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.names: list[str] = [value.name for value in self.session.get_inputs()]
 
+    @property
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Inputs of the right kind, all zeros; axes of any length have length 1."""
+        floats = ("float", "double")
+        return tuple(
+            torch.zeros(
+                [n if isinstance(n, int) else 1 for n in value.shape],
+                dtype=torch.float32 if any(name in value.type for name in floats) else torch.int64,
+            )
+            for value in self.session.get_inputs()
+        )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs as tensors."""
         found = self.session.run(None, feeds(self.names, (args, kwargs)))

@@ -12,7 +12,7 @@ from tenfold.allocation.schedule import Schedule, target_of
 from tenfold.decompositions import Moments
 from tenfold.errors import BudgetError, PlanError
 from tenfold.planning import plan_within_latency, recost, tabulate
-from tenfold.planning.decide import clock_for
+from tenfold.planning.decide import clock_for, refuse_empty
 from tenfold.planning.eligible import changeable, cheap_ends
 from tenfold.profiling import profile
 from tenfold.records import Budget, LayerPlan, LayerSpec, OptionTable, Plan, Profile, Recipe, StageRecord
@@ -68,7 +68,7 @@ class StagePlanner:
                 msg = "nothing is to be done: the model is within the budget as it is"
                 raise PlanError(msg)
             return None
-        reasons: list[str] = []
+        last: Plan | None = None
         for number, visited in self._rounds_left(done):
             limits = self.schedule.limits(number, self.recipe.budget, self.original.cost)
             if limits and self._within(limits, now, done):
@@ -76,13 +76,11 @@ class StagePlanner:
             step = self._step(number, visited, model, now, moments, done)
             if step.plan.factorized:
                 return step
-            reasons = [layer.reason for layer in step.plan.layers if layer.before.params]
+            last = step.plan
             if not visited and not self.schedule.aims(self.recipe.budget) and not self.schedule.rules:
                 break  # the same rule would say the same of the same weights again
-        if not done:
-            shown = "; ".join(sorted(set(reasons))[:3])
-            msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
-            raise PlanError(msg)
+        if not done and last is not None:
+            refuse_empty(last, now)
         return None
 
     def met(self, now: Profile, done: Sequence[StageRecord]) -> bool:

@@ -20,9 +20,10 @@ from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed, apply_decision, measurement
-from tenfold.planning import Decision, analyse
+from tenfold.planning import Decision, Score, analyse
 from tenfold.profiling import environment, profile
 from tenfold.records import Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
+from tenfold.records.metric import FRACTION
 from tenfold.runtime import Runtime
 from tenfold.surgery import reestimate_batchnorm_
 from tenfold.tracing import copied, device_of, gathered
@@ -64,7 +65,7 @@ def stages(
         recipe: what is wanted in the end: a ``Recipe``, a mapping of its fields, or a budget such as ``"macs=0.5"``.
         schedule: in how many stages, and how far in each.
         data: unlabeled batches as the forward takes them; see ``compress``. Without, weights alone decide.
-        evaluate: returns the score of a model as a fraction; called on the original, and around each training.
+        evaluate: returns the score of a model: see ``compress``; called on the original, and around each training.
         runtime: how it is done; ``folder`` and ``identity`` are those of the run.
 
     Raises:
@@ -87,14 +88,15 @@ def stages(
     schedule.check(recipe)
     if runtime.latency_inputs is None:
         runtime = runtime.replace(latency_inputs=example_inputs)
-    batches = None if data is None else gathered(data, device_of(model, example_inputs))
+    batches = None if data is None else gathered(data, model, example_inputs, device_of(model, example_inputs))
     planner = StagePlanner(recipe, schedule, profile(model, example_inputs), runtime)
     folder = None
     if runtime.folder is not None:
         run = _identify(model, example_inputs, planner, batches)
         folder = RunFolder(runtime.folder, run)
     # What is wrong with the arguments is raised at the call and not at the first stage.
-    return _Run(model, example_inputs, planner, batches, evaluate, folder).go()
+    score = None if evaluate is None else Score.of(evaluate)
+    return _Run(model, example_inputs, planner, batches, score, folder).go()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,7 @@ class _Run:
     inputs: Any
     planner: StagePlanner
     batches: list[Any] | None
-    evaluate: Callable[[nn.Module], float] | None
+    evaluate: Score | None
     folder: RunFolder | None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -162,7 +164,8 @@ class _Run:
         cost = self.planner.original
         scores = {}
         if self.evaluate is not None and (self.folder is None or self.folder.started(1, self.original) is None):
-            scores["original"] = self._score(self.original)
+            with self.watch("evaluate"):
+                scores["original"] = self.evaluate.of_original(self.original)
         plan = Plan(
             tenfold=__version__,
             model=cost.model,
@@ -176,6 +179,7 @@ class _Run:
             before=start,
             after=start,
             scores=scores,
+            metric=FRACTION if self.evaluate is None else self.evaluate.metric,
             plan=plan,
             settings={"schedule": self.schedule.model_dump(mode="json")},
             environment=environment(device_of(self.original, self.inputs)),
@@ -294,7 +298,7 @@ class _Run:
 
     def _score(self, model: nn.Module) -> float:
         with self.watch("evaluate"):
-            return float(self.evaluate(model)) if self.evaluate is not None else 0.0
+            return self.evaluate(model) if self.evaluate is not None else 0.0
 
 
 def _record(index: int, step: Step, plan: Plan, cost: Profile) -> StageRecord:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tenfold.allocation import choose, limits_latency
+from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
@@ -117,14 +118,21 @@ def decide(
     return replace(decision, plan=plan, source=source, profile=cost)
 
 
-def refuse_empty(plan: Plan) -> None:
-    """Raise PlanError for a plan that factorizes nothing; the message says why."""
-    if not plan.factorized:
-        reasons = {layer.reason for layer in plan.layers if layer.before.params}
-        reasons = reasons or {layer.reason for layer in plan.layers}  # packed weights are no parameters
-        shown = "; ".join(sorted(reasons)[:3])
-        msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
-        raise PlanError(msg)
+def refuse_empty(plan: Plan, profile: Profile) -> None:
+    """Raise PlanError for a plan of the profiled model that factorizes nothing; the message says why, by reason."""
+    if plan.factorized:
+        return
+    kept = [(layer.reason, float(layer.before.params)) for layer in plan.layers if layer.reason]
+    if not kept:  # of what has neither parameters nor MACs a plan says nothing
+        kept = [(layer.note, 0.0) for layer in profile.layers if layer.note]
+    shown = in_words(grouped_reasons(kept), plan.before.params) or "the model has no layers"
+    shown += (
+        " (shares of the parameters)"
+        if profile.params
+        else ". It has no parameters: packed weights, as of a quantized model, cannot be factorized; compress it first"
+    )
+    msg = f"nothing is to be done: no layer would be factorized. Reasons: {shown}"
+    raise PlanError(msg)
 
 
 def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
@@ -137,7 +145,7 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
 def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, runtime: Runtime) -> Decision:
     """Return the decision with batches, and what they say of the layers that may change, where they are to decide."""
     recipe, source = decision.recipe, decision.source
-    batches = gathered(data, device_of(source, decision.inputs))
+    batches = gathered(data, source, decision.inputs, device_of(source, decision.inputs))
     if not recipe.calibration.plans:
         return replace(decision, batches=batches)
     specs = changeable(source, decision.profile, wanted)

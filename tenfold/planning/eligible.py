@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold.allocation import rule_of
+from tenfold.allocation.reasons import CHEAP_END
 from tenfold.calibration import called_layers
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError
@@ -113,7 +114,7 @@ def cheap_ends(profile: Profile) -> dict[str, str]:
     for layer, name in ((used[0], "first"), (used[-1], "last")) if len(used) > 2 else ():
         share = max(layer.params / max(profile.params, 1), layer.macs / max(profile.macs, 1))
         if share < _CHEAP_END:
-            ends[layer.path] = f"the {name} layer is {share:.1%} of the cost: too little to be worth distortion there"
+            ends[layer.path] = f"the {name} layer is {share:.1%} of the cost: {CHEAP_END}"
     return ends
 
 

@@ -15,6 +15,7 @@ from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, Rank
 from tenfold.planning.eligible import EligibleLayer
 from tenfold.planning.error_curves import Curve, distortion_curve, weight_curve
+from tenfold.records import Metric
 
 Ranks = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -30,8 +31,13 @@ class Scores(Protocol):
     """Scores of the model with one layer replaced, measured on demand and remembered; ``Sensitivity`` is one."""
 
     @property
+    def metric(self) -> Metric:
+        """What the scores are, and which direction is better."""
+        ...
+
+    @property
     def baseline(self) -> float:
-        """The score of the model as it is, larger is better."""
+        """The score of the model as it is."""
         ...
 
     def score(self, path: str, format: str, rank: Rank) -> float:
@@ -43,7 +49,7 @@ class Scores(Protocol):
         ...
 
     def curve(self, path: str, format: str, ranks: Sequence[Rank]) -> Sequence[float]:
-        """Return the scores expected at some ranks along a family, from few measurements, never falling with cost."""
+        """Return the scores expected at some ranks along a family, from few measurements, never worse with cost."""
         ...
 
     def distortion_at(self, path: str, format: str) -> Curve:
@@ -74,6 +80,7 @@ def score_columns(
             )
             raise BudgetError(msg)
         return found
+    _check_drop(rule, scores)
     crossed: list[float] = []
     for path, own in ranks.items():
         if "distortion" in rule_columns:
@@ -82,11 +89,18 @@ def score_columns(
         if "expected_drop" in rule_columns:
             for format, rows in own.items():
                 expected = scores.curve(path, format, _named(format, rows)) if len(rows) else []
-                found[path][format]["expected_drop"] = scores.baseline - np.asarray(expected, dtype=np.float64)
+                lost = [scores.metric.lost(scores.baseline, score) for score in expected]
+                found[path][format]["expected_drop"] = np.asarray(lost, dtype=np.float64)
         if "measured_drop" in rule_columns and isinstance(rule, AccuracyDrop):
             for format, drops in _measured(path, own, rule.drop or 0.0, scores, crossed).items():
                 found[path][format]["measured_drop"] = drops
     return found
+
+
+def _check_drop(rule: object, scores: Scores) -> None:
+    if isinstance(rule, AccuracyDrop) and scores.metric.fraction and (rule.drop or 0.0) >= 1:
+        msg = f"drop={rule.drop} of a score that is a fraction must be in [0, 1): 0.01 is one percentage point"
+        raise BudgetError(msg)
 
 
 def _measured(
@@ -113,7 +127,7 @@ def _measured(
         guess = int((errors > median(crossed)).sum()) if crossed else len(rows) // 2
 
         def good(index: int, format: str = format, named: list[Rank] = named, drops: Floats = drops) -> bool:
-            drops[index] = scores.baseline - scores.score(path, format, named[index])
+            drops[index] = scores.metric.lost(scores.baseline, scores.score(path, format, named[index]))
             return bool(drops[index] <= drop + _SCORE_ROUND)
 
         index = gallop(good, guess, len(rows))

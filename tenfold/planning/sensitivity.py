@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from tenfold.parallel import Workers
 from tenfold.patterns import check_patterns
 from tenfold.planning.eligible import EligibleLayer, eligible_layer, reason_to_keep
 from tenfold.planning.error_curves import weight_curve
+from tenfold.planning.score import Score
 from tenfold.planning.single_layer import Bench, Place, errors_of, score_of
 from tenfold.records import (
     Cost,
@@ -29,7 +29,9 @@ from tenfold.records import (
     SensitivityTable,
     locked,
 )
+from tenfold.records.metric import FRACTION
 from tenfold.tracing import copied
+from tenfold.tracing.input_batches import input_batches
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,23 +41,6 @@ Spot = tuple[str, str, tuple[tuple[str, int], ...]]  # path, format, rank
 
 # The untouched layer has the score of the untouched model, without noise.
 _CERTAIN = 1e6
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score of models, with what it depends on.
-
-    Attributes:
-        evaluate: returns the score of a model, larger is better; on data held out from training, not on the test set.
-        about: what the scores depend on, as plain values: the task, the number of images.
-    """
-
-    evaluate: Callable[[nn.Module], float]
-    about: Mapping[str, str | int | float | None] = field(default_factory=dict)
-
-    def __call__(self, model: nn.Module) -> float:
-        """Return the score of a model."""
-        return self.evaluate(model)
 
 
 class Sensitivity:
@@ -106,13 +91,16 @@ class Sensitivity:
         if isinstance(batches, Iterator):
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
             raise DataError(msg)
+        batches = None if batches is None else input_batches(batches, model)
         check_patterns(recipe.keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         self._model = copied(model)
         self._name = profile.model
         self._workers = workers or Workers()
         self._path = None if path is None else Path(path)
         algorithms = {format: Decomposition.from_dict(own) for format, own in recipe.algorithms.items()}
-        self._bench = Bench(self._model, batches, dict(moments or {}), algorithms, batchnorm, recipe.seed, evaluate)
+        score = None if evaluate is None else Score.of(evaluate)
+        self.metric = FRACTION if score is None else score.metric
+        self._bench = Bench(self._model, batches, dict(moments or {}), algorithms, batchnorm, recipe.seed, score)
         self._layers = {layer.path: layer for layer in profile.layers if layer.params or layer.macs}
         formats, keep = recipe.formats, recipe.keep
         self._reasons = {p: reason_to_keep(self._model, layer, formats, keep) for p, layer in self._layers.items()}
@@ -123,8 +111,7 @@ class Sensitivity:
             if not any(self.candidates(name, format) for format in layer.formats):
                 self._reasons[name] = f"no {' or '.join(layer.formats)} rank makes the layer cheaper"
         formats_of = {path: layer.formats for path, layer in self._eligible.items()}
-        about = evaluate.about if isinstance(evaluate, Score) else {}
-        self._key = self._bench.key(formats_of, about)
+        self._key = self._bench.key(formats_of, {} if score is None else score.about)
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
         if self._path is not None and self._path.exists():
@@ -153,14 +140,19 @@ class Sensitivity:
             for path, layer in self._layers.items()
         )
         return SensitivityTable(
-            tenfold=__version__, model=self._name, key=self._key, baseline=self._baseline, layers=layers
+            tenfold=__version__,
+            model=self._name,
+            key=self._key,
+            baseline=self._baseline,
+            metric=self.metric,
+            layers=layers,
         )
 
     @property
     def baseline(self) -> float:
         """The score of the model as it is."""
         if self._baseline is None:
-            self._baseline = self._bench.score_of(self._model)
+            self._baseline = self._bench.score_of(self._model, original=True)
             self._save()
         return self._baseline
 
@@ -218,10 +210,10 @@ class Sensitivity:
         return self.table
 
     def curve(self, path: str, format: str, ranks: Sequence[Rank], *, measured: int = 6) -> list[float]:
-        """Return scores at some ranks, interpolated through the measured ones, that never fall with cost.
+        """Return scores at some ranks, interpolated through the measured ones, that never get worse with cost.
 
-        Scores on few images are noisy: what was measured is replaced by the nearest non-decreasing sequence, which
-        ends at the baseline. Where nothing is measured yet, ``measured`` ranks are.
+        Scores on few images are noisy: what was measured is replaced by the nearest such sequence, which ends at the
+        baseline. Where nothing is measured yet, ``measured`` ranks are.
         """
         from scipy.optimize import isotonic_regression
 
@@ -232,8 +224,9 @@ class Sensitivity:
 
         points = self._scored(path, format, measured)
         x = np.array([*(size(p.cost) for p in points), size(layer.cost)], dtype=np.float64)
-        y = [*(float(p.score or 0.0) for p in points), self.baseline]
-        fitted = isotonic_regression(y, weights=[1.0] * len(points) + [_CERTAIN]).x
+        sign = 1.0 if self.metric.better == "higher" else -1.0
+        y = [*(sign * float(p.score or 0.0) for p in points), sign * self.baseline]
+        fitted = sign * isotonic_regression(y, weights=[1.0] * len(points) + [_CERTAIN]).x
         wanted = [float(size(layer.cost_at(format, rank))) for rank in ranks]
         return [float(v) for v in np.interp(wanted, x, fitted)]
 
@@ -249,7 +242,7 @@ class Sensitivity:
         names = FORMATS.get(format).rank_names
         points = self._scored(path, format, measured)
         at = np.array([[p.rank[name] for name in names] for p in points], dtype=np.int64).reshape(-1, len(names))
-        lost = self.baseline - np.array([float(p.score or 0.0) for p in points])
+        lost = np.array([self.metric.lost(self.baseline, float(p.score or 0.0)) for p in points])
         errors, group, weights = np.unique(tails(at), return_inverse=True, return_counts=True)
         mean = np.bincount(group.ravel(), lost) / weights
         fitted = np.maximum(isotonic_regression([0.0, *mean], weights=[_CERTAIN, *weights]).x, 0.0)
@@ -330,8 +323,10 @@ class Sensitivity:
         if not scored:
             there = there.replace(about=own.about)
         elif self._bench.evaluate is None:
-            own = own.replace(about=there.about)
+            own, self.metric = own.replace(about=there.about), table.metric
         differences = there.differences(own)
+        if scored and table.metric != self.metric:
+            differences.append(f"metric ({table.metric.label}, now {self.metric.label})")
         if differences:
             msg = (
                 f"{self._path} was measured under other conditions: {'; '.join(differences)}. "

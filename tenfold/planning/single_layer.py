@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from tenfold.decompositions import Decomposition, Moments, algorithm_for, defaul
 from tenfold.errors import DataError
 from tenfold.formats import Rank
 from tenfold.layers import FactorizedLayer
+from tenfold.planning.score import Score
 from tenfold.records import SensitivityKey
 from tenfold.surgery import find, put, reestimate_batchnorm_
 from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
@@ -40,7 +41,7 @@ class Bench:
     algorithms: Mapping[str, Decomposition]
     batchnorm: bool
     seed: int
-    evaluate: Callable[[nn.Module], float] | None
+    evaluate: Score | None
 
     def algorithm(self, path: str, format: str) -> Decomposition:
         """Return what finds the factors of a layer in a format."""
@@ -59,8 +60,8 @@ class Bench:
         with replaced(self.model, place[0], layer, batchnorm=batches) as changed:
             return self.score_of(changed)
 
-    def score_of(self, model: nn.Module) -> float:
-        """Return the score of a model.
+    def score_of(self, model: nn.Module, *, original: bool = False) -> float:
+        """Return the score of a model; of the ``original`` it has to be what its metric says.
 
         Raises:
             DataError: there is no ``evaluate``, or the score is not a finite number.
@@ -68,7 +69,7 @@ class Bench:
         if self.evaluate is None:
             msg = "scoring needs evaluate=, a function of the model"
             raise DataError(msg)
-        score = float(self.evaluate(model))
+        score = self.evaluate.of_original(model) if original else self.evaluate(model)
         if not math.isfinite(score):
             msg = f"evaluate returned {score}: a score must be a finite number"
             raise DataError(msg)

@@ -91,7 +91,11 @@ class Timing:
         )
         few = rule_of(table.recipe.rule).rows != "grid"
         timed = {layer.path: self._timed(layer, known, few=few) for layer, known in used}
-        layers = tuple(timed.get(layer.path, layer) for layer in table.layers)
+        # What is kept is in the forward's time already; layer by layer it says what a budget fails for.
+        layers = tuple(
+            timed.get(layer.path) or layer.replace(latency_ms=self._now(self.profile.layer(layer.path)))
+            for layer in table.layers
+        )
         return table.replace(layers=layers, time=self.forward_time())
 
     def share_of(self, plan: Plan) -> float:

@@ -12,6 +12,7 @@ from tenfold.formats import FORMATS
 from tenfold.planning.eligible import eligible_layer
 from tenfold.planning.error_curves import Curve, weight_curve
 from tenfold.records import LayerPlan, Plan, Profile, TradeOff, TradeOffPoint
+from tenfold.records.metric import FRACTION
 
 SHARES = tuple(round(0.1 + 0.05 * i, 2) for i in range(18))
 BY_RULE = "predicted distortion of the rule"
@@ -42,7 +43,8 @@ def tradeoff(
         make: returns the plan for a budget, such as ``lambda b: plan(model, profile, rule=rule, budget=b)``.
         budget: ``params``, ``macs`` or ``latency``.
         shares: the budgets.
-        score: returns the score of the model after a plan; nothing is carried out without.
+        score: returns the score of the model after a plan; nothing is carried out without. Its attribute ``metric``
+            says what that is, if it has one.
         baseline: the score of the model as it is.
         progress: called with (done, in all).
 
@@ -78,6 +80,7 @@ def tradeoff(
         distortion=BY_RULE if distortion is _by_rule else BY_WEIGHT,
         before=profile.cost,
         baseline=baseline,
+        metric=getattr(score, "metric", FRACTION),
         points=tuple(
             TradeOffPoint(budget=share, cost=made.after, distortion=distortion(made), score=scores.get(share))
             for share, made in plans.items()

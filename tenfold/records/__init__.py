@@ -13,6 +13,7 @@ from tenfold.records.geometry import (
     chain_macs,
     chain_params,
 )
+from tenfold.records.metric import Metric
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
 from tenfold.records.plans import LayerPlan, Plan
 from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
@@ -54,6 +55,7 @@ __all__ = [
     "LayerSensitivity",
     "LayerSpec",
     "Measurement",
+    "Metric",
     "OptionTable",
     "Plan",
     "Profile",

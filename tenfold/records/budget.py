@@ -46,12 +46,11 @@ class Budget(Record):
             return value
         values = _split(value) if isinstance(value, str) else value
         if values is not None and not isinstance(values, Mapping):
-            msg = f"a budget names what it limits, such as macs=0.5 or max_latency_ms=4, not {values!r}"
-            raise BudgetError(msg)
+            raise BudgetError(_unnamed(values))
         for name, number in (values or {}).items():
             if name not in cls.model_fields:
                 known = cls.model_fields
-                msg = f"a budget names {', '.join(known)}, not {name}. {did_you_mean(name, known)}"
+                msg = f"a budget names {', '.join(known)}, not {name}. {did_you_mean(str(name).lower(), known)}"
                 raise BudgetError(msg)
             if number is not None:
                 _check(name, number)
@@ -133,28 +132,57 @@ class Budget(Record):
         return list(self.given.items())
 
 
-def _split(text: str) -> dict[str, float]:
-    values: dict[str, float] = {}
+def _split(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, number = part.partition("=")
-        twice = name.strip() in values
-        try:
-            values[name.strip()] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or twice:
-            msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once"
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        read = _number(number)
+        if not equals and _number(part) is not None:
+            raise BudgetError(_unnamed(part))
+        if read is None or name in values:
+            hint = ". For a recipe in a file: Recipe.load(path)" if text.endswith((".yaml", ".yml", ".json")) else ""
+            msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once{hint}"
             raise BudgetError(msg)
+        values[name] = number if number.endswith("%") else read
     return values
+
+
+def _number(text: str) -> float | None:
+    """Return the number that a text is, of percent or not; None for another text."""
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        return None
+
+
+def _unnamed(value: object) -> str:
+    """Return what to write instead of a budget that is a number alone."""
+    number = _number(str(value))
+    if number is None or not 0 < number < float("inf"):
+        return f"a budget names what it limits, such as macs=0.5 or max_latency_ms=4, not {value!r}"
+    percent = str(value).strip().endswith("%") or 1 < number <= 100
+    share = f"{number / 100 if percent else number:g}"
+    if not percent and number > 1:
+        return f"the budget {value!r} does not say of what: write max_params={number:.12g} or max_macs={number:.12g}"
+    return f"the budget {value!r} does not say of what: write macs={share}, params={share} or latency={share}"
 
 
 def _check(name: str, value: object) -> None:
     """Raise BudgetError unless ``value`` is allowed for the field ``name``."""
+    if isinstance(value, str) and (read := _number(value)) is not None and read > 0:
+        share = {most: kind for kind, most in LIMITED.items()}.get(name, name)
+        right = f"{share}={read / 100:g}" if value.endswith("%") else f"{name}={read:g}, without quotes"
+        msg = f"the budget {name}={value!r} is written {right}"
+        raise BudgetError(msg)
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
     if not number:
         msg = f"the budget {name}={value!r} must be a positive number"
         raise BudgetError(msg)
     if name in LIMITED and value > 1:  # type: ignore[operator]
         limit = f"{LIMITED[name]}={value:g}"
-        msg = f"the budget {name}={value:g} is a share of the model, up to 1. For an absolute limit write {limit}"
+        percent = f", for {value:g} % write {name}={value / 100:g}" if 2 <= value <= 100 else ""  # type: ignore[operator]
+        msg = (
+            f"the budget {name}={value:g} is a share of the model, up to 1{percent}. "
+            f"For an absolute limit write {limit}"
+        )
         raise BudgetError(msg)

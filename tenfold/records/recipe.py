@@ -95,8 +95,8 @@ class Recipe(Record):
     seed: NonNegativeInt = 0
 
     @classmethod
-    def of(cls, recipe: Recipe | Mapping[str, Any] | str | None) -> Self:
-        """Return a recipe from one, from a mapping of its fields, or from a budget such as ``"macs=0.5"``.
+    def of(cls, recipe: Recipe | Budget | Mapping[str, Any] | str | None) -> Self:
+        """Return a recipe from one, from a mapping of its fields, or from a budget, also as text: ``"macs=0.5"``.
 
         Raises:
             RecipeError: a field that does not exist or a value that is not allowed; the message names it.
@@ -104,8 +104,18 @@ class Recipe(Record):
         """
         if isinstance(recipe, cls):
             return recipe
-        if isinstance(recipe, str):
-            return cls._within(recipe)
+        if isinstance(recipe, str | int | float | Budget):
+            return cls(budget=Budget.of(recipe))  # a number is refused with what to write
+        if recipe is not None and not isinstance(recipe, Mapping):
+            msg = (
+                f"a recipe is a Recipe, a budget such as 'macs=0.5', or a mapping of fields such as "
+                f"{{'budget': 'macs=0.5'}}, not {recipe!r}. From a file it comes by Recipe.load(path)"
+            )
+            raise RecipeError(msg)
+        limits = {name: value for name, value in (recipe or {}).items() if name in Budget.model_fields}
+        if limits:
+            msg = f"{', '.join(limits)} limits the budget and is no field of a recipe: write {{'budget': {limits}}}"
+            raise RecipeError(msg)
         try:
             return cls.model_validate(dict(recipe or {}))
         except ValidationError as error:
@@ -114,10 +124,6 @@ class Recipe(Record):
                 raise refused from error
             msg = f"invalid recipe: {explain(error)}"
             raise RecipeError(msg) from error
-
-    @classmethod
-    def _within(cls, budget: str) -> Self:
-        return cls(budget=Budget.parse(budget))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -8,11 +8,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_valida
 
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
+from tenfold.records.metric import FRACTION, Metric
 from tenfold.records.plans import PLAN_VERSION, Plan, check_version
 
 
 class Measurement(Record):
-    """A model as measured: cost, latency and score (a fraction; None when it was not evaluated)."""
+    """A model as measured: cost, latency and score (of the run's ``metric``; None when it was not evaluated)."""
 
     params: int
     macs: int
@@ -118,7 +119,10 @@ class ExportRecord(Record):
 
 
 class RunRecord(Record):
-    """The outcome of a compression run: everything that a report shows, without any weights."""
+    """The outcome of a compression run: everything that a report shows, without any weights.
+
+    ``metric`` says what all scores in it are.
+    """
 
     version: int = PLAN_VERSION
     task: str | None = None
@@ -128,6 +132,7 @@ class RunRecord(Record):
     after: Measurement
     speedup: Speedup | None = None
     scores: dict[str, float] = {}
+    metric: Metric = FRACTION
     plan: Plan
     tuning: tuple[dict[str, Any], ...] = ()
     stages: tuple[StageRecord, ...] = ()

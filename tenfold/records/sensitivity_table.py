@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, model_validator
 
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
+from tenfold.records.metric import FRACTION, Metric
 from tenfold.records.store import write_text
 
 SENSITIVITY_VERSION = 2  # 1 had no digests of the data, and only algorithms that were not the default
@@ -88,13 +89,17 @@ class SensitivityKey(Record):
 
 
 class SensitivityTable(Record):
-    """Error and score of every layer, replaced alone, at some ranks. ``baseline`` is the score of the whole model."""
+    """Error and score of every layer, replaced alone, at some ranks.
+
+    ``baseline`` is the score of the whole model, ``metric`` what scores are.
+    """
 
     version: int = SENSITIVITY_VERSION
     tenfold: str
     model: str
     key: SensitivityKey
     baseline: float | None = None
+    metric: Metric = FRACTION
     layers: tuple[LayerSensitivity, ...]
 
     @model_validator(mode="before")
@@ -147,7 +152,8 @@ class TradeOffPoint(Record):
 class TradeOff(Record):
     """Plans for several budgets of one kind (``params``, ``macs`` or ``latency``), the smallest first.
 
-    ``distortion`` tells in words what is predicted. Budgets that no plan can meet are in ``unreachable``.
+    ``distortion`` tells in words what is predicted, ``metric`` what scores are. Budgets that no plan can meet are in
+    ``unreachable``.
     """
 
     version: int = TRADEOFF_VERSION
@@ -157,5 +163,6 @@ class TradeOff(Record):
     distortion: str = ""
     before: Cost
     baseline: float | None = None
+    metric: Metric = FRACTION
     points: tuple[TradeOffPoint, ...]
     unreachable: tuple[float, ...] = ()

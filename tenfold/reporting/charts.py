@@ -17,6 +17,7 @@ from tenfold.records import (
     LayerAnalysis,
     LayerPlan,
     LayerSensitivity,
+    Metric,
     Plan,
     RunRecord,
     SensitivityPoint,
@@ -24,7 +25,7 @@ from tenfold.records import (
     TradeOff,
     TradeOffPoint,
 )
-from tenfold.reporting.numbers import QUANTITIES, count, percent, ranks
+from tenfold.reporting.numbers import QUANTITIES, count, ranks
 
 Chart = dict[str, Any]
 
@@ -34,9 +35,9 @@ def xy(alt: str, x: Chart, y: Chart, series: Sequence[Chart], **marks: list[Char
     return {"type": "xy", "alt": alt, "x": x, "y": y, "series": list(series), **marks}
 
 
-def dense_rule(score: float | None) -> list[Chart]:
+def dense_rule(score: float | None, metric: Metric) -> list[Chart]:
     """Return a rule at the score of the dense model; none where nobody measured it."""
-    return [] if score is None else [{"y": 100 * score, "label": f"dense {percent(score)}"}]
+    return [] if score is None else [{"y": metric.plotted(score), "label": f"dense {metric.text(score)}"}]
 
 
 def cost_bars(layers: Sequence[LayerPlan], of: str = "macs") -> Chart:
@@ -149,24 +150,26 @@ def trade_offs(curve: TradeOff, marked: TradeOffPoint | None, label: str) -> dic
         label: what to call that.
     """
     whole = getattr(curve.before, curve.budget, None)
-    name = QUANTITIES.get(curve.budget, curve.budget)
-    axis: Chart = {"label": f"{name} left (% of {count(whole)})" if whole else f"{name} left (%)"}
+    quantity = QUANTITIES.get(curve.budget, curve.budget)
+    axis: Chart = {"label": f"{quantity} left (% of {count(whole)})" if whole else f"{quantity} left (%)"}
     found = {}
-    for value, label_y, scale, unit in (
-        ("score", "score (%)", 100, " %"),
-        ("distortion", "predicted distortion", 1, ""),
+    metric = curve.metric
+    for value, name, label_y, scale in (
+        ("score", metric.name, metric.label, metric.plotted(1.0)),
+        ("distortion", "distortion", "predicted distortion", 1.0),
     ):
         measured = [p for p in curve.points if getattr(p, value) is not None]
         points = [(left_of(curve, p), scale * getattr(p, value), p) for p in measured]
+        unit = f" {metric.shown_unit}".rstrip() if value == "score" else ""
         rings: list[Chart] = [
-            {"x": x, "y": y, "label": label, "words": f"{label}: {x:.3g} % left, {value} {y:.3g}{unit}"}
+            {"x": x, "y": y, "label": label, "words": f"{label}: {x:.3g} % left, {name} {y:.3g}{unit}"}
             for x, y, point in points
             if point is marked
         ]
-        rules = dense_rule(curve.baseline) if value == "score" else []
-        series = [{"name": value, "points": [[x, y] for x, y, _ in points]}]
+        rules = dense_rule(curve.baseline, metric) if value == "score" else []
+        series = [{"name": name, "points": [[x, y] for x, y, _ in points]}]
         if points:
-            found[value] = xy(f"{value} against the budget", axis, {"label": label_y}, series, rings=rings, rules=rules)
+            found[value] = xy(f"{name} against the budget", axis, {"label": label_y}, series, rings=rings, rules=rules)
     return found
 
 
@@ -184,7 +187,7 @@ def left_of(curve: TradeOff, point: TradeOffPoint) -> float:
     return float(100 * getattr(point.cost, curve.budget) / whole if whole else 100 * point.budget)
 
 
-def sensitivity(layers: Sequence[LayerSensitivity], value: str, baseline: float | None) -> Chart:
+def sensitivity(layers: Sequence[LayerSensitivity], value: str, table: SensitivityTable) -> Chart:
     """Return the loss of layers against what is left of them, each factorized alone: one series for each format.
 
     Markers are measured; lines are the nearest curves that never rise with cost.
@@ -192,16 +195,16 @@ def sensitivity(layers: Sequence[LayerSensitivity], value: str, baseline: float 
     Args:
         layers: to draw together; their paths are in the names of the series if there are several.
         value: ``score`` for the loss of score, ``output_error`` for the relative error of the layer's output.
-        baseline: score of the model.
+        table: that the layers are of, for the score of the model and what it is.
     """
     series = []
     for layer in layers:
         for format in layer.formats if len(layers) == 1 else layer.formats[:1]:
-            points = _losses(layer, layer.curve(format), value, baseline)
+            points = _losses(layer, layer.curve(format), value, table)
             if points:
                 name = format if len(layers) == 1 else f"{layer.path}, {format}"
                 series.append({"name": name, "points": points, "fit": _falling(points)})
-    lost = "score lost (percentage points)"
+    lost = table.metric.lost_label
     return xy(
         "loss against cost, as measured, each layer factorized alone",
         {"label": "left of the layer (%)", "min": 0, "max": 100},
@@ -211,15 +214,16 @@ def sensitivity(layers: Sequence[LayerSensitivity], value: str, baseline: float 
 
 
 def _losses(
-    layer: LayerSensitivity, curve: Sequence[SensitivityPoint], value: str, baseline: float | None
+    layer: LayerSensitivity, curve: Sequence[SensitivityPoint], value: str, table: SensitivityTable
 ) -> list[list[float]]:
     of = "macs" if layer.before.macs else "params"
     whole = getattr(layer.before, of)
     found = [(100 * getattr(p.cost, of) / whole, getattr(p, value)) for p in curve if getattr(p, value) is not None]
     if value != "score":
         return [[x, y] for x, y in found]
-    top = baseline if baseline is not None else max((y for _, y in found), default=0.0)
-    return [[x, 100 * (top - y)] for x, y in found]
+    metric, best = table.metric, max if table.metric.better == "higher" else min
+    top = table.baseline if table.baseline is not None else best((y for _, y in found), default=0.0)
+    return [[x, metric.plotted(metric.lost(top, y))] for x, y in found]
 
 
 def _falling(points: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -244,48 +248,54 @@ def training(record: RunRecord) -> dict[str, Chart]:
     loss: list[list[Any]] = []
     score: list[list[Any]] = []
     rules: list[Chart] = []
-    done = 0
+    done, metric = 0, record.metric
     for name, epochs, scores in parts:
         if len(parts) > 1:
             rules.append({"x": done, "label": name, "row": len(rules) % 3})
         if (start := scores.get("compressed")) is not None:
-            score.append([done, 100 * start, f"{name}, before training\nscore {percent(start)}"])
+            score.append([done, metric.plotted(start), f"{name}, before training\n{_words(metric, start)}"])
         for number, epoch in enumerate(epochs, start=1):
             where = f"{name}, epoch {number}"
             if epoch.get("loss") is not None:
                 loss.append([done + number, epoch["loss"], f"{where}\nloss {epoch['loss']:.4g}"])
             if epoch.get("score") is not None:
-                score.append([done + number, 100 * epoch["score"], f"{where}\nscore {percent(epoch['score'])}"])
+                value = epoch["score"]
+                score.append([done + number, metric.plotted(value), f"{where}\n{_words(metric, value)}"])
         done += len(epochs)
         end = scores.get("tuned")
         if end is not None and not any(epoch.get("score") is not None for epoch in epochs):
-            score.append([done, 100 * end, f"{name}, after training\nscore {percent(end)}"])
+            score.append([done, metric.plotted(end), f"{name}, after training\n{_words(metric, end)}"])
     x, found = {"label": "epochs of training", "min": 0}, {}
     if loss:
         found["loss"] = xy("loss by epoch", x, {"label": "loss"}, [{"name": "loss", "points": loss}], rules=rules)
     if score:
-        series = [{"name": "score", "points": score, "colour": 2}]
-        level = dense_rule(record.scores.get("original", record.before.score))
-        found["score"] = xy("score by epoch", x, {"label": "score (%)"}, series, rules=[*rules, *level])
+        series = [{"name": metric.name, "points": score, "colour": 2}]
+        level = dense_rule(record.scores.get("original", record.before.score), metric)
+        found["score"] = xy(f"{metric.name} by epoch", x, {"label": metric.label}, series, rules=[*rules, *level])
     return found
+
+
+def _words(metric: Metric, value: float) -> str:
+    return f"{metric.name} {metric.text(value)}"
 
 
 def stage_path(record: RunRecord) -> Chart:
     """Return the scores of the stages against what was left of the model after each."""
-    whole = record.before.macs or 1
+    whole, metric = record.before.macs or 1, record.metric
     dense = record.scores.get("original", record.before.score)
-    way = [] if dense is None else [[100.0, 100 * dense, f"dense\n{percent(dense)}"]]
+    way = [] if dense is None else [[100.0, metric.plotted(dense), f"dense\n{metric.text(dense)}"]]
     steps: dict[str, list[list[Any]]] = {"compressed": [], "tuned": []}
     for stage in record.stages:
         for name, found in steps.items():
             score = stage.scores.get(name)
             if score is not None and (name == "compressed" or stage.tuning):
-                words = f"stage {stage.index}, {name}\n{percent(score)}"
-                found.append([100 * stage.after.macs / whole, 100 * score, words])
+                words = f"stage {stage.index}, {name}\n{metric.text(score)}"
+                found.append([100 * stage.after.macs / whole, metric.plotted(score), words])
                 way.append(found[-1])
     series: list[Chart] = [{"name": "all steps", "points": way, "dots": False, "colour": 5}]
     for number, (name, found) in enumerate(steps.items()):
         if found:
             series.append({"name": name, "points": found, "line": False, "colour": number})
     x = {"label": "MACs left of the model (%)", "max": 100}
-    return xy("score of each stage against the MACs left", x, {"label": "score (%)"}, series, rules=dense_rule(dense))
+    title, rules = f"{metric.name} of each stage against the MACs left", dense_rule(dense, metric)
+    return xy(title, x, {"label": metric.label}, series, rules=rules)

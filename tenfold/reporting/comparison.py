@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
-from tenfold.records import RunRecord
+from tenfold.records import Metric, RunRecord
 from tenfold.reporting.grouping import grouped
 from tenfold.reporting.numbers import limits, plural
 from tenfold.reporting.run_files import Run
@@ -71,6 +71,11 @@ class Group:
     values: Mapping[str, Spread] = field(default_factory=dict)
 
     @property
+    def metric(self) -> Metric:
+        """What the scores of the runs are."""
+        return self.runs[0].record.metric
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the runs, in order."""
         return tuple(sorted(run.record.seed for run in self.runs))
@@ -92,7 +97,7 @@ def compare(runs: Sequence[Run]) -> tuple[Group, ...]:
 
 
 def best(groups: Sequence[Group], cost: str = "macs") -> set[Group]:
-    """Return the groups that no other of the same model beats both in score and in cost (the Pareto front).
+    """Return the groups that no other of the same model and metric beats both in score and in cost (the Pareto front).
 
     Those without a score are not among them.
     """
@@ -104,11 +109,12 @@ def _scored(groups: Sequence[Group], cost: str) -> list[Group]:
 
 
 def _beats(one: Group, other: Group, cost: str) -> bool:
-    if one.model != other.model:
+    if (one.model, one.metric) != (other.model, other.metric):
         return False
     a, b = one.values, other.values
-    no_worse = a["score"].mean >= b["score"].mean and a[cost].mean <= b[cost].mean
-    return no_worse and (a["score"].mean > b["score"].mean or a[cost].mean < b[cost].mean)
+    lost = one.metric.lost(b["score"].mean, a["score"].mean)
+    no_worse = lost <= 0 and a[cost].mean <= b[cost].mean
+    return no_worse and (lost < 0 or a[cost].mean < b[cost].mean)
 
 
 def _order(group: Group) -> tuple[str, str, float]:
@@ -125,13 +131,20 @@ def _group(runs: Sequence[Run], method: str) -> Group:
     return Group(record.task or record.plan.model, method, budget_of(record), tuple(runs), values)
 
 
+def score_head(groups: Sequence[Group], otherwise: str = "score") -> str:
+    """Return what a column of scores is called: the metric, or a word for any where groups have several."""
+    labels = {group.metric.label for group in groups if "score" in group.values}
+    return labels.pop() if len(labels) == 1 else otherwise
+
+
 def budget_of(record: RunRecord) -> str:
     """Return the budget in words, as shares of the model before; a dash where there was none."""
     return ", ".join(limits(record.plan.recipe.budget, record.before, of=" ")) or "—"
 
 
 def _key(record: RunRecord) -> str:
-    return json.dumps([record.task or record.plan.model, budget_of(record), _settings(record)], sort_keys=True)
+    what = [record.task or record.plan.model, budget_of(record), _settings(record), record.metric.model_dump()]
+    return json.dumps(what, sort_keys=True)
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from tenfold.records import write_text
 from tenfold.reporting.charts import Chart, dense_rule, xy
-from tenfold.reporting.comparison import Group, Spread, best
+from tenfold.reporting.comparison import Group, Spread, best, score_head
 from tenfold.reporting.grouping import grouped
 from tenfold.reporting.numbers import plural
 from tenfold.reporting.pages import page
 from tenfold.reporting.table_parts import Cell, Column, Row
 
-_SHOWN = {"params": "params (%)", "macs": "MACs (%)", "speedup": "speed-up", "score": "score (%)"}
+_SHOWN = {"params": "params (%)", "macs": "MACs (%)", "speedup": "speed-up"}
 _COSTS = {"params": "parameters left (%)", "macs": "MACs left (%)", "speedup": "times faster"}
 
 
@@ -34,13 +34,14 @@ def comparison(groups: Sequence[Group]) -> str:
     """Return the comparison of runs as HTML that needs nothing else."""
     drawn: dict[str, Chart] = {}
     charts = []
-    for number, same in enumerate(grouped(groups, lambda group: group.model)):
+    for number, same in enumerate(grouped(groups, lambda group: (group.model, group.metric.label))):
         for cost in ("macs", "params", "speedup"):
             chart = front_chart(same, cost)
             if chart is not None and (cost != "params" or "macs" not in same[0].values):
                 drawn[f"{cost}-{number}"] = chart
                 about = "Means over seeds with their standard deviations; dashed, the dense model."
-                charts.append({"id": f"{cost}-{number}", "title": f"{same[0].model}: {_TITLES[cost]}", "about": about})
+                title = f"{same[0].model}: {same[0].metric.name} by {_TITLES[cost]}"
+                charts.append({"id": f"{cost}-{number}", "title": title, "about": about})
     columns, rows = _table(groups)
     runs = sum(len(group.runs) for group in groups)
     models = len({group.model for group in groups})
@@ -57,7 +58,7 @@ def comparison(groups: Sequence[Group]) -> str:
     )
 
 
-_TITLES = {"macs": "score by MACs", "params": "score by parameters", "speedup": "score by speed"}
+_TITLES = {"macs": "MACs", "params": "parameters", "speedup": "speed"}
 
 
 def front_chart(groups: Sequence[Group], cost: str) -> Chart | None:
@@ -74,39 +75,54 @@ def front_chart(groups: Sequence[Group], cost: str) -> Chart | None:
         }
         for same in grouped(scored, lambda group: group.method)
     ]
-    alt = f"score by {cost} of {groups[0].model}"
-    rules = dense_rule(groups[0].runs[0].record.before.score)
-    return xy(alt, {"label": _COSTS[cost]}, {"label": "score (%)"}, series, rules=rules)
+    metric = groups[0].metric
+    alt = f"{metric.name} by {cost} of {groups[0].model}"
+    rules = dense_rule(groups[0].runs[0].record.before.score, metric)
+    return xy(alt, {"label": _COSTS[cost]}, {"label": metric.label}, series, rules=rules)
 
 
 def _point(group: Group, cost: str) -> list[Any]:
-    score = group.values["score"]
-    words = f"{group.method}\n{group.budget}: score {text(score, 100)} %"
+    score, metric = group.values["score"], group.metric
+    shown = f"{score_text(group)} {metric.shown_unit}".rstrip()
+    words = f"{group.method}\n{group.budget}: {metric.name} {shown}"
     x = (1.0 if cost == "speedup" else 100.0) * group.values[cost].mean
-    return [x, 100 * score.mean, words, None if score.sd is None else 100 * score.sd]
+    return [x, metric.plotted(score.mean), words, None if score.sd is None else metric.plotted(score.sd)]
 
 
-def text(spread: Spread, scale: float = 1.0) -> str:
+def text(spread: Spread, scale: float = 1.0, form: str = ".2f") -> str:
     """Return mean ± standard deviation.
 
     Example:
         >>> text(Spread(0.5, 0.01, 3), 100), text(Spread(2.0, None, 1))
         ('50.00 ± 1.00', '2.00')
     """
-    return f"{scale * spread.mean:.2f}" + ("" if spread.sd is None else f" ± {scale * spread.sd:.2f}")
+    return f"{scale * spread.mean:{form}}" + ("" if spread.sd is None else f" ± {scale * spread.sd:{form}}")
+
+
+def score_text(group: Group, name: str = "score") -> str:
+    """Return the score of a group, or its change, in the unit of its metric; a dash where nobody measured it."""
+    spread, metric = group.values.get(name), group.metric
+    return "—" if spread is None else text(spread, metric.plotted(1.0), ".2f" if metric.percent else ".4g")
 
 
 def _table(groups: Sequence[Group]) -> tuple[list[Column], list[Row]]:
     shown = [name for name in _SHOWN if any(name in group.values for group in groups)]
     columns = [Column("model"), Column("method", css="why"), Column("budget", css="kind"), Column("runs", numeric=True)]
     columns += [Column(_SHOWN[name], numeric=True) for name in shown]
-    columns += [Column("points", numeric=True)] if any("change" in g.values for g in groups) else []
+    scored = any("score" in group.values for group in groups)
+    columns += [Column(score_head(groups), numeric=True)] if scored else []
+    changed = any("change" in group.values for group in groups)
+    columns += (
+        [Column("points" if all(g.metric.percent for g in groups) else "change", numeric=True)] if changed else []
+    )
     front = best(groups) if len(groups) > 1 else set()
     rows = []
     for group in groups:
         cells = [Cell(group.model), Cell(group.method), Cell(group.budget), Cell(str(len(group.runs)), len(group.runs))]
         cells += [_cell(group, name, 1.0 if name == "speedup" else 100.0) for name in shown]
-        cells += [_cell(group, "change", 100.0)] if len(columns) > len(cells) else []
+        for name in ("score",) * scored + ("change",) * changed:
+            spread = group.values.get(name)
+            cells.append(Cell("—") if spread is None else Cell(score_text(group, name), spread.mean))
         if group in front:
             cells[1] = Cell(group.method, badge="", note="★ best at its cost")
         rows.append(Row(tuple(cells)))

@@ -75,18 +75,6 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def points(before: float, after: float) -> str:
-    """Return the change between two fractions in percentage points.
-
-    Example:
-        >>> points(0.9339, 0.9283), points(0.5, 0.5)
-        ('−0.56 points', '±0.00 points')
-    """
-    change = round(100 * (after - before), 2)
-    sign = "±" if change == 0 else "+" if change > 0 else "−"
-    return f"{sign}{abs(change):.2f} points"
-
-
 def milliseconds(value: float) -> str:
     """Return milliseconds with three significant digits.
 

@@ -84,7 +84,7 @@ def _stability_cell(layer: LayerPlan) -> Cell:
 def stage_table(record: RunRecord) -> tuple[list[Column], list[Row]]:
     """Return the columns and rows of the stages of a run."""
     names = ["stage", "round", "layers", "params", "MACs", "of the original", "compressed", "tuned", "epochs"]
-    rows = []
+    rows, text = [], record.metric.text
     for s in record.stages:
         share = s.after.macs / record.before.macs if record.before.macs else None
         cells = [
@@ -94,7 +94,7 @@ def stage_table(record: RunRecord) -> tuple[list[Column], list[Row]]:
             number(s.after.params, count(s.after.params)),
             number(s.after.macs, count(s.after.macs)),
             number(share, percent(share or 0.0)),
-            *(number(s.scores.get(name), percent(s.scores.get(name, 0.0))) for name in ("compressed", "tuned")),
+            *(number(s.scores.get(name), text(s.scores.get(name, 0.0))) for name in ("compressed", "tuned")),
             number(len(s.tuning), str(len(s.tuning))),
         ]
         rows.append(Row(tuple(cells)))

@@ -55,7 +55,7 @@ def plot_sensitivity(
     shown = sorted(measured[: max(layers, 1)], key=table.layers.index)
     of, name = ("macs", "MACs") if any(layer.before.macs for layer in shown) else ("params", "parameters")
     total = sum(getattr(layer.before, of) for layer in table.layers) or 1
-    drawn = [charts.sensitivity([layer], value, table.baseline) for layer in shown]
+    drawn = [charts.sensitivity([layer], value, table) for layer in shown]
     titles = [f"{layer.path or '(the model)'} · {getattr(layer.before, of) / total:.1%}" for layer in shown]
     many = len(measured)
     which = f"{many} layer{'s' * (many > 1)}" if len(shown) == many else f"the {len(shown)} costliest of {many} layers"
@@ -174,7 +174,7 @@ def _sensitivity_rows(table: SensitivityTable) -> list[dict[str, Any]]:
         start = {"path": layer.path, "kind": layer.kind, "state": layer.state, "reason": layer.reason}
         for p in layer.points or ():
             rank = " ".join(f"{k}={v}" for k, v in p.rank.items())
-            drop = None if p.score is None or table.baseline is None else table.baseline - p.score
+            drop = None if p.score is None or table.baseline is None else table.metric.lost(table.baseline, p.score)
             values = {"format": p.format, "rank": rank, "params": p.cost.params, "macs": p.cost.macs}
             measured = {"output_error": p.output_error, "score": p.score, "score_lost": drop}
             rows.append({**start, **values, **measured})

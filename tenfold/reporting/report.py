@@ -9,7 +9,7 @@ from typing import Any
 from tenfold.records import LayerPlan, RunRecord, write_text
 from tenfold.reporting import charts
 from tenfold.reporting.charts import Chart
-from tenfold.reporting.numbers import count, factor, limits, percent, plural, points, ranks, seconds, size, speed
+from tenfold.reporting.numbers import count, factor, limits, percent, plural, ranks, seconds, size, speed
 from tenfold.reporting.page_tables import layer_table, shown_layers, stage_table
 from tenfold.reporting.pages import page
 from tenfold.reporting.run_files import Run
@@ -108,18 +108,22 @@ def _latency_tile(record: RunRecord) -> Tile:
 
 
 def _score_tile(record: RunRecord, score: float) -> Tile:
-    start = record.scores.get("original", record.before.score)
+    metric, start = record.metric, record.scores.get("original", record.before.score)
     steps = {name: value for name, value in record.scores.items() if name != "original"}
-    on_the_way = ", ".join(f"{name} {percent(value)}" for name, value in steps.items())
+    on_the_way = ", ".join(f"{name} {metric.text(value)}" for name, value in steps.items())
     return {
-        "name": "Score",
-        "change": "—" if start is None else points(start, score),
-        "tone": "" if start is None else _tone(round(score - start, 4)),
-        "before": "—" if start is None else percent(start),
-        "after": percent(score),
+        "name": _capital(metric.name),
+        "change": "—" if start is None else metric.change(start, score),
+        "tone": "" if start is None else _tone(round(metric.lost(score, start), 4)),
+        "before": "—" if start is None else metric.text(start),
+        "after": metric.text(score),
         "note": on_the_way if len(set(steps.values())) > 1 else "",
         "share": None,
     }
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _tone(gain: float) -> str:
@@ -161,13 +165,14 @@ def _choices(run: Run) -> list[Figure]:
         about = f"Plans by the rule {run.tradeoff.rule.get('name', '')}. {run.tradeoff.distortion.capitalize()}."
         marked = charts.nearest(run.tradeoff, plan.after)
         drawn = charts.trade_offs(run.tradeoff, marked, "nearest to this plan")
-        found += [(name, chart, f"{name.capitalize()} by budget", about) for name, chart in drawn.items()]
+        titles = {"score": _capital(run.tradeoff.metric.name), "distortion": "Distortion"}
+        found += [(name, chart, f"{titles[name]} by budget", about) for name, chart in drawn.items()]
     if run.analysis is not None:
         about = "All factorized layers at the same error of their weights; ringed: this plan, which may use data."
         found.append(("equal", charts.equal_error(plan, run.analysis), "Error of the weights by budget", about))
     if run.sensitivity is not None:
         layers = charts.measured_layers(run.sensitivity, "output_error")[:6]
-        chart = charts.sensitivity(layers, "output_error", None) if layers else None
+        chart = charts.sensitivity(layers, "output_error", run.sensitivity) if layers else None
         found.append(("sensitivity", chart, "Sensitivity of layers", "Each of the costliest layers factorized alone."))
     return found
 
@@ -175,14 +180,14 @@ def _choices(run: Run) -> list[Figure]:
 def _training(record: RunRecord) -> list[Figure]:
     titles = {
         "loss": ("Loss", "Mean over the batches of an epoch."),
-        "score": ("Score", "After each epoch, as far as it was evaluated."),
+        "score": (_capital(record.metric.name), "After each epoch, as far as it was evaluated."),
     }
     found: list[Figure] = [
         (f"training-{name}", chart, *titles[name]) for name, chart in charts.training(record).items()
     ]
     if record.stages and any(s.scores for s in record.stages):
         about = "From the dense model, on the right, to the left."
-        found.append(("stages", charts.stage_path(record), "Score by stage", about))
+        found.append(("stages", charts.stage_path(record), f"{_capital(record.metric.name)} by stage", about))
     return found
 
 

@@ -12,9 +12,7 @@ from tenfold.reporting.numbers import (
     factor,
     interval,
     milliseconds,
-    percent,
     plural,
-    points,
     seconds,
     size,
     speed,
@@ -32,7 +30,7 @@ def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:
 
 def cost_table(record: RunRecord) -> Table:
     """Return parameters, MACs, bytes, measured latency and score, before and after."""
-    before, after = record.before, record.after
+    before, after, metric = record.before, record.after, record.metric
     table = grid(record.task or record.plan.model)
     table.add_column("", no_wrap=True)
     for name in ("before", "after", "change"):
@@ -45,8 +43,8 @@ def cost_table(record: RunRecord) -> Table:
         table.add_row("latency", latency_cell(before), latency_cell(after), _speedup(record))
     for name, score in _scores(record):
         start = record.scores.get("original", before.score)
-        change = "" if start is None else points(start, score)
-        table.add_row(name, "" if start is None else percent(start), percent(score), change)
+        change = "" if start is None else metric.change(start, score)
+        table.add_row(name, "" if start is None else metric.text(start), metric.text(score), change)
     return table
 
 
@@ -85,5 +83,5 @@ def _speedup(record: RunRecord) -> str:
 def _scores(record: RunRecord) -> list[tuple[str, float]]:
     steps = [(name, value) for name, value in record.scores.items() if name != "original"]
     if len(steps) > 1:
-        return [(f"score, {name}", value) for name, value in steps]
-    return [] if record.after.score is None else [("score", record.after.score)]
+        return [(f"{record.metric.name}, {name}", value) for name, value in steps]
+    return [] if record.after.score is None else [(record.metric.name, record.after.score)]

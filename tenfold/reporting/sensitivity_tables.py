@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tenfold.records import LayerSensitivity, SensitivityPoint, SensitivityTable
-from tenfold.reporting.numbers import count, percent
+from tenfold.reporting.numbers import count
 from tenfold.reporting.plan_tables import reasons_table
 from tenfold.reporting.table_parts import grid
 
@@ -22,7 +22,7 @@ def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
     head = Text(f"Sensitivity of {table.model}", style="bold")
     head.append(": each layer factorized alone", style="not bold")
     if table.baseline is not None:
-        head.append(f"; score of the model {percent(table.baseline)}", style="not bold")
+        head.append(f"; {table.metric.name} of the model {table.metric.text(table.baseline)}", style="not bold")
     parts: list[RenderableType] = [head]
     if table.compressible:
         parts.append(_measured(table, scored=scored))
@@ -33,7 +33,9 @@ def sensitivity_tables(table: SensitivityTable) -> tuple[RenderableType, ...]:
 
 
 def _measured(table: SensitivityTable, *, scored: bool) -> Table:
-    what = "Error of the output, and points of score," if scored else "Error of the output"
+    metric = table.metric
+    of = f"points of {metric.name}" if metric.percent else f"change of {metric.label}"
+    what = f"Error of the output, and {of}," if scored else "Error of the output"
     shown = grid(f"{what} at the rank nearest to this share of the layer's cost")
     shown.add_column("layer", overflow="fold")
     shown.add_column("is", no_wrap=True)
@@ -43,12 +45,12 @@ def _measured(table: SensitivityTable, *, scored: bool) -> Table:
         shown.add_column(f"{share:.0%}", justify="right", no_wrap=True)
     for layer in table.compressible:
         for format in layer.formats:
-            cells = [_cell(layer, layer.curve(format), share, table.baseline) for share in _SHARES]
+            cells = [_cell(table, layer, layer.curve(format), share) for share in _SHARES]
             shown.add_row(layer.path or "(the model)", layer.kind, count(layer.before.macs), format, *cells)
     return shown
 
 
-def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: float, baseline: float | None) -> str:
+def _cell(table: SensitivityTable, layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: float) -> str:
     whole = layer.before.macs or layer.before.params
 
     def left(point: SensitivityPoint) -> float:
@@ -56,6 +58,8 @@ def _cell(layer: LayerSensitivity, points: Sequence[SensitivityPoint], share: fl
 
     near = min(points, key=lambda p: abs(left(p) - share))
     text = "" if near.output_error is None else f"{near.output_error:.3f}"
-    if near.score is not None and baseline is not None:
-        text += f"  {100 * (near.score - baseline):+.1f}".replace("-", "−")
+    if near.score is not None and table.baseline is not None:
+        metric = table.metric
+        change = metric.plotted(near.score) - metric.plotted(table.baseline)
+        text += f"  {change:+{'.1f' if metric.percent else '.3g'}}".replace("-", "−")
     return text

@@ -6,7 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from tenfold.reporting.comparison import METRICS, Group, Spread
+from tenfold.records.metric import FRACTION
+from tenfold.reporting.comparison import METRICS, Group, score_head
 
 _HEADS = {"params": "Params (\\%)", "macs": "MACs (\\%)", "speedup": "Speed-up", "score": "Score (\\%)"}
 _SPECIAL = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
@@ -15,12 +16,16 @@ _SPECIAL = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textas
 def as_csv(groups: Sequence[Group]) -> str:
     """Return one line for each group: means and standard deviations as fractions, empty where nobody measured.
 
+    Scores are as ``evaluate`` returned them; where they are no fractions, a last column says what they are.
+
     Example:
         >>> as_csv([]).split(",")[:4]
         ['model', 'method', 'budget', 'runs']
     """
     heads = ["model", "method", "budget", "runs", "seeds"]
     heads += [f"{name}{end}" for name in METRICS for end in ("", "_sd")]
+    named = any(group.metric != FRACTION for group in groups)
+    heads += ["metric"] if named else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heads)
@@ -29,7 +34,7 @@ def as_csv(groups: Sequence[Group]) -> str:
         for name in METRICS:
             spread = group.values.get(name)
             row += ["", ""] if spread is None else [repr(spread.mean), "" if spread.sd is None else repr(spread.sd)]
-        writer.writerow(row)
+        writer.writerow([*row, group.metric.label] if named else row)
     return text.getvalue()
 
 
@@ -42,16 +47,19 @@ def as_latex(groups: Sequence[Group]) -> str:
         >>> print(as_latex([]).splitlines()[0])
         \begin{tabular}{lllr}
     """
+    heads = {**_HEADS, "score": escaped(score_head(groups, "Score"))}
+    if heads["score"] == escaped(FRACTION.label):
+        heads["score"] = _HEADS["score"]
     shown = [name for name in _HEADS if any(name in group.values for group in groups)]
     lines = [f"\\begin{{tabular}}{{lllr{'r' * len(shown)}}}", "  \\toprule"]
-    lines += [f"  {' & '.join(['Model', 'Method', 'Budget', 'Runs', *(_HEADS[name] for name in shown)])} \\\\"]
+    lines += [f"  {' & '.join(['Model', 'Method', 'Budget', 'Runs', *(heads[name] for name in shown)])} \\\\"]
     lines += ["  \\midrule"]
     before = None
     for group in groups:
         if before not in {None, group.model}:
             lines.append("  \\addlinespace")
         cells = ["" if group.model == before else group.model, group.method, group.budget]
-        numbers = [_tex(group.values.get(name), name) for name in shown]
+        numbers = [_tex(group, name) for name in shown]
         lines.append(f"  {' & '.join([*map(escaped, cells), str(len(group.runs)), *numbers])} \\\\")
         before = group.model
     return "\n".join([*lines, "  \\bottomrule", "\\end{tabular}", ""])
@@ -68,9 +76,11 @@ def escaped(text: str) -> str:
     return made.replace("—", "---").replace("→", "$\\to$").replace("×", "$\\times$")
 
 
-def _tex(spread: Spread | None, name: str) -> str:
+def _tex(group: Group, name: str) -> str:
+    spread, metric = group.values.get(name), group.metric
     if spread is None:
         return "---"
-    scale = 1.0 if name == "speedup" else 100.0
-    sd = "" if spread.sd is None else f" \\pm {scale * spread.sd:.2f}"
-    return f"${scale * spread.mean:.2f}{sd}$"
+    scale = metric.plotted(1.0) if name == "score" else 1.0 if name == "speedup" else 100.0
+    form = ".2f" if name != "score" or metric.percent else ".4g"
+    sd = "" if spread.sd is None else f" \\pm {scale * spread.sd:{form}}"
+    return f"${scale * spread.mean:{form}}{sd}$"

@@ -16,6 +16,7 @@ from tenfold.errors import DataError
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
 from tenfold.tracing.held_tensors import leave_inference_
+from tenfold.tracing.input_batches import input_batches
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,7 +64,8 @@ def reestimate_batchnorm_(
     pools = {path: _Pool(path) for path in norms}
     seen = 0
     with _statistics_only(model, norms, pools):
-        for seen, batch in enumerate(batches, start=1):  # noqa: B007
+        read = batches if forward is not None else input_batches(batches, model)
+        for seen, batch in enumerate(read, start=1):  # noqa: B007
             (forward or call_model)(model, batch)
         if seen == 0:
             msg = "there are no batches to re-estimate batch norm from. Pass an iterable with at least one batch."

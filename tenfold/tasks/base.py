@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError, UnknownNameError
+from tenfold.records import Metric
+from tenfold.records.metric import FRACTION
 from tenfold.registry import Registry, did_you_mean
 from tenfold.tasks.dense_weights import load_weights
 from tenfold.tracing.contexts import device_of, dtype_of, evaluating
@@ -59,6 +61,7 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     variants: ClassVar[tuple[str, ...]] = ()  # the first is the default
+    metric: ClassVar[Metric] = FRACTION  # what ``evaluate`` returns: name, unit, and which direction is better
     labelled: ClassVar[bool] = True  # whether it has labels to train and score with
     weights_hint: ClassVar[str] = ""  # how to train weights of one's own, for a message
     tune_settings: ClassVar[dict[str, Any]] = {}  # fields of TuneConfig for fine-tuning a compressed model
@@ -158,7 +161,7 @@ class Task(abc.ABC):
         batch_size: int = 125,
         progress: Progress | None = None,
     ) -> float:
-        """Return the fraction of samples whose largest output is the label.
+        """Return the fraction of samples whose largest output is the label; a subclass may return another ``metric``.
 
         Inputs are moved to the device and floating-point type of the model, which runs in eval mode; the modes of its
         modules are restored.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tenfold.errors import DataError, ProfileError, TenfoldError
+from tenfold.errors import ProfileError, TenfoldError
 from tenfold.records import Shape
 from tenfold.tensors import digest, untransformed
 
@@ -55,7 +55,10 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
                 "what it differentiates within torch.enable_grad())"
             )
         if isinstance(inputs, list):
-            msg += " (a list is passed as one argument; give a tuple to pass its elements one by one)"
+            msg += (
+                " (a list is passed as one argument; give a tuple to pass its elements one by one, or its first alone "
+                "if the rest are labels)"
+            )
         raise ProfileError(msg) from error
 
 
@@ -203,19 +206,3 @@ def _in_words(value: Any) -> str:
     if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
         return f"{type(value).__name__} of {len(value)} ({', '.join(_in_words(v) for v in value[:3])})"
     return type(value).__name__
-
-
-def gathered(data: Iterable[Any], device: torch.device) -> list[Any]:
-    """Collect all batches of the data, on a device.
-
-    Raises:
-        DataError: there are no batches.
-    """
-    batches = [to_device(batch, device) for batch in data]
-    if not batches:
-        msg = (
-            "no calibration batches: the iterable is empty (an exhausted generator?). Pass a list or a new generator, "
-            "or leave data out to plan by the weights alone."
-        )
-        raise DataError(msg)
-    return batches

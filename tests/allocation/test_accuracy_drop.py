@@ -14,13 +14,14 @@ from tenfold.allocation import rule_from
 from tenfold.allocation.rules.threshold import AccuracyDrop
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.formats import Rank
-from tenfold.planning import Sensitivity, plan
+from tenfold.planning import Score, Sensitivity, plan
 from tenfold.planning.rule_columns import _bisect, gallop
 from tenfold.profiling import profile
-from tenfold.records import Plan, Recipe
+from tenfold.records import Metric, Plan, Recipe
+from tenfold.records.metric import FRACTION
 from tenfold.testing.tables import SideBySide
 from tests.allocation.small import beside, conv, picks
-from tests.planning.fakes import Scorer, costs, inputs, net
+from tests.planning.fakes import BASELINE, Scorer, costs, inputs, net
 
 SIZE = 128
 FORMATS = ("tucker2", "low_rank")
@@ -34,7 +35,7 @@ def layers(*names: str) -> SideBySide:
 class Table:
     """Scores that fall below 0.9 − drop exactly under a rank, by layer; the error is 1 − rank/size."""
 
-    baseline = 0.9
+    baseline, metric = 0.9, FRACTION
 
     def __init__(self, needs: dict[str, int], drop: float = 0.01, *, error: float = 1.0) -> None:
         self.needs = {f"layer_{name}": rank for name, rank in needs.items()}
@@ -69,7 +70,7 @@ def test_finds_the_smallest_rank_that_is_good_enough(needs: int) -> None:
 def test_a_layer_that_no_rank_serves_is_kept_with_the_reason() -> None:
     table = Table({"a": SIZE, "b": 30})
     kept, taken = picks(layers("a", "b"), AccuracyDrop(drop=0.01), scores=table, **ONE)
-    assert (kept.format, kept.reason) == (None, "every rank that is cheaper costs more than 1 points of score")
+    assert (kept.format, kept.reason) == (None, "every rank that is cheaper costs the score more than 0.01")
     assert taken.rank == {"rank": 30}
 
 
@@ -112,8 +113,10 @@ def test_a_budget_sets_the_drop(share: float) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(TenfoldError, match=r"drop=1.5 must be in"):
-        AccuracyDrop(drop=1.5)
+    with pytest.raises(TenfoldError, match=r"drop=-0.5 must be 0 or more"):
+        AccuracyDrop(drop=-0.5)
+    with pytest.raises(BudgetError, match=r"drop=1.5 of a score that is a fraction must be in"):
+        picks(layers("a"), AccuracyDrop(drop=1.5), scores=Table({"a": 3}), **ONE)
     with pytest.raises(RankError, match="step=0"):
         AccuracyDrop(step=0)
     with pytest.raises(BudgetError, match=r"needs scores of the model"):
@@ -155,7 +158,7 @@ def test_the_plan_keeps_the_drop_and_a_second_one_costs_nothing(tmp_path: Any) -
     assert made.layer("7").rank == {"rank": 1}
     assert "as measured" in made.layer("7").reason
     assert made.layer("3").action == "keep"  # 0.9·(1 − r/16) ≤ 0.05 from r = 16 on, which saves nothing
-    assert "costs more than 5 points" in made.layer("3").reason
+    assert "costs the score more than 0.05" in made.layer("3").reason
     again = Sensitivity(model, costs(model), {"formats": FORMATS}, evaluate=Scorer(weights, stop=0), path=file)
     assert dropping(model, again, 0.05, keep=["0", "9"]) == made
     half = dropping(model, found, budget={"macs": 0.7})
@@ -213,3 +216,30 @@ def low_rank_kernel(rank: int) -> torch.Tensor:
     """Return a kernel (16, 16, 3, 3) of that CP rank."""
     a, b, c = (torch.randn(n, rank) for n in (16, 16, 9))
     return torch.einsum("or,ir,kr->oik", a, b, c).reshape(16, 16, 3, 3) / 10
+
+
+def test_a_score_of_which_less_is_better_makes_the_plan_of_its_negative() -> None:
+    """Perplexities with drops above 1, which no share of a fraction can be."""
+    model, weights = net(), {"0": 0.1, "3": 0.3, "7": 0.6}
+    cost, batches = costs(model), [inputs()]
+    names = {1.0: Metric(name="perplexity", better="lower"), -1.0: Metric(name="negative perplexity")}
+
+    def made(sign: float, rule: dict[str, Any], **recipe: Any) -> Plan:
+        def evaluate(own: nn.Module) -> float:
+            return sign * (5.0 + 40 * (BASELINE - Scorer(weights)(own)))
+
+        score = Score(evaluate, metric=names[sign])
+        found = Sensitivity(model, cost, {"formats": FORMATS}, evaluate=score, batches=batches)
+        assert found.table.metric == names[sign]
+        return plan(model, cost, {"rule": rule, "formats": FORMATS, **recipe}, scores=found)
+
+    for rule, recipe in (
+        ({"name": "accuracy_drop", "drop": 2.0}, {}),
+        ({"name": "accuracy_drop", "drop": 8.0}, {}),
+        ({"name": "accuracy_drop"}, {"budget": "macs=0.3"}),
+        ({"name": "global"}, {"budget": "macs=0.3"}),
+    ):
+        lower, higher = (made(sign, rule, **recipe) for sign in names)
+        assert lower.factorized
+        assert lower == higher
+    assert made(1.0, {"name": "accuracy_drop", "drop": 8.0}).after.macs < lower.before.macs

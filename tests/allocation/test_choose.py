@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from tenfold.allocation import Override, choose, explorable, pareto, pruned, select
@@ -15,7 +17,7 @@ from tenfold.allocation.pareto import _front
 from tenfold.errors import BudgetError, PlanError
 from tenfold.planning import plan, tabulate
 from tenfold.profiling import profile
-from tenfold.records import Budget, FormatOptions, OptionTable, Profile, Recipe
+from tenfold.records import Budget, Cost, FormatOptions, OptionTable, Profile, Recipe
 from tenfold.surgery import apply
 from tests.planning import fakes
 
@@ -228,3 +230,56 @@ def test_settings_that_only_select_may_change(net: nn.Module, costs: Profile) ->
 def test_a_plan_claims_the_recipe_that_its_table_was_made_for(table: OptionTable) -> None:
     made = choose(table, Recipe.of("macs=0.6"))
     assert made.recipe == table.recipe.replace(budget=Budget(macs=0.6))
+
+
+def test_the_lowest_that_is_said_can_be_met(net: nn.Module, costs: Profile, table: OptionTable) -> None:
+    for rule in ("global", "energy"):
+        own = table if rule == "global" else tabulate(net, costs, RECIPE.replace(rule={"name": rule}))
+        for kind in ("macs", "params"):
+            with pytest.raises(BudgetError) as refused:
+                choose(own, own.recipe.replace(budget=Budget.of({kind: 1e-3})))
+            said = re.search(rf"can reach is ({kind}=[0-9.]+) \((max_{kind}=(\d+))\)\. ", str(refused.value))
+            assert said, refused.value
+            for budget in said.groups()[:2]:
+                choose(own, own.recipe.replace(budget=Budget.parse(budget)))
+            with pytest.raises(BudgetError):
+                choose(own, own.recipe.replace(budget=Budget.of({f"max_{kind}": int(said[3]) - 1})))
+
+
+def test_what_stays_is_said_by_reason_the_biggest_first() -> None:
+    layers = [nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 1)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 32))
+    recipe = Recipe.of(
+        {"budget": "macs=0.01", "formats": ["tucker2", "low_rank"], "keep": ["0", "3"], "keep_ends": False}
+    )
+    with pytest.raises(BudgetError) as refused:
+        plan(net, profile(net, torch.zeros(1, 8, 8, 8)), recipe)
+    stays = re.search(r"What stays of the MACs: (.*?)\. Raise the budget, or try: (.*)", str(refused.value))
+    assert stays, refused.value
+    *groups, rest = stays[1].split("; ")
+    assert [group.partition(" in ")[2] for group in groups[:2]] == [
+        "1 layer: kept as asked by '3'",
+        "1 layer: kept as asked by '0'",
+    ]
+    assert "in 2 layers: a depthwise convolution" in stays[1]
+    assert rest.endswith("as the least of the 1 that can be factorized")
+    assert "keep fewer layers than keep='0' and '3'" in stays[2]
+    lowest = re.search(r"can reach is macs=([0-9.]+) ", str(refused.value))
+    assert lowest
+    shares = [float(share) for share in re.findall(r"(\d+\.\d)%", stays[1])]
+    assert sum(shares) == pytest.approx(100 * float(lowest[1]), abs=0.3)
+
+
+def test_budgets_that_exclude_each_other_name_the_lowest_of_each(table: OptionTable) -> None:
+    options = FormatOptions(  # either few parameters or few MACs, and never both
+        format="low_rank",
+        names=("rank",),
+        ranks=[[1], [2]],
+        params=[10, 90],
+        macs=[90, 10],
+        columns={"distortion": [0.5, 0.5]},
+    )
+    layer = table.layer("7").replace(before=Cost(params=100, macs=100), options=(options,))
+    either = table.replace(before=layer.before, layers=(layer,))
+    with pytest.raises(BudgetError, match=r"not all .*alone: params=0\.1 \(.*=10\) and macs=0\.1 \(.*=10\)"):
+        choose(either, RECIPE.replace(budget=Budget(params=0.5, macs=0.5)))

@@ -6,11 +6,12 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tenfold.records import Metric
 from tenfold.tasks import InMemoryTask, TensorSet
 
 
@@ -53,6 +54,28 @@ class Tiny(InMemoryTask):
             case "broken":
                 msg = "by the task\nitself"
                 raise ZeroDivisionError(msg)
+
+
+class TinyLoss(Tiny):
+    """The same, scored by its perplexity, of which less is better."""
+
+    name: ClassVar[str] = "tiny-loss"
+    metric: ClassVar[Metric] = Metric(name="perplexity", better="lower")
+
+    def evaluate(self, model: nn.Module, *, split: str = "test", limit: int | None = None, **_: Any) -> float:
+        read = self.test_batches if split == "test" else self.validation_batches
+        with torch.no_grad():
+            losses = [nn.functional.cross_entropy(model.eval()(x), y) for x, y in read(limit, batch_size=60)]
+        return float(torch.stack(losses).mean().exp())
+
+
+class TinyPercent(Tiny):
+    """The same, with a score in percent that does not say so."""
+
+    name: ClassVar[str] = "tiny-percent"
+
+    def evaluate(self, model: nn.Module, **options: Any) -> float:
+        return 100 * super().evaluate(model, **options)
 
 
 def inputs() -> Tensor:

@@ -155,7 +155,7 @@ def test_without_a_budget_all_others_stay(explorer: Explorer) -> None:
             "no option 10000 of tucker2; it has",
         ),
         ({"3": Override(format="cp3")}, {}, PlanError, "no option 0 of cp3"),
-        ({}, {"macs": 0.05}, BudgetError, "the budget cannot be met: .*lowest"),
+        ({}, {"macs": 0.05}, BudgetError, "the budget macs=0.05 cannot be met: .*lowest"),
         ({"3": Override()}, {"macs": 0.2}, BudgetError, "with the layers that are set by hand"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold import export
-from tenfold.errors import ExportError, MissingExtraError, UnknownNameError
+from tenfold.errors import ExportError, MissingExtraError, TenfoldWarning, UnknownNameError
 from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the exporters, about themselves
@@ -132,7 +132,9 @@ def test_int8_of_a_file(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 9))
     export(net.eval(), torch.randn(1, 3, 5, 5), source, config=UNTIMED)
     batches = [torch.randn(8, 3, 5, 5) for _ in range(4)]
-    made = quantize_onnx(source, path, batches, operators=("Conv",), seconds=0)
+    labelled = [(batch, torch.zeros(8).long()) for batch in batches]  # as a loader puts them out
+    with pytest.warns(TenfoldWarning, match="left out, as labels"):
+        made = quantize_onnx(source, path, labelled, operators=("Conv",), seconds=0)
     assert made.operators["Conv"] == 2
     assert "Gemm" not in made.operators  # was not asked for
     assert made.samples == 32

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from tenfold.allocation import choose
 from tenfold.errors import BudgetError
-from tenfold.layers import FactorizedLayer
+from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.planning import LatencySearch, Timing, decide, plan, plan_within_latency, recost, tabulate
 from tenfold.planning.latency_budget import with_structure
 from tenfold.profiling import Comparison, LatencyTable, profile
 from tenfold.records import OptionTable, Recipe, Speedup
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply, fuse_batchnorm
-from tests.planning.made_up_time import OVERHEAD_MS, FakeCompare, model_ms, three_layers
+from tests.planning.made_up_time import OVERHEAD_MS, FakeCompare, model_ms, stage_ms, three_layers
 from tests.planning.made_up_time import clock as made_up
 
 
@@ -118,7 +120,9 @@ def test_without_a_latency_budget_the_clock_is_not_asked_and_the_gate_stands(net
 
 def test_what_cannot_be_met_is_an_error_or_comes_as_near_as_it_can(net, costs, fake):
     impossible = {"latency": OVERHEAD_MS / 2 / model_ms(net, X)}
-    with pytest.raises(BudgetError, match="what no plan changes"):
+    with pytest.raises(
+        BudgetError, match=r"rule ratio can reach is latency=0\.239 .*18\.3% activations, the interpreter"
+    ):
         fast(net, X, impossible, compare=fake)
     keep = fast(net, X, {"latency": 0.5}, keep=["0"], strict=False, rounds=12, compare=fake)
     assert keep.speedup.ratio > 1
@@ -142,6 +146,18 @@ def test_fused_models_are_planned_and_measured_against_the_fused_dense_one(fake)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
     assert model_ms(small, X) <= 0.5 * model_ms(fuse_batchnorm(net, X), X)
     assert fast(net, X, {"latency": 0.5}, compare=compare).plan.fused == {}
+
+
+def test_a_latency_out_of_reach_names_what_takes_the_time_and_the_lowest_that_can_be_met(net, costs, fake):
+    recipe = {"budget": {"latency": 0.05}, "keep": ["0"], "keep_ends": False}
+    table = tabulate(net, costs, recipe, timing=Timing.of(net, X, made_up(), seconds=0.1))
+    with pytest.raises(BudgetError) as refused:
+        choose(table)
+    said = re.search(r"latency=([0-9.]+) \(max_latency_ms=([0-9.]+)\)\. .*of the time: (.*?) in", str(refused.value))
+    assert said, refused.value
+    assert said[3] == f"{stage_ms(spec_of(net[0])[0], X.shape) / model_ms(net, X):.1%}"
+    for budget in (f"latency={said[1]}", f"max_latency_ms={said[2]}"):
+        assert choose(table, Recipe.of({**recipe, "budget": budget})).factorized
 
 
 def test_a_latency_budget_needs_a_clock(net, costs):

@@ -143,7 +143,7 @@ def test_two_that_measure_at_once_keep_what_the_other_measured(model: nn.Sequent
     both, more = SensitivityTable.load(file).layer("7").points
     assert (both.score, both.output_error, more.score) == (score, error, None)
     assert second.score("7", "low_rank", rank) == score
-    assert second._bench.evaluate.calls == []  # type: ignore[union-attr]
+    assert second._bench.evaluate.evaluate.calls == []  # type: ignore[union-attr]
 
 
 def test_a_killed_process_loses_one_measurement_at_most(tmp_path: Path) -> None:

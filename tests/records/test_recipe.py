@@ -104,3 +104,35 @@ def test_a_recipe_is_frozen_and_replaced() -> None:
         WHOLE.seed = 3  # type: ignore[misc]
     assert WHOLE.replace(seed=3).seed == 3
     assert WHOLE.rule_name == "evbmf"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (0.5, BudgetError, r"0\.5 does not say of what: write macs=0\.5, params=0\.5 or latency=0\.5"),
+        ("0.5", BudgetError, r"write macs=0\.5"),
+        ("50%", BudgetError, r"write macs=0\.5"),
+        (50, BudgetError, r"write macs=0\.5"),
+        (1_000_000, BudgetError, "write max_params=1000000 or max_macs=1000000"),
+        ({"budget": 0.3}, BudgetError, r"write macs=0\.3"),
+        ({"budget": "30%"}, BudgetError, r"write macs=0\.3"),
+        ("macs=50", BudgetError, r"for 50 % write macs=0\.5.*write max_macs=50"),
+        ("params=30%", BudgetError, r"is written params=0\.3"),
+        ("max_macs=30%", BudgetError, r"is written macs=0\.3"),
+        ({"budget": {"macs": "0.5"}}, BudgetError, r"is written macs=0\.5, without quotes"),
+        ("MACs=0.5", BudgetError, "Did you mean macs"),
+        ({"macs": 0.5}, RecipeError, r"write \{'budget': \{'macs': 0\.5\}\}"),
+        ("recipe.yaml", BudgetError, r"Recipe\.load\(path\)"),
+        (Path("recipe.yaml"), RecipeError, r"Recipe\.load\(path\)"),
+        (["macs=0.5"], RecipeError, "a budget such as 'macs=0.5'"),
+        (True, BudgetError, "a budget names what it limits"),
+        (-0.5, BudgetError, "a budget names what it limits"),
+    ],
+)
+def test_a_budget_in_another_spelling_is_told_its_own(given: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Recipe.of(given)
+
+
+def test_a_budget_is_a_recipe() -> None:
+    assert Recipe.of(Budget(macs=0.5)) == Recipe.of("macs=0.5") == Recipe.of({"budget": {"macs": 0.5}})

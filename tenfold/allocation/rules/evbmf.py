@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from tenfold.allocation.rule import RULES, Choice, Keep, Limits, Total, amount, beyond, total_cost
+from tenfold.allocation.rule import RULES, Choice, Keep, Limits, UnreachableError, beyond, total_cost
 from tenfold.allocation.rules.threshold import ThresholdRule
-from tenfold.errors import BudgetError, TenfoldError
+from tenfold.errors import TenfoldError
 from tenfold.records import FormatOptions, LayerOptions
 
 Threshold = Literal["approximate", "exact"]
@@ -89,17 +89,6 @@ class EVBMF(ThresholdRule):
             return super().select(layers)
         least = total_cost(layers, [self.choose(layer, 0.0) for layer in layers])
         if beyond(least, limits):
-            raise BudgetError(_out_of_range(layers, least, limits))
+            advice = "lower min_rank, or use a rule such as ratio or energy"
+            raise UnreachableError(least, limits, what="EVBMF, weakened as far as may be,", advice=advice)
         return self.within_limits(layers, limits)
-
-
-def _out_of_range(layers: Sequence[LayerOptions], least: Total, limits: Limits) -> str:
-    now = total_cost(layers, [Keep("")] * len(layers))
-    parts = [
-        f"{name} {amount(limit)} (weaken reaches {low:,} to {getattr(now, name):,})"
-        for name, low, limit in beyond(least, limits)
-    ]
-    return (
-        f"EVBMF cannot meet the budget: the layers that can be factorized would have to fit into {', '.join(parts)}. "
-        "Raise the budget, lower min_rank, or use a rule such as ratio or energy."
-    )

@@ -6,8 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tenfold.allocation.rule import RULES, Choice, Factorize, Keep, Limits, RankRule, beyond, total_cost
-from tenfold.errors import BudgetError
+from tenfold.allocation.rule import (
+    RULES,
+    Choice,
+    Factorize,
+    Keep,
+    Limits,
+    RankRule,
+    UnreachableError,
+    beyond,
+    total_cost,
+)
 from tenfold.patterns import first_match
 from tenfold.records import LayerOptions
 
@@ -42,8 +51,7 @@ class Fixed(RankRule):
         choices = tuple(self._choose(layer) for layer in layers)
         cost = total_cost(layers, choices)
         if limits and beyond(cost, limits):
-            msg = f"the fixed ranks cost {cost.params:,} parameters and {cost.macs:,} MACs, over the budget: lower them"
-            raise BudgetError(msg)
+            raise UnreachableError(cost, limits, what="the rule fixed with these ranks", advice="lower ranks")
         return choices
 
     def _choose(self, layer: LayerOptions) -> Choice:

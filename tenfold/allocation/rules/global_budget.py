@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tenfold.allocation.knapsack import solve
-from tenfold.allocation.rule import RULES, Choice, Factorize, Keep, Limits, RankRule, Total, unreachable
+from tenfold.allocation.rule import RULES, Choice, Factorize, Keep, Limits, RankRule, Total, UnreachableError
 from tenfold.errors import BudgetError, RankError
 from tenfold.records import LayerOptions
 
@@ -58,7 +58,7 @@ class GlobalBudget(RankRule):
         least = {name: sum(float(c[:, k].min()) for c in costs) for k, name in enumerate(names)}
         if any(low > limits[name] * (1 + 1e-9) for name, low in least.items()):
             total = Total(int(least.get("params", 0)), int(least.get("macs", 0)), least.get("latency", 0.0))
-            raise BudgetError(unreachable(total, limits))
+            raise UnreachableError(total, limits)
         best = solve(
             [layer.column("distortion") for layer in layers],
             costs,

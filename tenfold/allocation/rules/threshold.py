@@ -18,10 +18,9 @@ from tenfold.allocation.rule import (
     Limits,
     RankRule,
     Total,
-    amount,
+    UnreachableError,
     beyond,
     total_cost,
-    unreachable,
 )
 from tenfold.errors import BudgetError, RankError, TenfoldError
 from tenfold.records import FormatOptions, LayerOptions
@@ -89,7 +88,7 @@ class ThresholdRule(RankRule):
             return self.within_limits(layers, limits)
         choices = tuple(self.choose(layer, level) for layer in layers)
         if limits and beyond(total := total_cost(layers, choices), limits):
-            raise BudgetError(self._over(total, limits))
+            raise self._over(total, limits)
         return choices
 
     def within_limits(self, layers: Sequence[LayerOptions], limits: Limits) -> tuple[Choice, ...]:
@@ -103,7 +102,7 @@ class ThresholdRule(RankRule):
         best = at(_LEAST)
         least = total_cost(layers, best)
         if beyond(least, limits):
-            raise BudgetError(unreachable(least, limits))
+            raise UnreachableError(least, limits, what=f"the rule {self.name()}")
         low, high = 0.0, 1.0
         if not beyond(total_cost(layers, at(high)), limits):
             return at(high)
@@ -116,15 +115,12 @@ class ThresholdRule(RankRule):
                 low, best = middle, choices
         return best
 
-    def _over(self, total: Total, limits: Limits) -> str:
+    def _over(self, total: Total, limits: Limits) -> UnreachableError:
         given = [name for name in self.numbers if getattr(self, name) is not None]
         shown = " and ".join(f"{name}={getattr(self, name):g}" for name in given) or "its number"
-        over = [f"{k} {amount(now)} (allowed {amount(limit)})" for k, now, limit in beyond(total, limits)]
-        return (
-            f"the rule {self.name()} with {shown} does not meet the budget: the layers that can be factorized keep "
-            f"{', '.join(over)}. Raise the budget, change {' and '.join(given) or 'the number'}, or leave it out: then "
-            "the budget sets it."
-        )
+        number = " and ".join(given) or "the number"
+        advice = f"change {number}, or leave it out: then the budget sets it"
+        return UnreachableError(total, limits, what=f"the rule {self.name()} with {shown}", advice=advice)
 
 
 def first_within(column: np.ndarray, bound: float) -> int | None:
@@ -307,7 +303,8 @@ class AccuracyDrop(ThresholdRule):
     the budget, on curves through a few measured ranks of each layer. Needs a score: ``tenfold.Sensitivity``.
 
     Attributes:
-        drop: in [0, 1), of a score that is a fraction: 0.01 is one percentage point; None to let a budget set it.
+        drop: how much worse the score may get, in its own unit: of a fraction 0.01 is one percentage point, and it is
+            below 1. None to let a budget set it.
         step: try every ``step``-th rank of the format's family only.
     """
 
@@ -318,8 +315,8 @@ class AccuracyDrop(ThresholdRule):
     numbers: ClassVar[tuple[str, ...]] = ("drop",)
 
     def __post_init__(self) -> None:
-        if self.drop is not None and not 0 <= self.drop < 1:
-            msg = f"drop={self.drop} must be in [0, 1): 0.01 is one percentage point of the score"
+        if self.drop is not None and not 0 <= self.drop < np.inf:
+            msg = f"drop={self.drop} must be 0 or more: how much worse the score may get, in its unit"
             raise TenfoldError(msg)
         if self.step < 1:
             msg = f"step={self.step} must be a whole number from 1 on"
@@ -336,27 +333,27 @@ class AccuracyDrop(ThresholdRule):
         return {"step": self.step, "drop": self.drop}
 
     def level(self) -> float | None:
-        """Return the share of the score to keep."""
-        return None if self.drop is None else 1 - self.drop
+        """Return 1 for no drop, towards 0 for any: drops of scores that are no fractions have no largest."""
+        return None if self.drop is None else 1 / (1 + self.drop)
 
     def note(self, level: float) -> str:
         """Return the drop in words."""
         if self.drop is None:
-            return f"expected to cost at most {_points(1 - level)} alone"
-        return f"costs at most {_points(self.drop)} alone, as measured"
+            return f"expected to cost the score at most {_allowed(level):.2g} alone"
+        return f"costs the score at most {self.drop:.2g} alone, as measured"
 
     def choose(self, layer: LayerOptions, level: float) -> Choice:
         """Return the smallest rank that loses little enough."""
         choice = super().choose(layer, level)
         if self.drop is not None and isinstance(choice, Keep) and any(len(options) for options in layer.options):
-            return Keep(f"every rank that is cheaper costs more than {_points(self.drop)}")
+            return Keep(f"every rank that is cheaper costs the score more than {self.drop:.2g}")
         return choice
 
     def row(self, layer: LayerOptions, options: FormatOptions, level: float) -> int | None:
         """Return the first option that loses little enough."""
         del layer
         (column,) = self.columns
-        allowed = 1 - level if self.drop is None else self.drop
+        allowed = _allowed(level) if self.drop is None else self.drop
         return first_within(options.columns[column], allowed + _SCORE_ROUND)
 
 
@@ -364,5 +361,6 @@ class AccuracyDrop(ThresholdRule):
 _SCORE_ROUND = 1e-9
 
 
-def _points(drop: float) -> str:
-    return f"{100 * drop:.2g} points of score"
+def _allowed(level: float) -> float:
+    """Return the drop of a level."""
+    return (1 - level) / level

@@ -28,8 +28,8 @@ def run(runs: list[Path], /, terminal: Terminal, *, out: tuple[Path, ...] = ()) 
     Runs that differ in nothing but their seed are one row. The page has score against cost and a table that can be
     sorted; the LaTeX table wants the package booktabs.
 
-    With --json, a list: each group with `model`, `method`, `budget`, `seeds`, `runs`, and `values`: `mean`, `sd` and
-    `count` of `params`, `macs` (shares of the model before), `speedup`, `score` and its `change`.
+    With --json, a list: each group with `model`, `method`, `budget`, `seeds`, `runs`, `metric`, and `values`: `mean`,
+    `sd` and `count` of `params`, `macs` (shares of the model before), `speedup`, `score` and its `change`.
 
     Args:
         runs: folders that tenfold wrote, or JSON files with records inside.
@@ -59,24 +59,26 @@ def run(runs: list[Path], /, terminal: Terminal, *, out: tuple[Path, ...] = ()) 
 
 
 def _table(groups: Sequence[Group]) -> Table:
-    from tenfold.reporting.comparison_page import text
+    from tenfold.reporting.comparison import score_head
+    from tenfold.reporting.comparison_page import score_text, text
     from tenfold.reporting.table_parts import grid
 
     table = grid()
     for name in ("model", "method", "budget"):
         table.add_column(name)
-    shown = {"macs": 100.0, "params": 100.0, "speedup": 1.0, "score": 100.0}
-    heads = {"macs": "MACs %", "params": "params %", "speedup": "times faster", "score": "score %"}
-    for name in ("runs", *heads.values()):
+    shown = {"macs": 100.0, "params": 100.0, "speedup": 1.0}
+    heads = {"macs": "MACs %", "params": "params %", "speedup": "times faster"}
+    for name in ("runs", *heads.values(), score_head(groups).replace(" (%)", " %")):
         table.add_column(name, justify="right", no_wrap=True)
     for group in groups:
         spreads = [text(group.values[k], v) if k in group.values else "—" for k, v in shown.items()]
-        table.add_row(group.model, group.method, group.budget, str(len(group.runs)), *spreads)
+        table.add_row(group.model, group.method, group.budget, str(len(group.runs)), *spreads, score_text(group))
     return table
 
 
 def _plain(group: Group) -> dict[str, object]:
     values = {name: dataclasses.asdict(spread) for name, spread in group.values.items()}
     names = [run.name for run in group.runs]
+    metric = group.metric.model_dump(mode="json")
     same = {"model": group.model, "method": group.method, "budget": group.budget}
-    return {**same, "seeds": list(group.seeds), "runs": names, "values": values}
+    return {**same, "seeds": list(group.seeds), "runs": names, "metric": metric, "values": values}

@@ -53,8 +53,9 @@ def run(
     all processes tune together, each with batches of its own.
 
     With --json, one object: `before` and `after`, each with `params`, `macs`, `bytes`, `latency_ms`, `latency` and
-    `score` (a fraction); `speedup`; `scores` by step; `plan`; `tuning` by epoch; `seconds` by step; `environment`;
-    `settings`; `task`; `command`; `seed`; `out`. What was not measured is null.
+    `score`; `metric`: what scores are, a fraction unless the task says otherwise; `speedup`; `scores` by step; `plan`;
+    `tuning` by epoch; `seconds` by step; `environment`; `settings`; `task`; `command`; `seed`; `out`. What was not
+    measured is null.
     """
     from tenfold.checkpoint import check_target
     from tenfold.cli.choices import plan_or_recipe

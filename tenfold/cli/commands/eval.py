@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
@@ -27,7 +28,8 @@ def run(
 
     tenfold eval --task cifar10:resnet56 --weights resnet56.safetensors
 
-    With --json, one object: `task`, `split`, `score` (a fraction), `params`, `macs`, `bytes`, `seconds`, `environment`.
+    With --json, one object: `task`, `split`, `score`, `metric` (name, unit, direction; a fraction unless the task says
+    otherwise), `params`, `macs`, `bytes`, `seconds`, `environment`.
 
     Args:
         source: the model.
@@ -39,25 +41,30 @@ def run(
         seed: of the task.
     """
     from tenfold.cli.source import open_source
+    from tenfold.planning import Score
     from tenfold.profiling import profile
-    from tenfold.reporting.numbers import count, percent
+    from tenfold.records.metric import FRACTION
+    from tenfold.reporting.numbers import count
 
     terminal.step("open the model")
     opened = open_source(source, machine, seed)
     cost = profile(opened.model, opened.inputs())
     terminal.step("evaluate")
     start = time.perf_counter()
-    score = opened.task.evaluate(opened.model, split=split, limit=limit, batch_size=batch_size)
+    task = opened.task
+    evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size)
+    score = Score(evaluate, metric=task.metric).of_original(opened.model)
     seconds = time.perf_counter() - start
-    terminal.say(
-        f"{opened.task.id}, {split} set: {percent(score)}, {count(cost.params)} parameters, {count(cost.macs)} MACs"
-    )
+    shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"
+    costs = f"{count(cost.params)} parameters, {count(cost.macs)} MACs"
+    terminal.say(f"{task.id}, {split} set: {shown}, {costs}")
     terminal.result(
         {
             "task": opened.name,
             "split": split,
             "limit": limit,
             "score": score,
+            "metric": task.metric.model_dump(mode="json"),
             "params": cost.params,
             "macs": cost.macs,
             "bytes": cost.bytes,

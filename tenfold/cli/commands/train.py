@@ -90,7 +90,7 @@ def run(
     wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
     terminal.step("evaluate")
-    original = opened.task.evaluate(opened.model)
+    original = opened.score.of_original(opened.model)
     terminal.step("train towards low rank")
     projection = _projection(opened, wanted, low_rank, terminal)
     result = _train(opened, projection, low_rank, config, distill, terminal)
@@ -173,14 +173,14 @@ def _record(opened: Opened, result: LowRankResult, original: float, seconds: flo
     from tenfold.profiling import environment, profile
     from tenfold.records import RunRecord
 
-    task = opened.task
     last = "compressed" if result.tuning is None else "tuned"
-    scores = {"original": original, "trained": task.evaluate(result.training.model), last: task.evaluate(result.model)}
+    scores = {"original": original, "trained": opened.score(result.training.model), last: opened.score(result.model)}
     return RunRecord(
         task=opened.name,
         before=measurement(profile(opened.model, opened.inputs()), score=original),
         after=measurement(profile(result.model, opened.inputs()), score=scores[last]),
         scores=scores,
+        metric=opened.task.metric,
         plan=result.plan,
         tuning=() if result.tuning is None else tuple(epoch.model_dump() for epoch in result.tuning.history),
         seconds={"train": seconds},

@@ -92,11 +92,11 @@ def _tune(opened: Opened, tuner: Tuner, terminal: Terminal) -> RunRecord:
     """Return the record of the model after tuning it in place."""
     start = time.perf_counter()
     terminal.step("evaluate")
-    before = opened.task.evaluate(opened.model)
+    before = opened.score.of_original(opened.model)
     terminal.step("tune")
     result = tuner(opened.model)
     terminal.step("evaluate")
-    after = opened.task.evaluate(opened.model)
+    after = opened.score(opened.model)
     return _record(opened, result, (before, after), time.perf_counter() - start)
 
 
@@ -113,13 +113,17 @@ def _record(opened: Opened, result: TuneResult, scores: tuple[float, float], sec
         seed=opened.plan.seed,
         before=now.replace(score=before),
         after=now,
+        metric=opened.task.metric,
         plan=opened.plan,
         environment=environment(opened.device),
     )
-    kept = {name: value for name, value in old.scores.items() if name == "original"}
+    same = old.metric == opened.task.metric
+    kept = {name: value for name, value in old.scores.items() if name == "original" and same}
     return old.replace(
         after=old.after.replace(score=after),
+        before=old.before if same else old.before.replace(score=None),
         scores={**kept, "before tuning": before, "tuned": after},
+        metric=opened.task.metric,
         tuning=(*old.tuning, *(epoch.model_dump() for epoch in result.history)),
         seconds={**old.seconds, "tune again": seconds},
         environment=environment(opened.device),
