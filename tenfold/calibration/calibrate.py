@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from tenfold.calibration.collect import collect_moments, measurable
+from tenfold.calibration.collect import Forward, collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
+from tenfold.calibration.judge import Judge
 from tenfold.decompositions import Moments
+from tenfold.decompositions.covariance import shrunk
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.records import Calibration, LayerSpec, Profile
+from tenfold.tracing.samples import parted
+
+# Samples that judge what is fitted to the others. Of more, both parts would profit, and neither can spare them.
+HELD_OUT = 0.25
 
 
 def calibrate(
@@ -52,20 +58,58 @@ def calibrate(
     """
     settings = settings or Calibration()
     specs = measurable(model) if specs is None else specs
-    positions, widest = settings.positions, settings.max_width
-    collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
-    moments = None
-    try:
-        with GradientSums(model, specs, seed=seed) as gradients:
-            moments = collect(forward=gradients.add)
-            for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
-                gradients.add(model, batch)
-        grams = gradients.mean()
-    except DataError as error:
-        moments = collect() if moments is None else moments
-        warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
-        return moments
-    return {path: own.replace(output_gram=grams[path]) for path, own in moments.items()}
+    work = _Work(model, specs, settings, seed)
+    fitted, held = parted(model, batches, HELD_OUT)
+    found = work.judged(fitted, held) if held else None
+    if found is None:  # a layer is reached by some samples only, or there is one sample, or no gradient at all
+        found = work.judged(batches, batches)
+    if found is None:
+        found = work.collect(batches)
+        msg = f"{work.refusal}. All layers count as equally important."
+        warnings.warn(msg, CalibrationWarning, stacklevel=2)
+    return found
+
+
+@dataclass
+class _Work:
+    """What is measured, and why gradients could not be."""
+
+    model: nn.Module
+    specs: Mapping[str, LayerSpec]
+    settings: Calibration
+    seed: int
+    refusal: DataError | None = None
+
+    def collect(self, batches: Sequence[Any], forward: Forward | None = None) -> dict[str, Moments]:
+        positions, widest = self.settings.positions, self.settings.max_width
+        return collect_moments(
+            self.model, batches, self.specs, positions=positions, seed=self.seed, widest=widest, forward=forward
+        )
+
+    def judged(self, fitting: Sequence[Any], judging: Sequence[Any]) -> dict[str, Moments] | None:
+        """Return moments of all samples, judged by the second part of them; None where that cannot be done."""
+        try:
+            with GradientSums(self.model, self.specs, seed=self.seed) as sums:
+                moments = self._with_grams(fitting, sums)
+            with Judge(self.model, self.specs, moments, seed=self.seed + 1) as judge, warnings.catch_warnings():
+                warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
+                others = self._with_grams(judging, judge)
+        except DataError as error:
+            self.refusal = error
+            return None
+        curves = judge.curves()
+        if judging is not fitting:
+            moments = {path: own.pooled(others[path]) for path, own in moments.items()}
+        return {path: own.replace(held_out=curves[path]) for path, own in moments.items()}
+
+    def _with_grams(self, batches: Sequence[Any], sums: GradientSums) -> dict[str, Moments]:
+        moments = self.collect(batches, sums.add)
+        for batch in (batch for _ in range(self.settings.draws - 1) for batch in batches):
+            sums.add(self.model, batch)
+        grams = sums.mean()
+        return {
+            path: own.replace(output_gram=shrunk(grams[path], sums.samples)) for path, own in moments.items()
+        }
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

@@ -101,6 +101,11 @@ class GradientSums:
         torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
         self._samples += batch_size_of(batch) or 1
 
+    @property
+    def samples(self) -> int:
+        """Samples added so far, one that was added twice counted twice."""
+        return self._samples
+
     def mean(self) -> dict[str, Tensor]:
         """Return the sums divided by the number of samples.
 
@@ -117,12 +122,6 @@ class GradientSums:
     def _leaving(self, path: str, spec: LayerSpec, *, trainable: bool) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
 
-        def add(gradient: Tensor) -> None:
-            axis = -1 - spec.axes
-            rows = gradient.detach().float().movedim(axis, 0).reshape(spec.groups, spec.out_channels // spec.groups, -1)
-            square = (rows @ rows.mT).double()
-            self._sums[path] = self._sums[path] + square if path in self._sums else square
-
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             # The graph starts at the outputs of the first layers; without trainable parameters only at embeddings.
             starts = (trainable or spec.kind == "embedding") and torch.is_grad_enabled()
@@ -130,10 +129,27 @@ class GradientSums:
                 self._starts.append(output.detach().requires_grad_())
                 output = self._starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
-                output.register_hook(add)
+                output.register_hook(self.gathering(path, spec, output.detach()))
             return output
 
         return leave
+
+    def gathering(self, path: str, spec: LayerSpec, output: Tensor) -> Callable[[Tensor], None]:
+        """Return what is called with the gradient at an output of a layer."""
+        del output
+
+        def add(gradient: Tensor) -> None:
+            rows = channels_first(gradient.detach().float(), spec).flatten(2)
+            square = (rows @ rows.mT).double()
+            self._sums[path] = self._sums[path] + square if path in self._sums else square
+
+        return add
+
+
+def channels_first(values: Tensor, spec: LayerSpec) -> Tensor:
+    """Return outputs of a layer, or gradients there, as (groups, out/groups, first axis, all other positions)."""
+    moved = values.movedim(-1 - spec.axes, 0)
+    return moved.reshape(spec.groups, spec.out_channels // spec.groups, moved.shape[1] if moved.dim() > 1 else 1, -1)
 
 
 def _loss(outputs: Any, loss: Loss, generator: torch.Generator, mask: Tensor | None) -> Tensor:

@@ -40,6 +40,10 @@ def _measured(record: RunRecord) -> list[str]:
         lines.append(f"| latency{note} | {before.latency_ms:.2f} ms | {after.latency_ms:.2f} ms | {ratio:.2f}× |")
     if before.score is not None and after.score is not None:
         lines.append(f"| score | {before.score:.2%} | {after.score:.2%} | {after.score - before.score:+.2%} |")
+    if record.agreement is not None:
+        lines += ["", f"Agreement with the original: {record.agreement.in_words()}."]
+        if record.agreement.is_low and record.agreement.can_be_judged:
+            lines += ["", "**It no longer does what the original does.**"]
     return lines
 
 

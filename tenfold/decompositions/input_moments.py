@@ -21,6 +21,7 @@ from tenfold.decompositions.covariance import (
     solve_spd,
     sqrt_and_inverse_sqrt,
 )
+from tenfold.decompositions.held_out import HeldOutCurve
 from tenfold.errors import WeightError
 from tenfold.tensors import digest
 
@@ -47,6 +48,7 @@ class Moments:
         target_power: E[y²] (groups, out/groups), with targets.
         output_gram: (groups, out/groups, out/groups), positive semidefinite: an error e of the outputs counts as
             eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖².
+        held_out: what a distortion by these moments is on samples that were not fitted; None where nobody measured.
 
     Example:
         >>> x = torch.randn(500, 6, dtype=torch.float64)
@@ -61,6 +63,7 @@ class Moments:
     target_mean: Tensor | None = None
     target_power: Tensor | None = None
     output_gram: Tensor | None = None
+    held_out: HeldOutCurve | None = None
 
     @classmethod
     def of(cls, rows: Tensor, targets: Tensor | None = None) -> Self:
@@ -73,9 +76,27 @@ class Moments:
         y = targets.double() if targets.dim() == 3 else targets.double()[None]
         return moments.replace(cross=y.mT @ x / count, target_mean=y.mean(1), target_power=y.square().mean(1))
 
-    def replace(self, **changes: Covariance | int | None) -> Self:
+    def replace(self, **changes: Covariance | HeldOutCurve | int | None) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def pooled(self, other: Moments) -> Self:
+        """Return the moments of the rows of both, which are of one layer and without targets."""
+        own, rest = (m.count / (self.count + other.count) for m in (self, other))
+        square, gram = self.input_second_moment, self.output_gram
+        if isinstance(square, Sketch) and isinstance(other.input_second_moment, Sketch):
+            pooled: Covariance = square.pooled(other.input_second_moment, own)
+        else:
+            pooled = own * square + rest * other.input_second_moment
+        if gram is not None and other.output_gram is not None:
+            gram = own * gram + rest * other.output_gram
+        mean = own * self.mean + rest * other.mean
+        return self.replace(input_second_moment=pooled, mean=mean, count=self.count + other.count, output_gram=gram)
+
+    @property
+    def judged(self) -> bool:
+        """Whether distortions by these moments mean anything for the outputs, as far as anybody has tried."""
+        return self.held_out is None or self.held_out.known
 
     @property
     def width(self) -> int:

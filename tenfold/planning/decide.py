@@ -27,6 +27,7 @@ from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
 from tenfold.tracing import device_of, gathered
+from tenfold.tracing.samples import parted
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,12 @@ class Decision:
         profile: of the source.
         inputs: example inputs.
         latency_inputs: what latencies are measured on.
-        batches: calibration data on the device of the model; none without.
+        batches: calibration data to plan with and fit to, on the device of the model; none without.
         moments: what they say of the layers; None to go by the weights alone.
         table: what the plan was chosen from; None where the plan was given.
         timed: measurements behind the plan, where there is a latency budget.
         seconds: time taken, by step.
+        held_out: calibration data that are left alone, on which the result is compared with the original.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Decision:
     table: OptionTable | None = field(default=None, repr=False)
     timed: FastPlan | None = field(default=None, repr=False)
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
+    held_out: list[Any] = field(default_factory=list, repr=False)
 
 
 def decide(
@@ -132,11 +135,14 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
 def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
     """Return the decision with batches, and what they say of the layers where they are to decide anything."""
     recipe, wanted = decision.recipe, decision.recipe.calibration
-    batches = gathered(data, device_of(decision.source, decision.inputs))
+    batches, held_out = parted(
+        decision.source, gathered(data, device_of(decision.source, decision.inputs)), wanted.held_out
+    )
+    decision = replace(decision, batches=batches, held_out=held_out)
     if not wanted.plans:
-        return replace(decision, batches=batches)
+        return decision
     moments = calibrate(decision.source, batches, called_layers(decision.profile), wanted, seed=recipe.seed)
-    return replace(decision, batches=batches, moments=moments)
+    return replace(decision, moments=moments)
 
 
 def _chosen(decision: Decision, runtime: Runtime) -> Decision:

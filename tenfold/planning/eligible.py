@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
 _UNSEEN = "no moments of its inputs were collected, which a plan by data needs"
+_UNJUDGED = "the data cannot judge it: on no sample do the outputs depend on this layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,7 @@ def kept_reasons(
     kept = {layer.path: reason_to_keep(model, layer, formats, keep, ends) for layer in profile.layers}
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
+        kept |= {path: _UNJUDGED for path, own in moments.items() if not kept.get(path, _UNSEEN) and not own.judged}
     return kept
 
 
