@@ -274,15 +274,15 @@ def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
 
 
 def warn_without_data(model: nn.Module) -> None:
-    """Warn where weights alone say little: batch norms keep statistics that no longer fit, depthwise layers lose most."""
+    """Warn where weights alone say little: statistics of batch norms no longer fit, and depthwise layers lose most."""
     modules = list(model.modules())
     norms = sum(isinstance(m, BATCH_NORMS) for m in modules)
     depthwise = sum(getattr(m, "groups", 1) == getattr(m, "in_channels", 0) > 1 for m in modules)
     found = [plural(norms, "batch norm")] * bool(norms) + [plural(depthwise, "depthwise layer")] * bool(depthwise)
     if found:
         msg = (
-            f"compressed by the weights alone: a network with {' and '.join(found)} loses far less when it is fitted to "
-            "data, a few hundred unlabeled samples: pass data=."
+            f"compressed by the weights alone: a network with {' and '.join(found)} loses far less when it is fitted "
+            "to data, a few hundred unlabeled samples: pass data=."
         )
         warnings.warn(msg, TenfoldWarning, stacklevel=3)
 

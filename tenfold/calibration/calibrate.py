@@ -107,9 +107,7 @@ class _Work:
         for batch in (batch for _ in range(self.settings.draws - 1) for batch in batches):
             sums.add(self.model, batch)
         grams = sums.mean()
-        return {
-            path: own.replace(output_gram=shrunk(grams[path], sums.samples)) for path, own in moments.items()
-        }
+        return {path: own.replace(output_gram=shrunk(grams[path], sums.samples)) for path, own in moments.items()}
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

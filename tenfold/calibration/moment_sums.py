@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,7 +180,8 @@ class MomentSums:
             raise DataError(msg)
         if sketch is not None:
             return sketch.moments()
-        return Moments(count=self.count, **{k: v / self.count for k, v in self._sums.items()})
+        means: dict[str, Any] = {k: v / self.count for k, v in self._sums.items()}
+        return Moments(count=self.count, **means)
 
 
 def _channels_first(values: Tensor, taps: int) -> Tensor:

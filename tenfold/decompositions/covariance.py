@@ -165,6 +165,16 @@ Covariance = Tensor | Sketch
 CovarianceT = TypeVar("CovarianceT", Tensor, Sketch, Covariance)
 
 
+def pooled(square: Covariance, other: Covariance, share: float) -> Covariance:
+    """Return ``share`` of one second moment and the rest of another: that of the rows of both."""
+    if isinstance(square, Sketch) or isinstance(other, Sketch):
+        if not (isinstance(square, Sketch) and isinstance(other, Sketch)):
+            msg = "a sketch and a matrix are moments of different layers"
+            raise TypeError(msg)
+        return square.pooled(other, share)
+    return share * square + (1 - share) * other
+
+
 def add_ridge(square: CovarianceT, ridge: float) -> CovarianceT:
     """Return the symmetric matrices (..., n, n) plus ridge·(mean of the diagonal)·I; I itself for a zero matrix."""
     if ridge <= 0:

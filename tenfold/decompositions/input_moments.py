@@ -16,6 +16,7 @@ from tenfold.decompositions.covariance import (
     add_ridge,
     channel_blocks,
     is_finite,
+    pooled,
     quadratic,
     sandwich,
     solve_spd,
@@ -83,15 +84,11 @@ class Moments:
     def pooled(self, other: Moments) -> Self:
         """Return the moments of the rows of both, which are of one layer and without targets."""
         own, rest = (m.count / (self.count + other.count) for m in (self, other))
-        square, gram = self.input_second_moment, self.output_gram
-        if isinstance(square, Sketch) and isinstance(other.input_second_moment, Sketch):
-            pooled: Covariance = square.pooled(other.input_second_moment, own)
-        else:
-            pooled = own * square + rest * other.input_second_moment
+        square, gram = pooled(self.input_second_moment, other.input_second_moment, own), self.output_gram
         if gram is not None and other.output_gram is not None:
             gram = own * gram + rest * other.output_gram
         mean = own * self.mean + rest * other.mean
-        return self.replace(input_second_moment=pooled, mean=mean, count=self.count + other.count, output_gram=gram)
+        return self.replace(input_second_moment=square, mean=mean, count=self.count + other.count, output_gram=gram)
 
     @property
     def judged(self) -> bool:

@@ -73,9 +73,9 @@ class _Sums:
 
     def _compare_classes(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Compare what may be scores of classes: rows (n, classes), or (batch, sequence, classes) of tokens."""
-        if x.dim() == 3 and mask is None:  # noqa: PLR2004 - no mask, or another layout than that of the mask
+        if x.dim() == 3 and mask is None:
             x, y = x.flatten(0, 1), y.flatten(0, 1)
-        if x.dim() != 2 or x.shape[1] < 2 or not len(x):  # noqa: PLR2004
+        if x.dim() != 2 or x.shape[1] < 2 or not len(x):
             self.classes = False
             return
         self._unit = self._unit and bool((x.norm(dim=1) - 1).abs().max() < _UNIT)

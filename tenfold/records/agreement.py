@@ -66,8 +66,8 @@ class Agreement(Record):
 
     def where(self) -> str:
         """Return on what it was measured, in words."""
-        plural = "s" * (self.samples != 1)
-        return f"{self.samples} held-out sample{plural}" if self.held_out else f"the {self.samples} sample{plural} fitted to"
+        samples = "sample" if self.samples == 1 else "samples"
+        return f"{self.samples} held-out {samples}" if self.held_out else f"the {self.samples} {samples} fitted to"
 
     def in_words(self) -> str:
         """Return the figures in a line.

@@ -12,6 +12,7 @@ from tenfold.errors import TenfoldError
 from tenfold.tracing.contexts import evaluating
 from tenfold.tracing.inputs import arguments, batch_size_of, call_model, map_tensors, tensors_in
 
+_PLAIN = (Tensor, bool, int, float, str)
 _CLOSE = 1e-3  # of the largest output: kernels of other shapes round differently
 
 
@@ -35,10 +36,11 @@ def parted(model: nn.Module, batches: Sequence[Any], share: float) -> tuple[list
         >>> len(kept), len(held)
         (8, 2)
     """
-    if share * len(batches) >= 2:  # noqa: PLR2004
+    if share * len(batches) >= 2:
         held = set(_places(len(batches), share))
         return [b for i, b in enumerate(batches) if i not in held], [b for i, b in enumerate(batches) if i in held]
-    kept, out = [], []
+    kept: list[Any] = []
+    out: list[Any] = []
     for batch in batches:
         size = _samples(batch)
         rows = _places(size, share) if size else []
@@ -65,7 +67,7 @@ def _places(count: int, share: float) -> list[int]:
 def _samples(batch: Any) -> int:
     """Return the length of the first axis that all tensors of a batch have in common, 0 if there is none."""
     args, kwargs = arguments(batch)
-    if any(not isinstance(value, Tensor | type(None) | bool | int | float | str) for value in (*args, *kwargs.values())):
+    if not all(value is None or isinstance(value, _PLAIN) for value in (*args, *kwargs.values())):
         return 0
     sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in((args, kwargs))}
     return sizes.pop() if len(sizes) == 1 else 0
