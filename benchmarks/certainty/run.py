@@ -42,7 +42,7 @@ QUIET = Runtime(measure=False)
 HEAD = """\
 # How sure a compression is
 
-Each network is compressed to shares of its MACs from a few unlabeled samples. A fifth of these neither plans nor fits:
+Each network is compressed to shares of its MACs from a few unlabeled samples. A part of these neither plans nor fits:
 on it `compress` measures how far the result agrees with the original, and records that (*recorded*, with its 95 %
 interval). *Measured* is the same on inputs that had no part in anything, of which there are more. Agreement is the
 share of equal decisions; of the sentence encoder, which decides nothing, it is the mean cosine. *Accuracy* is that of

@@ -27,7 +27,7 @@ from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
 from tenfold.tracing import device_of, gathered
-from tenfold.tracing.samples import parted
+from tenfold.tracing.samples import count_samples, parted
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +135,8 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
 def _calibrated(decision: Decision, data: Iterable[Any]) -> Decision:
     """Return the decision with batches, and what they say of the layers where they are to decide anything."""
     recipe, wanted = decision.recipe, decision.recipe.calibration
-    batches, held_out = parted(
-        decision.source, gathered(data, device_of(decision.source, decision.inputs)), wanted.held_out
-    )
+    every = gathered(data, device_of(decision.source, decision.inputs))
+    batches, held_out = parted(decision.source, every, wanted.held_out_of(count_samples(every)))
     decision = replace(decision, batches=batches, held_out=held_out)
     if not wanted.plans:
         return decision

@@ -71,7 +71,8 @@ def test_what_is_held_out_moves_neither_plan_nor_factors():
     model, x = network(), torch.randn(200, 32)
     data = list(x.split(10))
     others = [b if i % 5 != 2 else torch.randn(10, 32) for i, b in enumerate(data)]  # every fifth is held out
-    first, second = (tenfold.compress(model, x[:1], "macs=0.6", data=d, runtime=QUIET) for d in (data, others))
+    recipe = {"budget": "macs=0.6", "calibration": {"held_out": 0.2}}
+    first, second = (tenfold.compress(model, x[:1], recipe, data=d, runtime=QUIET) for d in (data, others))
     assert first.plan == second.plan
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
     assert first.record.agreement != second.record.agreement
@@ -81,7 +82,7 @@ def test_what_is_held_out_moves_neither_plan_nor_factors():
 
 def test_a_result_that_no_longer_does_what_the_original_does_is_called_that(tmp_path):
     model, x = network(), torch.randn(150, 32)
-    with pytest.warns(AgreementWarning, match=r"only \d+% on 30 held-out samples.*more data \(120.*tune="):
+    with pytest.warns(AgreementWarning, match=r"only \d+% on 50 held-out samples.*more data \(100.*tune="):
         broken = tenfold.compress(model, x[:1], "macs=0.25", data=[x], runtime=QUIET)
     assert "no longer does what the original does" in broken.summary()
     assert "no longer does what the original does" in (broken.save(tmp_path / "it") / "README.md").read_text()
