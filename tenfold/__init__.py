@@ -37,6 +37,7 @@ _HOMES = {
     "TenfoldError": "tenfold.errors",
     "TuneConfig": "tenfold.training",
     "Workers": "tenfold.parallel",
+    "agreement": "tenfold.profiling",
     "apply": "tenfold.surgery",
     "apply_": "tenfold.surgery",
     "calibrate": "tenfold.calibration",
@@ -85,6 +86,7 @@ __all__ = [
     "Training",
     "TuneConfig",
     "Workers",
+    "agreement",
     "apply",
     "apply_",
     "calibrate",
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from tenfold.planning import Score, Sensitivity
     from tenfold.planning.plan import plan
     from tenfold.planning.tabulate import tabulate
+    from tenfold.profiling.compare_outputs import agreement
     from tenfold.profiling.latency.measure import compare_latency
     from tenfold.profiling.profile import profile
     from tenfold.records import (

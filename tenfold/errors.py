@@ -66,6 +66,10 @@ class CalibrationWarning(TenfoldWarning):
     """Too little calibration data for what is estimated from it."""
 
 
+class AgreementWarning(TenfoldWarning):
+    """A compressed model that no longer does what the original does."""
+
+
 @contextmanager
 def naming_layer(path: str) -> Iterator[None]:
     """Raise what goes wrong meanwhile as a PlanError that names the layer.

@@ -17,11 +17,12 @@ from torch import nn
 
 from tenfold import checkpoint
 from tenfold.allocation import explorable, pruned
-from tenfold.errors import TenfoldWarning
+from tenfold.errors import AgreementWarning, TenfoldWarning
 from tenfold.planning import Decision, FastPlan, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
-from tenfold.profiling import Comparison, compare_latency, environment, profile, to_memory_format
+from tenfold.profiling import Comparison, agreement, compare_latency, environment, profile, to_memory_format
 from tenfold.records import (
+    Agreement,
     Analysis,
     Latency,
     Measurement,
@@ -35,6 +36,7 @@ from tenfold.records import (
 )
 from tenfold.records.metric import FRACTION
 from tenfold.reporting import render_record
+from tenfold.reporting.numbers import plural
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
     SequentialFit,
@@ -47,9 +49,11 @@ from tenfold.surgery import (
     warn_of_costs,
     with_errors,
 )
+from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import device_of
 from tenfold.tracing.contexts import same_random_numbers
+from tenfold.tracing.samples import count_samples
 from tenfold.training import TuneResult
 
 
@@ -174,6 +178,14 @@ def carry_out(
     after = profile(small, decision.inputs)
     if tune is None:  # which may prune
         warn_of_costs(plan, decision.profile, after)
+    agreed = None
+    if decision.batches:
+        with runtime.step("compare", seconds):
+            held_out = bool(decision.held_out)
+            agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
+        warn_if_low(agreed, count_samples(decision.batches), tuned=tune is not None)
+    elif tune is None:
+        warn_without_data(model)
     times = Comparison({}, {})
     if runtime.measure:
         with runtime.step("measure", seconds):
@@ -188,6 +200,7 @@ def carry_out(
         speedup=times.speedups.get("after"),
         scores=scores,
         metric=recovery.metric,
+        agreement=agreed,
         plan=plan,
         tuning=tuning,
         seconds=seconds,
@@ -275,6 +288,41 @@ def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
             f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
             f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "
             "a quiet machine, or lower the budget."
+        )
+        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+
+
+def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
+    """Warn where a compressed model no longer does what the original does.
+
+    Args:
+        agreed: as measured.
+        fitted: number of samples that it was fitted to.
+        tuned: whether it has been trained since.
+    """
+    if not agreed.is_low or not agreed.can_be_judged:
+        return
+    what = (
+        f"is {agreed.relative_error:.0%} off the original's outputs"
+        if agreed.top1 is None
+        else f"decides as the original does for only {agreed.top1:.0%}"
+    )
+    ways = [f"more data ({fitted} samples were fitted to)", "a higher budget"]
+    ways.append("longer training" if tuned else "training it: tune=")
+    msg = f"the compressed model {what} on {agreed.where()}. What helps: {', '.join(ways[:-1])}, or {ways[-1]}."
+    warnings.warn(msg, AgreementWarning, stacklevel=3)
+
+
+def warn_without_data(model: nn.Module) -> None:
+    """Warn where weights alone say little: statistics of batch norms no longer fit, and depthwise layers lose most."""
+    modules = list(model.modules())
+    norms = sum(isinstance(m, BATCH_NORMS) for m in modules)
+    depthwise = sum(getattr(m, "groups", 1) == getattr(m, "in_channels", 0) > 1 for m in modules)
+    found = [plural(norms, "batch norm")] * bool(norms) + [plural(depthwise, "depthwise layer")] * bool(depthwise)
+    if found:
+        msg = (
+            f"compressed by the weights alone: a network with {' and '.join(found)} loses far less when it is fitted "
+            "to data, a few hundred unlabeled samples: pass data=."
         )
         warnings.warn(msg, TenfoldWarning, stacklevel=3)
 

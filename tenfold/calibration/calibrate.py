@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from tenfold.calibration.collect import collect_moments, measurable
+from tenfold.calibration.collect import Forward, collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
+from tenfold.calibration.judge import Judge
 from tenfold.calibration.needs import Needs
 from tenfold.decompositions import Moments, Sketch
+from tenfold.decompositions.covariance import shrunk
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
@@ -21,8 +23,11 @@ from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.input_batches import input_batches
-from tenfold.tracing.inputs import batch_size_of
 from tenfold.tracing.references import trainable_copy
+from tenfold.tracing.samples import count_samples, parted
+
+# Samples that judge what is fitted to the others. Of more, both parts would profit, and neither can spare them.
+HELD_OUT = 0.25
 
 
 @normal_tensors()
@@ -68,25 +73,17 @@ def calibrate(
     specs = measurable(model) if specs is None else specs
     if not specs:
         return {}
-    positions, widest = settings.positions, settings.max_width
-    collect = partial(collect_moments, model, batches, specs, positions=positions, seed=seed, widest=widest)
-    moments = None
-    try:
-        with same_random_numbers(device_of(model)), GradientSums(model, specs, seed=seed, widest=widest) as gradients:
-            for batch in batches[:1]:
-                gradients.split_like(batch)
-                if before is not None:
-                    samples = sum(batch_size_of(own) or 1 for own in batches)
-                    before(Needs.of(specs, widest, gradients.split.held, gradients.split.made * samples))
-            moments = collect(forward=gradients.add)
-            for batch in (batch for _ in range(settings.draws - 1) for batch in batches):
-                gradients.add(model, batch)
-        grams = gradients.mean()
-    except DataError as error:
-        moments = collect() if moments is None else moments
-        warnings.warn(f"{error}. All layers count as equally important.", CalibrationWarning, stacklevel=2)
-        return moments
-    found = {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
+    with same_random_numbers(device_of(model)):
+        work = _Work(model, specs, settings, seed, before)
+        fitted, held = parted(model, batches, HELD_OUT)
+        found = work.judged(fitted, held) if held else None
+        if found is None:  # a layer is reached by some samples only, or there is one sample, or no gradient at all
+            found = work.judged(batches, batches)
+        if found is None:
+            found = work.collect(batches)
+            msg = f"{work.refusal}. All layers count as equally important."
+            warnings.warn(msg, CalibrationWarning, stacklevel=2)
+            return found
     return found | _unreached(model, specs, found)
 
 
@@ -120,6 +117,59 @@ def _power(model: nn.Module, path: str, spec: LayerSpec, moments: Moments) -> fl
     with torch.no_grad():
         weight = split_groups(dense_weight(model.get_submodule(path)).detach(), spec).double().flatten(2)
     return moments.distortion(weight, torch.zeros_like(weight))
+
+
+@dataclass
+class _Work:
+    """What is measured, and why gradients could not be."""
+
+    model: nn.Module
+    specs: Mapping[str, LayerSpec]
+    settings: Calibration
+    seed: int
+    before: Callable[[Needs], None] | None = None
+    refusal: DataError | None = None
+
+    def collect(self, batches: Sequence[Any], forward: Forward | None = None) -> dict[str, Moments]:
+        positions, widest = self.settings.positions, self.settings.max_width
+        return collect_moments(
+            self.model, batches, self.specs, positions=positions, seed=self.seed, widest=widest, forward=forward
+        )
+
+    def judged(self, fitting: Sequence[Any], judging: Sequence[Any]) -> dict[str, Moments] | None:
+        """Return moments of all samples, judged by the second part of them; None where that cannot be done."""
+        widest = self.settings.max_width
+        try:
+            with GradientSums(self.model, self.specs, seed=self.seed, widest=widest) as sums:
+                sums.split_like(fitting[0])
+                self._say(sums, count_samples(fitting))
+                moments = self._with_grams(fitting, sums)
+            judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest)
+            judge.split = sums.split
+            with judge, warnings.catch_warnings():
+                warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
+                others = self._with_grams(judging, judge)
+        except DataError as error:
+            self.refusal = error
+            return None
+        curves = judge.curves()
+        if judging is not fitting:
+            both = {path: own.pooled(others[path]) for path, own in moments.items() if path in others}
+            moments = others | moments | both
+        return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
+
+    def _say(self, sums: GradientSums, samples: int) -> None:
+        if self.before is not None:
+            needs = Needs.of(self.specs, self.settings.max_width, sums.split.held, sums.split.made * samples)
+            self.before(needs)
+            self.before = None
+
+    def _with_grams(self, batches: Sequence[Any], sums: GradientSums) -> dict[str, Moments]:
+        moments = self.collect(batches, sums.add)
+        for batch in (batch for _ in range(self.settings.draws - 1) for batch in batches):
+            sums.add(self.model, batch)
+        grams = {path: shrunk(gram, sums.samples) for path, gram in sums.mean().items()}
+        return {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

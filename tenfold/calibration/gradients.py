@@ -90,6 +90,7 @@ class GradientSums:
 
     Attributes:
         split: how batches are differentiated.
+        differentiating: whether the backward pass of the outputs runs, and not one that the forward takes itself.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class GradientSums:
         self._starts: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
-        self._backward = False
+        self.differentiating = False
         self._open = ExitStack()
         self.split = Split()
 
@@ -141,28 +142,36 @@ class GradientSums:
         Raises:
             DataError: the outputs have no gradients, or none can be taken.
         """
-        drawn = _Projection(self._generator, batch, token_mask(batch, model))
-        for number, part in enumerate(parts_of(batch, self.split.rows)):
+        drawn = Projection(self._generator, batch, token_mask(batch, model))
+        for part in parts_of(batch, self.split.rows):
+            self.add_part(model, part, drawn)
+            self._samples += batch_size_of(part) or 1
+
+    def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
+        """Run some samples of a batch forward, and backward from their share of its projection."""
+        self._starts.clear()
+        with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples):
+            outputs = _differentiable(self._forward(model, part))
+            mask = token_mask(part, model)
+            if self._loss == "fisher":
+                outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], None
+            else:
+                gradients = drawn.of(outputs, mask)
+        self.differentiating = True
+        try:
+            torch.autograd.grad(outputs, self._starts, gradients, allow_unused=True)  # for its hooks only
+        except RuntimeError as error:  # a forward that takes gradients itself has used the graph up, for instance
+            msg = f"gradients of the model's outputs cannot be taken: {first_line(error)}"
+            raise DataError(msg) from error
+        finally:
+            self.differentiating = False
             self._starts.clear()
-            with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples + number):
-                outputs = _differentiable(self._forward(model, part))
-                mask = token_mask(part, model)
-                if self._loss == "fisher":
-                    outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], None
-                else:
-                    gradients = drawn.of(outputs, mask)
-            self._backward = True
-            try:
-                torch.autograd.grad(outputs, self._starts, gradients, allow_unused=True)  # for its hooks only
-            except RuntimeError as error:  # a forward that takes gradients itself has used the graph up, for instance
-                msg = f"gradients of the model's outputs cannot be taken: {first_line(error)}"
-                raise DataError(msg) from error
-            finally:
-                self._backward = False
-                self._starts.clear()
-                drop_graphs(model)
-            del outputs, gradients
-        self._samples += batch_size_of(batch) or 1
+            drop_graphs(model)
+
+    @property
+    def samples(self) -> int:
+        """Samples added so far, one that was added twice counted twice."""
+        return self._samples
 
     def mean(self) -> dict[str, Covariance]:
         """Return the sums divided by the number of samples, of the layers that a gradient reached.
@@ -190,21 +199,6 @@ class GradientSums:
 
     def _leaving(self, path: str, spec: LayerSpec) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
-        size = output_sketch_rows(spec, self._widest)
-
-        @plain_arithmetic()
-        def add(gradient: Tensor) -> None:
-            if not self._backward:
-                return  # of a forward that takes gradients itself
-            axis = -1 - spec.axes
-            rows = squarable(gradient.detach()).movedim(axis, 0)
-            rows = rows.reshape(spec.groups, spec.out_channels // spec.groups, -1)
-            if size is not None:
-                self._sketches.setdefault(path, SketchSums(size, self._seed)).add(rows)
-            elif path in self._squares:
-                self._squares[path].add_((rows @ rows.mT).double())
-            else:
-                self._squares[path] = (rows @ rows.mT).double()
 
         def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             # The graph starts at the outputs of the first layers that count, whatever parameters may be trained.
@@ -214,14 +208,39 @@ class GradientSums:
                 self._starts.append(output.detach().requires_grad_())
                 output = self._starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
-                output.register_hook(add)
+                output.register_hook(self.gathering(path, spec, output.detach()))
             return output
 
         return leave
 
+    def gathering(self, path: str, spec: LayerSpec, output: Tensor) -> Callable[[Tensor], None]:
+        """Return what is called with the gradient at an output of a layer."""
+        del output
+        size = output_sketch_rows(spec, self._widest)
+
+        @plain_arithmetic()
+        def add(gradient: Tensor) -> None:
+            if not self.differentiating:
+                return  # of a forward that takes gradients itself
+            rows = channels_first(squarable(gradient.detach()), spec).flatten(2)
+            if size is not None:
+                self._sketches.setdefault(path, SketchSums(size, self._seed)).add(rows)
+            elif path in self._squares:
+                self._squares[path].add_((rows @ rows.mT).double())
+            else:
+                self._squares[path] = (rows @ rows.mT).double()
+
+        return add
+
+
+def channels_first(values: Tensor, spec: LayerSpec) -> Tensor:
+    """Return outputs of a layer, or gradients there, as (groups, out/groups, first axis, all other positions)."""
+    moved = values.movedim(-1 - spec.axes, 0)
+    return moved.reshape(spec.groups, spec.out_channels // spec.groups, moved.shape[1] if moved.dim() > 1 else 1, -1)
+
 
 @dataclass
-class _Projection:
+class Projection:
     """A random projection of the outputs of one batch, given out part by part; its numbers depend on no part."""
 
     generator: torch.Generator

@@ -182,7 +182,8 @@ class MomentSums:
             raise DataError(msg)
         if sketch is not None:
             return sketch.moments()
-        return Moments(count=self.count, **{k: self._sums.pop(k).div_(self.count) for k in list(self._sums)})
+        means: dict[str, Any] = {k: self._sums.pop(k).div_(self.count) for k in list(self._sums)}
+        return Moments(count=self.count, **means)
 
 
 def _prepared(x: Tensor, y: Tensor | None, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:

@@ -46,6 +46,10 @@ def _measured(record: RunRecord) -> list[str]:
         else:
             name = f"{metric.name} ({metric.better} is better)"
             lines.append(f"| {name} | {metric.text(old)} | {metric.text(new)} | {metric.change(old, new)} |")
+    if record.agreement is not None:
+        lines += ["", f"Agreement with the original: {record.agreement.in_words()}."]
+        if record.agreement.is_low and record.agreement.can_be_judged:
+            lines += ["", "**It no longer does what the original does.**"]
     return lines
 
 

@@ -15,6 +15,7 @@ from tenfold.decompositions.base import (
 from tenfold.decompositions.covariance import Sketch
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, error_curve
 from tenfold.decompositions.fitting import Fit, FitRequest, decompose, decompose_many, fit_batches, spec_of_weight
+from tenfold.decompositions.held_out import HeldOutCurve
 from tenfold.decompositions.input_moments import Moments
 from tenfold.decompositions.recompress import fit_layer, layer_request, recompress
 
@@ -31,6 +32,7 @@ __all__ = [
     "Fit",
     "FitProblem",
     "FitRequest",
+    "HeldOutCurve",
     "Moments",
     "Sketch",
     "algorithm_for",

@@ -119,6 +119,15 @@ class Sketch:
         rows = self.rows * factor.sqrt()[:, None, None]
         return dataclasses.replace(self, rows=rows, rest=self.rest * factor[:, None], targets=None)
 
+    def pooled(self, other: Sketch, share: float) -> Self:
+        """Return ``share`` of this and the rest of the other, for sketches without targets: the rows of both."""
+        own, rest = share**0.5, (1 - share) ** 0.5
+        rows = torch.cat([self.rows * own, other.rows * rest], dim=1)
+        constant = torch.cat([self.constant * own, other.constant * rest], dim=1)
+        return dataclasses.replace(
+            self, rows=rows, rest=share * self.rest + (1 - share) * other.rest, constant=constant, targets=None
+        )
+
     def plus(self, level: Tensor) -> Self:
         """Return C + diag(level) for a level (groups,)."""
         return dataclasses.replace(self, rest=self.rest + level.unsqueeze(-1))
@@ -168,6 +177,16 @@ Covariance = Tensor | Sketch
 CovarianceT = TypeVar("CovarianceT", Tensor, Sketch, Covariance)
 
 
+def pooled(square: Covariance, other: Covariance, share: float) -> Covariance:
+    """Return ``share`` of one second moment and the rest of another: that of the rows of both."""
+    if isinstance(square, Sketch) or isinstance(other, Sketch):
+        if not (isinstance(square, Sketch) and isinstance(other, Sketch)):
+            msg = "a sketch and a matrix are moments of different layers"
+            raise TypeError(msg)
+        return square.pooled(other, share)
+    return share * square + (1 - share) * other
+
+
 def add_ridge(square: CovarianceT, ridge: float) -> CovarianceT:
     """Return the symmetric matrices (..., n, n) plus ridge·(mean of the diagonal)·I; I itself for a zero matrix."""
     if ridge <= 0:
@@ -196,6 +215,31 @@ def channel_blocks(square: Covariance, taps: int) -> Tensor:
     blocks = square.unflatten(-1, (-1, taps)).unflatten(-3, (-1, taps))  # (groups, c, k, c, k)
     averaged: Tensor = blocks.diagonal(dim1=-3, dim2=-1).mean(-1)
     return averaged
+
+
+def shrunk(square: Covariance, samples: int) -> Covariance:
+    """Return a second moment (groups, n, n) of few samples drawn towards the multiple of I with its trace.
+
+    A sketch stays as it is: all directions count in its diagonal.
+
+    By how much, so that the expected error is least, is estimated as for Gaussian samples (OAS: Chen, Wiesel, Eldar &
+    Hero 2010, arXiv 0907.4698). A matrix of fewer samples than it is wide has directions that none has seen, and
+    without this errors there would be free.
+
+    Example:
+        >>> shrunk(torch.diag(torch.tensor([4.0, 0.0]))[None], 1)[0].diagonal().tolist()
+        [2.0, 2.0]
+    """
+    if isinstance(square, Sketch):
+        return square
+    width = square.shape[-1]
+    trace = square.diagonal(dim1=-2, dim2=-1).sum(-1)
+    power, even = square.square().sum((-2, -1)), trace.square() / width
+    wanted = (1 - 2 / width) * power + trace.square()
+    share = wanted / ((samples + 1 - 2 / width) * (power - even)).clamp_min(torch.finfo(square.dtype).tiny)
+    share = share.clamp(0, 1)[:, None, None]
+    shrunken: Tensor = (1 - share) * square + share * torch.diag_embed((trace / width)[:, None].expand(-1, width))
+    return shrunken
 
 
 def is_finite(square: Covariance) -> bool:

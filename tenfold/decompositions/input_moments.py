@@ -18,10 +18,12 @@ from tenfold.decompositions.covariance import (
     blocks,
     channel_blocks,
     is_finite,
+    pooled,
     quadratic,
     sandwich,
     spd_solver,
 )
+from tenfold.decompositions.held_out import HeldOutCurve
 from tenfold.errors import WeightError
 from tenfold.tensors import digest
 
@@ -51,6 +53,7 @@ class Moments:
         output_gram: (groups, out/groups, out/groups), positive semidefinite: an error e of the outputs counts as
             eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖². Of very
             many outputs a ``Sketch``.
+        held_out: what a distortion by these moments is on samples that were not fitted; None where nobody measured.
 
     Example:
         >>> x = torch.randn(500, 6, dtype=torch.float64)
@@ -65,6 +68,7 @@ class Moments:
     target_mean: Tensor | None = None
     target_power: Tensor | None = None
     output_gram: Covariance | None = None
+    held_out: HeldOutCurve | None = None
 
     @classmethod
     def of(cls, rows: Tensor, targets: Tensor | None = None) -> Self:
@@ -77,9 +81,23 @@ class Moments:
         y = targets.double() if targets.dim() == 3 else targets.double()[None]
         return moments.replace(cross=y.mT @ x / count, target_mean=y.mean(1), target_power=y.square().mean(1))
 
-    def replace(self, **changes: Covariance | int | None) -> Self:
+    def replace(self, **changes: Covariance | HeldOutCurve | int | None) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def pooled(self, other: Moments) -> Self:
+        """Return the moments of the rows of both, which are of one layer and without targets."""
+        own = self.count / (self.count + other.count)
+        square, gram = pooled(self.input_second_moment, other.input_second_moment, own), self.output_gram
+        if gram is not None and other.output_gram is not None:
+            gram = pooled(gram, other.output_gram, own)
+        mean = own * self.mean + (1 - own) * other.mean
+        return self.replace(input_second_moment=square, mean=mean, count=self.count + other.count, output_gram=gram)
+
+    @property
+    def judged(self) -> bool:
+        """Whether distortions by these moments mean anything for the outputs, as far as anybody has tried."""
+        return self.held_out is None or self.held_out.known
 
     @property
     def width(self) -> int:
@@ -215,7 +233,18 @@ class Moments:
 
         Outputs that do not matter at all still count a little: see ``_OUTPUT_RIDGE``.
         """
-        return None if self.output_gram is None else Root.of(add_ridge(self.output_gram, _OUTPUT_RIDGE))
+        return None if self.output_gram is None else Root.of(self.ridged_gram())
+
+    def ridged_gram(self) -> Covariance:
+        """Return ``output_gram`` with what keeps outputs that do not matter from being free.
+
+        Raises:
+            WeightError: there is none.
+        """
+        if self.output_gram is None:
+            msg = "these moments have no output_gram: errors of the outputs were not weighed"
+            raise WeightError(msg)
+        return add_ridge(self.output_gram, _OUTPUT_RIDGE)
 
     def bias_shift(self, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return what to add to the bias so that the mean output is as it should be (groups, out/groups)."""

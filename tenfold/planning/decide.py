@@ -29,7 +29,9 @@ from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied, device_of, gathered
+from tenfold.tracing.input_batches import GatheredBatches
 from tenfold.tracing.references import trainable_copy
+from tenfold.tracing.samples import count_samples, parted
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +46,12 @@ class Decision:
         profile: of the source.
         inputs: example inputs.
         latency_inputs: what latencies are measured on.
-        batches: calibration data on the device of the model; none without.
+        batches: calibration data to plan with and fit to, on the device of the model; none without.
         moments: what they say of the layers; None to go by the weights alone.
         table: what the plan was chosen from; None where the plan was given.
         timed: measurements behind the plan, where there is a latency budget.
         seconds: time taken, by step.
+        held_out: calibration data that are left alone, on which the result is compared with the original.
     """
 
     recipe: Recipe
@@ -62,6 +65,7 @@ class Decision:
     table: OptionTable | None = field(default=None, repr=False)
     timed: FastPlan | None = field(default=None, repr=False)
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
+    held_out: list[Any] = field(default_factory=list, repr=False)
 
 
 @normal_tensors()
@@ -145,17 +149,19 @@ def fused_copy(model: nn.Module, inputs: Any) -> nn.Module:
 def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, runtime: Runtime) -> Decision:
     """Return the decision with batches, and what they say of the layers that may change, where they are to decide."""
     recipe, source = decision.recipe, decision.source
-    batches = gathered(data, source, decision.inputs, device_of(source, decision.inputs))
+    every = gathered(data, source, decision.inputs, device_of(source, decision.inputs))
+    batches, held_out = parted(source, every, recipe.calibration.held_out_of(count_samples(every)))
+    decision = replace(decision, batches=GatheredBatches(batches), held_out=held_out)
     if not recipe.calibration.plans:
-        return replace(decision, batches=batches)
+        return decision
     specs = changeable(source, decision.profile, wanted)
     cache = parse_size(runtime.max_cache) if recipe.calibration.method == "sequential" else 0
 
     def say(needs: Needs) -> None:
         runtime.report("calibrate", note=needs.in_words(cache))
 
-    moments = calibrate(source, batches, specs, recipe.calibration, seed=recipe.seed, before=say)
-    return replace(decision, batches=batches, moments=moments)
+    moments = calibrate(source, decision.batches, specs, recipe.calibration, seed=recipe.seed, before=say)
+    return replace(decision, moments=moments)
 
 
 def _chosen(decision: Decision, runtime: Runtime) -> Decision:

@@ -28,6 +28,7 @@ Ints = NDArray[np.int64]
 _CHEAP_END = 0.02
 _UNNAMED = "no rank was given for this layer"
 _UNSEEN = "none of the calibration data reaches it, by which a plan has to judge it"
+_UNJUDGED = "the data cannot judge it: on no sample do the outputs depend on this layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,7 @@ def kept_reasons(
     }
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
+        kept |= {path: _UNJUDGED for path, own in moments.items() if not kept.get(path, _UNSEEN) and not own.judged}
     return kept
 
 

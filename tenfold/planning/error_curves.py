@@ -51,7 +51,8 @@ def distortion_curve(layer: EligibleLayer, format: str, weight: Tensor) -> Curve
     """Return the function from ranks (n, names) to what factorizing the layer costs the network (n,).
 
     By the weights alone it is ``weight_curve``. With output Gram matrices it is tr(G Δ A Δᵀ), the second-order change
-    of the loss from which the gradients are; these add up over layers. With input moments only, it is the share
+    of the loss from which the gradients are, or what that is on samples that were not fitted, where ``held_out`` of the
+    moments knows; these add up over layers. With input moments only, it is the share
     E‖y−ŷ‖²/E‖y−ȳ‖² of the output that is missed, every layer as important as any other.
     """
     moments = layer.moments
@@ -59,7 +60,8 @@ def distortion_curve(layer: EligibleLayer, format: str, weight: Tensor) -> Curve
         return weight_curve(layer, format, weight)
     curve = error_curve(weight, layer.spec, FORMATS.get(format), moments)
     if moments.output_gram is not None:
-        return curve
+        held_out = moments.held_out
+        return curve if held_out is None else lambda ranks: held_out(curve(ranks))
     flat = weight.detach().double().flatten(2)
     power = float(moments.errors(flat, flat)[1].sum())
     return lambda ranks: curve(ranks) / (power or 1.0)

@@ -1,5 +1,6 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
+from tenfold.records.agreement import Agreement
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
 from tenfold.records.base import Record, explain
 from tenfold.records.budget import Budget
@@ -33,6 +34,7 @@ from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
 __all__ = [
     "DEFAULT_FORMATS",
+    "Agreement",
     "Analysis",
     "Budget",
     "Calibration",

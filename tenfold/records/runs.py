@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from tenfold.records.agreement import Agreement
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
 from tenfold.records.metric import FRACTION, Metric
@@ -133,6 +134,7 @@ class RunRecord(Record):
     speedup: Speedup | None = None
     scores: dict[str, float] = {}
     metric: Metric = FRACTION
+    agreement: Agreement | None = None
     plan: Plan
     tuning: tuple[dict[str, Any], ...] = ()
     stages: tuple[StageRecord, ...] = ()

@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tenfold.records import Latency, Measurement, RunRecord
+from tenfold.records import Agreement, Latency, Measurement, RunRecord
 from tenfold.reporting.numbers import (
     count,
     factor,
@@ -25,7 +25,8 @@ from tenfold.reporting.table_parts import grid, rich_table
 def record_tables(record: RunRecord) -> tuple[RenderableType, ...]:
     """Return the tables of before and after, of the stages if there were any, of conditions, and of the plan."""
     stages = (rich_table("stages", *stage_table(record)),) if record.stages else ()
-    return (cost_table(record), *stages, conditions(record), *plan_tables(record.plan))
+    agreed = () if record.agreement is None else (agreement_line(record.agreement),)
+    return (cost_table(record), *agreed, *stages, conditions(record), *plan_tables(record.plan))
 
 
 def cost_table(record: RunRecord) -> Table:
@@ -46,6 +47,13 @@ def cost_table(record: RunRecord) -> Table:
         change = "" if start is None else metric.change(start, score)
         table.add_row(name, "" if start is None else metric.text(start), metric.text(score), change)
     return table
+
+
+def agreement_line(agreed: Agreement) -> Text:
+    """Return how far the compressed model agrees with the original, marked where that is little."""
+    low = agreed.is_low and agreed.can_be_judged
+    verdict = "It no longer does what the original does. " if low else ""
+    return Text(f"Agreement with the original: {agreed.in_words()}. {verdict}".strip(), style="bold red" if low else "")
 
 
 def conditions(record: RunRecord) -> Text:

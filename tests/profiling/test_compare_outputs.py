@@ -1,0 +1,104 @@
+"""Agreement of two models on unlabeled inputs, against what can be said by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tenfold
+from tenfold.errors import AgreementWarning, TenfoldWarning
+from tenfold.profiling import agreement
+from tenfold.records import Agreement, RunRecord
+from tenfold.runtime import Runtime
+
+QUIET = Runtime(measure=False)
+
+
+class Fixed(nn.Module):
+    """Returns what its inputs say, turned by some columns."""
+
+    def __init__(self, turn=0):
+        super().__init__()
+        self.turn = turn
+
+    def forward(self, x, attention_mask=None):
+        return x.roll(self.turn, -1)
+
+
+def test_decisions_are_counted_and_errors_are_relative():
+    x = torch.eye(4)
+    x[0, 1] = 1.5  # turned by one, the second column still wins nowhere else
+    same = agreement(Fixed(), Fixed(), [x])
+    assert (same.samples, same.rows, same.top1, same.kl, same.relative_error) == (4, 4, 1.0, 0.0, 0.0)
+    other = agreement(Fixed(), Fixed(1), [x[:2], x[2:]])
+    assert other.top1 == 0.0
+    assert other.kl > 0
+    assert other.relative_error == pytest.approx(float((x - x.roll(1, -1)).norm() / x.norm()))
+
+
+def test_embeddings_and_maps_are_no_decisions():
+    unit = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
+    assert agreement(Fixed(), Fixed(1), [unit]).top1 is None
+    assert agreement(Fixed(), Fixed(1), [torch.randn(2, 3, 4, 4)]).top1 is None
+    assert agreement(Fixed(), Fixed(), [torch.randn(5, 1)]).top1 is None
+    assert agreement(Fixed(), Fixed(), [torch.randn(5, 1)]).cosine == pytest.approx(1)
+
+
+def test_padding_decides_nothing():
+    x = torch.randn(2, 5, 7)
+    batch = {"x": x, "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+    found = agreement(Fixed(), Fixed(), [batch])
+    assert (found.samples, found.rows) == (2, 8)
+
+
+def test_few_samples_say_nothing_and_the_interval_is_wide():
+    few = Agreement(samples=4, top1=0.25, relative_error=1.0)
+    assert few.is_low
+    assert not few.can_be_judged
+    low, high = few.interval()
+    assert low < 0.1
+    assert high > 0.6
+    assert "too few to judge" in few.in_words()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 20))
+
+
+def test_what_is_held_out_moves_neither_plan_nor_factors():
+    model, x = network(), torch.randn(200, 32)
+    data = list(x.split(10))
+    others = [b if i % 5 != 2 else torch.randn(10, 32) for i, b in enumerate(data)]  # every fifth is held out
+    recipe = {"budget": "macs=0.6", "calibration": {"held_out": 0.2}}
+    first, second = (tenfold.compress(model, x[:1], recipe, data=d, runtime=QUIET) for d in (data, others))
+    assert first.plan == second.plan
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    assert first.record.agreement != second.record.agreement
+    assert first.record.agreement == agreement(model, first.model, data[2::5])
+    assert RunRecord.from_text(first.record.to_yaml()).agreement == first.record.agreement
+
+
+def test_a_result_that_no_longer_does_what_the_original_does_is_called_that(tmp_path):
+    model, x = network(), torch.randn(150, 32)
+    with pytest.warns(AgreementWarning, match=r"only \d+% on 50 held-out samples.*more data \(100.*tune="):
+        broken = tenfold.compress(model, x[:1], "macs=0.25", data=[x], runtime=QUIET)
+    assert "no longer does what the original does" in broken.summary()
+    assert "no longer does what the original does" in (broken.save(tmp_path / "it") / "README.md").read_text()
+
+
+def test_nothing_is_held_out_where_nobody_wants_it():
+    model, x = network(), torch.randn(60, 32)
+    recipe = {"budget": "macs=0.7", "calibration": {"held_out": 0}}
+    found = tenfold.compress(model, x[:1], recipe, data=[x], runtime=QUIET).record.agreement
+    assert (found.samples, found.held_out) == (60, False)
+    assert "fitted to" in found.in_words()
+
+
+def test_weights_alone_say_little_of_batch_norms_and_depthwise_layers():
+    layers = [nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 64, 3)]
+    x = torch.randn(1, 8, 12, 12)
+    with pytest.warns(TenfoldWarning, match=r"1 batch norm and 1 depthwise layer.*data="):
+        small = tenfold.compress(nn.Sequential(*layers), x, "macs=0.6", runtime=QUIET)
+    assert small.record.agreement is None
