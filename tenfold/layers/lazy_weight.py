@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tenfold.errors import WeightError
+from tenfold.tensors import version_of
 
 # What may be asked of a tensor that has no entries yet. Getters of properties are what torch hands over for them.
 _KNOWN = {
@@ -68,13 +69,13 @@ class LazyWeight(Tensor):
     @classmethod
     def _call(cls, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Return what a function makes of the product, which it must not change; views of the product are guarded."""
-        products: list[tuple[Tensor, int]] = []
+        products: list[tuple[Tensor, int | None]] = []
 
         def product(weight: LazyWeight) -> Tensor:
             # Torch counts no versions of tensors that are made in inference mode.
             with torch.inference_mode(mode=False), torch.set_grad_enabled(grads):
                 made = weight._make()
-            products.append((made, made._version))  # noqa: SLF001 - torch's own count
+            products.append((made, version_of(made)))
             return made
 
         def guarded(result: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class LazyWeight(Tensor):
         grads = torch.is_grad_enabled()
         args, kwargs = tree_map_only(cls, product, (args, kwargs))
         result = func(*args, **kwargs)
-        if any(made._version != version for made, version in products):  # noqa: SLF001
+        if any(version_of(made) != version for made, version in products):
             raise _computed_only()
         return tree_map_only(Tensor, guarded, result)
 

@@ -89,7 +89,8 @@ class SharedSlices(nn.Module):
         """Return the outputs of the layer for each slice, slice after slice."""
         place = x.dim() - 1 - self._axes
         out: Tensor = self.layer(x.unflatten(place, [self.copies, -1]).flatten(0, place))
-        return out.unflatten(0, list(x.shape[:place]) + [self.copies]).flatten(place, place + 1)  # noqa: RUF005
+        parts: Tensor = out.unflatten(0, list(x.shape[:place]) + [self.copies])  # noqa: RUF005
+        return parts.flatten(place, place + 1)
 
 
 def _behind(equation: str, axes: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tenfold import export
+from tenfold import Runtime, compress, export
 from tenfold.errors import ExportError, MissingExtraError, TenfoldWarning, UnknownNameError
 from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
 
@@ -157,3 +158,29 @@ def test_int8_of_linear_layers() -> None:
     assert torch.equal(net(x), wanted)
     with pytest.raises(ExportError, match="no linear layer"):
         int8_linear(nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+class Tagger(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.rnn = kind(16, 32, batch_first=True, **options)  # type: ignore[call-arg]
+        self.out = nn.Linear(64 if self.rnn.bidirectional else 32, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        out, state = self.rnn(x)
+        return self.out(out), state
+
+
+@pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=onnx_only)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2, "bias": False}])
+def test_unrolled_networks_take_any_batch(
+    to: str, kind: type[nn.RNNBase], options: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net, x = Tagger(kind, **options).eval(), torch.randn(3, 5, 16)
+    small = compress(net, x, "params=0.6", runtime=Runtime(measure=False))
+    assert small.plan.unrolled == {"rnn": kind.__name__}
+    record = export(small.model, x, tmp_path / "small", to=to, config=UNTIMED)
+    assert record.dynamic_batch
+    assert sorted(record.parity) == [1, 2, 3, 5]

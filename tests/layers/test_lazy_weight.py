@@ -41,7 +41,8 @@ def test_it_computes_like_the_product_of_the_factors(layer: FactorizedLayer) -> 
     assert torch.equal(layer.weight.T, dense.T)
     assert torch.equal(dense - layer.weight, torch.zeros_like(dense))
     assert layer.weight.tolist() == dense.tolist()
-    assert type(layer.weight.detach()) is torch.Tensor
+    assert torch.equal(layer.weight.detach(), dense)
+    assert type(layer.weight.detach().clone()) is torch.Tensor
 
 
 def test_gradients_reach_the_factors(layer: FactorizedLayer) -> None:

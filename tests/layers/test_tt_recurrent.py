@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from tenfold.errors import WeightError
 from tenfold.layers import TTGRU, TTLSTM, TTLinear, open_recurrent
@@ -170,3 +170,19 @@ def test_opening_and_closing_change_nothing(dense: Any) -> None:
     closed = opened.close()
     assert all(torch.equal(v, closed.state_dict()[k]) for k, v in source.state_dict().items())
     assert closed.dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "words"),
+    [
+        (nn.LSTM, (torch.zeros(5),), r"LSTM has the shape \(5,\), its last axis is to have 5 entries"),
+        (nn.GRU, (torch.zeros(2, 3, 4, 5),), r"GRU has the shape \(2, 3, 4, 5\)"),
+        (nn.GRU, (torch.zeros(2, 3, 4),), r"GRU has the shape \(2, 3, 4\), its last axis is to have 5 entries"),
+        (nn.LSTM, (pack_sequence([torch.zeros(3, 4)]),), r"LSTM has the shape \(3, 4\)"),
+        (nn.LSTM, (torch.zeros(2, 3, 5), torch.zeros(1, 3, 4)), r"hx of LSTM is a pair of tensors.*not Tensor"),
+        (nn.GRU, (torch.zeros(2, 3, 5), (torch.zeros(1, 3, 4),) * 2), r"hx of GRU is one tensor, not tuple"),
+    ],
+)
+def test_what_an_unrolled_network_cannot_take_is_told(kind: Any, inputs: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(WeightError, match=words):
+        open_recurrent(kind(5, 4))(*inputs)
