@@ -26,7 +26,7 @@ from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.masks import token_mask
 from tenfold.tracing.replay import Replay
-from tenfold.tracing.runs import Forward
+from tenfold.tracing.repeated_runs import Forward
 
 Progress = Callable[[int, int], None]
 
