@@ -13,6 +13,7 @@ from tenfold.calibration.correlation import PatchGram, covers, patch_cross, patc
 from tenfold.calibration.im2col import drawn_patches, input_patches, output_rows
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions import Moments, Sketch
+from tenfold.decompositions.covariance import blocks
 from tenfold.errors import DataError
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, squarable
@@ -139,9 +140,13 @@ class MomentSums:
         self._sum("input_second_moment", _channels_first(_channels_first(_square(patches), taps).mT, taps))
         self._sum("mean", _channels_first(patches.sum(-1), taps))
         if rows is not None:
-            self._sum("cross", _channels_first(rows @ patches.mT, taps))
+            if "cross" not in self._sums:
+                self._sums["cross"] = rows.new_zeros(*rows.shape[:2], patches.shape[1], dtype=torch.float64)
+            cross = self._sums["cross"]
+            for part in blocks(cross):
+                cross[:, part] += _channels_first(rows[:, part] @ patches.mT, taps)
             self._sum("target_mean", rows.sum(-1))
-            self._sum("target_power", rows.square().sum(-1))
+            self._sum("target_power", torch.cat([rows[:, part].square().sum(-1) for part in blocks(cross)], dim=1))
 
     def _add_maps(self, x: Tensor, y: Tensor | None) -> None:
         """Add all patches of whole maps without extracting them."""

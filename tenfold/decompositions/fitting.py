@@ -297,7 +297,8 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
 
 def _target(weight: Tensor, scale: float, moments: Moments, root: Root | None, ridge: float) -> tuple[Tensor, float]:
     """Return what is to be approximated, in the coordinates of the root and of a size of about 1, and its size."""
-    target = _doubled(weight, scale)
+    flat = weight.flatten(2)
+    target = flat.clone() if is_tall(flat) else _doubled(weight, scale)  # tall ones are not scaled yet
     target = moments.regression_target(target, ridge, out=target)
     top = float(torch.linalg.vector_norm(target, ord=torch.inf)) or 1.0
     scaled = (target if root is None else root.times_(target)).div_(top)

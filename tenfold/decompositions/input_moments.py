@@ -170,13 +170,14 @@ class Moments:
             return weight
         plain = self.covariance()
         if isinstance(plain, Sketch):
-            return plain.regression(weight, add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
+            return plain.regression(weight.double(), add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
         if self.cross is None:
             return weight
         solve, found = spd_solver(add_ridge(plain, ridge)), torch.empty_like(weight) if out is None else out
         for rows in blocks(weight):
-            missed = self._centred_cross(rows).baddbmm_(weight[:, rows], plain, alpha=-1)
-            torch.add(weight[:, rows], solve(missed.mT).mT, out=found[:, rows])
+            own = weight[:, rows].double()
+            missed = self._centred_cross(rows).baddbmm_(own, plain, alpha=-1)
+            found[:, rows] = own + solve(missed.mT).mT
         return found
 
     def _centred_cross(self, rows: slice) -> Tensor:
