@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
-_UNSEEN = "none of the calibration data reaches it, by which a plan has to judge it"
+_UNSEEN = "no moments of its inputs, which a plan by data needs: none of the data reach it"
 
 
 @dataclass(frozen=True, eq=False)
