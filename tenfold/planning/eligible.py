@@ -27,8 +27,8 @@ Ints = NDArray[np.int64]
 # A first or last layer below this share of the model's cost is not worth its distortion.
 _CHEAP_END = 0.02
 _UNNAMED = "no rank was given for this layer"
-_UNSEEN = "none of the calibration data reaches it, by which a plan has to judge it"
 _UNJUDGED = "the data cannot judge it: on no sample do the outputs depend on this layer"
+_UNSEEN = "no moments of its inputs, which a plan by data needs: none of the data reach it"
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,7 +125,7 @@ def test_experts_are_planned_by_the_tokens_of_the_data() -> None:
     small = tenfold.compress(net, rows(20, 0, 1), recipe, data=[rows(300, 0, 2), rows(300, 2)], runtime=QUIET)
     layers = {n: small.plan.layer(f"weight.{n}") for n in range(COUNT)}
     assert [layers[n].action for n in range(COUNT)] == ["factorize", "keep", "factorize", "keep"]
-    assert layers[1].reason == "none of the calibration data reaches it, by which a plan has to judge it"
+    assert layers[1].reason == "no moments of its inputs, which a plan by data needs: none of the data reach it"
     assert layers[3].reason == "never called by this forward: no input is routed to it"
     assert (layers[2].before.macs, layers[2].after.macs) == (0, 0)  # of the example inputs
     assert small.plan.after.params == small.record.after.params
@@ -159,7 +159,7 @@ def test_experts_that_are_modules_are_planned_alike() -> None:
     small = tenfold.compress(net, rows(20, 0, 1), recipe, data=[rows(300, 0, 2), rows(300, 2)], runtime=QUIET)
     layers = {n: small.plan.layer(f"experts.{n}") for n in range(COUNT)}
     assert [layers[n].action for n in range(COUNT)] == ["factorize", "keep", "factorize", "keep"]
-    assert layers[1].reason == "none of the calibration data reaches it, by which a plan has to judge it"
+    assert layers[1].reason == "no moments of its inputs, which a plan by data needs: none of the data reach it"
     assert layers[3].reason == "never called by this forward: no input is routed to it"
 
 
