@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 from torch import nn
@@ -302,8 +303,8 @@ def _best_of(tried: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
         raise BudgetError(msg)
     if strict and not best.met:
         msg = (
-            f"the latency budget of {wanted:.0%} is not met: the best plan measures {best.share:.1%}. "
-            "Raise the budget, or allow more formats or layers."
+            f"the latency budget of {wanted:.0%} is not met: the lowest that was reached, as measured, is "
+            f"latency={ceil(1000 * best.share) / 1000:g}. Raise the budget, or allow more formats or layers."
         )
         raise BudgetError(msg)
     return best
