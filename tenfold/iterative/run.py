@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -75,6 +75,8 @@ def stages(
         BudgetError: the target is out of reach; raised before the first stage.
         PlanError: there is nothing to compress.
         CheckpointError: a folder that is not writable, or holds something else, or another run.
+        FileError: another process works in the folder.
+        WeightError: a parameter or buffer has NaN or infinity.
 
     Example:
         >>> import torch
@@ -134,7 +136,11 @@ class _Run:
         return self.planner.runtime.step(step, self.seconds)
 
     def go(self) -> Stages:
-        """Yield the stages; return the outcome."""
+        """Yield the stages; return the outcome. The folder is in use until then."""
+        with nullcontext() if self.folder is None else self.folder:
+            return (yield from self._stages())
+
+    def _stages(self) -> Stages:
         now = self._resume()
         while (found := self._started(now) or self._next(now)) is not None:
             stage, record = found

@@ -1,7 +1,8 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
+from tenfold.files import atomic_write, locked, write_text
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
-from tenfold.records.base import Record, explain
+from tenfold.records.base import Record, Seed, explain
 from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import (
@@ -25,7 +26,7 @@ from tenfold.records.sensitivity_table import (
     TradeOff,
     TradeOffPoint,
 )
-from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
+from tenfold.records.store import JsonCache
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
@@ -59,6 +60,7 @@ __all__ = [
     "Recipe",
     "Record",
     "RunRecord",
+    "Seed",
     "SensitivityKey",
     "SensitivityPoint",
     "SensitivityTable",
@@ -80,6 +82,5 @@ __all__ = [
     "chain_params",
     "explain",
     "locked",
-    "read_json",
     "write_text",
 ]

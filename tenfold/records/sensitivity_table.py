@@ -9,7 +9,6 @@ from pydantic import NonNegativeFloat, model_validator
 
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
-from tenfold.records.store import write_text
 
 SENSITIVITY_VERSION = 2  # 1 had no digests of the data, and only algorithms that were not the default
 TRADEOFF_VERSION = 1
@@ -123,7 +122,7 @@ class SensitivityTable(Record):
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON, whole or not at all."""
-        write_text(Path(path), self.to_json())
+        self.save_sealed(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

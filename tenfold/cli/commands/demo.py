@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeInt
 
 from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
+from tenfold.records import Seed
 from tenfold.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def run(
     terminal: Terminal,
     *,
     out: Annotated[Path, "FOLDER"] = Path("demo-out"),
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> None:
     """Show the whole way in less than a minute, on a small network for handwritten digits.
 

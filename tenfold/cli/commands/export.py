@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Misuse, Options, Terminal
+from tenfold.records import Seed
 
 if TYPE_CHECKING:
     from tenfold.cli.source import Opened
@@ -48,7 +49,7 @@ class File(Options):
     calibration_samples: PositiveInt | None = None
     seconds: NonNegativeFloat = 2.0
     overwrite: bool = False
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> None:
