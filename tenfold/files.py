@@ -47,9 +47,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` atomically, as UTF-8."""
+    """Write ``text`` to ``path`` atomically, as UTF-8; what is none, as some names of files are not, is escaped."""
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_text(path: Path, what: str) -> str:

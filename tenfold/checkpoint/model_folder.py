@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.layers import FactorizedLayer
 from tenfold.files import locked, read_text, reason, replace, staged, write_text
+from tenfold.layers import FactorizedLayer
 from tenfold.records import Analysis, OptionTable, Plan, RunRecord
 from tenfold.records.parsing import seal
 from tenfold.surgery import fused_pairs, restructure_, unrolled_rnns

@@ -2,7 +2,8 @@
 
 ``stage-0001``, ``stage-0002`` ... are checkpoints; ``latest`` holds the name of the last one, ``record.json`` the
 record of the run so far and ``run.json`` what run it is. ``.stage-0003`` is at work: the model as the stage began, and
-what its training keeps. ``.lock`` is there while a process works in the folder. A checkpoint appears whole or not at all: a kill at any moment costs at most the present epoch.
+what its training keeps. ``.lock`` is there while a process works in the folder. A checkpoint appears whole or not at
+all: a kill at any moment costs at most the present epoch.
 """
 
 from __future__ import annotations

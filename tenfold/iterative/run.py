@@ -26,6 +26,7 @@ from tenfold.profiling import environment, profile
 from tenfold.records import Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
 from tenfold.runtime import Runtime
 from tenfold.surgery import reestimate_batchnorm_
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import device_of, gathered
 from tenfold.tracing.contexts import kept_modes
 from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
@@ -88,6 +89,7 @@ def stages(
     """
     recipe, schedule, runtime = Recipe.of(recipe), Schedule.of(schedule), runtime or Runtime()
     schedule.check(recipe)
+    check_finite(model)
     if runtime.latency_inputs is None:
         runtime = runtime.replace(latency_inputs=example_inputs)
     batches = None if data is None else gathered(data, device_of(model, example_inputs))

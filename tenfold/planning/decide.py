@@ -26,6 +26,7 @@ from tenfold.profiling import LatencyTable, profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, unroll_rnns, unrolled_rnns
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import device_of, gathered
 
 
@@ -85,11 +86,13 @@ def decide(
 
     Raises:
         DataError: the data hold no batch.
+        WeightError: a parameter or buffer has NaN or infinity.
         TenfoldError: see ``profile`` and ``plan``; the model is untouched in every case.
     """
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    check_finite(model)
     source = unroll_for_plan(model, wanted) if given is None else unroll_rnns(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):

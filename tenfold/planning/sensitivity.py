@@ -15,6 +15,7 @@ from torch import nn
 from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
+from tenfold.files import check_writable, locked
 from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
 from tenfold.patterns import check_patterns
@@ -28,8 +29,8 @@ from tenfold.records import (
     Recipe,
     SensitivityPoint,
     SensitivityTable,
-    locked,
 )
+from tenfold.tensors.finite import check_finite
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,6 +79,8 @@ class Sensitivity:
         workers: who measures where several measurements are wanted at once; this process if None.
 
     Raises:
+        WeightError: a parameter or buffer has NaN or infinity.
+        FileError: the file at ``path`` cannot be written.
         DataError: the file at ``path`` was measured under other conditions, or is damaged.
 
     Example:
@@ -102,6 +105,7 @@ class Sensitivity:
         workers: Workers | None = None,
     ) -> None:
         recipe = Recipe.of(recipe)
+        check_finite(model)
         batchnorm = recipe.calibration.method == "batchnorm" and batches is not None
         if isinstance(batches, Iterator):
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
@@ -127,6 +131,8 @@ class Sensitivity:
         self._key = self._bench.key(formats_of, about)
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
+        if self._path is not None:
+            check_writable(self._path)
         if self._path is not None and self._path.exists():
             self._take_over(SensitivityTable.load(self._path))
 

@@ -15,6 +15,7 @@ from tenfold.allocation import RankRule, rule_of
 from tenfold.allocation.rules.threshold import ErrorBound
 from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
+from tenfold.files import check_writable
 from tenfold.formats import FORMATS
 from tenfold.patterns import check_patterns
 from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
@@ -28,6 +29,7 @@ from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTab
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
 from tenfold.surgery import unrolled_rnns
+from tenfold.tensors.finite import check_finite
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -59,6 +61,7 @@ def tabulate(
 
     Raises:
         UnknownNameError: a format or a pattern that names nothing.
+        WeightError: a parameter or buffer has NaN or infinity.
         PlanError: a layer without values, or output Gram matrices for some layers only.
         BudgetError: the rule needs scores and there are none.
 
@@ -71,6 +74,7 @@ def tabulate(
         ('0', [4, 8, 12])
     """
     recipe, runtime = Recipe.of(recipe), runtime or Runtime()
+    check_finite(model)
     rule = rule_of(recipe.rule)
     ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
     kept = kept_reasons(model, profile, recipe.formats, keep=recipe.keep, keep_ends=ends, moments=moments)
@@ -132,6 +136,7 @@ def _weighed(
 ) -> dict[str, list[FormatOptions]]:
     cache = None
     if runtime.cache is not None and "fitted_error" in rule.columns:
+        check_writable(Path(runtime.cache))
         cache = JsonCache(Path(runtime.cache), {"version": 1, "what": "errors of trial fits"})
     work = _Work(rule, scores is not None, {} if cache is None else _known_errors(cache))
     pieces = layers if runtime.workers.is_local else [_alone(layer) for layer in layers]

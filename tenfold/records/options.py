@@ -27,7 +27,6 @@ from tenfold.records.recipe import Recipe
 OPTIONS_VERSION = 2
 
 
-
 def _ints(value: Any) -> NDArray[np.int64]:
     return _array(value, np.int64)
 

@@ -16,7 +16,7 @@ _SEAL = re.compile(r'\{\n "digest": "([0-9a-f]{32})",')
 
 
 def parse(text: str) -> Any:
-    """Return what a text says in JSON, which is read a hundred times faster as such, or else in YAML.
+    r"""Return what a text says in JSON, which is read a hundred times faster as such, or else in YAML.
 
     Values are those of JSON: dates stay text. What a file of records never has is refused: a key twice, an integer of
     more than 64 bits, great depth, aliases that multiply the text.
@@ -27,7 +27,7 @@ def parse(text: str) -> Any:
     Example:
         >>> parse("{rank: 3, since: 2024-01-01}")
         {'rank': 3, 'since': '2024-01-01'}
-        >>> parse("a: 1\\na: 2")
+        >>> parse("a: 1\na: 2")
         Traceback (most recent call last):
         ValueError: line 2: the key 'a' is there twice
     """
@@ -86,7 +86,7 @@ def unseal(text: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from tenfold.errors import PlanError, TenfoldError
+from tenfold.files import read_text, write_text
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.recipe import Recipe
-from tenfold.files import read_text, write_text
 
 PLAN_VERSION = 2
 PLAN_HEADER = """\

@@ -17,9 +17,9 @@ from pydantic import (
 )
 
 from tenfold.errors import BudgetError, RecipeError, TenfoldError
+from tenfold.files import read_text, write_text
 from tenfold.records.base import Record, Seed, explain, refusal
 from tenfold.records.budget import Budget
-from tenfold.files import read_text, write_text
 from tenfold.registry import as_tuple
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")

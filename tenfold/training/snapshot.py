@@ -1,8 +1,8 @@
 """Training checkpoints: the last complete epoch in one safetensors file, replaced atomically.
 
 It holds everything that the next epoch depends on: parameters, buffers, their average and the state of the optimizer as
-tensors; epoch, history and configuration as JSON in the header; and a digest of it all, so that a run never goes on from
-anything else. Random states are left out: they are a function of the seed and the epoch.
+tensors; epoch, history and configuration as JSON in the header; and a digest of it all, so that a run goes on from
+nothing else. Random states are left out: they are a function of the seed and the epoch.
 """
 
 from __future__ import annotations
@@ -218,7 +218,9 @@ class Snapshot:
             msg = f"{self.path} averaged other tensors than are trained now, such as {odd!r}. Use another folder."
             raise CheckpointError(msg)
 
-    def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]) -> None:
+    def _restore_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]
+    ) -> None:
         names = {parameter: name for name, parameter in model.named_parameters()}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         index = {names[p]: i for i, p in enumerate(parameters)}

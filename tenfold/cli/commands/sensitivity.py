@@ -55,11 +55,14 @@ def run(
     from tenfold.cli.choices import check_recipe
     from tenfold.cli.scoring import sensitivity
     from tenfold.cli.source import open_source
+    from tenfold.files import check_writable
     from tenfold.profiling import profile
     from tenfold.reporting.sensitivity_tables import sensitivity_tables
     from tenfold.runtime import Event
 
     check_recipe(recipe)
+    if work.plot is not None:
+        check_writable(work.plot)
     terminal.step("open the model")
     opened = open_source(source, machine, recipe.seed)
     path = work.out or Path(f"sensitivity-{opened.task.id.replace(':', '-')}.json")

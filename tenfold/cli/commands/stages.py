@@ -55,9 +55,8 @@ def run(
     With --json, one object like that of `tenfold compress`, with `stages`: one entry for each, with `round`, `limits`,
     `before`, `after`, `layers` with their ranks, `scores`, `tuning` by epoch, `seconds`.
     """
-    from tenfold.checkpoint import check_target
     from tenfold.cli.choices import plan_or_recipe
-    from tenfold.cli.recovery import Tuner
+    from tenfold.cli.recovery import Tuner, claim
     from tenfold.cli.show import show_outcome
     from tenfold.cli.source import open_source
     from tenfold.iterative import Training, compress_iteratively
@@ -68,7 +67,7 @@ def run(
     schedule.check(recipe)
     opened = open_source(source, machine, recipe.seed)
     out = output.out or opened.default_folder
-    check_target(out)
+    claim(out, terminal)
     config = recover.config(opened, tune, recipe.seed)
     plan_or_recipe(recipe, None)
     if "epochs" not in schedule.model_fields_set or not recover.tune:

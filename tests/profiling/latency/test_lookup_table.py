@@ -17,7 +17,7 @@ from tenfold.profiling import LatencyTable, best_memory_format, to_memory_format
 from tenfold.profiling.latency.cache import LatencyCache
 from tenfold.profiling.latency.layer_timer import LayerTimer
 from tenfold.profiling.latency.lookup_table import REFERENCE
-from tenfold.records import JsonCache, Call, ContractSpec, LayerSpec, chain_macs
+from tenfold.records import Call, ContractSpec, JsonCache, LayerSpec, chain_macs
 
 CONV = LayerSpec(kind="conv", in_channels=64, out_channels=64, kernel=(3, 3), padding=(1, 1))
 CALLS = (Call(in_shape=(1, 64, 14, 14)),)
