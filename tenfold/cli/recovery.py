@@ -7,6 +7,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -240,8 +241,19 @@ def claim(out: Path, terminal: Terminal) -> None:
     from tenfold.checkpoint import check_target
 
     check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    terminal.hold(in_use(out.with_name(f".{out.name}.run"), out))
+    terminal.hold(_at_work(out))
+
+
+@contextmanager
+def _at_work(out: Path) -> Iterator[None]:
+    folder = tuning_folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with in_use(folder / ".lock", out):
+            yield
+    finally:
+        with suppress(OSError):  # epochs to go on from are kept
+            folder.rmdir()
 
 
 def tuning_folder(out: Path, identity: str = "") -> Path:

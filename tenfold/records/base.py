@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tenfold.errors import DataError, FileError, TenfoldError
 from tenfold.files import read_text, write_text
-from tenfold.records.parsing import parse, parse_json, seal, unseal
+from tenfold.records.parsing import CHANGED, parse, parse_json, seal, unseal
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -42,19 +42,19 @@ class Record(BaseModel):
             TenfoldError: the text is neither, is not the one that was sealed, or is not a record of this type; the
                 message names the field.
         """
+        text, intact = unseal(text)
         try:
-            text = unseal(text)
-        except ValueError as error:
-            msg = f"{source} {error}"
-            raise TenfoldError(msg) from error
-        try:
-            return cls.model_validate(parse(text))
+            record = cls.model_validate(parse(text))
         except ValidationError as error:
             msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
             raise TenfoldError(msg) from error
         except ValueError as error:
             msg = f"{source} is not valid YAML: {error}"
             raise TenfoldError(msg) from error
+        if not intact:
+            msg = f"{source} {CHANGED}"
+            raise TenfoldError(msg)
+        return record
 
     def save_sealed(self, path: Path) -> None:
         """Write the record as JSON with a digest: for files that tenfold reads again and nobody edits."""
@@ -68,20 +68,20 @@ class Record(BaseModel):
             DataError: the file cannot be read, is something else, was damaged, or was written by another version.
         """
         try:
-            text = unseal(read_text(Path(path), what))
+            text, intact = unseal(read_text(Path(path), what))
+            record = cls.model_validate(parse_json(text))
         except FileError as error:
             raise DataError(str(error)) from error
-        except ValueError as error:
-            msg = f"{path} {error}"
-            raise DataError(msg) from error
-        try:
-            return cls.model_validate(parse_json(text))
         except ValidationError as error:
             msg = f"{path} is not {what} that this tenfold reads: {explain(error)}"
             raise DataError(msg) from error
         except ValueError as error:
             msg = f"{path} is not {what} that this tenfold reads: {error}"
             raise DataError(msg) from error
+        if not intact:
+            msg = f"{path} {CHANGED}"
+            raise DataError(msg)
+        return record
 
 
 class Spec:

@@ -27,11 +27,11 @@ from tenfold.records.recipe import Recipe
 OPTIONS_VERSION = 2
 
 
-def _ints(value: Any) -> NDArray[np.int64]:
+def _ints(value: Any) -> Any:
     return _array(value, np.int64)
 
 
-def _floats(value: Any) -> NDArray[np.float64]:
+def _floats(value: Any) -> Any:
     return _array([np.nan if x is None else x for x in value] if isinstance(value, list) else value, np.float64)
 
 

@@ -12,7 +12,8 @@ import yaml
 
 _DEEPEST = 60  # levels; a record has a handful
 _DIGITS = 19  # of an integer: what 64 bits hold
-_SEAL = re.compile(r'\{\n "digest": "([0-9a-f]{32})",')
+_SEAL = re.compile(r'\{\s*"digest": "([0-9a-f]{32})",')
+CHANGED = "was changed after it was written: its contents do not match its digest"
 
 
 def parse(text: str) -> Any:
@@ -69,20 +70,13 @@ def seal(text: str) -> str:
     return f'{{\n "digest": "{_digest(text[1:])}",{text[1:]}'
 
 
-def unseal(text: str) -> str:
-    """Return a JSON object without its digest; one that has none as it is.
-
-    Raises:
-        ValueError: the text is not the one that was sealed.
-    """
+def unseal(text: str) -> tuple[str, bool]:
+    """Return a JSON object without its digest, and whether it is the text that was sealed; one without a digest is."""
     found = _SEAL.match(text)
     if found is None:
-        return text
+        return text, True
     rest = text[found.end() :]
-    if _digest(rest) != found[1]:
-        msg = "was changed after it was written: its contents do not match its digest"
-        raise ValueError(msg)
-    return "{" + rest
+    return "{" + rest, _digest(rest) == found[1]
 
 
 def _digest(text: str) -> str:

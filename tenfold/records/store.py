@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.files import locked, read_text, write_text
-from tenfold.records.parsing import parse_json, seal, unseal
+from tenfold.records.parsing import CHANGED, parse_json, seal, unseal
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class JsonCache:
         """
         if not self.path.exists():
             return {}
-        stored = parse_json(unseal(read_text(self.path, "a cache")))
+        text, intact = unseal(read_text(self.path, "a cache"))
+        stored = parse_json(text)
+        if not intact:
+            msg = f"it {CHANGED}"
+            raise ValueError(msg)
         match stored:
             case {"entries": dict() as entries, **header} if header == dict(self.header):
                 return entries

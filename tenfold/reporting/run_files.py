@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tenfold.errors import DataError, FileError, TenfoldError
 from tenfold.files import read_text
 from tenfold.records import Analysis, RunRecord, SensitivityTable, TradeOff, explain
-from tenfold.records.parsing import parse_json, unseal
+from tenfold.records.parsing import CHANGED, parse_json, unseal
 
 RECORD, ANALYSIS = "record.json", "analysis.json"
 
@@ -89,17 +89,17 @@ def _name(file: Path) -> str:
 
 def _load(file: Path) -> Any:
     try:
-        text = unseal(read_text(file, "JSON"))
-    except ValueError as error:
-        msg = f"{file} {error}"
-        raise DataError(msg) from error
+        text, intact = unseal(read_text(file, "JSON"))
+        value = parse_json(text)
     except FileError as error:
         raise DataError(str(error)) from error
-    try:
-        return parse_json(text)
     except ValueError as error:
         msg = f"{file} is not JSON: {error}"
         raise DataError(msg) from error
+    if not intact:
+        msg = f"{file} {CHANGED}"
+        raise DataError(msg)
+    return value
 
 
 def _is_record(value: Any) -> bool:
