@@ -23,7 +23,12 @@ from tenfold.tensors.tensor_file import read_tensors
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".th", ".tar", ".pkl")
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
 # Plain data that training scripts keep beside the weights: their arguments, and numbers of numpy.
-_PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], *map(type, map(np.dtype, ("f8", "f4", "i8")))]
+_PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.float64(0).__reduce__()[0],
+    *map(type, map(np.dtype, ("f8", "f4", "i8"))),
+]
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 
 

@@ -71,7 +71,7 @@ def test_missing_folder_truncated_and_pickled_files_are_refused(tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"not a readable .safetensors"):
         load_weights(_net(), path)
     torch.save(_net(), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="holds objects of .*Sequential, and reading"):
+    with pytest.raises(CheckpointError, match=r"holds objects of .*Sequential, and reading"):
         load_weights(_net(), tmp_path / "w.pth")
 
 
