@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tenfold.errors import CheckpointError
+from tenfold.errors import CheckpointError, FileError
 from tenfold.records.tuning import EpochRecord
 from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.training.snapshot import FILE_NAME
@@ -276,3 +277,27 @@ def test_folder_that_cannot_be_written_fails_before_training(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         finetune(cnn(), lambda epoch: time.sleep(60), CONFIG, folder=tmp_path / "file" / "run")
+
+
+def test_no_flipped_bit_is_resumed_from(tmp_path: Path) -> None:
+    def stop(record: EpochRecord) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(cnn(), batches, CONFIG, folder=tmp_path, progress=TuneProgress(stop))
+    raw, chance = (tmp_path / FILE_NAME).read_bytes(), random.Random(0)  # noqa: S311 - no secret
+    for place in [chance.randrange(8 * len(raw)) for _ in range(60)]:
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << place % 8
+        (tmp_path / FILE_NAME).write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"[Dd]elete it"):
+            finetune(cnn(), batches, CONFIG, folder=tmp_path)
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    def again(record: EpochRecord) -> None:
+        with pytest.raises(FileError, match=f"is in use by process {os.getpid()}"):
+            finetune(cnn(), batches, CONFIG, folder=tmp_path)
+
+    finetune(cnn(), batches, CONFIG, folder=tmp_path, progress=TuneProgress(again))
+    assert [f.name for f in tmp_path.iterdir()] == [FILE_NAME]
