@@ -9,26 +9,15 @@ import pytest
 from benchmarks.reliability.fuzz import Target, fuzz, quietly, targets
 from benchmarks.reliability.kills import kill
 
-KINDS = [
-    "model.safetensors",
-    "plan.yaml",
-    "recipe.yaml",
-    "record.json",
-    "analysis.json",
-    "options.json",
-    "schedule.yaml",
-    "sensitivity table",
-    "error cache",
-    "latency cache",
-    "cached logits",
-    "training snapshot",
-    "stages: run.json",
-    "stages: .stage-0002/plan.json",
-    "stages: .stage-0002/start/record.json",
-    "stages: .stage-0002/training/tuning.safetensors",
-    "net.pth",
-    "net.safetensors",
+STAGES = [
+    "run.json",
+    ".stage-0002/plan.json",
+    ".stage-0002/start/record.json",
+    ".stage-0002/training/tuning.safetensors",
 ]
+SAVED = ["model.safetensors", "plan.yaml", "recipe.yaml", "record.json", "analysis.json", "options.json"]
+OTHERS = ["schedule.yaml", "sensitivity table", "error cache", "latency cache", "cached logits", "training snapshot"]
+KINDS = [*SAVED, *OTHERS, "net.pth", "net.safetensors", *(f"stages: {name}" for name in STAGES)]
 
 
 @pytest.fixture(scope="module")

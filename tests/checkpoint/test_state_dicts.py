@@ -94,7 +94,7 @@ def test_damage_is_refused_in_one_line(tmp_path: Path) -> None:
         try:
             found = read_state_dict(tmp_path / "net.pth").tensors
         except CheckpointError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error)  # noqa: PT017 - some damage hits nothing
         else:  # only what lies between the parts of the archive
             assert torch.equal(found["a"], whole)
 

@@ -61,11 +61,11 @@ def run(
     from tenfold.runtime import Event
 
     check_recipe(recipe)
-    if work.plot is not None:
-        check_writable(work.plot)
     terminal.step("open the model")
     opened = open_source(source, machine, recipe.seed)
     path = work.out or Path(f"sensitivity-{opened.task.id.replace(':', '-')}.json")
+    for file in filter(None, (path, work.plot)):
+        check_writable(file)
     method = "batchnorm" if work.batchnorm else "sequential"
     found = sensitivity(
         opened,
