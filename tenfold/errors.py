@@ -46,6 +46,14 @@ class CheckpointError(TenfoldError, ValueError):
     """A checkpoint that is missing, damaged, foreign or made for another model."""
 
 
+class FileError(TenfoldError, OSError):
+    """A file that cannot be read or written, or a folder that another process works in."""
+
+
+class WorkerError(TenfoldError, RuntimeError):
+    """A worker process that died, or ran out of memory."""
+
+
 class ExportError(TenfoldError, RuntimeError):
     """A model that a target cannot run, or a file that does not compute what the model does."""
 

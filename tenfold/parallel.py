@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -15,11 +19,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
-from tenfold.errors import TenfoldError, require
+from tenfold.errors import TenfoldError, WorkerError, first_line, require
+from tenfold.files import SCRATCH, remove_leftovers, scratch
 
 S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
+_NO_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class Workers:
     Each piece is a function of a shared value and of an item of its own. Results come in the order of the items and do
     not depend on the number of workers. They equal those of this process to the last bit if it computes with as many
     ``threads`` as a worker does (``torch.set_num_threads``); another number of threads sums in another order.
+
+    A worker that dies ends the work with an error; when this process dies, its workers end within seconds, and what
+    they shared is removed.
 
     Functions and data are sent by cloudpickle between this process and the workers that it has started. Workers know
     entries that a script registers, such as a format, only if they are installed as a plugin.
@@ -71,6 +80,7 @@ class Workers:
 
         Raises:
             MissingExtraError: joblib or Ray is not installed.
+            WorkerError: a worker died, or has no memory left.
             TenfoldError: as the function raises it.
         """
         if self.is_local:
@@ -89,12 +99,16 @@ class Workers:
 
     def _loky(self, function: Callable[[S, T], R], shared: S, items: Iterable[T]) -> Iterator[R]:
         joblib: Any = require("joblib", "scale")
-        with tempfile.TemporaryDirectory(prefix="tenfold-") as folder:
-            file = Path(folder) / "shared"
+        with scratch() as folder:
+            file = folder / "shared"
             file.write_bytes(_dump((function, shared)))
             calls = (joblib.delayed(_from_file)(str(file), _dump(item), self.threads) for item in items)
-            parallel = joblib.Parallel(n_jobs=self.jobs, backend="loky", return_as="generator", batch_size=1)
-            yield from map(_opened, parallel(calls))
+            watched: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
+            parallel = joblib.Parallel(self.jobs, backend="loky", return_as="generator", batch_size=1, **watched)
+            try:
+                yield from map(_opened, parallel(calls))
+            except BrokenExecutor as error:
+                raise WorkerError(_DIED) from error
 
     # joblib has a Ray backend, but one without generators (supports_return_generator is False): results could only be
     # returned all at once.
@@ -106,7 +120,10 @@ class Workers:
         calls = (work.remote(common, _dump(item), self.threads) for item in items)
         waiting = deque(islice(calls, self.jobs))
         while waiting:
-            found = ray.get(waiting.popleft())
+            try:
+                found = ray.get(waiting.popleft())
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                raise WorkerError(_DIED) from error
             waiting.extend(islice(calls, 1))
             yield _opened(found)
 
@@ -129,12 +146,30 @@ def connect_to_ray(cpus: int) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
 
 
+_DIED = (
+    "a worker died: somebody killed it, or the system did when memory ran out. Nothing of its work is used: try again "
+    "with fewer jobs, which need less memory."
+)
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker end soon after the process that it works for, however that ends, and remove what that left."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        remove_leftovers(Path(tempfile.gettempdir()), SCRATCH)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _from_file(file: str, item: bytes, threads: int) -> bytes:
-    return _done(_read(file), item, threads)
+    return _done(lambda: _read(file), item, threads)
 
 
 def _from_store(common: list[Any], item: bytes, threads: int) -> bytes:
-    return _done(_fetch(common[0]), item, threads)
+    return _done(lambda: _fetch(common[0]), item, threads)
 
 
 @lru_cache(maxsize=1)  # a worker serves many items: what they share is read once
@@ -148,16 +183,21 @@ def _fetch(reference: Any) -> Any:
     return _load(ray.get(reference))
 
 
-def _done(common: tuple[Callable[[Any, Any], Any], Any], item: bytes, threads: int) -> bytes:
+def _done(common: Callable[[], tuple[Callable[[Any, Any], Any], Any]], item: bytes, threads: int) -> bytes:
     """Return the pickled result of a piece of work, or the pickled error."""
     import torch
 
     torch.set_num_threads(threads)
-    function, shared = common
     try:
+        function, shared = common()
         return _dump((True, function(shared, _load(item))))
     except TenfoldError as error:
         return _dump((False, error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        msg = f"a worker has no memory left ({first_line(error)}): try again with fewer jobs"
+        return _dump((False, WorkerError(msg)))
 
 
 def _opened(content: bytes) -> Any:

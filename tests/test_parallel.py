@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import PlanError, RankError, TenfoldError
+from tenfold.errors import PlanError, RankError, TenfoldError, WorkerError
 from tenfold.iterative import stages
 from tenfold.parallel import Workers
 from tenfold.pipeline import compress
@@ -174,3 +179,59 @@ def test_an_error_names_its_layer(workers: Workers) -> None:
         model.get_submodule(path).weight[0] = float("nan")
     with pytest.raises(PlanError, match=f"layer '{path}': the weight has"):
         apply(model, plan, workers=workers)
+
+
+def deadly(shared: Path, item: int) -> int:
+    if item == 2 and shared:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def hungry(shared: None, item: int) -> float:
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    return float(torch.ones(item).sum())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="needs joblib: pip install 'tenfold[scale]'")
+def test_a_worker_that_dies_ends_the_work_with_an_error() -> None:
+    with pytest.raises(WorkerError, match="a worker died"):
+        list(Workers(2).map(deadly, True, range(6)))
+    assert list(Workers(2).map(deadly, False, range(6))) == list(range(6))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="needs joblib: pip install 'tenfold[scale]'")
+def test_a_worker_without_memory_says_so() -> None:
+    with pytest.raises(WorkerError, match=r"no memory left.*fewer jobs"):
+        list(Workers(2).map(hungry, None, [1, 10**10, 1]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("joblib") is None, reason="needs joblib: pip install 'tenfold[scale]'")
+def test_workers_end_with_their_parent_and_leave_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, time\nfrom pathlib import Path\nfrom tenfold.parallel import Workers\n"
+        "def work(shared, item):\n"
+        "    (Path('pids') / str(os.getpid())).touch()\n"
+        "    time.sleep(60)\n"
+        "list(Workers(2).map(work, None, range(4)))\n"
+    )
+    (tmp_path / "pids").mkdir()
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environ)
+    while len(pids := list((tmp_path / "pids").iterdir())) < 2:
+        assert parent.poll() is None
+        time.sleep(0.1)
+    assert list(tmp_path.glob("tenfold-*"))
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while any(_lives(int(pid.name)) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(_lives(int(pid.name)) for pid in pids)
+    assert list(tmp_path.glob("tenfold-*")) == []
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
+from tenfold.files import locked, read_text, reason, replace, staged, write_text
 from tenfold.layers import FactorizedLayer
-from tenfold.records import Analysis, OptionTable, Plan, RunRecord, write_text
+from tenfold.records import Analysis, OptionTable, Plan, RunRecord
+from tenfold.records.parsing import seal
 from tenfold.surgery import fused_pairs, restructure_, separated
 from tenfold.tracing import copied
 
@@ -60,31 +61,26 @@ def save(
     check_target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        with staged(path) as partial:
+            write_weights(partial / WEIGHTS, model.state_dict(), plan)
+            (partial / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+            write_text(partial / PLAN, plan.to_yaml())
+            write_text(partial / CARD, model_card(plan, record))
+            if record is not None:
+                record.save_sealed(partial / RECORD)
+            if analysis is not None:
+                write_text(partial / ANALYSIS, seal(analysis.model_dump_json()))
+            plan.recipe.save(partial / RECIPE)
+            if table is not None:
+                table.save(partial / OPTIONS)
+            if beside is not None:
+                beside(partial)
+            partial.chmod(0o755)
+            with locked(Path(os.path.abspath(path))):  # noqa: PTH100 - links stay; two that save at the same time do not mix their files
+                _swap(partial, path)
     except OSError as error:
-        msg = f"cannot write to {path.parent}: {error.strerror or error}. Choose another folder."
+        msg = f"cannot write the checkpoint {path}: {reason(error)}"
         raise CheckpointError(msg) from error
-    try:
-        write_weights(partial / WEIGHTS, model.state_dict(), plan)
-        (partial / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
-        write_text(partial / PLAN, plan.to_yaml())
-        write_text(partial / CARD, model_card(plan, record))
-        if record is not None:
-            write_text(partial / RECORD, record.to_json())
-        if analysis is not None:
-            write_text(partial / ANALYSIS, analysis.model_dump_json())
-        plan.recipe.save(partial / RECIPE)
-        if table is not None:
-            table.save(partial / OPTIONS)
-        if beside is not None:
-            beside(partial)
-        partial.chmod(0o755)
-        _swap(partial, path)
-    except OSError as error:
-        msg = f"cannot write the checkpoint {path}: {error.strerror or error}"
-        raise CheckpointError(msg) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -125,8 +121,8 @@ def read_record(path: str | Path) -> RunRecord | None:
     if not file.is_file():
         return None
     try:
-        return RunRecord.from_text(file.read_text(encoding="utf-8"), source=str(file))
-    except (TenfoldError, UnicodeDecodeError) as error:
+        return RunRecord.from_text(read_text(file, "a record"), source=str(file))
+    except TenfoldError as error:
         raise CheckpointError(str(error)) from error
 
 
@@ -143,12 +139,13 @@ def check_target(path: str | Path) -> None:
     if there == path and any(path.iterdir()) and not _replaceable(path):
         msg = f"{path} holds other files: choose a new folder, or one with an earlier checkpoint"
         raise CheckpointError(msg)
-    try:
-        with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.name}.", suffix=".partial"):
-            pass
-    except OSError as error:
-        msg = f"cannot write to {there}: {error.strerror or error}. Choose another folder."
-        raise CheckpointError(msg) from error
+    for folder in {there, next(p for p in path.absolute().parents if p.exists())}:
+        try:
+            with staged(folder / path.name):
+                pass
+        except OSError as error:
+            msg = f"cannot write to {folder}: {reason(error)}. Choose another folder."
+            raise CheckpointError(msg) from error
 
 
 def _replaceable(path: Path) -> bool:
@@ -182,7 +179,7 @@ def _swap(new: Path, path: Path) -> None:
     killed at any time, the weights are complete and no file beside them belongs to others.
     """
     if not path.exists():
-        new.rename(path)
+        replace(new, path)
         return
     beside = {ANALYSIS, OPTIONS, RECIPE, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
     beside = {name for name in beside if not _equal(new / name, path / name)}
@@ -192,14 +189,14 @@ def _swap(new: Path, path: Path) -> None:
         for name in beside:
             if (path / name).is_file():
                 (path / name).replace(old / name)
-        (new / WEIGHTS).replace(path / WEIGHTS)
+        replace(new / WEIGHTS, path / WEIGHTS)
     except BaseException:
         for file in old.iterdir():
             file.replace(path / file.name)
         raise
     for name in beside:
         if (new / name).is_file():
-            (new / name).replace(path / name)
+            replace(new / name, path / name)
 
 
 def _equal(one: Path, other: Path) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 from torch import nn
 
 from tenfold.checkpoint.model_folder import load, save
-from tenfold.errors import CheckpointError, first_line, require
-from tenfold.records import Plan, RunRecord, write_text
+from tenfold.errors import CheckpointError, FileError, TenfoldError, first_line, require
+from tenfold.files import read_text, write_text
+from tenfold.records import Plan, RunRecord
+from tenfold.records.parsing import parse_json
 
 CONFIG = "config.json"
+OWN_CODE = {"trust_remote_code": False}  # for every call of transformers: refused, and nobody is asked
 MARK = {"quant_method": "tenfold"}  # so that transformers does not load the weights into dense layers
 
 
@@ -91,13 +95,44 @@ def skeleton(path: str | Path, model_class: Any = None) -> nn.Module:
         msg = f"{path} has no {CONFIG}: was it written by save_pretrained?"
         raise CheckpointError(msg)
     transformers: Any = require("transformers", "hf")
+    known = read_config(path)
+    with opening(str(path)):
+        config = transformers.AutoConfig.from_pretrained(path, **OWN_CODE)
+    return build_dense(config, model_class or architecture(known, path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the entries of the ``config.json`` in a folder.
+
+    Raises:
+        CheckpointError: there are none to read.
+    """
     try:
-        known = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
+        found = parse_json(read_text(path / CONFIG, "a config"))
+    except (ValueError, FileError) as error:
         msg = f"{path / CONFIG} cannot be read: {first_line(error)}"
         raise CheckpointError(msg) from error
-    return build_dense(config, model_class or architecture(known, path))
+    if not isinstance(found, dict):
+        msg = f"{path / CONFIG} cannot be read: it is no config"
+        raise CheckpointError(msg)
+    return found
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """Raise in one line what transformers finds wrong with a folder or id, or that it would run code from there."""
+    try:
+        yield
+    except TenfoldError:
+        raise
+    except Exception as error:  # a damaged folder ends in nearly any error of transformers
+        msg = f"{name} cannot be opened: {first_line(error)}"
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            msg = (
+                f"{name} brings Python code of its own, and tenfold never runs that: build the model yourself, and "
+                "give it to tenfold.compress"
+            )
+        raise CheckpointError(msg) from error
 
 
 def architecture(config: Mapping[str, Any], where: object) -> Any:
@@ -107,7 +142,8 @@ def architecture(config: Mapping[str, Any], where: object) -> Any:
         CheckpointError: it names none, or one that transformers does not have.
     """
     transformers: Any = require("transformers", "hf")
-    name = next(iter(config.get("architectures") or ()), None)
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list | tuple) and named else None
     found = getattr(transformers, name, None) if name else None
     if found is None:
         what = f"the class {name}, which transformers does not have" if name else "no class"

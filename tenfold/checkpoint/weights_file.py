@@ -7,48 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tenfold import __version__
-from tenfold.errors import CheckpointError, PlanError, TenfoldError
+from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.records import Plan
-from tenfold.tensors import digest
+from tenfold.tensors.tensor_file import check_digest, read_tensors, write_tensors
 
 FORMAT = "tenfold"
 VERSION = 1
+SEALED = ("plan", "aliases")
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], plan: Plan) -> None:
-    """Write a state dict and its plan to ``path``; tensors that share memory are stored once."""
-    unique, aliases = _without_aliases(state)
-    stored = {name: t.detach().contiguous().cpu() for name, t in unique.items()}
-    text, shared = plan.to_json(), json.dumps(aliases)
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "tenfold": __version__,
-        "plan": text,
-        "aliases": shared,
-        "digest": digest(stored, text + shared),
-    }
-    save_file(stored, path, metadata=header)
-    _sort_metadata(path)
+    """Write a state dict and its plan to ``path``; tensors that share memory are stored once.
 
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place, which has a random order otherwise.
-
-    Equal models then have equal files, byte for byte.
+    Raises:
+        OSError: the file cannot be written.
     """
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:  # else something was escaped differently
-            file.seek(8)
-            file.write(text)
+    unique, aliases = _without_aliases(state)
+    header = {"format": FORMAT, "version": str(VERSION), "tenfold": __version__}
+    write_tensors(path, unique, header | {"plan": plan.to_json(), "aliases": json.dumps(aliases)}, SEALED)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
@@ -60,21 +39,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Plan]:
     if not path.is_file():
         msg = f"there is no checkpoint at {path}"
         raise CheckpointError(msg)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            _check_header(header, path)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        msg = f"{path} is damaged or not a safetensors file: {error}"
-        raise CheckpointError(msg) from error
-    if header.get("digest") != digest(state, header["plan"] + header.get("aliases", "")):
-        msg = f"{path} was changed after it was written: its contents do not match its digest. Save the model again."
-        raise CheckpointError(msg)
+    state, header = read_tensors(path)
+    _check_header(header, path)
+    check_digest(path, state, header, SEALED)
     try:
         plan = Plan.from_text(header["plan"], source=f"the plan in {path}")
         aliases: dict[str, str] = json.loads(header["aliases"])
-    except (PlanError, TenfoldError, ValueError, KeyError) as error:
+    except (TenfoldError, ValueError, KeyError) as error:
         msg = f"{path} has an unreadable header: {error}"
         raise CheckpointError(msg) from error
     return state | {name: state[target] for name, target in aliases.items()}, plan

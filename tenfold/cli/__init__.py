@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -20,6 +21,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Run the command line of this process and end it with the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no × shows another sign, and no error at the end
+            stream.reconfigure(errors="replace")
     code = main()
     from tenfold.cli.launch import leave
 

@@ -14,7 +14,7 @@ from tenfold import __version__
 from tenfold.cli import commands
 from tenfold.cli.launch import refuse_launch
 from tenfold.cli.record_options import as_command, help_of
-from tenfold.cli.terminal import UsageProblem, complain, end_on_sigterm
+from tenfold.cli.terminal import Misuse, UsageProblem, complain, end_on_sigterm
 
 ABOUT = """\
 Make trained PyTorch networks smaller and really faster by tensor decomposition.
@@ -48,10 +48,21 @@ def _check_launch(args: list[str]) -> None:
         refuse_launch(name)
 
 
+def _check_utf8(args: list[str]) -> None:
+    """Raise a usage error for text that no record could hold, and that some libraries cannot open as a path."""
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            msg = f"{arg!a} is not UTF-8: rename the file or folder, or lead there by a link"
+            raise Misuse(msg) from None
+
+
 def run(args: list[str]) -> int:
     """Return the exit code of a command line."""
     end_on_sigterm()
     try:
+        _check_utf8(args)
         _check_launch(args)
         code = build()(args, prog_name="tenfold", standalone_mode=False, obj=shlex.join(["tenfold", *args]))
     except UsageProblem as problem:

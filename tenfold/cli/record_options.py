@@ -16,6 +16,7 @@ from tenfold.cli.declare import argument, documented, keyword, option, text_opti
 from tenfold.cli.terminal import Misuse, Options, Terminal
 from tenfold.cli.values import TEXTS
 from tenfold.errors import TenfoldError
+from tenfold.files import read_text
 from tenfold.records import Record
 
 
@@ -87,11 +88,7 @@ class _Group:
 
 
 def _read(kind: type[Record], file: Path, name: str) -> Record:
-    try:
-        return kind.from_text(file.read_text(encoding="utf-8"), source=str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"cannot read --{name} {file}: {getattr(error, 'strerror', None) or error}"
-        raise TenfoldError(msg) from error
+    return kind.from_text(read_text(file, f"--{name}"), source=str(file))
 
 
 def _over(base: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from tenfold.cli.launch import Launch
 from tenfold.cli.record_options import Fields
-from tenfold.cli.terminal import Misuse, Options
+from tenfold.cli.terminal import Misuse, Options, Terminal
 from tenfold.errors import TuningError
+from tenfold.files import in_use
 from tenfold.records import TuneConfig
 
 if TYPE_CHECKING:
@@ -233,10 +235,36 @@ class Tuner:
         logger.info("epoch %s: loss %.4f, %.1f s", place, epoch.loss, epoch.seconds)
 
 
+def claim(out: Path, terminal: Terminal) -> None:
+    """Say now, and not after hours, if the folder ``out`` cannot be written, or if another run works for it.
+
+    Raises:
+        CheckpointError: it cannot be written, or holds other files.
+        FileError: another run is to end there.
+    """
+    from tenfold.checkpoint import check_target
+
+    check_target(out)
+    terminal.hold(_at_work(out))
+
+
+@contextmanager
+def _at_work(out: Path) -> Iterator[None]:
+    folder = tuning_folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with in_use(folder / ".lock", out):
+            yield
+    finally:
+        with suppress(OSError):  # epochs to go on from are kept
+            folder.rmdir()
+
+
 def tuning_folder(out: Path, identity: str = "") -> Path:
     """Return where the epochs of a run are kept, beside its output; without an identity those of all runs."""
     root = out.parent / f".{out.name}.tuning"
-    return root / hashlib.blake2b(identity.encode(), digest_size=6).hexdigest() if identity else root
+    name = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
+    return root / name if identity else root
 
 
 def forget_epochs(out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import PositiveInt
 
 from tenfold.cli.terminal import Misuse, Options
-from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, WeightError, first_line
+from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,13 +118,14 @@ class Opened:
     @cached_property
     def _loaded(self) -> tuple[nn.Module, Plan | None]:
         from tenfold.checkpoint import load
+        from tenfold.tensors.finite import check_finite
 
         plan, source = None, self.source
         if source.checkpoint is not None:
             model, plan = load(self.task.build(), source.checkpoint)
         else:
             model = self.task.dense(source.weights)
-        _check_finite(model, source.checkpoint or source.weights or self.task.id)
+        check_finite(model, source.checkpoint or source.weights or self.task.id)
         return model.to(self.device).eval(), plan
 
     def inputs(self, batch_size: int = 1) -> Any:
@@ -188,13 +189,3 @@ def _recorded_task(record: RunRecord | None, checkpoint: Path) -> str:
     known = f" It was made for {record.task}, which runs code of its own." if record and record.task else ""
     msg = f"{checkpoint} does not say for which task it is.{known} Give --task."
     raise UnknownNameError(msg)
-
-
-def _check_finite(model: nn.Module, where: object) -> None:
-    import torch
-
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            msg = f"{where}: {bad} of the {tensor.numel()} numbers in {name} are NaN or infinite. Repair them first."
-            raise WeightError(msg)

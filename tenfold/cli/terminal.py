@@ -10,7 +10,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -49,6 +49,7 @@ class Terminal(Options):
     command: str = Field(default="", exclude=True)  # the whole command line, and no option
     _bar: Any = PrivateAttr(default=None)
     _step: str = PrivateAttr(default="")
+    _held: ExitStack = PrivateAttr(default_factory=ExitStack)
 
     def show(self, *tables: RenderableType) -> None:
         """Print tables on stdout for people; nothing with --json."""
@@ -73,7 +74,8 @@ class Terminal(Options):
     def result(self, value: Any) -> None:
         """Print the one JSON object; nothing without --json."""
         if self.as_json:
-            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+            sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=ascii_only) + "\n")
 
     def step(self, name: str) -> None:
         """Show on stderr which step begins, if somebody watches."""
@@ -91,6 +93,10 @@ class Terminal(Options):
         self._bar.update(self._bar.task_ids[0], completed=event.done, total=event.total)
         if event.done >= event.total:
             self._stop()
+
+    def hold(self, context: AbstractContextManager[Any]) -> None:
+        """Enter a context until the session ends, such as a lock."""
+        self._held.enter_context(context)
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -113,6 +119,7 @@ class Terminal(Options):
                 self._fail(f"{type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
             finally:
                 self._stop()
+                self._held.close()
 
     def _fail(self, message: str, code: int) -> None:
         if self.debug:

@@ -61,6 +61,8 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
     """
     import yaml
 
+    from tenfold.records.parsing import parse
+
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -68,9 +70,12 @@ def settings(texts: Sequence[str]) -> dict[str, Any]:
             msg = f"cannot read --set {text!r}: write NAME=VALUE, such as rel_error=0.3."
             raise Misuse(msg)
         try:
-            found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[name.strip()] = value
+            found[name.strip()] = parse(value)
+        except ValueError as error:
+            if not isinstance(error.__cause__, yaml.YAMLError):
+                msg = f"cannot read --set {name.strip()}: {error}"
+                raise Misuse(msg) from error
+            found[name.strip()] = value  # text that means something in YAML
     return found
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import abc
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
-from tenfold.errors import ExportError, require
+from tenfold.errors import ExportError, FileError, require
+from tenfold.files import check_writable
 from tenfold.records import Record
 from tenfold.registry import Registry
 
@@ -82,9 +82,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         msg = f"{path} exists: choose another file, or say that it may be overwritten (overwrite=True, --overwrite)"
         raise ExportError(msg)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        msg = f"cannot write to {path.parent}: {error.strerror or error}. Choose another folder."
+        check_writable(path)
+    except FileError as error:
+        msg = f"{error}. Choose another folder."
         raise ExportError(msg) from error

@@ -16,6 +16,7 @@ from tenfold.exporting.program import first_words, program_of
 from tenfold.profiling import compare_latency, environment
 from tenfold.records import Environment, ExportRecord, atomic_write
 from tenfold.surgery import fuse_batchnorm_
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, to_device
 from tenfold.tracing.inputs import batch_size_of
 
@@ -44,6 +45,7 @@ def export(
 
     Raises:
         ExportError: ``path`` exists, an operation cannot be exported, or the file computes something else.
+        WeightError: a parameter or buffer has NaN or infinity.
         MissingExtraError: a package that the target needs is not installed.
         UnknownNameError: no such target.
         ProfileError: the model does not run on the inputs.
@@ -64,6 +66,7 @@ def export(
     if config.opset is not None and not exporter.has_opset:
         msg = f"{to} has no opset: leave it out"
         raise ExportError(msg)
+    check_finite(model)
     dynamic = config.dynamic_batch and batch_size_of(example_inputs) is not None
     inputs = to_device(example_inputs, "cpu")
     eager = copied(model).cpu().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ class TorchExporter(Exporter):
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
         """Write the program."""
         del opset
+        made = io.BytesIO()  # torch's own writer of files aborts the process where the disk is full
         with quiet():
-            torch.export.save(program, file)
+            torch.export.save(program, made)
+        file.write_bytes(made.getbuffer())
         return None
 
     def open(self, file: Path) -> nn.Module:

@@ -2,27 +2,30 @@
 
 ``stage-0001``, ``stage-0002`` ... are checkpoints; ``latest`` holds the name of the last one, ``record.json`` the
 record of the run so far and ``run.json`` what run it is. ``.stage-0003`` is at work: the model as the stage began, and
-what its training keeps. A checkpoint appears whole or not at all: a kill at any moment costs at most the present epoch.
+what its training keeps. ``.lock`` is there while a process works in the folder. A checkpoint appears whole or not at
+all: a kill at any moment costs at most the present epoch.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from tenfold.allocation.schedule import Schedule
 from tenfold.checkpoint import load, read_record, save
-from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.records import Plan, Recipe, Record, RunRecord, write_text
+from tenfold.errors import CheckpointError, FileError, TenfoldError
+from tenfold.files import check_writable, in_use, read_text, reason, write_text
+from tenfold.records import Plan, Recipe, Record, RunRecord
 
-RUN, LATEST, RECORD, PLAN, START, TRAINING = "run.json", "latest", "record.json", "plan.yaml", "start", "training"
+RUN, LATEST, RECORD, PLAN, START, TRAINING = "run.json", "latest", "record.json", "plan.json", "start", "training"
+LOCK = ".lock"
 _STAGE = re.compile(r"stage-(\d{4,})")
-VERSION = 2
+VERSION = 3  # 2 kept the plan of a stage without a digest
 
 
 class Run(Record):
@@ -46,7 +49,7 @@ class Run(Record):
 
 
 class RunFolder:
-    """The folder of a run.
+    """The folder of a run, in use by this process until it leaves it as a context.
 
     Args:
         path: made if it does not exist.
@@ -54,33 +57,44 @@ class RunFolder:
 
     Raises:
         CheckpointError: the folder cannot be written, or holds something else or another run.
+        FileError: another process works in it.
     """
 
     def __init__(self, path: str | Path, run: Run) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._claim(run)
-            self._tidy()
+            with ExitStack() as lock:
+                lock.enter_context(in_use(self.path / LOCK, self.path))
+                self._claim(run)
+                self._tidy()
+                self._lock = lock.pop_all()
+        except FileError:
+            raise
         except OSError as error:
-            msg = f"cannot write stages to {self.path}: {error.strerror or error}. Choose another folder."
+            msg = f"cannot write stages to {self.path}: {reason(error)}. Choose another folder."
             raise CheckpointError(msg) from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def _claim(self, run: Run) -> None:
         file = self.path / RUN
         if file.is_file():
             refuse_other(self.path, _read(file), run)
             return
-        others = [p.name for p in self.path.iterdir() if not p.name.startswith(f".{RUN}")]
+        others = [p.name for p in self.path.iterdir() if not p.name.startswith((f".{RUN}", LOCK))]
         if others:
             msg = f"{self.path} holds other files, such as {min(others)}: choose a new folder for the stages"
             raise CheckpointError(msg)
-        write_text(file, run.to_json())
+        run.save_sealed(file)
 
     def _tidy(self) -> None:
         """Remove what a kill left behind, and let ``latest`` point where it should."""
-        with tempfile.TemporaryFile(dir=self.path):  # better to fail now than after the first stage
-            pass
+        check_writable(self.path / RECORD)  # better to fail now than after the first stage
         for left_over in self.path.glob(".*.partial"):
             _remove(left_over)
         done = self.done
@@ -130,14 +144,14 @@ class RunFolder:
         """Keep a stage as it begins. The model itself is written last: what is there without it does not count."""
         work = self._work(index)
         _remove(work)
-        plan.save(work / PLAN)
+        plan.save_sealed(work / PLAN)
         save(model, record.plan, work / START, record=record)
 
     def complete(self, index: int, model: nn.Module, record: RunRecord) -> None:
         """Write a stage that is complete, and remove what it needed on its way."""
         save(model, record.plan, self.stage(index), record=record)
         self._point(index)
-        write_text(self.path / RECORD, record.to_json())
+        record.save_sealed(self.path / RECORD)
         _remove(self._work(index))
 
     def _point(self, index: int) -> None:
@@ -180,8 +194,8 @@ def _differences(there: Run, here: Run) -> str:
 
 def _read(file: Path) -> Run:
     try:
-        return Run.from_text(file.read_text(encoding="utf-8"), source=str(file))
-    except (TenfoldError, UnicodeDecodeError, ValidationError) as error:
+        return Run.from_text(read_text(file, "a run in stages"), source=str(file))
+    except TenfoldError as error:
         msg = f"{error}. Choose another folder, or delete this one."
         raise CheckpointError(msg) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from tenfold.records import Analysis, Cost, Plan, Profile, Recipe, RunRecord, St
 from tenfold.records.metric import FRACTION
 from tenfold.runtime import Runtime
 from tenfold.surgery import reestimate_batchnorm_
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, device_of, gathered
 from tenfold.tracing.contexts import kept_modes
 from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
@@ -75,6 +76,8 @@ def stages(
         BudgetError: the target is out of reach; raised before the first stage.
         PlanError: there is nothing to compress.
         CheckpointError: a folder that is not writable, or holds something else, or another run.
+        FileError: another process works in the folder.
+        WeightError: a parameter or buffer has NaN or infinity.
 
     Example:
         >>> import torch
@@ -86,6 +89,7 @@ def stages(
     """
     recipe, schedule, runtime = Recipe.of(recipe), Schedule.of(schedule), runtime or Runtime()
     schedule.check(recipe)
+    check_finite(model)
     if runtime.latency_inputs is None:
         runtime = runtime.replace(latency_inputs=example_inputs)
     batches = None if data is None else gathered(data, model, example_inputs, device_of(model, example_inputs))
@@ -135,7 +139,11 @@ class _Run:
         return self.planner.runtime.step(step, self.seconds)
 
     def go(self) -> Stages:
-        """Yield the stages; return the outcome."""
+        """Yield the stages; return the outcome. The folder is in use until then."""
+        with nullcontext() if self.folder is None else self.folder:
+            return (yield from self._stages())
+
+    def _stages(self) -> Stages:
         now = self._resume()
         while (found := self._started(now) or self._next(now)) is not None:
             stage, record = found

@@ -28,6 +28,7 @@ from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
 from tenfold.tensors import normal_tensors
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, device_of, gathered
 from tenfold.tracing.input_batches import GatheredBatches
 from tenfold.tracing.references import trainable_copy
@@ -93,11 +94,13 @@ def decide(
 
     Raises:
         DataError: the data hold no batch.
+        WeightError: a parameter or buffer has NaN or infinity.
         TenfoldError: see ``profile`` and ``plan``; the model is untouched in every case.
     """
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    check_finite(model)
     model = trainable_copy(model)
     source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs

@@ -13,6 +13,7 @@ from torch import nn
 from tenfold import __version__
 from tenfold.decompositions import Decomposition, Moments
 from tenfold.errors import DataError, PlanError
+from tenfold.files import check_writable, locked
 from tenfold.formats import FORMATS, Rank
 from tenfold.parallel import Workers
 from tenfold.patterns import check_patterns
@@ -27,9 +28,9 @@ from tenfold.records import (
     Recipe,
     SensitivityPoint,
     SensitivityTable,
-    locked,
 )
 from tenfold.records.metric import FRACTION
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied
 from tenfold.tracing.input_batches import input_batches
 
@@ -63,6 +64,8 @@ class Sensitivity:
         workers: who measures where several measurements are wanted at once; this process if None.
 
     Raises:
+        WeightError: a parameter or buffer has NaN or infinity.
+        FileError: the file at ``path`` cannot be written.
         DataError: the file at ``path`` was measured under other conditions, or is damaged.
 
     Example:
@@ -87,6 +90,7 @@ class Sensitivity:
         workers: Workers | None = None,
     ) -> None:
         recipe = Recipe.of(recipe)
+        check_finite(model)
         batchnorm = recipe.calibration.method == "batchnorm" and batches is not None
         if isinstance(batches, Iterator):
             msg = "the calibration batches are gone through repeatedly: give a list or the like, not an iterator"
@@ -114,6 +118,8 @@ class Sensitivity:
         self._key = self._bench.key(formats_of, {} if score is None else score.about)
         self._baseline: float | None = None
         self._points: dict[Spot, SensitivityPoint] = {}
+        if self._path is not None:
+            check_writable(self._path)
         if self._path is not None and self._path.exists():
             self._take_over(SensitivityTable.load(self._path))
 

@@ -15,6 +15,7 @@ from tenfold.allocation import RankRule, rule_of
 from tenfold.allocation.rules.threshold import ErrorBound
 from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
+from tenfold.files import check_writable
 from tenfold.formats import FORMATS
 from tenfold.layers import is_quantized
 from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
@@ -29,6 +30,7 @@ from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
 from tenfold.surgery import find, separated
 from tenfold.tensors import plain_arithmetic
+from tenfold.tensors.finite import check_finite
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -60,6 +62,7 @@ def tabulate(
 
     Raises:
         UnknownNameError: a format or a pattern that names nothing.
+        WeightError: a parameter or buffer has NaN or infinity.
         PlanError: a layer without values, or output Gram matrices for some layers only.
         BudgetError: the rule needs scores and there are none.
 
@@ -72,6 +75,7 @@ def tabulate(
         ('0', [4, 8, 12])
     """
     recipe, runtime = Recipe.of(recipe), runtime or Runtime()
+    check_finite(model)
     rule = rule_of(recipe.rule)
     kept = kept_reasons(model, profile, recipe, moments)
     layers = [
@@ -131,6 +135,7 @@ def _weighed(
 ) -> dict[str, list[FormatOptions]]:
     cache = None
     if runtime.cache is not None and "fitted_error" in rule.columns:
+        check_writable(Path(runtime.cache))
         cache = JsonCache(Path(runtime.cache), {"version": 1, "what": "errors of trial fits"})
     work = _Work(rule, scores is not None, {} if cache is None else _known_errors(cache))
     pieces = layers if runtime.workers.is_local else [_alone(layer) for layer in layers]

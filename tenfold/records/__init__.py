@@ -1,8 +1,9 @@
 """The objects that flow between the verbs: frozen, strict, printable, and free of torch."""
 
+from tenfold.files import atomic_write, locked, write_text
 from tenfold.records.agreement import Agreement
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
-from tenfold.records.base import Record, explain
+from tenfold.records.base import Record, Seed, explain
 from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import (
@@ -28,7 +29,7 @@ from tenfold.records.sensitivity_table import (
     TradeOffPoint,
 )
 from tenfold.records.sizes import parse_size
-from tenfold.records.store import JsonCache, atomic_write, locked, read_json, write_text
+from tenfold.records.store import JsonCache
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
@@ -64,6 +65,7 @@ __all__ = [
     "Recipe",
     "Record",
     "RunRecord",
+    "Seed",
     "SensitivityKey",
     "SensitivityPoint",
     "SensitivityTable",
@@ -86,6 +88,5 @@ __all__ = [
     "explain",
     "locked",
     "parse_size",
-    "read_json",
     "write_text",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tenfold.errors import DataError, TenfoldError
+from tenfold.errors import DataError, FileError, TenfoldError
+from tenfold.files import read_text, write_text
+from tenfold.records.parsing import CHANGED, parse, parse_json, seal, unseal
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Record(BaseModel):
@@ -34,35 +36,52 @@ class Record(BaseModel):
 
     @classmethod
     def from_text(cls, text: str, *, source: str = "text") -> Self:
-        """Read a record from YAML or JSON (which is YAML).
+        """Read a record from YAML or JSON (which is YAML), sealed or not.
 
         Raises:
-            TenfoldError: the text is not YAML, or not a record of this type; the message names the field.
+            TenfoldError: the text is neither, is not the one that was sealed, or is not a record of this type; the
+                message names the field.
         """
+        text, intact = unseal(text)
         try:
-            return cls.model_validate(_values(text))
-        except yaml.YAMLError as error:
-            msg = f"{source} is not valid YAML: {' '.join(str(error).split())}"
-            raise TenfoldError(msg) from error
+            record = cls.model_validate(parse(text))
         except ValidationError as error:
             msg = f"{source} is not a valid {cls.__name__}: {explain(error)}"
             raise TenfoldError(msg) from error
+        except ValueError as error:
+            msg = f"{source} is not valid YAML: {error}"
+            raise TenfoldError(msg) from error
+        if not intact:
+            msg = f"{source} {CHANGED}"
+            raise TenfoldError(msg)
+        return record
+
+    def save_sealed(self, path: Path) -> None:
+        """Write the record as JSON with a digest: for files that tenfold reads again and nobody edits."""
+        write_text(path, seal(self.to_json()))
 
     @classmethod
     def from_json_file(cls, path: str | Path, what: str) -> Self:
         """Read a record from a JSON file; ``what`` it holds is for messages.
 
         Raises:
-            DataError: the file cannot be read, is something else, or was written by another version.
+            DataError: the file cannot be read, is something else, was damaged, or was written by another version.
         """
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            msg = f"cannot read {what} {path}: {error.strerror or error}"
-            raise DataError(msg) from error
+            text, intact = unseal(read_text(Path(path), what))
+            record = cls.model_validate(parse_json(text))
+        except FileError as error:
+            raise DataError(str(error)) from error
         except ValidationError as error:
             msg = f"{path} is not {what} that this tenfold reads: {explain(error)}"
             raise DataError(msg) from error
+        except ValueError as error:
+            msg = f"{path} is not {what} that this tenfold reads: {error}"
+            raise DataError(msg) from error
+        if not intact:
+            msg = f"{path} {CHANGED}"
+            raise DataError(msg)
+        return record
 
 
 class Spec:
@@ -76,14 +95,6 @@ class Spec:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-
-def _values(text: str) -> Any:
-    """Return what is written as JSON, which is read a hundred times faster as such, or as YAML."""
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError):
-            return json.loads(text)
-    return yaml.safe_load(text)
 
 
 def refusal(error: ValidationError) -> Exception | None:

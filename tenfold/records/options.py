@@ -18,19 +18,34 @@ from pydantic import (
 )
 
 from tenfold.errors import DataError
+from tenfold.files import write_text
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
+from tenfold.records.parsing import seal
 from tenfold.records.recipe import Recipe
-from tenfold.records.store import write_text
 
 OPTIONS_VERSION = 2
 
-Ints = Annotated[
-    NDArray[np.int64], PlainValidator(lambda v: np.asarray(v, dtype=np.int64)), PlainSerializer(lambda a: a.tolist())
-]
+
+def _ints(value: Any) -> Any:
+    return _array(value, np.int64)
+
+
+def _floats(value: Any) -> Any:
+    return _array([np.nan if x is None else x for x in value] if isinstance(value, list) else value, np.float64)
+
+
+def _array(value: Any, dtype: Any) -> Any:
+    try:
+        return np.asarray(value, dtype=dtype)
+    except (TypeError, OverflowError) as error:  # pydantic reports ValueError alone
+        raise ValueError(str(error)) from error
+
+
+Ints = Annotated[NDArray[np.int64], PlainValidator(_ints), PlainSerializer(lambda a: a.tolist())]
 Floats = Annotated[
     NDArray[np.float64],
-    PlainValidator(lambda v: np.asarray([np.nan if x is None else x for x in v] if isinstance(v, list) else v, float)),
+    PlainValidator(_floats),
     PlainSerializer(lambda a: [None if np.isnan(x) else x for x in a.tolist()]),
 ]
 
@@ -270,7 +285,7 @@ class OptionTable(_Columns):
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON, whole or not at all."""
-        write_text(Path(path), self.model_dump_json(exclude_none=True))
+        write_text(Path(path), seal(self.model_dump_json(exclude_none=True)))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from tenfold.errors import PlanError, TenfoldError
+from tenfold.files import read_text, write_text
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.recipe import Recipe
-from tenfold.records.store import write_text
 
 PLAN_VERSION = 2
 PLAN_HEADER = """\
@@ -156,6 +156,6 @@ class Plan(Record):
             msg = f"there is no plan at {path}"
             raise PlanError(msg)
         try:
-            return cls.from_text(path.read_text(encoding="utf-8"), source=str(path))
-        except (TenfoldError, UnicodeDecodeError) as error:
+            return cls.from_text(read_text(path, "the plan"), source=str(path))
+        except TenfoldError as error:
             raise PlanError(str(error)) from error

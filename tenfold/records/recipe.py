@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
-    NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -18,9 +17,9 @@ from pydantic import (
 )
 
 from tenfold.errors import BudgetError, RecipeError, TenfoldError
-from tenfold.records.base import Record, explain, refusal
+from tenfold.files import read_text, write_text
+from tenfold.records.base import Record, Seed, explain, refusal
 from tenfold.records.budget import Budget
-from tenfold.records.store import write_text
 from tenfold.registry import as_tuple
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
@@ -109,7 +108,7 @@ class Recipe(Record):
     keep_ends: bool | None = None
     calibration: Calibration = Calibration()
     fuse_batchnorm: bool = False
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     @classmethod
     def of(cls, recipe: Recipe | Budget | Mapping[str, Any] | str | None) -> Self:
@@ -151,10 +150,7 @@ class Recipe(Record):
         """
         path = Path(path)
         try:
-            return cls.from_text(path.read_text(encoding="utf-8"), source=str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            msg = f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}"
-            raise RecipeError(msg) from error
+            return cls.from_text(read_text(path, "the recipe"), source=str(path))
         except TenfoldError as error:
             raise RecipeError(str(error)) from error
 

@@ -10,7 +10,6 @@ from pydantic import NonNegativeFloat, model_validator
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.metric import FRACTION, Metric
-from tenfold.records.store import write_text
 
 SENSITIVITY_VERSION = 2  # 1 had no digests of the data, and only algorithms that were not the default
 TRADEOFF_VERSION = 1
@@ -128,7 +127,7 @@ class SensitivityTable(Record):
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON, whole or not at all."""
-        write_text(Path(path), self.to_json())
+        self.save_sealed(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from tenfold.records.base import Record
+from tenfold.records.base import Record, Seed
 
 
 class TuneConfig(Record):
@@ -57,7 +57,7 @@ class TuneConfig(Record):
     batch_size: PositiveInt = 128
     accumulate: PositiveInt = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     @classmethod
     def gentle(cls, **settings: Any) -> TuneConfig:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.records import LayerPlan, RunRecord, write_text
+from tenfold.files import write_text
+from tenfold.records import LayerPlan, RunRecord
 from tenfold.reporting import charts
 from tenfold.reporting.charts import Chart
 from tenfold.reporting.numbers import count, factor, limits, percent, plural, ranks, seconds, size, speed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tenfold.errors import DataError, TenfoldError
+from tenfold.errors import DataError, FileError, TenfoldError
+from tenfold.files import read_text
 from tenfold.records import Analysis, RunRecord, SensitivityTable, TradeOff, explain
+from tenfold.records.parsing import CHANGED, parse_json, unseal
 
 RECORD, ANALYSIS = "record.json", "analysis.json"
 
@@ -46,8 +47,8 @@ def read_run(path: str | Path, *, curves: Sequence[str | Path] = ()) -> Run:
     analysis = None
     if file.name == RECORD and beside.is_file():
         try:
-            analysis = Analysis.from_text(beside.read_text(encoding="utf-8"), source=str(beside))
-        except (TenfoldError, OSError, UnicodeDecodeError) as error:
+            analysis = Analysis.from_text(read_text(beside, "an analysis"), source=str(beside))
+        except TenfoldError as error:
             raise DataError(str(error)) from error
     found: dict[str, Any] = {}
     for extra in curves:
@@ -88,13 +89,17 @@ def _name(file: Path) -> str:
 
 def _load(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"cannot read {file}: {error.strerror or error}"
-        raise DataError(msg) from error
+        text, intact = unseal(read_text(file, "JSON"))
+        value = parse_json(text)
+    except FileError as error:
+        raise DataError(str(error)) from error
     except ValueError as error:
         msg = f"{file} is not JSON: {error}"
         raise DataError(msg) from error
+    if not intact:
+        msg = f"{file} {CHANGED}"
+        raise DataError(msg)
+    return value
 
 
 def _is_record(value: Any) -> bool:

@@ -25,8 +25,8 @@ from tenfold.surgery.separate import separate
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.masks import token_mask
-from tenfold.tracing.replay import Replay
 from tenfold.tracing.repeated_runs import Forward
+from tenfold.tracing.replay import Replay
 
 Progress = Callable[[int, int], None]
 

@@ -1,4 +1,4 @@
-"""Load the weights of a dense model from a .safetensors file, strictly."""
+"""Load the weights of a dense model from a file, strictly."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tenfold.checkpoint.state_dicts import read_state_dict
 from tenfold.errors import CheckpointError
 
 M = TypeVar("M", bound=nn.Module)
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".th")
 
 
 def load_weights(model: M, path: Path | str) -> M:
-    """Copy the tensors of a .safetensors file into ``model``, cast to its dtypes, and return it.
+    """Copy the tensors of a .safetensors file, or of one of torch.save, into ``model``, cast to its dtypes; return it.
 
     The file must hold exactly the tensors of the model, with the same shapes; only the counters
-    ``num_batches_tracked`` of batch norms may be absent, as in many published files.
+    ``num_batches_tracked`` of batch norms may be absent, as in many published files. See
+    ``tenfold.checkpoint.state_dicts.read_state_dict`` for how files of torch.save are read.
 
     Raises:
-        CheckpointError: the file is missing, not a safetensors file, truncated, or made for another model (the message
+        CheckpointError: the file is missing, damaged, holds no weights, or was made for another model (the message
             names the first tensor that does not fit). The model is then unchanged.
     """
     path = Path(path).expanduser()
-    found, wanted = _read(path), model.state_dict()
+    found, wanted = read_state_dict(path).tensors, model.state_dict()
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in found if k not in wanted]
     if missing or unexpected:
@@ -47,21 +46,6 @@ def load_weights(model: M, path: Path | str) -> M:
         for key, value in found.items():
             wanted[key].copy_(value)
     return model
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.is_dir():
-        msg = f"{path} is a folder; weights are one .safetensors file. A compressed model is loaded as a checkpoint."
-        raise CheckpointError(msg)
-    if not path.is_file():
-        msg = f"there is no weights file {path}"
-        raise CheckpointError(msg)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        hint = " Pickled files are not read: save the state dict with safetensors." if path.suffix in PICKLED else ""
-        msg = f"{path} is not a readable .safetensors file ({error}).{hint}"
-        raise CheckpointError(msg) from error
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from tenfold.errors import DataError, require
-from tenfold.records import atomic_write
+from tenfold.errors import CheckpointError, DataError, require
+from tenfold.files import atomic_write
 from tenfold.tasks.in_memory import Split, TensorSet
+from tenfold.tensors.tensor_file import check_digest, read_tensors, write_tensors
 
 DATA_VARIABLE = "TENFOLD_DATA"
 COLUMNS = ("img", "image")  # names of the picture in the Hub's data sets
-_LAYOUT = 1  # of the files of decoded pictures: raise it when their meaning changes
+_LAYOUT = 2  # of the files of decoded pictures: raise it when their meaning changes
 
 logger = logging.getLogger("tenfold")
 
@@ -163,9 +162,10 @@ def _stored(name: str, sources: Sequence[Path]) -> TensorSet | None:
     try:
         if not path.is_file():
             return None
-        tensors = load_file(path)
+        tensors, header = read_tensors(path)
+        check_digest(path, tensors, header, ())
         return TensorSet(tensors["images"], tensors["labels"])
-    except (SafetensorError, OSError, KeyError, DataError) as error:
+    except (CheckpointError, KeyError, DataError) as error:
         logger.warning("decoded pictures in %s are unreadable (%s): decoding again", path, error)
         return None
 
@@ -175,8 +175,8 @@ def _store(name: str, sources: Sequence[Path], decoded: TensorSet) -> TensorSet:
     path = _place(name, sources)
     try:
         with atomic_write(path) as partial:
-            save_file({"images": decoded.inputs.contiguous(), "labels": decoded.labels}, partial)
-    except (OSError, SafetensorError) as error:
+            write_tensors(partial, {"images": decoded.inputs, "labels": decoded.labels}, {}, ())
+    except OSError as error:
         logger.warning("cannot keep decoded pictures in %s (%s): the next run decodes again", path.parent, error)
     return decoded
 

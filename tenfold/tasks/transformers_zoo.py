@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tenfold.checkpoint.pretrained import CONFIG, MARK, architecture, build_dense, write_config
-from tenfold.errors import CheckpointError, DataError, ProfileError, TenfoldError, UnknownNameError, first_line, require
+from tenfold.checkpoint.pretrained import (
+    CONFIG,
+    MARK,
+    OWN_CODE,
+    architecture,
+    build_dense,
+    opening,
+    read_config,
+    write_config,
+)
+from tenfold.errors import CheckpointError, DataError, ProfileError, UnknownNameError, require
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
@@ -51,7 +59,8 @@ class HuggingFace(ModelOnly):
     def config(self) -> Any:
         """The config of the model."""
         transformers = _transformers()
-        return self._read(lambda: transformers.AutoConfig.from_pretrained(self.source))
+        with opening(self.id):
+            return transformers.AutoConfig.from_pretrained(self.source, **OWN_CODE)
 
     @property
     def model_class(self) -> Any:
@@ -77,23 +86,13 @@ class HuggingFace(ModelOnly):
         return super().dense(weights)
 
     def _pretrained(self, source: str) -> nn.Module:
-        file = Path(source) / CONFIG
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = read_config(Path(source)) if (Path(source) / CONFIG).is_file() else {}
         if (known.get("quantization_config") or {}).get("quant_method") == MARK["quant_method"]:
             msg = f"{source} holds a model that is compressed already: give it as --checkpoint"
             raise CheckpointError(msg)
-        made: nn.Module = self._read(lambda: self.model_class.from_pretrained(source))
+        with opening(self.id):
+            made: nn.Module = self.model_class.from_pretrained(source, **OWN_CODE)
         return made.eval()
-
-    def _read(self, read: Any) -> Any:
-        """Call a reader of transformers; a failure is reported in one line."""
-        try:
-            return read()
-        except TenfoldError:
-            raise
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            msg = f"{self.id} cannot be opened: {first_line(error)}"
-            raise CheckpointError(msg) from error
 
     def write_beside(self, model: nn.Module, folder: Path) -> None:
         """Write config and tokenizer beside the weights, so that ``load_pretrained`` and ``AutoModel`` open them."""
@@ -151,7 +150,7 @@ class HuggingFace(ModelOnly):
         transformers = _transformers()
         auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
         try:
-            return auto.from_pretrained(self.source)
+            return auto.from_pretrained(self.source, **OWN_CODE)
         except (OSError, ValueError, KeyError, ImportError):  # processors differ in how they report that there is none
             return None
 

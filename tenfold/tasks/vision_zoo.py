@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlparse
 
 import torch
 from torch import nn
 
+from tenfold.checkpoint.state_dicts import read_state_dict
 from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, first_line, require
 from tenfold.registry import did_you_mean
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
@@ -63,6 +67,8 @@ class VisionZoo(ModelOnly):
         """
         try:
             return self._made(trained=True)
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             msg = (
                 f"no trained weights of {self.id} available ({first_line(error)}). Give --weights FILE (.safetensors)."
@@ -134,7 +140,8 @@ class TorchVision(VisionZoo):
             options |= {"min_size": self.side, "max_size": self.side}
         if self.model_name.startswith("vit_") and self.side is not None:
             options["image_size"] = self.side
-        made: nn.Module = models.get_model(self.model_name, **options)
+        with _weights_only(models.get_model_weights(self.model_name).DEFAULT) if trained else nullcontext():
+            made: nn.Module = models.get_model(self.model_name, **options)
         if trained or not _FROZEN.fullmatch(self.model_name):
             return made
         exact = "resnet50" in self.model_name and not self.model_name.startswith("fcos")
@@ -184,6 +191,39 @@ def _frozen(model: nn.Module, eps: float) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, frozen)
     return model
+
+
+@contextmanager
+def _weights_only(weights: Any) -> Iterator[None]:
+    """Let torchvision read a file of weights by torch's loader for weights only, and only if its hash is right.
+
+    By itself it unpickles whatever lies in its cache, and checks the hash of what it downloads alone.
+    """
+    weights.get_state_dict = lambda **_: _cached(weights.url)
+    try:
+        yield
+    finally:
+        del weights.get_state_dict
+
+
+def _cached(url: str) -> dict[str, Any]:
+    """Return the state dict at an address, through the cache of torch.hub.
+
+    Raises:
+        CheckpointError: what is in the cache has another hash than its name says, or is no state dict.
+    """
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+    named = re.search(r"-([a-f0-9]{8,})\.", file.name)
+    wanted = named[1] if named else ""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), wanted or None, progress=False)
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not found.startswith(wanted):
+        msg = f"{file} has another hash than its name says: delete it, and it is downloaded again"
+        raise CheckpointError(msg)
+    return read_state_dict(file).tensors
 
 
 _KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")

@@ -16,7 +16,7 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2)}) != digest({"a": -torch.zeros(2)})
         True
     """
-    found = hashlib.blake2b(text.encode(), digest_size=16)
+    found = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

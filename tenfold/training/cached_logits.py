@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError
-from tenfold.records import atomic_write
+from tenfold.files import atomic_write
+from tenfold.tensors.tensor_file import check_digest, read_tensors, write_tensors
 from tenfold.tracing.contexts import device_of, evaluating
 from tenfold.tracing.inputs import call_model, to_device
 from tenfold.training.batches import Batch, as_pair
@@ -100,12 +99,14 @@ class _View:
             yield inputs, (labels, logits[-1])
         if logits:
             with atomic_write(self.path) as partial:  # the last of several writers wins, with the same content
-                save_file({"logits": torch.cat(logits)}, partial)
+                write_tensors(partial, {"logits": torch.cat(logits)}, {}, ())
 
     def _read(self) -> Iterator[Batch]:
         try:
-            stored = load_file(self.path)["logits"]
-        except (SafetensorError, KeyError) as error:
+            tensors, header = read_tensors(self.path)
+            check_digest(self.path, tensors, header, ())
+            stored = tensors["logits"]
+        except (CheckpointError, KeyError) as error:
             msg = f"{self.path} is damaged ({error}): delete it, and it is computed again"
             raise CheckpointError(msg) from None
         done = 0
@@ -135,7 +136,7 @@ class _View:
 
 
 def _fingerprint(teachers: Sequence[nn.Module], about: str) -> str:
-    found = hashlib.blake2b(about.encode(), digest_size=8)
+    found = hashlib.blake2b(f"2 {about}".encode(), digest_size=8)  # 2: files have a digest
     for teacher in teachers:
         for name, tensor in teacher.state_dict().items():
             found.update(name.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from tenfold.tracing.contexts import device_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from tenfold.training.snapshot import TrainingFolder
 
 Prepared = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -63,7 +63,7 @@ class SingleProcess:
     def sync_buffers_(self, model: nn.Module) -> None:
         """Copy buffers from the main process: running statistics differ, parameters do not."""
 
-    def check_same_epochs(self, done: int, folder: TrainingFolder | None) -> None:
+    def check_same_epochs(self, done: int, folder: Path | None) -> None:
         """Raise CheckpointError unless all processes found the same number of epochs in the folder."""
 
     def wait(self) -> None:
@@ -149,12 +149,12 @@ class AccelerateProcess(SingleProcess):
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer))
 
-    def check_same_epochs(self, done: int, folder: TrainingFolder | None) -> None:
+    def check_same_epochs(self, done: int, folder: Path | None) -> None:
         """Raise CheckpointError unless all processes found the same number of epochs in the folder."""
         counts: list[int] = self.accelerator.gather(torch.tensor([done], device=self.accelerator.device)).tolist()
         if folder is not None and len(set(counts)) > 1:
             msg = (
-                f"the processes find {', '.join(map(str, counts))} epochs in {folder.path}: give a folder on a file "
+                f"the processes find {', '.join(map(str, counts))} epochs in {folder}: give a folder on a file "
                 "system that all machines share."
             )
             raise CheckpointError(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,7 @@ def finetune(
             models in pieces (FSDP, DeepSpeed) or accumulates gradients itself.
         DataError: no batches, or batches that are not pairs.
         CheckpointError: a folder that is not writable, or holds a damaged file or another run.
+        FileError: another process trains in the folder, or the disk is full.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -87,23 +89,40 @@ def finetune(
     config, folder = config or TuneConfig(), TrainingFolder.of(folder)
     processes = SingleProcess() if accelerator is None else AccelerateProcess(accelerator)
     progress = progress if progress is not None and processes.index == 0 else TuneProgress()
-    snapshot = Snapshot(folder, config, processes.count) if folder is not None else None
-    state = snapshot.read() if snapshot else None
-    history = list(state.history) if state else []
-    done = len(history)
-    processes.check_same_epochs(done, folder)
-    if done and folder and processes.index == 0:
-        logger.info("resuming after epoch %d of %d from %s", done, config.epochs, folder.path)
+    if folder is None:
+        return _train(model, batches, config, loss, evaluate, None, progress, processes)
+    snapshot = Snapshot(folder, config, processes.count)
+    with snapshot.in_use() if processes.index == 0 else nullcontext():
+        return _train(model, batches, config, loss, evaluate, snapshot, progress, processes)
+
+
+def _train(
+    model: nn.Module,
+    batches: Batches,
+    config: TuneConfig,
+    loss: Loss | None,
+    evaluate: Evaluate | None,
+    snapshot: Snapshot | None,
+    progress: TuneProgress,
+    processes: SingleProcess,
+) -> TuneResult:
+    """Train from where the snapshot says; see ``finetune``."""
+    stored = snapshot.read() if snapshot else None
+    history = list(stored.state.history) if stored else []
+    done, chosen = len(history), stored.state.as_dense if stored else None
+    processes.check_same_epochs(done, None if snapshot is None else snapshot.folder)
+    if done and snapshot and processes.index == 0:
+        logger.info("resuming after epoch %d of %d from %s", done, config.epochs, snapshot.folder)
     if done >= config.epochs:
-        if snapshot and done:
-            snapshot.restore(model)
+        if snapshot and stored:
+            snapshot.restore(stored.tensors, model)
         return TuneResult(config=config, history=tuple(history), resumed=done)
 
     device = processes.place(leave_inference_(model))
     with same_random_numbers(device), kept_modes(model):
         steps = -(-count_steps(batches) // processes.count)
-        if snapshot and state:
-            snapshot.check_steps(state, steps)
+        if snapshot and stored:
+            snapshot.check_steps(stored.state, steps)
         first, data = peek(_epoch_data(batches, done, config, device, processes))
         layout = uses_channels_last(model, to_device(first[0], device), config.channels_last)
         average = None if config.ema is None else Average(model, config.ema)
@@ -111,8 +130,9 @@ def finetune(
             channels_last_weights(model, enabled=layout),
             processes.prepared(model, plain := build_optimizer(model, config)) as (called, optimizer),
         ):
-            if snapshot and state:
-                snapshot.restore(model, plain, average)
+            if snapshot and stored:
+                snapshot.restore(stored.tensors, model, plain, average)
+                stored = None  # all of it is copied
             loop = Loop(
                 model=model,
                 called=called,
@@ -126,7 +146,7 @@ def finetune(
                 processes=processes,
                 average=average,
             )
-            dense = state.as_dense if state else _as_dense(loop, first)
+            dense = _as_dense(loop, first) if chosen is None else chosen
             progress.start(epochs=config.epochs, steps=steps, done=done)
             try:
                 for epoch in range(done, config.epochs):

@@ -1,33 +1,31 @@
 """Training checkpoints: the last complete epoch in one safetensors file, replaced atomically.
 
 It holds everything that the next epoch depends on: parameters, buffers, their average and the state of the optimizer as
-tensors; epoch, history and configuration as JSON in the header. Random states are left out: they are a function of the
-seed and the epoch.
+tensors; epoch, history and configuration as JSON in the header; and a digest of it all, so that a run goes on from
+nothing else. Random states are left out: they are a function of the seed and the epoch.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import PositiveInt
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tenfold.errors import CheckpointError, TenfoldError
-from tenfold.records import Record, atomic_write
+from tenfold.errors import CheckpointError, FileError, TenfoldError
+from tenfold.files import atomic_write, check_writable, in_use, reason, remove_leftovers
+from tenfold.records import Record
 from tenfold.records.tuning import EpochRecord, TuneConfig
+from tenfold.tensors.tensor_file import check_digest, read_tensors, write_tensors
 from tenfold.training.ema import Average
 
 FILE_NAME = "tuning.safetensors"
 HEADER = "tenfold.training"
-VERSION = 1
+VERSION = 2  # 1 had no digest
 
 
 class TuneState(Record):
@@ -65,6 +63,14 @@ class TrainingFolder:
         return TrainingFolder(Path(self.path) / name, "; ".join(filter(None, (self.identity, *facts))))
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The state of a run, and the tensors of its last epoch."""
+
+    state: TuneState
+    tensors: dict[str, Tensor]
+
+
 class Snapshot:
     """The file of a run in its folder.
 
@@ -83,16 +89,18 @@ class Snapshot:
         self.config, self.processes = config, processes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob(f".{FILE_NAME}.*"):  # by a kill
-                shutil.rmtree(left_over)
-            with tempfile.TemporaryFile(dir=self.folder):  # fail now rather than after the first epoch
-                pass
+            remove_leftovers(self.folder, f".{FILE_NAME}.")
+            check_writable(self.path)  # fail now rather than after the first epoch
         except OSError as error:
-            msg = f"cannot write training checkpoints to {self.folder}: {error.strerror or error}. Use another one."
+            msg = f"cannot write training checkpoints to {self.folder}: {reason(error)}. Use another one."
             raise CheckpointError(msg) from error
 
-    def read(self) -> TuneState | None:
-        """Return the stored state; None if there is none yet.
+    def in_use(self) -> AbstractContextManager[None]:
+        """Return a context in which no other process may train in the folder."""
+        return in_use(self.folder / ".lock", self.folder)
+
+    def read(self) -> Stored | None:
+        """Return what is stored; None if there is nothing yet.
 
         Raises:
             CheckpointError: the file is damaged, foreign, of a newer version, or of another run.
@@ -100,17 +108,19 @@ class Snapshot:
         if not self.path.exists():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                text = (file.metadata() or {}).get(HEADER, "")
-            state = TuneState.from_text(text, source=str(self.path))
-        except (SafetensorError, OSError, TenfoldError) as error:
+            tensors, header = read_tensors(self.path)
+            state = TuneState.from_text(header.get(HEADER, ""), source=str(self.path))
+            if state.version == VERSION:
+                check_digest(self.path, tensors, header, (HEADER,))
+        except TenfoldError as error:
             msg = f"{self.path} is not a readable training checkpoint ({error}). Delete it, or use another folder."
             raise CheckpointError(msg) from error
-        if state.version > VERSION:
-            msg = f"{self.path} has version {state.version}, this tenfold reads up to {VERSION}: upgrade tenfold"
+        if state.version != VERSION:
+            out = "upgrade tenfold" if state.version > VERSION else "finish the run with the tenfold that started it"
+            msg = f"{self.path} has version {state.version}, this tenfold reads {VERSION}: {out}, or delete it"
             raise CheckpointError(msg)
         self._refuse_others(state)
-        return state
+        return Stored(state, tensors)
 
     def state(self, steps: int, history: Sequence[EpochRecord], *, as_dense: bool = False) -> TuneState:
         """Return the state of the run after the epochs of the history."""
@@ -133,21 +143,19 @@ class Snapshot:
             raise CheckpointError(msg)
 
     def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: Average | None = None
+        self,
+        stored: Mapping[str, Tensor],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        average: Average | None = None,
     ) -> None:
-        """Restore the model, and optimizer and average if training continues.
+        """Restore the model from stored tensors, and optimizer and average if training continues.
 
         Without an optimizer the run is finished: the model gets the average, if there is one.
 
         Raises:
             CheckpointError: the model has other tensors than the stored one, and is left unchanged.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — no mapping
-        except (SafetensorError, OSError) as error:
-            msg = f"{self.path} is damaged ({error}). Delete it, or use another folder."
-            raise CheckpointError(msg) from error
         here = {f"model/{name}": tensor for name, tensor in _model_tensors(model)}
         there = {name: tensor for name, tensor in stored.items() if name.startswith("model/")}
         shapes = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (here, there)]
@@ -190,11 +198,9 @@ class Snapshot:
         }
         try:
             with atomic_write(self.path) as partial:
-                save_file(tensors, partial, metadata={HEADER: state.model_dump_json()})
-                with partial.open("rb+") as file:
-                    os.fsync(file.fileno())
-        except (OSError, SafetensorError) as error:
-            msg = f"cannot write {self.path}: {error}. The epoch before is still there."
+                write_tensors(partial, tensors, {HEADER: state.model_dump_json()}, (HEADER,))
+        except FileError as error:
+            msg = f"cannot write {self.path}: {reason(error)}. The epoch before is still there."
             raise CheckpointError(msg) from error
 
     def _refuse_others(self, state: TuneState) -> None:
@@ -214,7 +220,9 @@ class Snapshot:
             msg = f"{self.path} averaged other tensors than are trained now, such as {odd!r}. Use another folder."
             raise CheckpointError(msg)
 
-    def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, stored: dict[str, Tensor]) -> None:
+    def _restore_optimizer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Tensor]
+    ) -> None:
         names = {parameter: name for name, parameter in model.named_parameters()}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         index = {names[p]: i for i, p in enumerate(parameters)}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import stat
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ from torch import Tensor, nn
 
 from tenfold.allocation import choose
 from tenfold.checkpoint import check_target, digest, load, model_folder, read_record, save
-from tenfold.errors import CheckpointError, PlanError
+from tenfold.errors import CheckpointError, PlanError, TenfoldError
 from tenfold.pipeline import compress
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
 from tenfold.records import OptionTable, Plan, Recipe
+from tenfold.reporting.run_files import read_run
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 
@@ -416,3 +420,55 @@ def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
     made, plan = small(nn.Linear(16, 16), torch.randn(3, 16))
     loaded, _ = load(nn.Linear(16, 16), save(made, plan, tmp_path / "out"))
     assert same_bits(made, loaded)
+
+
+def test_a_load_during_saves_is_the_earlier_model_or_the_later(saved: Path) -> None:
+    first = load(dense(), saved)[0]
+    code = (
+        "import sys, torch, tenfold\nfrom tests.checkpoint.test_model_folder import dense, small\n"
+        "from tenfold.checkpoint import save\n"
+        "made, plan = small(dense(), torch.randn(3, 16))\n"
+        "print('ready', flush=True)\n"
+        "for i in range(60):\n"
+        "    for p in made.parameters(): p.data.fill_(i)\n"
+        "    save(made, plan, sys.argv[1])\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    writer = subprocess.Popen([sys.executable, "-c", code, str(saved)], env=environ, stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"ready\n"
+    seen = set()
+    while writer.poll() is None:
+        found = load(dense(), saved)[0]
+        if not same_bits(found, first):
+            (value,) = {float(x) for p in found.parameters() for x in p.detach().flatten()}  # all tensors of one save
+            seen.add(value)
+    assert writer.returncode == 0
+    assert len(seen) > 1
+    assert {p.name for p in saved.parent.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("name", ["record.json", "options.json", "analysis.json"])
+def test_one_changed_bit_beside_the_model(name: str, tmp_path: Path) -> None:
+    result = compress(dense(), torch.randn(3, 16), "macs=0.7", runtime=Runtime(measure=False))
+    path = result.save(tmp_path / "out")
+    read = {
+        "record.json": read_record,
+        "options.json": lambda folder: OptionTable.load(folder / name),
+        "analysis.json": read_run,
+    }[name]
+    read(path)
+    text = (path / name).read_text()
+    place = text.index("0.", 200)
+    (path / name).write_text(f"{text[:place]}1{text[place + 1 :]}")
+    with pytest.raises(TenfoldError, match=rf"{name} was changed after it was written"):
+        read(path)
+
+
+def test_the_working_folder_itself_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plan = small(dense(), torch.randn(3, 16))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save(made, plan, ".")
+    assert same_bits(load(dense(), ".")[0], made)
+    assert {p.name for p in tmp_path.iterdir()} == {"here"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,80 @@ def test_plan_decides_alone(tenfold: Run, tiny: str) -> None:
 @pytest.mark.parametrize("task", ["digts", "no.module:Task", "nowhere.py:Task", "digits:big"])
 def test_unknown_task(tenfold: Run, task: str) -> None:
     assert tenfold("eval", "--task", task).is_error(task.split(":", maxsplit=1)[0])
+
+
+@pytest.mark.parametrize("option", ["--out", "--data", "--weights", "--plan", "--checkpoint"])
+def test_what_is_not_utf8_is_refused_before_any_work(tenfold: Run, tiny: str, option: str) -> None:
+    outcome = tenfold("compress", "--task", tiny, "--budget", "macs=0.5", option, os.fsdecode(b"out\xff"))
+    assert outcome.is_error(r"'out\udcff' is not UTF-8", code=2)
+    assert left() == set()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("plan", "--budget", "macs=0.5", "--out", "file/plan.yaml"),
+        ("plan", "--budget", "macs=0.5", "--plot", "file/plot.png"),
+        ("plan", "--rule", "accuracy_drop", "--budget", "macs=0.5", "--table", "file/table.json"),
+        ("sensitivity", "--out", "file/table.json"),
+        ("sensitivity", "--plot", "file/plot.png"),
+        ("stages", "--budget", "macs=0.5", "--out", "out", "--run", "file/run"),
+        ("train", "--budget", "macs=0.5", "--out", "file/out"),
+        ("export", "--out", "file/net.onnx"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(
+    tenfold: Run, tiny: str, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tenfold.cli.source import Opened
+
+    monkeypatch.setattr(Opened, "model", property(lambda _: 1 / 0))  # not even this has begun
+    Path("file").write_text("not a folder")
+    assert tenfold(args[0], "--task", tiny, *args[1:]).is_error("cannot write", "file")
+    assert left() == {"file"}
+
+
+def test_a_second_run_for_the_same_folder_is_told(tenfold: Run, tiny: str) -> None:
+    from tenfold.files import in_use
+
+    Path(".out.tuning").mkdir()
+    with in_use(Path(".out.tuning/.lock"), Path("out")):
+        outcome = tenfold("compress", "--task", tiny, *HALF)
+        assert outcome.is_error("out is in use by process", str(os.getpid()))
+    assert tenfold("compress", "--task", tiny, "--no-tune", *HALF).code == 0
+    assert left() == {"out"}
+
+
+@pytest.mark.parametrize("value", ["share=" + "9" * 5000, "share=[" + "[" * 500, "share={a: 1, a: 2}"])
+def test_odd_settings(tenfold: Run, tiny: str, value: str) -> None:
+    assert tenfold("compress", "--task", tiny, "--rule", "ratio", "--set", value, "--out", "out").code in (1, 2)
+    assert left() == set()
+
+
+@pytest.mark.parametrize("seed", [str(2**63), str(10**30)])
+@pytest.mark.parametrize("command", ["compress", "eval", "profile"])
+def test_seeds_that_no_generator_takes(tenfold: Run, tiny: str, command: str, seed: str) -> None:
+    budget = ("--budget", "macs=0.5") if command == "compress" else ()
+    outcome = tenfold(command, "--task", tiny, "--seed", seed, *budget)
+    assert outcome.code in (1, 2)
+    assert "--seed" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_convert(tenfold: Run, tiny: str) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from tenfold.tasks import load_task
+
+    state = {f"module.{name}": tensor for name, tensor in load_task(tiny).build().state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, "net.pth")
+    outcome = tenfold("convert", "net.pth", "net.safetensors", "--json")
+    assert outcome.code == 0
+    assert outcome.json["key"] == "state_dict"
+    assert outcome.json["dropped"] == ["epoch"]
+    assert {f"module.{name}" for name in load_file("net.safetensors")} == set(state)
+    for weights in ("net.pth", "net.safetensors"):
+        assert tenfold("profile", "--task", tiny, "--weights", weights).code == 0
+    assert tenfold("convert", "net.pth", "net.safetensors").is_error("net.safetensors exists", "--overwrite")
+    assert tenfold("convert", "nowhere.pth", "other.safetensors").is_error("no weights file nowhere.pth")

@@ -17,6 +17,7 @@ from tenfold import checkpoint
 from tenfold.errors import CheckpointError
 from tenfold.iterative import Stage, Training, compress_iteratively, folder, stages
 from tenfold.pipeline import Compressed
+from tenfold.records import Record
 from tenfold.runtime import Runtime
 from tenfold.training import TuneConfig
 from tests.iterative.killed import CONFIG, HOW
@@ -122,6 +123,7 @@ def test_a_crash_around_any_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     disk = Disk()
     for name in ("save", "write_text", "_remove"):
         monkeypatch.setattr(folder, name, disk.guard(getattr(folder, name)))
+    monkeypatch.setattr(Record, "save_sealed", disk.guard(Record.save_sealed))
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.zeros(1, 16)
     how = both(rounds=2, path="rule", rule={"name": "ratio", "share": 0.6}, formats=["low_rank"], epochs=0)

@@ -70,6 +70,12 @@ def test_missing_folder_truncated_and_pickled_files_are_refused(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(CheckpointError, match=r"not a readable .safetensors"):
         load_weights(_net(), path)
-    torch.save(_net().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="Pickled files are not read"):
+    torch.save(_net(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"holds objects of .*Sequential, and reading"):
         load_weights(_net(), tmp_path / "w.pth")
+
+
+def test_a_state_dict_of_torch_save_is_read(tmp_path: Path) -> None:
+    torch.save(_net(1).state_dict(), tmp_path / "w.pth")
+    model = load_weights(_net(0), tmp_path / "w.pth")
+    assert all(torch.equal(value, _net(1).state_dict()[key]) for key, value in model.state_dict().items())

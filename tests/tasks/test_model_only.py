@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tenfold.checkpoint import load_pretrained
 from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.tasks import load_task
 from tenfold.tasks.picture_folder import Look, PictureFolder, read_picture
@@ -76,3 +80,66 @@ def test_hf_names_need_a_model_and_say_in_one_line_what_is_missing(tmp_path: Pat
     with pytest.raises(CheckpointError, match="cannot be opened") as said:
         load_task(f"hf:{tmp_path}").build()
     assert "\n" not in str(said.value)
+
+
+class Evil:
+    def __reduce__(self) -> object:
+        return os.mkdir, ("hacked",)
+
+
+def test_cached_weights_of_torchvision_are_checked_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder, weights = tmp_path / "checkpoints", models.ResNet18_Weights.DEFAULT
+    folder.mkdir()
+    file, task = folder / weights.url.rpartition("/")[2], load_task("torchvision:resnet18")
+    torch.save({"a": Evil()}, file)
+    with pytest.raises(CheckpointError, match="another hash than its name says: delete it"):
+        task.dense()
+    trained = models.resnet18().state_dict()
+    torch.save(trained, file)
+    named = file.rename(folder / f"resnet18-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth")
+    monkeypatch.setattr(type(weights), "url", property(lambda _: f"https://nowhere.invalid/{named.name}"))
+    found = task.dense().state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
+    torch.save({"a": Evil()}, file)
+    evil = file.rename(folder / f"resnet18-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth")
+    monkeypatch.setattr(type(weights), "url", property(lambda _: f"https://nowhere.invalid/{evil.name}"))
+    with pytest.raises(CheckpointError, match=r"holds objects of posix\.mkdir"):
+        task.dense()
+    assert not (tmp_path / "hacked").exists()
+    assert "get_state_dict" not in vars(weights)
+
+
+def test_code_in_a_folder_of_transformers_is_refused_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "model_type": "mine",
+        "architectures": ["Mine"],
+        "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("import os\nos.mkdir('hacked')\n")
+    for work in (lambda: load_task(f"hf:{tmp_path}").build(), lambda: load_pretrained(tmp_path)):
+        with pytest.raises(
+            CheckpointError, match="brings Python code of its own, and tenfold never runs that"
+        ) as caught:
+            work()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"architectures": 5}', "\x00", '{"model_type": "bert", "hidden_size": "x"}', "{}"]
+)
+def test_an_odd_config_is_one_line(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"cannot be|names no class") as caught:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -109,9 +109,9 @@ def test_a_resumed_run_goes_on_as_it_began_whatever_is_faster_now(
         finetune(whole, batches, config)
         with pytest.raises(KeyboardInterrupt):
             finetune(parts, batches, config, folder=folder, progress=TuneProgress(stop))
-        state = Snapshot(TrainingFolder(folder), config).read()
-        assert state is not None
-        assert state.as_dense is faster
+        stored = Snapshot(TrainingFolder(folder), config).read()
+        assert stored is not None
+        assert stored.state.as_dense is faster
         monkeypatch.setattr(module, "faster_as_dense", lambda *_, faster=faster: not faster)
         finetune(parts, batches, config, folder=folder)
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tenfold.errors import CheckpointError
+from tenfold.errors import CheckpointError, FileError
 from tenfold.records.tuning import EpochRecord
 from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.training.snapshot import FILE_NAME
@@ -200,7 +201,7 @@ def test_killed_while_writing_leaves_the_former_epoch(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tenfold.training.snapshot.save_file", full_disk)
+        patch.setattr("tenfold.tensors.tensor_file.save_file", full_disk)
         with pytest.raises(CheckpointError, match="No space left"):
             finetune(cnn(), batches, CONFIG, folder=tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == before
@@ -264,7 +265,7 @@ def test_damaged_files_are_refused(finished: Path, damage: str) -> None:
         case "no state":
             save_file({"a": torch.zeros(1)}, path)
         case "newer":
-            path.write_bytes(with_header(path, version=2))
+            path.write_bytes(with_header(path, version=99))
         case _:
             path.write_bytes(with_header(path, extra=1))
     with pytest.raises(CheckpointError, match="upgrade" if damage == "newer" else "use another folder") as caught:
@@ -276,3 +277,27 @@ def test_folder_that_cannot_be_written_fails_before_training(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         finetune(cnn(), lambda epoch: time.sleep(60), CONFIG, folder=tmp_path / "file" / "run")
+
+
+def test_no_flipped_bit_is_resumed_from(tmp_path: Path) -> None:
+    def stop(record: EpochRecord) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(cnn(), batches, CONFIG, folder=tmp_path, progress=TuneProgress(stop))
+    raw, chance = (tmp_path / FILE_NAME).read_bytes(), random.Random(0)  # noqa: S311 - no secret
+    for place in [chance.randrange(8 * len(raw)) for _ in range(60)]:
+        changed = bytearray(raw)
+        changed[place // 8] ^= 1 << place % 8
+        (tmp_path / FILE_NAME).write_bytes(changed)
+        with pytest.raises(CheckpointError, match=r"[Dd]elete it"):
+            finetune(cnn(), batches, CONFIG, folder=tmp_path)
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    def again(record: EpochRecord) -> None:
+        with pytest.raises(FileError, match=f"is in use by process {os.getpid()}"):
+            finetune(cnn(), batches, CONFIG, folder=tmp_path)
+
+    finetune(cnn(), batches, CONFIG, folder=tmp_path, progress=TuneProgress(again))
+    assert [f.name for f in tmp_path.iterdir()] == [FILE_NAME]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from tenfold.cli.source import Folder, Machine, Source
 from tenfold.cli.terminal import Misuse, Options, Terminal
+from tenfold.records import Seed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +41,7 @@ class Conditions(Options):
     batch_size: PositiveInt = 1
     seconds: Annotated[float, Field(ge=0.1)] = 10.0
     memory_format: Layout = "best"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: Terminal) -> None:

@@ -36,7 +36,7 @@ def run(runs: list[Path], /, terminal: Terminal, *, out: tuple[Path, ...] = ()) 
         terminal: what to show.
         out: where to write the comparison: .html, .csv or .tex. Repeatable.
     """
-    from tenfold.records import write_text
+    from tenfold.files import check_writable, write_text
     from tenfold.reporting.comparison import compare
     from tenfold.reporting.comparison_page import write_comparison
     from tenfold.reporting.run_files import read_runs
@@ -46,6 +46,8 @@ def run(runs: list[Path], /, terminal: Terminal, *, out: tuple[Path, ...] = ()) 
     if wrong:
         msg = f"--out {wrong[0]}: a comparison is written as {', '.join(ENDS)}."
         raise Misuse(msg)
+    for file in out:
+        check_writable(file)
     groups = compare([found for path in runs for found in read_runs(path)])
     for file in out:
         if file.suffix.lower() == ".html":

@@ -57,10 +57,9 @@ def run(
     `tuning` by epoch; `seconds` by step; `environment`; `settings`; `task`; `command`; `seed`; `out`. What was not
     measured is null.
     """
-    from tenfold.checkpoint import check_target
     from tenfold.cli.choices import plan_or_recipe
     from tenfold.cli.launch import launched
-    from tenfold.cli.recovery import Tuner, forget_epochs, identity_of
+    from tenfold.cli.recovery import Tuner, claim, forget_epochs, identity_of
     from tenfold.cli.show import show_decision, show_outcome
     from tenfold.cli.source import open_source
     from tenfold.pipeline import carry_out
@@ -71,8 +70,8 @@ def run(
     teaching, launch = recover.teaching(), launched(machine)
     opened = open_source(source, launch.own(machine), recipe.seed)
     out = work.out or opened.default_folder
-    if not work.dry_run:
-        check_target(out)  # now, and not after hours of tuning
+    if launch.main and not work.dry_run:
+        claim(out, terminal)
     config = recover.config(opened, tune, recipe.seed)
     wanted = plan_or_recipe(recipe, work.plan)
     data = recover.batches(opened, wanted.recipe if isinstance(wanted, Plan) else wanted)

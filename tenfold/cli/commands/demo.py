@@ -6,11 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeInt
-
 from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
 from tenfold.errors import CheckpointError
+from tenfold.records import Seed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +28,7 @@ def run(
     terminal: Terminal,
     *,
     out: Annotated[Path, "FOLDER"] = Path("demo-out"),
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> None:
     """Show the whole way in less than a minute, on a small network for handwritten digits.
 
@@ -41,13 +40,13 @@ def run(
         out: where to write the model.
         seed: of everything that draws random numbers.
     """
-    from tenfold.checkpoint import check_target
+    from tenfold.cli.recovery import claim
     from tenfold.cli.show import show_outcome
     from tenfold.cli.source import open_source
     from tenfold.profiling import profile
     from tenfold.reporting import profile_tables
 
-    check_target(out)
+    claim(out, terminal)
     terminal.say("1. Train a small network on handwritten digits, and see what it costs.\n")
     opened = open_source(Source(task="digits"), machine, seed)
     terminal.show(*profile_tables(profile(opened.model, opened.inputs())))

@@ -6,10 +6,11 @@ import time
 from functools import partial
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
+from tenfold.records import Seed
 
 ORDER = 50
 
@@ -22,7 +23,7 @@ def run(
     split: Literal["test", "validation"] = "test",
     limit: PositiveInt | None = None,
     batch_size: PositiveInt = 125,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> None:
     """Score a model, dense (--weights) or compressed (--checkpoint), on its test set.
 

@@ -46,9 +46,11 @@ def run(
     from tenfold.explorer.explorer import Explorer
     from tenfold.explorer.server import Service, serve
     from tenfold.explorer.table_files import free_name, read_options, run_name
+    from tenfold.files import check_writable
 
     folder = path if path.is_dir() else path.parent
     target = free_name(folder / "explored.yaml") if out is None else out
+    check_writable(target)
     table = read_options(path)
     name, command = run_name(path, table, target)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Misuse, Options, Terminal
+from tenfold.records import Seed
 
 if TYPE_CHECKING:
     from tenfold.cli.source import Opened
@@ -48,7 +49,7 @@ class File(Options):
     calibration_samples: PositiveInt | None = None
     seconds: NonNegativeFloat = 2.0
     overwrite: bool = False
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> None:
@@ -64,7 +65,9 @@ def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> Non
     """
     _check(file)
     from tenfold.cli.source import open_source
+    from tenfold.exporting.base import check_free
 
+    check_free(file.out, overwrite=file.overwrite)  # now, and not when the model has been opened
     terminal.step("open the model")
     opened = open_source(source, machine, file.seed)
     terminal.step("export")
@@ -103,21 +106,18 @@ def _in_floats(opened: Opened, file: File, path: Path | None = None) -> ExportRe
 
 def _in_integers(opened: Opened, file: File) -> ExportRecord:
     """Return the record of the quantized file; the one in floating point is not kept."""
-    import tempfile
-
     from tenfold.exporting import open_exported, quantize_onnx
-    from tenfold.exporting.base import check_free
+    from tenfold.files import scratch
     from tenfold.profiling import measure_latency
     from tenfold.tracing import to_device
 
-    check_free(file.out, overwrite=file.overwrite)
     samples, size = (
         file.calibration_samples or _INT8_CALIBRATION,
         file.batch_size if file.fixed_batch else _CALIBRATION_BATCH,
     )
     data = opened.task.calibration_batches(samples, batch_size=size, seed=file.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / file.out.name
+    with scratch() as folder:
+        plain = folder / file.out.name
         made = _in_floats(opened, file, plain)
         int8 = quantize_onnx(plain, file.out, data, seconds=file.seconds, overwrite=file.overwrite)
     latency = None
@@ -131,12 +131,15 @@ def _keep(checkpoint: Path, made: ExportRecord) -> None:
     """Put the record of the file into that of the checkpoint; one of the same name goes."""
     from tenfold.checkpoint import read_record
     from tenfold.checkpoint.model_folder import RECORD
-    from tenfold.records import write_text
+    from tenfold.files import locked
 
-    record = read_record(checkpoint) if checkpoint.is_dir() else None
-    if record is not None:
-        others = tuple(old for old in record.exports if old.file != made.file)
-        write_text(checkpoint / RECORD, record.replace(exports=(*others, made)).to_json())
+    if not (checkpoint / RECORD).is_file():
+        return
+    with locked(checkpoint / RECORD):
+        record = read_record(checkpoint)
+        if record is not None:
+            others = tuple(old for old in record.exports if old.file != made.file)
+            record.replace(exports=(*others, made)).save_sealed(checkpoint / RECORD)
 
 
 def _lines(out: Path, made: ExportRecord) -> list[str]:

@@ -52,6 +52,7 @@ def run(
     from tenfold.cli.scoring import draw_tradeoff
     from tenfold.cli.show import show_decision
     from tenfold.cli.source import open_source
+    from tenfold.files import check_writable
     from tenfold.planning import decide
     from tenfold.records import Plan
     from tenfold.runtime import Runtime
@@ -59,6 +60,9 @@ def run(
     if work.plot is not None and work.plan is not None:
         msg = "--plot shows what other budgets lead to, and --plan FILE has decided: leave one out."
         raise Misuse(msg)
+    out = work.out / "plan.yaml" if work.out is not None and work.out.is_dir() else work.out
+    for file in filter(None, (out, work.plot, scoring.table)):
+        check_writable(file)
     opened = open_source(source, machine, recipe.seed)
     wanted = plan_or_recipe(recipe, work.plan)
     data = Recover(calibration_samples=work.calibration_samples).batches(
@@ -74,9 +78,8 @@ def run(
         on_event=terminal.on_event,
     )
     decision = decide(opened.model, opened.inputs(), wanted, data=data, scores=scores, runtime=runtime)
-    plan, out, explored = decision.plan, work.out, False
+    plan, explored = decision.plan, False
     if out is not None:  # before anything is said: if it cannot be written, that is an error and nothing else
-        out = out / "plan.yaml" if out.is_dir() else out
         plan.save(out)
         explored = _save_options(decision.table, out)
     if out is None and not terminal.as_json:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
+from tenfold.records import Seed
 
 ORDER = 10
 
@@ -17,7 +18,7 @@ def run(
     *,
     latency: bool = False,
     batch_size: PositiveInt = 1,
-    seed: NonNegativeInt = 0,
+    seed: Seed = 0,
 ) -> None:
     """Show what each layer costs: parameters, MACs, and with --latency milliseconds.
 

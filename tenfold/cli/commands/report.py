@@ -25,6 +25,7 @@ def run(path: Path, /, terminal: Terminal, *, curves: tuple[Path, ...] = (), out
         curves: draw these too: the JSON of `tenfold plan --plot`, or a table of `tenfold sensitivity`. Repeatable.
         out: where to write the page; by default report.html in PATH, or beside the record.
     """
+    from tenfold.files import check_writable
     from tenfold.reporting.report import write_report
     from tenfold.reporting.run_files import read_run
 
@@ -32,6 +33,7 @@ def run(path: Path, /, terminal: Terminal, *, curves: tuple[Path, ...] = (), out
         out = (path if path.is_dir() else path.parent) / "report.html"
     elif out.is_dir():
         out = out / "report.html"
+    check_writable(out)
     written = write_report(read_run(path, curves=curves), out)
     terminal.say(f"Written to {written}. Open it in a browser.")
     terminal.result({"out": str(written), "bytes": written.stat().st_size})

@@ -55,6 +55,7 @@ def run(
     from tenfold.cli.choices import check_recipe
     from tenfold.cli.scoring import sensitivity
     from tenfold.cli.source import open_source
+    from tenfold.files import check_writable
     from tenfold.profiling import profile
     from tenfold.reporting.sensitivity_tables import sensitivity_tables
     from tenfold.runtime import Event
@@ -63,6 +64,8 @@ def run(
     terminal.step("open the model")
     opened = open_source(source, machine, recipe.seed)
     path = work.out or Path(f"sensitivity-{opened.task.id.replace(':', '-')}.json")
+    for file in filter(None, (path, work.plot)):
+        check_writable(file)
     method = "batchnorm" if work.batchnorm else "sequential"
     found = sensitivity(
         opened,

@@ -55,11 +55,11 @@ def run(
     With --json, one object like that of `tenfold compress`, with `stages`: one entry for each, with `round`, `limits`,
     `before`, `after`, `layers` with their ranks, `scores`, `tuning` by epoch, `seconds`.
     """
-    from tenfold.checkpoint import check_target
     from tenfold.cli.choices import plan_or_recipe
-    from tenfold.cli.recovery import Tuner
+    from tenfold.cli.recovery import Tuner, claim
     from tenfold.cli.show import show_outcome
     from tenfold.cli.source import open_source
+    from tenfold.files import check_writable
     from tenfold.iterative import Training, compress_iteratively
     from tenfold.runtime import Runtime
     from tenfold.training import RichProgress
@@ -68,13 +68,14 @@ def run(
     schedule.check(recipe)
     opened = open_source(source, machine, recipe.seed)
     out = output.out or opened.default_folder
-    check_target(out)
+    claim(out, terminal)
+    folder = output.run or out.with_name(f"{out.name}.stages")
+    check_writable(folder / "run.json")
     config = recover.config(opened, tune, recipe.seed)
     plan_or_recipe(recipe, None)
     if "epochs" not in schedule.model_fields_set or not recover.tune:
         schedule = schedule.replace(epochs=config.epochs)
     data = recover.batches(opened, recipe)
-    folder = output.run or out.with_name(f"{out.name}.stages")
     terminal.step("open the model")
     tuner = Tuner(opened, config, out, "", teaching=teaching)
     progress = None if terminal.quiet else RichProgress()

@@ -76,8 +76,8 @@ def run(
     end) and `tuned` or `compressed`; `settings.towards` has by epoch how far weights were from low rank, and the score
     on the validation part with and without low rank.
     """
-    from tenfold.checkpoint import check_target, save
-    from tenfold.cli.recovery import forget_epochs
+    from tenfold.checkpoint import save
+    from tenfold.cli.recovery import claim, forget_epochs
     from tenfold.cli.show import show_outcome
     from tenfold.cli.source import open_source
 
@@ -85,7 +85,7 @@ def run(
     if out is None:
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
-    check_target(out)
+    claim(out, terminal)
     opened = open_source(source, machine, recipe.seed)
     wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()

@@ -55,15 +55,16 @@ def run(
     if (output.teacher is None) != (distill.distill is None):
         msg = "give --distill SHARE and --teacher FILE together: how much the dense model teaches, and its weights."
         raise Misuse(msg)
-    from tenfold.checkpoint import check_target, save
+    from tenfold.checkpoint import save
     from tenfold.cli.launch import launched
-    from tenfold.cli.recovery import Tuner, forget_epochs, identity_of, tune_config
+    from tenfold.cli.recovery import Tuner, claim, forget_epochs, identity_of, tune_config
     from tenfold.cli.show import show_outcome
     from tenfold.cli.source import open_source
 
     out, teacher, teaching = output.out, output.teacher, distill.teaching()
-    check_target(out)
     launch = launched(machine)
+    if launch.main:
+        claim(out, terminal)
     opened = open_source(source, launch.own(machine), tune.seed)
     config = tune_config(opened, tune, tune.seed)
     terminal.step("open the model")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tenfold.records import locked, read_json, write_text
+from tenfold.records import JsonCache
 
-_VERSION = 1
+_VERSION = 2  # 1 had no digest
 _LOG = logging.getLogger("tenfold")
 
 Samples = dict[str, list[float]]
@@ -33,33 +33,32 @@ class LatencyCache:
     """
 
     def __init__(self, folder: Path | str | None, conditions: Mapping[str, Any]) -> None:
-        self.conditions = dict(conditions)
-        self.path = None if folder is None else Path(folder).expanduser() / _file_name(self.conditions)
+        header = {"version": _VERSION, "conditions": dict(conditions)}
+        self.path = None if folder is None else Path(folder).expanduser() / _file_name(header)
+        self._file = None if self.path is None else JsonCache(self.path, header)
         self._warned: set[str] = set()
 
     def load(self) -> Samples:
         """Read all samples stored for these conditions."""
-        if self.path is None or not self.path.is_file():
+        if self._file is None:
             return {}
         try:
-            held = read_json(self.path)
-            if held["version"] != _VERSION or held["conditions"] != self.conditions:
-                return {}
-            return {str(key): [_positive(v) for v in values] for key, values in held["points"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return {key: [_positive(v) for v in values] for key, values in self._file.load().items()}
+        except (OSError, ValueError, TypeError) as error:
             self._warn("read", f"cannot read the latency cache {self.path}: {error}. Times are measured again.")
             return {}
 
     def save(self, samples: Mapping[str, list[float]]) -> None:
         """Store these samples, and keep stored samples of other points."""
-        if self.path is None:
+        if self._file is None:
             return
         try:
-            with locked(self.path):
-                points = {**self.load(), **samples}
-                held = {"version": _VERSION, "conditions": self.conditions, "points": points}
-                write_text(self.path, json.dumps(held, indent=0))
-        except OSError as error:
+            try:
+                self._file.add(samples)
+            except ValueError:  # it cannot be read, as was said
+                self._file.path.unlink()
+                self._file.add(samples)
+        except (OSError, ValueError) as error:
             self._warn("write", f"cannot write the latency cache {self.path}: {error}. Times are not kept.")
 
     def _warn(self, what: str, message: str) -> None:
@@ -68,9 +67,9 @@ class LatencyCache:
             _LOG.warning(message)
 
 
-def _file_name(conditions: dict[str, Any]) -> str:
-    text = json.dumps(conditions, sort_keys=True)
-    words = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(str(v) for v in conditions.values())).strip("-").lower()
+def _file_name(header: dict[str, Any]) -> str:
+    text = json.dumps(header, sort_keys=True)
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, header["conditions"].values()))).strip("-").lower()
     return f"{words[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 

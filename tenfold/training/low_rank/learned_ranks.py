@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, field_validator
+from pydantic import PositiveFloat, field_validator
 from torch import Tensor, nn
 
 from tenfold.allocation import Override, choose
@@ -15,7 +15,7 @@ from tenfold.errors import BudgetError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.planning import tabulate
-from tenfold.records import Budget, LayerOptions, LayerPlan, OptionTable, Plan, Profile, Recipe, Record
+from tenfold.records import Budget, LayerOptions, LayerPlan, OptionTable, Plan, Profile, Recipe, Record, Seed
 from tenfold.surgery import find
 from tenfold.tracing.contexts import device_of
 from tenfold.training.low_rank.admm import plugged
@@ -46,7 +46,7 @@ class LcConfig(Record):
     formats: tuple[str, ...] = ("low_rank",)
     keep: tuple[str, ...] = ()
     keep_ends: bool = True
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     @field_validator("budget", mode="before")
     @classmethod

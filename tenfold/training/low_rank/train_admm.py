@@ -18,6 +18,7 @@ from tenfold.records import Plan, Record
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.surgery import reestimate_batchnorm_, with_errors
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.inputs import to_device
@@ -196,6 +197,7 @@ def train_dense(
     if train.ema is not None:
         msg = f"ema={train.ema} would average weights that are drawn elsewhere: leave it to the tuning afterwards"
         raise TuningError(msg)
+    check_finite(model)
     run = _Run(copied(model), projection, admm, train.epochs)
     result = finetune(
         run,
