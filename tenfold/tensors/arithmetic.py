@@ -7,6 +7,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    peek_interpreter_stack,
+)
 
 # Between these, squares of float32 numbers, and the sums of many of them, stay far from overflow and underflow.
 _SAFE = (1e-15, 1e15)
@@ -61,10 +67,9 @@ def untransformed(tensor: Tensor) -> Tensor:
         >>> seen
         [torch.Size([5, 3])]
     """
-    functorch = torch._C._functorch  # noqa: SLF001 - torch says it nowhere else
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        axis = functorch.maybe_get_bdim(tensor)
-        tensor = functorch.get_unwrapped(tensor)
+    while is_functorch_wrapped_tensor(tensor):
+        axis = maybe_get_bdim(tensor)
+        tensor = get_unwrapped(tensor)
         if axis > 0:
             tensor = tensor.movedim(axis, 0)
     return tensor
@@ -92,4 +97,4 @@ def _accelerator() -> str:
 
 def _transformed() -> bool:
     """Whether a transform of ``torch.func`` is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
+    return peek_interpreter_stack() is not None

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
@@ -343,7 +344,7 @@ def addend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Te
 
 def _in_backward() -> bool:
     """Whether the backward pass runs, of a forward that takes gradients: it needs the weights of whatever layer."""
-    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - as torch.utils.checkpoint asks
+    return _current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, list[tuple[str, int, int]]]:
