@@ -287,12 +287,16 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
     root = moments.output_root() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
     scaled, top = _target(weight, scale, moments, root, algorithm.covariance_ridge)
     factors = algorithm.fit(FitProblem(scaled, spec, kind, rank, moments.covariance()))
-    value = kind(spec, **factors.tensors)
-    if root is not None:
-        *others, last = value.chain()
-        restored = root.solve(last.flatten(2)).view_as(last)
-        value = kind.from_chain(spec, rank, (*others, restored)).balanced()  # undoing it has stretched the outputs
-    return dataclasses.replace(factors, tensors={}), value.scaled(top)
+    del scaled  # it may be as large as all else
+    value, factors = kind(spec, **factors.tensors), dataclasses.replace(factors, tensors={})
+    return factors, (value if root is None else _restored(value, root, rank)).scaled(top)
+
+
+def _restored(value: Factorization, root: Root, rank: Rank) -> Factorization:
+    """Return factors for the outputs themselves, of those for outputs that were multiplied by a root."""
+    *others, last = value.chain()
+    restored = root.solve(last.flatten(2)).view_as(last)
+    return value.from_chain(value.spec, rank, (*others, restored)).balanced()  # undoing it has stretched the outputs
 
 
 def _target(weight: Tensor, scale: float, moments: Moments, root: Root | None, ridge: float) -> tuple[Tensor, float]:
