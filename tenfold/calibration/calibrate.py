@@ -100,7 +100,7 @@ class _Work:
         curves = judge.curves()
         if judging is not fitting:
             moments = {path: own.pooled(others[path]) for path, own in moments.items()}
-        return {path: own.replace(held_out=curves[path]) for path, own in moments.items()}
+        return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
 
     def _with_grams(self, batches: Sequence[Any], sums: GradientSums) -> dict[str, Moments]:
         moments = self.collect(batches, sums.add)

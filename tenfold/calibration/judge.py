@@ -10,62 +10,73 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, channels_first
-from tenfold.decompositions import HeldOutCurve, Moments
-from tenfold.decompositions.curves import CurveProblem, tails
+from tenfold.decompositions import HeldOutCurve, Moments, Sketch
+from tenfold.decompositions.covariance import NEGLIGIBLE, Covariance, sqrt_and_inverse_sqrt
+from tenfold.decompositions.curves import CurveProblem, Floats, tails
+from tenfold.decompositions.weighted_als import gram_under
 from tenfold.formats import split_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import dense_weight
 from tenfold.records import LayerSpec
-from tenfold.tracing.inputs import batch_size_of
+from tenfold.tracing.inputs import batch_size_of, call_model
 
 
 @dataclass(frozen=True, eq=False)
 class NestedFits:
-    """The best low-rank fits of one layer at all ranks by its moments: R⁻¹ V_r V_rᵀ R W for nested V_r.
+    """The best low-rank fits of one layer at all ranks by its moments: R⁻¹ V_r V_rᵀ R W for nested V_r, RᵀR = G.
 
     Attributes:
         spec: geometry of the layer.
-        mean: outputs at the mean input (groups, out/groups, 1, 1), which a shifted bias keeps as it is.
-        into: Vᵀ R (groups, out/groups, out/groups), leading rows first: coordinates of an output error.
-        dual: Vᵀ R⁻¹, the coordinates of a gradient.
-        predicted: distortions (out/groups + 1,) of ranks 0, 1, ... by the moments.
+        mean: outputs at the mean input (groups, out/groups, 1, 1), which a shifted bias keeps as they are.
+        into: Vᵀ R (groups, k, out/groups), leading rows first: coordinates of an output error.
+        dual: Vᵀ R⁻¹ (groups, k, out/groups), those of a gradient.
+        predicted: distortions (k + 1,) of ranks 0, 1, ... by the moments.
     """
 
     spec: LayerSpec
     mean: Tensor
     into: Tensor
     dual: Tensor
-    predicted: Any
+    predicted: Floats
 
     @classmethod
     def of(cls, layer: nn.Module, spec: LayerSpec, moments: Moments) -> NestedFits:
-        """Return the fits of a layer with such moments, which have an ``output_gram``."""
+        """Return the fits of a layer by its moments."""
         with torch.no_grad():
             weight = split_groups(dense_weight(layer).detach(), spec)
         problem = CurveProblem(weight, spec, LowRank, moments)
-        kernel = problem.kernel.flatten(2)
-        square = kernel @ problem.covariance @ kernel.mT
-        values, vectors = torch.linalg.eigh((square + square.mT) / 2)
-        roots = moments.output_roots()
-        turned = vectors.flip(-1).mT
-        into, dual = (turned, turned) if roots is None else (turned @ roots[0], turned @ roots[1])
-        mean = (weight.double().flatten(2) @ moments.mean.unsqueeze(-1)).unsqueeze(-1)
+        values, vectors = _leading(problem.kernel.flatten(2), problem.covariance)
+        roots = moments.to(weight.device).output_roots()
+        into, dual = (vectors.mT, vectors.mT) if roots is None else (vectors.mT @ roots[0], vectors.mT @ roots[1])
+        mean = (weight.double().flatten(2) @ moments.mean.to(weight.device).unsqueeze(-1)).unsqueeze(-1)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             mean = mean + bias.detach().double().view_as(mean)
-        return cls(spec, mean.float(), into.float(), dual.float(), tails(values))
+        return cls(spec, mean.float(), into.float(), dual.float(), tails(values.flip(-1)))
 
     def lost(self, output: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        """Return Σ gᵀ(y − ŷ) over the positions of each sample at ranks 0, 1, ...: (samples, out/groups + 1)."""
+        """Return Σ gᵀ(y − ŷ) over the positions of each sample at ranks 0, 1, ...: (samples, k + 1)."""
         y = channels_first(output.float(), self.spec) - self.mean
         g = channels_first(gradient.float(), self.spec)
         rows = y.shape[2]
-        # Windows, heads and the like are folded into the first axis behind the samples.
-        each = samples if rows % samples == 0 else rows
+        each = samples if rows % samples == 0 else rows  # windows, steps and the like may be folded into the first axis
         y, g = (t.unflatten(2, (each, -1)).flatten(3).permute(2, 0, 1, 3) for t in (y, g))
         parts = ((self.into @ y) * (self.dual @ g)).sum((1, 3))
         left = parts.double().flip(-1).cumsum(-1).flip(-1)
         return torch.cat([left, torch.zeros_like(left[:, :1])], dim=1)
+
+
+def _leading(kernel: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (groups, k) and eigenvectors (groups, m, k) of K C Kᵀ, descending, k the shorter side of K."""
+    if kernel.shape[1] <= kernel.shape[2]:
+        values, vectors = torch.linalg.eigh(gram_under(kernel, covariance))
+        return values.flip(-1), vectors.flip(-1)
+    dense = covariance.dense() if isinstance(covariance, Sketch) else covariance
+    root, _ = sqrt_and_inverse_sqrt(dense)
+    tall = kernel @ root
+    values, turn = torch.linalg.eigh(tall.mT @ tall)
+    scale = values.clamp_min(NEGLIGIBLE * float(values.amax())).rsqrt()
+    return values.flip(-1), ((tall @ turn) * scale.unsqueeze(-2)).flip(-1)
 
 
 class Judge(GradientSums):
@@ -80,11 +91,11 @@ class Judge(GradientSums):
     def __init__(
         self, model: nn.Module, specs: Mapping[str, LayerSpec], moments: Mapping[str, Moments], *, seed: int = 0
     ) -> None:
-        super().__init__(model, specs, seed=seed)
+        super().__init__(model, specs, seed=seed, forward=self._run)
         self._fits = {
             path: NestedFits.of(model.get_submodule(path), spec, moments[path]) for path, spec in specs.items()
         }
-        self._now: dict[str, Tensor] = {}
+        self._now: dict[str, Tensor] = {}  # by layer, of the samples of the latest forward
         self._squares: dict[str, Tensor] = {}
         self._size = 1
 
@@ -101,18 +112,22 @@ class Judge(GradientSums):
 
         return judge
 
-    def add(self, model: nn.Module, batch: Any) -> None:
-        """Run one batch forward, and backward from one random projection."""
+    def _run(self, model: nn.Module, batch: Any) -> Any:
+        self._finish()
         self._size = batch_size_of(batch) or 1
-        self._now.clear()
-        super().add(model, batch)
+        return call_model(model, batch)
+
+    def _finish(self) -> None:
+        """Add the latest forward to the sums: all calls of a layer change the same outputs."""
         for path, lost in self._now.items():
             square = lost.square().sum(0)
             self._squares[path] = self._squares[path] + square if path in self._squares else square
+        self._now.clear()
 
     def curves(self) -> dict[str, HeldOutCurve]:
         """Return the curve of each layer that a gradient reached."""
+        self._finish()
         return {
-            path: HeldOutCurve.of(self._fits[path].predicted, (square / self._samples).cpu().numpy(), self._samples)
+            path: HeldOutCurve.of(self._fits[path].predicted, (square / self.samples).cpu().numpy(), self.samples)
             for path, square in self._squares.items()
         }

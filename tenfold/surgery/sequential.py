@@ -197,4 +197,4 @@ def _ridge_of_few(metric: Moments, samples: int) -> float:
     as √n.
     """
     rows = min(samples, metric.count) * max(metric.count / samples, 1.0) ** 0.5
-    return _FEW * min(1.0, metric.width / rows) ** 2
+    return float(_FEW * min(1.0, metric.width / rows) ** 2)
