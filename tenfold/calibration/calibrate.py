@@ -16,10 +16,11 @@ from tenfold.decompositions import Moments
 from tenfold.decompositions.covariance import shrunk
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.records import Calibration, LayerSpec, Profile
-from tenfold.tracing.samples import parted
+from tenfold.tracing.samples import count_samples, parted
 
 # Samples that judge what is fitted to the others. Of more, both parts would profit, and neither can spare them.
 HELD_OUT = 0.25
+FEWEST = 4  # fewer cannot judge: then all samples both fit and judge, which at least knows how errors add up
 
 
 def calibrate(
@@ -33,7 +34,8 @@ def calibrate(
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
     Layers are linear layers, convolutions and embeddings. One pass over the batches, forward for the moments and
-    backward for the gradients. No labels are needed, and the model is unchanged afterwards.
+    backward for the gradients. A quarter of the samples judges what is fitted to the others: ``Moments.held_out``. No
+    labels are needed, and the model is unchanged afterwards.
 
     Args:
         model: any module.
@@ -60,8 +62,8 @@ def calibrate(
     specs = measurable(model) if specs is None else specs
     work = _Work(model, specs, settings, seed)
     fitted, held = parted(model, batches, HELD_OUT)
-    found = work.judged(fitted, held) if held else None
-    if found is None:  # a layer is reached by some samples only, or there is one sample, or no gradient at all
+    found = work.judged(fitted, held) if count_samples(held) >= FEWEST else None
+    if found is None:  # too few samples, or a layer is reached by some of them only, or there is no gradient at all
         found = work.judged(batches, batches)
     if found is None:
         found = work.collect(batches)
