@@ -28,6 +28,7 @@ from tenfold.tracing.samples import count_samples, parted
 
 # Samples that judge what is fitted to the others. Of more, both parts would profit, and neither can spare them.
 HELD_OUT = 0.25
+FEWEST = 4  # fewer cannot judge: then all samples both fit and judge, which at least knows how errors add up
 
 
 @normal_tensors()
@@ -43,8 +44,9 @@ def calibrate(
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
     Layers are linear layers, convolutions and embeddings; those that no batch reaches, such as experts without tokens,
-    are left out. One pass over the batches, forward for the moments and
-    backward for the gradients. No labels are needed, and the model is unchanged afterwards.
+    are left out. One pass over the batches, forward for the moments and backward for the gradients. A quarter of the
+    samples judges what is fitted to the others: ``Moments.held_out``. No labels are needed, and the model is unchanged
+    afterwards.
 
     Args:
         model: any module.
@@ -76,8 +78,8 @@ def calibrate(
     with same_random_numbers(device_of(model)):
         work = _Work(model, specs, settings, seed, before)
         fitted, held = parted(model, batches, HELD_OUT)
-        found = work.judged(fitted, held) if held else None
-        if found is None:  # a layer is reached by some samples only, or there is one sample, or no gradient at all
+        found = work.judged(fitted, held) if count_samples(held) >= FEWEST else None
+        if found is None:  # too few samples, or a layer is reached by some of them only, or there is no gradient at all
             found = work.judged(batches, batches)
         if found is None:
             found = work.collect(batches)

@@ -23,7 +23,7 @@ from tenfold.tracing.inputs import batch_size_of
 
 @dataclass(frozen=True, eq=False)
 class NestedFits:
-    """The best low-rank fits of one layer at all ranks by its moments: R⁻¹ V_r V_rᵀ R W for nested V_r.
+    """The best low-rank fits of one layer at all ranks by its moments: R⁻¹ V_r V_rᵀ R W for nested V_r, RᵀR = G.
 
     Attributes:
         spec: geometry of the layer.
@@ -37,11 +37,11 @@ class NestedFits:
     mean: Tensor
     into: Tensor
     dual: Tensor
-    predicted: Any
+    predicted: Floats
 
     @classmethod
     def of(cls, layer: nn.Module, spec: LayerSpec, moments: Moments) -> NestedFits:
-        """Return the fits of a layer with such moments, which have an ``output_gram``."""
+        """Return the fits of a layer by its moments."""
         with torch.no_grad():
             weight = split_groups(dense_weight(layer).detach(), spec)
         problem = CurveProblem(weight, spec, LowRank, moments)
@@ -62,12 +62,24 @@ class NestedFits:
         y = channels_first(output, self.spec) - self.mean.to(output.dtype)
         g = channels_first(gradient, self.spec)
         rows = y.shape[2]
-        # Windows, heads and the like are folded into the first axis behind the samples.
-        each = samples if rows % samples == 0 else rows
+        each = samples if rows % samples == 0 else rows  # windows, steps and the like may be folded into the first axis
         y, g = (t.unflatten(2, (each, -1)).flatten(3).permute(2, 0, 1, 3) for t in (y, g))
         parts = ((self.into.to(y.dtype) @ y) * (self.dual.to(g.dtype) @ g)).sum((1, 3))
         left = parts.double().flip(-1).cumsum(-1).flip(-1)
         return torch.cat([left, torch.zeros_like(left[:, :1])], dim=1)
+
+
+def _leading(kernel: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (groups, k) and eigenvectors (groups, m, k) of K C Kᵀ, descending, k the shorter side of K."""
+    if kernel.shape[1] <= kernel.shape[2]:
+        values, vectors = torch.linalg.eigh(gram_under(kernel, covariance))
+        return values.flip(-1), vectors.flip(-1)
+    dense = covariance.dense() if isinstance(covariance, Sketch) else covariance
+    root, _ = sqrt_and_inverse_sqrt(dense)
+    tall = kernel @ root
+    values, turn = torch.linalg.eigh(tall.mT @ tall)
+    scale = values.clamp_min(NEGLIGIBLE * float(values.amax())).rsqrt()
+    return values.flip(-1), ((tall @ turn) * scale.unsqueeze(-2)).flip(-1)
 
 
 class Judge(GradientSums):

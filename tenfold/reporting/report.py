@@ -224,6 +224,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     found = [
         ("Rule", f"{recipe.rule_name}{f' ({rule})' if rule else ''}"),
         ("Budget", ", ".join(limits(recipe.budget, record.before))),
+        ("Agreement with the original", "" if record.agreement is None else record.agreement.in_words()),
         ("Seed", str(record.seed)),
         ("Batch norms fused", str(len(record.plan.fused) or "")),
         *((name.replace("_", " ").capitalize(), _setting(value)) for name, value in record.settings.items()),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.moment_sums import MomentSums
-from tenfold.decompositions import Decomposition, Fit, Moments, algorithm_for, default_algorithm, fit_layer
+from tenfold.decompositions import Decomposition, Moments, algorithm_for, default_algorithm, fit_layer
 from tenfold.decompositions.covariance import Covariance
 from tenfold.errors import CalibrationWarning, DataError, naming_layer
 from tenfold.layers import FactorizedLayer, spec_of
@@ -27,6 +27,7 @@ from tenfold.tensors import normal_tensors
 from tenfold.tracing.masks import token_mask
 from tenfold.tracing.repeated_runs import Forward
 from tenfold.tracing.replay import Replay
+from tenfold.tracing.samples import count_samples
 
 Progress = Callable[[int, int], None]
 
@@ -173,7 +174,10 @@ class _Fitting:
         if gram is None and branch is not None:
             gram = branch.importance(spec)
         metric = metric.replace(output_gram=gram)
-        fit, algorithm = _fit(weight, spec, layer, metric, self.config.ridge, self.plan.seed)
+        with naming_layer(path):
+            few = _ridge_of_few(metric, count_samples(self.batches))
+            algorithm = _algorithm(layer, self.config.ridge, few, self.plan.seed)
+            fit = fit_layer(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, moments=metric)
         if bias is None and fit.bias_shift is not None and _takes_mean(norm):
             norm.running_mean.sub_(fit.bias_shift.to(norm.running_mean))
         self.new = put(self.new, {path: layer_of(fit, old, algorithm)})
@@ -249,30 +253,26 @@ def _takes_mean(norm: nn.Module | None) -> bool:
     return isinstance(norm, BATCH_NORMS) and norm.running_mean is not None
 
 
-def _algorithm(layer: LayerPlan, metric: Moments, ridge: float, seed: int) -> Decomposition:
-    """Return the algorithm of a layer: the one that its plan names, unless another of the format knows the data."""
+def _algorithm(layer: LayerPlan, ridge: float, few: float, seed: int) -> Decomposition:
+    """Return the algorithm of a layer: the one that its plan names, unless another of the format knows the data.
+
+    ``ridge`` is that of algorithms which the plan does not name, ``few`` the least of any.
+    """
     given = algorithm_for(str(layer.format), layer.algorithm or None, seed, data_aware=True)
     if not (given.uses_covariance and layer.algorithm):
         aware = default_algorithm(str(layer.format), seed, data_aware=True)
         if not aware.uses_covariance:
             return given
         given = aware.with_settings({"ridge": ridge})
-    return given.with_settings({"ridge": max(given.covariance_ridge, _ridge_of_few(metric))})
+    return given.with_settings({"ridge": max(given.covariance_ridge, few)})
 
 
-def _fit(
-    weight: Tensor, spec: LayerSpec, layer: LayerPlan, metric: Moments, ridge: float, seed: int
-) -> tuple[Fit, Decomposition]:
-    """Return the fit of a layer, and what found it."""
-    with naming_layer(layer.path):
-        algorithm = _algorithm(layer, metric, ridge, seed)
-        return fit_layer(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, moments=metric), algorithm
-
-
-def _ridge_of_few(metric: Moments) -> float:
-    """Return the ridge that few rows need.
+def _ridge_of_few(metric: Moments, samples: int) -> float:
+    """Return the ridge that few rows need, which draws the fit to the dense weight.
 
     A regression on about as many rows as it has unknowns follows their noise, and errs more the nearer it is to fitting
-    them all; on many rows this is below any ridge that is used.
+    them all; on many rows this is below any ridge that is used. Rows of one sample resemble each other: n of them count
+    as √n.
     """
-    return _FEW * min(1.0, metric.width / metric.count) ** 2
+    rows = min(samples, metric.count) * max(metric.count / samples, 1.0) ** 0.5
+    return float(_FEW * min(1.0, metric.width / rows) ** 2)
