@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tenfold.calibration.gradients import GradientSums, Projection, channels_first
 from tenfold.decompositions import HeldOutCurve, Moments
 from tenfold.decompositions.covariance import Covariance, Root, is_tall, sandwich
-from tenfold.decompositions.curves import CurveProblem, tails
+from tenfold.decompositions.curves import CurveProblem, Floats, tails
 from tenfold.formats import split_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import dense_weight
@@ -67,19 +67,6 @@ class NestedFits:
         parts = ((self.into.to(y.dtype) @ y) * (self.dual.to(g.dtype) @ g)).sum((1, 3))
         left = parts.double().flip(-1).cumsum(-1).flip(-1)
         return torch.cat([left, torch.zeros_like(left[:, :1])], dim=1)
-
-
-def _leading(kernel: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (groups, k) and eigenvectors (groups, m, k) of K C Kᵀ, descending, k the shorter side of K."""
-    if kernel.shape[1] <= kernel.shape[2]:
-        values, vectors = torch.linalg.eigh(gram_under(kernel, covariance))
-        return values.flip(-1), vectors.flip(-1)
-    dense = covariance.dense() if isinstance(covariance, Sketch) else covariance
-    root, _ = sqrt_and_inverse_sqrt(dense)
-    tall = kernel @ root
-    values, turn = torch.linalg.eigh(tall.mT @ tall)
-    scale = values.clamp_min(NEGLIGIBLE * float(values.amax())).rsqrt()
-    return values.flip(-1), ((tall @ turn) * scale.unsqueeze(-2)).flip(-1)
 
 
 class Judge(GradientSums):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Container, Iterator, Mapping
 from functools import partial
 from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -22,6 +22,7 @@ from tenfold.tracing.held_tensors import held_tensors, without_graphs
 Model = TypeVar("Model", bound=nn.Module)
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
 _LEAVES = (type, ModuleType, torch.jit.ScriptModule)  # nothing in them can be replaced
 
 
@@ -100,8 +101,9 @@ class _Walk:
 
     def _stand_in(self, value: Any) -> Any:
         """Return what stands for a value from now on, to be looked into later."""
-        if type(value) in _ATOMS or isinstance(value, _LEAVES):
-            return value
+        kind = type(value)
+        if kind in _ATOMS or (kind in _CONTAINERS and not value) or isinstance(value, _LEAVES):
+            return value  # modules hold many empty dicts, for hooks
         if id(value) in self.seen:
             return self.seen[id(value)][1]
         made = self.new.get(id(value), value)
