@@ -35,7 +35,7 @@ def calibrate(
         specs: the layers, with their dense geometry: see ``called_layers``. All layers if None.
         settings: positions and projections that are sampled, and the width from which inputs are sketched; the method
             decides nothing here.
-        seed: of the positions and projections.
+        seed: of the positions, the projections and what the forward draws.
 
     Raises:
         DataError: no batches, activations that are not finite, or a layer that the forward never reaches.

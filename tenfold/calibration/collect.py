@@ -19,6 +19,7 @@ from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, tensors_in, token_mask
+from tenfold.tracing.randomness import Randomness
 
 logger = logging.getLogger("tenfold")
 
@@ -70,7 +71,7 @@ def collect_moments(
             same layers of the dense model on the same batches, so that each layer can correct errors of those before.
         positions: output positions sampled from each map of a convolution, other ones for every batch; None for all.
             A few dozen are enough, because neighbouring positions are correlated.
-        seed: of the positions and the sketches.
+        seed: of the positions, the sketches and what the forward draws.
         widest: second moments of patches wider than this are sketched, see ``moment_bytes``; 8192 by default.
         forward: runs the model on one batch; ``call_model`` by default.
 
@@ -97,9 +98,10 @@ def collect_moments(
         for seen, batch in enumerate(batches, start=1):  # noqa: B007
             draw.mask = token_mask(batch)
             if dense is not None:
-                with evaluating(dense):
+                with evaluating(dense), Randomness(dense, batch).seeded(seed + draw.step):
                     run(dense, batch)
-            run(model, batch)
+            with Randomness(model, batch).seeded(seed + draw.step):
+                run(model, batch)
             draw.step += 1
     if seen == 0:
         msg = "there are no calibration batches. Pass an iterable with at least one."

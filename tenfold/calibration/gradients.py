@@ -13,6 +13,7 @@ from tenfold.errors import DataError
 from tenfold.records import LayerSpec
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import batch_size_of, call_model, real_tokens, tensors_in, token_mask
+from tenfold.tracing.randomness import Randomness
 
 Loss = Literal["outputs", "fisher"]
 
@@ -41,7 +42,7 @@ def collect_gradients(
             these. ``fisher`` is the divergence from the model's own predictions (classifiers): gradients of the
             cross-entropy with labels drawn from these; of very confident predictions few samples contribute.
         draws: random projections or labels for each batch.
-        seed: of the projections and labels.
+        seed: of the projections, the labels and what the forward draws.
         forward: runs the model on one batch and returns its outputs; ``call_model`` by default.
 
     Raises:
@@ -75,7 +76,7 @@ class GradientSums:
         self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
         self._sums: dict[str, Tensor] = {}
         self._starts: list[Tensor] = []
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._generator = seed, torch.Generator().manual_seed(seed)
         self._samples = 0
         self._open = ExitStack()
 
@@ -96,7 +97,7 @@ class GradientSums:
     def add(self, model: nn.Module, batch: Any) -> None:
         """Run one batch forward, and backward from one random projection or draw of labels."""
         self._starts.clear()
-        with torch.enable_grad():
+        with torch.enable_grad(), Randomness(self._model, batch).seeded(self._seed + self._samples):
             value = _loss(self._forward(model, batch), self._loss, self._generator, token_mask(batch))
         torch.autograd.grad(value, self._starts, allow_unused=True)  # for its hooks only
         self._samples += batch_size_of(batch) or 1

@@ -11,10 +11,11 @@ from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
 from tenfold.profiling.latency.measure import LayerTime, layer_latency, measure_latency
 from tenfold.records import Call, LayerProfile, Profile, chain_macs
-from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
+from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, input_shapes
 from tenfold.tracing.layers import Entry, entries
 from tenfold.tracing.observing import Observation, observing
+from tenfold.tracing.randomness import Randomness
 from tenfold.tracing.trace import Trace, Tracer
 
 NEVER_CALLED = "never called by this forward (its weight may be read by its parent)"
@@ -48,12 +49,11 @@ def profile(
         (3114, 21312, 15552)
     """
     layers = entries(model)
-    device = device_of(model, example_inputs)
     counter = MacCounter()
     with (
         evaluating(model),
         layer_by_layer(),
-        same_random_numbers(device),
+        Randomness(model, example_inputs).seeded(0),
         counter,
         Tracer(dict(model.named_modules())) as trace,
         observing(layers, lambda: counter.flops) as seen,
@@ -78,7 +78,7 @@ def profile(
         fused_macs=counter.fused_macs,
         uncounted=counter.uncounted,
         latency=total,
-        environment=environment(device),
+        environment=environment(device_of(model, example_inputs)),
     )
 
 

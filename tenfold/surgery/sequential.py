@@ -176,8 +176,7 @@ class _Fitting:
         """Return the moments of what enters the layer now, beside its outputs in the dense model."""
         lost = [decisions.adrift[path] for decisions in self.dense.decisions if path in decisions.adrift]
         if lost:
-            msg = f"{lost[0]} selects the rows that it sees, by values that the layers before it change"
-            raise _UnlikeError(msg)
+            raise _UnlikeError(lost[0])
         places, config = self.changing.places(path), self.config
         if not places or places != self.dense.places(path):
             msg = "the batches reach it otherwise than in the original"

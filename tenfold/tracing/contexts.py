@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,11 +41,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Restore the state of torch's random number generators afterwards."""
+    """Restore the state of the random number generators of torch, Python and numpy afterwards."""
     kind = device.type if device.type not in ("cpu", "meta") else "cuda"
     devices = [] if device.type in ("cpu", "meta") else [device.index or 0]
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - that of other people's code
     with torch.random.fork_rng(devices=devices, device_type=kind):
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
 
 
 @contextmanager

@@ -7,7 +7,7 @@ decisions of one are recorded, and imposed on the other: what routes the rows is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +16,44 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tenfold.tracing.inputs import tensors_in
-from tenfold.tracing.trace import ModuleCall, Watcher, computes
+from tenfold.tracing.trace import Operation, Watcher, computes
 
 # Operations that pick, place or count rows as whole numbers or truth values say.
 _SELECTING = frozenset(
-    "index index_select gather take masked_select masked_scatter masked_scatter_ nonzero index_add index_add_ "
-    "index_copy index_copy_ index_put index_put_ _index_put_impl_ _unsafe_index scatter scatter_ scatter_add "
-    "scatter_add_ scatter_reduce scatter_reduce_ repeat_interleave embedding embedding_bag _local_scalar_dense "
-    "bincount searchsorted mm bmm addmm baddbmm _grouped_mm split_with_sizes".split()
+    (
+        "_grouped_mm",
+        "_index_put_impl",
+        "_local_scalar_dense",
+        "_unsafe_index",
+        "addmm",
+        "baddbmm",
+        "bincount",
+        "bmm",
+        "embedding",
+        "embedding_bag",
+        "gather",
+        "index",
+        "index_add",
+        "index_copy",
+        "index_put",
+        "index_select",
+        "masked_scatter",
+        "masked_select",
+        "mm",
+        "nonzero",
+        "repeat_interleave",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "searchsorted",
+        "split_with_sizes",
+        "take",
+    )
 )
 # Operations that return values, and beside them the places along an axis where these were found.
 _WITH_PLACES = frozenset(("max", "min", "topk", "sort", "kthvalue", "median", "nanmedian", "mode"))
-
-
+# Operations that draw by rejection.
+_UNSTEADY = frozenset(("poisson", "binomial", "_standard_gamma", "_sample_dirichlet"))
 _LOOKING = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
 
 Key = tuple[str, int, str, int]  # module, which of its calls, operation, and which of these in the call
@@ -55,8 +80,7 @@ class Decisions:
 
     Attributes:
         made: by where they were made.
-        adrift: modules that started after rows were selected in a way that cannot be imposed on another network, with
-            the operation that decided.
+        adrift: modules that started when the rows of two networks could no longer be held together, with the reason.
     """
 
     made: dict[Key, Decision] = field(default_factory=dict)
@@ -69,15 +93,15 @@ class _Counting(Watcher):
     def __init__(self) -> None:
         self._counts: Counter[Key] = Counter()
 
-    def _key(self, running: Sequence[ModuleCall], func: Any) -> Key:
-        path, number = (running[-1].path, running[-1].number) if running else ("", 0)
-        of_first = (path, number, str(func), 0)
+    def _key(self, operation: Operation) -> Key:
+        path, number = (operation.running[-1].path, operation.running[-1].number) if operation.running else ("", 0)
+        of_first = (path, number, str(operation.func), 0)
         self._counts[of_first] += 1
         return (*of_first[:3], self._counts[of_first])
 
 
 class Recorder(_Counting):
-    """Records the decisions of a forward that select rows.
+    """Records the decisions of a forward that select rows, as far as torch computes them: not those of numpy or lists.
 
     A decision is a whole number or truth value computed from activations. Choices of a place (argmax, top-k, sort)
     count once anything takes them; comparisons of single numbers only where they, or what is computed of them alone,
@@ -94,28 +118,27 @@ class Recorder(_Counting):
         self.looked = False
         self._origins = WeakTensorKeyDictionary()  # the decisions that a tensor was computed of, of these alone
         self._lost = ""
+        self._inside = False  # whether anything was computed within a module of the model
 
-    def enter(self, running: Sequence[ModuleCall], inputs: Any) -> None:
-        """Note modules that start when rows were selected in a way that cannot be imposed."""
-        if self._lost:
-            self.decisions.adrift.setdefault(running[-1].path, self._lost)
-
-    def operate(
-        self, running: Sequence[ModuleCall], func: Any, args: Any, kwargs: Any, compute: Callable[[], Any]
-    ) -> Any:
+    def operate(self, operation: Operation) -> Any:
         """Note what an operation decides, and by which decisions it selects."""
-        self.looked |= not _LOOKING.isdisjoint(getattr(func, "tags", ()))
-        taken = list(tensors_in((args, kwargs)))
+        self.looked |= not _LOOKING.isdisjoint(getattr(operation.func, "tags", ()))
+        taken = operation.inputs
         origins = {id(origin): origin for tensor in taken for origin in self._origins.get(tensor, ())}
-        if computes(func):
-            self._use(origins.values(), selects=_name(func) in _SELECTING)
-        key = self._key(running, func) if may_decide(func, taken) else None
-        result = compute()
+        if computes(operation.func):
+            self._use(origins.values(), selects=operation.name.removesuffix("_") in _SELECTING)
+        if self._lost:
+            self.decisions.adrift |= {call.path: self._lost for call in operation.running}
+        key = self._key(operation) if may_decide(operation) else None
+        result = operation.compute()
         if any(_fractional(tensor) and tensor not in self._origins for tensor in taken):
-            made = None if key is None else _decision(key, func, result)
+            made = None if key is None else _decision(key, operation, result)
             origins = {} if made is None else {id(made): made}
-            if made is not None and not isinstance(result, Tensor | tuple):
-                self.decisions.made[made.key] = made
+            if made is not None and not isinstance(result, tuple) and (made.chooses or not isinstance(result, Tensor)):
+                self.decisions.made[made.key] = made  # it may be read without an operation, as a list
+            if operation.name in _UNSTEADY and self._inside:
+                self._lost = f"{operation.func} draws as many random numbers as the values ask for that it is given"
+        self._inside |= len(operation.running) > 1
         if origins:
             for tensor in tensors_in(result):
                 if not (_fractional(tensor) and isinstance(result, tuple)):
@@ -127,7 +150,7 @@ class Recorder(_Counting):
             if origin.result is not None and (selects or origin.chooses):
                 self.decisions.made[origin.key] = origin
             elif origin.result is None and selects:
-                self._lost = self._lost or origin.key[2]
+                self._lost = f"{origin.key[2]} selects its rows, by values that the layers before it change"
 
 
 class Imposed(_Counting):
@@ -141,50 +164,37 @@ class Imposed(_Counting):
         super().__init__()
         self._decisions = decisions
 
-    def operate(
-        self, running: Sequence[ModuleCall], func: Any, args: Any, kwargs: Any, compute: Callable[[], Any]
-    ) -> Any:
+    def operate(self, operation: Operation) -> Any:
         """Return what was decided, where this operation decided it."""
-        if not may_decide(func, tensors_in((args, kwargs))):
-            return compute()
-        made = self._decisions.made.get(self._key(running, func))
+        made = self._decisions.made.get(self._key(operation)) if may_decide(operation) else None
         if made is None:
-            return compute()
-        if isinstance(made.result, Tensor):
-            chosen = made.result.clone()
-            return _values_at(chosen, func, args, kwargs) if _name(func) in _WITH_PLACES else chosen
-        return made.result
+            return operation.compute()
+        if not isinstance(made.result, Tensor):
+            return made.result
+        chosen = made.result.clone()
+        return _values_at(chosen, operation) if operation.name in _WITH_PLACES else chosen
 
 
-def may_decide(func: Any, taken: Iterable[Tensor]) -> bool:
-    """Whether an operation returns whole numbers or truth values of fractional ones, as far as its name tells.
-
-    Example:
-        >>> x = torch.ones(2)
-        >>> may_decide(torch.ops.aten.argmax.default, [x]), may_decide(torch.ops.aten.argmax.default, [x.long()])
-        (True, False)
-    """
-    return computes(func) and any(map(_fractional, taken))
+def may_decide(operation: Operation) -> bool:
+    """Whether an operation may return whole numbers or truth values of fractional ones."""
+    return computes(operation.func) and any(map(_fractional, operation.inputs))
 
 
-def _decision(key: Key, func: Any, result: Any) -> Decision | None:
+def _decision(key: Key, operation: Operation, result: Any) -> Decision | None:
     """Return what an operation on activations decided, if it did."""
-    chooses = torch.Tag.pointwise not in getattr(func, "tags", ()) and _name(func) != "_to_copy"
+    chooses = torch.Tag.pointwise not in getattr(operation.func, "tags", ()) and operation.name != "_to_copy"
+    if isinstance(result, bool | int | float):
+        return Decision(key, result, chooses)
     places = [tensor for tensor in tensors_in(result) if not _fractional(tensor)]
-    if isinstance(result, Tensor | bool | int | float):
-        found = places[0].detach().clone() if places else None if isinstance(result, Tensor) else result
-        return None if found is None else Decision(key, found, chooses)
     if not places:
         return None
-    known = _name(func) in _WITH_PLACES and len(places) == 1
+    known = isinstance(result, Tensor) or (operation.name in _WITH_PLACES and len(places) == 1)
     return Decision(key, places[0].detach().clone() if known else None, chooses)
 
 
-def _values_at(places: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
-    """Return what an operation on its first argument returns: values along an axis, and the places given for them."""
-    schema = getattr(func, "_schema", None)
-    named = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs if schema else kwargs
-    x, axis = args[0], named.get("dim", -1)
+def _values_at(places: Tensor, operation: Operation) -> tuple[Tensor, Tensor]:
+    """Return what an operation along an axis returns: the values at the places given, and these."""
+    x, axis = operation.args[0], operation.by_name.get("dim", -1)
     if places.dim() == x.dim():
         return torch.take_along_dim(x, places, axis), places
     return torch.take_along_dim(x, places.unsqueeze(axis), axis).squeeze(axis), places
@@ -192,7 +202,3 @@ def _values_at(places: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _fractional(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _name(func: Any) -> str:
-    return str(getattr(getattr(func, "overloadpacket", func), "__name__", ""))

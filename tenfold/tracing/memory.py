@@ -21,7 +21,7 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(path, module, _attributes(module)) for path, module in model.named_modules()]
+        self._modules = [(path, module, attributes(module)) for path, module in model.named_modules()]
         parts = (value for _, _, own in self._modules for value in own.values() if type(value) in _CONTAINERS)
         self._contents = {id(part): (part, part.copy()) for part in parts}
         self._tensors: dict[int, tuple[Tensor, int | None, Tensor]] = {}
@@ -34,7 +34,7 @@ class Memory:
         """Set everything back; return whether anything had changed, and the modules whose plain values had."""
         changed, plain = False, set[str]()
         for path, module, before in self._modules:
-            now = _attributes(module)
+            now = attributes(module)
             other = [name for name in {**before, **now} if before.get(name, self) is not now.get(name, self)]
             same = (self._contents[id(v)] for v in before.values() if id(v) in self._contents)
             moved = [new for new, old in same if not _alike(new, old)]
@@ -58,7 +58,8 @@ class Memory:
         return changed, plain
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds by name, buffers in a dict, without parameters, modules and hooks."""
     return {k: v for k, v in vars(module).items() if k not in {"_parameters", "_modules"} and not k.endswith("_hooks")}
 
 

@@ -43,7 +43,7 @@ class Randomness:
 
     def include(self, source: Any) -> None:
         """Add a generator that is found in use: every run starts where it is now, and sets it back."""
-        if not any(known is source for known in self._sources):
+        if all(_identity(known) != _identity(source) for known in self._sources):
             self._found[len(self._sources)] = _state(source)
             self._sources.append(source)
             self._before.append(_state(source))
@@ -98,6 +98,11 @@ class _DeviceGenerator:
     def manual_seed(self, seed: int) -> None:
         with self._module.device(self._device):
             self._module.manual_seed(seed)
+
+
+def _identity(source: Any) -> tuple[type, int]:
+    """Return what two objects have in common that torch made of one generator."""
+    return type(source), int(getattr(source, "_cdata", id(source)))
 
 
 def _state(source: Any) -> Any:

@@ -118,8 +118,9 @@ class Replay:
     the hooks that change its inputs and before those that change its output.
 
     Every forward of a batch is the same one: it draws the same random numbers, starts from the buffers and attributes
-    that the model has now, and takes the same decisions, where rows are selected by these. All of that is set back afterwards. Modules that leave something behind besides what they return (a
-    feature map in an attribute, in a list that hooks fill) always run. Batches may differ in what runs on them.
+    that the model has now, and takes the same decisions, where rows are selected by these. All of that is set back
+    afterwards. Modules that leave something behind besides what they return (a feature map in an attribute, or in a
+    list that hooks fill) always run. Batches may differ in what runs on them.
 
     The model runs in evaluation mode. Layers must be asked for in the order of ``order``: what lies before must not
     change any more.
@@ -157,7 +158,12 @@ class Replay:
         like: Replay | None = None,
     ) -> None:
         self.model, self._batches, self._forward = model, batches, forward or call_model
-        self._limit, self._spare, self._changing, self.seed = limit, spare, changing, seed if like is None else like.seed
+        self._limit, self._spare, self._changing, self.seed = (
+            limit,
+            spare,
+            changing,
+            seed if like is None else like.seed,
+        )
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
         self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self._after: dict[int, dict[str, State]] = defaultdict(dict)  # where modules that draw left the generators
@@ -168,6 +174,7 @@ class Replay:
         self._randomness = Randomness(model, batches[0])
         self._draws: set[str] = set()
         self._leaves: set[str] = set()  # something behind
+        self._hidden = False  # where nobody sets it back if a forward does not come to its end
         self._remembers = False  # from one forward to the next
         self._ways: list[_Way] = []
         self._usual: dict[str, _Way] = {}  # by inputs
@@ -190,12 +197,13 @@ class Replay:
 
     def _follow(self, number: int) -> _Way:
         """Find out on which way a batch goes, and what modules do on it besides returning tensors."""
-        batch, effects, memory = self._batches[number], SideEffects(self._randomness), Memory(self.model)
+        batch, effects, memory = self._batches[number], SideEffects(self.model, self._randomness), Memory(self.model)
         deciding = Recorder() if self._like is None else Imposed(self.decisions[number])
-        with self._randomness.seeded(self.seed + number):
+        with self._randomness.seeded(self.seed_of(number)):
             found = trace(self.model, batch, forward=self._forward, watchers=(effects, deciding))
         changed, plain = memory.restore()
         self._remembers |= changed
+        self._hidden |= effects.hidden
         self._draws |= effects.draws
         self._leaves |= effects.leaves | {outer for path in plain for outer in (path, *outside(path))}
         same = (way for way in self.ways if _flow(way.trace) == _flow(found))
@@ -205,6 +213,10 @@ class Replay:
             if not (deciding.looked or effects.draws or effects.leaves or changed):
                 self._usual[describe_inputs(batch)] = way
         return way
+
+    def seed_of(self, number: int) -> int:
+        """Return the seed of what is drawn on a batch."""
+        return self._seed + number if self._like is None else self._like.seed_of(number)
 
     def way(self, number: int) -> _Way:
         """Return the way of a batch."""
@@ -273,7 +285,7 @@ class Replay:
         self._rooms.clear()
 
     def _stop(self, path: str, number: int) -> _Stop:
-        return _Stop(self.way(number).trace.calls[path], ending=not self._leaves)
+        return _Stop(self.way(number).trace.calls[path], ending=not self._hidden)
 
     def branches(
         self, path: str, last: str, instead: Iterable[Tensor] | None = None
@@ -300,7 +312,7 @@ class Replay:
 
         for number in self._reaching(path):
             layer, end = self.model.get_submodule(path), self.model.get_submodule(last)
-            stop = _Stop(ending=not self._leaves)
+            stop = _Stop(ending=not self._hidden)
             taking = layer.register_forward_pre_hook(enter, with_kwargs=True)
             watching: list[AbstractContextManager[Any]] = [taking, Tracer({last: end}, on_addition=stop)]
             if shapes is None:
@@ -336,8 +348,8 @@ class Replay:
             way.lasting = set(kept) - before
         if not stop.done:
             msg = (
-                f"batch {number + 1} reached layer {path!r} before, and does not now: layers can be fitted in order only "
-                "on batches that take the same way through both models"
+                f"batch {number + 1} reached layer {path!r} before, and does not now: layers can be fitted in order "
+                "only on batches that take the same way through both models"
             )
             raise DataError(msg)
 
@@ -345,7 +357,7 @@ class Replay:
     def _same(self, number: int) -> Iterator[None]:
         """Let a forward draw what the first one of this batch drew, and decide as that did."""
         with ExitStack() as stack:
-            stack.enter_context(self._randomness.seeded(self.seed + number))
+            stack.enter_context(self._randomness.seeded(self.seed_of(number)))
             if self.decisions[number].made:
                 followed = dict(self.model.named_modules())
                 stack.enter_context(Tracer(followed, watchers=(Imposed(self.decisions[number]),)))
@@ -369,12 +381,12 @@ class Replay:
         result: dict[str, Tensor | None] = {}
         idle: tuple[str, ...] = ()  # prefixes of what does not run
         whole: tuple[str, ...] = ()  # prefixes of what runs and may be kept as a whole
-        readers = self.way(number).readers
-        for name in self.way(number).done(path):  # the last first: whether the readers of an output run is known by then
+        way = self.way(number)
+        for name in way.done(path):  # the last first: whether the readers of an output run is known by then
             if name.startswith(idle):
                 self._forget(name, number)
                 continue
-            read = any(not reader.startswith(idle) for reader in readers[name])
+            read = any(not reader.startswith(idle) for reader in way.readers[name])
             if name in kept and not read:
                 hollow[name] = self._hollowed(kept[name])
                 self._forget(name, number)

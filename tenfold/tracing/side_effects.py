@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.memory import attributes
 from tenfold.tracing.randomness import Randomness, State, same_state
-from tenfold.tracing.trace import ModuleCall, Watcher, storage_of
+from tenfold.tracing.trace import ModuleCall, Operation, Watcher, storage_of
 
 
 class SideEffects(Watcher):
@@ -23,28 +23,30 @@ class SideEffects(Watcher):
     Attributes:
         draws: paths of the modules in whose calls random numbers were drawn.
         leaves: paths of the modules that leave values behind.
+        hidden: whether some were found that no attribute of a module holds, which ``Memory`` does not set back.
     """
 
     apart = True
 
-    def __init__(self, randomness: Randomness) -> None:
+    def __init__(self, model: nn.Module, randomness: Randomness) -> None:
         self.draws: set[str] = set()
         self.leaves: set[str] = set()
-        self._randomness = randomness
+        self.hidden = False
+        self._model, self._randomness = model, randomness
         self._starts: dict[ModuleCall, State] = {}
         self._given: dict[ModuleCall, set[int | None]] = {}
         self._within = WeakTensorKeyDictionary()  # the calls within which a tensor came to be
         self._memory: dict[int | None, tuple[ModuleCall, ...]] = {}  # the same of its storage
 
-    def enter(self, running: Sequence[ModuleCall], inputs: Any) -> None:
+    def enter(self, running: tuple[ModuleCall, ...], inputs: Any) -> None:
         """Note what a call is given, and where the generators are."""
         call, given = running[-1], list(tensors_in(inputs))
         self._starts[call] = self._randomness.state()
         self._given[call] = {storage_of(tensor) for tensor in given}
         for tensor in given:
-            self._within[tensor] = tuple(running)
+            self._within[tensor] = running
 
-    def leave(self, call: ModuleCall, running: Sequence[ModuleCall], output: Any) -> None:
+    def leave(self, call: ModuleCall, running: tuple[ModuleCall, ...], output: Any) -> None:
         """Hand over to the caller what a call returns."""
         if not same_state(self._starts.pop(call), self._randomness.state()):
             self.draws.add(call.path)
@@ -53,42 +55,38 @@ class SideEffects(Watcher):
             if tensor in self._within:
                 self._within[tensor] = tuple(outer for outer in self._within[tensor] if outer is not call)
 
-    def operate(
-        self, running: Sequence[ModuleCall], func: Any, args: Any, kwargs: Any, compute: Callable[[], Any]
-    ) -> Any:
+    def operate(self, operation: Operation) -> Any:
         """Judge what an operation reads and writes."""
-        if kwargs.get("generator") is not None:
-            self._randomness.include(kwargs["generator"])
+        running, generator = operation.running, operation.kwargs.get("generator")
+        if generator is not None:
+            self._randomness.include(generator)
             self.draws |= {call.path for call in running}
-        for tensor in tensors_in((args, kwargs)):
+        for tensor in operation.inputs:
             self._read(tensor, running)
-        for tensor in written_by(func, args, kwargs):
+        written = written_by(operation)
+        for tensor in written:
             key = storage_of(tensor)
             inside = self._memory.get(key, ())
             self.leaves |= {c.path for c in running if c not in inside and key not in self._given[c]}
-        result = compute()
+        result = operation.compute()
         for tensor in tensors_in(result):
-            self._within.setdefault(tensor, tuple(running))
-            if not any(True for _ in written_by(func, args, kwargs)) and not getattr(func, "is_view", False):
-                self._memory[storage_of(tensor)] = tuple(running)
+            self._within.setdefault(tensor, running)
+            if not written and not getattr(operation.func, "is_view", False):
+                self._memory[storage_of(tensor)] = running
         return result
 
-    def _read(self, tensor: Tensor, running: Sequence[ModuleCall]) -> None:
-        self.leaves |= {call.path for call in self._within.get(tensor, ()) if call not in running}
+    def _read(self, tensor: Tensor, running: tuple[ModuleCall, ...]) -> None:
+        left = {call.path for call in self._within.get(tensor, ()) if call not in running}
+        if left:
+            self.leaves |= left
+            held = (tensors_in(list(attributes(module).values())) for module in self._model.modules())
+            self.hidden |= not any(kept is tensor for each in held for kept in each)
 
 
-def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operation writes to.
-
-    Example:
-        >>> import torch
-        >>> x = torch.ones(2)
-        >>> written_by(torch.ops.aten.add_.Tensor, (x, x), {})[0] is x
-        True
-    """
-    schema = getattr(func, "_schema", None)
+def written_by(operation: Operation) -> list[Tensor]:
+    """Return the tensors that an operation writes to."""
+    schema = getattr(operation.func, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
-    named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return list(tensors_in([named.get(name) for name in written]))
+    return list(tensors_in([operation.by_name.get(name) for name in written]))

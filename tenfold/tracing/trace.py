@@ -107,8 +107,36 @@ class ModuleCall:
     number: int
 
 
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation that is about to run, within the calls of modules in ``running``, outermost first."""
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    running: tuple[ModuleCall, ...]
+    compute: Callable[[], Any]
+
+    @property
+    def name(self) -> str:
+        """Without the overload."""
+        return name_of(self.func)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that it takes."""
+        return list(tensors_in((self.args, self.kwargs)))
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        """The arguments that were given, by name."""
+        schema = getattr(self.func, "_schema", None)
+        names = () if schema is None else [argument.name for argument in schema.arguments]
+        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
+
+
 class Watcher:
-    """Sees what a :class:`Tracer` sees, while it happens. ``running`` are the calls that have not ended, outermost first.
+    """Sees what a :class:`Tracer` sees, while it happens.
 
     Attributes:
         apart: give every call tensors of its own to take, which share memory with those it was given: so a tensor that
@@ -117,17 +145,15 @@ class Watcher:
 
     apart: ClassVar[bool] = False
 
-    def enter(self, running: Sequence[ModuleCall], inputs: Any) -> None:
+    def enter(self, running: tuple[ModuleCall, ...], inputs: Any) -> None:
         """Follow the start of ``running[-1]``."""
 
-    def leave(self, call: ModuleCall, running: Sequence[ModuleCall], output: Any) -> None:
-        """Follow the end of a call."""
+    def leave(self, call: ModuleCall, running: tuple[ModuleCall, ...], output: Any) -> None:
+        """Follow the end of a call; ``running`` are those around it."""
 
-    def operate(
-        self, running: Sequence[ModuleCall], func: Any, args: Any, kwargs: Any, compute: Callable[[], Any]
-    ) -> Any:
-        """Return the result of an operation: what ``compute`` returns, unless something else is to stand for it."""
-        return compute()
+    def operate(self, operation: Operation) -> Any:
+        """Return the result of an operation: what it computes, unless something else is to stand for it."""
+        return operation.compute()
 
 
 def trace(
@@ -234,7 +260,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
 
         for watcher in self._watchers:
-            compute = partial(watcher.operate, tuple(self._running), func, args, kwargs, compute)
+            compute = partial(watcher.operate, Operation(func, args, kwargs, tuple(self._running), compute))
         return compute()
 
     def _entering(self, path: str) -> Callable[..., Any]:
@@ -289,7 +315,11 @@ class Tracer(TorchDispatchMode):
         def lend(tensor: Any) -> Any:
             if type(tensor) is tuple:
                 return tuple(lend(each) for each in tensor)
-            if type(tensor) is not Tensor or tensor.layout != torch.strided or (tensor.is_leaf and tensor.requires_grad):
+            if (
+                type(tensor) is not Tensor
+                or tensor.layout != torch.strided
+                or (tensor.is_leaf and tensor.requires_grad)
+            ):
                 return tensor
             if id(tensor) not in made:
                 with self._unseen():
@@ -364,9 +394,14 @@ def addend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Te
     return others[0] if others[0].shape == tensor.shape else None
 
 
+def name_of(func: Any) -> str:
+    """Return the name of an operation without its overload."""
+    return str(getattr(getattr(func, "overloadpacket", func), "__name__", ""))
+
+
 def computes(func: Any) -> bool:
     """Whether an operation looks at numbers: it makes no view of a tensor, and no tensor that is merely like it."""
-    name = getattr(getattr(func, "overloadpacket", func), "__name__", "")
+    name = name_of(func)
     return not (getattr(func, "is_view", False) or name.startswith("new_") or name.endswith("_like"))
 
 

@@ -69,7 +69,7 @@ class Denoiser(Stack):
     """A step of diffusion: time and noise are drawn, by torch, numpy and Python."""
 
     def forward(self, x: Tensor) -> Tensor:
-        level = torch.rand(len(x), 1) * random.random()
+        level = torch.rand(len(x), 1) * random.random()  # noqa: S311
         noise = torch.from_numpy(np.random.randn(*x.shape)).to(x)  # noqa: NPY002
         x = self.first(x * (1 - level) + noise * level).relu()
         for block in self.blocks:
@@ -291,6 +291,43 @@ class Exits(Stack):
         return self.last(self.blocks[2](x / scale))
 
 
+class Listed(nn.Module):
+    """Experts again, whose rows are looked up in lists of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = linear(WIDTH, 3)
+        self.experts = nn.ModuleList(linear() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1).tolist()
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = [row for row, choice in enumerate(chosen) if choice == number]
+            y[rows] = expert(x[rows])
+        return x + y
+
+
+class Grouped(Block):
+    """Adds the mean of the rows that round to the same number, by an operation that cannot be told what to return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = linear(WIDTH, 1)
+
+    def inside(self, x: Tensor) -> Tensor:
+        _, groups = x.sum(-1).round().unique(return_inverse=True)
+        sums = x.new_zeros(len(x), x.shape[1]).index_add(0, groups, x)
+        return x + sums[groups] / groups.bincount()[groups, None]
+
+
+class GammaBlock(Block):
+    """How many numbers are drawn depends on the values."""
+
+    def inside(self, x: Tensor) -> Tensor:
+        return x * torch.distributions.Gamma(x.abs() + 0.1, 1.0).sample()
+
+
 # What calls its layers in other ways
 
 
@@ -327,15 +364,19 @@ MODELS = {
     "sorted rows": lambda: Stack(Block(), Sorted(), Block()),
     "pruned rows": lambda: Stack(Block(), Pruned(), Block()),
     "merged rows": lambda: Stack(Block(), Merged(), Block()),
+    "rows in lists": lambda: Stack(Block(), Listed()),
     "early exits": lambda: Exits(Block(), Block(), Block()),
     "shared layers": lambda: Shared(Block()),
     "checkpoints": lambda: Checkpointed(Block(), Block()),
 }
 
+# Models whose later layers see rows that cannot be held together with those of the original.
+ADRIFT = {"groups": lambda: Stack(Block(), Grouped()), "gamma noise": lambda: Stack(Block(), GammaBlock())}
+
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[name]().eval()
+    return (MODELS | ADRIFT)[name]().eval()
 
 
 def batches(count: int, rows: int = 96, seed: int = 1) -> list[Tensor]:
