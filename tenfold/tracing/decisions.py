@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tenfold.tracing.inputs import tensors_in
-from tenfold.tracing.trace import Operation, Watcher, computes
+from tenfold.tracing.watchers import Operation, Watcher, computes
 
 # Operations that pick, place or count rows as whole numbers or truth values say.
 _SELECTING = frozenset(
@@ -134,7 +134,8 @@ class Recorder(_Counting):
         if any(_fractional(tensor) and tensor not in self._origins for tensor in taken):
             made = None if key is None else _decision(key, operation, result)
             origins = {} if made is None else {id(made): made}
-            if made is not None and not isinstance(result, tuple) and (made.chooses or not isinstance(result, Tensor)):
+            places_only = not isinstance(result, tuple) or operation.name == "sort"  # as argsort does
+            if made is not None and made.result is not None and made.chooses and places_only:
                 self.decisions.made[made.key] = made  # it may be read without an operation, as a list
             if operation.name in _UNSTEADY and self._inside:
                 self._lost = f"{operation.func} draws as many random numbers as the values ask for that it is given"
@@ -184,7 +185,7 @@ def _decision(key: Key, operation: Operation, result: Any) -> Decision | None:
     """Return what an operation on activations decided, if it did."""
     chooses = torch.Tag.pointwise not in getattr(operation.func, "tags", ()) and operation.name != "_to_copy"
     if isinstance(result, bool | int | float):
-        return Decision(key, result, chooses)
+        return Decision(key, result, chooses=True)
     places = [tensor for tensor in tensors_in(result) if not _fractional(tensor)]
     if not places:
         return None

@@ -6,8 +6,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import torch
@@ -15,15 +13,10 @@ from torch import Tensor, nn
 
 from tenfold.errors import DataError
 from tenfold.tensors import version_of
-from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.decisions import Decisions, Imposed, Recorder
-from tenfold.tracing.inputs import call_model, describe_inputs, tensors_in
-from tenfold.tracing.memory import Memory
-from tenfold.tracing.randomness import Randomness, State
-from tenfold.tracing.side_effects import SideEffects
-from tenfold.tracing.trace import Trace, Tracer, trace
-
-Forward = Callable[[nn.Module, Any], object]
+from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.randomness import State
+from tenfold.tracing.runs import Forward, Runs
+from tenfold.tracing.trace import Tracer
 
 _FEW = 4  # layers that are computed again rather than their output kept beyond ``spare``
 
@@ -67,44 +60,7 @@ class _Stop:
         self(next(tensors_in(output)))
 
 
-@dataclass(eq=False)
-class _Way:
-    """What runs in which order on some of the batches.
-
-    Attributes:
-        trace: the record of the first of them.
-        first: its number.
-        readers: by module that may be left out, prefixes of the modules that take what it returns.
-        leaves: when the modules without children start.
-        before: the modules that may be left out before another one starts, the last first.
-        lasting: modules whose outputs were still held at the end of a run of the first batch.
-        written: modules to whose outputs something writes.
-    """
-
-    trace: Trace
-    first: int
-    readers: dict[str, list[str]] = field(default_factory=dict)
-    leaves: list[int] = field(default_factory=list)
-    before: dict[str, list[str]] = field(default_factory=dict)
-    lasting: set[str] = field(default_factory=set)
-    written: set[str] = field(default_factory=set)
-
-    def once(self, path: str) -> bool:
-        """Whether the module runs once, and nothing within it runs outside of it."""
-        start, end = self.trace.spans[path]
-        inner = [span for p, span in self.trace.spans.items() if p.startswith(f"{path}.")]
-        return self.trace.calls[path] == 1 and all(start < s and e < end for s, e in inner)
-
-    def done(self, path: str) -> list[str]:
-        """Return the modules that return a tensor before ``path`` starts, the last first."""
-        spans = self.trace.spans
-        if path not in self.before:
-            done = [name for name in self.readers if spans[name][1] < spans[path][0]]
-            self.before[path] = sorted(done, key=lambda name: spans[name][1], reverse=True)
-        return self.before[path]
-
-
-class Replay:
+class Replay(Runs):
     """Inputs and outputs of layers in the order in which they run, for callers that change the layers on the way.
 
     What ran before the layer asked for and was not changed since is taken from memory: the outputs of the largest
@@ -117,10 +73,8 @@ class Replay:
     Hooks of a layer stay with it, whatever takes its place: what is seen is what its forward takes and returns, after
     the hooks that change its inputs and before those that change its output.
 
-    Every forward of a batch is the same one: it draws the same random numbers, starts from the buffers and attributes
-    that the model has now, and takes the same decisions, where rows are selected by these. All of that is set back
-    afterwards. Modules that leave something behind besides what they return (a feature map in an attribute, or in a
-    list that hooks fill) always run. Batches may differ in what runs on them.
+    All forwards of a batch are the same one, see ``Runs``. Modules that leave something behind besides what they return
+    (a feature map in an attribute, or in a list that hooks fill) always run.
 
     The model runs in evaluation mode. Layers must be asked for in the order of ``order``: what lies before must not
     change any more.
@@ -155,15 +109,10 @@ class Replay:
         spare: int = 128 << 20,
         changing: bool = True,
         seed: int = 0,
-        like: Replay | None = None,
+        like: Runs | None = None,
     ) -> None:
-        self.model, self._batches, self._forward = model, batches, forward or call_model
-        self._limit, self._spare, self._changing, self.seed = (
-            limit,
-            spare,
-            changing,
-            seed if like is None else like.seed,
-        )
+        super().__init__(model, batches, forward=forward, seed=seed, like=like)
+        self._limit, self._spare, self._changing = limit, spare, changing
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # outputs by batch and path
         self._hollow: dict[int, dict[str, Tensor]] = defaultdict(dict)
         self._after: dict[int, dict[str, State]] = defaultdict(dict)  # where modules that draw left the generators
@@ -171,99 +120,6 @@ class Replay:
         self._bytes = 0
         self._rooms: dict[str, Tensor] = {}
         self._handed: dict[str, Tensor] = {}
-        self._randomness = Randomness(model, batches[0])
-        self._draws: set[str] = set()
-        self._leaves: set[str] = set()  # something behind
-        self._hidden = False  # where nobody sets it back if a forward does not come to its end
-        self._remembers = False  # from one forward to the next
-        self._ways: list[_Way] = []
-        self._usual: dict[str, _Way] = {}  # by inputs
-        self._like = like
-        self.decisions: list[Decisions] = [] if like is None else like.decisions
-        for number in range(len(batches)):
-            self._ways.append(self._known_way(number) or self._follow(number))
-        for way in self.ways:
-            self._prepare(way)
-
-    def _known_way(self, number: int) -> _Way | None:
-        """Return the way of a batch if it is that of another one for sure."""
-        if self._like is not None:
-            first = self._like.way(number).first
-            return self._ways[first] if first < number else None
-        known = self._usual.get(describe_inputs(self._batches[number]))
-        if known is not None:
-            self.decisions.append(Decisions())
-        return known
-
-    def _follow(self, number: int) -> _Way:
-        """Find out on which way a batch goes, and what modules do on it besides returning tensors."""
-        batch, effects, memory = self._batches[number], SideEffects(self.model, self._randomness), Memory(self.model)
-        deciding = Recorder() if self._like is None else Imposed(self.decisions[number])
-        with self._randomness.seeded(self.seed_of(number)):
-            found = trace(self.model, batch, forward=self._forward, watchers=(effects, deciding))
-        changed, plain = memory.restore()
-        self._remembers |= changed
-        self._hidden |= effects.hidden
-        self._draws |= effects.draws
-        self._leaves |= effects.leaves | {outer for path in plain for outer in (path, *outside(path))}
-        same = (way for way in self.ways if _flow(way.trace) == _flow(found))
-        way = next(same, None) or _Way(found, number)
-        if isinstance(deciding, Recorder):
-            self.decisions.append(deciding.decisions)
-            if not (deciding.looked or effects.draws or effects.leaves or changed):
-                self._usual[describe_inputs(batch)] = way
-        return way
-
-    def seed_of(self, number: int) -> int:
-        """Return the seed of what is drawn on a batch."""
-        return self._seed + number if self._like is None else self._like.seed_of(number)
-
-    def way(self, number: int) -> _Way:
-        """Return the way of a batch."""
-        return self._ways[number]
-
-    def _prepare(self, way: _Way) -> None:
-        spans = way.trace.spans
-        way.leaves = sorted(spans[path][0] for path in self.order if path in spans)
-        single = {path for path in spans if way.once(path)} - self._leaves
-        way.readers = {
-            path: [f"{use.by}." for use in value.uses]
-            for value in way.trace.values
-            for path in value.makers
-            if path in single
-        }
-
-    @property
-    def ways(self) -> list[_Way]:
-        """The different ways of the batches, each once."""
-        return list(dict.fromkeys(self._ways))
-
-    def is_added(self, path: str) -> bool:
-        """Return whether ``Trace.is_added`` holds on all batches that reach the module."""
-        return all(trace.is_added(path) for trace in self._traces(path))
-
-    def follower(self, path: str) -> str | None:
-        """Return the ``Trace.follower`` of a module, if it is the same on all batches that reach it."""
-        found = {trace.follower(path) for trace in self._traces(path)}
-        return found.pop() if len(found) == 1 else None
-
-    def _traces(self, path: str) -> list[Trace]:
-        return [way.trace for way in self.ways if path in way.trace.spans]
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """Paths of the modules without children that ran, each at its first call, of the first batch that ran it."""
-        ran = dict.fromkeys(path for way in self.ways for path in way.trace.spans)
-        leaves = [p for p in ran if p and not any(True for _ in self.model.get_submodule(p).children())]
-        return tuple(sorted(leaves, key=self.start))
-
-    def start(self, path: str) -> float:
-        """Return when the module at ``path`` started, on a clock of its own; infinity if no batch reaches it."""
-        return next((float(trace.spans[path][0]) for trace in self._traces(path)), inf)
-
-    def places(self, path: str) -> list[int]:
-        """Return the batches of which ``inputs`` and ``outputs`` yield a tensor, in order."""
-        return [number for number, way in enumerate(self._ways) for _ in range(way.trace.calls[path])]
 
     def inputs(self, path: str) -> Iterator[Tensor]:
         """Iterate over the first input of the module at ``path``, batch by batch, call by call."""
@@ -330,13 +186,12 @@ class Replay:
             for name in [name for name in kept if way.trace.spans[name][1] > way.trace.spans[path][0]]:
                 self._forget(name, number)
         with ExitStack() as stack:
-            if self._remembers:
-                stack.callback(Memory(self.model).restore)
+            stack.enter_context(self._same(number))
             for context in watching:
                 stack.enter_context(context)
             before = set(kept)
             try:
-                with evaluating(self.model), layer_by_layer(), self._settled(path, number), self._same(number):
+                with self._settled(path, number):
                     self._forward(self.model, self._batches[number])
             except (_Reached, Exception):  # scripted code turns whatever is raised within it into an error of its own
                 if not stop.done:
@@ -352,16 +207,6 @@ class Replay:
                 "only on batches that take the same way through both models"
             )
             raise DataError(msg)
-
-    @contextmanager
-    def _same(self, number: int) -> Iterator[None]:
-        """Let a forward draw what the first one of this batch drew, and decide as that did."""
-        with ExitStack() as stack:
-            stack.enter_context(self._randomness.seeded(self.seed_of(number)))
-            if self.decisions[number].made:
-                followed = dict(self.model.named_modules())
-                stack.enter_context(Tracer(followed, watchers=(Imposed(self.decisions[number]),)))
-            yield
 
     @contextmanager
     def _settled(self, path: str, number: int) -> Iterator[None]:
@@ -482,22 +327,6 @@ class Replay:
     def _forget(self, name: str, number: int) -> None:
         if name in self._kept[number]:
             self._bytes -= _size(self._kept[number].pop(name))
-
-
-def outside(path: str) -> list[str]:
-    """Return the paths of the modules around the one at ``path``, that of the model last.
-
-    Example:
-        >>> outside("a.b.c")
-        ['a.b', 'a', '']
-    """
-    parts = path.split(".") if path else []
-    return [".".join(parts[:depth]) for depth in reversed(range(len(parts)))]
-
-
-def _flow(found: Trace) -> tuple[Any, ...]:
-    """Return what tells the way of a batch from others."""
-    return found.calls, found.spans, [(value.makers, value.uses) for value in found.values]
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tenfold.tracing.inputs import tensors_in
 from tenfold.tracing.memory import attributes
 from tenfold.tracing.randomness import Randomness, State, same_state
-from tenfold.tracing.trace import ModuleCall, Operation, Watcher, storage_of
+from tenfold.tracing.trace import storage_of
+from tenfold.tracing.watchers import ModuleCall, Operation, Watcher
 
 
 class SideEffects(Watcher):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tenfold.records import Shape
 from tenfold.tensors import version_of
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
+from tenfold.tracing.watchers import ModuleCall, Operation, Watcher, computes
 
 _ADDITIONS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor, torch.ops.aten.add.out}
 
@@ -97,63 +98,6 @@ class Trace:
     def _only_use(self, path: str) -> Use | None:
         uses = [use for value in self.values if path in value.makers for use in value.uses]
         return uses[0] if len(uses) == self.calls[path] == 1 else None
-
-
-@dataclass(frozen=True, eq=False)
-class ModuleCall:
-    """One run of a module: of that at ``path``, the ``number``-th of the forward, from 1."""
-
-    path: str
-    number: int
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """An operation that is about to run, within the calls of modules in ``running``, outermost first."""
-
-    func: Any
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    running: tuple[ModuleCall, ...]
-    compute: Callable[[], Any]
-
-    @property
-    def name(self) -> str:
-        """Without the overload."""
-        return name_of(self.func)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that it takes."""
-        return list(tensors_in((self.args, self.kwargs)))
-
-    @property
-    def by_name(self) -> dict[str, Any]:
-        """The arguments that were given, by name."""
-        schema = getattr(self.func, "_schema", None)
-        names = () if schema is None else [argument.name for argument in schema.arguments]
-        return dict(zip(names, self.args, strict=False)) | dict(self.kwargs)
-
-
-class Watcher:
-    """Sees what a :class:`Tracer` sees, while it happens.
-
-    Attributes:
-        apart: give every call tensors of its own to take, which share memory with those it was given: so a tensor that
-            it took is told from the same one in other hands.
-    """
-
-    apart: ClassVar[bool] = False
-
-    def enter(self, running: tuple[ModuleCall, ...], inputs: Any) -> None:
-        """Follow the start of ``running[-1]``."""
-
-    def leave(self, call: ModuleCall, running: tuple[ModuleCall, ...], output: Any) -> None:
-        """Follow the end of a call; ``running`` are those around it."""
-
-    def operate(self, operation: Operation) -> Any:
-        """Return the result of an operation: what it computes, unless something else is to stand for it."""
-        return operation.compute()
 
 
 def trace(
@@ -392,17 +336,6 @@ def addend(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Te
     if len(args) != 2 or len(others) != 1 or not isinstance(others[0], Tensor):
         return None
     return others[0] if others[0].shape == tensor.shape else None
-
-
-def name_of(func: Any) -> str:
-    """Return the name of an operation without its overload."""
-    return str(getattr(getattr(func, "overloadpacket", func), "__name__", ""))
-
-
-def computes(func: Any) -> bool:
-    """Whether an operation looks at numbers: it makes no view of a tensor, and no tensor that is merely like it."""
-    name = name_of(func)
-    return not (getattr(func, "is_view", False) or name.startswith("new_") or name.endswith("_like"))
 
 
 def _weights_by_storage(modules: Mapping[str, nn.Module]) -> dict[int | None, list[tuple[str, int, int]]]:
