@@ -24,7 +24,7 @@ from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
 from tenfold.tracing.replay import Replay
-from tenfold.tracing.runs import Forward
+from tenfold.tracing.repeated_runs import Forward
 
 Progress = Callable[[int, int], None]
 

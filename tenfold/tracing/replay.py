@@ -15,7 +15,7 @@ from tenfold.errors import DataError
 from tenfold.tensors import version_of
 from tenfold.tracing.inputs import tensors_in
 from tenfold.tracing.randomness import State
-from tenfold.tracing.runs import Forward, Runs
+from tenfold.tracing.repeated_runs import Forward, Runs
 from tenfold.tracing.trace import Tracer
 
 _FEW = 4  # layers that are computed again rather than their output kept beyond ``spare``

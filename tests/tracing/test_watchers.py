@@ -105,50 +105,53 @@ def test_values_are_those_at_the_places_that_are_imposed(what, axis):
     assert torch.equal(model.result[0], OTHER.take_along_dim(places, axis))
 
 
-def test_what_is_left_behind_is_found_with_who_left_it():
-    kept: list[Tensor] = []
+KEPT: list[Tensor] = []
 
-    class Leaves(nn.Module):
-        def __init__(self, how: str) -> None:
-            super().__init__()
-            self.how, self.fc, self.relu = how, nn.Linear(5, 5), nn.ReLU()
-            self.register_buffer("cache", torch.zeros(5))
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.fc(x)
-            match self.how:
-                case "input":
-                    self.seen = x
-                case "inner":
-                    self.seen = y * 2
-                case "list":
-                    kept.append(y * 2)
-                case "buffer":
-                    self.cache.copy_(y[0])
-            return self.relu(y)
+class Leaves(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.fc, self.relu = how, nn.Linear(5, 5), nn.ReLU()
+        self.register_buffer("cache", torch.zeros(5))
 
-    class Outer(nn.Module):
-        def __init__(self, how: str) -> None:
-            super().__init__()
-            self.inner, self.how = nn.Sequential(Leaves(how), nn.Identity()), how
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        match self.how:
+            case "input":
+                self.seen = x
+            case "inner":
+                self.seen = y * 2
+            case "list":
+                KEPT.append(y * 2)
+            case "buffer":
+                self.cache.copy_(y[0])
+        return self.relu(y)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.inner(x + 1)
-            if self.how in ("input", "inner"):
-                return y + self.inner[0].seen
-            return y + kept.pop() if self.how == "list" else y + self.inner[0].cache
 
-    for how, hidden in (("nothing", False), ("input", False), ("inner", False), ("list", True), ("buffer", False)):
-        model = Outer(how)
-        effects = SideEffects(model, Randomness(model))
-        trace(model, X, watchers=[effects])
-        assert effects.leaves - {""} == (set() if how == "nothing" else {"inner", "inner.0"}), how
-        assert effects.hidden == hidden
-        assert not effects.draws
+class Reads(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner, self.how = nn.Sequential(Leaves(how), nn.Identity()), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x + 1)
+        if self.how in ("input", "inner"):
+            return y + self.inner[0].seen
+        return y + KEPT.pop() if self.how == "list" else y + self.inner[0].cache
+
+
+@pytest.mark.parametrize("how", ["nothing", "input", "inner", "list", "buffer"])
+def test_what_is_left_behind_is_found_with_who_left_it(how):
+    model = Reads(how)
+    effects = SideEffects(model, Randomness(model))
+    trace(model, X, watchers=[effects])
+    assert effects.leaves - {""} == (set() if how == "nothing" else {"inner", "inner.0"})
+    assert effects.hidden == (how == "list")
+    assert not effects.draws
 
 
 def test_who_draws_is_found_whatever_draws():
-    for draw in (partial(torch.rand, 1), np.random.rand, random.random):  # noqa: NPY002
+    for draw in (partial(torch.rand, 1), np.random.rand, random.random):
 
         class Draws(nn.Module):
             def forward(self, x: Tensor, draw=draw) -> Tensor:
