@@ -23,8 +23,8 @@ from tenfold.surgery.replacement import check_planned, factorizable_spec, geomet
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.surgery.unroll_rnn import unroll_rnns
 from tenfold.tracing.inputs import token_mask
-from tenfold.tracing.replay import Replay
 from tenfold.tracing.repeated_runs import Forward
+from tenfold.tracing.replay import Replay
 
 Progress = Callable[[int, int], None]
 

@@ -189,7 +189,7 @@ class Tracer(TorchDispatchMode):
                 value.uses.append(Use(self._innermost, other is not None))
                 if other is not None and value.makers and self._on_addition is not None:
                     self._on_addition(other)
-        result = self._operate(func, args, kwargs)
+        result = self._operate(func, args, kwargs, list(taken.values()))
         if computes(func) and any(True for _ in tensors_in(result)):
             for tensor in taken.values():
                 self._note_weight(tensor)
@@ -199,12 +199,10 @@ class Tracer(TorchDispatchMode):
     def _innermost(self) -> str:
         return self._running[-1].path if self._running else ""
 
-    def _operate(self, func: Any, args: Any, kwargs: Any) -> Any:
-        def compute() -> Any:
-            return func(*args, **kwargs)
-
+    def _operate(self, func: Any, args: Any, kwargs: Any, taken: Sequence[Tensor]) -> Any:
+        compute: Callable[[], Any] = partial(func, *args, **kwargs)
         for watcher in self._watchers:
-            compute = partial(watcher.operate, Operation(func, args, kwargs, tuple(self._running), compute))
+            compute = partial(watcher.operate, Operation(func, args, kwargs, tuple(self._running), compute, taken))
         return compute()
 
     def _entering(self, path: str) -> Callable[..., Any]:

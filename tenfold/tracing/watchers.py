@@ -8,8 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tenfold.tracing.inputs import tensors_in
-
 
 @dataclass(frozen=True, eq=False)
 class ModuleCall:
@@ -21,23 +19,19 @@ class ModuleCall:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """An operation that is about to run, within the calls of modules in ``running``, outermost first."""
+    """An operation that is about to run on ``inputs``, within the calls of modules in ``running``, outermost first."""
 
     func: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     running: tuple[ModuleCall, ...]
     compute: Callable[[], Any]
+    inputs: Sequence[Tensor]
 
     @property
     def name(self) -> str:
         """Without the overload."""
         return name_of(self.func)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors that it takes."""
-        return list(tensors_in((self.args, self.kwargs)))
 
     @property
     def by_name(self) -> dict[str, Any]:
