@@ -117,12 +117,15 @@ class Opened:
 
     @cached_property
     def _loaded(self) -> tuple[nn.Module, Plan | None]:
-        from tenfold.checkpoint import load
+        from tenfold.checkpoint import load, read_record
         from tenfold.tensors.finite import check_finite
 
         plan, source = None, self.source
         if source.checkpoint is not None:
             model, plan = load(self.task.build(), source.checkpoint)
+            if str(read_record(source.checkpoint)) != str(self.record):
+                msg = f"{source.checkpoint} was replaced while it was opened: give the command again"
+                raise CheckpointError(msg)
         else:
             model = self.task.dense(source.weights)
         check_finite(model, source.checkpoint or source.weights or self.task.id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 import threading
@@ -19,6 +18,7 @@ from tenfold.errors import BudgetError, DataError, TenfoldError, require
 from tenfold.explorer.explorer import Explorer, Query
 from tenfold.explorer.view import initial_view, selection_view
 from tenfold.records import Budget, explain
+from tenfold.records.parsing import parse_json
 from tenfold.reporting.pages import page
 
 SCRIPTS = ("table.js", "chart.js", "page.js", "explore.js")
@@ -245,7 +245,7 @@ def _query(body: bytes) -> Query:
 
 def _kind(body: bytes) -> str:
     try:
-        return str(json.loads(body)["kind"])
+        return str(parse_json(body)["kind"])
     except (ValueError, KeyError, TypeError) as error:
         msg = 'invalid request: a curve needs a kind of budget, as {"kind": "macs"}'
         raise DataError(msg) from error
