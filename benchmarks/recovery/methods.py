@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 import tenfold
 from tenfold.iterative import Schedule, Training, compress_iteratively, musco
-from tenfold.layers import FactorizedLayer, build
 from tenfold.planning import plan as make_plan
 from tenfold.profiling import profile
 from tenfold.records import Plan, Recipe
@@ -76,41 +71,15 @@ def one_shot(work: Work, started: tuple[nn.Module, Plan | None] | None = None) -
     """Return the network compressed at once and then trained; ``started`` is one that is compressed already."""
     model, plan = started or compressed(work)
     before = {"compressed": work.task.evaluate(model)}
-    with multiplied_out(model) if work.config.get("multiplied_out") else nullcontext():
-        tuned = finetune(
-            model,
-            work.batches,
-            work.train,
-            loss=work.loss,
-            folder=TrainingFolder(work.folder / "tuning", work.name),
-            progress=TuneProgress(work.report),
-        )
+    tuned = finetune(
+        model,
+        work.batches,
+        work.train,
+        loss=work.loss,
+        folder=TrainingFolder(work.folder / "tuning", work.name),
+        progress=TuneProgress(work.report),
+    )
     return Outcome(model, plan, tuned.history, before)
-
-
-@contextmanager
-def multiplied_out(model: nn.Module) -> Iterator[None]:
-    """Compute each factorized layer by its dense weight meanwhile: the same function and the same gradients.
-
-    For formats that take longer than dense layers, here the classical trains.
-    """
-    layers = [module for module in model.modules() if isinstance(module, FactorizedLayer)]
-    for layer in layers:
-        layer.forward = partial(_by_dense_weight, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _by_dense_weight(layer: FactorizedLayer, x: Tensor) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        weight = layer.factorization().to_dense()
-    frame = build(layer.spec, nn.Parameter(torch.empty_like(weight, device="meta")), layer.bias)
-    given = {"weight": weight} if layer.bias is None else {"weight": weight, "bias": layer.bias}
-    found: Tensor = functional_call(frame, given, (x,))
-    return found
 
 
 def staged(work: Work) -> Outcome:

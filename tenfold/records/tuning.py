@@ -27,6 +27,9 @@ class TuneConfig(Record):
         clip_norm: largest norm of the whole gradient; None for no limit.
         autocast: "bf16", "off", or "auto": bf16 for float32 models on hardware with bf16 arithmetic.
         channels_last: True, False, or "auto": if the model has 2-d convolutions and runs with such inputs.
+        train_as: "dense" multiplies the factors of a layer out once per forward and trains through the dense layer that
+            they make, "factors" through the factors as they are: the same function and the same gradients. "auto" is
+            what takes less time, by a few steps of each before the first epoch.
         batch_size: samples per batch, for the caller who makes the batches; the loop itself does not use it.
         accumulate: batches per step, their gradients averaged: a larger batch than fits into memory.
         ema: decay of the exponential moving average of the weights, such as 0.999; the average is then scored after
@@ -50,6 +53,7 @@ class TuneConfig(Record):
     clip_norm: PositiveFloat | None = 5.0
     autocast: Literal["auto", "bf16", "off"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
+    train_as: Literal["auto", "dense", "factors"] = "auto"
     batch_size: PositiveInt = 128
     accumulate: PositiveInt = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None

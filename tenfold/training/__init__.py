@@ -4,6 +4,7 @@ Any other training loop works as well: the result of ``apply`` is an ordinary mo
 """
 
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
+from tenfold.training.as_dense import as_dense
 from tenfold.training.batches import Batches
 from tenfold.training.cached_logits import CachedLogits
 from tenfold.training.distillation import Distillation
@@ -41,6 +42,7 @@ __all__ = [
     "TuneConfig",
     "TuneProgress",
     "TuneResult",
+    "as_dense",
     "finetune",
     "log_likelihood",
     "parameter_groups",

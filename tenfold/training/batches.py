@@ -128,8 +128,8 @@ def _swapping(data: Iterable[T], state: torch.Tensor) -> Iterator[T]:
         yield item
 
 
-def peek(data: Iterable[Batch]) -> tuple[Any, Iterable[Batch]]:
-    """Return the first inputs, and all batches.
+def peek(data: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """Return the first batch, and all of them.
 
     Raises:
         DataError: there are no batches.
@@ -140,7 +140,7 @@ def peek(data: Iterable[Batch]) -> tuple[Any, Iterable[Batch]]:
     except StopIteration:
         msg = "there are no batches to train on. Pass at least one (inputs, targets) pair per epoch."
         raise DataError(msg) from None
-    return as_pair(first)[0], chain([first], iterator)
+    return as_pair(first), chain([first], iterator)
 
 
 def as_pair(batch: Any) -> Batch:

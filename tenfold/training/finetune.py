@@ -13,6 +13,7 @@ from torch import nn
 from tenfold.records.tuning import TuneConfig, TuneResult
 from tenfold.tracing.contexts import kept_modes, same_random_numbers
 from tenfold.tracing.inputs import to_device
+from tenfold.training.as_dense import faster_as_dense
 from tenfold.training.batches import Batch, Batches, at_epoch, count_steps, peek, seed_epoch, share
 from tenfold.training.distributed import AccelerateProcess, SingleProcess
 from tenfold.training.ema import Average
@@ -103,7 +104,7 @@ def finetune(
         if snapshot and state:
             snapshot.check_steps(state, steps)
         first, data = peek(_epoch_data(batches, done, config, device, processes))
-        layout = uses_channels_last(model, to_device(first, device), config.channels_last)
+        layout = uses_channels_last(model, to_device(first[0], device), config.channels_last)
         average = None if config.ema is None else Average(model, config.ema)
         with (
             channels_last_weights(model, enabled=layout),
@@ -124,14 +125,15 @@ def finetune(
                 processes=processes,
                 average=average,
             )
+            dense = state.as_dense if state else _as_dense(loop, first)
             progress.start(epochs=config.epochs, steps=steps, done=done)
             try:
                 for epoch in range(done, config.epochs):
                     if epoch > done:
                         data = _epoch_data(batches, epoch, config, device, processes)
-                    history.append(loop.epoch(epoch, data, evaluate))
+                    history.append(loop.epoch(epoch, data, evaluate, dense=dense))
                     if snapshot and processes.index == 0:
-                        snapshot.write(snapshot.state(steps, history), model, plain, average)
+                        snapshot.write(snapshot.state(steps, history, as_dense=dense), model, plain, average)
                     processes.wait()
                     progress.end_epoch(history[-1])
             finally:
@@ -141,6 +143,14 @@ def finetune(
             average.write_to_(model)
             processes.sync_buffers_(model)
     return TuneResult(config=config, history=tuple(history), resumed=done)
+
+
+def _as_dense(loop: Loop, batch: Batch) -> bool:
+    """Return whether to multiply factors out, the same in all processes."""
+    if loop.config.train_as != "auto":
+        return loop.config.train_as == "dense"
+    faster = loop.processes.index == 0 and faster_as_dense(loop.model, lambda model: loop.loss_of(model, batch))
+    return bool(loop.processes.from_main(float(faster)))
 
 
 def _epoch_data(

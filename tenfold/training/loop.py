@@ -15,6 +15,7 @@ from tenfold.errors import TuningError
 from tenfold.records.tuning import EpochRecord, TuneConfig
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tracing.inputs import to_device
+from tenfold.training.as_dense import as_dense
 from tenfold.training.batches import Batch, as_pair, grouped, peek
 from tenfold.training.distributed import SingleProcess
 from tenfold.training.ema import Average
@@ -43,15 +44,16 @@ class Loop:
     processes: SingleProcess
     average: Average | None
 
-    def epoch(self, epoch: int, data: Iterable[Batch], evaluate: Evaluate | None) -> EpochRecord:
-        """Train an epoch, counted from 0, and return its record."""
+    def epoch(self, epoch: int, data: Iterable[Batch], evaluate: Evaluate | None, *, dense: bool) -> EpochRecord:
+        """Train an epoch, counted from 0, and return its record; factors are multiplied out if ``dense``."""
         start = time.perf_counter()
         self.called.train()
         if self.config.freeze_norms:
             for module in self.model.modules():
                 if isinstance(module, BATCH_NORMS):
                     module.eval()
-        loss, rate = self._train(epoch, data)
+        with as_dense(self.model, enabled=dense):
+            loss, rate = self._train(epoch, data)
         self._check_weights(epoch)
         self.processes.sync_buffers_(self.model)
         seconds = time.perf_counter() - start
@@ -67,7 +69,6 @@ class Loop:
         """Return the mean loss and the last learning rate."""
         config, optimizer = self.config, self.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        bf16 = not self.processes.sets_precision and uses_bf16(self.model, self.device, config.autocast)
         updates = -(-self.steps // config.accumulate)
         total, rate, done = torch.zeros((), device=self.device), 0.0, 0
         for number, group in enumerate(grouped(data, config.accumulate), epoch * updates):
@@ -76,7 +77,7 @@ class Loop:
                 parameter_group["lr"] = rate
             for left, batch in zip(reversed(range(len(group))), group, strict=True):
                 with self.processes.no_sync(self.called) if left else nullcontext():
-                    value = self._loss(batch, bf16=bf16)
+                    value = self.loss_of(self.called, batch)
                     self._check_now_and_then(value, epoch, done, rate)
                     self.processes.backward(value / len(group) if len(group) > 1 else value)
                 total += value.detach()
@@ -93,12 +94,14 @@ class Loop:
         self._check_loss(total, epoch, done - 1, rate)
         return self.processes.mean(total) / done, rate
 
-    def _loss(self, batch: Any, *, bf16: bool) -> Tensor:
+    def loss_of(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of the model, or of a copy of it, on a batch."""
+        bf16 = not self.processes.sets_precision and uses_bf16(self.model, self.device, self.config.autocast)
         inputs, targets = as_pair(batch)
         inputs = place(inputs, self.device, channels_last=self.channels_last)
         targets = to_device(targets, self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else self.processes.autocast():
-            return self.loss(self.called, inputs, targets)
+            return self.loss(model, inputs, targets)
 
     def _check_now_and_then(self, value: Tensor, epoch: int, step: int, rate: float) -> None:
         """Check the loss, but not at every step where reading it waits for the device."""

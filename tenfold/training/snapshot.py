@@ -31,13 +31,14 @@ VERSION = 1
 
 
 class TuneState(Record):
-    """Progress and identity of a run."""
+    """Progress and identity of a run; ``as_dense`` is what was measured to be faster, which decides rounding."""
 
     version: PositiveInt = VERSION
     config: TuneConfig
     identity: str = ""
     steps: int
     processes: PositiveInt = 1
+    as_dense: bool = False
     history: tuple[EpochRecord, ...] = ()
 
 
@@ -111,13 +112,14 @@ class Snapshot:
         self._refuse_others(state)
         return state
 
-    def state(self, steps: int, history: Sequence[EpochRecord]) -> TuneState:
+    def state(self, steps: int, history: Sequence[EpochRecord], *, as_dense: bool = False) -> TuneState:
         """Return the state of the run after the epochs of the history."""
         return TuneState(
             config=self.config,
             identity=self.identity,
             steps=steps,
             processes=self.processes,
+            as_dense=as_dense,
             history=tuple(history),
         )
 
