@@ -51,6 +51,8 @@ class HeldOutCurve:
 
     def __call__(self, distortion: Floats) -> Floats:
         """Return what distortions (m,) by the moments are elsewhere: geometric between fits, in proportion beyond."""
+        if not self.known:
+            return distortion
         x = np.log(np.maximum(distortion, _TINY))
         factors = np.log(self.measured / self.predicted)[::-1]
         return np.asarray(distortion * np.exp(np.interp(x, np.log(self.predicted[::-1]), factors)))

@@ -96,7 +96,9 @@ def kept_reasons(
     }
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
-        kept |= {path: _UNJUDGED for path, own in moments.items() if not kept.get(path, _UNSEEN) and not own.judged}
+        blind = [path for path, own in moments.items() if not own.judged]
+        if len(blind) < len(moments):  # where outputs depend on no layer at all, none is special
+            kept |= {path: _UNJUDGED for path in blind if not kept.get(path, _UNSEEN)}
     return kept
 
 
