@@ -98,7 +98,7 @@ def _unreached(model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[
     unreached = [path for path, own in found.items() if own.output_gram is None]
     if not unreached:
         return {}
-    most = max(float(_power(model, path, spec, found[path])) for path, spec in specs.items() if path not in unreached)
+    most = max(float(_power(model, path, specs[path], own)) for path, own in found.items() if path not in unreached)
     msg = (
         f"no gradient of the outputs reaches {len(unreached)} of {len(found)} layers ({', '.join(unreached[:3])}"
         f"{', ...' if len(unreached) > 3 else ''}): they run under no_grad, are detached or not used. Each counts as "

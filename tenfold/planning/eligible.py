@@ -108,7 +108,7 @@ def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dic
     if isinstance(wanted, Plan):
         return {layer.path: specs[layer.path] for layer in wanted.factorized if layer.path in specs}
     kept = kept_reasons(model, profile, wanted)
-    return {path: spec for path, spec in specs.items() if not kept[path]}
+    return {path: spec for path, spec in specs.items() if kept[path] in ("", NOT_REACHED)}
 
 
 def cheap_ends(profile: Profile) -> dict[str, str]:

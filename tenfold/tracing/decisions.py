@@ -120,6 +120,12 @@ class Recorder(_Counting):
         self._lost = ""
         self._inside = False  # whether anything was computed within a module of the model
 
+    def identify(self, tensor: Tensor, other: Tensor) -> None:
+        """Let a tensor be of the same decisions as the one that it stands for."""
+        origins = self._origins.get(other)
+        if origins is not None:
+            self._origins[tensor] = origins
+
     def operate(self, operation: Operation) -> Any:
         """Note what an operation decides, and by which decisions it selects."""
         self.looked |= not _LOOKING.isdisjoint(getattr(operation.func, "tags", ()))

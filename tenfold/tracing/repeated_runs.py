@@ -127,7 +127,7 @@ class Runs:
         way = next(same, None) or Way(found, number)
         if isinstance(deciding, Recorder):
             self.decisions.append(deciding.decisions)
-            if not (deciding.looked or effects.draws or effects.leaves or changed):
+            if not (deciding.looked or deciding.decisions.made or effects.draws or effects.leaves or changed):
                 self._usual[describe_inputs(batch)] = way
         return way
 

@@ -292,6 +292,8 @@ class Tracer(TorchDispatchMode):
 
     def _identify(self, tensor: Tensor, other: Tensor) -> None:
         """Let a tensor have the value of another one."""
+        for watcher in self._watchers:
+            watcher.identify(tensor, other)
         value = self._value_of(other)
         if value is not None:
             self._known[id(tensor)] = _Known(TensorWeakRef(tensor), version_of(tensor), value)

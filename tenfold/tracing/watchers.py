@@ -57,6 +57,9 @@ class Watcher:
     def leave(self, call: ModuleCall, running: tuple[ModuleCall, ...], output: Any) -> None:
         """Follow the end of a call; ``running`` are those around it."""
 
+    def identify(self, tensor: Tensor, other: Tensor) -> None:
+        """Follow that a tensor stands for another one, with which it shares its values."""
+
     def operate(self, operation: Operation) -> Any:
         """Return the result of an operation: what it computes, unless something else is to stand for it."""
         return operation.compute()
