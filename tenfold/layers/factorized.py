@@ -108,8 +108,14 @@ class FactorizedLayer(nn.Module):
         """The dense weight in torch's own layout, multiplied out whenever somebody computes with what is returned."""
         if torch.compiler.is_compiling():
             return self.factorization().to_dense()  # what nobody uses, the compiler leaves out
-        held: Any = self.stages[0]
-        return LazyWeight.of(self.spec.weight_shape, held.weight, lambda: self.factorization().to_dense())
+        held: list[Any] = [stage.weight for stage in self.stages]
+        weight = LazyWeight.of(self.spec.weight_shape, held[0], lambda: self.factorization().to_dense())
+        # Marks that all factors have are those of the product: transformers tells by one what it need not initialise.
+        first, *others = (vars(factor) for factor in held)
+        for name, mark in first.items():
+            if all(name in other and other[name] is mark for other in others):
+                setattr(weight, name, mark)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -66,3 +66,10 @@ def test_code_that_asks_for_the_dtype_costs_no_macs(layer: FactorizedLayer) -> N
     cost = tenfold.profile(Asking(), torch.ones(1, 12))
     assert cost.macs == 12 * 3 + 3 * 10
     assert cost.other_macs == 0
+
+
+def test_marks_of_all_factors_are_those_of_the_weight(layer: FactorizedLayer) -> None:
+    layer.stages[0].weight.loaded = True
+    assert not hasattr(layer.weight, "loaded")
+    layer.stages[1].weight.loaded = True
+    assert layer.weight.loaded is True
