@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tenfold.errors import TenfoldError
 from tenfold.tracing.contexts import evaluating
 from tenfold.tracing.inputs import arguments, batch_size_of, call_model, map_tensors, tensors_in
+from tenfold.tracing.randomness import Randomness
 
 _PLAIN = (Tensor, bool, int, float, str)
 _CLOSE = 1e-3  # of the largest output: kernels of other shapes round differently
@@ -81,7 +82,7 @@ def _falls_apart(model: nn.Module, batch: Any, rows: Sequence[int]) -> bool:
     """Whether samples do not know of each other: of some alone the outputs are the same."""
     try:
         with evaluating(model):
-            whole, part = (list(_outputs(call_model(model, b))) for b in (batch, _rows(batch, rows)))
+            whole, part = (_outputs(model, b) for b in (batch, _rows(batch, rows)))
     except TenfoldError:
         return False
     if not whole or len(whole) != len(part):
@@ -94,5 +95,6 @@ def _falls_apart(model: nn.Module, batch: Any, rows: Sequence[int]) -> bool:
     return True
 
 
-def _outputs(outputs: Any) -> Iterator[Tensor]:
-    return (t.float() for t in tensors_in(outputs) if t.is_floating_point())
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    with Randomness(model, batch).seeded(0):
+        return [t.float() for t in tensors_in(call_model(model, batch)) if t.is_floating_point()]

@@ -90,7 +90,8 @@ def test_half_of_the_parameters_saved_and_loaded(make: Any, implementation: str,
     wanted = call_model(small.model.eval(), example)
     with torch.no_grad():
         for other in (found, auto):
-            assert torch.equal(call_model(other, example).logits, wanted.logits)
+            # The kernels of experts that stay are not stored with a model, and round differently.
+            assert torch.allclose(call_model(other, example).logits, wanted.logits, atol=1e-5)
     said = [net.generate(example["input_ids"], max_new_tokens=5, do_sample=False) for net in (small.model, found)]
     assert torch.equal(*said)
     assert any(isinstance(m, FactorizedLayer) for m in found.modules())
