@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
+from tenfold.tracing.randomness import Randomness
 
 logger = logging.getLogger("tenfold")
 
@@ -50,7 +50,7 @@ def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
         forward: runs the model on a batch.
     """
     size = _common_axis(batch)
-    with same_random_numbers(device_of(model, batch)):
+    with Randomness(model, batch).seeded(0):
         try:
             each, made = memory_of(model, next(parts_of(batch, 1)), forward)
             rows = max(1, PART_BYTES // max(each, 1))

@@ -19,8 +19,9 @@ from tenfold.layers.padded_conv import SAME
 from tenfold.records import LayerSpec
 from tenfold.surgery.modules import find, put
 from tenfold.tracing import copied
-from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
+from tenfold.tracing.contexts import evaluating, layer_by_layer, same_random_numbers
 from tenfold.tracing.inputs import call_model
+from tenfold.tracing.randomness import Randomness
 
 _KIND = "padding "
 _PLAIN = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d, nn.Conv3d: functional.conv3d}
@@ -64,7 +65,7 @@ def confirmed(model: nn.Module, kinds: Mapping[str, str], inputs: Any) -> dict[s
     handles = [find(model, path).register_forward_hook(check(path), prepend=True) for path in kinds]
     try:
         if handles:
-            with evaluating(model), layer_by_layer(), same_random_numbers(device_of(model, inputs)):
+            with evaluating(model), layer_by_layer(), Randomness(model, inputs).seeded(0):
                 call_model(model, inputs)
     finally:
         for handle in handles:

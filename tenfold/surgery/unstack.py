@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tenfold.errors import PlanError, ProfileError
 from tenfold.layers import Stack, StackedLinear, stacked_parameters
 from tenfold.surgery.modules import find
-from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
+from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.layers import entries
+from tenfold.tracing.randomness import Randomness
 
 _TURNED = ".T"  # marks the name of a parameter with matrices (in, out)
 
@@ -146,7 +147,7 @@ def _put(module: nn.Module, name: str, stack: Any) -> Any:
 
 
 def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with evaluating(model), layer_by_layer(), same_random_numbers(device_of(model, inputs)):
+    with evaluating(model), layer_by_layer(), Randomness(model, inputs).seeded(0):
         return [t for t in tensors_in(call_model(model, inputs)) if t.is_floating_point()]
 
 

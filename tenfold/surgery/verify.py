@@ -19,9 +19,10 @@ from tenfold.records import Plan, Profile, Shape
 from tenfold.surgery.apply import restructure_
 from tenfold.surgery.modules import find
 from tenfold.tracing import copied
-from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
+from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
 from tenfold.tracing.layers import entries
+from tenfold.tracing.randomness import Randomness
 
 _CLOSE = 1e-3  # the same operations run on the same numbers; fused kernels may still add in another order
 
@@ -121,7 +122,7 @@ def _run(model: nn.Module, inputs: Any, paths: Sequence[str], stand_ins: Mapping
     with (
         evaluating(model),
         layer_by_layer(),
-        same_random_numbers(device_of(model, inputs)),
+        Randomness(model, inputs).seeded(0),
         _hooked(model, paths, stand_ins, run),
     ):
         try:
