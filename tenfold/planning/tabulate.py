@@ -29,7 +29,6 @@ from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTab
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
 from tenfold.surgery import unrolled_rnns
-from tenfold.tensors.finite import check_finite
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -61,7 +60,6 @@ def tabulate(
 
     Raises:
         UnknownNameError: a format or a pattern that names nothing.
-        WeightError: a parameter or buffer has NaN or infinity.
         PlanError: a layer without values, or output Gram matrices for some layers only.
         BudgetError: the rule needs scores and there are none.
 
@@ -74,7 +72,6 @@ def tabulate(
         ('0', [4, 8, 12])
     """
     recipe, runtime = Recipe.of(recipe), runtime or Runtime()
-    check_finite(model)
     rule = rule_of(recipe.rule)
     ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
     kept = kept_reasons(model, profile, recipe.formats, keep=recipe.keep, keep_ends=ends, moments=moments)
