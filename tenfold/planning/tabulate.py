@@ -30,7 +30,6 @@ from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
 from tenfold.surgery import find, separated
 from tenfold.tensors import plain_arithmetic
-from tenfold.tensors.finite import check_finite
 
 BY_SCORES = "what the score loses with each layer factorized alone, as measured"
 STEP = "weigh options"
@@ -62,7 +61,6 @@ def tabulate(
 
     Raises:
         UnknownNameError: a format or a pattern that names nothing.
-        WeightError: a parameter or buffer has NaN or infinity.
         PlanError: a layer without values, or output Gram matrices for some layers only.
         BudgetError: the rule needs scores and there are none.
 
@@ -75,7 +73,6 @@ def tabulate(
         ('0', [4, 8, 12])
     """
     recipe, runtime = Recipe.of(recipe), runtime or Runtime()
-    check_finite(model)
     rule = rule_of(recipe.rule)
     kept = kept_reasons(model, profile, recipe, moments)
     layers = [

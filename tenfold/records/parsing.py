@@ -105,13 +105,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen and isinstance(key, yaml.ScalarNode):
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 msg = f"line {key.start_mark.line + 1}: the key {key.value!r} is there twice"
                 raise ValueError(msg)
-            seen.add(name)
+            seen.add(key.value)
+            if key.tag != f"{_TAG}merge":
+                key.tag = f"{_TAG}str"  # as in JSON, so that the layer 0 can be named without quotes
         return super().construct_mapping(node, deep=deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

@@ -35,6 +35,7 @@ ODD = {
     "tag": ("seed: !!bool x", "tag"),
     "no index": ("seed: !!int ''", "tag"),
     "key": ("? [1]\n: 2", "unhashable"),
+    "number as a key": ("budget: {5: 0.5}", "not 5"),
     "control": ("seed: \x01", "unacceptable"),
 }
 
@@ -70,6 +71,7 @@ def test_tables_and_plans_are_read_likewise(name: str, tmp_path: Path) -> None:
 
 def test_modest_aliases_and_merges_are_fine() -> None:
     assert parse("a: &a {x: 1}\nb: *a\nc: {<<: *a, x: 2}") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 2}}
+    assert parse("{0: 1, no: 2, null: 3, 0.5: 4}") == {"0": 1, "no": 2, "null": 3, "0.5": 4}
     assert parse("since: 2001-01-01") == {"since": "2001-01-01"}
     assert parse(f"[{2**63 - 1}, {-(2**63)}]") == [2**63 - 1, -(2**63)]
 

@@ -15,7 +15,7 @@ from tenfold import Runtime
 from tenfold.errors import WeightError
 from tenfold.exporting import export
 from tenfold.iterative import stages
-from tenfold.planning import Sensitivity, plan, tabulate
+from tenfold.planning import Sensitivity
 from tenfold.profiling import profile
 from tenfold.tensors.finite import check_finite
 
@@ -35,8 +35,6 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "compress": lambda model, _: tenfold.compress(model, X[:1], "macs=0.5", runtime=Runtime(measure=False)),
     "with data": lambda model, _: tenfold.compress(model, X[:1], "macs=0.5", data=[X], runtime=Runtime(measure=False)),
     "a plan": lambda model, _: tenfold.compress(model, X[:1], PLAN, runtime=Runtime(measure=False)),
-    "plan": lambda model, _: plan(model, profile(model, X[:1]), "macs=0.5"),
-    "tabulate": lambda model, _: tabulate(model, profile(model, X[:1]), "macs=0.5"),
     "stages": lambda model, _: stages(model, X[:1], "macs=0.5"),
     "sensitivity": lambda model, _: Sensitivity(model, profile(model, X[:1])),
     "export": lambda model, folder: export(model, X[:1], folder / "net.pt2", to="torch-export"),
