@@ -76,7 +76,7 @@ def calibrate(
     if not specs:
         return {}
     with same_random_numbers(device_of(model)):
-        work = _Work(model, specs, settings, seed, before)
+        work = _Work(model, specs, settings, seed, count_samples(batches), before)
         fitted, held = parted(model, batches, HELD_OUT)
         found = work.judged(fitted, held) if count_samples(held) >= FEWEST else None
         if found is None:  # too few samples, or a layer is reached by some of them only, or there is no gradient at all
@@ -129,6 +129,7 @@ class _Work:
     specs: Mapping[str, LayerSpec]
     settings: Calibration
     seed: int
+    samples: int
     before: Callable[[Needs], None] | None = None
     refusal: DataError | None = None
 
@@ -144,7 +145,7 @@ class _Work:
         try:
             with GradientSums(self.model, self.specs, seed=self.seed, widest=widest) as sums:
                 sums.split_like(fitting[0])
-                self._say(sums, count_samples(fitting))
+                self._say(sums)
                 moments = self._with_grams(fitting, sums)
             judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest)
             judge.split = sums.split
@@ -160,9 +161,10 @@ class _Work:
             moments = others | moments | both
         return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
 
-    def _say(self, sums: GradientSums, samples: int) -> None:
+    def _say(self, sums: GradientSums) -> None:
         if self.before is not None:
-            needs = Needs.of(self.specs, self.settings.max_width, sums.split.held, sums.split.made * samples)
+            made = sums.split.made * self.samples
+            needs = Needs.of(self.specs, self.settings.max_width, sums.split.held, made)
             self.before(needs)
             self.before = None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.errors import TenfoldError
 from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
 from tenfold.tracing.randomness import Randomness
 
@@ -58,7 +59,10 @@ def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
                 return Split(None, size * each, made) if rows >= size else Split(rows, rows * each, made)
         except Exception:
             logger.debug("batches are differentiated whole", exc_info=True)
-        held, made = memory_of(model, batch, forward)
+        try:
+            held, made = memory_of(model, batch, forward)
+        except TenfoldError:  # what it holds cannot be seen, as within transforms of torch.func
+            return Split()
         return Split(None, held, made // (batch_size_of(batch) or 1))
 
 

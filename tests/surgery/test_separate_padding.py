@@ -14,7 +14,7 @@ from tenfold.layers import FactorizedLayer, PaddedConv, same_pads
 from tenfold.planning.unroll import unroll_for_plan
 from tenfold.profiling import profile
 from tenfold.runtime import Runtime
-from tenfold.surgery import apply, open_layers, opened
+from tenfold.surgery import apply, separate, separated
 from tenfold.surgery.separate_padding import confirmed, padded_convs
 
 QUIET = Runtime(measure=False)
@@ -125,8 +125,8 @@ def test_opening_keeps_the_outputs_of_every_size(name: str) -> None:
     assert padded_convs(net) == {"0": kind}
     x = torch.randn(2, conv.in_channels, *[19] * len(conv.kernel_size))
     assert confirmed(net, {"0": kind}, x) == {"0": kind}
-    made = open_layers(net, {"0": kind})
-    assert opened(made) == {"0": kind}
+    made = separate(net, {"0": kind})
+    assert separated(made) == {"0": kind}
     assert isinstance(made[0], PaddedConv)
     assert made[0].weight is made[0].conv.weight
     assert (made[0].stride, made[0].out_channels) == (conv.stride, conv.out_channels)
@@ -197,4 +197,4 @@ def test_a_layer_that_is_kept_by_name_stays_closed() -> None:
 
 def test_a_budget_of_latency_opens_them_too() -> None:
     net, x = Net().eval(), torch.randn(1, 3, 33, 33)
-    assert opened(unroll_for_plan(net, tenfold.Recipe.of("latency=0.9"), x)) == padded_convs(net)
+    assert separated(unroll_for_plan(net, tenfold.Recipe.of("latency=0.9"), x)) == padded_convs(net)
