@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tenfold.errors import TenfoldError
 from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
 from tenfold.tracing.randomness import Randomness
+from tenfold.tracing.trace import storage_of
 
 logger = logging.getLogger("tenfold")
 
@@ -86,14 +87,14 @@ def memory_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[int, int]
 
     Parameters and buffers are not counted.
     """
-    own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
+    own = {storage_of(t) for t in chain(model.parameters(), model.buffers())}
     held: dict[int, int] = {}
     made: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
+        storage = storage_of(tensor)
+        if storage is not None and storage not in own:
+            held[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -81,7 +81,7 @@ class LazyWeight(Tensor):
         def guarded(result: Tensor) -> Tensor:
             if not any(_share_memory(result, made) for made, _ in products):
                 return result
-            return cls.of(tuple(result.shape), result, lambda: result)
+            return LazyWeight.of(tuple(result.shape), result, lambda: result)
 
         grads = torch.is_grad_enabled()
         args, kwargs = tree_map_only(cls, product, (args, kwargs))

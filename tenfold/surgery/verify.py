@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from tenfold.errors import PlanError, ProfileError, TenfoldWarning
 from tenfold.records import Plan, Profile, Shape
 from tenfold.surgery.apply import restructure_
 from tenfold.surgery.modules import find
+from tenfold.tensors import plain_arithmetic, untransformed
 from tenfold.tracing import copied
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model, shape_of, tensors_in
@@ -119,12 +120,11 @@ def warn_of_costs(plan: Plan, before: Profile, after: Profile) -> None:
 def _run(model: nn.Module, inputs: Any, paths: Sequence[str], stand_ins: Mapping[str, nn.Module]) -> _Run:
     """Run a model and note what its layers do, with the outputs of others in place of those of some layers."""
     run = _Run()
-    with (
-        evaluating(model),
-        layer_by_layer(),
-        Randomness(model, inputs).seeded(0),
-        _hooked(model, paths, stand_ins, run),
-    ):
+    with ExitStack() as stack:
+        for module in (model, *stand_ins.values()):
+            stack.enter_context(evaluating(module))  # and keep gradients, of forwards that take some themselves
+        for context in (layer_by_layer(), Randomness(model, inputs).seeded(0), _hooked(model, paths, stand_ins, run)):
+            stack.enter_context(context)
         try:
             run.output = call_model(model, inputs)
         except ProfileError as error:
@@ -149,12 +149,13 @@ def _hooked(model: nn.Module, paths: Sequence[str], stand_ins: Mapping[str, nn.M
 
 
 def _noting(path: str, run: _Run) -> Callable[..., None]:
+    @plain_arithmetic()
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
         entering = next(tensors_in((args, kwargs)), None)
         if entering is None or entering.is_nested or entering.layout != torch.strided:
             run.steps.append(_Step(path, (), 0.0, 0.0))
             return
-        values = _finite(entering)
+        values = _finite(untransformed(entering))
         run.steps.append(_Step(path, shape_of(entering), float(values.norm()), float(values.sum())))
 
     return note

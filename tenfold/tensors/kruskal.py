@@ -172,7 +172,7 @@ def stability(factors: Factors) -> Stability:
 
     Example:
         >>> eye = torch.eye(2)[None]
-        >>> stability([eye, eye]).cancellation
+        >>> round(stability([eye, eye]).cancellation, 12)
         1.0
     """
     wide = [f.double() for f in factors]

@@ -35,9 +35,11 @@ def copied(model: Model) -> Model:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
-        >>> model.body = lambda x: model[0](x)
+        >>> def running(layer):
+        ...     return lambda x: layer(x)
+        >>> model.body = running(model[0])
         >>> twin = copied(model)
-        >>> twin.body.__closure__[0].cell_contents is twin
+        >>> twin.body.__closure__[0].cell_contents is twin[0]
         True
     """
     memo = without_graphs(model)

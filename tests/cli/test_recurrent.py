@@ -46,4 +46,4 @@ def test_an_lstm_that_is_kept_is_left_closed(tenfold: Run, series: str) -> None:
     plan = tenfold(*asked).json["plan"]
     assert plan["unrolled"] == {}
     assert [layer["path"] for layer in plan["layers"]] == ["rnn", "head"]
-    assert plan["layers"][0]["reason"].startswith("left fused")
+    assert plan["layers"][0]["reason"].startswith("left whole")
