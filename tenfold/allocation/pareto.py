@@ -18,16 +18,16 @@ _BLOCK = 128  # options compared with all others at once
 def pareto(distortion: ArrayLike, costs: ArrayLike) -> Picks:
     """Return the indices of the options that no other one equals or beats on distortion and all costs, cheapest first.
 
-    Of equal options the first is kept, and distortions count as equal that rounding alone tells apart: so a plan does
-    not depend on the machine.
+    Of equal options the first is kept, and what rounding alone tells apart counts as equal: so a plan does not depend
+    on the machine.
 
     Example:
         >>> pareto([0.5, 0.1, 0.2, 0.1], [[1], [3], [3], [4]]).tolist()
         [0, 1]
     """
-    distortion, costs = np.asarray(distortion, dtype=np.float64), columns_of(costs)
-    # A beaten option comes after what beats it.
-    order = np.lexsort((np.arange(len(distortion)), *costs.T[::-1], _without_rounding(distortion)))
+    distortion = _rounded(np.asarray(distortion, dtype=np.float64), 20)  # spectra are those of matrices in float32
+    costs = _rounded(columns_of(costs), 36)  # whole numbers stay as they are
+    order = np.lexsort((np.arange(len(distortion)), *costs.T[::-1], distortion))  # what is beaten comes after
     kept: list[Picks] = []
     while len(order):
         head, order = order[:_BLOCK], order[_BLOCK:]
@@ -37,10 +37,9 @@ def pareto(distortion: ArrayLike, costs: ArrayLike) -> Picks:
     return np.concatenate(kept)[::-1] if kept else order
 
 
-def _without_rounding(values: Array) -> Array:
-    """Return values to nine digits."""
+def _rounded(values: Array, bits: int) -> Array:
     mantissa, exponent = np.frexp(values)
-    return np.asarray(np.ldexp(np.round(mantissa * 2**30), exponent))
+    return np.asarray(np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits))
 
 
 def _beats(costs: Array, these: Picks, those: Picks) -> NDArray[np.bool_]:

@@ -83,7 +83,7 @@ def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         >>> stacked_parameters(nn.Conv1d(2, 3, 4))
         {}
     """
-    if type(module).__module__.startswith(("torch.", "tenfold.")):
+    if type(module).__module__.startswith(("torch.", "tenfold.layers.")):
         return {}
     own = module.named_parameters(recurse=False)
     return {name: p for name, p in own if p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()}
