@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, Projection, channels_first
 from tenfold.decompositions import HeldOutCurve, Moments
-from tenfold.decompositions.covariance import Covariance, Root, is_tall, sandwich
+from tenfold.decompositions.covariance import Covariance, is_tall, sandwich
 from tenfold.decompositions.curves import CurveProblem, Floats, tails
+from tenfold.decompositions.roots import Root
 from tenfold.formats import split_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import dense_weight

@@ -18,8 +18,9 @@ from tenfold.decompositions.base import (
     FitProblem,
     algorithm_for,
 )
-from tenfold.decompositions.covariance import Root, blocks, is_tall
+from tenfold.decompositions.covariance import blocks, is_tall
 from tenfold.decompositions.input_moments import Moments
+from tenfold.decompositions.roots import Root
 from tenfold.errors import RankError, TenfoldError, WeightError
 from tenfold.formats import FORMATS, Factorization, Rank, split_groups
 from tenfold.parallel import Workers

@@ -12,7 +12,6 @@ from torch import Tensor
 from tenfold.decompositions.covariance import (
     NEGLIGIBLE,
     Covariance,
-    Root,
     Sketch,
     add_ridge,
     blocks,
@@ -21,9 +20,9 @@ from tenfold.decompositions.covariance import (
     pooled,
     quadratic,
     sandwich,
-    spd_solver,
 )
 from tenfold.decompositions.held_out import HeldOutCurve
+from tenfold.decompositions.roots import Root, spd_solver
 from tenfold.errors import WeightError
 from tenfold.tensors import digest
 

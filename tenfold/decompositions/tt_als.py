@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
-from tenfold.decompositions.covariance import Whitening
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve
+from tenfold.decompositions.roots import Whitening
 from tenfold.decompositions.tt_svd import train_curve
 from tenfold.formats import Factorization
 from tenfold.formats.train import TrainFormat

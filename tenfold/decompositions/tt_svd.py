@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from tenfold.decompositions.base import DECOMPOSITIONS, Decomposition, Factors, FitProblem, default_algorithm
-from tenfold.decompositions.covariance import Whitening
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo, Ranks, tails
+from tenfold.decompositions.roots import Whitening
 from tenfold.formats import FORMATS
 from tenfold.formats.train import TrainFormat
 from tenfold.tensors import gram, trains

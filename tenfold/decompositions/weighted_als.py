@@ -18,19 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
-from tenfold.decompositions.covariance import (
-    Covariance,
-    Root,
-    Sketch,
-    blocks,
-    channel_blocks,
-    is_tall,
-    preconditioner,
-    sandwich,
-    solve_spd,
-    sqrt_and_inverse_sqrt,
-)
+from tenfold.decompositions.covariance import Covariance, Sketch, blocks, channel_blocks, is_tall, sandwich
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo, interpolated, tails
+from tenfold.decompositions.roots import Root, preconditioner, solve_spd, sqrt_and_inverse_sqrt
 from tenfold.formats import Factorization, MatrixFormat, Tucker2
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial

@@ -18,7 +18,7 @@ from tenfold.decompositions.block_als.btd_als import BlockTermLayout, BlockTermL
 from tenfold.decompositions.block_als.descent import descend
 from tenfold.decompositions.block_als.tr_updates import RingLayout, RingLeastSquares
 from tenfold.decompositions.block_als.weighted_descent import WeightedLeastSquares
-from tenfold.decompositions.covariance import Whitening
+from tenfold.decompositions.roots import Whitening
 from tenfold.formats import FORMATS
 from tenfold.records import LayerSpec
 from tenfold.tensors import rings

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tenfold.decompositions import decompose, error_curve
-from tenfold.decompositions.covariance import preconditioner
 from tenfold.decompositions.input_moments import Moments
+from tenfold.decompositions.roots import preconditioner
 from tenfold.formats import FORMATS
 from tenfold.records import LayerSpec
 

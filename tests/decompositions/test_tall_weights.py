@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tenfold.decompositions import Moments, Sketch, covariance, decompose, error_curve
-from tenfold.decompositions.covariance import Root
+from tenfold.decompositions.roots import Root
 from tenfold.formats import FORMATS
 from tenfold.records import LayerSpec
 

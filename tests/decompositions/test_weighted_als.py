@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tenfold.decompositions import Moments, decompose, default_algorithm
-from tenfold.decompositions.covariance import solve_spd, sqrt_and_inverse_sqrt
+from tenfold.decompositions.roots import solve_spd, sqrt_and_inverse_sqrt
 from tenfold.decompositions.weighted_als import Weighted, WeightedALS, WhitenedSVD, alternate
 from tenfold.errors import WeightError
 from tenfold.layers import FactorizedLayer, spec_of

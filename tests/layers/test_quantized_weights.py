@@ -93,7 +93,7 @@ def test_the_rest_is_compressed(
 
 def test_a_model_of_nothing_else_says_why() -> None:
     net = torch.ao.quantization.quantize_dynamic(network(), {nn.Linear})
-    with pytest.raises(PlanError, match="Reasons: .*a quantized Linear packs its weights"):
+    with pytest.raises(PlanError, match=r"Reasons: .*a quantized Linear packs its weights"):
         tenfold.compress(net, torch.randn(1, 64), "macs=0.8", runtime=Runtime(measure=False))
 
 

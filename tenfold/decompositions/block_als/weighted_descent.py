@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.block_als.descent import Blocks, Descent, descend, quadratic_value
-from tenfold.decompositions.covariance import Covariance, Whitening, preconditioner
+from tenfold.decompositions.covariance import Covariance
+from tenfold.decompositions.roots import Whitening, preconditioner
 from tenfold.records import Shape
 from tenfold.tensors.conjugate_gradients import Map, conjugate_gradients, dot
 

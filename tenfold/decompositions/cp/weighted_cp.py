@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
-from tenfold.decompositions.covariance import (
-    Covariance,
-    add_ridge,
-    channel_blocks,
-    preconditioner,
-    sandwich,
-    solve_spd,
-    sqrt_and_inverse_sqrt,
-)
+from tenfold.decompositions.covariance import Covariance, add_ridge, channel_blocks, sandwich
 from tenfold.decompositions.cp.als import CPALS, fit_cp
+from tenfold.decompositions.roots import preconditioner, solve_spd, sqrt_and_inverse_sqrt
 from tenfold.formats import Kruskal
 from tenfold.tensors import khatri_rao, kruskal
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
