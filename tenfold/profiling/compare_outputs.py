@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from tenfold.tracing.masks import real_tokens, token_mask
 from tenfold.tracing.randomness import Randomness
 
 _UNIT = 1e-3  # rows as near to length 1 as this are embeddings
+_BLOCK = 1 << 20  # numbers that are compared at a time
 
 
 def agreement(model: nn.Module, small: nn.Module, batches: Iterable[Any], *, held_out: bool = True) -> Agreement:
@@ -69,11 +70,12 @@ class _Sums:
         for a, b in zip(own, other, strict=False):
             if not a.is_floating_point() or a.shape != b.shape:
                 continue
-            x, y = (real_tokens(t, mask).double() for t in (a, b))
-            self.power += float(x.square().sum())
-            self.missed += float((x - y).square().sum())
+            x, y = (real_tokens(t, mask) for t in (a, b))
             rows, others = (t.flatten(1) if t.dim() > 1 else t[:, None] if t.dim() else t.view(1, 1) for t in (x, y))
-            self.cosines += float(torch.cosine_similarity(rows, others, dim=1).sum())
+            for p, q in _blocks(rows, others):
+                self.power += float(p.square().sum())
+                self.missed += float((p - q).square().sum())
+                self.cosines += float(torch.cosine_similarity(p, q, dim=1).sum())
             self.vectors += len(rows)
             if first:
                 self._compare_classes(x, y, mask)
@@ -86,11 +88,12 @@ class _Sums:
         if x.dim() != 2 or x.shape[1] < 2 or not len(x):
             self.classes = False
             return
-        self._unit = self._unit and bool((x.norm(dim=1) - 1).abs().max() < _UNIT)
         self.rows += len(x)
-        self.same += int((x.argmax(1) == y.argmax(1)).sum())
-        p, q = x.log_softmax(1), y.log_softmax(1)
-        self.divergence += float((p.exp() * (p - q)).sum())
+        for own, other in _blocks(x, y):
+            self._unit = self._unit and bool((own.norm(dim=1) - 1).abs().max() < _UNIT)
+            self.same += int((own.argmax(1) == other.argmax(1)).sum())
+            p, q = own.log_softmax(1), other.log_softmax(1)
+            self.divergence += float((p.exp() * (p - q)).sum())
 
     def result(self, *, held_out: bool) -> Agreement:
         """Return the means."""
@@ -104,3 +107,10 @@ class _Sums:
             cosine=self.cosines / self.vectors if self.vectors else None,
             relative_error=(self.missed / self.power) ** 0.5 if self.power > 0 else float(self.missed > 0),
         )
+
+
+def _blocks(rows: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over pairs of rows in float64, some at a time: outputs over a vocabulary are large."""
+    step = max(1, _BLOCK // max(rows.shape[1], 1))
+    for own, other in zip(rows.split(step), others.split(step), strict=True):
+        yield own.double(), other.double()
