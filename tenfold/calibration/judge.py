@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, Projection, channels_first
 from tenfold.decompositions import HeldOutCurve, Moments
-from tenfold.decompositions.covariance import Covariance, is_tall, sandwich
+from tenfold.decompositions.covariance import Covariance, blocks, is_tall, sandwich
 from tenfold.decompositions.curves import CurveProblem, Floats, tails
 from tenfold.decompositions.roots import Root
 from tenfold.formats import split_groups
@@ -20,6 +20,8 @@ from tenfold.layers import dense_weight
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, squarable
 from tenfold.tracing.inputs import batch_size_of
+
+_ROWS = 64  # directions that are worked on at a time: of very many outputs each is long
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +49,17 @@ class NestedFits:
             weight = split_groups(dense_weight(layer).detach(), spec)
         problem = CurveProblem(weight, spec, LowRank, moments)
         values, vectors = _output_directions(problem.kernel.flatten(2), problem.covariance)
-        dual = into = vectors
+        del problem  # which holds the weight in float64
+        dual = into = vectors.mT
         root = moments.output_root()
         if root is not None and moments.output_gram is not None:
-            dual = root.solve(vectors)
-            into = (dual.mT @ moments.ridged_gram()).mT  # RᵀR is G
+            dual, gram = root.solve(vectors).mT, moments.ridged_gram()
+            into = torch.cat([(part.double() @ gram).to(dual) for part in dual.split(_ROWS, dim=1)], dim=1)  # RᵀR is G
         mean = (weight.double().flatten(2) @ moments.mean.unsqueeze(-1)).unsqueeze(-1)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             mean = mean + bias.detach().double().view_as(mean)
-        return cls(spec, mean.float(), into.mT.float(), dual.mT.float(), tails(values))
+        return cls(spec, mean.float(), into.float(), dual.float(), tails(values))
 
     def lost(self, output: Tensor, gradient: Tensor, samples: int) -> Tensor:
         """Return Σ gᵀ(y − ŷ) over the positions of each sample at ranks 0, 1, ...: (samples, k + 1)."""
@@ -138,15 +141,18 @@ class Judge(GradientSums):
 def _output_directions(matrix: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues (groups, k), ascending, of A C Aᵀ (m, m) and its eigenvectors (groups, m, k), descending.
 
-    Of a tall A (groups, m, n) those of the side of the inputs, k = n: beyond them all eigenvalues are 0.
+    Of a tall A (groups, m, n) those of the side of the inputs, k = n, in float32: beyond them all eigenvalues are 0.
     """
     if not is_tall(matrix):
         square = sandwich(matrix, covariance)
         values, vectors = torch.linalg.eigh((square + square.mT) / 2)
         return values, vectors.flip(-1)
-    inside = (Root.of(covariance) @ matrix.mT.double()).mT  # A C^½, up to a rotation
-    square = inside.mT @ inside
+    inside = Root.of(covariance).times_(matrix.mT.float().contiguous()).mT  # A C^½, up to a rotation
+    square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
+    for rows in blocks(matrix):
+        own = inside[:, rows].double()
+        square.baddbmm_(own.mT, own)
     values, turn = torch.linalg.eigh((square + square.mT) / 2)
     kept = values > values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny) * 1e-12
     scale = kept / torch.where(kept, values, torch.ones_like(values)).sqrt()
-    return values, (inside @ (turn * scale.unsqueeze(-2))).flip(-1)
+    return values, (inside @ (turn * scale.unsqueeze(-2)).to(inside)).flip(-1)

@@ -17,6 +17,7 @@ from tenfold.tracing.randomness import Randomness
 
 _UNIT = 1e-3  # rows as near to length 1 as this are embeddings
 _BLOCK = 1 << 20  # numbers that are compared at a time
+_SMALLEST = 1e-8  # of norms in a cosine, as torch has it
 
 
 def agreement(model: nn.Module, small: nn.Module, batches: Iterable[Any], *, held_out: bool = True) -> Agreement:
@@ -72,14 +73,22 @@ class _Sums:
                 continue
             x, y = (real_tokens(t, mask) for t in (a, b))
             rows, others = (t.flatten(1) if t.dim() > 1 else t[:, None] if t.dim() else t.view(1, 1) for t in (x, y))
-            for p, q in _blocks(rows, others):
-                self.power += float(p.square().sum())
-                self.missed += float((p - q).square().sum())
-                self.cosines += float(torch.cosine_similarity(p, q, dim=1).sum())
-            self.vectors += len(rows)
+            self._compare_vectors(rows, others)
             if first:
                 self._compare_classes(x, y, mask)
             first = False
+
+    def _compare_vectors(self, rows: Tensor, others: Tensor) -> None:
+        """Compare the outputs of samples (n, width), some columns at a time."""
+        dot, own, other = (torch.zeros(len(rows), dtype=torch.float64, device=rows.device) for _ in range(3))
+        step = max(1, _BLOCK // max(len(rows), 1))
+        for x, y in zip(rows.split(step, dim=1), others.split(step, dim=1), strict=True):
+            p, q = x.double(), y.double()
+            self.missed += float((p - q).square().sum())
+            dot, own, other = dot + (p * q).sum(1), own + p.square().sum(1), other + q.square().sum(1)
+        self.power += float(own.sum())
+        self.cosines += float((dot / (own * other).sqrt().clamp_min(_SMALLEST)).sum())
+        self.vectors += len(rows)
 
     def _compare_classes(self, x: Tensor, y: Tensor, mask: Tensor | None) -> None:
         """Compare what may be scores of classes: rows (n, classes), or (batch, sequence, classes) of tokens."""
