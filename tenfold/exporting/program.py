@@ -12,6 +12,10 @@ from tenfold.exporting.quiet import quiet
 from tenfold.tracing.inputs import arguments, batch_size_of, describe_inputs, map_tensors, tensors_in
 
 _HINT = " With a fixed batch size (dynamic_batch=False, --fixed-batch) it may go."
+_PYTREE_HINT = (
+    " Return a tensor, tuple or dict, or register the class that is returned before: "
+    "torch.export.register_dataclass(Output, serialized_type_name='Output')."
+)
 
 
 def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch: int | None = None) -> Any:
@@ -41,8 +45,11 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         msg = f"{type(model).__name__} cannot be exported on inputs {describe_inputs(example)}: {first_words(error)}."
-        about_batch = dynamic_batch and "batch" in str(error)
-        raise ExportError(msg + (_HINT if about_batch else "")) from error
+        if "register a pytree" in str(error):
+            msg += _PYTREE_HINT
+        elif dynamic_batch and "batch" in str(error):
+            msg += _HINT
+        raise ExportError(msg) from error
 
 
 def at_batch(inputs: Any, size: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,53 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         export(nn.ReLU(), x / 0, tmp_path / "b.pt2", to="torch-export", config=UNTIMED)
     with pytest.raises(ExportError, match="no file"):
         open_exported(tmp_path / "c.onnx")
+
+
+@onnx_only
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.bfloat16, r"in float32: model\.float\(\)"), (torch.float16, "0.001: allow")]
+)
+def test_a_dtype_that_the_runtime_lacks_or_rounds_is_said(dtype: torch.dtype, advice: str, tmp_path: Path) -> None:
+    net, x = _net().to(dtype), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = UNTIMED.replace(tolerance=1e-9)
+    with pytest.raises(ExportError, match=advice):
+        export(net, x, tmp_path / "a.onnx", config=exact)
+    assert _left(tmp_path) == []
+
+
+@dataclass
+class Unknown:
+    """What a forward returns in a class that torch.export was not told about."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass
+class Registered(Unknown):
+    """The same, told."""
+
+
+class Returning(nn.Module):
+    """A forward that returns its outputs in a class."""
+
+    def __init__(self, kind: type[Unknown]) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Unknown:
+        return self.kind(self.linear(x))
+
+
+def test_outputs_in_a_class_are_exported_once_it_is_registered(tmp_path: Path) -> None:
+    x, path = torch.ones(2, 4), tmp_path / "a.pt2"
+    with pytest.raises(
+        ExportError, match=r"torch\.export\.register_dataclass\(Output, serialized_type_name='Output'\)"
+    ):
+        export(Returning(Unknown), x, path, to="torch-export", config=UNTIMED)
+    assert _left(tmp_path) == []
+    torch.export.register_dataclass(Registered, serialized_type_name="Registered")
+    assert max(export(Returning(Registered), x, path, to="torch-export", config=UNTIMED).parity.values()) < 1e-5
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
