@@ -43,6 +43,13 @@ class Two(nn.Module):
         return {"product": a * scale, "sum": a + scale.sum(1, keepdim=True)}
 
 
+class AnyKeywords(nn.Module):
+    """Inputs that only ``*args`` and ``**kwargs`` take, in another order than they are named."""
+
+    def forward(self, *terms: Tensor, shift: Tensor, **more: Tensor) -> Tensor:
+        return (terms[0] - terms[1]) * more["scale"] + shift / more["by"]
+
+
 class ByValue(nn.Module):
     """A forward that looks at values, which no file can."""
 
@@ -82,6 +89,17 @@ def test_named_inputs_and_several_outputs(to: str, tmp_path: Path) -> None:
     made = export(Two(), inputs, tmp_path / "two", to=to, config=UNTIMED)
     assert max(made.parity.values()) < 1e-6
     assert set(made.parity) == {1, 2, 3, 5}
+
+
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=onnx_only), "torch-export"])
+def test_inputs_by_keywords_that_the_forward_does_not_name(to: str, tmp_path: Path) -> None:
+    model = AnyKeywords()
+    named = {"scale": torch.randn(2, 1), "shift": torch.randn(2, 4), "by": torch.rand(2, 4) + 1}
+    inputs = (torch.randn(2, 4), torch.randn(2, 4), named)
+    made = export(model, inputs, tmp_path / "keywords", to=to, config=UNTIMED)
+    assert list(made.parity) == [1, 2, 5]
+    assert max(made.parity.values()) < 1e-5
+    assert "forward" not in vars(model)
 
 
 def test_a_fixed_batch_is_checked_as_it_is(tmp_path: Path) -> None:
