@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tenfold.errors import ExportError, TenfoldError
@@ -44,7 +45,8 @@ def export(
         overwrite: whether ``path`` may exist.
 
     Raises:
-        ExportError: ``path`` exists, an operation cannot be exported, or the file computes something else.
+        ExportError: ``path`` exists, an operation cannot be exported, or the file does not run or computes
+            something else.
         WeightError: a parameter or buffer has NaN or infinity.
         MissingExtraError: a package that the target needs is not installed.
         UnknownNameError: no such target.
@@ -74,7 +76,7 @@ def export(
     program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=exporter.max_batch)
     with atomic_write(path) as partial:
         opset = _write(exporter, program, partial, config.opset)
-        exported = exporter.open(partial)
+        exported = _opened(exporter, partial, eager)
         parity = check_parity(eager, exported, inputs, dynamic_batch=dynamic, tolerance=config.tolerance)
         timed: dict[str, Any] = {}
         if config.seconds:
@@ -104,6 +106,20 @@ def _write(exporter: Exporter, program: Any, file: Path, opset: int | None) -> i
         raise
     except Exception as error:
         msg = f"the model cannot be written as {exporter.suffix}: {first_words(error.__cause__ or error)}"
+        raise ExportError(msg) from error
+
+
+def _opened(exporter: Exporter, file: Path, model: nn.Module) -> nn.Module:
+    try:
+        return exporter.open(file)
+    except TenfoldError:
+        raise
+    except Exception as error:
+        msg = f"the {exporter.suffix} file does not run here, so it was not kept: {first_words(error)}."
+        if {p.dtype for p in model.parameters()} - {
+            torch.float32
+        }:  # not every runtime has every operator in every dtype
+            msg += " Export the model in float32: model.float(), and inputs in float32."
         raise ExportError(msg) from error
 
 

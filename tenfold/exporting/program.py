@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +15,10 @@ from tenfold.exporting.quiet import quiet
 from tenfold.tracing.inputs import arguments, batch_size_of, describe_inputs, map_tensors, tensors_in
 
 _HINT = " With a fixed batch size (dynamic_batch=False, --fixed-batch) it may go."
+_PYTREE_HINT = (
+    " Return a tensor, tuple or dict, or register the class that is returned before: "
+    "torch.export.register_dataclass(Output, serialized_type_name='Output')."
+)
 
 
 def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch: int | None = None) -> Any:
@@ -28,21 +35,49 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
     """
     example = at_batch(inputs, max(2, batch_size_of(inputs) or 2)) if dynamic_batch else inputs
     args, kwargs = arguments(example)
-    shapes = None
+    collection = torch.export.ShapesCollection()
     if dynamic_batch:
         batch, size = torch.export.Dim("batch", min=1, max=max_batch), batch_size_of(example)
-        collection = torch.export.ShapesCollection()
         for tensor in tensors_in((args, kwargs)):
             if tensor.dim() and tensor.shape[0] == size:
                 collection[tensor] = {0: batch}
-        shapes = collection.dynamic_shapes(model, args, kwargs)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _keywords_by_name(model, kwargs):
+            shapes = collection.dynamic_shapes(model, args, kwargs) if dynamic_batch else None
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         msg = f"{type(model).__name__} cannot be exported on inputs {describe_inputs(example)}: {first_words(error)}."
-        about_batch = dynamic_batch and "batch" in str(error)
-        raise ExportError(msg + (_HINT if about_batch else "")) from error
+        if "register a pytree" in str(error):
+            msg += _PYTREE_HINT
+        elif dynamic_batch and "batch" in str(error):
+            msg += _HINT
+        raise ExportError(msg) from error
+
+
+@contextmanager
+def _keywords_by_name(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Have a forward with ``**kwargs`` name those it is given: torch.export fits no open axes onto ``**kwargs``."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+    fixed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [name for name in kwargs if name not in signature.parameters]
+    if not more or len(fixed) == len(signature.parameters):
+        yield
+        return
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in more]
+    named.__signature__ = signature.replace(parameters=[*fixed, *keywords])  # type: ignore[attr-defined]
+    own = vars(model).get("forward")
+    model.forward = named
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def at_batch(inputs: Any, size: int) -> Any:

@@ -98,7 +98,7 @@ class BatchReader:
             return self._by_signature(batch)
         if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
             args, kwargs = arguments(batch)
-            known = kwargs.keys() <= self._named.keys() if kwargs else not self._kwargs
+            known = kwargs.keys() <= self._named.keys() | self._kwargs.keys() if kwargs else not self._kwargs
             if len(args) == len(self._args) and known and not (self._args and _holds(args[0], self._args[0])):
                 return batch
         takes_list = len(self._args) == 1 and isinstance(self._args[0], list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class Two(nn.Module):
 
     def forward(self, a: Tensor, *, scale: Tensor) -> dict[str, Tensor]:
         return {"product": a * scale, "sum": a + scale.sum(1, keepdim=True)}
+
+
+class AnyKeywords(nn.Module):
+    """Inputs that only ``*args`` and ``**kwargs`` take, in another order than they are named."""
+
+    def forward(self, *terms: Tensor, shift: Tensor, **more: Tensor) -> Tensor:
+        return (terms[0] - terms[1]) * more["scale"] + shift / more["by"]
 
 
 class ByValue(nn.Module):
@@ -83,6 +91,17 @@ def test_named_inputs_and_several_outputs(to: str, tmp_path: Path) -> None:
     assert set(made.parity) == {1, 2, 3, 5}
 
 
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=onnx_only), "torch-export"])
+def test_inputs_by_keywords_that_the_forward_does_not_name(to: str, tmp_path: Path) -> None:
+    model = AnyKeywords()
+    named = {"scale": torch.randn(2, 1), "shift": torch.randn(2, 4), "by": torch.rand(2, 4) + 1}
+    inputs = (torch.randn(2, 4), torch.randn(2, 4), named)
+    made = export(model, inputs, tmp_path / "keywords", to=to, config=UNTIMED)
+    assert list(made.parity) == [1, 2, 5]
+    assert max(made.parity.values()) < 1e-5
+    assert "forward" not in vars(model)
+
+
 def test_a_fixed_batch_is_checked_as_it_is(tmp_path: Path) -> None:
     made = export(
         _net(),
@@ -118,6 +137,53 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         export(nn.ReLU(), x / 0, tmp_path / "b.pt2", to="torch-export", config=UNTIMED)
     with pytest.raises(ExportError, match="no file"):
         open_exported(tmp_path / "c.onnx")
+
+
+@onnx_only
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.bfloat16, r"in float32: model\.float\(\)"), (torch.float16, "0.001: allow")]
+)
+def test_a_dtype_that_the_runtime_lacks_or_rounds_is_said(dtype: torch.dtype, advice: str, tmp_path: Path) -> None:
+    net, x = _net().to(dtype), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = UNTIMED.replace(tolerance=1e-9)
+    with pytest.raises(ExportError, match=advice):
+        export(net, x, tmp_path / "a.onnx", config=exact)
+    assert _left(tmp_path) == []
+
+
+@dataclass
+class Unknown:
+    """What a forward returns in a class that torch.export was not told about."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+@dataclass
+class Registered(Unknown):
+    """The same, told."""
+
+
+class Returning(nn.Module):
+    """A forward that returns its outputs in a class."""
+
+    def __init__(self, kind: type[Unknown]) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Unknown:
+        return self.kind(self.linear(x))
+
+
+def test_outputs_in_a_class_are_exported_once_it_is_registered(tmp_path: Path) -> None:
+    x, path = torch.ones(2, 4), tmp_path / "a.pt2"
+    with pytest.raises(
+        ExportError, match=r"torch\.export\.register_dataclass\(Output, serialized_type_name='Output'\)"
+    ):
+        export(Returning(Unknown), x, path, to="torch-export", config=UNTIMED)
+    assert _left(tmp_path) == []
+    torch.export.register_dataclass(Registered, serialized_type_name="Registered")
+    assert max(export(Returning(Registered), x, path, to="torch-export", config=UNTIMED).parity.values()) < 1e-5
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

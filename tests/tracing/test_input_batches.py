@@ -255,3 +255,15 @@ def test_without_example_inputs_the_signature_decides() -> None:
     assert [len(batch) for batch in input_batches([[X, Y]], TakesTwo())] == [2]
     once = input_batches([X], Takes())
     assert input_batches(once, Takes()) is once
+
+
+def test_keywords_of_the_example_are_inputs_where_the_forward_takes_any() -> None:
+    class AnyKeywords(nn.Module):
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return x * more.get("scale", 1.0)
+
+    batch = (torch.ones(2, 3), {"scale": torch.full((2, 1), 2.0)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = input_batches([batch], AnyKeywords(), batch)
+    assert describe_inputs(found) == describe_inputs(batch) == "(float32[2, 3], scale=float32[2, 1])"
