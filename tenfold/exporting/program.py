@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -24,8 +26,14 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
         max_batch: the largest batch size; None for no limit.
 
     Raises:
-        ExportError: the control flow of the forward depends on values, or on the batch size.
+        ExportError: the control flow of the forward depends on values, or on the batch size; or no input is a tensor.
     """
+    if next(tensors_in(arguments(inputs)), None) is None:
+        msg = (
+            f"{type(model).__name__} takes no tensor in {describe_inputs(inputs)}: the file would hold its outputs for "
+            "these as constants. Export the part of it that takes tensors"
+        )
+        raise ExportError(msg)
     example = at_batch(inputs, max(2, batch_size_of(inputs) or 2)) if dynamic_batch else inputs
     args, kwargs = arguments(example)
     shapes = None
@@ -37,7 +45,7 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
                 collection[tensor] = {0: batch}
         shapes = collection.dynamic_shapes(model, args, kwargs)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), redirect_stderr(StringIO()), torch.no_grad():  # torch prints the graph of what it refuses
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         msg = f"{type(model).__name__} cannot be exported on inputs {describe_inputs(example)}: {first_words(error)}."

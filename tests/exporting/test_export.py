@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tenfold import Runtime, compress, export
 from tenfold.errors import ExportError, MissingExtraError, TenfoldWarning, UnknownNameError
 from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
+from tenfold.exporting.parity import check_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the exporters, about themselves
 
@@ -47,6 +49,31 @@ class ByValue(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin() if float(x.sum()) > 0 else x.cos()
+
+
+class Letters(nn.Module):
+    """A forward that reads texts."""
+
+    def forward(self, texts: list[str]) -> Tensor:
+        return torch.tensor([[float(text.count(letter)) for letter in "abcd"] for text in texts])
+
+
+class Off(nn.Module):
+    """A network that is off by more than half precision explains."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * 1.01
+
+
+class ByCount(nn.Module):
+    """A forward that counts what it has found, as detectors do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones(int((x > 0).sum()))
 
 
 class ByMode(nn.Module):
@@ -100,6 +127,15 @@ def test_executorch_runs_the_file(tmp_path: Path) -> None:
     assert max(made.parity.values()) < 1e-5
 
 
+def test_what_cannot_be_is_said_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ExportError, match="cannot be exported on inputs"):
+        export(ByCount(), torch.ones(2, 3), tmp_path / "a.pt2", to="torch-export", config=UNTIMED)
+    assert capfd.readouterr().err == ""
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     x, path = torch.ones(2, 3), tmp_path / "a.pt2"
     with pytest.raises(ExportError, match="ByValue cannot be exported"):
@@ -118,6 +154,21 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         export(nn.ReLU(), x / 0, tmp_path / "b.pt2", to="torch-export", config=UNTIMED)
     with pytest.raises(ExportError, match="no file"):
         open_exported(tmp_path / "c.onnx")
+
+
+@onnx_only
+def test_half_precision_is_compared_by_its_rounding(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).half().eval()
+    made = export(net, torch.randn(1, 64).half(), tmp_path / "half.onnx", config=UNTIMED)
+    assert made.tolerance < max(made.parity.values()) < 4e-3
+    with pytest.raises(ExportError, match=r"tolerance 0\.0039"):
+        check_parity(net, Off(net), torch.randn(1, 64).half(), dynamic_batch=True, tolerance=1e-4)
+
+
+def test_a_forward_of_texts_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"takes no tensor in .*as constants"):
+        export(Letters(), ["some text"], tmp_path / "texts.pt2", to="torch-export", config=UNTIMED)
+    assert _left(tmp_path) == []
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
