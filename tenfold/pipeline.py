@@ -17,7 +17,7 @@ from torch import nn
 
 from tenfold import checkpoint
 from tenfold.allocation import explorable, pruned
-from tenfold.errors import AgreementWarning, TenfoldWarning
+from tenfold.errors import AgreementWarning, DataError, TenfoldWarning
 from tenfold.planning import Decision, FastPlan, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
 from tenfold.profiling import Comparison, agreement, compare_latency, environment, profile, to_memory_format
@@ -182,8 +182,12 @@ def carry_out(
     if decision.batches:
         with runtime.step("compare", seconds):
             held_out = bool(decision.held_out)
-            agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
-        warn_if_low(agreed, count_samples(decision.batches), tuned=tune is not None)
+            try:
+                agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
+            except DataError as error:
+                warnings.warn(f"{error}.", AgreementWarning, stacklevel=2)
+        if agreed is not None:
+            warn_if_low(agreed, count_samples(decision.batches), tuned=tune is not None)
     elif tune is None:
         warn_without_data(model)
     times = Comparison({}, {})

@@ -21,7 +21,8 @@ class ExportConfig(Record):
     Attributes:
         dynamic_batch: leave the first axis open, so that the file takes batches of any size.
         fuse_batchnorm: merge batch norms into the layers before them first, where that is exact.
-        tolerance: largest error of an output, as a share of the largest entry of that output of the model.
+        tolerance: largest error of an output, as a share of the largest entry of that output of the model. Outputs
+            in half precision may be off by a few of their roundings in any case.
         opset: version of the ONNX operators; torch's default if None.
         seconds: time budget for measuring latency, model and file in turns; 0 to skip it.
     """

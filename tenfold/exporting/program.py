@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -31,8 +32,14 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
         max_batch: the largest batch size; None for no limit.
 
     Raises:
-        ExportError: the control flow of the forward depends on values, or on the batch size.
+        ExportError: the control flow of the forward depends on values, or on the batch size; or no input is a tensor.
     """
+    if next(tensors_in(arguments(inputs)), None) is None:
+        msg = (
+            f"{type(model).__name__} takes no tensor in {describe_inputs(inputs)}: the file would hold its outputs for "
+            "these as constants. Export the part of it that takes tensors"
+        )
+        raise ExportError(msg)
     example = at_batch(inputs, max(2, batch_size_of(inputs) or 2)) if dynamic_batch else inputs
     args, kwargs = arguments(example)
     collection = torch.export.ShapesCollection()
@@ -42,7 +49,8 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
             if tensor.dim() and tensor.shape[0] == size:
                 collection[tensor] = {0: batch}
     try:
-        with quiet(), torch.no_grad(), _keywords_by_name(model, kwargs):
+        # Torch prints the graph of what it refuses.
+        with quiet(), redirect_stderr(StringIO()), torch.no_grad(), _keywords_by_name(model, kwargs):
             shapes = collection.dynamic_shapes(model, args, kwargs) if dynamic_batch else None
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:

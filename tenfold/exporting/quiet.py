@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_TALKERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "executorch", "torchao", "root")
+_TALKERS = ("onnxscript", "onnx_ir", "torch.onnx", "torch.export", "torch.fx", "executorch", "torchao", "root")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.errors import DataError
 from tenfold.records import Agreement
 from tenfold.tracing.contexts import evaluating
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
@@ -30,6 +31,9 @@ def agreement(model: nn.Module, small: nn.Module, batches: Iterable[Any], *, hel
         small: the same model, compressed.
         batches: inputs as the forward takes them, on the device of both.
         held_out: whether nothing was fitted to these inputs; goes into the result.
+
+    Raises:
+        DataError: no output can be compared: there are no floating-point tensors, or their shapes differ.
 
     Example:
         >>> model = nn.Linear(4, 3)
@@ -105,7 +109,17 @@ class _Sums:
             self.divergence += float((p.exp() * (p - q)).sum())
 
     def result(self, *, held_out: bool) -> Agreement:
-        """Return the means."""
+        """Return the means.
+
+        Raises:
+            DataError: nothing was compared.
+        """
+        if not self.vectors:
+            msg = (
+                "agreement with the original cannot be measured: the outputs hold no floating-point tensors that have "
+                "rows and the same shapes in both models. Return the scores or features that decisions are made from"
+            )
+            raise DataError(msg)
         scores = self.classes and self.rows > 0 and not self._unit
         return Agreement(
             samples=self.samples,
@@ -113,7 +127,7 @@ class _Sums:
             rows=self.rows if scores else None,
             top1=self.same / self.rows if scores else None,
             kl=max(self.divergence / self.rows, 0.0) if scores else None,
-            cosine=self.cosines / self.vectors if self.vectors else None,
+            cosine=self.cosines / self.vectors,
             relative_error=(self.missed / self.power) ** 0.5 if self.power > 0 else float(self.missed > 0),
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from tenfold.errors import ProfileError, TenfoldError
@@ -104,7 +105,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in nested tuples, lists, mappings, packed sequences and dataclasses, in order."""
+    """Iterate over the tensors in nested tuples, lists, mappings, packed sequences, dataclasses and distributions."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -115,9 +116,17 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, tuple | list):
         for value in tree:
             yield from tensors_in(value)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            yield from tensors_in(getattr(tree, field.name, None))
+    else:
+        for value in _fields(tree):
+            yield from tensors_in(value)
+
+
+def _fields(tree: Any) -> Iterable[Any]:
+    if isinstance(tree, Distribution):
+        return {id(value): value for value in vars(tree).values()}.values()  # some keep a parameter twice
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [getattr(tree, field.name, None) for field in dataclasses.fields(tree)]
+    return ()
 
 
 def digest_batches(batches: Iterable[Any]) -> str:

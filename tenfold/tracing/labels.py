@@ -59,7 +59,7 @@ class BatchReader:
         """
         self._notes.clear()
         inputs = self.inputs_of(batch)
-        if not _holds_tensors(inputs):
+        if not _holds_tensors(inputs) and (self._example is None or _holds_tensors(self._example)):
             msg = (
                 f"a batch of the data is {_described(batch)}, without a tensor: the forward takes "
                 f"{self._wanted()}. Texts are tokenized and pictures converted first, by the collate_fn of a DataLoader"

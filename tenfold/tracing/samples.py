@@ -97,4 +97,4 @@ def _falls_apart(model: nn.Module, batch: Any, rows: Sequence[int]) -> bool:
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     with Randomness(model, batch).seeded(0):
-        return [t.float() for t in tensors_in(call_model(model, batch)) if t.is_floating_point()]
+        return [t.float() for t in tensors_in(call_model(model, batch)) if t.is_floating_point() and t.numel()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tenfold import Runtime, compress, export
 from tenfold.errors import ExportError, MissingExtraError, TenfoldWarning, UnknownNameError
 from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
+from tenfold.exporting.parity import check_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the exporters, about themselves
 
@@ -55,6 +57,31 @@ class ByValue(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sin() if float(x.sum()) > 0 else x.cos()
+
+
+class Letters(nn.Module):
+    """A forward that reads texts."""
+
+    def forward(self, texts: list[str]) -> Tensor:
+        return torch.tensor([[float(text.count(letter)) for letter in "abcd"] for text in texts])
+
+
+class Off(nn.Module):
+    """A network that is off by more than half precision explains."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * 1.01
+
+
+class ByCount(nn.Module):
+    """A forward that counts what it has found, as detectors do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ones(int((x > 0).sum()))
 
 
 class ByMode(nn.Module):
@@ -117,6 +144,15 @@ def test_executorch_runs_the_file(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     made = export(_net(), torch.randn(1, 3, 4, 4), tmp_path / "a.pte", to="executorch", config=UNTIMED)
     assert max(made.parity.values()) < 1e-5
+
+
+def test_what_cannot_be_is_said_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ExportError, match="cannot be exported on inputs"):
+        export(ByCount(), torch.ones(2, 3), tmp_path / "a.pt2", to="torch-export", config=UNTIMED)
+    assert capfd.readouterr().err == ""
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
@@ -184,6 +220,20 @@ def test_outputs_in_a_class_are_exported_once_it_is_registered(tmp_path: Path) -
     assert _left(tmp_path) == []
     torch.export.register_dataclass(Registered, serialized_type_name="Registered")
     assert max(export(Returning(Registered), x, path, to="torch-export", config=UNTIMED).parity.values()) < 1e-5
+
+
+def test_half_precision_is_compared_by_its_rounding(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).half().eval()
+    made = export(net, torch.randn(1, 64).half(), tmp_path / "half.onnx", config=UNTIMED)
+    assert made.tolerance < max(made.parity.values()) < 4e-3
+    with pytest.raises(ExportError, match=r"tolerance 0\.0039"):
+        check_parity(net, Off(net), torch.randn(1, 64).half(), dynamic_batch=True, tolerance=1e-4)
+
+
+def test_a_forward_of_texts_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"takes no tensor in .*as constants"):
+        export(Letters(), ["some text"], tmp_path / "texts.pt2", to="torch-export", config=UNTIMED)
+    assert _left(tmp_path) == []
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

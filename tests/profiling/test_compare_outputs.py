@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tenfold
-from tenfold.errors import AgreementWarning, TenfoldWarning
+from tenfold.errors import AgreementWarning, DataError, TenfoldWarning
 from tenfold.profiling import agreement
 from tenfold.records import Agreement, RunRecord
 from tenfold.runtime import Runtime
@@ -102,3 +102,48 @@ def test_weights_alone_say_little_of_batch_norms_and_depthwise_layers():
     with pytest.warns(TenfoldWarning, match=r"1 batch norm and 1 depthwise layer.*data="):
         small = tenfold.compress(nn.Sequential(*layers), x, "macs=0.6", runtime=QUIET)
     assert small.record.agreement is None
+
+
+class Returns(nn.Module):
+    """Two layers, and what somebody makes of their scores."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.body = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 5)
+        self.made = made
+
+    def forward(self, x):
+        return self.made(self.head(self.body(x).relu()))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda scores: scores.argmax(1),
+        lambda scores: {"scores": scores.detach().numpy()},
+        lambda scores: scores[:0],
+    ],
+    ids=["numbers of classes", "arrays of numpy", "no rows"],
+)
+def test_outputs_that_cannot_be_compared_never_count_as_equal(made):
+    model, other = Returns(made).eval(), Returns(made).eval()
+    with pytest.raises(DataError, match="agreement with the original cannot be measured"):
+        agreement(model, other, [torch.randn(20, 64)])
+    data = [torch.randn(32, 64) for _ in range(4)]
+    with pytest.warns(TenfoldWarning) as seen:
+        small = tenfold.compress(model, data[0][:1], "macs=0.6", data=data, runtime=QUIET)
+    assert sum("cannot be measured" in str(w.message) for w in seen if w.category is AgreementWarning) == 1
+    assert small.record.agreement is None
+
+
+def test_distributions_are_compared_by_their_parameters():
+    model = Returns(lambda scores: torch.distributions.Categorical(logits=scores)).eval()
+    plain = Returns(lambda scores: scores.log_softmax(1)).eval()
+    plain.load_state_dict(model.state_dict())
+    data = [torch.randn(32, 64) for _ in range(4)]
+    found, wanted = (
+        tenfold.compress(m, data[0][:1], "macs=0.6", data=data, runtime=QUIET).record.agreement for m in (model, plain)
+    )
+    assert found.top1 == wanted.top1 < 1
+    assert found.kl == pytest.approx(wanted.kl, rel=1e-3)

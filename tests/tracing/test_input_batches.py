@@ -244,6 +244,19 @@ def test_what_is_no_data_is_explained(data: Any, words: str) -> None:
         gathered(data, Takes(), EXAMPLE, torch.device("cpu"))
 
 
+class ReadsTexts(nn.Module):
+    """A forward that counts letters itself."""
+
+    def forward(self, texts: list[str]) -> Tensor:
+        return torch.tensor([[float(text.count(letter)) for letter in "abcd"] for text in texts])
+
+
+def test_texts_are_data_of_a_forward_that_takes_texts() -> None:
+    texts = [["a cab", "dab"], ["bad", "add"]]
+    (first, second), said = read(texts, ReadsTexts(), ["a"])
+    assert ([first, second], said) == (texts, "")
+
+
 def test_without_example_inputs_the_signature_decides() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8))
     known = calibrate(net, [X])["1"]
