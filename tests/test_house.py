@@ -8,7 +8,7 @@ from benchmarks.house.__main__ import Line, lines
 
 # Not reached. They fall, unless more is served: 3,600 lines went into any forward, experts, plans that know how sure
 # they are, and files that can be relied on.
-REACHED = {"lines of code": 24_000, "files": 332}
+REACHED = {"lines of code": 24_100, "files": 332}
 
 LINES = lines(watch_budget=False)
 

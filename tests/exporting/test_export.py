@@ -176,14 +176,10 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @onnx_only
-@pytest.mark.parametrize(
-    ("dtype", "advice"), [(torch.bfloat16, r"in float32: model\.float\(\)"), (torch.float16, "0.001: allow")]
-)
-def test_a_dtype_that_the_runtime_lacks_or_rounds_is_said(dtype: torch.dtype, advice: str, tmp_path: Path) -> None:
-    net, x = _net().to(dtype), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    exact = UNTIMED.replace(tolerance=1e-9)
-    with pytest.raises(ExportError, match=advice):
-        export(net, x, tmp_path / "a.onnx", config=exact)
+def test_a_dtype_that_the_runtime_lacks_is_said(tmp_path: Path) -> None:
+    net, x = _net().to(torch.bfloat16), torch.randn(2, 3, 4, 4).to(torch.bfloat16)
+    with pytest.raises(ExportError, match=r"in float32: model\.float\(\)"):
+        export(net, x, tmp_path / "a.onnx", config=UNTIMED)
     assert _left(tmp_path) == []
 
 
