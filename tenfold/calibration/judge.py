@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, Projection, channels_first
 from tenfold.decompositions import HeldOutCurve, Moments
-from tenfold.decompositions.covariance import Covariance, blocks, is_tall, sandwich
+from tenfold.decompositions.covariance import Covariance, is_tall
 from tenfold.decompositions.curves import CurveProblem, Floats, tails
 from tenfold.decompositions.roots import Root
+from tenfold.decompositions.weighted_als import gram_of_inputs, gram_under
 from tenfold.formats import split_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import dense_weight
@@ -144,15 +145,10 @@ def _output_directions(matrix: Tensor, covariance: Covariance) -> tuple[Tensor, 
     Of a tall A (groups, m, n) those of the side of the inputs, k = n, in float32: beyond them all eigenvalues are 0.
     """
     if not is_tall(matrix):
-        square = sandwich(matrix, covariance)
-        values, vectors = torch.linalg.eigh((square + square.mT) / 2)
+        values, vectors = torch.linalg.eigh(gram_under(matrix, covariance))
         return values, vectors.flip(-1)
-    inside = Root.of(covariance).times_(matrix.mT.float().contiguous()).mT  # A C^½, up to a rotation
-    square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
-    for rows in blocks(matrix):
-        own = inside[:, rows].double()
-        square.baddbmm_(own.mT, own)
-    values, turn = torch.linalg.eigh((square + square.mT) / 2)
+    values, turn = torch.linalg.eigh(gram_of_inputs(matrix, covariance))
     kept = values > values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny) * 1e-12
     scale = kept / torch.where(kept, values, torch.ones_like(values)).sqrt()
+    inside = Root.of(covariance).times_(matrix.mT.float().contiguous()).mT  # A C^½, up to a rotation
     return values, (inside @ (turn * scale.unsqueeze(-2)).to(inside)).flip(-1)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import TenfoldError
-from tenfold.tracing.inputs import arguments, batch_size_of, map_tensors, tensors_in
+from tenfold.tracing.inputs import batch_size_of, map_tensors, tensors_in
 from tenfold.tracing.randomness import Randomness
+from tenfold.tracing.samples import common_axis
 from tenfold.tracing.trace import storage_of
 
 logger = logging.getLogger("tenfold")
@@ -51,12 +52,12 @@ def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
         batch: inputs as ``forward`` takes them.
         forward: runs the model on a batch.
     """
-    size = _common_axis(batch)
+    size = common_axis(batch)
     with Randomness(model, batch).seeded(0):
         try:
             each, made = memory_of(model, next(parts_of(batch, 1)), forward)
             rows = max(1, PART_BYTES // max(each, 1))
-            if size is not None and (rows >= size or _independent(model, batch, forward, rows)):
+            if size and (rows >= size or _independent(model, batch, forward, rows)):
                 return Split(None, size * each, made) if rows >= size else Split(rows, rows * each, made)
         except Exception:
             logger.debug("batches are differentiated whole", exc_info=True)
@@ -74,8 +75,8 @@ def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
         >>> [part["x"].shape[0] for part in parts_of({"x": torch.zeros(5, 2)}, 2)]
         [2, 2, 1]
     """
-    size = _common_axis(batch)
-    if rows is None or size is None or size <= rows:
+    size = common_axis(batch)
+    if rows is None or size <= rows:
         yield batch
         return
     for start in range(0, size, rows):
@@ -108,17 +109,8 @@ def memory_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[int, int]
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         outputs = forward(model, batch)
     for tensor in tensors_in(outputs):
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        pack(tensor)
     return sum(held.values()), sum(made)
-
-
-def _common_axis(batch: Any) -> int | None:
-    """Return the length of the first axis, where all tensors of a batch share it and nothing else is as long."""
-    args, kwargs = arguments(batch)
-    if not all(isinstance(value, Tensor | None | bool) for value in (*args, *kwargs.values())):
-        return None
-    sizes = {t.shape[0] if t.dim() else 0 for t in tensors_in((args, kwargs))}
-    return batch_size_of(batch) if len(sizes) == 1 and 0 not in sizes else None
 
 
 def _independent(model: nn.Module, batch: Any, forward: Forward, rows: int) -> bool:

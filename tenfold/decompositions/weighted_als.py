@@ -61,7 +61,7 @@ class WhitenedSVD(CovarianceDecomposition):
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the tails of the eigenvalues of the output covariance, which are exact."""
         matrix, covariance = problem.kernel.flatten(2), problem.covariance
-        square = _seen(matrix, covariance) if is_tall(matrix) else gram_under(matrix, covariance)
+        square = gram_of_inputs(matrix, covariance) if is_tall(matrix) else gram_under(matrix, covariance)
         lost = tails(torch.linalg.eigvalsh(square))
         return lambda ranks: lost[ranks[:, 0]]
 
@@ -173,7 +173,7 @@ def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
     return (square + square.mT) / 2
 
 
-def _seen(matrix: Tensor, covariance: Covariance) -> Tensor:
+def gram_of_inputs(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return C^½ AᵀA C^½ (batch, n, n) in float64, which has the eigenvalues of A C Aᵀ (batch, m, m)."""
     root = Root.of(covariance.double() if isinstance(covariance, Tensor) else covariance)
     square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
@@ -190,7 +190,7 @@ def _leading_outputs(matrix: Tensor, covariance: Covariance, rank: int, seed: in
         left = truncated_svd((Root.of(covariance) @ matrix.mT).mT, rank, seed=seed).u
     else:
         root = Root.of(covariance.double())
-        left = matrix @ (root @ leading_eigenvectors(_seen(matrix, covariance), rank)).to(matrix.dtype)
+        left = matrix @ (root @ leading_eigenvectors(gram_of_inputs(matrix, covariance), rank)).to(matrix.dtype)
     # Orthonormal, also where outputs without power have left directions that are rounding.
     basis: Tensor = torch.linalg.qr(left).Q
     return basis

@@ -59,7 +59,7 @@ def spec_of(module: nn.Module) -> tuple[LayerSpec | None, str]:
     if _transposed(module) is not None:
         inner, outer = dense_weight(module).shape[::-1]
         return LayerSpec(kind="linear", in_channels=inner, out_channels=outer, bias=module.bias is not None), ""
-    return _convolution(module), ""
+    return convolution_spec(module), ""
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -149,7 +149,8 @@ def _embedding(module: nn.Embedding) -> tuple[LayerSpec | None, str]:
     ), ""
 
 
-def _convolution(module: nn.Module) -> LayerSpec:
+def convolution_spec(module: nn.Module) -> LayerSpec:
+    """Return the geometry of a convolution of torch, or of a class made from one, as its attributes say."""
     conv: Any = module
     kind = next(k for t, k in _CONVS.items() if isinstance(module, t))
     return LayerSpec(

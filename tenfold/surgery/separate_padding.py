@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tenfold.layers import PaddedConv, build, is_quantized, same_pads, spec_of
+from tenfold.layers.dense_layers import convolution_spec
 from tenfold.layers.padded_conv import SAME
 from tenfold.records import LayerSpec
 from tenfold.surgery.modules import find, put
@@ -130,16 +131,7 @@ def _may_pad(module: nn.Module) -> bool:
 
 
 def _unpadded(conv: Any) -> LayerSpec:
-    return LayerSpec(
-        kind="conv",
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel=conv.kernel_size,
-        stride=conv.stride,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=conv.bias is not None,
-    )
+    return convolution_spec(conv).replace(padding=(0,) * len(conv.kernel_size))
 
 
 def _pads(module: nn.Module) -> Pads | None:

@@ -43,7 +43,7 @@ def parted(model: nn.Module, batches: Sequence[Any], share: float) -> tuple[list
     kept: list[Any] = []
     out: list[Any] = []
     for batch in batches:
-        size = _samples(batch)
+        size = common_axis(batch)
         rows = _places(size, share) if size else []
         if not rows or len(rows) == size or not (out or _falls_apart(model, batch, rows)):
             kept.append(batch)
@@ -65,7 +65,7 @@ def _places(count: int, share: float) -> list[int]:
     return sorted({int((i + 0.5) * count / wanted) for i in range(wanted)})
 
 
-def _samples(batch: Any) -> int:
+def common_axis(batch: Any) -> int:
     """Return the length of the first axis that all tensors of a batch have in common, 0 if there is none."""
     args, kwargs = arguments(batch)
     if not all(value is None or isinstance(value, _PLAIN) for value in (*args, *kwargs.values())):
