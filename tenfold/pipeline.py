@@ -178,18 +178,7 @@ def carry_out(
     after = profile(small, decision.inputs)
     if tune is None:  # which may prune
         warn_of_costs(plan, decision.profile, after)
-    agreed = None
-    if decision.batches:
-        with runtime.step("compare", seconds):
-            held_out = bool(decision.held_out)
-            try:
-                agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
-            except DataError as error:
-                warnings.warn(f"{error}.", AgreementWarning, stacklevel=2)
-        if agreed is not None:
-            warn_if_low(agreed, count_samples(decision.batches), tuned=tune is not None)
-    elif tune is None:
-        warn_without_data(model)
+    agreed = _agreement(model, small, decision, runtime, tuned=tune is not None)
     times = Comparison({}, {})
     if runtime.measure:
         with runtime.step("measure", seconds):
@@ -241,6 +230,25 @@ def apply_decision(
     else:
         small = apply(source, plan, moments=moments, workers=runtime.workers)
     return small, with_errors(plan, small)
+
+
+def _agreement(
+    model: nn.Module, small: nn.Module, decision: Decision, runtime: Runtime, *, tuned: bool
+) -> Agreement | None:
+    """Return how far the result agrees with the original where nothing was fitted; warn if little, or without data."""
+    if not decision.batches:
+        if not tuned:
+            warn_without_data(model)
+        return None
+    with runtime.step("compare", decision.seconds):
+        held_out = bool(decision.held_out)
+        try:
+            agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
+        except DataError as error:
+            warnings.warn(f"{error}.", AgreementWarning, stacklevel=3)
+            return None
+    warn_if_low(agreed, count_samples(decision.batches), tuned=tuned)
+    return agreed
 
 
 @dataclass
@@ -314,7 +322,7 @@ def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
     ways = [f"more data ({fitted} samples were fitted to)", "a higher budget"]
     ways.append("longer training" if tuned else "training it: tune=")
     msg = f"the compressed model {what} on {agreed.where()}. What helps: {', '.join(ways[:-1])}, or {ways[-1]}."
-    warnings.warn(msg, AgreementWarning, stacklevel=3)
+    warnings.warn(msg, AgreementWarning, stacklevel=4)
 
 
 def warn_without_data(model: nn.Module) -> None:
@@ -328,7 +336,7 @@ def warn_without_data(model: nn.Module) -> None:
             f"compressed by the weights alone: a network with {' and '.join(found)} loses far less when it is fitted "
             "to data, a few hundred unlabeled samples: pass data=."
         )
-        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+        warnings.warn(msg, TenfoldWarning, stacklevel=4)
 
 
 def _compare(model: nn.Module, small: nn.Module, inputs: Any, fast: FastPlan | None) -> Comparison:
