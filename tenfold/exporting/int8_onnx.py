@@ -12,11 +12,11 @@ from torch import Tensor
 
 from tenfold.errors import DataError, ExportError, TenfoldError, require
 from tenfold.exporting.base import check_free
-from tenfold.exporting.onnx_session import OnnxModule, feeds
-from tenfold.exporting.program import first_words
-from tenfold.exporting.quiet import quiet
 from tenfold.profiling import compare_latency
 from tenfold.records import Int8Record, Speedup, atomic_write
+from tenfold.runtimes.onnx_module import OnnxModule, feeds
+from tenfold.runtimes.program import first_words
+from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.input_batches import InputBatches
 from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in
 
@@ -175,7 +175,7 @@ def _outputs(module: OnnxModule, batch: Any) -> list[Tensor]:
 
 
 def _speedup(source: Path, target: Path, batch: Any, seconds: float) -> Speedup:
-    from tenfold.exporting.program import at_batch
+    from tenfold.runtimes.program import at_batch
 
     one = at_batch(batch, 1)
     variants = {"before": (OnnxModule(source), one), "after": (OnnxModule(target), one)}
