@@ -103,7 +103,9 @@ class MeasurementGrid:
         return next((c for c in self.curves if c.family == family and c.holds(*at)), None)
 
 
-def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> MeasurementGrid:
+def measurement_grid(
+    format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8, exact: bool = False
+) -> MeasurementGrid:
     """Choose what to time for a layer geometry in a format.
 
     Args:
@@ -111,6 +113,7 @@ def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int
         spec: the dense layer.
         in_shape: its input, batch included.
         step: channels come in multiples of this; small layers get a finer one.
+        exact: small layers do not.
 
     Example:
         >>> dense = LayerSpec(kind="linear", in_channels=256, out_channels=128)
@@ -122,10 +125,12 @@ def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int
     """
     levels: list[tuple[Point, ...]] = []
     for level in range(LEVELS):
-        roles = _roles(format, spec, in_shape, sample_ranks(format, spec, in_shape, level=level, step=step))
+        roles = _roles(
+            format, spec, in_shape, sample_ranks(format, spec, in_shape, level=level, step=step, exact=exact)
+        )
         levels.append(tuple(sorted({p for role in roles for p in role}, key=lambda p: (p.family, p.at))))
     # The curves reach further than what is timed, so that every useful rank lies between two of their nodes.
-    reach = sample_ranks(format, spec, in_shape, level=LEVELS, step=step, share=2.2)
+    reach = sample_ranks(format, spec, in_shape, level=LEVELS, step=step, exact=exact, share=2.2)
     return MeasurementGrid(tuple(levels), _curves(_roles(format, spec, in_shape, reach)))
 
 
@@ -163,12 +168,19 @@ def stage_columns(
 
 
 def sample_ranks(
-    format: str, spec: LayerSpec, in_shape: Shape, *, level: int, step: int = 8, share: float = 1.0
+    format: str,
+    spec: LayerSpec,
+    in_shape: Shape,
+    *,
+    level: int,
+    step: int = 8,
+    exact: bool = False,
+    share: float = 1.0,
 ) -> list[Rank]:
     """Return ranks spread over those with at most ``share`` of the dense MACs; the smallest if there are none."""
     kind = FORMATS.get(format)
     most = kind.max_rank(spec)
-    ladders = {name: ladder(top, level=level, step=step) for name, top in most.items()}
+    ladders = {name: ladder(top, level=level, step=step, exact=exact) for name, top in most.items()}
     combinations: Iterable[Rank]
     if prod(len(v) for v in ladders.values()) <= _MOST_COMBINATIONS:
         combinations = (dict(zip(ladders, values, strict=True)) for values in itertools.product(*ladders.values()))
@@ -182,16 +194,17 @@ def sample_ranks(
     return [ranks[row] for row in np.flatnonzero(macs <= share * dense)] or ranks[:1]
 
 
-def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
+def ladder(top: int, *, level: int, step: int = 8, exact: bool = False) -> tuple[int, ...]:
     """Return numbers up to ``top``: multiples of the step, and ``top`` itself, in ever wider gaps.
 
     At level 0 a factor of 4 apart, at level 1 of 2, at level 2 of about √2; at level 3 with both ends: 1 and top - 1.
+    Small tops get a finer step unless it is ``exact``: then nothing between its multiples is worth measuring.
 
     Example:
         >>> ladder(64, level=0), ladder(64, level=1), ladder(64, level=2)
         ((8, 32, 64), (8, 16, 32, 64), (4, 8, 16, 24, 32, 48, 64))
     """
-    step = max(1, min(step, top // 8))
+    step = step if exact else max(1, min(step, top // 8))
     rungs = {top}
     power = step
     while power < top:
@@ -199,7 +212,7 @@ def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
         if level > 1 and power % (2 * step) == 0 and power * 3 // 2 < top:
             rungs.add(power * 3 // 2)
         power *= 4 if level == 0 else 2
-    if level > 1:
+    if level > 1 and not exact:
         rungs.add(max(1, step // 2))
     if level > 2:
         rungs |= {1, max(1, top - 1)}
