@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from tenfold.allocation import rule_of
 from tenfold.formats import Rank
 from tenfold.planning.target import Target
 from tenfold.profiling import LatencyTable, compare_latency
@@ -113,8 +112,7 @@ class Timing:
                 if known.spec
             ]
         )
-        few = rule_of(table.recipe.rule).rows != "grid"
-        timed = {layer.path: self._timed(layer, known, few=few) for layer, known in used}
+        timed = {layer.path: self._timed(layer, known) for layer, known in used}
         # What is kept is in the forward's time already; layer by layer it says what a budget fails for.
         layers = tuple(
             timed.get(layer.path) or layer.replace(latency_ms=self._now(self.profile.layer(layer.path)))
@@ -148,26 +146,21 @@ class Timing:
         """Return the same timing with an allowance that is ``factor`` times as large."""
         return replace(self, tighten=self.tighten * factor)
 
-    def _timed(self, layer: LayerOptions, known: LayerProfile, *, few: bool) -> LayerOptions:
+    def _timed(self, layer: LayerOptions, known: LayerProfile) -> LayerOptions:
         return layer.replace(
             latency_ms=self._now(known),
-            options=tuple(self._with_latencies(own, known, few=few) for own in layer.options),
+            options=tuple(self._with_latencies(own, known) for own in layer.options),
         )
 
-    def _with_latencies(self, options: FormatOptions, known: LayerProfile, *, few: bool) -> FormatOptions:
-        fuller = None if options.fuller is None else self._with_latencies(options.fuller, known, few=few)
-        return options.replace(latency_ms=self._column(options, known, few=few), fuller=fuller)
+    def _with_latencies(self, options: FormatOptions, known: LayerProfile) -> FormatOptions:
+        fuller = None if options.fuller is None else self._with_latencies(options.fuller, known)
+        return options.replace(latency_ms=self._column(options, known), fuller=fuller)
 
-    def _column(self, options: FormatOptions, known: LayerProfile, *, few: bool) -> NDArray[np.float64]:
+    def _column(self, options: FormatOptions, known: LayerProfile) -> NDArray[np.float64]:
         if known.spec is None or not len(options):
             return np.zeros(len(options))
         ranks = [options.rank(i) for i in range(len(options))]
-        if not few:
-            return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
-        # Depthwise sub-layers have the rank in their geometry: one at a time each is predicted as what it is, which on
-        # a grid of thousands would take too long.
-        alone = [self.clock.predict(options.format, known.spec, known.calls, [rank]) for rank in ranks]
-        return np.concatenate(alone)
+        return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
 
     def _now(self, layer: LayerProfile) -> float:
         """Return what a layer takes as it is."""

@@ -41,18 +41,20 @@ class Point:
             return f"{spec.kind} @{_times(shape if spec.kind == 'embedding' else (*shape[:-1], '*'))}"
         lead, sides = shape[: -spec.axes - 1], shape[-spec.axes :]
         padding = spec.padding if isinstance(spec.padding, str) else _times(spec.padding)
+        groups = "*" if _is_depthwise(spec) else spec.groups
         extra = "" if spec.padding_mode == "zeros" else f" {spec.padding_mode}"
         extra += f" o{_times(spec.output_padding)}" if any(spec.output_padding) else ""
         return (
             f"{spec.kind} k{_times(spec.kernel)} s{_times(spec.stride)} p{padding} d{_times(spec.dilation)}"
-            f" g{spec.groups}{extra} @{_times((*lead, '*', *sides))}"
+            f" g{groups}{extra} @{_times((*lead, '*', *sides))}"
         )
 
     @property
     def at(self) -> tuple[int, int]:
         """Input and output channels: of the matrix or the layer, without the features that are carried past it.
 
-        Of a gather the two ranks. Of other contractions 1 and the multiply-accumulates per position.
+        Of a gather the two ranks. Of depthwise convolutions 1 and the channels, of other contractions 1 and the
+        multiply-accumulates per position.
         """
         if isinstance(self.spec, SharedSliceSpec):
             return self.spec.layer.in_channels, self.spec.layer.out_channels
@@ -60,6 +62,8 @@ class Point:
             first, last = (*self.spec.shape.ranks, 1, 1)[:2]
             return first, last
         if not isinstance(self.spec, ContractSpec):
+            if _is_depthwise(self.spec):
+                return 1, self.spec.out_channels
             return self.spec.in_channels, self.spec.out_channels
         if self.spec.is_middle:
             return self.spec.weight_shape[1], self.spec.weight_shape[0]
@@ -160,7 +164,8 @@ def stage_columns(
         if channels is not None:
             first = stage_points(format, spec, in_shape, ranks[rows[0]])
             for point, (x, y) in zip(first, channels, strict=True):
-                yield point, rows, np.broadcast_to(x, rows.shape), np.broadcast_to(y, rows.shape)
+                inner = 1 if isinstance(point.spec, LayerSpec) and _is_depthwise(point.spec) else x
+                yield point, rows, np.broadcast_to(inner, rows.shape), np.broadcast_to(y, rows.shape)
             continue
         for row in rows.tolist():
             for point in stage_points(format, spec, in_shape, ranks[row]):
@@ -217,6 +222,11 @@ def ladder(top: int, *, level: int, step: int = 8, exact: bool = False) -> tuple
     if level > 2:
         rungs |= {1, max(1, top - 1)}
     return tuple(sorted(rungs))
+
+
+def _is_depthwise(spec: LayerSpec) -> bool:
+    """Whether each channel is convolved alone: the number of groups is then one of channels."""
+    return spec.axes > 0 and spec.groups == spec.in_channels == spec.out_channels > 1
 
 
 def _roles(format: str, spec: LayerSpec, in_shape: Shape, ranks: Iterable[Rank]) -> list[set[Point]]:
