@@ -19,10 +19,14 @@ _MOST_COMBINATIONS = 400
 
 @dataclass(frozen=True)
 class Point:
-    """One sub-layer on one input shape. Points of a ``family`` differ in their channels alone."""
+    """One sub-layer on one input shape. Points of a ``family`` differ in their channels alone.
+
+    ``depthwise``: it convolves each channel alone, however many the rank makes of them.
+    """
 
     spec: SubLayerSpec
     in_shape: Shape
+    depthwise: bool = False
 
     @property
     def family(self) -> str:
@@ -41,7 +45,7 @@ class Point:
             return f"{spec.kind} @{_times(shape if spec.kind == 'embedding' else (*shape[:-1], '*'))}"
         lead, sides = shape[: -spec.axes - 1], shape[-spec.axes :]
         padding = spec.padding if isinstance(spec.padding, str) else _times(spec.padding)
-        groups = "*" if _is_depthwise(spec) else spec.groups
+        groups = "*" if self.depthwise else spec.groups
         extra = "" if spec.padding_mode == "zeros" else f" {spec.padding_mode}"
         extra += f" o{_times(spec.output_padding)}" if any(spec.output_padding) else ""
         return (
@@ -62,7 +66,7 @@ class Point:
             first, last = (*self.spec.shape.ranks, 1, 1)[:2]
             return first, last
         if not isinstance(self.spec, ContractSpec):
-            if _is_depthwise(self.spec):
+            if self.depthwise:
                 return 1, self.spec.out_channels
             return self.spec.in_channels, self.spec.out_channels
         if self.spec.is_middle:
@@ -76,9 +80,14 @@ class Point:
         return f"{self.family} {x}->{y}"
 
     @classmethod
-    def of(cls, spec: SubLayerSpec, in_shape: Shape) -> Point:
-        """Return the point of a sub-layer, without its bias, which takes no time of its own."""
-        return cls(spec.replace(bias=False) if spec.bias else spec, in_shape)
+    def of(cls, spec: SubLayerSpec, in_shape: Shape, dense: LayerSpec | None = None) -> Point:
+        """Return the point of a sub-layer, without its bias, which takes no time of its own.
+
+        Of a layer ``dense`` with other groups, one with as many groups as channels is depthwise.
+        """
+        alone = isinstance(spec, LayerSpec) and spec.axes > 0 and spec.groups == spec.in_channels == spec.out_channels
+        depthwise = alone and dense is not None and spec.groups != dense.groups  # type: ignore[union-attr]
+        return cls(spec.replace(bias=False) if spec.bias else spec, in_shape, depthwise)
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def stage_points(format: str, spec: LayerSpec, in_shape: Shape, rank: Rank) -> t
     """Return the sub-layers of a layer in this format at this rank, each with its input shape."""
     points, shape = [], in_shape
     for stage in FORMATS.get(format).structure(spec, rank):
-        points.append(Point.of(stage, shape))
+        points.append(Point.of(stage, shape, spec))
         shape = stage.out_shape(shape)
     return tuple(points)
 
@@ -164,7 +173,7 @@ def stage_columns(
         if channels is not None:
             first = stage_points(format, spec, in_shape, ranks[rows[0]])
             for point, (x, y) in zip(first, channels, strict=True):
-                inner = 1 if isinstance(point.spec, LayerSpec) and _is_depthwise(point.spec) else x
+                inner = 1 if point.depthwise else x
                 yield point, rows, np.broadcast_to(inner, rows.shape), np.broadcast_to(y, rows.shape)
             continue
         for row in rows.tolist():
@@ -222,11 +231,6 @@ def ladder(top: int, *, level: int, step: int = 8, exact: bool = False) -> tuple
     if level > 2:
         rungs |= {1, max(1, top - 1)}
     return tuple(sorted(rungs))
-
-
-def _is_depthwise(spec: LayerSpec) -> bool:
-    """Whether each channel is convolved alone: the number of groups is then one of channels."""
-    return spec.axes > 0 and spec.groups == spec.in_channels == spec.out_channels > 1
 
 
 def _roles(format: str, spec: LayerSpec, in_shape: Shape, ranks: Iterable[Rank]) -> list[set[Point]]:
