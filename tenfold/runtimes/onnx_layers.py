@@ -108,8 +108,8 @@ class ChainModel:
         return self._product("MatMul", name, x, np.ascontiguousarray(weight.T), layer)
 
     def _product(self, operator: str, name: str, x: str, weight: Any, layer: LayerSpec, **attributes: Any) -> str:
-        held = self._constant(f"{name}.weight", weight)
-        inputs = [self._quantized(x), self._rounded(held, weight)] if self._int8 else [x, held]
+        held = f"{name}.weight"
+        inputs = [self._quantized(x), self._rounded(held, weight)] if self._int8 else [x, self._constant(held, weight)]
         if layer.bias and operator != "MatMul":
             inputs.append(self._constant(f"{name}.bias", np.zeros(layer.out_channels, np.float32)))
         out = self._node(operator, inputs, name, **attributes)
@@ -135,7 +135,6 @@ class ChainModel:
         return self._node("DequantizeLinear", [rounded, scale, zero], f"{x}.real")
 
     def _rounded(self, name: str, weight: Any) -> str:
-        self._weights.pop()  # the weight in floating point
         held = self._constant(name, np.full(weight.shape, 3, np.int8))
         scale = self._constant(f"{name}.scale", np.float32(_SCALE))
         zero = self._constant(f"{name}.zero", np.int8(0))
