@@ -223,10 +223,11 @@ def _latency(times: list[float], model: nn.Module, inputs: Any) -> Latency:
         high_ms=high,
         runs=len(times),
         batch_size=batch_size_of(inputs),
-        threads=torch.get_num_threads(),
+        threads=getattr(model, "threads", None) or torch.get_num_threads(),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         memory_format=_memory_format(inputs),
+        runtime=getattr(model, "runtime", "torch"),
         tf32=device.type == "cuda" and dtype == torch.float32 and _tf32(),
     )
 
