@@ -42,15 +42,15 @@ HERE = Path(__file__).parent
 HEAD = """\
 # In the runtime that runs it
 
-`python -m benchmarks.runtimes.run`; device, versions and settings are in `runtimes.json`. Dense and compressed are timed
-in turns, in the same runtime; the interval is that of the median of the ratios, with a confidence of 95 %.
+`python -m benchmarks.runtimes.run`; device, versions and settings are in `runtimes.json`. Dense and compressed are
+timed in turns, in the same runtime; the interval is that of the median of the ratios, with a confidence of 95 %.
 
 """
 SPEED = """\
 ## What a network gains of what it saves
 
-Planned for half the time in the runtime, at the batch and on the threads of the row. *Gained*: times faster over times fewer
-multiply-accumulates. *Slower*: factorized layers that measured slower than their dense originals, and stayed dense.
+Planned for half the time in the runtime, at the batch and on the threads of the row. *Gained*: times faster over times
+fewer multiply-accumulates. *Slower*: factorized layers that measured slower than their dense originals, and stayed dense.
 
 | network | runtime | batch | threads | dense ms | times faster | times fewer MACs | gained | slower |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -58,7 +58,8 @@ multiply-accumulates. *Slower*: factorized layers that measured slower than thei
 ACCURACY = """\
 ## Accuracy at a speed
 
-Untrained, from unlabeled samples; ONNX Runtime, batch 8, one thread. *Asked*: how many times faster, as a latency budget.
+Untrained, from unlabeled samples; ONNX Runtime, batch 8, one thread. *Asked*: how many times faster, by a latency
+budget.
 
 | network | asked | times faster | MACs | parameters | top-1 | dense | agreement |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -254,11 +255,10 @@ def speed_line(row: dict[str, Any]) -> str:
 
 
 def accuracy_line(row: dict[str, Any]) -> str:
-    s = row["speedup"]
-    return (
-        f"| {row['network']} | {row['asked']:.2f} | {s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}] | "
-        f"{row['macs']:.1%} | {row['params']:.1%} | {row['score']:.2%} | {row['dense']:.2%} | {row['agreement']:.2%} |\n"
-    )
+    s, shares = row["speedup"], " | ".join(f"{row[key]:.1%}" for key in ("macs", "params"))
+    scores = " | ".join(f"{row[key]:.2%}" for key in ("score", "dense", "agreement"))
+    faster = f"{s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}]"
+    return f"| {row['network']} | {row['asked']:.2f} | {faster} | {shares} | {scores} |\n"
 
 
 if __name__ == "__main__":
