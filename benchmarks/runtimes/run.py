@@ -50,7 +50,7 @@ SPEED = """\
 ## What a network gains of what it saves
 
 Planned for half the time in the runtime, at the batch and on the threads of the row. *Gained*: times faster over times
-fewer multiply-accumulates. *Slower*: factorized layers that measured slower than their dense originals, and stayed dense.
+fewer multiply-accumulates. *Slower*: layers whose factorized form measured slower than they, and which stayed dense.
 
 | network | runtime | batch | threads | dense ms | times faster | times fewer MACs | gained | slower |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
