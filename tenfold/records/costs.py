@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
@@ -11,6 +11,8 @@ from tenfold.records.base import Record
 from tenfold.records.geometry import LayerSpec, Shape
 
 SCHEMA_VERSION = 1
+
+Clock = Literal["wall", "processor"]
 
 
 class Cost(Record):
@@ -39,7 +41,9 @@ class Latency(Record):
     """Measured milliseconds, and everything they depend on.
 
     ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median. ``tf32`` tells whether
-    float32 products may have been rounded to TF32, which only some accelerators do.
+    float32 products may have been rounded to TF32, which only some accelerators do. ``load`` says in words what else
+    the machine did. ``clock`` is "wall", or "processor" where that took too much of the time on the wall: then only the
+    time counts in which the model had a processor.
     """
 
     median_ms: NonNegativeFloat
@@ -52,13 +56,16 @@ class Latency(Record):
     dtype: str
     memory_format: str = "contiguous"
     tf32: bool = False
+    clock: Clock = "wall"
+    load: str = ""
 
 
 class Speedup(Record):
     """How many times faster one model is than another, measured in turns.
 
     ``ratio`` is the median over ``rounds`` of (time of the other / time of this one); ``low`` and ``high`` bound the
-    true median with a probability of at least ``confidence``.
+    true median with a probability of at least ``confidence``. ``clock`` is that of ``Latency``. Where ``doubt`` says
+    why, the interval is too wide for a factor to be claimed, and ``ratio`` is no more than a guess within it.
     """
 
     ratio: NonNegativeFloat
@@ -66,6 +73,8 @@ class Speedup(Record):
     high: NonNegativeFloat
     rounds: int
     confidence: float = 0.95
+    clock: Clock = "wall"
+    doubt: str = ""
 
 
 class Environment(Record):
