@@ -295,7 +295,10 @@ class _Recovery:
 def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
     """Warn where the finished model measures slower than the plan did when it met its budget."""
     found, planned = times.speedups["after"], fast.speedup
-    if not fast.met or found.high < planned.low:
+    if found.doubt:
+        msg = f"whether the latency budget is met is in doubt: the speed-up is {found.in_doubt}. Measure again."
+        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+    elif not fast.met or found.high < planned.low:
         msg = (
             f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
             f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "

@@ -12,6 +12,8 @@ from tenfold.records.geometry import LayerSpec, Shape
 
 SCHEMA_VERSION = 1
 
+_WIDE = 4.0  # the upper bound of a speedup by the lower one: what is wider says nothing
+
 Clock = Literal["wall", "processor"]
 
 
@@ -75,6 +77,21 @@ class Speedup(Record):
     confidence: float = 0.95
     clock: Clock = "wall"
     doubt: str = ""
+
+    @property
+    def in_doubt(self) -> str:
+        """What to say where no factor can be claimed: its bounds, if they say anything; empty where one can.
+
+        Example:
+            >>> Speedup(ratio=2, low=1.2, high=2.9, rounds=5, doubt="4 other processes were busy").in_doubt
+            'between 1.2 and 2.9 times: 4 other processes were busy'
+            >>> Speedup(ratio=120, low=0.3, high=900, rounds=5, doubt="4 other processes were busy").in_doubt
+            'not measured: 4 other processes were busy'
+        """
+        if not self.doubt:
+            return ""
+        known = f"between {self.low:.3g} and {self.high:.3g} times" if self.high <= _WIDE * self.low else "not measured"
+        return f"{known}: {self.doubt}"
 
 
 class Environment(Record):

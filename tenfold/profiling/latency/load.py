@@ -15,7 +15,7 @@ _COARSE = 2e-4  # seconds: blocks of 10 ms cannot be told apart by a clock of pr
 _HELD_UP = 0.10  # of the time of the spins: where they lose more, others run too
 _DRIFT = 1.25  # how much more processor time half of the spins take than the fastest, where the clock rate changes
 _LEAST = 0.01  # of a time is the model's own, whatever its threads waited: bounds of ratios stay finite
-_WORKING = 0.5  # of the time of a block: a model that works less waits for something else
+_WORKING = 0.5  # of what spinning works in the same time: a model that works less waits for something else
 _ONE = 1.2  # processor time by time on the wall: of a single thread it is 1 at most, but for readings
 _SPINS = 20_000  # additions, about a millisecond
 _TASKS, _CGROUPS = Path("/proc/self/task"), Path("/sys/fs/cgroup")
@@ -127,12 +127,17 @@ def _quotas() -> list[float]:
         names = {Path(line.split(":", 2)[2].lstrip("/")) for line in own}
         for folder in {parent for name in names for parent in (name, *name.parents)}:
             for place in (_CGROUPS / folder, _CGROUPS / "cpu" / folder):
-                found += _quota(place)
+                found += quota(place)
     return found
 
 
-def _quota(folder: Path) -> list[float]:
-    """Return what one control group allows, of version 2 or 1; empty where it does not limit."""
+def quota(folder: Path) -> list[float]:
+    """Return the processors that a control group of version 2 or 1 allows; empty where it does not limit them.
+
+    Example:
+        >>> quota(Path("nowhere"))
+        []
+    """
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         with suppress(OSError, ValueError):  # "max" is no number
             quota, period = " ".join((folder / name).read_text() for name in files).split()
@@ -202,9 +207,13 @@ class Watch:
 
     def alone(self, blocks: Sequence[Block]) -> bool:
         """Whether a model works in a single thread of this process, so that processor time tells what it takes."""
-        working = max((block.used + (block.waited or 0.0)) / block.wall for block in blocks)
-        threads = max(block.used / block.wall for block in blocks)
-        return not self.clocks.coarse and self.threads == 1 and working > _WORKING and threads < _ONE
+        if self.clocks.coarse or self.threads > 1 or max(block.used / block.wall for block in blocks) > _ONE:
+            return False
+        working, spinning = (
+            sum(block.used + (block.waited or 0.0) for block in own) / sum(block.wall for block in own)
+            for own in (blocks, self.spins)
+        )
+        return working > _WORKING * spinning
 
     def in_words(self, blocks: Sequence[Block], spans: Sequence[Span], *, alone: bool) -> str:
         """Return what else the machine did and how much of the processor's time that took; empty where it was quiet.
