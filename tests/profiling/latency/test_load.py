@@ -94,7 +94,9 @@ class Working(nn.Module):
         return x
 
 
-def found(machine: Machine, *, device: str = "cpu", idle: float = 0.0, ms: tuple[float, float] = (6.0, 0.05)) -> Comparison:
+def found(
+    machine: Machine, *, device: str = "cpu", idle: float = 0.0, ms: tuple[float, float] = (6.0, 0.05)
+) -> Comparison:
     """Return what a model of 6 ms and one of 0.05 ms, a factor of 120, measure on a machine."""
     x = torch.zeros(2, device=device)
     models = {name: (Working(machine, own, idle), x) for name, own in zip(("slow", "fast"), ms, strict=True)}
@@ -146,9 +148,7 @@ def test_the_processor_says_nothing_of_other_devices() -> None:
 
 def test_bursts_cost_their_rounds_and_nothing_else() -> None:
     """Others come for a tenth of a second in every three: those rounds are left out, of both models."""
-    machine = Machine(
-        threads=2, taken=lambda now: 9 * MS * (now % 0.3 < 0.1), busy=lambda now: 4 * (now % 0.3 < 0.1)
-    )
+    machine = Machine(threads=2, taken=lambda now: 9 * MS * (now % 0.3 < 0.1), busy=lambda now: 4 * (now % 0.3 < 0.1))
     result = found(machine)
     speedup = result.speedups["fast"]
     assert (speedup.ratio, speedup.clock, speedup.doubt) == (pytest.approx(120), "wall", "")
