@@ -123,6 +123,28 @@ def compare_latency(
     return result
 
 
+def compare_blocks(
+    blocks: Mapping[str, Callable[[int], float]], *, seconds: float, threads: int | None = None
+) -> Comparison:
+    """Return what blocks of runs take, measured in turns like models: see ``compare_latency``.
+
+    Args:
+        blocks: each runs something so many times and returns the seconds of one run.
+        seconds: about how long to measure, for all together.
+        threads: CPU threads; as many as torch uses now if None.
+
+    Example:
+        >>> round(compare_blocks({"a": lambda n: 2e-3, "b": lambda n: 1e-3}, seconds=0.01).speedups["b"].ratio, 3)
+        2.0
+    """
+    with using_threads(threads):
+        times = _in_turns(blocks, seconds)
+    nothing = nn.Identity()
+    latencies = {name: _latency(own, nothing, torch.empty(0)) for name, own in times.items()}
+    reference = times[next(iter(blocks))]
+    return Comparison(latencies, {name: _speedup(reference, own) for name, own in times.items()})
+
+
 def layer_latency(
     model: nn.Module, inputs: Any, layers: Sequence[Entry], *, seconds: float = 2.0, threads: int | None = None
 ) -> dict[str, LayerTime]:
