@@ -112,37 +112,37 @@ def compare_latency(
         raise ProfileError(msg)
     clocks = clocks or Clocks()
     with using_threads(threads):
-        turns = _Turns(variants, Watch(clocks, torch.get_num_threads()))
-        start = clocks.wall()
-        turns.warm_up(WARMUP_SHARE * seconds)
-        for times in range(1, LONGER + 1):
-            turns.measure(until=start + times * seconds)
-            result = turns.result()
-            if not any(speedup.doubt for speedup in result.speedups.values()):
-                break
-    return result
+        works = {name: _work(model, inputs, clocks) for name, (model, inputs) in variants.items()}
+        return _Turns(works, variants, Watch(clocks, torch.get_num_threads())).compare(seconds)
 
 
 def compare_blocks(
-    blocks: Mapping[str, Callable[[int], float]], *, seconds: float, threads: int | None = None
+    blocks: Mapping[str, Callable[[int], float]],
+    *,
+    seconds: float,
+    threads: int | None = None,
+    clocks: Clocks | None = None,
 ) -> Comparison:
     """Return what blocks of runs take, measured in turns like models: see ``compare_latency``.
+
+    The seconds are those that the blocks say, whoever counted them. What other processes took from a block decides no
+    more than which rounds count, and whether a speedup is in doubt.
 
     Args:
         blocks: each runs something so many times and returns the seconds of one run.
         seconds: about how long to measure, for all together.
         threads: CPU threads; as many as torch uses now if None.
+        clocks: tell the time; those of this machine if None.
 
     Example:
         >>> round(compare_blocks({"a": lambda n: 2e-3, "b": lambda n: 1e-3}, seconds=0.01).speedups["b"].ratio, 3)
         2.0
     """
+    clocks = clocks or Clocks()
     with using_threads(threads):
-        times = _in_turns(blocks, seconds)
-    nothing = nn.Identity()
-    latencies = {name: _latency(own, nothing, torch.empty(0)) for name, own in times.items()}
-    reference = times[next(iter(blocks))]
-    return Comparison(latencies, {name: _speedup(reference, own) for name, own in times.items()})
+        works = {name: _counted(block, clocks) for name, block in blocks.items()}
+        nothing = dict.fromkeys(blocks, (nn.Identity(), torch.empty(0)))
+        return _Turns(works, nothing, Watch(clocks, torch.get_num_threads()), counted=True).compare(seconds)
 
 
 def layer_latency(
@@ -193,13 +193,37 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 
 
 class _Turns:
-    """Runs a block of each model in every round, and watches the machine between rounds."""
+    """Runs a block of each model in every round, and watches the machine between rounds.
 
-    def __init__(self, variants: Mapping[str, tuple[nn.Module, Any]], watch: Watch) -> None:
-        self.variants, self.watch = variants, watch
-        self.works = {name: _work(model, inputs, watch.clocks) for name, (model, inputs) in variants.items()}
-        self.runs = dict.fromkeys(variants, 1)
-        self.blocks: dict[str, list[Block]] = {name: [] for name in variants}
+    Args:
+        works: run a model so many times and return the times of one run.
+        variants: the models with their inputs.
+        watch: of the machine.
+        counted: whether the time on the wall of blocks is what somebody else counted.
+    """
+
+    def __init__(
+        self,
+        works: Mapping[str, Callable[[int], Block]],
+        variants: Mapping[str, tuple[nn.Module, Any]],
+        watch: Watch,
+        *,
+        counted: bool = False,
+    ) -> None:
+        self.works, self.variants, self.watch, self.counted = works, variants, watch, counted
+        self.runs = dict.fromkeys(works, 1)
+        self.blocks: dict[str, list[Block]] = {name: [] for name in works}
+
+    def compare(self, seconds: float) -> Comparison:
+        """Return what some seconds of measuring tell; of twice as many while a speedup is in doubt."""
+        start = self.watch.clocks.wall()
+        self.warm_up(WARMUP_SHARE * seconds)
+        for times in range(1, LONGER + 1):
+            self.measure(until=start + times * seconds)
+            result = self.result()
+            if not any(speedup.doubt for speedup in result.speedups.values()):
+                break
+        return result
 
     def warm_up(self, seconds: float) -> None:
         """Run every model for its part of some seconds, and find how many runs make a block long enough to time."""
@@ -225,17 +249,34 @@ class _Turns:
         every = [block for blocks in self.blocks.values() for block in blocks]
         devices = {device_of(*variant).type for variant in self.variants.values()}
         alone = devices == {"cpu"} and all(self.watch.alone(blocks) for blocks in self.blocks.values())
+        alone = alone and not self.counted
         spans = [self.watch.spans(blocks, alone=alone) for blocks in self.blocks.values()]
         load = self.watch.in_words(every, [span for own in spans for span in own], alone=alone)
-        kept, calm = _least_disturbed(list(zip(*spans, strict=True)))
+        rounds = list(zip(*spans, strict=True))
+        kept, calm = _least_disturbed(rounds)
         clock: Clock = "processor" if alone and not calm else "wall"
         if clock == "processor":
-            kept = [tuple(Span(span.least, span.least) for span in spans) for spans in zip(*spans, strict=True)]
-        times = dict(zip(self.variants, zip(*kept, strict=True), strict=True))
+            kept = [tuple(Span(span.least, span.least) for span in spans) for spans in rounds]
+        elif self.counted:
+            kept = [tuple(Span(span.most, span.most) for span in spans) for spans in kept]
+        sure = SURE if calm or not self.counted else 0.0
+        first, *_ = times = list(zip(*kept, strict=True))
         return Comparison(
-            {name: _latency(own, *self.variants[name], clock, load) for name, own in times.items()},
-            {name: _speedup(next(iter(times.values())), own, clock, load) for name, own in times.items()},
+            {n: _latency(own, *self.variants[n], clock, load) for n, own in zip(self.works, times, strict=True)},
+            {n: _speedup(first, own, clock, load, sure) for n, own in zip(self.works, times, strict=True)},
         )
+
+
+def _counted(block: Callable[[int], float], clocks: Clocks) -> Callable[[int], Block]:
+    """Return a function that runs a block and returns what it counted, with its part of the other clocks."""
+
+    def run(number: int) -> Block:
+        counted: list[float] = []
+        whole = clocks.block(lambda: counted.append(block(number)), 1)
+        part = counted[0] / max(whole.wall, 1e-9)
+        return Block(counted[0], part * whole.used, None if whole.waited is None else part * whole.waited)
+
+    return run
 
 
 def _work(model: nn.Module, inputs: Any, clocks: Clocks) -> Callable[[int], Block]:
@@ -309,7 +350,7 @@ def _layer_time(values: list[float]) -> LayerTime:
     return LayerTime(median_ms=middle, spread_ms=high - low)
 
 
-def _speedup(reference: Sequence[Span], own: Sequence[Span], clock: Clock, load: str) -> Speedup:
+def _speedup(reference: Sequence[Span], own: Sequence[Span], clock: Clock, load: str, sure: float) -> Speedup:
     if own is reference:
         return Speedup(ratio=1.0, low=1.0, high=1.0, rounds=len(own), clock=clock)
     wider = CACHES if clock == "processor" else 1.0
@@ -321,7 +362,7 @@ def _speedup(reference: Sequence[Span], own: Sequence[Span], clock: Clock, load:
         high=high * wider,
         rounds=len(own),
         clock=clock,
-        doubt=(load or "the rounds differ too much") if high > SURE * low else "",
+        doubt=(load or "the rounds differ too much") if high > sure * low else "",
     )
 
 

@@ -1,9 +1,8 @@
-"""Under other load: what was taken is noticed, and no factor is claimed that the machine did not let anybody measure."""
+"""Under other load: what it took is noticed, and no factor is claimed that could not be measured."""
 
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from tenfold.profiling import Comparison, compare_latency, measure_latency
 from tenfold.profiling.latency.load import Clocks, quota
-from tenfold.profiling.latency.measure import MIN_ROUNDS
+from tenfold.profiling.latency.measure import MIN_ROUNDS, compare_blocks
 from tenfold.records import Latency, Speedup
 
 MS = 1e-3
@@ -103,9 +102,9 @@ def found(
     return compare_latency(models, seconds=1.0, threads=machine.threads, clocks=machine)
 
 
-def by_turns(share: float, slice: float = 3 * MS) -> Callable[[float], float]:
+def by_turns(share: float) -> Callable[[float], float]:
     """Return how long others keep the processor at the end of a slice if they are to have a share of the time."""
-    return lambda now: slice * share / (1 - share)
+    return lambda now: 3 * MS * share / (1 - share)
 
 
 def test_a_quiet_machine_is_not_talked_about() -> None:
@@ -216,11 +215,11 @@ def test_a_single_model_is_measured_by_the_same_rules() -> None:
 
 
 def test_rounds_that_differ_without_load_are_in_doubt_too() -> None:
-    machine, chance = Machine(), random.Random(0)
+    machine, generator = Machine(), torch.Generator().manual_seed(0)
 
     class Moody(Working):
         def forward(self, x: Tensor) -> Tensor:
-            self.machine.work(chance.choice([20, 60]) * MS)
+            self.machine.work((20 + 40 * int(torch.randint(2, (), generator=generator))) * MS)
             return x
 
     x = torch.zeros(2)
@@ -297,3 +296,22 @@ def test_a_real_measurement_beside_four_busy_processes_says_so(four_busy: None, 
     assert speedup.low <= speedup.ratio <= speedup.high
     sure = speedup.high <= 1.5 * speedup.low
     assert (speedup.in_doubt == "") == sure
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_times_that_a_runtime_counts_itself_are_in_doubt_beside_others(busy: bool) -> None:
+    """They stay as they were counted."""
+    machine = Machine(taken=by_turns(0.6 * busy), busy=lambda now: 4 * busy)
+
+    def counting(ms: float) -> Callable[[int], float]:
+        def run(number: int) -> float:
+            machine.work(number * ms * MS)
+            return ms * MS
+
+        return run
+
+    result = compare_blocks({"a": counting(6.0), "b": counting(3.0)}, seconds=0.5, clocks=machine)
+    speedup = result.speedups["b"]
+    assert (speedup.ratio, speedup.low, speedup.high) == pytest.approx((2, 2, 2))
+    assert (bool(speedup.doubt), bool(result.latencies["a"].load)) == (busy, busy)
+    assert result.speedups["a"].doubt == ""
