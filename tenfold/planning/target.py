@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.errors import ExportError
+from tenfold.errors import ExportError, ProfileError
 from tenfold.formats import FORMATS
 from tenfold.profiling import LatencyTable, profile
 from tenfold.records import LayerProfile, LayerSpec, Profile, Recipe
@@ -43,6 +43,12 @@ class Target:
         """
         target = runtime_named(recipe.target)
         target.check(model, inputs)
+        if runtime.clock is not None and runtime.clock.runtime != target.name:
+            msg = (
+                f"the clock measures in {runtime.clock.runtime} and the recipe is for {target.name}: leave the clock "
+                f"out, or name runtime={runtime.clock.runtime!r}"
+            )
+            raise ProfileError(msg)
         clock = runtime.clock or target.clock(model, inputs, progress=runtime.counter("measure layers"))
         return cls(target, clock, profile(model, inputs))
 
@@ -70,7 +76,8 @@ class Target:
         if not self.runtime.plain_layers:
             return None
         kind = FORMATS.get(format)
-        if all(isinstance(stage, LayerSpec) for stage in kind.structure(spec, kind.max_rank(spec))):
+        least = kind.check_rank(spec, dict.fromkeys(kind.max_rank(spec), 1))  # full factors are left out
+        if all(isinstance(stage, LayerSpec) for stage in kind.structure(spec, least)):
             return None
         return f"{format} has other parts than plain layers, and {self.runtime.name} times no others"
 

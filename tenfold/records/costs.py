@@ -43,9 +43,9 @@ class Latency(Record):
     """Measured milliseconds, and everything they depend on.
 
     ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median. ``tf32`` tells whether
-    float32 products may have been rounded to TF32, which only some accelerators do. ``load`` says in words what else
-    the machine did. ``clock`` is "wall", or "processor" where that took too much of the time on the wall: then only the
-    time counts in which the model had a processor.
+    float32 products may have been rounded to TF32, which only some accelerators do; ``runtime`` is what ran it.
+    ``load`` says in words what else the machine did. ``clock`` is "wall", or "processor" where that took too much of
+    the time on the wall: then only the time counts in which the model had a processor.
     """
 
     median_ms: NonNegativeFloat
@@ -58,6 +58,7 @@ class Latency(Record):
     dtype: str
     memory_format: str = "contiguous"
     tf32: bool = False
+    runtime: str = "torch"
     clock: Clock = "wall"
     load: str = ""
 

@@ -148,13 +148,15 @@ class TargetRuntime(abc.ABC):
 
     def layer_timer(self, at: Conditions) -> Timer | None:
         """Return what times one layer; None for that of eager torch."""
-        blocks: dict[tuple[SubLayerSpec, Shape], Block] = {}  # building takes longer than timing
+        blocks: dict[tuple[SubLayerSpec, Shape], tuple[Block, int]] = {}  # building takes longer than timing
 
         def milliseconds(spec: SubLayerSpec, in_shape: Shape) -> float:
-            block = blocks.get((spec, in_shape)) or self.chain((spec,), in_shape, at)
+            known = blocks.get((spec, in_shape))
+            block, number = known or (self.chain((spec,), in_shape, at), 0)
+            number = number or max(3, ceil(_BLOCK_SECONDS / max(block(1), 1e-7)))
             if len(blocks) < _MOST_BLOCKS and prod(spec.weight_shape) < _MOST_WEIGHTS:
-                blocks[spec, in_shape] = block
-            return timed(block)
+                blocks[spec, in_shape] = block, number
+            return 1e3 * block(number)
 
         return milliseconds
 
@@ -176,12 +178,6 @@ class TargetRuntime(abc.ABC):
             "factorized": self.chain(pair.stages, pair.in_shape, at),
         }
         return compare_blocks(blocks, seconds=seconds, threads=at.threads)
-
-
-def timed(block: Block) -> float:
-    """Return milliseconds of one run: enough runs for a few milliseconds, after a warm-up that is thrown away."""
-    once = block(1)
-    return 1e3 * block(max(3, ceil(_BLOCK_SECONDS / max(once, 1e-7))))
 
 
 RUNTIMES: Registry[TargetRuntime] = Registry("runtime")

@@ -45,6 +45,8 @@ class Compiled(Eager):
 class _Compiled(nn.Module):
     """A compiled model, hidden from ``eval()``, which would compile it again."""
 
+    runtime = "torch-compile"
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

@@ -21,6 +21,8 @@ class OnnxModule(nn.Module):
         threads: CPU threads; as many as torch uses now if None.
     """
 
+    runtime = "onnxruntime"
+
     def __init__(self, file: Path | str, threads: int | None = None) -> None:
         super().__init__()
         ort: Any = require("onnxruntime", "export")

@@ -41,4 +41,6 @@ class OnnxRuntimeInt8(OnnxRuntime):
             except Exception as error:
                 msg = f"{type(model).__name__} cannot be quantized: {first_words(error)}"
                 raise ExportError(msg) from error
-            return OnnxModule(small, threads), own
+            made = OnnxModule(small, threads)
+            made.runtime = self.name
+            return made, own

@@ -21,6 +21,8 @@ class OpenvinoModule(nn.Module):
         times: keep what each node took: ``node_times``.
     """
 
+    runtime = "openvino"
+
     def __init__(self, source: Path | str | bytes, threads: int | None = None, *, times: bool = False) -> None:
         super().__init__()
         openvino: Any = require("openvino", "openvino")

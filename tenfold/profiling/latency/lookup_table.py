@@ -300,7 +300,8 @@ class LatencyTable:
                 if bounded and self._spent >= self.seconds:
                     return False
                 start = time.perf_counter()
-                self._samples.setdefault(point.key, []).append(self._sample(point))
+                sample = self._sample(point)
+                self._samples.setdefault(point.key, []).append(sample)
                 self._unsaved.add(point.key)
                 self._spent += time.perf_counter() - start
                 if self.progress is not None:
