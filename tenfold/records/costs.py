@@ -84,10 +84,10 @@ class Speedup(Record):
         """What to say where no factor can be claimed: its bounds, if they say anything; empty where one can.
 
         Example:
-            >>> Speedup(ratio=2, low=1.2, high=2.9, rounds=5, doubt="4 other processes were busy").in_doubt
-            'between 1.2 and 2.9 times: 4 other processes were busy'
-            >>> Speedup(ratio=120, low=0.3, high=900, rounds=5, doubt="4 other processes were busy").in_doubt
-            'not measured: 4 other processes were busy'
+            >>> Speedup(ratio=2, low=1.2, high=2.9, rounds=5, doubt="8 threads ran on 2 processors").in_doubt
+            'between 1.2 and 2.9 times: 8 threads ran on 2 processors'
+            >>> Speedup(ratio=120, low=0.3, high=900, rounds=5, doubt="8 threads ran on 2 processors").in_doubt
+            'not measured: 8 threads ran on 2 processors'
         """
         if not self.doubt:
             return ""

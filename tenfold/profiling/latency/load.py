@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, median_low
+from typing import Any
 
 NOTICED = 0.02  # of the processor time: what less than this was taken is what a quiet machine takes too
 _COARSE = 2e-4  # seconds: blocks of 10 ms cannot be told apart by a clock of processor time that ticks slower
@@ -55,10 +56,15 @@ class Span:
         return 1 - self.least / self.most
 
 
+def _ticks(clock: Any) -> bool:
+    """Whether a clock ticks too slowly; that of Windows does so every 16 ms, whatever it says."""
+    return clock.resolution > _COARSE or "GetProcessTimes" in clock.implementation
+
+
 class Clocks:
     """What tells the time of a measurement. Tests put others in its place."""
 
-    coarse = time.get_clock_info("process_time").resolution > _COARSE  # on Windows it ticks every 16 ms
+    coarse = _ticks(time.get_clock_info("process_time"))
 
     def wall(self) -> float:
         """Return seconds on the wall."""
@@ -73,14 +79,15 @@ class Clocks:
 
         The second number of schedstat (Linux, Documentation/scheduler/sched-stats.rst).
         """
-        total = 0
+        total = slices = 0
         try:
             for thread in _TASKS.iterdir():
                 with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-                    total += int((thread / "schedstat").read_bytes().split()[1])
-        except (OSError, ValueError, IndexError):
+                    _, waited, own = (thread / "schedstat").read_bytes().split()
+                    total, slices = total + int(waited), slices + int(own)
+        except (OSError, ValueError):
             return None
-        return total / 1e9
+        return total / 1e9 if slices else None  # a system that does not count says 0
 
     def others(self) -> int:
         """Return how many threads of other processes want a processor now; 0 where the system does not say."""
@@ -228,7 +235,9 @@ class Watch:
             where = _number(allowed, "processor", "processors")
             reasons.append(f"{_number(self.threads, 'thread', 'threads')} ran on {where}")
         if self.others:
-            reasons.append(f"{_number(self.others, 'other process was', 'other processes were')} busy")
+            reasons.append(
+                f"{_number(self.others, 'thread', 'threads')} of other processes {'was' if self.others == 1 else 'were'} busy"
+            )
         taken = self._taken(blocks, spans, alone=alone)
         if taken > NOTICED and (self.others or self.threads <= allowed):
             reasons.append(f"{taken:.0%} of the processor time was taken from this one".replace("%", " %"))

@@ -126,7 +126,9 @@ def test_beside_four_busy_processes_a_single_thread_counts_by_the_processor(tell
     for latency, ms in zip(result.latencies.values(), (6, 0.05), strict=True):
         assert latency.median_ms == pytest.approx(ms, rel=0.01)
         assert latency.clock == "processor"
-        assert latency.load == "4 other processes were busy, 60 % of the processor time was taken from this one"
+        assert (
+            latency.load == "4 threads of other processes were busy, 60 % of the processor time was taken from this one"
+        )
 
 
 @pytest.mark.parametrize("tells", [True, False])
@@ -134,7 +136,7 @@ def test_beside_four_busy_processes_several_threads_claim_nothing(tells: bool) -
     machine = Machine(threads=2, taken=by_turns(0.6), busy=lambda now: 4, tells=tells)
     speedup = found(machine).speedups["fast"]
     assert speedup.clock == "wall"
-    assert speedup.doubt.startswith("4 other processes were busy, " + ("60 %" if tells else ""))
+    assert speedup.doubt.startswith("4 threads of other processes were busy, " + ("60 %" if tells else ""))
     assert speedup.doubt.endswith("of the processor time was taken from this one")
     assert speedup.in_doubt == f"not measured: {speedup.doubt}"
     assert 0 < speedup.low <= 120 <= speedup.high < float("inf")
@@ -315,3 +317,11 @@ def test_times_that_a_runtime_counts_itself_are_in_doubt_beside_others(busy: boo
     assert (speedup.ratio, speedup.low, speedup.high) == pytest.approx((2, 2, 2))
     assert (bool(speedup.doubt), bool(result.latencies["a"].load)) == (busy, busy)
     assert result.speedups["a"].doubt == ""
+
+
+def test_a_system_that_does_not_count_waiting_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "7").mkdir()
+    monkeypatch.setattr("tenfold.profiling.latency.load._TASKS", tmp_path)
+    for text, waited in (("12 3000000000 4\n", 3.0), ("0 0 0\n", None), ("nothing\n", None)):
+        (tmp_path / "7" / "schedstat").write_text(text)
+        assert Clocks().waited() == waited
