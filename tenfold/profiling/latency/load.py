@@ -217,7 +217,7 @@ class Watch:
         if self.clocks.coarse or self.threads > 1 or max(block.used / block.wall for block in blocks) > _ONE:
             return False
         working, spinning = (
-            sum(block.used + (block.waited or 0.0) for block in own) / sum(block.wall for block in own)
+            sum(min(block.wall, block.used + (block.waited or 0.0)) for block in own) / sum(block.wall for block in own)
             for own in (blocks, self.spins)
         )
         return working > _WORKING * spinning
@@ -235,9 +235,8 @@ class Watch:
             where = _number(allowed, "processor", "processors")
             reasons.append(f"{_number(self.threads, 'thread', 'threads')} ran on {where}")
         if self.others:
-            reasons.append(
-                f"{_number(self.others, 'thread', 'threads')} of other processes {'was' if self.others == 1 else 'were'} busy"
-            )
+            busy = _number(self.others, "thread of another process was", "threads of other processes were")
+            reasons.append(f"{busy} busy")
         taken = self._taken(blocks, spans, alone=alone)
         if taken > NOTICED and (self.others or self.threads <= allowed):
             reasons.append(f"{taken:.0%} of the processor time was taken from this one".replace("%", " %"))

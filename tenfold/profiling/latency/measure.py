@@ -357,10 +357,11 @@ def _speedup(reference: Sequence[Span], own: Sequence[Span], clock: Clock, load:
     wider = CACHES if clock == "processor" else 1.0
     low, _ = median_interval([a.least / b.most for a, b in zip(reference, own, strict=True)])
     _, high = median_interval([a.most / b.least for a, b in zip(reference, own, strict=True)])
+    low, high = low / wider, high * wider
     return Speedup(
         ratio=median(a.most / b.most for a, b in zip(reference, own, strict=True)),
-        low=low / wider,
-        high=high * wider,
+        low=low,
+        high=high,
         rounds=len(own),
         clock=clock,
         doubt=(load or "the rounds differ too much") if high > sure * low else "",

@@ -19,6 +19,7 @@ from tenfold.profiling.latency.measure import MIN_ROUNDS, compare_blocks
 from tenfold.records import Latency, Speedup
 
 MS = 1e-3
+FOUR = "4 threads of other processes were busy"
 
 
 @dataclass
@@ -136,7 +137,7 @@ def test_beside_four_busy_processes_several_threads_claim_nothing(tells: bool) -
     machine = Machine(threads=2, taken=by_turns(0.6), busy=lambda now: 4, tells=tells)
     speedup = found(machine).speedups["fast"]
     assert speedup.clock == "wall"
-    assert speedup.doubt.startswith("4 threads of other processes were busy, " + ("60 %" if tells else ""))
+    assert speedup.doubt.startswith(f"{FOUR}, " + ("60 %" if tells else ""))
     assert speedup.doubt.endswith("of the processor time was taken from this one")
     assert speedup.in_doubt == f"not measured: {speedup.doubt}"
     assert 0 < speedup.low <= 120 <= speedup.high < float("inf")
