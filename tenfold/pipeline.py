@@ -295,7 +295,10 @@ class _Recovery:
 def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
     """Warn where the finished model measures slower than the plan did when it met its budget."""
     found, planned = times.speedups["after"], fast.speedup
-    if not fast.met or found.high < planned.low:
+    if doubt := found.in_doubt or planned.in_doubt:
+        msg = f"whether the latency budget is met is in doubt: the speed-up is {doubt}. Measure again."
+        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+    elif not fast.met or found.high < planned.low:
         msg = (
             f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
             f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "
@@ -358,9 +361,11 @@ def _warn_if_slower(times: Comparison, recipe: Recipe) -> None:
     if found is None or found.high >= 1:
         return
     ways = "a latency budget" if recipe.runtime else "a latency budget, or runtime=, the one that will run it"
+    factor = f"at least {1 / found.high:.2f}" if found.doubt else f"{1 / found.ratio:.2f}"
+    interval = f" ({found.doubt})" if found.doubt else f" ({1 / found.high:.2f} to {1 / found.low:.2f})"
     msg = (
-        f"the compressed model takes {1 / found.ratio:.2f} times as long as the original in {recipe.target} "
-        f"({1 / found.high:.2f} to {1 / found.low:.2f}): it is smaller, not faster. Plan by the clock: {ways}."
+        f"the compressed model takes {factor} times as long as the original in {recipe.target}{interval}: it is "
+        f"smaller, not faster. Plan by the clock: {ways}."
     )
     warnings.warn(msg, TenfoldWarning, stacklevel=4)
 

@@ -33,7 +33,7 @@ from tenfold.profiling import (
     profile,
     to_memory_format,
 )
-from tenfold.records import LayerPlan, Profile, Recipe
+from tenfold.records import LayerPlan, Profile, Recipe, Speedup
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply, fuse_batchnorm
 
@@ -236,7 +236,7 @@ def line(row: dict[str, Any], budget: str, verdict: str) -> str:
         budget,
         f"{row['dense']['median_ms']:.1f} ({row['dense']['memory_format']})",
         f"{row['small']['median_ms']:.1f} ({row['small']['memory_format']})",
-        f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]",
+        Speedup(**speedup).in_doubt or f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]",
         f"÷ {row['macs'][0] / row['macs'][1]:.2f}",
         f"{speedup['ratio'] * row['macs'][1] / row['macs'][0]:.2f}",
         f"{sum(lay['factorized'] for lay in layers)}, {sum(lay['sent_back'] for lay in layers)} of {len(layers)}",

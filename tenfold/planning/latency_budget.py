@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ceil
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from tenfold.allocation import choose, limits_latency
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, stage_specs
+from tenfold.planning.late import in_vain
 from tenfold.planning.layer_bench import Gated, LayerBench, LayerTiming, keep_slower_layers_dense
 from tenfold.planning.target import Target
 from tenfold.planning.timing import Timing
@@ -313,15 +313,6 @@ def _best_of(tried: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
         msg = f"no plan runs in {wanted:.0%} of the time: raise the latency budget or allow more formats"
         raise BudgetError(msg)
     best = max(tried, key=lambda plan: (plan.met, plan.share if plan.met else -plan.share))
-    if best.speedup.ratio <= 1:
-        msg = (
-            f"no plan makes the model faster: the best measures {best.share:.1%} of its time. Keep the model as it is."
-        )
-        raise BudgetError(msg)
-    if strict and not best.met:
-        msg = (
-            f"the latency budget of {wanted:.0%} is not met: the lowest that was reached, as measured, is "
-            f"latency={ceil(1000 * best.share) / 1000:g}. Raise the budget, or allow more formats or layers."
-        )
-        raise BudgetError(msg)
+    if best.speedup.ratio <= 1 or (strict and not best.met):
+        raise BudgetError(in_vain(best, wanted))
     return best

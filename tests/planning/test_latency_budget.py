@@ -256,3 +256,25 @@ def test_the_table_of_a_plan_by_the_clock(monkeypatch):
 
 def _with(compare, init):
     return lambda self, **options: init(self, **{"compare": compare, **options})
+
+
+def test_a_plan_that_is_late_says_what_the_time_is_left_for(net, costs, monkeypatch):
+    """Small models measure 1.4 times what their layers take: no plan gets there, and what was measured is told."""
+
+    def compare(variants, **options):
+        return FakeCompare(bias=1.0 if "factorized" in variants else 1.4)(variants, **options)
+
+    monkeypatch.setattr("tenfold.profiling.latency.memory_format.compare_latency", compare)
+    with pytest.raises(BudgetError) as refused:
+        fast(net, X, {"latency": 0.6}, keep=["0"], compare=compare, rounds=1)
+    said = str(refused.value)
+    lowest = re.search(r"latency=([0-9.]+) \(max_latency_ms=([0-9.]+); 95 % interval of the share ([0-9.]+) to", said)
+    assert lowest, said
+    assert float(lowest[2]) == pytest.approx(float(lowest[1]) * model_ms(net, X), abs=2e-3)
+    assert float(lowest[3]) < float(lowest[1])
+    assert f"{OVERHEAD_MS / model_ms(net, X):.1%} activations, the interpreter" in said
+    assert re.search(r"% in 2 as tucker2 out=\d+,in=\d+, [0-9.]+ times faster than dense \(95 % [0-9.]+ to", said)
+    kept = stage_ms(spec_of(net[0])[0], X.shape) / model_ms(net, X)
+    assert f"{kept:.1%} in 1 layer: " in said
+    for way in ("fewer layers than keep='0'", "fuse_batchnorm=True", "another runtime than torch", "more threads"):
+        assert way in said

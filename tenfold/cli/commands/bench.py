@@ -74,7 +74,7 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
     }
     made = environment(pair[0].device)
     speedup = result.speedups["b"]
-    faster = None if speedup.low <= 1 <= speedup.high else speedup.ratio > 1
+    faster = None if speedup.low <= 1 <= speedup.high else speedup.low > 1
     terminal.show(_table(dict(zip("ab", zip((a, b), params, strict=True), strict=True)), result))
     terminal.say(_verdict(result, f"{made.device_name or made.device}, torch {made.torch}"))
     terminal.result(
@@ -143,16 +143,18 @@ def _table(models: dict[str, tuple[str, int]], result: Comparison) -> Renderable
         table.add_column(title, no_wrap=title != "model", justify="left" if title in ("", "model") else "right")
     for name, (model, params) in models.items():
         latency, speedup = result.latencies[name], result.speedups[name]
-        faster = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}]" if name == "b" else ""
+        faster = speedup.in_doubt.partition(":")[0] or f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}]"
         quartiles = f"{three_digits(latency.low_ms)}–{three_digits(latency.high_ms)}"
-        row = (name, model, count(params), milliseconds(latency.median_ms), quartiles, latency.memory_format, faster)
-        table.add_row(*row)
+        row = (name, model, count(params), milliseconds(latency.median_ms), quartiles, latency.memory_format)
+        table.add_row(*row, faster if name == "b" else "")
     return table
 
 
 def _verdict(result: Comparison, machine: str) -> str:
     speedup, latency = result.speedups["b"], result.latencies["b"]
-    if speedup.low <= 1 <= speedup.high:
+    if speedup.doubt:
+        found = speedup.in_doubt
+    elif speedup.low <= 1 <= speedup.high:
         found = "no difference that this measurement can tell"
     elif speedup.ratio > 1:
         found = f"b is {speedup.ratio:.3g} times faster than a"
@@ -164,4 +166,6 @@ def _verdict(result: Comparison, machine: str) -> str:
 def _conditions(latency: Latency) -> str:
     threads = f"{latency.threads} {'thread' if latency.threads == 1 else 'threads'}"
     where = "" if latency.runtime == "torch" else f", {latency.runtime}"
-    return f"batch {latency.batch_size}, {latency.dtype}, {threads}{where}"
+    clock = ", processor time" if latency.clock == "processor" else ""
+    load = f", while {latency.load}" if latency.load else ""
+    return f"batch {latency.batch_size}, {latency.dtype}, {threads}{where}{clock}{load}"
