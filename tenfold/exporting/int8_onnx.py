@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tenfold.errors import DataError, ExportError, TenfoldError, require
 from tenfold.exporting.base import check_free
+from tenfold.exporting.onnx_notes import write_onnx
 from tenfold.exporting.onnx_session import OnnxModule, feeds
 from tenfold.exporting.program import first_words
 from tenfold.exporting.quiet import quiet
@@ -92,6 +93,7 @@ def quantize_onnx(
 def _quantize(
     source: Path, target: Path, inputs: list[Any], operators: Sequence[str] | None, keep: Sequence[str], ranges: Ranges
 ) -> None:
+    onnx: Any = require("onnx", "export")
     quantization: Any = require("onnxruntime.quantization", "export")
     methods = quantization.CalibrationMethod
     method = {"minmax": methods.MinMax, "entropy": methods.Entropy, "percentile": methods.Percentile}[ranges]
@@ -110,6 +112,7 @@ def _quantize(
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=method,
         )
+        write_onnx(onnx.load(target), target)
 
 
 def _inputs(source: Path, batches: Any) -> list[Any]:

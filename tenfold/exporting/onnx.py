@@ -10,6 +10,7 @@ from torch import nn
 
 from tenfold.errors import ExportError
 from tenfold.exporting.base import EXPORTERS, Exporter
+from tenfold.exporting.onnx_notes import write_onnx
 from tenfold.exporting.onnx_session import OnnxModule
 from tenfold.exporting.quiet import quiet
 
@@ -35,7 +36,7 @@ class OnnxExporter(Exporter):
             raise ExportError(msg)
         with quiet():
             made: Any = torch.onnx.export(program, opset_version=opset, verbose=False)
-            made.save(str(file), external_data=False)
+            write_onnx(made.model_proto, file)
         return int(made.model.opset_imports[""])
 
     def open(self, file: Path) -> nn.Module:
