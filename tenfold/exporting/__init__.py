@@ -7,7 +7,7 @@ from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter
 from tenfold.exporting.export import export
 from tenfold.exporting.int8_linear import int8_linear
 from tenfold.exporting.int8_onnx import quantize_onnx
-from tenfold.exporting.onnx_session import open_exported
+from tenfold.exporting.open_file import open_exported
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from tenfold.errors import require
 from tenfold.exporting.base import EXPORTERS, Exporter
-from tenfold.exporting.quiet import quiet
+from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.inputs import arguments, tensors_in
 
 

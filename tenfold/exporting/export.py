@@ -13,9 +13,9 @@ from torch import nn
 from tenfold.errors import ExportError, TenfoldError
 from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter, check_free
 from tenfold.exporting.parity import check_parity
-from tenfold.exporting.program import first_words, program_of
 from tenfold.profiling import compare_latency, environment
 from tenfold.records import Environment, ExportRecord, atomic_write
+from tenfold.runtimes.program import first_words, program_of
 from tenfold.surgery import fuse_batchnorm_
 from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, to_device

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tenfold.errors import ExportError, require
-from tenfold.exporting.quiet import quiet
+from tenfold.runtimes.quiet import quiet
 from tenfold.tracing import copied
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tenfold.errors import ExportError
 from tenfold.exporting.base import EXPORTERS, Exporter
-from tenfold.exporting.onnx_notes import write_onnx
-from tenfold.exporting.onnx_session import OnnxModule
-from tenfold.exporting.quiet import quiet
+from tenfold.runtimes.onnx_file import write_onnx
+from tenfold.runtimes.onnx_module import OnnxModule
 
 
 @EXPORTERS.register("onnx")
@@ -30,14 +27,7 @@ class OnnxExporter(Exporter):
         Raises:
             ExportError: more than the 2 GiB that one file can hold.
         """
-        size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
-        if size >= 2**31:
-            msg = f"the weights have {size / 2**30:.1f} GiB; one ONNX file holds 2 GiB. Use --to torch-export."
-            raise ExportError(msg)
-        with quiet():
-            made: Any = torch.onnx.export(program, opset_version=opset, verbose=False)
-            write_onnx(made.model_proto, file)
-        return int(made.model.opset_imports[""])
+        return write_onnx(program, file, opset=opset)
 
     def open(self, file: Path) -> nn.Module:
         """Return the file in ONNX Runtime."""

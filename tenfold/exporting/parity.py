@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import ExportError, TenfoldError
-from tenfold.exporting.program import at_batch, first_words
+from tenfold.runtimes.program import at_batch, first_words
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 
 _SIZES = (1, 2, 5)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tenfold.exporting.base import EXPORTERS, Exporter
-from tenfold.exporting.quiet import quiet
+from tenfold.runtimes.quiet import quiet
 
 
 @EXPORTERS.register("torch-export")

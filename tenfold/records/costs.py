@@ -39,7 +39,7 @@ class Latency(Record):
     """Measured milliseconds, and everything they depend on.
 
     ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median. ``tf32`` tells whether
-    float32 products may have been rounded to TF32, which only some accelerators do.
+    float32 products may have been rounded to TF32, which only some accelerators do; ``runtime`` is what ran it.
     """
 
     median_ms: NonNegativeFloat
@@ -52,6 +52,7 @@ class Latency(Record):
     dtype: str
     memory_format: str = "contiguous"
     tf32: bool = False
+    runtime: str = "torch"
 
 
 class Speedup(Record):

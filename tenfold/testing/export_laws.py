@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tenfold.checkpoint import load, save
 from tenfold.exporting import EXPORTERS
 from tenfold.exporting.parity import check_parity
-from tenfold.exporting.program import program_of
 from tenfold.formats import Factorization
 from tenfold.planning import plan
 from tenfold.profiling import profile
+from tenfold.runtimes.program import program_of
 from tenfold.surgery import apply
 from tenfold.testing.format_laws import dense_layer
 from tenfold.testing.geometries import Geometry, served

@@ -77,7 +77,7 @@ def test_static_quantization_takes_the_file(file: Path, batches: list[Tensor], t
 
 
 def test_notes_of_branches_and_functions_go_too(tmp_path: Path) -> None:
-    from tenfold.exporting.onnx_notes import write_onnx
+    from tenfold.runtimes.onnx_notes import write_bare
 
     make = onnx.helper
     value = make.make_tensor_value_info("y", 1, [2], doc_string="traced")
@@ -86,7 +86,7 @@ def test_notes_of_branches_and_functions_go_too(tmp_path: Path) -> None:
     step = make.make_function("own", "Step", ["x"], ["y"], [make.make_node("Abs", ["x"], ["y"], doc_string="a")], [])
     model = make.make_model(make.make_graph([both], "g", [], [value], doc_string="whole"), functions=[step])
     make.set_model_props(model, {"labels": "cat, dog"})
-    write_onnx(model, tmp_path / "a.onnx")
+    write_bare(model, tmp_path / "a.onnx")
     found = onnx.load(tmp_path / "a.onnx")
     assert _notes(found.graph) | _notes(found.functions[0]) == set()
     assert found.metadata_props[0].value == "cat, dog"  # a user's, of the model itself

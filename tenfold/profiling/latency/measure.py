@@ -99,6 +99,28 @@ def compare_latency(
     return Comparison(latencies=latencies, speedups=speedups)
 
 
+def compare_blocks(
+    blocks: Mapping[str, Callable[[int], float]], *, seconds: float, threads: int | None = None
+) -> Comparison:
+    """Return what blocks of runs take, measured in turns like models: see ``compare_latency``.
+
+    Args:
+        blocks: each runs something so many times and returns the seconds of one run.
+        seconds: about how long to measure, for all together.
+        threads: CPU threads; as many as torch uses now if None.
+
+    Example:
+        >>> round(compare_blocks({"a": lambda n: 2e-3, "b": lambda n: 1e-3}, seconds=0.01).speedups["b"].ratio, 3)
+        2.0
+    """
+    with using_threads(threads):
+        times = _in_turns(blocks, seconds)
+    nothing = nn.Identity()
+    latencies = {name: _latency(own, nothing, torch.empty(0)) for name, own in times.items()}
+    reference = times[next(iter(blocks))]
+    return Comparison(latencies, {name: _speedup(reference, own) for name, own in times.items()})
+
+
 def layer_latency(
     model: nn.Module, inputs: Any, layers: Sequence[Entry], *, seconds: float = 2.0, threads: int | None = None
 ) -> dict[str, LayerTime]:
@@ -201,10 +223,11 @@ def _latency(times: list[float], model: nn.Module, inputs: Any) -> Latency:
         high_ms=high,
         runs=len(times),
         batch_size=batch_size_of(inputs),
-        threads=torch.get_num_threads(),
+        threads=getattr(model, "threads", None) or torch.get_num_threads(),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         memory_format=_memory_format(inputs),
+        runtime=getattr(model, "runtime", "torch"),
         tf32=device.type == "cuda" and dtype == torch.float32 and _tf32(),
     )
 

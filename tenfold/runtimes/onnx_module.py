@@ -1,4 +1,4 @@
-"""Exported files as modules, to measure their latency, accuracy and parity like those of a model."""
+"""An ONNX file in ONNX Runtime, as a module that is called like its model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import ExportError, TenfoldError, require
-from tenfold.exporting.base import EXPORTERS
-from tenfold.registry import did_you_mean
+from tenfold.errors import require
 from tenfold.tracing.inputs import arguments, tensors_in
 
 
@@ -23,12 +21,13 @@ class OnnxModule(nn.Module):
         threads: CPU threads; as many as torch uses now if None.
     """
 
+    runtime = "onnxruntime"
+
     def __init__(self, file: Path | str, threads: int | None = None) -> None:
         super().__init__()
         ort: Any = require("onnxruntime", "export")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3  # errors
+        self.threads = threads or torch.get_num_threads()
+        options = session_options(self.threads)
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.names: list[str] = [value.name for value in self.session.get_inputs()]
 
@@ -51,6 +50,15 @@ class OnnxModule(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+def session_options(threads: int) -> Any:
+    """Return the options of a quiet session on so many threads."""
+    ort: Any = require("onnxruntime", "export")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    return options
+
+
 def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:
     """Return the input arrays of ONNX Runtime: keyword arguments by name, the rest in order."""
     args, kwargs = arguments(inputs)
@@ -59,34 +67,3 @@ def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:
     rest = [name for name in names if name not in named]
     found = named | dict(zip(rest, others, strict=True))
     return {name: tensor.detach().cpu().numpy() for name, tensor in found.items()}
-
-
-def open_exported(path: str | Path, *, to: str | None = None) -> nn.Module:
-    """Open an exported file as a module that is called like its model, without parameters and on the CPU.
-
-    ``compare_latency`` and ``Task.evaluate`` take it like any model.
-
-    Args:
-        path: the file.
-        to: its target; by default that of the suffix.
-
-    Raises:
-        ExportError: the file is missing or damaged, or has an unknown suffix.
-    """
-    path = Path(path)
-    if not path.is_file():
-        msg = f"there is no file {path}"
-        raise ExportError(msg)
-    by_suffix = {kind.suffix: name for name, kind in EXPORTERS.items()}
-    if to is None and path.suffix not in by_suffix:
-        msg = f"{path.name} does not tell what it is. {did_you_mean(path.suffix, by_suffix)} Or name the target."
-        raise ExportError(msg)
-    exporter = EXPORTERS.get(to or by_suffix[path.suffix])()
-    exporter.check()
-    try:
-        return exporter.open(path)
-    except TenfoldError:
-        raise
-    except Exception as error:
-        msg = f"{path} cannot be opened: {' '.join(str(error).split())[:300]}"
-        raise ExportError(msg) from error

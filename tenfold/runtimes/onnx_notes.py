@@ -8,7 +8,7 @@ from typing import Any
 _NOTES = ("doc_string", "metadata_props", "value_info")
 
 
-def write_onnx(model: Any, file: Path) -> None:
+def write_bare(model: Any, file: Path) -> None:
     """Write an ``onnx.ModelProto`` without the notes on its nodes, values, graphs and functions; it loses them itself.
 
     No runtime reads them. Torch's exporter leaves the Python stack of every node, a third of a file in eight-bit
@@ -22,7 +22,7 @@ def write_onnx(model: Any, file: Path) -> None:
         >>> x, y = (helper.make_tensor_value_info(name, 1, [2], doc_string="traced") for name in "xy")
         >>> node = helper.make_node("Abs", ["x"], ["y"], doc_string="line 7")
         >>> file = Path(tempfile.mkdtemp()) / "abs.onnx"
-        >>> write_onnx(helper.make_model(helper.make_graph([node], "g", [x], [y])), file)
+        >>> write_bare(helper.make_model(helper.make_graph([node], "g", [x], [y])), file)
         >>> graph = onnx.load(file).graph
         >>> graph.node[0].doc_string, graph.input[0].doc_string, graph.input[0].type == x.type
         ('', '', True)

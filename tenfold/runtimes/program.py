@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import ExportError
-from tenfold.exporting.quiet import quiet
+from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.inputs import arguments, batch_size_of, describe_inputs, map_tensors, tensors_in
 
 _HINT = " With a fixed batch size (dynamic_batch=False, --fixed-batch) it may go."
