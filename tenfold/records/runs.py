@@ -90,7 +90,7 @@ class ExportRecord(Record):
     Attributes:
         target: what it was exported to, such as ``onnx``.
         file: its name.
-        bytes: its size.
+        bytes: its size, and that of the files beside it that belong to it.
         opset: version of the operators, where the target has one.
         dynamic_batch: whether it takes batches of any size.
         fused: how many batch norms were merged into the layers before them.

@@ -236,7 +236,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"tenfold\[export\]"):
         export(nn.ReLU(), torch.ones(1, 2), tmp_path / "a.onnx")
-    assert EXPORTERS.names() == ("executorch", "onnx", "torch-export")
+    assert EXPORTERS.names() == ("executorch", "onnx", "openvino", "torch-export")
 
 
 @onnx_only
