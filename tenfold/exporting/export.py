@@ -74,11 +74,14 @@ def export(
     inputs = to_device(example_inputs, "cpu")
     eager = copied(model).cpu().eval()
     fused = len(fuse_batchnorm_(eager, inputs).pairs) if config.fuse_batchnorm else 0
-    program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=exporter.max_batch)
+    most = exporter.max_batch and max(exporter.max_batch, batch_size_of(inputs) or 1)
+    program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=most)
     with atomic_write(path, exporter.beside) as partial:
         opset = _write(exporter, program, partial, config.opset)
         exported = _opened(exporter, partial, eager)
-        parity = check_parity(eager, exported, inputs, dynamic_batch=dynamic, tolerance=config.tolerance)
+        parity = check_parity(
+            eager, exported, inputs, dynamic_batch=dynamic, tolerance=config.tolerance, max_batch=most
+        )
         timed: dict[str, Any] = {}
         if config.seconds:
             both = compare_latency({"eager": (eager, inputs), "file": (exported, inputs)}, seconds=config.seconds)
