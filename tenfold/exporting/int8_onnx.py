@@ -42,8 +42,9 @@ def quantize_onnx(
 
     Static quantization (QDQ): weights to signed integers with a scale for each output channel, symmetric; activations
     to unsigned ones with a scale and a zero point from the calibration inputs (Jacob et al. 2018,
-    arXiv 1712.05877). Compress and fine-tune first, quantize last, with batch norm fused: decomposing rounded
-    weights would fit the rounding too.
+    arXiv 1712.05877). Before, channels between two convolutions are rescaled (``onnx_rescale``); afterwards, weights of
+    convolutions are rounded for the outputs of their layer (``onnx_rounding``). Compress and fine-tune first, quantize
+    last, with batch norm fused: decomposing rounded weights would fit the rounding too.
 
     Args:
         source: a file in floating point, written by ``export``.
