@@ -35,9 +35,9 @@ HEAD = """\
 # Compress, then int8
 
 `python -m benchmarks.int8.run --config benchmarks/int8/{name}.yaml --clock {clock}` on {device}, torch {torch},
-ONNX Runtime {ort}, {threads} threads; load when it began {load:.1f}. Each row is an ONNX file with batch norm fused. *ms*: by the clock of the {clock}.
-*Speed-up*: over the first file of its network, the median of rounds in turns with its 95 % interval. *Top-1*: of the
-file in ONNX Runtime, on {tested} test images.
+ONNX Runtime {ort}, {threads} threads; load when it began {load:.1f}. Each row is an ONNX file with batch norm fused.
+*ms*: by the clock of the {clock}. *Speed-up*: over the first file of its network, the median of rounds in turns with
+its 95 % interval. *Top-1*: of the file in ONNX Runtime, on {tested} test images.
 
 | network | file | bytes | ms, batch {batch} | speed-up | top-1 |
 |---|---|---:|---:|---:|---:|
