@@ -108,13 +108,25 @@ def first_line(error: BaseException) -> str:
 def require(module: str, extra: str) -> object:
     """Import and return an optional ``module``, or say in one line which extra brings it.
 
+    A package ``MODULE_telemetry`` is not found meanwhile: by that of OpenVINO each import is reported to its makers,
+    unasked, and files are left in the home folder. Without it OpenVINO is silent; who has imported it before is not
+    overruled.
+
     Raises:
         MissingExtraError: the module is not installed.
     """
     import importlib
+    import sys
 
+    reporter = f"{module}_telemetry"
+    hidden = module not in sys.modules and reporter not in sys.modules
+    if hidden:
+        sys.modules[reporter] = None  # type: ignore[assignment] # Python's way to say that there is none
     try:
         return importlib.import_module(module)
     except ImportError as error:
         msg = f"{module} is not installed. Install it with: pip install 'tenfold[{extra}]'"
         raise MissingExtraError(msg) from error
+    finally:
+        if hidden:
+            sys.modules.pop(reporter, None)

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -23,11 +23,12 @@ _POLL = 0.01  # seconds between two looks at a lock that somebody else holds
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, beside: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a path to write to; on success the file is synced to the disk and replaces ``path``.
 
     The file has the name of ``path`` and does not exist yet; writers may leave other files beside it, which go with the
-    folder.
+    folder. Those with a suffix of ``beside`` are kept: they come first, after an older ``path`` was removed, so that
+    where there is a ``path``, what is beside it belongs to it.
 
     Raises:
         FileError: it cannot be written: no right, no space, no such folder.
@@ -37,8 +38,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with staged(path) as folder:
             partial = folder / path.name
             yield partial
-            partial.chmod(0o644)
-            replace(partial, path)
+            others = [(partial.with_suffix(suffix), path.with_suffix(suffix)) for suffix in beside]
+            if others:
+                path.unlink(missing_ok=True)
+            for new, old in (*others, (partial, path)):
+                new.chmod(0o644)
+                replace(new, old)
     except FileError:
         raise
     except OSError as error:

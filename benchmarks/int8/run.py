@@ -1,10 +1,13 @@
 """Compress, then quantize: bytes, latency in ONNX Runtime and accuracy at each step; and ONNX latency of ResNet-18.
 
-    python -m benchmarks.int8.run --weights-dir FOLDER [--checkpoint FOLDER] [--limit N] [--threads N] [--only TEXT]
+    python -m benchmarks.int8.run --weights-dir FOLDER [--config FILE] [--checkpoint FOLDER] [--limit N] [--threads N]
+        [--only TEXT]
 
-``--checkpoint`` takes a compressed (and recovered) ResNet-56 instead of compressing one here. Accuracy is that of the
+``--config benchmarks/int8/int8_cp3.yaml`` is ResNet-20 with CP layers, untrained.
+``--checkpoint`` takes a compressed (and recovered) model instead of compressing one here. Accuracy is that of the
 files, in ONNX Runtime, on the whole test set unless ``--limit`` says otherwise; ranges come from training images. All
-files are timed in turns, by processor time where other processes leave no choice. Writes ``int8.json`` and ``int8.md``.
+files are timed in turns, by processor time where other processes leave no choice. Writes ``int8.json`` and ``int8.md``,
+named as the configuration.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ HERE = Path(__file__).parent
 HEAD = """\
 # Compress, then int8
 
-`python -m benchmarks.int8.run` on {device}, torch {torch}, ONNX Runtime {ort}, {threads} threads; load
-when it began {load:.1f}. Each row is an ONNX file with batch norm fused. *ms*: of the wall, or *p*, of the processor.
-*Speed-up*: over the first file of its network, the median of rounds in turns with its 95 % interval. *Top-1*: of the
-file in ONNX Runtime, on {tested} test images.
+`python -m benchmarks.int8.run --config benchmarks/int8/{name}.yaml` on {device}, torch {torch}, ONNX Runtime {ort},
+{threads} threads; load when it began {load:.1f}. Each row is an ONNX file with batch norm fused. *ms*: of the wall, or
+*p*, of the processor. *Speed-up*: over the first file of its network, the median of rounds in turns with its 95 %
+interval. *Top-1*: of the file in ONNX Runtime, on {tested} test images.
 
 | network | file | bytes | ms, batch {batch} | speed-up | top-1 |
 |---|---|---:|---:|---:|---:|
@@ -57,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = yaml.safe_load(options.config.read_text())
-    config |= {"seconds": options.seconds or config["seconds"]}
+    config |= {"name": options.config.stem, "seconds": options.seconds or config["seconds"]}
     load_before, rows = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as folder:
         if options.only in config["recipe"]["task"]:
@@ -77,8 +80,8 @@ def main() -> None:
         "environment": made,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "int8.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "int8.md").write_text(table(result))
+    (options.out / f"{config['name']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (options.out / f"{config['name']}.md").write_text(table(result))
     print(table(result))
 
 
@@ -106,10 +109,13 @@ def compressed(task: Task, dense: nn.Module, wanted: dict[str, Any], checkpoint:
     if checkpoint is not None:
         return load(task.build(), checkpoint)[0].eval()
     data = task.calibration_batches(wanted["calibration"], batch_size=125, seed=0)
-    made = compress(
-        dense, task.example_inputs(1), Recipe(budget=wanted["budget"]), data=data, runtime=Runtime(measure=False)
-    )
+    made = compress(dense, task.example_inputs(1), recipe_of(wanted), data=data, runtime=Runtime(measure=False))
     return made.model.eval()
+
+
+def recipe_of(wanted: dict[str, Any]) -> Recipe:
+    """Return what a configuration asks of compression."""
+    return Recipe.model_validate({name: wanted[name] for name in ("budget", "formats") if name in wanted})
 
 
 def zoo(wanted: dict[str, Any], config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -153,6 +159,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     made, config = result["environment"], result["config"]
     head = HEAD.format(
+        name=config["name"],
         device=made["device_name"] or made["device"],
         torch=made["torch"],
         ort=made["versions"]["onnxruntime"],

@@ -42,6 +42,7 @@ class Exporter(abc.ABC):
         packages: required besides torch; their versions go into the record.
         extra: the extra of tenfold that installs the packages.
         has_opset: whether its operators have versions to choose from.
+        beside: suffixes of the files that it writes beside the one that is named, and that belong to it.
         max_batch: largest batch of a file with an open batch size; None for no limit.
     """
 
@@ -49,12 +50,21 @@ class Exporter(abc.ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     has_opset: ClassVar[bool] = False
+    beside: ClassVar[tuple[str, ...]] = ()
     max_batch: ClassVar[int | None] = None
 
     def check(self) -> None:
         """Raise MissingExtraError if a required package is not installed."""
         for package in self.packages:
             require(package, self.extra)
+
+    def check_free(self, path: Path, *, overwrite: bool) -> None:
+        """Raise ExportError early if ``path``, or a file beside it, may not or cannot be written."""
+        if self.beside and path.suffix != self.suffix:
+            msg = f"{path.name}: the name has to end with {self.suffix}; {' and '.join(self.beside)} is written beside"
+            raise ExportError(msg)
+        for file in (path, *(path.with_suffix(suffix) for suffix in self.beside)):
+            check_free(file, overwrite=overwrite)
 
     @abc.abstractmethod
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:

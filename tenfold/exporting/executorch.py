@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tenfold.errors import require
@@ -12,10 +13,12 @@ from tenfold.exporting.base import EXPORTERS, Exporter
 from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.inputs import arguments, tensors_in
 
+aten = torch.ops.aten
+
 
 @EXPORTERS.register("executorch")
 class ExecutorchExporter(Exporter):
-    """One .pte file for ExecuTorch, on devices from phones down; batches of at most 64."""
+    """One .pte file for ExecuTorch, on devices from phones down; batches up to 64, or up to that of the example."""
 
     suffix = ".pte"
     packages = ("executorch",)
@@ -23,11 +26,17 @@ class ExecutorchExporter(Exporter):
     max_batch = 64  # memory is planned for the largest
 
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
-        """Write the program, delegated to XNNPACK as far as possible."""
+        """Write the program, delegated to XNNPACK as far as possible.
+
+        What depends on no input, such as products of neighbouring cores of a tensor train, is computed here, where the
+        runtime would do it in every run, without XNNPACK. Copies are left to it, which are as large as it wants them.
+        """
         del opset
-        with quiet():
+        with quiet(), torch.no_grad():
             exir: Any = require("executorch.exir", "executorch")
             xnnpack: Any = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+            folding: Any = require("executorch.exir.passes.constant_prop_pass", "executorch")
+            program = folding.constant_prop_pass(program, {aten.expand.default, aten.repeat.default, aten.full.default})
             lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
             file.write_bytes(lowered.to_executorch().buffer)
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tenfold.errors import ExportError, TenfoldError
-from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter, check_free
+from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter
 from tenfold.exporting.parity import check_parity
 from tenfold.profiling import compare_latency, environment
 from tenfold.records import Environment, ExportRecord, atomic_write
@@ -40,7 +40,8 @@ def export(
         model: any module, left unchanged; exported in evaluation mode and from the CPU.
         example_inputs: inputs of its forward; see ``call_model``.
         path: the file.
-        to: the target: ``onnx``, ``torch-export`` (.pt2) or ``executorch`` (.pte); `tenfold list exports`.
+        to: the target: ``onnx``, ``openvino`` (.xml, and .bin beside), ``torch-export`` (.pt2) or ``executorch``
+            (.pte); `tenfold list exports`.
         config: ``ExportConfig()`` by default.
         overwrite: whether ``path`` may exist.
 
@@ -63,7 +64,7 @@ def export(
     """
     path, config = Path(path), config or ExportConfig()
     exporter = EXPORTERS.get(to)()
-    check_free(path, overwrite=overwrite)
+    exporter.check_free(path, overwrite=overwrite)
     exporter.check()
     if config.opset is not None and not exporter.has_opset:
         msg = f"{to} has no opset: leave it out"
@@ -73,17 +74,20 @@ def export(
     inputs = to_device(example_inputs, "cpu")
     eager = copied(model).cpu().eval()
     fused = len(fuse_batchnorm_(eager, inputs).pairs) if config.fuse_batchnorm else 0
-    program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=exporter.max_batch)
-    with atomic_write(path) as partial:
+    most = exporter.max_batch and max(exporter.max_batch, batch_size_of(inputs) or 1)
+    program = program_of(eager, inputs, dynamic_batch=dynamic, max_batch=most)
+    with atomic_write(path, exporter.beside) as partial:
         opset = _write(exporter, program, partial, config.opset)
         exported = _opened(exporter, partial, eager)
-        parity = check_parity(eager, exported, inputs, dynamic_batch=dynamic, tolerance=config.tolerance)
+        parity = check_parity(
+            eager, exported, inputs, dynamic_batch=dynamic, tolerance=config.tolerance, max_batch=most
+        )
         timed: dict[str, Any] = {}
         if config.seconds:
             both = compare_latency({"eager": (eager, inputs), "file": (exported, inputs)}, seconds=config.seconds)
             timed = {**both.latencies, "speedup": both.speedups["file"]}
             timed["latency"] = timed.pop("file")
-        size = partial.stat().st_size
+        size = sum(partial.with_suffix(suffix).stat().st_size for suffix in (partial.suffix, *exporter.beside))
         del exported
     return ExportRecord(
         target=to,

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from tenfold.errors import DataError, ExportError, TenfoldError, require
 from tenfold.exporting.base import check_free
+from tenfold.exporting.onnx_rescale import rescale_
+from tenfold.exporting.onnx_rounding import round_weights_
 from tenfold.profiling import compare_latency
 from tenfold.records import Int8Record, Speedup, atomic_write
-from tenfold.runtimes.onnx_int8 import Ranges, quantize_static
+from tenfold.runtimes.onnx_int8 import Ranges, preprocess, quantize_static
 from tenfold.runtimes.onnx_module import OnnxModule
+from tenfold.runtimes.onnx_notes import write_bare
 from tenfold.runtimes.program import first_words
+from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.input_batches import InputBatches
 from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in
 
@@ -38,8 +42,9 @@ def quantize_onnx(
 
     Static quantization (QDQ): weights to signed integers with a scale for each output channel, symmetric; activations
     to unsigned ones with a scale and a zero point from the calibration inputs (Jacob et al. 2018,
-    arXiv 1712.05877). Compress and fine-tune first, quantize last, with batch norm fused: decomposing rounded
-    weights would fit the rounding too.
+    arXiv 1712.05877). Before, channels between two convolutions are rescaled (``onnx_rescale``); afterwards, weights of
+    convolutions are rounded for the outputs of their layer (``onnx_rounding``). Compress and fine-tune first, quantize
+    last, with batch norm fused: decomposing rounded weights would fit the rounding too.
 
     Args:
         source: a file in floating point, written by ``export``.
@@ -70,7 +75,7 @@ def quantize_onnx(
         raise DataError(msg)
     with atomic_write(path) as partial:
         try:
-            quantize_static(source, partial, inputs, operators=operators, keep=keep, ranges=ranges)
+            rescaled, fitted = _quantize(source, partial, inputs, operators, keep, ranges)
         except TenfoldError:
             raise
         except Exception as error:
@@ -80,11 +85,31 @@ def quantize_onnx(
         return Int8Record(
             samples=samples,
             operators=_in_integers(partial),
+            rescaled=rescaled,
+            rounded=fitted,
             was_bytes=source.stat().st_size,
             noise=noise,
             agreement=agreement,
             speedup=_speedup(source, partial, inputs[0], seconds) if seconds else None,
         )
+
+
+def _quantize(
+    source: Path, target: Path, inputs: list[Any], operators: Sequence[str] | None, keep: Sequence[str], ranges: Ranges
+) -> tuple[int, int]:
+    """Write the quantized file; return how many tensors were rescaled, and the weights of how many layers rounded."""
+    onnx: Any = require("onnx", "export")
+    ready = target.with_suffix(".ready.onnx")
+    with quiet():
+        preprocess(source, ready)
+    model = onnx.load(ready)
+    known = rescale_(model, inputs) if operators is None or "Conv" in operators else {}
+    write_bare(model, ready)
+    quantize_static(ready, target, inputs, operators=operators, keep=keep, ranges=ranges, known=known)
+    quantized = onnx.load(target)
+    fitted = round_weights_(quantized, model, inputs)
+    write_bare(quantized, target)
+    return len(known), fitted
 
 
 def _inputs(source: Path, batches: Any) -> list[Any]:

@@ -16,7 +16,13 @@ _ROUNDINGS = 4  # a runtime that sums in another order rounds values in half pre
 
 
 def check_parity(
-    model: nn.Module, exported: nn.Module, inputs: Any, *, dynamic_batch: bool, tolerance: float
+    model: nn.Module,
+    exported: nn.Module,
+    inputs: Any,
+    *,
+    dynamic_batch: bool,
+    tolerance: float,
+    max_batch: int | None = None,
 ) -> dict[int, float]:
     """Return the largest error of an output, relative to its largest entry, by batch size.
 
@@ -26,13 +32,14 @@ def check_parity(
         inputs: as ``call_model`` takes them.
         dynamic_batch: whether to try other batch sizes too.
         tolerance: the largest error allowed, where the precision of the outputs can tell as much.
+        max_batch: the largest batch size that the file takes, which is tried too; None for no limit.
 
     Raises:
         ExportError: an error is larger, the number or shape of the outputs differs, or the file does not run.
     """
     own = batch_size_of(inputs) or 1
     errors = {}
-    for size in sorted({own, *_SIZES}) if dynamic_batch else (own,):
+    for size in sorted({own, *_SIZES, max_batch or own}) if dynamic_batch else (own,):
         batch = at_batch(inputs, size) if dynamic_batch else inputs
         with torch.no_grad():
             wanted = list(tensors_in((call_model(model, batch),)))

@@ -70,6 +70,8 @@ class Int8Record(Record):
     Attributes:
         samples: how many inputs the ranges of the activations were taken from.
         operators: how many operators of each type read integers, activations between two of them included.
+        rescaled: of how many activations the channels were given a common range, by weights before and after.
+        rounded: in how many layers weights were rounded for the outputs, not each to the nearest integer.
         was_bytes: size of the file before.
         noise: root mean square of the change of the outputs, by that of the outputs, on those samples.
         agreement: share of those samples whose largest output is the same; None where outputs are no class scores.
@@ -78,6 +80,8 @@ class Int8Record(Record):
 
     samples: PositiveInt
     operators: dict[str, PositiveInt]
+    rescaled: NonNegativeInt = 0
+    rounded: NonNegativeInt = 0
     was_bytes: PositiveInt
     noise: NonNegativeFloat
     agreement: NonNegativeFloat | None = None
@@ -90,7 +94,7 @@ class ExportRecord(Record):
     Attributes:
         target: what it was exported to, such as ``onnx``.
         file: its name.
-        bytes: its size.
+        bytes: its size, and that of the files beside it that belong to it.
         opset: version of the operators, where the target has one.
         dynamic_batch: whether it takes batches of any size.
         fused: how many batch norms were merged into the layers before them.

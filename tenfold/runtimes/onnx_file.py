@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tenfold.errors import ExportError, TenfoldError
+from tenfold.runtimes.onnx_notes import write_bare
 from tenfold.runtimes.program import first_words, program_of
 from tenfold.runtimes.quiet import quiet
 from tenfold.surgery import fuse_batchnorm_
@@ -27,7 +28,7 @@ def write_onnx(program: Any, file: Path, *, opset: int | None = None) -> int:
         raise ExportError(msg)
     with quiet():
         made: Any = torch.onnx.export(program, opset_version=opset, verbose=False)
-        made.save(str(file), external_data=False)
+        write_bare(made.model_proto, file)
     return int(made.model.opset_imports[""])
 
 

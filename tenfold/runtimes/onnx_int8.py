@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from tenfold.errors import require
 from tenfold.runtimes.onnx_module import OnnxModule, feeds
+from tenfold.runtimes.onnx_notes import write_bare
 from tenfold.runtimes.quiet import quiet
 
 Ranges = Literal["minmax", "entropy", "percentile"]
@@ -21,6 +24,7 @@ def quantize_static(
     operators: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     ranges: Ranges = "minmax",
+    known: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
     """Write an ONNX file in eight-bit integers (QDQ), weights by output channel; see ``tenfold.quantize_onnx``.
 
@@ -31,13 +35,17 @@ def quantize_static(
         operators: types of operators to quantize; all that ONNX Runtime supports if None.
         keep: names of nodes to leave in floating point.
         ranges: how ranges of activations are found.
+        known: ranges of activations that were found otherwise, by name.
     """
+    onnx: Any = require("onnx", "export")
     quantization: Any = require("onnxruntime.quantization", "export")
     methods = quantization.CalibrationMethod
     method = {"minmax": methods.MinMax, "entropy": methods.Entropy, "percentile": methods.Percentile}[ranges]
+    ends = {name: np.array(both, np.float32) for name, both in (known or {}).items()}
+    overrides = {name: [{"rmin": low, "rmax": high}] for name, (low, high) in ends.items()}
     with quiet():
         shaped = target.with_suffix(".shaped.onnx")
-        _shape_inference(source, shaped)
+        preprocess(source, shaped)
         quantization.quantize_static(
             shaped,
             target,
@@ -49,10 +57,12 @@ def quantize_static(
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             calibrate_method=method,
+            extra_options={"TensorQuantOverrides": overrides},
         )
+        write_bare(onnx.load(target), target)
 
 
-def _shape_inference(source: Path, target: Path) -> None:
+def preprocess(source: Path, target: Path) -> None:
     """Write the file with inferred shapes, which the quantizer needs, and merged operators."""
     shaping: Any = require("onnxruntime.quantization.shape_inference", "export")
     shaping.quant_pre_process(source, target, skip_symbolic_shape=True)

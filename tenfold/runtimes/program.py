@@ -29,7 +29,8 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
         model: left unchanged.
         inputs: as ``call_model`` takes them.
         dynamic_batch: leave the first axis open in all inputs where it has the batch size.
-        max_batch: the largest batch size; None for no limit.
+        max_batch: the largest batch size, and that of the trace: operators that are chosen by it, such as convolutions
+            of 16 samples and more, would otherwise lower the limit; None for no limit.
 
     Raises:
         ExportError: the control flow of the forward depends on values, or on the batch size; or no input is a tensor.
@@ -40,7 +41,7 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
             "these as constants. Export the part of it that takes tensors"
         )
         raise ExportError(msg)
-    example = at_batch(inputs, max(2, batch_size_of(inputs) or 2)) if dynamic_batch else inputs
+    example = at_batch(inputs, max_batch or max(2, batch_size_of(inputs) or 2)) if dynamic_batch else inputs
     args, kwargs = arguments(example)
     collection = torch.export.ShapesCollection()
     if dynamic_batch:

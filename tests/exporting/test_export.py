@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from tenfold import Runtime, compress, export
 from tenfold.errors import ExportError, MissingExtraError, TenfoldWarning, UnknownNameError
 from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
 from tenfold.exporting.parity import check_parity
+from tenfold.layers.tt_linear import COMPILED_ROWS, TTLinear
+from tenfold.runtimes.program import program_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the exporters, about themselves
 
@@ -140,10 +143,31 @@ def test_a_fixed_batch_is_checked_as_it_is(tmp_path: Path) -> None:
     assert (list(made.parity), made.dynamic_batch) == ([4], False)
 
 
-def test_executorch_runs_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("samples", "largest"), [(1, 64), (70, 70)])
+def test_executorch_runs_the_file_up_to_its_largest_batch(samples: int, largest: int, tmp_path: Path) -> None:
     pytest.importorskip("executorch")
-    made = export(_net(), torch.randn(1, 3, 4, 4), tmp_path / "a.pte", to="executorch", config=UNTIMED)
+    made = export(_net(), torch.randn(samples, 3, 4, 4), tmp_path / "a.pte", to="executorch", config=UNTIMED)
+    assert list(made.parity) == [1, 2, 5, largest]
     assert max(made.parity.values()) < 1e-5
+
+
+def test_executorch_multiplies_cores_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    exporter, layer = EXPORTERS.get("executorch")(), TTLinear(256, 256, 4, cores=4).eval()
+    order, _ = layer.order(COMPILED_ROWS)
+    assert len(order) < 4  # some cores are multiplied with each other first
+    written: list[Any] = []
+    exir, name = importlib.import_module("executorch.exir"), "to_edge_transform_and_lower"
+    lower = getattr(exir, name)
+    monkeypatch.setattr(exir, name, lambda program, **kw: written.append(program) or lower(program, **kw))
+    program = program_of(layer, torch.randn(1, 256), dynamic_batch=True, max_batch=64)
+    exporter.write(program, tmp_path / "a.pte", opset=None)
+    products = [node for node in written[0].graph.nodes if "mm" in str(node.target) or "matmul" in str(node.target)]
+    assert len(products) == len(order)
+    assert (tmp_path / "a.pte").stat().st_size < 4 * 256 * 256
+    x = torch.randn(64, 256)
+    torch.testing.assert_close(exporter.open(tmp_path / "a.pte")(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_is_said_in_one_line(
@@ -236,7 +260,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"tenfold\[export\]"):
         export(nn.ReLU(), torch.ones(1, 2), tmp_path / "a.onnx")
-    assert EXPORTERS.names() == ("executorch", "onnx", "torch-export")
+    assert EXPORTERS.names() == ("executorch", "onnx", "openvino", "torch-export")
 
 
 @onnx_only

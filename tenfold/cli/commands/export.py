@@ -25,7 +25,7 @@ class File(Options):
 
     Attributes:
         out: where to write.
-        to: onnx, torch-export or executorch; see `tenfold list exports`.
+        to: onnx, openvino, torch-export or executorch; see `tenfold list exports`.
         batch_size: samples in the example that is traced.
         fixed_batch: take batches of that size only.
         fuse_batchnorm: merge batch norm into the layers before it, where exact.
