@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.layers.batched_matmul import NARROW, JoinPicked, join
+from tenfold.layers.batched_matmul import NARROW, JoinPicked, join, sum_of_terms
 from tenfold.records import TrainShape, TTGatherSpec
 from tenfold.records.train_shape import Segments
 
@@ -18,6 +18,9 @@ _MANY = 256
 _REPEATED = 0.7
 # A list of all ids is made where there are at most this many times more than ids asked for; its memory is not cleared.
 _LISTED = 64
+
+# Compiled programs write out products with so few terms, so that what they pick goes through no memory.
+_TERMS = 32
 
 # Compiled and exported programs take any number of ids, and run as is best for this many.
 COMPILED_IDS = 1024
@@ -48,17 +51,29 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, segment
         inner = shape.sides[segments[1][0]]
         found: Tensor = JoinPicked.apply(left.reshape(len(left), -1, inner), right, i, j)  # type: ignore[no-untyped-call]
         return found
-    return _joined(picked, ids.shape[0])
+    return _joined(picked, ids.shape[0], fused=_fused(tables, segments))
 
 
-def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
+def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int, *, fused: bool) -> Tensor:
     """Return the products, row by row, of what is picked from each table."""
     found: Tensor | None = None
+    product = sum_of_terms if fused else join
     for table, index in picked:
         part = F.embedding(index, table.flatten(1)).view(count, *table.shape[1:])
-        found = part if found is None else join(found.reshape(count, -1, table.shape[1]), part)
+        found = part if found is None else product(found.reshape(count, -1, table.shape[1]), part)
     assert found is not None  # noqa: S101 - a train has a core
     return found.reshape(count, -1)
+
+
+def _fused(tables: Sequence[Tensor], segments: Segments) -> bool:
+    """Return whether a compiler is to make one kernel of picking and multiplying; exported programs keep products.
+
+    Not where a run of several cores is picked from after the first: its turns of the memory would go into the kernel.
+    """
+    graph = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    single = all(stop - start == 1 for start, stop in segments[1:])
+    return compiled and not graph and single and all(table.shape[1] <= _TERMS for table in tables)
 
 
 def gather_distinct(
