@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold.tensors import khatri_rao, kruskal
 
 # Below so many entries one vectorised product is faster than a loop over slices that stay in the cache.
-_VECTORISED = 1 << 16
+_VECTORISED = 1 << 18
 
 _GROW, _SHRINK, _FIRST = 1.2, 0.5, 0.5
 
@@ -28,6 +28,10 @@ _WINDOW = 8
 
 # Holds a factor where the others do not determine it, as a share of the diagonal of their Gram matrix.
 _HOLD = {torch.float64: 1e-13, torch.float32: 1e-9}
+
+# From this ridge on, as a share of the diagonal, normal equations of float32 tensors are solved in float32: rounding is
+# some 1e-5 of the diagonal at a few hundred terms, and what it leaves is next to nothing beside the errors.
+_SINGLE = 2e-5
 
 # Squared errors below this share of the squared norm are rounding.
 _FLOOR = {torch.float64: 1e-15, torch.float32: 1e-13}
@@ -101,7 +105,8 @@ def alternate(
     Mitchell, Ye & De Sterck 2020), here nearly free, because T is linear in the factor of b.
 
     Args:
-        tensor: (batch, n_1, …, n_N), float32 or float64; Gram matrices and errors are float64 in any case.
+        tensor: (batch, n_1, …, n_N), float32 or float64; Gram matrices are float64 but where the ridge is large enough
+            for float32, and errors are summed in float64 in any case.
         starts: for each mode the factors (batch, starts, n, R); that of the longest mode is not used.
         n_iter: sweeps at most.
         tol: stop when the roots of all objectives fall by less than this share of themselves in a sweep.
@@ -146,7 +151,8 @@ class _State:
         self._length = torch.full_like(self.squares, _FIRST)
         self._share, self._hold = ridge, _HOLD[arranged.entries.dtype]
         self._ridge = torch.zeros_like(self.squares)
-        self._grams = [_gram(f) for f in factors]
+        self._precision = torch.float64
+        self._grams = [self._gram(f) for f in factors]
         self._before: tuple[list[Tensor], Tensor] | None = None
 
     def sweep(self, *, momentum: bool) -> None:
@@ -169,6 +175,21 @@ class _State:
         ridge = self._share * self.squares / self.total
         self._ridge = torch.minimum(self._ridge, ridge) if bool(self.objective.isfinite().all()) else ridge
         self.objective = torch.where(worse, self.objective, squares + self._ridge * powers)
+        self._choose_precision()
+
+    def _choose_precision(self) -> None:
+        """Go on in float32 while the ridge allows for it: the ridge falls with the error, so this ends once at most."""
+        if self.arranged.entries.dtype == torch.float32 and self._share > 0:
+            precision = torch.float32 if bool((self._ridge >= _SINGLE).all()) else torch.float64
+            if precision != self._precision:
+                self._precision = precision
+                self._grams = [self._gram(f) for f in self.factors]
+
+    def _gram(self, factor: Tensor) -> Tensor:
+        """Return (batch, S, R, R) of a factor (batch, n, S, R)."""
+        wide = factor.movedim(2, 1).to(self._precision)
+        square: Tensor = wide.mT @ wide
+        return square
 
     @property
     def _columns(self) -> tuple[int, int]:
@@ -181,19 +202,20 @@ class _State:
         return right
 
     def _update(self, mode: int, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the best factor of a mode, all others given; return the right-hand side and the others' Gram, float64."""
+        """Set the best factor of a mode, all others given; return the right-hand side and the others' Gram matrix."""
         others = reduce(torch.mul, (g for m, g in enumerate(self._grams) if m != mode))
-        right = right.double()
-        factor = solve(others, right, self.factors[mode].double(), self._ridge, self._hold).to(self.factors[mode].dtype)
-        self.factors[mode], self._grams[mode] = factor, _gram(factor)
+        right, centre = right.to(self._precision), self.factors[mode].to(self._precision)
+        factor = solve(others, right, centre, self._ridge, self._hold).to(self.factors[mode].dtype)
+        factor = factor.contiguous()  # as the products are, which it is multiplied with
+        self.factors[mode], self._grams[mode] = factor, self._gram(factor)
         return right, others
 
     def _score(self, mode: int, right: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Return squared errors and Σ λ_r² (batch, S), by what the update of this mode, the last one, returned."""
-        inner = (right * self.factors[mode]).sum((1, 3))
+        inner = (right * self.factors[mode]).sum((1, 3), dtype=torch.float64)
         products = others * self._grams[mode]
-        squares = (self.arranged.total - 2 * inner + products.sum((2, 3))).clamp_min(0)
-        return squares, products.diagonal(dim1=2, dim2=3).sum(-1)
+        squares = (self.arranged.total - 2 * inner + products.sum((2, 3), dtype=torch.float64)).clamp_min(0)
+        return squares, products.diagonal(dim1=2, dim2=3).sum(-1, dtype=torch.float64)
 
     def _ahead(self, product: Tensor, before: tuple[list[Tensor], Tensor]) -> Tensor:
         """Step ahead, update the factor of a from there, and return the product that belongs to where we are then."""
@@ -203,7 +225,7 @@ class _State:
         for mode in moving:
             length = self._length[:, None, :, None].to(product.dtype)
             self.factors[mode] = torch.lerp(last[mode], ends[mode], 1 + length)
-            self._grams[mode] = _gram(self.factors[mode])
+            self._grams[mode] = self._gram(self.factors[mode])
         ahead = old.lerp_(product, 1 + self._per_column(self._length).to(product.dtype))  # linear, as the product is
         squares, powers = self._score(x.a, *self._update(x.a, self._through(ahead)))
         good = squares + self._ridge * powers <= self.objective
@@ -237,31 +259,29 @@ def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: floa
     """Return F (batch, n, S, R) with F·(Γ + ridge·diag Γ) = right, near ``centre`` where that determines nothing.
 
     Γ (batch, S, R, R) is scaled to a unit diagonal and gets the ridge (batch, S) and ``hold`` on it, or as much more of
-    that as Cholesky needs; all in float64. The hold is a proximal term, which moves no solution.
+    that as Cholesky needs; all in the precision of Γ. The hold is a proximal term, which moves no solution.
     """
     scale = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(scale > 0, scale, 1.0).sqrt()
-    unit = gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    sides, middle = right.movedim(2, 1) / scale.unsqueeze(-2), centre.movedim(2, 1) * scale.unsqueeze(-2)
+    scale = torch.where(scale > 0, scale, 1.0).rsqrt()
+    unit = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    sides, middle = right.movedim(2, 1) * scale.unsqueeze(-2), centre.movedim(2, 1) / scale.unsqueeze(-2)
+    diagonal = unit.diagonal(dim1=-2, dim2=-1)
+    plain = diagonal.clone()
     for _ in range(12):
-        held = unit + torch.diag_embed((ridge + hold)[..., None].expand(scale.shape))
-        lower, failed = torch.linalg.cholesky_ex(held)
+        diagonal.copy_(plain + (ridge + hold)[..., None])
+        upper, failed = torch.linalg.cholesky_ex(unit, upper=True)
         if not bool(failed.any()):
             break
         hold *= 10
     right = sides + hold * middle
-    if right.shape[-2] >= right.shape[-1]:  # triangular solves are slow: for many rows the inverse pays
-        solution: Tensor = right @ torch.cholesky_inverse(lower)
+    if right.shape[-2] >= right.shape[-1]:  # for many rows the inverse pays
+        solution: Tensor = right @ torch.cholesky_inverse(upper, upper=True)
+    elif right.dtype == torch.float32:  # by far the faster of the two on some processors, in this precision
+        half = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
+        solution = torch.linalg.solve_triangular(upper.mT, half, upper=False, left=False)
     else:
-        solution = torch.cholesky_solve(right.mT, lower).mT
-    return (solution / scale.unsqueeze(-2)).movedim(1, 2)
-
-
-def _gram(factor: Tensor) -> Tensor:
-    """Return (batch, S, R, R), float64, of a factor (batch, n, S, R)."""
-    wide = factor.movedim(2, 1).double()
-    square: Tensor = wide.mT @ wide
-    return square
+        solution = torch.cholesky_solve(right.mT, upper, upper=True).mT
+    return (solution * scale.unsqueeze(-2)).movedim(1, 2)
 
 
 def _weighted(product: Tensor, shares: Tensor) -> Tensor:
