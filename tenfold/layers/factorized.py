@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tenfold.errors import WeightError
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.lazy_weight import LazyWeight
-from tenfold.layers.onednn import run_stages
+from tenfold.layers.onednn import StageChoice
 from tenfold.layers.sublayers import build
 from tenfold.records import LayerSpec, SubLayerSpec
 from tenfold.tensors.kruskal import Stability
@@ -59,8 +59,7 @@ class FactorizedLayer(nn.Module):
         self.rank = dict(rank)
         self.stages = nn.ModuleList(stages)
         self.fit: FitSummary | None = None
-        held: list[Any] = [stage.weight for stage in stages]
-        self._weights = sum(weight.numel() for weight in held) // spec.in_channels + 1
+        self._choice = StageChoice()
         for name, value in _face(spec).items():
             setattr(self, name, value)
 
@@ -130,7 +129,7 @@ class FactorizedLayer(nn.Module):
         if output_size is not None:
             return self._sized(input, output_size)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return run_stages(self.stages, input, self._weights)
+            return self._choice.run(self.stages, input)
         x = input
         for stage in self.stages:
             x = stage(x)

@@ -8,7 +8,7 @@ than it saves time, torch's own choice stands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -31,47 +31,86 @@ _POINTWISE, _SPATIAL, _CHANNELS_LAST = 8_000_000, 2_300_000, 3_000_000
 # memory that is new to the process.
 _PER_NUMBER, _LARGEST = 20, 1 << 20
 
+# Shapes of inputs whose choices are kept.
+_REMEMBERED = 64
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def run_stages(stages: Iterable[nn.Module], x: Tensor, weights: int) -> Tensor:
-    """Return what the stages make of ``x``, one after the other, each in the library that is the faster for it.
+class StageChoice:
+    """Runs the stages of one layer, and remembers by the shape of the input which of them go to oneDNN."""
 
-    Args:
-        stages: layers of torch and others.
-        x: of any shape.
-        weights: how many numbers the weights of the stages have for each channel of ``x``: small inputs need no look.
-    """
-    if torch.compiler.is_compiling() or is_tracing() or not _worth_a_look(x, weights):
+    def __init__(self) -> None:
+        self._known: dict[tuple[torch.Size, bool], tuple[bool, ...]] = {}
+
+    def run(self, stages: Iterable[nn.Module], x: Tensor) -> Tensor:
+        """Return what the stages make of ``x``, one after the other, each in the library that is the faster for it."""
+        taken = () if torch.compiler.is_compiling() or is_tracing() else self.taken(stages, x)
+        if taken and _unwatched(x):
+            for stage, by_onednn in zip(stages, taken, strict=True):
+                x = _convolve(stage, x) if by_onednn else stage(x)
+            return x
         for stage in stages:
             x = stage(x)
         return x
+
+    def taken(self, stages: Iterable[nn.Module], x: Tensor) -> tuple[bool, ...]:
+        """Return of each stage whether it goes to oneDNN; nothing if none does.
+
+        It depends on the shape of the input, its layout in memory, the number of threads and the maker of the processor
+        alone.
+        """
+        if not slow_products() or torch.get_num_threads() != 1:
+            return ()
+        if type(x) is not Tensor or is_functorch_wrapped_tensor(x):
+            return ()
+        last = not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        key = (x.shape, last)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            each = tuple(_each(stages, tuple(x.shape), last=last))
+            found = self._known[key] = each if any(each) else ()
+        return found
+
+
+def _each(stages: Iterable[nn.Module], shape: tuple[int, ...], *, last: bool) -> Iterator[bool]:
+    """Yield of each stage whether it goes to oneDNN; none does after a stage that is no convolution of images."""
+    plain = len(shape) == 4
     for stage in stages:
-        x = _convolve(stage, x) if type(stage) is nn.Conv2d and faster(stage, x) else stage(x)
-    return x
+        plain = plain and type(stage) is nn.Conv2d and stage.padding_mode == "zeros"
+        if not plain or not isinstance(stage, nn.Conv2d) or isinstance(stage.padding, str):
+            plain = False
+            yield False
+            continue
+        batch, _, height, width = shape
+        after = (batch, stage.out_channels, _outputs(stage, 0, height), _outputs(stage, 1, width))
+        yield faster(stage, shape, after, last=last)
+        shape = after
 
 
-def faster(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Return whether this convolution of ``x`` (n, channels, height, width) had better be given to oneDNN.
+def faster(conv: nn.Conv2d, before: tuple[int, ...], after: tuple[int, ...], *, last: bool) -> bool:
+    """Return whether a convolution had better be given to oneDNN than where torch would, on one thread.
 
-    It goes by the shapes, the layout in memory, the number of threads and the maker of the processor alone.
+    Args:
+        conv: the layer.
+        before: shape of its input (n, channels, height, width).
+        after: shape of its output.
+        last: whether channels are last in the memory of both.
     """
-    if x.dim() != 4 or conv.padding_mode != "zeros" or conv.groups != 1 or isinstance(conv.padding, str):
+    batch, channels = before[:2]
+    macs = prod(after) * channels * prod(conv.kernel_size)
+    if conv.groups > 1 or macs < _SPATIAL:
         return False
-    batch, channels, height, width = x.shape
-    positions = batch * _outputs(conv, 0, height) * _outputs(conv, 1, width)
-    macs = positions * conv.out_channels * channels * prod(conv.kernel_size)
-    if macs < _SPATIAL or torch.get_num_threads() != 1 or not slow_products():
-        return False
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if prod(conv.kernel_size) > 1 or prod(conv.stride) > 1:
-        return batch == 1 and x.numel() <= _SMALL_INPUT
+        return batch == 1 and prod(before) <= _SMALL_INPUT
+    if batch >= _FEW_SAMPLES:
+        return False
     if last:
-        return macs >= _CHANNELS_LAST and batch < _FEW_SAMPLES
-    numbers = positions * (channels + conv.out_channels)
-    largest = positions * max(channels, conv.out_channels)
-    worth = macs >= max(_POINTWISE, _PER_NUMBER * numbers) and largest <= _LARGEST
-    return worth and batch < _FEW_SAMPLES
+        return macs >= _CHANNELS_LAST
+    numbers, largest = prod(before) + prod(after), max(prod(before), prod(after))
+    return macs >= max(_POINTWISE, _PER_NUMBER * numbers) and largest <= _LARGEST
 
 
 @lru_cache(maxsize=1)
@@ -83,15 +122,11 @@ def slow_products() -> bool:
     return bool(known.get("avx512_f")) and "AMD" in str(known.get("cpu_name", ""))
 
 
-def _worth_a_look(x: Tensor, weights: int) -> bool:
-    """Return whether a stage may be large enough, and nothing is about that has to see the operations of torch."""
+def _unwatched(x: Tensor) -> bool:
+    """Return whether these are operations of float32 on a processor, without gradients, that nothing has to see."""
     library: Any = torch.backends.mkldnn
     return (
-        type(x) is Tensor
-        and not is_functorch_wrapped_tensor(x)
-        and x.numel() * weights >= _SPATIAL
-        and slow_products()
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and bool(library.enabled)
@@ -110,12 +145,12 @@ def _outputs(conv: nn.Conv2d, axis: int, size: int) -> int:
     return max((size + around - reach) // conv.stride[axis] + 1, 0)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolve(conv: Any, x: Tensor) -> Tensor:
     """Return the convolution by oneDNN, where nothing but plain tensors and torch's own forward are involved."""
-    own, padding = vars(conv), conv.padding
+    own = vars(conv)
     weight = conv.weight
     plain = type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.device == x.device
-    if not plain or isinstance(padding, str) or "forward" in own or any(own[name] for name in _HOOKS):
+    if not plain or "forward" in own or any(own[name] for name in _HOOKS):
         result: Tensor = conv(x)
         return result
-    return torch.mkldnn_convolution(x, weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups)
+    return torch.mkldnn_convolution(x, weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)

@@ -106,18 +106,25 @@ def test_torchs_own_choice_stands_on_several_threads_and_for_what_is_no_plain_co
     runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(4, 512, 14, 14)
-    assert onednn.faster(nn.Conv2d(512, 256, 1), x)
+    large = nn.Conv2d(512, 256, 1)
+    assert onednn.StageChoice().taken([large, nn.Conv2d(256, 512, 1)], x) == (True, True)
     for conv in (
         nn.Conv2d(512, 256, 1, stride=2),
         nn.Conv2d(512, 512, 1, groups=512),
         nn.Conv2d(512, 256, 1, padding="same"),
         nn.Conv2d(512, 256, 1, padding=1, padding_mode="reflect"),
         nn.Conv2d(512, 4, 1),
+        nn.ConvTranspose2d(512, 256, 1),
     ):
-        assert not onednn.faster(conv, x)
-    assert not onednn.faster(nn.Conv2d(512, 256, 1), x[0])  # without a batch
+        assert onednn.StageChoice().taken([conv], x) == ()
+    choice = onednn.StageChoice()
+    assert choice.taken([nn.ReLU(), large], x) == ()  # nobody knows its shapes
+    for size in range(1, 200):
+        choice.taken([large], torch.empty(1, 512, size, 1))
+    assert len(choice._known) <= 64
+    assert onednn.StageChoice().taken([large], x[0]) == ()  # without a batch
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not onednn.faster(nn.Conv2d(512, 256, 1), x)
+    assert onednn.StageChoice().taken([large], x) == ()
 
 
 @pytest.mark.parametrize(
