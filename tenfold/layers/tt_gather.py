@@ -44,14 +44,16 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, segment
         with torch.autocast(device, enabled=False):
             return gather_rows(cores, shape, ids, segments)
     segments = segments or shape.segments(len(ids))
-    tables = [_multiplied(cores[start:stop]).flatten(2) for start, stop in segments]  # (rows of a run, r, columns · r')
+    fused = _fused(cores)
+    # (rows of a run, r, columns · r')
+    tables = [_multiplied(cores[start:stop], in_place=fused).flatten(2) for start, stop in segments]
     picked = list(zip(tables, _indices(ids, shape.row_modes, segments), strict=True))
     if len(picked) == 2 and not torch.compiler.is_compiling():
         (left, i), (right, j) = picked
         inner = shape.sides[segments[1][0]]
         found: Tensor = JoinPicked.apply(left.reshape(len(left), -1, inner), right, i, j)  # type: ignore[no-untyped-call]
         return found
-    return _joined(picked, ids.shape[0], fused=_fused(tables, segments))
+    return _joined(picked, ids.shape[0], fused=fused)
 
 
 def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int, *, fused: bool) -> Tensor:
@@ -65,15 +67,11 @@ def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int, *, fused: bool)
     return found.reshape(count, -1)
 
 
-def _fused(tables: Sequence[Tensor], segments: Segments) -> bool:
-    """Return whether a compiler is to make one kernel of picking and multiplying; exported programs keep products.
-
-    Not where a run of several cores is picked from after the first: its turns of the memory would go into the kernel.
-    """
-    graph = torch.is_grad_enabled() and any(table.requires_grad for table in tables)
+def _fused(cores: Sequence[Tensor]) -> bool:
+    """Return whether a compiler is to make one kernel of picking and multiplying; exported programs keep products."""
+    graph = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
     compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    single = all(stop - start == 1 for start, stop in segments[1:])
-    return compiled and not graph and single and all(table.shape[1] <= _TERMS for table in tables)
+    return compiled and not graph and all(core.shape[1] <= _TERMS for core in cores)
 
 
 def gather_distinct(
@@ -135,14 +133,18 @@ def _indices(ids: Tensor, modes: Sequence[int], segments: Segments) -> list[Tens
     return found[::-1]
 
 
-def _multiplied(cores: Sequence[Tensor]) -> Tensor:
-    """Return all products (rows, r, columns, r') of a run of cores, the first row mode the fastest."""
+def _multiplied(cores: Sequence[Tensor], *, in_place: bool = False) -> Tensor:
+    """Return all products (rows, r, columns, r') of a run of cores, the first row mode the fastest.
+
+    With ``in_place`` each product lies in memory as it is read later, also where one large product and a turn of the
+    memory are faster: a compiler would make the turn part of every loop that reads.
+    """
     table = cores[0]
     for core in cores[1:]:
         rows, left, columns, inner = table.shape
         mode, _, more, right = core.shape
         flat = table.reshape(-1, inner)
-        if more * right >= NARROW:
+        if in_place or more * right >= NARROW:
             product = torch.bmm(flat.expand(mode, -1, -1), core.reshape(mode, inner, -1))  # matmul would transpose
         else:
             wide = core.movedim(0, 1).reshape(inner, -1)
