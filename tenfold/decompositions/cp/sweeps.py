@@ -33,6 +33,9 @@ _HOLD = {torch.float64: 1e-13, torch.float32: 1e-9}
 # some 1e-5 of the diagonal at a few hundred terms, and what it leaves is next to nothing beside the errors.
 _SINGLE = 2e-5
 
+# Below its rounding a hold does nothing.
+_EPSILON = {torch.float64: 1e-16, torch.float32: 1e-8}
+
 # Squared errors below this share of the squared norm are rounding.
 _FLOOR = {torch.float64: 1e-15, torch.float32: 1e-13}
 
@@ -91,6 +94,8 @@ class Arranged:
 
     def shares(self, factors: Sequence[Tensor]) -> Tensor:
         """Return the Khatri-Rao product (batch, prod(rest), S·R) of the factors of the rest."""
+        if len(self.rest) == 1:
+            return factors[self.rest[0]].flatten(2)
         first = self.entries.new_ones(len(self.entries), 1, factors[0][0, 0].numel())
         return reduce(khatri_rao, (factors[m].flatten(2) for m in self.rest), first)
 
@@ -160,6 +165,7 @@ class _State:
         x, ends, grams = self.arranged, list(self.factors), list(self._grams)
         product = x.along(ends[x.b], x.b)
         before, self._before = self._before, (ends, product)
+        begun = before is not None
         if momentum and before is not None:
             product = self._ahead(product, before)
         else:
@@ -173,7 +179,7 @@ class _State:
             self._choose(~worse, ends, grams, range(len(ends)))
         self.squares = torch.where(worse, self.squares, squares)
         ridge = self._share * self.squares / self.total
-        self._ridge = torch.minimum(self._ridge, ridge) if bool(self.objective.isfinite().all()) else ridge
+        self._ridge = torch.minimum(self._ridge, ridge) if begun else ridge
         self.objective = torch.where(worse, self.objective, squares + self._ridge * powers)
         self._choose_precision()
 
@@ -222,11 +228,11 @@ class _State:
         x, ends, grams = self.arranged, list(self.factors), list(self._grams)
         last, old = before
         moving = (x.b, *x.rest)
+        further = 1 + self._length.to(product.dtype)
         for mode in moving:
-            length = self._length[:, None, :, None].to(product.dtype)
-            self.factors[mode] = torch.lerp(last[mode], ends[mode], 1 + length)
+            self.factors[mode] = torch.lerp(last[mode], ends[mode], further[:, None, :, None])
             self._grams[mode] = self._gram(self.factors[mode])
-        ahead = old.lerp_(product, 1 + self._per_column(self._length).to(product.dtype))  # linear, as the product is
+        ahead = old.lerp_(product, self._per_column(further))  # linear, as the product is
         squares, powers = self._score(x.a, *self._update(x.a, self._through(ahead)))
         good = squares + self._ridge * powers <= self.objective
         self._length = torch.where(good, (self._length * _GROW).clamp_max(1.0), self._length * _SHRINK)
@@ -238,7 +244,7 @@ class _State:
         return ahead
 
     def _per_column(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(self._columns[1], 1)[:, None, None]
+        return values[..., None].expand(-1, -1, self._columns[1]).reshape(len(values), 1, 1, -1)
 
     def _choose(self, kept: Tensor, factors: list[Tensor], grams: list[Tensor], modes: Sequence[int]) -> None:
         """Keep the factors of these modes where ``kept`` (batch, S), and take those given elsewhere."""
@@ -249,6 +255,9 @@ class _State:
     def _update_rest(self, slices: Tensor) -> None:
         """Update the short modes, one after the other, from what is left of the tensor without the long ones."""
         x = self.arranged
+        if len(x.rest) == 1:
+            self._update(x.rest[0], slices.unflatten(-1, self._columns))
+            return
         partial = slices.reshape(len(slices), *(x.sizes[m] for m in x.rest), -1)
         for mode in x.rest:
             flat = [f.flatten(2) for f in self.factors]
@@ -258,22 +267,22 @@ class _State:
 def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: float) -> Tensor:
     """Return F (batch, n, S, R) with F·(Γ + ridge·diag Γ) = right, near ``centre`` where that determines nothing.
 
-    Γ (batch, S, R, R) is scaled to a unit diagonal and gets the ridge (batch, S) and ``hold`` on it, or as much more of
-    that as Cholesky needs; all in the precision of Γ. The hold is a proximal term, which moves no solution.
+    Γ (batch, S, R, R) gets the ridge (batch, S) and ``hold`` on its diagonal, in shares of it, or as much more of the hold
+    as Cholesky needs, whose error does not depend on the scale of the terms; all in the precision of Γ. The hold is a
+    proximal term, which moves no solution, and nothing where it is below the rounding.
     """
-    scale = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(scale > 0, scale, 1.0).rsqrt()
-    unit = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    sides, middle = right.movedim(2, 1) * scale.unsqueeze(-2), centre.movedim(2, 1) / scale.unsqueeze(-2)
-    diagonal = unit.diagonal(dim1=-2, dim2=-1)
-    plain = diagonal.clone()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0)
+    held = gram.clone()
     for _ in range(12):
-        diagonal.copy_(plain + (ridge + hold)[..., None])
-        upper, failed = torch.linalg.cholesky_ex(unit, upper=True)
+        held.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(diagonal, scale, (ridge + hold).to(scale)[..., None]))
+        upper, failed = torch.linalg.cholesky_ex(held, upper=True)
         if not bool(failed.any()):
             break
         hold *= 10
-    right = sides + hold * middle
+    if hold > _EPSILON[gram.dtype]:
+        right = torch.addcmul(right, centre, scale.unsqueeze(1), value=hold)
+    right = right.movedim(2, 1)
     if right.shape[-2] >= right.shape[-1]:  # for many rows the inverse pays
         solution: Tensor = right @ torch.cholesky_inverse(upper, upper=True)
     elif right.dtype == torch.float32:  # by far the faster of the two on some processors, in this precision
@@ -281,7 +290,7 @@ def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: floa
         solution = torch.linalg.solve_triangular(upper.mT, half, upper=False, left=False)
     else:
         solution = torch.cholesky_solve(right.mT, upper, upper=True).mT
-    return (solution * scale.unsqueeze(-2)).movedim(1, 2)
+    return solution.movedim(1, 2)
 
 
 def _weighted(product: Tensor, shares: Tensor) -> Tensor:
