@@ -267,7 +267,7 @@ class _State:
 def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: float) -> Tensor:
     """Return F (batch, n, S, R) with F·(Γ + ridge·diag Γ) = right, near ``centre`` where that determines nothing.
 
-    Γ (batch, S, R, R) gets the ridge (batch, S) and ``hold`` on its diagonal, in shares of it, or as much more of the hold
+    Γ (batch, S, R, R) gets the ridge (batch, S) and ``hold`` on its diagonal, in shares of it, or as much more of that
     as Cholesky needs, whose error does not depend on the scale of the terms; all in the precision of Γ. The hold is a
     proximal term, which moves no solution, and nothing where it is below the rounding.
     """
