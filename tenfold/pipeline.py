@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 
 from tenfold import checkpoint
-from tenfold.allocation import explorable, pruned
+from tenfold.allocation import explorable, limits_latency, pruned
 from tenfold.errors import AgreementWarning, DataError, TenfoldWarning
 from tenfold.planning import Decision, FastPlan, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
-from tenfold.profiling import Comparison, agreement, compare_latency, environment, profile, to_memory_format
+from tenfold.profiling import Comparison, agreement, compare_latency, environment, profile
 from tenfold.records import (
     Agreement,
     Analysis,
@@ -182,10 +182,10 @@ def carry_out(
     times = Comparison({}, {})
     if runtime.measure:
         with runtime.step("measure", seconds):
-            inputs = decision.latency_inputs
-            times = _compare(fused_copy(model, inputs) if fuse else model, small, inputs, decision.timed)
-            if decision.timed is not None:
+            times = _compare(fused_copy(model, decision.latency_inputs) if fuse else model, small, decision)
+            if decision.timed is not None and limits_latency(decision.recipe):
                 _warn_if_late(decision.timed, times)
+            _warn_if_slower(times, decision.recipe)
     scores = recovery.scores
     record = RunRecord(
         before=measurement(decision.profile, times.latencies.get("before"), scores.get("original")),
@@ -295,7 +295,10 @@ class _Recovery:
 def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
     """Warn where the finished model measures slower than the plan did when it met its budget."""
     found, planned = times.speedups["after"], fast.speedup
-    if not fast.met or found.high < planned.low:
+    if doubt := found.in_doubt or planned.in_doubt:
+        msg = f"whether the latency budget is met is in doubt: the speed-up is {doubt}. Measure again."
+        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+    elif not fast.met or found.high < planned.low:
         msg = (
             f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
             f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "
@@ -339,12 +342,32 @@ def warn_without_data(model: nn.Module) -> None:
         warnings.warn(msg, TenfoldWarning, stacklevel=4)
 
 
-def _compare(model: nn.Module, small: nn.Module, inputs: Any, fast: FastPlan | None) -> Comparison:
-    """Return original and result measured in turns; where the plan is by the clock, in the memory formats it chose."""
-    if fast is None:
-        return compare_latency({"before": (model, inputs), "after": (small, inputs)})
-    formats = {"before": (model, fast.before.memory_format), "after": (small, fast.after.memory_format)}
-    return compare_latency({name: to_memory_format(m, inputs, f) for name, (m, f) in formats.items()})
+def _compare(model: nn.Module, small: nn.Module, decision: Decision) -> Comparison:
+    """Return original and result measured in turns, in the runtime that they are for, as the plan would have them."""
+    models, inputs, fast = {"before": model, "after": small}, decision.latency_inputs, decision.timed
+    target = decision.target
+    if target is None:
+        return compare_latency({name: (one, inputs) for name, one in models.items()})
+    formats = dict.fromkeys(models, target.runtime.memory_formats(inputs)[0])
+    if fast is not None:
+        formats = {"before": fast.before.memory_format, "after": fast.after.memory_format}
+    variants = {name: target.ready(one, inputs, formats[name]) for name, one in models.items()}
+    return compare_latency(variants, threads=target.at.threads)
+
+
+def _warn_if_slower(times: Comparison, recipe: Recipe) -> None:
+    """Warn where the smaller model takes longer than the original in the runtime that it is for."""
+    found = times.speedups.get("after")
+    if found is None or found.high >= 1:
+        return
+    ways = "a latency budget" if recipe.runtime else "a latency budget, or runtime=, the one that will run it"
+    factor = f"at least {1 / found.high:.2f}" if found.doubt else f"{1 / found.ratio:.2f}"
+    interval = f" ({found.doubt})" if found.doubt else f" ({1 / found.high:.2f} to {1 / found.low:.2f})"
+    msg = (
+        f"the compressed model takes {factor} times as long as the original in {recipe.target}{interval}: it is "
+        f"smaller, not faster. Plan by the clock: {ways}."
+    )
+    warnings.warn(msg, TenfoldWarning, stacklevel=4)
 
 
 def measurement(cost: Profile, latency: Latency | None = None, score: float | None = None) -> Measurement:

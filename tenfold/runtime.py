@@ -85,6 +85,10 @@ class Runtime:
         if self.on_event is not None:
             self.on_event(Event(step, done, total, note))
 
+    def counter(self, step: str) -> Callable[[int, int], None]:
+        """Return what reports how much of a step is done, called with that and the total."""
+        return lambda done, total: self.report(step, done, total)
+
     @contextmanager
     def step(self, name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         """Report that a step begins, and add the time it takes to ``seconds`` under its name."""

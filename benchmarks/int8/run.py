@@ -1,12 +1,10 @@
 """Compress, then quantize: bytes, latency in ONNX Runtime and accuracy at each step; and ONNX latency of ResNet-18.
 
     python -m benchmarks.int8.run --weights-dir FOLDER [--checkpoint FOLDER] [--limit N] [--threads N] [--only TEXT]
-        [--clock processor]
 
 ``--checkpoint`` takes a compressed (and recovered) ResNet-56 instead of compressing one here. Accuracy is that of the
 files, in ONNX Runtime, on the whole test set unless ``--limit`` says otherwise; ranges come from training images. All
-files are timed in turns. Wants a machine that does nothing else, or ``--clock processor`` and one thread. Writes
-``int8.json`` and ``int8.md``.
+files are timed in turns, by processor time where other processes leave no choice. Writes ``int8.json`` and ``int8.md``.
 """
 
 from __future__ import annotations
@@ -22,19 +20,19 @@ import torch
 import yaml
 from torch import nn
 
-from benchmarks.turns import compare
 from benchmarks.zoo import build
 from tenfold import Recipe, Runtime, compress, load
 from tenfold.exporting import ExportConfig, export, open_exported, quantize_onnx
-from tenfold.profiling import Comparison, environment
+from tenfold.profiling import Comparison, compare_latency, environment
+from tenfold.records import Speedup
 from tenfold.tasks import Task, load_task
 
 HERE = Path(__file__).parent
 HEAD = """\
 # Compress, then int8
 
-`python -m benchmarks.int8.run --clock {clock}` on {device}, torch {torch}, ONNX Runtime {ort}, {threads} threads; load
-when it began {load:.1f}. Each row is an ONNX file with batch norm fused. *ms*: by the clock of the {clock}.
+`python -m benchmarks.int8.run` on {device}, torch {torch}, ONNX Runtime {ort}, {threads} threads; load
+when it began {load:.1f}. Each row is an ONNX file with batch norm fused. *ms*: of the wall, or *p*, of the processor.
 *Speed-up*: over the first file of its network, the median of rounds in turns with its 95 % interval. *Top-1*: of the
 file in ONNX Runtime, on {tested} test images.
 
@@ -55,12 +53,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="so many test images at most: to try the script out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="of each comparison; by default as configured")
-    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
     parser.add_argument("--only", default="", help="text in the names of the networks to do")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = yaml.safe_load(options.config.read_text())
-    config |= {"seconds": options.seconds or config["seconds"], "clock": options.clock}
+    config |= {"seconds": options.seconds or config["seconds"]}
     load_before, rows = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as folder:
         if options.only in config["recipe"]["task"]:
@@ -131,7 +128,7 @@ def zoo(wanted: dict[str, Any], config: dict[str, Any], folder: Path) -> list[di
 def timed(files: dict[str, Path], inputs: Any, config: dict[str, Any]) -> Comparison:
     """Return the latencies of the files in ONNX Runtime, measured in turns."""
     opened = {name: (open_exported(file), inputs) for name, file in files.items()}
-    return compare(opened, config["seconds"], config["clock"])
+    return compare_latency(opened, seconds=config["seconds"])
 
 
 def rows_of(network: str, files: dict[str, Path], found: Comparison, scores: dict[str, float]) -> list[dict[str, Any]]:
@@ -161,7 +158,6 @@ def table(result: dict[str, Any]) -> str:
         ort=made["versions"]["onnxruntime"],
         threads=made["threads"],
         load=result["load"],
-        clock=config["clock"],
         batch=config["recipe"]["batch"],
         tested=f"the first choice of {result['limit']}" if result["limit"] else "all 10,000",
     )
@@ -174,8 +170,9 @@ def line(row: dict[str, Any]) -> str:
     if "bytes" not in row:
         return f"| {row['network']} | {row['file']} | | | | {score} |\n"
     times, speedup = row["latency"], row["speedup"]
-    ratio = f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]"
-    return f"| {row['network']} | {row['file']} | {row['bytes']:,} | {times['median_ms']:.2f} | {ratio} | {score} |\n"
+    ratio = Speedup(**speedup).in_doubt or f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]"
+    ms = f"{times['median_ms']:.2f}{' *p*' if times.get('clock') == 'processor' else ''}"
+    return f"| {row['network']} | {row['file']} | {row['bytes']:,} | {ms} | {ratio} | {score} |\n"
 
 
 if __name__ == "__main__":

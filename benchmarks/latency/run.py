@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.zoo import Subject, build
 from tenfold.planning import FastPlan, LatencySearch, plan_within_latency, tabulate
+from tenfold.planning.target import Target
 from tenfold.profiling import (
     Comparison,
     LatencyTable,
@@ -32,7 +33,8 @@ from tenfold.profiling import (
     profile,
     to_memory_format,
 )
-from tenfold.records import LayerPlan, Profile, Recipe
+from tenfold.records import LayerPlan, Profile, Recipe, Speedup
+from tenfold.runtime import Runtime
 from tenfold.surgery import apply, fuse_batchnorm
 
 HERE = Path(__file__).parent
@@ -160,13 +162,14 @@ def planned(subject: Subject, cost: Profile, wanted: dict[str, Any], config: dic
     )
     table = tabulate(subject.model, cost, recipe)
     clock = LatencyTable(memory_format=layout, seconds=config["clock_seconds"])
+    target = Target.of(recipe, subject.model, subject.inputs, Runtime(clock=clock))
     search = LatencySearch(
         strict=False,
         rounds=config["rounds"],
         seconds=config["model_seconds"],
         layer_seconds=config["layer_seconds"],
     )
-    return plan_within_latency(subject.model, table, cost, subject.inputs, clock, search)
+    return plan_within_latency(subject.model, table, subject.inputs, target, search)
 
 
 def decay_(model: nn.Module, decay: float) -> None:
@@ -233,7 +236,7 @@ def line(row: dict[str, Any], budget: str, verdict: str) -> str:
         budget,
         f"{row['dense']['median_ms']:.1f} ({row['dense']['memory_format']})",
         f"{row['small']['median_ms']:.1f} ({row['small']['memory_format']})",
-        f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]",
+        Speedup(**speedup).in_doubt or f"{speedup['ratio']:.2f} [{speedup['low']:.2f}–{speedup['high']:.2f}]",
         f"÷ {row['macs'][0] / row['macs'][1]:.2f}",
         f"{speedup['ratio'] * row['macs'][1] / row['macs'][0]:.2f}",
         f"{sum(lay['factorized'] for lay in layers)}, {sum(lay['sent_back'] for lay in layers)} of {len(layers)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 
-from tenfold.allocation.reasons import CHEAP_END, grouped_reasons, in_words, listed, share
+from tenfold.allocation.reasons import CHEAP_END, grouped_reasons, in_words, listed, share, ways_to_be_faster
 from tenfold.allocation.rule import UnreachableError
 from tenfold.errors import BudgetError
 from tenfold.records import Budget, Cost, ForwardTime, LayerOptions, OptionTable
@@ -105,7 +105,7 @@ class Accounts:
         stays = ". ".join(self._what_stays(name, getattr(error.least, name)) for name in over)
         return (
             f"the budget {asked} cannot be met: the lowest that {what} can reach is {lowest}. {stays}. "
-            f"{self._way_out(error)}."
+            f"{self._way_out(error, over)}."
         )
 
     def _what_stays(self, kind: str, least: float) -> str:
@@ -130,13 +130,14 @@ class Accounts:
             )
         return f"What stays of the {WORDS[kind]}: {'; '.join(filter(None, parts))}"
 
-    def _way_out(self, error: UnreachableError) -> str:
+    def _way_out(self, error: UnreachableError, over: Sequence[str]) -> str:
         recipe, reasons = self.table.recipe, [layer.keep_reason or "" for layer in self.table.layers]
         ways = [f"allow more formats than {listed(recipe.formats)}"]
         ways += [f"keep fewer layers than keep={listed(map(repr, recipe.keep))}"] if recipe.keep else []
         ways += ["keep_ends=False"] if any(reason.endswith(CHEAP_END) for reason in reasons) else []
         ways += ["data that reach all layers"] if any("moments" in reason for reason in reasons) else []
         ways += [error.advice] if error.advice else []
+        ways += ways_to_be_faster(recipe, self._clock().batch_size) if "latency" in over else []
         return f"Raise the budget, or try: {'; '.join(ways)}"
 
     def cost(self, after: Sequence[Cost]) -> Cost:

@@ -206,7 +206,7 @@ def _pick(layer: LayerOptions, choice: Choice) -> Pick:
         own.cost(row),
         None if column is None else float(column[row if "distortion" in own.columns else option]),
         None if own.latency_ms is None else float(own.latency_ms[row]),
-        choice.note + ("" if own is options else options.notes.get(option, "")),
+        choice.note + ("" if own is options and option in options.becomes else options.notes.get(option, "")),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tenfold.records import Recipe
+
 CHEAP_END = "too little to be worth distortion there"  # how the reason of a cheap first or last layer ends
 _MOST = 5  # groups are spelled out; further ones are counted
 
@@ -62,6 +64,18 @@ def share(part: float, whole: float) -> str:
         ('12.5%', 'below 0.1%')
     """
     return "below 0.1%" if 0 < part < 0.0005 * whole else f"{part / whole:.1%}"
+
+
+def ways_to_be_faster(recipe: Recipe, batch_size: int | None = None) -> list[str]:
+    """Return what can be tried beside other plans where a budget of latency cannot be met.
+
+    Example:
+        >>> ways_to_be_faster(Recipe(fuse_batchnorm=True), batch_size=1)
+        ['another runtime than torch', 'more threads', 'batches larger than 1']
+    """
+    ways = [] if recipe.fuse_batchnorm else ["fuse_batchnorm=True, if there is batch norm"]
+    ways += [f"another runtime than {recipe.target}", "more threads"]
+    return ways + ([] if batch_size is None else [f"batches larger than {batch_size}"])
 
 
 def listed(words: Iterable[str], last: str = "and") -> str:

@@ -37,8 +37,9 @@ def _measured(record: RunRecord) -> list[str]:
     lines = _planned(Cost(params=before.params, macs=before.macs), Cost(params=after.params, macs=after.macs))
     if before.latency_ms and after.latency_ms:
         ratio = before.latency_ms / after.latency_ms if record.speedup is None else record.speedup.ratio
-        note = _conditions(before)
-        lines.append(f"| latency{note} | {before.latency_ms:.2f} ms | {after.latency_ms:.2f} ms | {ratio:.2f}× |")
+        doubt = "" if record.speedup is None else record.speedup.in_doubt
+        note, change = _conditions(before), doubt or f"{ratio:.2f}×"
+        lines.append(f"| latency{note} | {before.latency_ms:.2f} ms | {after.latency_ms:.2f} ms | {change} |")
     if before.score is not None and after.score is not None:
         old, new = before.score, after.score
         if metric == FRACTION:
@@ -55,7 +56,8 @@ def _measured(record: RunRecord) -> list[str]:
 
 def _conditions(measured: Measurement) -> str:
     latency = measured.latency
-    return "" if latency is None or latency.batch_size is None else f", batch {latency.batch_size}"
+    clock = ", processor time" if latency is not None and latency.clock == "processor" else ""
+    return clock if latency is None or latency.batch_size is None else f", batch {latency.batch_size}{clock}"
 
 
 def _row(name: str, before: int, after: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from tenfold.errors import DataError, ExportError, TenfoldError, require
 from tenfold.exporting.base import check_free
 from tenfold.profiling import compare_latency
 from tenfold.records import Int8Record, Speedup, atomic_write
-from tenfold.runtimes.onnx_module import OnnxModule, feeds
+from tenfold.runtimes.onnx_int8 import Ranges, quantize_static
+from tenfold.runtimes.onnx_module import OnnxModule
 from tenfold.runtimes.program import first_words
-from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.input_batches import InputBatches
 from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in
-
-Ranges = Literal["minmax", "entropy", "percentile"]
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -72,7 +70,7 @@ def quantize_onnx(
         raise DataError(msg)
     with atomic_write(path) as partial:
         try:
-            _quantize(source, partial, inputs, operators, keep, ranges)
+            quantize_static(source, partial, inputs, operators=operators, keep=keep, ranges=ranges)
         except TenfoldError:
             raise
         except Exception as error:
@@ -89,56 +87,12 @@ def quantize_onnx(
         )
 
 
-def _quantize(
-    source: Path, target: Path, inputs: list[Any], operators: Sequence[str] | None, keep: Sequence[str], ranges: Ranges
-) -> None:
-    quantization: Any = require("onnxruntime.quantization", "export")
-    methods = quantization.CalibrationMethod
-    method = {"minmax": methods.MinMax, "entropy": methods.Entropy, "percentile": methods.Percentile}[ranges]
-    with quiet():
-        shaped = target.with_suffix(".shaped.onnx")
-        _shape_inference(source, shaped)
-        quantization.quantize_static(
-            shaped,
-            target,
-            _reader(OnnxModule(source).names, inputs),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=None if operators is None else list(operators),
-            nodes_to_exclude=list(keep),
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibrate_method=method,
-        )
-
-
 def _inputs(source: Path, batches: Any) -> list[Any]:
     """Return the inputs of the file from what a user has: with labels, as a data set, or in one piece."""
     net = OnnxModule(source)
     if isinstance(batches, list) and all(len(list(tensors_in(arguments(b)))) == len(net.names) for b in batches):
         return batches
     return list(InputBatches(batches, net, net.example_inputs))
-
-
-def _shape_inference(source: Path, target: Path) -> None:
-    """Write the file with inferred shapes, which the quantizer needs, and merged operators."""
-    shaping: Any = require("onnxruntime.quantization.shape_inference", "export")
-    shaping.quant_pre_process(source, target, skip_symbolic_shape=True)
-
-
-def _reader(names: list[str], inputs: list[Any]) -> Any:
-    """Return a calibration reader of ONNX Runtime over the inputs."""
-    quantization: Any = require("onnxruntime.quantization", "export")
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter(inputs)
-
-        def get_next(self) -> Any:
-            batch = next(self.batches, None)
-            return None if batch is None else feeds(names, batch)
-
-    return Reader()
 
 
 def _in_integers(file: Path) -> dict[str, int]:

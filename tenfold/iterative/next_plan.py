@@ -12,9 +12,9 @@ from tenfold.allocation.schedule import Schedule, target_of
 from tenfold.decompositions import Moments
 from tenfold.errors import BudgetError, PlanError
 from tenfold.planning import plan_within_latency, recost, tabulate
-from tenfold.planning.decide import clock_for, refuse_empty
+from tenfold.planning.decide import refuse_empty
 from tenfold.planning.eligible import changeable, cheap_ends
-from tenfold.profiling import profile
+from tenfold.planning.target import Target
 from tenfold.records import Budget, LayerPlan, LayerSpec, OptionTable, Plan, Profile, Recipe, StageRecord
 from tenfold.runtime import Runtime
 
@@ -128,15 +128,16 @@ class StagePlanner:
     ) -> Step:
         limits = self.schedule.limits(number, self.recipe.budget, self.original.cost)
         reasons = dict.fromkeys(visited, _VISITED)
+        so_far, shares, inputs = latency_so_far(done), dict(limits), self.runtime.latency_inputs
+        if "latency" in limits:
+            shares["latency"] = min(1.0, limits["latency"] / so_far)
+        target = Target.of(self.recipe, model, inputs, self.runtime) if self.recipe.timed else None
+        table = self._table(number, model, now, moments, reasons, shares, target)
+        if target is None or not ("latency" in limits or self.recipe.gated):
+            return Step(number, self._few(choose(table), now), limits)
+        timed = plan_within_latency(model, table, inputs, target)
         if "latency" not in limits:
-            return Step(
-                number, self._few(choose(self._table(number, model, now, moments, reasons, limits)), now), limits
-            )
-        so_far = latency_so_far(done)
-        shares = {**limits, "latency": min(1.0, limits["latency"] / so_far)}
-        table, inputs = self._table(number, model, now, moments, reasons, shares), self.runtime.latency_inputs
-        clock = clock_for(model, inputs, self.runtime)
-        timed = plan_within_latency(model, table, profile(model, inputs), inputs, clock)
+            return Step(number, self._few(timed.plan, now), limits)
         return Step(number, timed.plan, limits, so_far * timed.share)
 
     def _table(
@@ -147,12 +148,13 @@ class StagePlanner:
         moments: Mapping[str, Moments] | None,
         reasons: Mapping[str, str],
         limits: Mapping[str, float],
+        target: Target | None = None,
     ) -> OptionTable:
         """Return the options of a round, with the limits as its budget."""
         rule = self.schedule.rule_of(number, self.recipe)
         # What is a cheap end of the original is one for good, though its share of the cost grows from stage to stage.
         recipe = self.recipe.replace(rule=rule.to_dict(), budget=Budget.at_most(limits), keep_ends=False)
-        table = tabulate(model, now, recipe, moments=moments, runtime=self.runtime)
+        table = tabulate(model, now, recipe, moments=moments, target=target, runtime=self.runtime)
         return table.kept({**self._ends(), **reasons})
 
     def _ends(self) -> dict[str, str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from tenfold.allocation import choose, limits_latency
@@ -22,8 +21,9 @@ from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
+from tenfold.planning.target import Target
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
-from tenfold.profiling import LatencyTable, profile
+from tenfold.profiling import profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
@@ -51,6 +51,7 @@ class Decision:
         moments: what they say of the layers; None to go by the weights alone.
         table: what the plan was chosen from; None where the plan was given.
         timed: measurements behind the plan, where there is a latency budget.
+        target: the runtime that the model is to run in, where it had a say.
         seconds: time taken, by step.
         held_out: calibration data that are left alone, on which the result is compared with the original.
     """
@@ -65,6 +66,7 @@ class Decision:
     moments: Mapping[str, Moments] | None = field(default=None, repr=False)
     table: OptionTable | None = field(default=None, repr=False)
     timed: FastPlan | None = field(default=None, repr=False)
+    target: Target | None = field(default=None, repr=False)
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
     held_out: list[Any] = field(default_factory=list, repr=False)
 
@@ -106,7 +108,8 @@ def decide(
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
-    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, seconds=seconds)
+    target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
+    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
     if data is not None and wanted.calibration.method != "none":
         with runtime.step("calibrate", seconds):
             decision = _calibrated(decision, data, given or wanted, runtime)
@@ -116,8 +119,8 @@ def decide(
             decision = replace(decision, plan=recost(given, cost))
         else:
             made = None if scores is None else scores(source, cost)
-            table = tabulate(source, cost, wanted, moments=moments, scores=made, runtime=runtime)
-            decision = _chosen(replace(decision, table=table), runtime)
+            table = tabulate(source, cost, wanted, moments=moments, scores=made, target=target, runtime=runtime)
+            decision = _chosen(replace(decision, table=table))
         plan = refuse_unused(decision.plan, model)
         if plan.unrolled != separated(source):
             source = separate(model, plan.unrolled)
@@ -167,28 +170,18 @@ def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, 
     return replace(decision, moments=moments)
 
 
-def _chosen(decision: Decision, runtime: Runtime) -> Decision:
-    """Return the decision with a plan chosen from its table, by the clock where the budget limits latency."""
-    table, source, inputs = decision.table, decision.source, decision.latency_inputs
+def _chosen(decision: Decision) -> Decision:
+    """Return the decision with a plan chosen from its table, by the clock where the runtime has a say."""
+    table, source, inputs, target = decision.table, decision.source, decision.latency_inputs, decision.target
     if table is None:
         return decision
-    if not limits_latency(decision.recipe):
+    if target is None or not (limits_latency(decision.recipe) or decision.recipe.gated):
         fused = fused_pairs(fused_copy(source, inputs)) if decision.recipe.fuse_batchnorm else {}
         return replace(decision, plan=choose(table).replace(fused=fused))
-    timed = plan_within_latency(source, table, profile(source, inputs), inputs, clock_for(source, inputs, runtime))
+    timed = plan_within_latency(source, table, inputs, target)
     kept = {path: timed.plan.layer(path).reason for path in timed.returned}
     table = table.kept(kept)
-    return replace(
-        decision, plan=timed.plan, timed=timed, table=table if timed.timing is None else timed.timing.time(table)
-    )
-
-
-def clock_for(model: nn.Module, inputs: Any, runtime: Runtime) -> LatencyTable:
-    """Return what times layers: that of the runtime, or one for the model's device and dtype."""
-    if runtime.clock is not None:
-        return runtime.clock
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return LatencyTable(device=device_of(model, inputs), dtype=weight.dtype)
+    return replace(decision, plan=timed.plan, timed=timed, table=timed.timing.time(table))
 
 
 def _nothing(cost: Profile) -> Plan:

@@ -18,6 +18,7 @@ from tenfold.errors import PlanError
 from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
+from tenfold.planning.target import Target
 from tenfold.profiling.profile import NOT_REACHED
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Plan, Profile, Recipe
 from tenfold.surgery import find
@@ -44,6 +45,8 @@ class EligibleLayer:
         load_weight: returns the dense weight, groups apart: (groups, out/groups, in/groups, *kernel).
         current: format and rank that the layer has now, if it is factorized already.
         moments: statistics of its inputs, and its output Gram matrix; None without data.
+        step: what ranks should be multiples of in the runtime that is planned for; None where nothing says so.
+        likes: whose step it is.
     """
 
     path: str
@@ -54,6 +57,8 @@ class EligibleLayer:
     load_weight: Callable[[], Tensor] = field(repr=False)
     current: tuple[str, Rank] | None = None
     moments: Moments | None = field(default=None, repr=False)
+    step: int | None = None
+    likes: str = ""
 
     def cost_at(self, format: str, rank: Rank) -> Cost:
         """Return what the layer would cost in this format at this rank."""
@@ -165,7 +170,11 @@ def reason_to_keep(
 
 
 def eligible_layer(
-    model: nn.Module, layer: LayerProfile, formats: Sequence[str], moments: Moments | None = None
+    model: nn.Module,
+    layer: LayerProfile,
+    formats: Sequence[str],
+    moments: Moments | None = None,
+    target: Target | None = None,
 ) -> EligibleLayer:
     """Return what the options of a layer are computed from, in those of the formats that support it.
 
@@ -179,12 +188,18 @@ def eligible_layer(
     return EligibleLayer(
         path=layer.path,
         spec=spec,
-        formats=tuple(f for f in formats if not FORMATS.get(f).unsupported_reason(spec)),
+        formats=tuple(
+            f
+            for f in formats
+            if not FORMATS.get(f).unsupported_reason(spec) and (target is None or not target.refusal(f, spec))
+        ),
         calls=layer.calls,
         cost=layer.cost,
         load_weight=lambda: split_groups(_weight(model, layer.path), spec),
         current=None if layer.format is None or layer.rank is None else (layer.format, dict(layer.rank)),
         moments=moments,
+        step=None if target is None else target.step_of(spec),
+        likes="" if target is None else target.runtime.name,
     )
 
 

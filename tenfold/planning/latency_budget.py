@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ceil
 from typing import Any
 
 from torch import nn
@@ -14,11 +13,14 @@ from torch import nn
 from tenfold.allocation import choose, limits_latency
 from tenfold.errors import BudgetError
 from tenfold.layers import FactorizedLayer, stage_specs
-from tenfold.planning.layer_bench import Compare, LayerBench, LayerTiming, fill_neutral_, keep_slower_layers_dense
+from tenfold.planning.late import in_vain
+from tenfold.planning.layer_bench import Gated, LayerBench, LayerTiming, keep_slower_layers_dense
+from tenfold.planning.target import Target
 from tenfold.planning.timing import Timing
-from tenfold.profiling import Comparison, LatencyTable, compare_latency, to_memory_format
-from tenfold.profiling.latency.memory_format import memory_formats_for
+from tenfold.profiling import Comparison, LatencyTable, compare_latency
+from tenfold.profiling.latency.layer_timer import fill_neutral_
 from tenfold.records import Budget, Latency, LayerPlan, OptionTable, Plan, Profile, Speedup
+from tenfold.runtimes import Compare
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, restructure_
 from tenfold.tracing import copied
 
@@ -42,7 +44,7 @@ class FastPlan:
         returned: timing of the layers that stay dense because they were not faster.
         met: whether the latency budget is met; True when there is none.
         rounds: how many plans were made and measured as a whole.
-        timing: what the plan went by, where it has a latency budget.
+        timing: what the plan went by.
     """
 
     plan: Plan
@@ -53,7 +55,7 @@ class FastPlan:
     returned: dict[str, LayerTiming]
     met: bool
     rounds: int
-    timing: Timing | None = None
+    timing: Timing
 
     @property
     def share(self) -> float:
@@ -84,9 +86,8 @@ class LatencySearch:
 def plan_within_latency(
     model: nn.Module,
     table: OptionTable,
-    profile: Profile,
     inputs: Any,
-    clock: LatencyTable,
+    target: Target,
     search: LatencySearch | None = None,
 ) -> FastPlan:
     """Return a plan whose layers all measure faster than dense ones and whose model meets its latency as measured.
@@ -100,10 +101,9 @@ def plan_within_latency(
         table: its options, and the recipe with the budget: without a latency there, layers that measure slower are kept
             dense and that is all. With ``fuse_batchnorm`` both models are measured with batch norm fused, and
             ``plan.fused`` says what to fuse.
-        profile: of the model on ``inputs``, which may be of another batch size than that of the table.
-        inputs: what latencies are measured on.
-        clock: times layers, in the memory format in which the smaller model is to run; where the first plan runs faster
-            in another one, a clock like it for that format takes over.
+        inputs: what latencies are measured on, which may be of another batch size than what the table counts.
+        target: the runtime, and its clock in the memory format in which the smaller model is to run; where the first
+            plan runs faster in another one, a clock like it for that format takes over.
         search: how hard to look.
 
     Raises:
@@ -114,11 +114,14 @@ def plan_within_latency(
     if table.recipe.fuse_batchnorm:
         runs = copied(model).eval()
         fuse_batchnorm_(runs, inputs)
-    state = _State(model, runs, table, profile, inputs, clock, search)
-    if not limits_latency(table.recipe):
-        found, better = state.attempt(None, 1)
-        return found if better is None else state.in_format(better).attempt(None, 2)[0]
+    state = _State(model, runs, table, inputs, target, search)
     timing = state.timing()
+    if not limits_latency(table.recipe):
+        found, better = state.attempt(timing, 1)
+        if better is None:
+            return found
+        state = state.in_format(better)
+        return state.attempt(state.timing(), 2)[0]
     wanted = table.recipe.budget.allowance(table.before, timing.dense_ms)["latency"] / timing.dense_ms
     tried: list[FastPlan] = []
     reached = timing.tighten  # the last factor on the allowance at which there was a plan
@@ -175,11 +178,18 @@ class _State:
     model: nn.Module
     runs: nn.Module
     table: OptionTable
-    profile: Profile
     inputs: Any
-    clock: LatencyTable
+    target: Target
     search: LatencySearch
     formats: dict[str, tuple[str, str]] = field(default_factory=dict)  # the best, by that of the clock
+
+    @property
+    def clock(self) -> LatencyTable:
+        return self.target.clock
+
+    @property
+    def profile(self) -> Profile:
+        return self.target.profile
 
     @property
     def budget(self) -> Budget:
@@ -188,28 +198,31 @@ class _State:
     @cached_property
     def bench(self) -> LayerBench:
         """Times layers as the clock does, each geometry once."""
-        c = self.clock
-        return LayerBench(
-            self.profile,
-            c.device,
-            c.dtype,
-            c.memory_format,
-            c.threads,
-            self.search.layer_seconds,
-            compare=self.search.compare,
-        )
+        target, search = self.target, self.search
+        return LayerBench(self.profile, target.runtime, target.at, search.layer_seconds, compare=search.compare)
 
     def timing(self) -> Timing:
         """Return the timing of the model as it is."""
-        return Timing.of(self.runs, self.inputs, self.clock, profile=self.profile, seconds=self.search.seconds)
+        return Timing.of(
+            self.runs,
+            self.inputs,
+            self.target,
+            seconds=self.search.seconds,
+            compare=self.search.compare,
+        )
 
     def in_format(self, name: str) -> _State:
         """Return the same search for a smaller model that runs in another memory format."""
-        return replace(self, clock=self.clock.in_format(name))
+        return replace(self, target=self.target.in_format(name))
 
-    def attempt(self, timing: Timing | None, number: int) -> tuple[FastPlan, str | None]:
+    def attempt(self, timing: Timing, number: int) -> tuple[FastPlan, str | None]:
         """Return a plan without slower layers, measured as a whole; and a memory format if another one is better."""
-        gated = keep_slower_layers_dense(lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner())
+        if self.table.recipe.gated:
+            gated = keep_slower_layers_dense(
+                lambda reasons: self._plan(timing, reasons), self.bench, learn=self._learner()
+            )
+        else:
+            gated = Gated(self._plan(timing, {}), {}, {})
         plan = gated.plan.replace(fused=fused_pairs(self.runs))
         small = with_structure(self.runs, plan)
         own = self.clock.memory_format
@@ -218,8 +231,8 @@ class _State:
         dense, best = self.formats[own]
         final = self._compared(
             {
-                "before": to_memory_format(self.runs, self.inputs, dense),
-                "after": to_memory_format(small, self.inputs, own),
+                "before": self.target.ready(self.runs, self.inputs, dense),
+                "after": self.target.ready(small, self.inputs, own),
             }
         )
         found = FastPlan(
@@ -237,9 +250,13 @@ class _State:
 
     def _best_formats(self, small: nn.Module) -> tuple[str, str]:
         """Return the memory formats for the model as it is and the smaller one, which moves only for a good gain."""
-        names = memory_formats_for(self.inputs)
+        names = self.target.runtime.memory_formats(self.inputs)
+        if len(names) == 1:
+            return names[0], names[0]
         models = {"before": self.runs, "after": small}
-        variants = {(kind, n): to_memory_format(model, self.inputs, n) for kind, model in models.items() for n in names}
+        variants = {
+            (kind, n): self.target.ready(model, self.inputs, n) for kind, model in models.items() for n in names
+        }
         times = self._compared({f"{kind} {n}": variant for (kind, n), variant in variants.items()}).latencies
         dense, best = (min(names, key=lambda n: times[f"{kind} {n}"].median_ms) for kind in models)
         own = self.clock.memory_format
@@ -249,9 +266,9 @@ class _State:
     def _compared(self, variants: dict[str, tuple[nn.Module, Any]]) -> Comparison:
         return self.search.compare(variants, seconds=self.search.seconds, threads=self.clock.threads)
 
-    def _plan(self, timing: Timing | None, reasons: Mapping[str, str]) -> Plan:
-        table = self.table.kept(dict(reasons))
-        return choose(table if timing is None else timing.time(table))
+    def _plan(self, timing: Timing, reasons: Mapping[str, str]) -> Plan:
+        table = timing.time(self.table.kept(dict(reasons)))
+        return choose(table if limits_latency(table.recipe) or not table.recipe.gated else table.faster())
 
     def _learner(self) -> Callable[[LayerPlan, LayerTiming], None] | None:
         if "latency" not in self.budget.limited:
@@ -265,8 +282,8 @@ class _State:
 
         return learn
 
-    def _met(self, speedup: Speedup, timing: Timing | None) -> bool:
-        if timing is None:
+    def _met(self, speedup: Speedup, timing: Timing) -> bool:
+        if not limits_latency(self.table.recipe):
             return True
         allowed = self.budget.allowance(self.table.before, timing.dense_ms)["latency"]
         return timing.dense_ms / speedup.ratio <= allowed
@@ -296,15 +313,6 @@ def _best_of(tried: list[FastPlan], wanted: float, *, strict: bool) -> FastPlan:
         msg = f"no plan runs in {wanted:.0%} of the time: raise the latency budget or allow more formats"
         raise BudgetError(msg)
     best = max(tried, key=lambda plan: (plan.met, plan.share if plan.met else -plan.share))
-    if best.speedup.ratio <= 1:
-        msg = (
-            f"no plan makes the model faster: the best measures {best.share:.1%} of its time. Keep the model as it is."
-        )
-        raise BudgetError(msg)
-    if strict and not best.met:
-        msg = (
-            f"the latency budget of {wanted:.0%} is not met: the lowest that was reached, as measured, is "
-            f"latency={ceil(1000 * best.share) / 1000:g}. Raise the budget, or allow more formats or layers."
-        )
-        raise BudgetError(msg)
+    if best.speedup.ratio <= 1 or (strict and not best.met):
+        raise BudgetError(in_vain(best, wanted))
     return best

@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from tenfold.errors import PlanError
 from tenfold.formats import FORMATS
-from tenfold.layers import FactorizedLayer, build
-from tenfold.profiling import Comparison, compare_latency, to_memory_format
-from tenfold.profiling.latency.layer_timer import constant_input
-from tenfold.records import (
-    ContractSpec,
-    LayerPlan,
-    LayerSpec,
-    Plan,
-    Profile,
-    Shape,
-    SharedSliceSpec,
-    SubLayerSpec,
-    TTGatherSpec,
-)
+from tenfold.profiling import compare_latency
+from tenfold.records import LayerPlan, LayerSpec, Plan, Profile, Shape
+from tenfold.runtimes import Compare, Conditions, LayerPair, TargetRuntime, runtime_named
 
 MARGIN = 0.02
 _RETRY = 4.0
-
-Compare = Callable[..., Comparison]
 
 
 @dataclass(frozen=True)
@@ -68,17 +51,16 @@ class LayerBench:
 
     Attributes:
         profile: has the calls of every layer.
-        device, dtype, memory_format, threads: how the model is to run.
+        runtime: what it is to run in.
+        at: how it is to run there.
         seconds: about how long to measure a layer; what stays undecided is measured again, four times as long.
         margin: by how much a layer has to be faster.
         compare: ``compare_latency``, or something in its place.
     """
 
     profile: Profile
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    memory_format: str = "contiguous"
-    threads: int | None = None
+    runtime: TargetRuntime = field(default_factory=lambda: runtime_named("torch"))
+    at: Conditions = field(default_factory=Conditions)
     seconds: float = 0.4
     margin: float = MARGIN
     compare: Compare = compare_latency
@@ -109,47 +91,15 @@ class LayerBench:
     def _measure(self, spec: LayerSpec, in_shape: Shape, layer: LayerPlan) -> LayerTiming:
         format, rank = str(layer.format), layer.rank or {}
         stages = FORMATS.get(format).structure(spec, FORMATS.get(format).check_rank(spec, rank))
-        x = constant_input(spec, in_shape, torch.device(self.device), self.dtype)
-        variants = {
-            "dense": to_memory_format(self._neutral(spec), x, self.memory_format),
-            "factorized": to_memory_format(
-                FactorizedLayer(spec, format, rank, [self._neutral(s) for s in stages]), x, self.memory_format
-            ),
-        }
-        timing = self._compared(variants, self.seconds)
-        return timing if timing.decided(self.margin) else self._compared(variants, _RETRY * self.seconds)
+        pair = LayerPair(spec, format, rank, in_shape, tuple(stages))
+        timing = self._compared(pair, self.seconds)
+        return timing if timing.decided(self.margin) else self._compared(pair, _RETRY * self.seconds)
 
-    def _compared(self, variants: Mapping[str, tuple[nn.Module, Any]], seconds: float) -> LayerTiming:
-        result = self.compare(variants, seconds=seconds, threads=self.threads)
+    def _compared(self, pair: LayerPair, seconds: float) -> LayerTiming:
+        result = self.runtime.compare_layer(pair, self.at, seconds=seconds, compare=self.compare)
         speedup = result.speedups["factorized"]
-        before, after = (result.latencies[name].median_ms for name in variants)
+        before, after = (result.latencies[name].median_ms for name in ("dense", "factorized"))
         return LayerTiming(before, after, speedup.ratio, speedup.low, speedup.high)
-
-    def _neutral(self, spec: SubLayerSpec) -> nn.Module:
-        return neutral_layer(spec, torch.empty(0, device=self.device, dtype=self.dtype))
-
-
-def neutral_layer(spec: SubLayerSpec, like: Tensor) -> nn.Module:
-    """Return a layer that averages its inputs: through any number of these, values neither vanish nor overflow."""
-    weight = like.new_empty(spec.weight_shape)
-    fill_neutral_(weight, spec)
-    bias = nn.Parameter(like.new_zeros(spec.out_channels)) if spec.bias else None
-    return build(spec, nn.Parameter(weight), bias).eval()
-
-
-def fill_neutral_(weight: Tensor, spec: SubLayerSpec) -> None:
-    """Set all entries of a weight to one over the number of inputs that an output sees, in place."""
-    if isinstance(spec, SharedSliceSpec):
-        spec = spec.layer
-    seen: float
-    if isinstance(spec, ContractSpec):
-        seen = spec.fan_in
-    elif isinstance(spec, TTGatherSpec):
-        seen = prod(spec.shape.ranks) ** (1 / len(spec.shape.row_modes))
-    else:
-        seen = 1 if spec.kind == "embedding" else spec.in_channels // spec.groups * prod(spec.kernel)
-    with torch.no_grad():
-        weight.fill_(1.0 / seen)
 
 
 def together(calls: Iterable[tuple[int, LayerTiming]]) -> LayerTiming:

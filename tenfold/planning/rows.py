@@ -109,15 +109,39 @@ def _note(names: tuple[str, ...], before: Ranks, after: Ranks) -> str:
     return f"; {changed} made full: cheaper without that factor"
 
 
+def liked_step(layer: EligibleLayer) -> int | None:
+    """Return what ranks should be multiples of where a runtime was measured to work in blocks of so many channels."""
+    return layer.step if layer.step is not None and layer.step >= _HARDWARE_STEP else None
+
+
+def in_steps(layer: EligibleLayer, format: str, ranks: Ranks) -> Ranks:
+    """Return ranks in whole blocks of the runtime's channels, as far as the layer still gets cheaper.
+
+    A block that is begun takes the time of a whole one, and channels that do not end in whole blocks may take far more:
+    so ranks go up to the next multiple.
+    """
+    step = liked_step(layer)
+    if step is None or not len(ranks):
+        return ranks
+    kind = FORMATS.get(format)
+    full = np.array(list(kind.max_rank(layer.spec).values()))
+    up = np.minimum(-(-ranks // step) * step, full)
+    cheaper = saves(layer, *costs_of(layer, format, up)) & saves(layer, *costs_of(layer, format, ranks))
+    named = (dict(zip(kind.rank_names, row, strict=True)) for row in up.tolist())
+    valid = kind.rows(kind.check_rank(layer.spec, rank) for rank in named)
+    return np.where(cheaper[:, None], valid, ranks)
+
+
 @row_source("grid")
 def grid(layer: EligibleLayer, format: str, weight: Tensor, rule: RankRule) -> tuple[Ranks, Columns]:
     """Multiples of a step, and full rank; all pairs of two ranks. Only what makes the layer cheaper.
 
-    The step is the rule's, or 8, which suits the hardware, but 4, 2 or 1 where full rank is at most 64, 32 or 16.
+    The step is the rule's, or what the runtime was measured to like; otherwise 8, which suits most hardware, but 4, 2
+    or 1 where full rank is at most 64, 32 or 16.
     Formats with more than two ranks say which are worth a try.
     """
     del weight
-    step = getattr(rule, "step", None)
+    step = getattr(rule, "step", None) or liked_step(layer)
 
     def axis(full: int) -> list[int]:
         stride = step or next((s for most, s in _STEPS if full <= most), _HARDWARE_STEP)

@@ -22,8 +22,9 @@ from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, k
 from tenfold.planning.error_curves import BY_DATA, Curve
 from tenfold.planning.error_curves import BY_WEIGHT as WEIGHT_ERRORS
 from tenfold.planning.error_search import Errors, ErrorSearch
-from tenfold.planning.rows import rows_of, without_idle_factors
+from tenfold.planning.rows import in_steps, liked_step, rows_of, without_idle_factors
 from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
+from tenfold.planning.target import Target
 from tenfold.planning.timing import Timing
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
 from tenfold.records.store import JsonCache
@@ -43,6 +44,7 @@ def tabulate(
     moments: Mapping[str, Moments] | None = None,
     scores: Scores | None = None,
     timing: Timing | None = None,
+    target: Target | None = None,
     runtime: Runtime | None = None,
 ) -> OptionTable:
     """Return what each layer of a model could become, at what cost, time and distortion; ``choose`` makes plans of it.
@@ -57,6 +59,7 @@ def tabulate(
             output loses instead of what the weights lose, and the algorithms are those that know the data.
         scores: of the model with one layer replaced, which distortion is then measured by: a ``Sensitivity``.
         timing: how long the model and its layers take, for budgets of latency.
+        target: the runtime whose ranks and formats are wanted.
         runtime: workers and progress.
 
     Raises:
@@ -75,8 +78,10 @@ def tabulate(
     recipe, runtime = Recipe.of(recipe), runtime or Runtime()
     rule = rule_of(recipe.rule)
     kept = kept_reasons(model, profile, recipe, moments)
+    if target is not None:
+        kept |= {path: reason for path, reason in target.kept(recipe.formats).items() if not kept[path]}
     layers = [
-        eligible_layer(model, layer, recipe.formats, None if moments is None else moments[layer.path])
+        eligible_layer(model, layer, recipe.formats, None if moments is None else moments[layer.path], target)
         for layer in profile.layers
         if not kept[layer.path]
     ]
@@ -155,8 +160,11 @@ def _weighed(
 def _with_fuller(layer: EligibleLayer, own: FormatOptions, curves: Mapping[str, Curve]) -> FormatOptions:
     """Return options with those that a plan takes instead of others."""
     ranks, becomes, notes = without_idle_factors(layer, own.format, own.ranks)
+    step = liked_step(layer)
+    liked = "" if step is None else f"; {layer.likes} works in blocks of {step} channels"
+    notes = {row: notes.get(row, "") + liked for row in (range(len(own)) if step else notes)}
     if not becomes:
-        return own
+        return own.replace(notes=notes)
     columns = {name: curve(ranks) for name, curve in curves.items()}
     return own.replace(fuller=_costed(layer, own.format, ranks, columns), becomes=becomes, notes=notes)
 
@@ -187,6 +195,8 @@ def _options(work: _Work, layer: EligibleLayer) -> tuple[list[FormatOptions], di
     """Return the options of a layer in every format, and the errors that a search found."""
     weight, rule = layer.load_weight(), work.rule
     rows = {format: rows_of(layer, format, weight, rule) for format in layer.formats}
+    if not rule.by_name:
+        rows = {format: (in_steps(layer, format, ranks), known) for format, (ranks, known) in rows.items()}
     search = ErrorSearch(layer, weight, rule, work.known) if isinstance(rule, ErrorBound) else None
     fitted = search.errors({f: own[0] for f, own in rows.items()}) if search and "fitted_error" in rule.columns else {}
     options = []

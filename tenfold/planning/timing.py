@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from tenfold.allocation import rule_of
 from tenfold.formats import Rank
-from tenfold.profiling import LatencyTable, best_memory_format, to_memory_format
-from tenfold.profiling import profile as make_profile
+from tenfold.planning.target import Target
+from tenfold.profiling import LatencyTable, compare_latency
 from tenfold.records import (
     Call,
     FormatOptions,
@@ -24,6 +23,7 @@ from tenfold.records import (
     Plan,
     Profile,
 )
+from tenfold.runtimes import Compare
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,15 @@ class Timing:
     within one forward. What is spent outside of layers is what no plan changes.
 
     Attributes:
-        clock: times layers in the memory format that the smaller model is to run in.
-        profile: of the model as it is.
+        target: the runtime, and the clock that times layers there, in the memory format that the smaller model is to
+            run in.
         layer_share: the part of a forward spent in layers with a geometry, in (0, 1].
         dense_ms: one forward of the model as it is, in the memory format that is best for it.
         best_share: that time as a share of the one in the clock's memory format, at most 1.
         tighten: factor on what is allowed, below 1 when earlier plans measured slower than predicted.
     """
 
-    clock: LatencyTable
-    profile: Profile
+    target: Target
     layer_share: float
     dense_ms: float
     best_share: float = 1.0
@@ -61,23 +60,47 @@ class Timing:
 
     @classmethod
     def of(
-        cls, model: nn.Module, inputs: Any, clock: LatencyTable, *, profile: Profile | None = None, seconds: float = 4.0
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        target: Target,
+        *,
+        seconds: float = 4.0,
+        compare: Compare | None = None,
     ) -> Timing:
         """Return the timing of a model, measured in every memory format that matters for these inputs.
 
         Example:
             >>> import torch
+            >>> from tenfold.records import Recipe
+            >>> from tenfold.runtime import Runtime
+            >>> net, x = nn.Linear(4, 4), torch.zeros(2, 4)
             >>> clock = LatencyTable(cache=None, timer=lambda spec, shape: 1.0, model_timer=lambda model, inputs: 5.0)
-            >>> Timing.of(nn.Linear(4, 4), torch.zeros(2, 4), clock, seconds=0.1).layer_share
+            >>> target = Target.of(Recipe(), net, x, Runtime(clock=clock))
+            >>> Timing.of(net, x, target, seconds=0.1).layer_share
             0.2
         """
-        profile = make_profile(model, inputs) if profile is None else profile
-        _, result = best_memory_format(model, inputs, seconds=seconds, threads=clock.threads)
+        clock, layers = target.clock, [x for x in target.profile.layers if x.calls and x.path not in target.refused]
+        variants = {name: target.ready(model, inputs, name) for name in target.runtime.memory_formats(inputs)}
+        result = (compare or compare_latency)(variants, seconds=seconds, threads=clock.threads)
         times = {name: latency.median_ms for name, latency in result.latencies.items()}
-        own, own_inputs = to_memory_format(model, inputs, clock.memory_format)
-        share = clock.share_of_layers(own, own_inputs, [x for x in profile.layers if x.calls], seconds=seconds / 2)
         best = min(times.values())
-        return cls(clock, profile, share, best, best / times.get(clock.memory_format, best))
+        if target.runtime.observable:
+            share = clock.share_of_layers(*variants[clock.memory_format], layers, seconds=seconds / 2)
+        else:
+            alone = sum(clock.layer_ms(layer.spec, layer.calls) for layer in layers if layer.spec is not None)
+            share = min(1.0, alone / best)
+        return cls(target, share, best, best / times.get(clock.memory_format, best))
+
+    @property
+    def profile(self) -> Profile:
+        """The profile of the model as it is."""
+        return self.target.profile
+
+    @property
+    def clock(self) -> LatencyTable:
+        """What times layers."""
+        return self.target.clock
 
     def time(self, table: OptionTable) -> OptionTable:
         """Return the table with what its layers take now and as each of their options; measures what is missing."""
@@ -89,8 +112,7 @@ class Timing:
                 if known.spec
             ]
         )
-        few = rule_of(table.recipe.rule).rows != "grid"
-        timed = {layer.path: self._timed(layer, known, few=few) for layer, known in used}
+        timed = {layer.path: self._timed(layer, known) for layer, known in used}
         # What is kept is in the forward's time already; layer by layer it says what a budget fails for.
         layers = tuple(
             timed.get(layer.path) or layer.replace(latency_ms=self._now(self.profile.layer(layer.path)))
@@ -124,30 +146,25 @@ class Timing:
         """Return the same timing with an allowance that is ``factor`` times as large."""
         return replace(self, tighten=self.tighten * factor)
 
-    def _timed(self, layer: LayerOptions, known: LayerProfile, *, few: bool) -> LayerOptions:
+    def _timed(self, layer: LayerOptions, known: LayerProfile) -> LayerOptions:
         return layer.replace(
             latency_ms=self._now(known),
-            options=tuple(self._with_latencies(own, known, few=few) for own in layer.options),
+            options=tuple(self._with_latencies(own, known) for own in layer.options),
         )
 
-    def _with_latencies(self, options: FormatOptions, known: LayerProfile, *, few: bool) -> FormatOptions:
-        fuller = None if options.fuller is None else self._with_latencies(options.fuller, known, few=few)
-        return options.replace(latency_ms=self._column(options, known, few=few), fuller=fuller)
+    def _with_latencies(self, options: FormatOptions, known: LayerProfile) -> FormatOptions:
+        fuller = None if options.fuller is None else self._with_latencies(options.fuller, known)
+        return options.replace(latency_ms=self._column(options, known), fuller=fuller)
 
-    def _column(self, options: FormatOptions, known: LayerProfile, *, few: bool) -> NDArray[np.float64]:
+    def _column(self, options: FormatOptions, known: LayerProfile) -> NDArray[np.float64]:
         if known.spec is None or not len(options):
             return np.zeros(len(options))
         ranks = [options.rank(i) for i in range(len(options))]
-        if not few:
-            return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
-        # Depthwise sub-layers have the rank in their geometry: one at a time each is predicted as what it is, which on
-        # a grid of thousands would take too long.
-        alone = [self.clock.predict(options.format, known.spec, known.calls, [rank]) for rank in ranks]
-        return np.concatenate(alone)
+        return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
 
     def _now(self, layer: LayerProfile) -> float:
         """Return what a layer takes as it is."""
-        if layer.spec is None or not layer.calls:
+        if layer.spec is None or not layer.calls or layer.path in self.target.refused:
             return 0.0
         if layer.format is None or layer.rank is None:
             return self.clock.layer_ms(layer.spec, layer.calls)

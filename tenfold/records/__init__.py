@@ -5,7 +5,7 @@ from tenfold.records.agreement import Agreement
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
 from tenfold.records.base import Record, Seed, explain
 from tenfold.records.budget import Budget
-from tenfold.records.costs import Call, Cost, Environment, Latency, LayerProfile, Profile, Speedup
+from tenfold.records.costs import Call, Clock, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import (
     ContractSpec,
     LayerSpec,
@@ -40,6 +40,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "Call",
+    "Clock",
     "ContractSpec",
     "Cost",
     "CurvePoint",

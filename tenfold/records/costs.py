@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
@@ -11,6 +11,10 @@ from tenfold.records.base import Record
 from tenfold.records.geometry import LayerSpec, Shape
 
 SCHEMA_VERSION = 1
+
+_WIDE = 4.0  # the upper bound of a speedup by the lower one: what is wider says nothing
+
+Clock = Literal["wall", "processor"]
 
 
 class Cost(Record):
@@ -39,7 +43,9 @@ class Latency(Record):
     """Measured milliseconds, and everything they depend on.
 
     ``low_ms`` and ``high_ms`` are the quartiles of the ``runs`` measurements around the median. ``tf32`` tells whether
-    float32 products may have been rounded to TF32, which only some accelerators do.
+    float32 products may have been rounded to TF32, which only some accelerators do; ``runtime`` is what ran it.
+    ``load`` says in words what else the machine did. ``clock`` is "wall", or "processor" where that took too much of
+    the time on the wall: then only the time counts in which the model had a processor.
     """
 
     median_ms: NonNegativeFloat
@@ -52,13 +58,17 @@ class Latency(Record):
     dtype: str
     memory_format: str = "contiguous"
     tf32: bool = False
+    runtime: str = "torch"
+    clock: Clock = "wall"
+    load: str = ""
 
 
 class Speedup(Record):
     """How many times faster one model is than another, measured in turns.
 
     ``ratio`` is the median over ``rounds`` of (time of the other / time of this one); ``low`` and ``high`` bound the
-    true median with a probability of at least ``confidence``.
+    true median with a probability of at least ``confidence``. ``clock`` is that of ``Latency``. Where ``doubt`` says
+    why, the interval is too wide for a factor to be claimed, and ``ratio`` is no more than a guess within it.
     """
 
     ratio: NonNegativeFloat
@@ -66,6 +76,23 @@ class Speedup(Record):
     high: NonNegativeFloat
     rounds: int
     confidence: float = 0.95
+    clock: Clock = "wall"
+    doubt: str = ""
+
+    @property
+    def in_doubt(self) -> str:
+        """What to say where no factor can be claimed: its bounds, if they say anything; empty where one can.
+
+        Example:
+            >>> Speedup(ratio=2, low=1.2, high=2.9, rounds=5, doubt="8 threads ran on 2 processors").in_doubt
+            'between 1.2 and 2.9 times: 8 threads ran on 2 processors'
+            >>> Speedup(ratio=120, low=0.3, high=900, rounds=5, doubt="8 threads ran on 2 processors").in_doubt
+            'not measured: 8 threads ran on 2 processors'
+        """
+        if not self.doubt:
+            return ""
+        known = f"between {self.low:.3g} and {self.high:.3g} times" if self.high <= _WIDE * self.low else "not measured"
+        return f"{known}: {self.doubt}"
 
 
 class Environment(Record):

@@ -68,7 +68,7 @@ class FormatOptions(_Columns):
             nothing was measured.
         fuller: options that no rule selects, but that plans take instead of others: they cost less and hold more.
         becomes: by option, the one of ``fuller`` that is taken instead.
-        notes: what a plan adds to its reason then, by option.
+        notes: what a plan adds to its reason, by option.
     """
 
     format: str
@@ -282,6 +282,24 @@ class OptionTable(_Columns):
             for layer in self.layers
         )
         return self.replace(layers=tuple(layers))
+
+    def faster(self) -> OptionTable:
+        """Return the table without options that take no less time than the layer as it is, by its latencies."""
+        kept: dict[str, str] = {}
+        layers = []
+        for layer in self.layers:
+            now = layer.latency_ms
+            if layer.keep_reason is None and now:
+                options = tuple(own.only(own.latency_ms < now) for own in layer.options if own.latency_ms is not None)
+                options = tuple(own for own in options if len(own))
+                if not options and layer.options:
+                    kept[layer.path] = (
+                        f"no rank of {' or '.join(self.recipe.formats)} is faster in {self.recipe.target}"
+                    )
+                layers.append(layer.replace(options=options))
+            else:
+                layers.append(layer)
+        return self.replace(layers=tuple(layers)).kept(kept)
 
     def save(self, path: str | Path) -> None:
         """Write the table to ``path`` as JSON, whole or not at all."""

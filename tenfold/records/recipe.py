@@ -22,7 +22,7 @@ from tenfold.records.base import Record, Seed, explain, refusal
 from tenfold.records.budget import Budget
 from tenfold.registry import as_tuple
 
-DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial")
+DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial", "cp3")
 RECIPE_HEADER = "# A tenfold recipe: what is wanted of a compression. Use it with tenfold compress --recipe FILE.\n"
 
 Method = Literal["sequential", "independent", "batchnorm", "none"]
@@ -90,6 +90,11 @@ class Recipe(Record):
             layers by name.
         calibration: what data are used for.
         fuse_batchnorm: merge batch norms into the layers before them once all else is done, for inference.
+        runtime: what the model is to run in: the name of a target runtime, such as ``onnxruntime``. Layers and models
+            are timed there, and ranks are those that it likes. None where it does not matter: then a latency is one in
+            torch.
+        gate: keep a layer as it is where the factorized one measures slower in the runtime. None for where there is a
+            clock: with a runtime or a budget of latency.
         seed: of everything that draws random numbers.
 
     Example:
@@ -108,6 +113,8 @@ class Recipe(Record):
     keep_ends: bool | None = None
     calibration: Calibration = Calibration()
     fuse_batchnorm: bool = False
+    runtime: str | None = None
+    gate: bool | None = None
     seed: Seed = 0
 
     @classmethod
@@ -161,6 +168,21 @@ class Recipe(Record):
     def to_yaml(self) -> str:
         """Return the recipe as commented YAML."""
         return RECIPE_HEADER + super().to_yaml()
+
+    @property
+    def target(self) -> str:
+        """The name of the runtime that the model is to run in."""
+        return self.runtime or "torch"
+
+    @property
+    def timed(self) -> bool:
+        """Whether the runtime has a say, so that it is measured what it likes."""
+        return self.runtime is not None or "latency" in self.budget.limited or bool(self.gate)
+
+    @property
+    def gated(self) -> bool:
+        """Whether layers that measure slower stay as they are."""
+        return self.timed if self.gate is None else self.gate
 
     @property
     def rule_name(self) -> str:

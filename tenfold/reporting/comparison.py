@@ -20,7 +20,7 @@ def _ratio(after: float | None, before: float | None) -> float | None:
 
 def _speedup(record: RunRecord) -> float | None:
     if record.speedup is not None:
-        return record.speedup.ratio
+        return None if record.speedup.doubt else record.speedup.ratio
     return _ratio(record.before.latency_ms, record.after.latency_ms)
 
 

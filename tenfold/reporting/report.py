@@ -96,15 +96,16 @@ def _latency_tile(record: RunRecord) -> Tile:
     old, new = record.before.latency_ms or 0.0, record.after.latency_ms or 1.0
     fast, latency = record.speedup, record.after.latency
     ratio = old / new if fast is None else fast.ratio
-    certain = fast is None or fast.low > 1 or fast.high < 1
+    doubt = "" if fast is None else fast.in_doubt.partition(":")[0]
+    certain = not doubt and (fast is None or fast.low > 1 or fast.high < 1)
     return {
         "name": "Latency" if latency is None or latency.batch_size is None else f"Latency, batch {latency.batch_size}",
-        "change": speed(ratio) if certain else "no difference seen",
+        "change": doubt or (speed(ratio) if certain else "no difference seen"),
         "tone": _tone(ratio - 1) if certain else "",
         "before": latency_cell(record.before),
         "after": latency_cell(record.after),
-        "note": "" if fast is None else f"{fast.confidence:.0%} interval {fast.low:.2f}–{fast.high:.2f}×",
-        "share": new / old,
+        "note": "" if fast is None else fast.doubt or f"{fast.confidence:.0%} interval {fast.low:.2f}–{fast.high:.2f}×",
+        "share": None if doubt else new / old,
     }
 
 

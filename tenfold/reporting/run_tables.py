@@ -61,7 +61,7 @@ def conditions(record: RunRecord) -> Text:
     lines = []
     latency = record.after.latency or record.before.latency
     if latency is not None:
-        lines.append(f"Latency: {latency_conditions(latency)}; speed-up with its 95 % interval.")
+        lines.append(f"Latency: {latency_conditions(latency)}; {_certainty(record, latency)}.")
     e = record.environment
     total = f", {seconds(sum(record.seconds.values()))} in all" if record.seconds else ""
     lines.append(f"On {e.device_name or e.device}, {plural(e.threads, 'thread')}, torch {e.torch}{total}.")
@@ -72,7 +72,9 @@ def latency_conditions(latency: Latency) -> str:
     """Return how a latency was measured."""
     batch = "" if latency.batch_size is None else f"batch {latency.batch_size}, "
     how = f"median of {latency.runs} interleaved rounds [quartiles]"
-    return f"{how}, {batch}{latency.dtype}, {latency.memory_format}, {plural(latency.threads, 'thread')}"
+    clock = ", by processor time" if latency.clock == "processor" else ""
+    load = f"; {latency.load}" if latency.load else ""
+    return f"{how}, {batch}{latency.dtype}, {latency.memory_format}, {plural(latency.threads, 'thread')}{clock}{load}"
 
 
 def latency_cell(measured: Measurement) -> str:
@@ -82,9 +84,18 @@ def latency_cell(measured: Measurement) -> str:
     return interval(measured.latency.median_ms, measured.latency.low_ms, measured.latency.high_ms)
 
 
+def _certainty(record: RunRecord, latency: Latency) -> str:
+    doubt = "" if record.speedup is None else record.speedup.doubt
+    if not doubt:
+        return "speed-up with its 95 % interval"
+    return "no speed-up can be claimed" + ("" if doubt == latency.load else f": {doubt}")
+
+
 def _speedup(record: RunRecord) -> str:
     if record.speedup is None:
         return speed((record.before.latency_ms or 0.0) / (record.after.latency_ms or 1.0))
+    if record.speedup.doubt:
+        return record.speedup.in_doubt.partition(":")[0]
     return f"{speed(record.speedup.ratio)} [{record.speedup.low:.2f}–{record.speedup.high:.2f}×]"
 
 

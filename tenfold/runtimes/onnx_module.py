@@ -21,12 +21,13 @@ class OnnxModule(nn.Module):
         threads: CPU threads; as many as torch uses now if None.
     """
 
+    runtime = "onnxruntime"
+
     def __init__(self, file: Path | str, threads: int | None = None) -> None:
         super().__init__()
         ort: Any = require("onnxruntime", "export")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3  # errors
+        self.threads = threads or torch.get_num_threads()
+        options = session_options(self.threads)
         self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self.names: list[str] = [value.name for value in self.session.get_inputs()]
 
@@ -47,6 +48,15 @@ class OnnxModule(nn.Module):
         found = self.session.run(None, feeds(self.names, (args, kwargs)))
         outputs = tuple(torch.from_numpy(value) for value in found)
         return outputs[0] if len(outputs) == 1 else outputs
+
+
+def session_options(threads: int) -> Any:
+    """Return the options of a quiet session on so many threads."""
+    ort: Any = require("onnxruntime", "export")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    return options
 
 
 def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:

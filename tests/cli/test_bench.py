@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from tenfold.profiling import Comparison
+from tenfold.records import Latency, Speedup
+
 Run = Callable[..., Any]
 QUICK = ("--seconds", "0.1")
 
@@ -50,3 +53,20 @@ def test_what_is_no_model_is_refused(tenfold: Run, tiny: str) -> None:
 
 def test_a_checkpoint_does_not_run_code_that_it_names(tenfold: Run, checkpoint: Path) -> None:
     assert tenfold("bench", checkpoint, "dense").is_error("Give --task")
+
+
+def test_what_cannot_be_claimed_is_not_said(
+    tenfold: Run, tiny: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(variants: dict[str, Any], *, seconds: float) -> Comparison:
+        busy = "4 other processes were busy"
+        time = {"low_ms": 1, "high_ms": 3, "runs": 5, "threads": 2, "device": "cpu", "dtype": "float32", "load": busy}
+        wide = Speedup(ratio=120, low=0.1, high=900, rounds=5, doubt=busy)
+        return Comparison({n: Latency(median_ms=2, **time) for n in variants}, dict.fromkeys(variants, wide))
+
+    monkeypatch.setattr("tenfold.profiling.compare_latency", compare)
+    outcome = tenfold("bench", "dense", checkpoint, "--task", tiny, "--memory-format", "contiguous", *QUICK)
+    assert "Not measured: 4 other processes were busy (" in " ".join(outcome.out.split())
+    assert "120" not in outcome.out
+    again = tenfold("bench", "dense", checkpoint, "--task", tiny, "--memory-format", "contiguous", *QUICK, "--json")
+    assert again.json["faster"] is None

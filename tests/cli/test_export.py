@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from tenfold.checkpoint import load, read_record
 from tenfold.exporting import open_exported
+from tenfold.profiling import Comparison
+from tenfold.records import Latency, Speedup
 from tenfold.tasks import load_task
 
 pytest.importorskip("onnxruntime")
@@ -63,3 +66,19 @@ def test_what_does_not_go_together_is_refused(tenfold, tiny: str) -> None:
     assert tenfold(*arguments, "--to", "torch-export", "--int8").is_error("--int8", "onnx", code=2)
     assert tenfold(*arguments, "--calibration-samples", "9").is_error("--calibration-samples", "--int8", code=2)
     assert not Path("a.onnx").exists()
+
+
+def test_no_factor_is_printed_where_none_can_be_claimed(
+    tenfold, tiny: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(variants, *, seconds: float) -> Comparison:
+        busy = "4 other processes were busy"
+        time = {"low_ms": 1, "high_ms": 3, "runs": 5, "threads": 2, "device": "cpu", "dtype": "float32", "load": busy}
+        wide = Speedup(ratio=120, low=77.6, high=900, rounds=5, doubt=busy)
+        return Comparison({n: Latency(median_ms=2, **time) for n in variants}, dict.fromkeys(variants, wide))
+
+    module = importlib.import_module("tenfold.exporting.export")  # the function has the name of its module
+    monkeypatch.setattr(module, "compare_latency", compare)
+    done = tenfold("export", "--task", tiny, "--checkpoint", small, "--out", "a.onnx", "--seconds", "0.05")
+    assert "latency: 2.00 ms, against the model in torch not measured: 4 other processes were busy" in done.out
+    assert "120" not in done.out

@@ -12,8 +12,10 @@ from tenfold.allocation import Override
 from tenfold.errors import BudgetError, PlanError
 from tenfold.explorer import Explorer, Query
 from tenfold.planning import Timing, recost
+from tenfold.planning.target import Target
 from tenfold.profiling import LatencyTable
 from tenfold.records import Plan
+from tenfold.runtimes import runtime_named
 from tenfold.surgery import apply
 from tests.explorer.nets import Made
 
@@ -62,7 +64,9 @@ def timed(made: Made) -> Made:
     clock = LatencyTable(cache=None, threads=1, timer=stage_ms, model_timer=lambda model, inputs: 5.0)
     layers = [layer for layer in made.profile.layers if layer.spec is not None]
     whole = sum(clock.layer_ms(layer.spec, layer.calls) for layer in layers)
-    timing = Timing(clock, made.profile, 0.8, dense_ms=2 * whole, best_share=0.9, tighten=0.95)
+    timing = Timing(
+        Target(runtime_named("torch"), clock, made.profile), 0.8, dense_ms=2 * whole, best_share=0.9, tighten=0.95
+    )
     return Made(made.model, timing=timing)
 
 
@@ -154,7 +158,7 @@ def test_without_a_budget_all_others_stay(explorer: Explorer) -> None:
             PlanError,
             "no option 10000 of tucker2; it has",
         ),
-        ({"3": Override(format="cp3")}, {}, PlanError, "no option 0 of cp3"),
+        ({"3": Override(format="cp4")}, {}, PlanError, "no option 0 of cp4"),
         ({}, {"macs": 0.05}, BudgetError, "the budget macs=0.05 cannot be met: .*lowest"),
         ({"3": Override()}, {"macs": 0.2}, BudgetError, "with the layers that are set by hand"),
     ],

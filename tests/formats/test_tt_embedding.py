@@ -9,9 +9,8 @@ from tenfold import apply, plan, profile
 from tenfold.decompositions import decompose
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, TTEmbedding, build
-from tenfold.planning.layer_bench import neutral_layer
 from tenfold.profiling.latency.grid import measurement_grid
-from tenfold.profiling.latency.layer_timer import LayerTimer
+from tenfold.profiling.latency.layer_timer import LayerTimer, neutral_layer
 from tenfold.records import LayerSpec, SubLayerSpec, TTGatherSpec
 
 SPEC = LayerSpec(kind="embedding", in_channels=55, out_channels=24, padding_idx=3)

@@ -17,9 +17,11 @@ from tenfold.allocation import choose
 from tenfold.calibration import calibrate, called_layers
 from tenfold.errors import TenfoldError
 from tenfold.planning import Sensitivity, tabulate
+from tenfold.planning.target import Target
 from tenfold.planning.timing import Timing
 from tenfold.profiling import LatencyTable, profile
 from tenfold.records import LayerSpec, OptionTable, Plan, Recipe
+from tenfold.runtimes import runtime_named
 from tests.golden.nets import NETS
 
 FILE = Path(__file__).with_name("plans.json")
@@ -58,7 +60,8 @@ class Subject:
         self.timed, self.untimed = net.formats, (*net.formats, *net.untimed)
         self.profile = profile(self.model, self.inputs)
         self.moments = calibrate(self.model, [net.sample(s, 16) for s in (1, 2)], called_layers(self.profile))
-        timing = Timing(LatencyTable(cache=None, timer=_milliseconds), self.profile, layer_share=0.9, dense_ms=1.0)
+        clock = LatencyTable(cache=None, timer=_milliseconds)
+        timing = Timing(Target(runtime_named("torch"), clock, self.profile), layer_share=0.9, dense_ms=1.0)
         self.timing = replace(timing, dense_ms=timing.forward_time().whole_ms)
         self.seen = net.sample(3, 32)
         with torch.no_grad():

@@ -7,8 +7,9 @@ import torch
 
 from tenfold.allocation import choose
 from tenfold.planning import LayerBench, LayerTiming, keep_slower_layers_dense, tabulate
-from tenfold.planning.layer_bench import neutral_layer, together
+from tenfold.planning.layer_bench import together
 from tenfold.profiling import Comparison, profile
+from tenfold.profiling.latency.layer_timer import neutral_layer
 from tenfold.records import ContractSpec, LayerSpec, Speedup
 from tests.planning.made_up_time import FakeCompare, stage_ms, three_layers
 

@@ -39,6 +39,9 @@ def test_runs_that_differ_in_their_seed_are_one_row() -> None:
     assert (found.mean, found.sd, found.count) == (pytest.approx(mean(scores)), pytest.approx(stdev(scores)), 3)
     assert group.values["speedup"].mean == 2.0
     assert group.values["change"].mean == pytest.approx(mean(scores) - 0.92)
+    doubtful = {"ratio": 120, "low": 0.1, "high": 900, "rounds": 5, "doubt": "others were busy"}
+    (group,) = compare([run(0, 0.9, speedup=doubtful)])
+    assert "speedup" not in group.values
 
 
 def test_what_differs_otherwise_is_apart_and_named() -> None:

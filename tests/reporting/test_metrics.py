@@ -144,3 +144,9 @@ def test_trade_offs_show_their_metric() -> None:
     assert chart["y"]["label"] == "perplexity"
     assert chart["rings"][0]["words"] == "chosen: 50 % left, perplexity 8.5"
     assert chart["rules"] == [{"y": 7.5, "label": "dense 7.5"}]
+
+
+def test_a_card_claims_no_factor_that_is_in_doubt() -> None:
+    doubtful = {"ratio": 120, "low": 0.1, "high": 900, "rounds": 5, "doubt": "others were busy"}
+    made = record(speedup=doubtful)
+    assert "| 10.00 ms | 5.00 ms | not measured: others were busy |" in model_card(made.plan, made)

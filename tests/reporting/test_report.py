@@ -111,6 +111,10 @@ def test_a_speed_up_that_may_be_none_is_not_claimed() -> None:
     doubtful = runs.record(speedup={"ratio": 1.05, "low": 0.95, "high": 1.2, "rounds": 9})
     found = {tile["name"]: tile for tile in tiles(doubtful)}
     assert (found["Latency, batch 8"]["change"], found["Latency, batch 8"]["tone"]) == ("no difference seen", "")
+    doubtful = runs.record(speedup={"ratio": 2, "low": 1.2, "high": 2.9, "rounds": 9, "doubt": "others were busy"})
+    tile = next(tile for tile in tiles(doubtful) if tile["name"].startswith("Latency"))
+    assert (tile["change"], tile["tone"], tile["share"]) == ("between 1.2 and 2.9 times", "", None)
+    assert tile["note"] == "others were busy"
 
 
 def test_charts_mark_what_was_chosen(run: Any) -> None:

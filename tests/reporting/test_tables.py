@@ -196,3 +196,23 @@ def test_needs_no_torch() -> None:
     """Reports are made from records alone."""
     code = "import sys, tenfold.reporting; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_factor_is_printed_where_none_can_be_claimed() -> None:
+    busy = "4 other processes were busy"
+    loaded = latency(4).replace(load=busy)
+    before = record().before.replace(latency_ms=8.0, latency=latency(8).replace(load=busy))
+    after = record().after.replace(latency_ms=4.0, latency=loaded)
+    wide = Speedup(ratio=120, low=0.1, high=900, rounds=5, doubt=busy)
+    text = render_record(record(before=before, after=after, speedup=wide))
+    assert line(text, "latency").endswith("not measured")
+    assert "120" not in text
+    assert f"{busy}; no speed-up can be claimed." in " ".join(text.split())
+    some = wide.replace(low=1.2, high=2.9, doubt="the rounds differ too much")
+    text = render_record(record(before=before, after=after, speedup=some))
+    assert line(text, "latency").endswith("between 1.2 and 2.9 times")
+    assert "no speed-up can be claimed: the rounds differ too much." in " ".join(text.split())
+    by_processor = after.replace(latency=loaded.replace(clock="processor"))
+    text = render_record(record(before=before, after=by_processor, speedup=wide.replace(doubt="", low=110, high=130)))
+    assert "120.00× faster [110.00–130.00×]" in line(text, "latency")
+    assert f"by processor time; {busy}; speed-up with its 95 % interval." in " ".join(text.split())

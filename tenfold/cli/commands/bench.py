@@ -33,6 +33,7 @@ class Conditions(Options):
         batch_size: samples in a forward.
         seconds: about how long to measure.
         memory_format: how tensors lie in memory; best is for each model the fastest.
+        runtime: what runs them: torch, or another of `tenfold list runtimes`.
         seed: of the task.
     """
 
@@ -41,6 +42,7 @@ class Conditions(Options):
     batch_size: PositiveInt = 1
     seconds: Annotated[float, Field(ge=0.1)] = 10.0
     memory_format: Layout = "best"
+    runtime: str = "torch"
     seed: Seed = 0
 
 
@@ -72,7 +74,7 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
     }
     made = environment(pair[0].device)
     speedup = result.speedups["b"]
-    faster = None if speedup.low <= 1 <= speedup.high else speedup.ratio > 1
+    faster = None if speedup.low <= 1 <= speedup.high else speedup.low > 1
     terminal.show(_table(dict(zip("ab", zip((a, b), params, strict=True), strict=True)), result))
     terminal.say(_verdict(result, f"{made.device_name or made.device}, torch {made.torch}"))
     terminal.result(
@@ -111,17 +113,25 @@ def _source(name: str, task: str | None, data: Path | None) -> Source:
 
 def _compared(pair: list[Opened], conditions: Conditions) -> Comparison:
     """Return the measurement of the models as ``a`` and ``b``, each in its memory format."""
-    from tenfold.profiling import best_memory_format, compare_latency, to_memory_format
+    import torch
 
-    layout, seconds = conditions.memory_format, conditions.seconds
+    from tenfold.profiling import best_memory_format, compare_latency
+    from tenfold.runtimes import runtime_named
+
+    runtime, threads = runtime_named(conditions.runtime), torch.get_num_threads()
     variants: dict[str, tuple[Any, Any]] = {}
+    searched = False
     for name, opened in zip("ab", pair, strict=True):
         inputs = opened.inputs(conditions.batch_size)
-        chosen: str = layout
-        if layout == "best":
-            chosen, _ = best_memory_format(opened.model, inputs, seconds=seconds / 4)
-        variants[name] = to_memory_format(opened.model, inputs, chosen)
-    return compare_latency(variants, seconds=seconds / 2 if layout == "best" else seconds)
+        runtime.check(opened.model, inputs)
+        chosen: str = conditions.memory_format
+        if len(runtime.memory_formats(inputs)) == 1:
+            (chosen,) = runtime.memory_formats(inputs)
+        elif chosen == "best":
+            searched = True
+            chosen, _ = best_memory_format(opened.model, inputs, seconds=conditions.seconds / 4)
+        variants[name] = runtime.ready(opened.model, inputs, chosen, threads)
+    return compare_latency(variants, seconds=conditions.seconds / 2 if searched else conditions.seconds)
 
 
 def _table(models: dict[str, tuple[str, int]], result: Comparison) -> RenderableType:
@@ -133,16 +143,18 @@ def _table(models: dict[str, tuple[str, int]], result: Comparison) -> Renderable
         table.add_column(title, no_wrap=title != "model", justify="left" if title in ("", "model") else "right")
     for name, (model, params) in models.items():
         latency, speedup = result.latencies[name], result.speedups[name]
-        faster = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}]" if name == "b" else ""
+        faster = speedup.in_doubt.partition(":")[0] or f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}]"
         quartiles = f"{three_digits(latency.low_ms)}–{three_digits(latency.high_ms)}"
-        row = (name, model, count(params), milliseconds(latency.median_ms), quartiles, latency.memory_format, faster)
-        table.add_row(*row)
+        row = (name, model, count(params), milliseconds(latency.median_ms), quartiles, latency.memory_format)
+        table.add_row(*row, faster if name == "b" else "")
     return table
 
 
 def _verdict(result: Comparison, machine: str) -> str:
     speedup, latency = result.speedups["b"], result.latencies["b"]
-    if speedup.low <= 1 <= speedup.high:
+    if speedup.doubt:
+        found = speedup.in_doubt
+    elif speedup.low <= 1 <= speedup.high:
         found = "no difference that this measurement can tell"
     elif speedup.ratio > 1:
         found = f"b is {speedup.ratio:.3g} times faster than a"
@@ -153,4 +165,7 @@ def _verdict(result: Comparison, machine: str) -> str:
 
 def _conditions(latency: Latency) -> str:
     threads = f"{latency.threads} {'thread' if latency.threads == 1 else 'threads'}"
-    return f"batch {latency.batch_size}, {latency.dtype}, {threads}"
+    where = "" if latency.runtime == "torch" else f", {latency.runtime}"
+    clock = ", processor time" if latency.clock == "processor" else ""
+    load = f", while {latency.load}" if latency.load else ""
+    return f"batch {latency.batch_size}, {latency.dtype}, {threads}{where}{clock}{load}"

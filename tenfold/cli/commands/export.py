@@ -161,6 +161,11 @@ def _lines(out: Path, made: ExportRecord) -> list[str]:
     speedup = made.int8.speedup if made.int8 is not None else made.speedup
     if made.latency is not None and speedup is not None:
         than = "the file in floating point" if made.int8 is not None else "the model in torch"
-        ratio = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}]"
-        lines.append(f"latency: {milliseconds(made.latency.median_ms)}, {ratio} times as fast as {than}")
+        clock = " of processor time" if made.latency.clock == "processor" else ""
+        ratio = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}] times as fast as {than}"
+        if speedup.doubt:
+            ratio = f"against {than} {speedup.in_doubt}"
+        lines.append(f"latency: {milliseconds(made.latency.median_ms)}{clock}, {ratio}")
+        if made.latency.load and not speedup.doubt:
+            lines.append(f"it was measured while {made.latency.load}")
     return lines

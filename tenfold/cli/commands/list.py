@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 ORDER = 60
 
 
-Kind = Literal["formats", "algorithms", "rules", "tasks", "exports"]
+Kind = Literal["formats", "algorithms", "rules", "tasks", "exports", "runtimes"]
 
 
 def run(kind: Kind | None = None, /, *, terminal: Terminal) -> None:
-    """List formats, algorithms, rank rules, tasks and export targets, a line each; those of plugins too.
+    """List formats, algorithms, rank rules, tasks, export targets and runtimes, a line each; those of plugins too.
 
     With --json, one object: entries by kind and name.
 
@@ -40,9 +40,17 @@ def _registries() -> dict[str, Registry[Any]]:
     from tenfold.decompositions import DECOMPOSITIONS
     from tenfold.exporting import EXPORTERS
     from tenfold.formats import FORMATS
+    from tenfold.runtimes import RUNTIMES
     from tenfold.tasks import TASKS
 
-    return {"formats": FORMATS, "algorithms": DECOMPOSITIONS, "rules": RULES, "tasks": TASKS, "exports": EXPORTERS}
+    return {
+        "formats": FORMATS,
+        "algorithms": DECOMPOSITIONS,
+        "rules": RULES,
+        "tasks": TASKS,
+        "exports": EXPORTERS,
+        "runtimes": RUNTIMES,
+    }
 
 
 def _table(kind: str, entries: dict[str, str]) -> Table:

@@ -89,14 +89,23 @@ def _pencil(tensor: Tensor, rank: int, a: int, b: int, rest: list[int], seed: in
     else:
         turn = torch.randn(2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         first, second = torch.einsum("mn,mab->nab", torch.linalg.qr(turn).Q, pair)
-        vectors = torch.linalg.eig(torch.linalg.lstsq(second.T, first.T).solution.T)[1]
+        vectors = torch.linalg.eig(_solved(second.T, first.T).T)[1]
         outer = torch.where(_repeated(vectors), vectors.imag, vectors.real)
-        inner = torch.linalg.lstsq(outer, first).solution.T
+        inner = _solved(outer, first).T
     inner = inner / torch.linalg.vector_norm(inner, dim=0).clamp_min(1e-300)
-    shares = torch.linalg.lstsq(khatri_rao(outer, inner), core.flatten(1).T).solution.T  # (rest, r)
+    shares = _solved(khatri_rao(outer, inner), core.flatten(1).T).T  # (rest, r)
     factors: dict[int, Tensor] = {a: left @ outer, b: right @ inner}
     factors |= dict(zip(rest, _split(shares, [tensor.shape[m] for m in rest]), strict=True))
     return [factors[m] for m in range(tensor.dim())]
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """Return the least squares solution, by the SVD: torch's default way to find it is not the same each time.
+
+    That way, ``gelsy`` of LAPACK, is handed an array of pivots without initial values, and pivots as they happen to be.
+    """
+    solution: Tensor = torch.linalg.lstsq(matrix.cpu(), right.cpu(), driver="gelsd").solution
+    return solution.to(matrix.device)
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:

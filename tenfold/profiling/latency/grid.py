@@ -19,10 +19,14 @@ _MOST_COMBINATIONS = 400
 
 @dataclass(frozen=True)
 class Point:
-    """One sub-layer on one input shape. Points of a ``family`` differ in their channels alone."""
+    """One sub-layer on one input shape. Points of a ``family`` differ in their channels alone.
+
+    ``depthwise``: it convolves each channel alone, however many the rank makes of them.
+    """
 
     spec: SubLayerSpec
     in_shape: Shape
+    depthwise: bool = False
 
     @property
     def family(self) -> str:
@@ -41,18 +45,20 @@ class Point:
             return f"{spec.kind} @{_times(shape if spec.kind == 'embedding' else (*shape[:-1], '*'))}"
         lead, sides = shape[: -spec.axes - 1], shape[-spec.axes :]
         padding = spec.padding if isinstance(spec.padding, str) else _times(spec.padding)
+        groups = "*" if self.depthwise else spec.groups
         extra = "" if spec.padding_mode == "zeros" else f" {spec.padding_mode}"
         extra += f" o{_times(spec.output_padding)}" if any(spec.output_padding) else ""
         return (
             f"{spec.kind} k{_times(spec.kernel)} s{_times(spec.stride)} p{padding} d{_times(spec.dilation)}"
-            f" g{spec.groups}{extra} @{_times((*lead, '*', *sides))}"
+            f" g{groups}{extra} @{_times((*lead, '*', *sides))}"
         )
 
     @property
     def at(self) -> tuple[int, int]:
         """Input and output channels: of the matrix or the layer, without the features that are carried past it.
 
-        Of a gather the two ranks. Of other contractions 1 and the multiply-accumulates per position.
+        Of a gather the two ranks. Of depthwise convolutions 1 and the channels, of other contractions 1 and the
+        multiply-accumulates per position.
         """
         if isinstance(self.spec, SharedSliceSpec):
             return self.spec.layer.in_channels, self.spec.layer.out_channels
@@ -60,6 +66,8 @@ class Point:
             first, last = (*self.spec.shape.ranks, 1, 1)[:2]
             return first, last
         if not isinstance(self.spec, ContractSpec):
+            if self.depthwise:
+                return 1, self.spec.out_channels
             return self.spec.in_channels, self.spec.out_channels
         if self.spec.is_middle:
             return self.spec.weight_shape[1], self.spec.weight_shape[0]
@@ -72,9 +80,14 @@ class Point:
         return f"{self.family} {x}->{y}"
 
     @classmethod
-    def of(cls, spec: SubLayerSpec, in_shape: Shape) -> Point:
-        """Return the point of a sub-layer, without its bias, which takes no time of its own."""
-        return cls(spec.replace(bias=False) if spec.bias else spec, in_shape)
+    def of(cls, spec: SubLayerSpec, in_shape: Shape, dense: LayerSpec | None = None) -> Point:
+        """Return the point of a sub-layer, without its bias, which takes no time of its own.
+
+        Of a layer ``dense`` with other groups, one with as many groups as channels is depthwise.
+        """
+        alone = isinstance(spec, LayerSpec) and spec.axes > 0 and spec.groups == spec.in_channels == spec.out_channels
+        depthwise = alone and dense is not None and spec.groups != dense.groups  # type: ignore[union-attr]
+        return cls(spec.replace(bias=False) if spec.bias else spec, in_shape, depthwise)
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,9 @@ class MeasurementGrid:
         return next((c for c in self.curves if c.family == family and c.holds(*at)), None)
 
 
-def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8) -> MeasurementGrid:
+def measurement_grid(
+    format: str, spec: LayerSpec, in_shape: Shape, *, step: int = 8, exact: bool = False
+) -> MeasurementGrid:
     """Choose what to time for a layer geometry in a format.
 
     Args:
@@ -111,6 +126,7 @@ def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int
         spec: the dense layer.
         in_shape: its input, batch included.
         step: channels come in multiples of this; small layers get a finer one.
+        exact: small layers do not.
 
     Example:
         >>> dense = LayerSpec(kind="linear", in_channels=256, out_channels=128)
@@ -122,10 +138,12 @@ def measurement_grid(format: str, spec: LayerSpec, in_shape: Shape, *, step: int
     """
     levels: list[tuple[Point, ...]] = []
     for level in range(LEVELS):
-        roles = _roles(format, spec, in_shape, sample_ranks(format, spec, in_shape, level=level, step=step))
+        roles = _roles(
+            format, spec, in_shape, sample_ranks(format, spec, in_shape, level=level, step=step, exact=exact)
+        )
         levels.append(tuple(sorted({p for role in roles for p in role}, key=lambda p: (p.family, p.at))))
     # The curves reach further than what is timed, so that every useful rank lies between two of their nodes.
-    reach = sample_ranks(format, spec, in_shape, level=LEVELS, step=step, share=2.2)
+    reach = sample_ranks(format, spec, in_shape, level=LEVELS, step=step, exact=exact, share=2.2)
     return MeasurementGrid(tuple(levels), _curves(_roles(format, spec, in_shape, reach)))
 
 
@@ -133,7 +151,7 @@ def stage_points(format: str, spec: LayerSpec, in_shape: Shape, rank: Rank) -> t
     """Return the sub-layers of a layer in this format at this rank, each with its input shape."""
     points, shape = [], in_shape
     for stage in FORMATS.get(format).structure(spec, rank):
-        points.append(Point.of(stage, shape))
+        points.append(Point.of(stage, shape, spec))
         shape = stage.out_shape(shape)
     return tuple(points)
 
@@ -155,7 +173,8 @@ def stage_columns(
         if channels is not None:
             first = stage_points(format, spec, in_shape, ranks[rows[0]])
             for point, (x, y) in zip(first, channels, strict=True):
-                yield point, rows, np.broadcast_to(x, rows.shape), np.broadcast_to(y, rows.shape)
+                inner = 1 if point.depthwise else x
+                yield point, rows, np.broadcast_to(inner, rows.shape), np.broadcast_to(y, rows.shape)
             continue
         for row in rows.tolist():
             for point in stage_points(format, spec, in_shape, ranks[row]):
@@ -163,12 +182,19 @@ def stage_columns(
 
 
 def sample_ranks(
-    format: str, spec: LayerSpec, in_shape: Shape, *, level: int, step: int = 8, share: float = 1.0
+    format: str,
+    spec: LayerSpec,
+    in_shape: Shape,
+    *,
+    level: int,
+    step: int = 8,
+    exact: bool = False,
+    share: float = 1.0,
 ) -> list[Rank]:
     """Return ranks spread over those with at most ``share`` of the dense MACs; the smallest if there are none."""
     kind = FORMATS.get(format)
     most = kind.max_rank(spec)
-    ladders = {name: ladder(top, level=level, step=step) for name, top in most.items()}
+    ladders = {name: ladder(top, level=level, step=step, exact=exact) for name, top in most.items()}
     combinations: Iterable[Rank]
     if prod(len(v) for v in ladders.values()) <= _MOST_COMBINATIONS:
         combinations = (dict(zip(ladders, values, strict=True)) for values in itertools.product(*ladders.values()))
@@ -182,16 +208,17 @@ def sample_ranks(
     return [ranks[row] for row in np.flatnonzero(macs <= share * dense)] or ranks[:1]
 
 
-def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
+def ladder(top: int, *, level: int, step: int = 8, exact: bool = False) -> tuple[int, ...]:
     """Return numbers up to ``top``: multiples of the step, and ``top`` itself, in ever wider gaps.
 
     At level 0 a factor of 4 apart, at level 1 of 2, at level 2 of about √2; at level 3 with both ends: 1 and top - 1.
+    Small tops get a finer step unless it is ``exact``: then nothing between its multiples is worth measuring.
 
     Example:
         >>> ladder(64, level=0), ladder(64, level=1), ladder(64, level=2)
         ((8, 32, 64), (8, 16, 32, 64), (4, 8, 16, 24, 32, 48, 64))
     """
-    step = max(1, min(step, top // 8))
+    step = step if exact else max(1, min(step, top // 8))
     rungs = {top}
     power = step
     while power < top:
@@ -199,7 +226,7 @@ def ladder(top: int, *, level: int, step: int = 8) -> tuple[int, ...]:
         if level > 1 and power % (2 * step) == 0 and power * 3 // 2 < top:
             rungs.add(power * 3 // 2)
         power *= 4 if level == 0 else 2
-    if level > 1:
+    if level > 1 and not exact:
         rungs.add(max(1, step // 2))
     if level > 2:
         rungs |= {1, max(1, top - 1)}

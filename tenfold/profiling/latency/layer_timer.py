@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from math import ceil
+from collections.abc import Callable, Sequence
+from math import ceil, prod
 
 import torch
 from torch import Tensor, nn
 
 from tenfold.layers import build
 from tenfold.profiling.latency.memory_format import LAYOUTS
-from tenfold.records import LayerSpec, Shape, SubLayerSpec, TTGatherSpec
+from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec, TTGatherSpec
 from tenfold.tracing.contexts import synchronize
 
 Timer = Callable[[SubLayerSpec, Shape], float]
@@ -38,33 +38,55 @@ class LayerTimer:
 
     def __call__(self, spec: SubLayerSpec, in_shape: Shape) -> float:
         """Return milliseconds per run for an input of shape ``in_shape``, batch included."""
-        layer = constant_layer(spec, self.device, self.dtype)
-        x = constant_input(spec, in_shape, self.device, self.dtype)
-        for tensor in (*layer.parameters(), x):
-            tensor.data = _laid_out(tensor.data, self.memory_format)
+        block = layer_block((spec,), in_shape, self.device, self.dtype, self.memory_format)
+        once = 1e3 * block(1)  # fresh memory and compiled kernels: thrown away
+        if once < _WARM_MS:
+            once = 1e3 * block(3)
+        return 1e3 * block(max(1, ceil(_BLOCK_MS / max(once, 1e-4))))
+
+
+def layer_block(
+    layers: Sequence[SubLayerSpec], in_shape: Shape, device: torch.device, dtype: torch.dtype, memory_format: str
+) -> Callable[[int], float]:
+    """Return a function that runs layers one after the other so many times and returns the seconds of one run."""
+    chain = nn.Sequential(*(neutral_layer(spec, torch.empty(0, device=device, dtype=dtype)) for spec in layers))
+    x = constant_input(layers[0], in_shape, device, dtype)
+    for tensor in (*chain.parameters(), x):
+        tensor.data = _laid_out(tensor.data, memory_format)
+
+    def run(number: int) -> float:
         with torch.no_grad():
-            once = self._block(layer, x, 1)  # fresh memory and compiled kernels: thrown away
-            if once < _WARM_MS:
-                once = self._block(layer, x, 3)
-            return self._block(layer, x, max(1, ceil(_BLOCK_MS / max(once, 1e-4))))
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(number):
+                chain(x)
+            synchronize(device)
+            return (time.perf_counter() - start) / number
 
-    def _block(self, layer: nn.Module, x: Tensor, number: int) -> float:
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(number):
-            layer(x)
-        synchronize(self.device)
-        return 1e3 * (time.perf_counter() - start) / number
+    return run
 
 
-def constant_layer(spec: SubLayerSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a layer of this geometry whose every weight is small and the same, in evaluation mode."""
+def neutral_layer(spec: SubLayerSpec, like: Tensor) -> nn.Module:
+    """Return a layer that averages its inputs: through any number of these, values neither vanish nor overflow."""
+    weight = like.new_empty(spec.weight_shape)
+    fill_neutral_(weight, spec)
+    bias = nn.Parameter(like.new_zeros(spec.out_channels)) if spec.bias else None
+    return build(spec, nn.Parameter(weight), bias).eval()
 
-    def parameter(shape: Shape) -> nn.Parameter:
-        return nn.Parameter(torch.full(shape, 0.01, device=device, dtype=dtype), requires_grad=False)
 
-    bias = parameter((spec.out_channels,)) if spec.bias else None
-    return build(spec, parameter(spec.weight_shape), bias).eval()
+def fill_neutral_(weight: Tensor, spec: SubLayerSpec) -> None:
+    """Set all entries of a weight to one over the number of inputs that an output sees, in place."""
+    if isinstance(spec, SharedSliceSpec):
+        spec = spec.layer
+    seen: float
+    if isinstance(spec, ContractSpec):
+        seen = spec.fan_in
+    elif isinstance(spec, TTGatherSpec):
+        seen = prod(spec.shape.ranks) ** (1 / len(spec.shape.row_modes))
+    else:
+        seen = 1 if spec.kind == "embedding" else spec.in_channels // spec.groups * prod(spec.kernel)
+    with torch.no_grad():
+        weight.fill_(1.0 / seen)
 
 
 def constant_input(spec: SubLayerSpec, in_shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:

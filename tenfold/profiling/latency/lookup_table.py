@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from math import exp, log
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ from tenfold.profiling.latency.grid import LEVELS, Curve, MeasurementGrid, Point
 from tenfold.profiling.latency.layer_timer import LayerTimer, Timer
 from tenfold.profiling.latency.measure import layer_latency, using_threads
 from tenfold.profiling.latency.monotone import MonotoneFit
+from tenfold.profiling.latency.steps import probe_points, step_from
 from tenfold.records import Call, LayerProfile, LayerSpec, Shape
 from tenfold.tracing.layers import Entry, entries
 
@@ -33,6 +34,7 @@ REFERENCE = Point(
 )
 
 _MOST_CORRECTION = 2.0
+_STEP_REPEATS = 5
 
 Array = NDArray[np.float64]
 Place = tuple[str, LayerSpec, Shape]  # a format for a layer on an input shape
@@ -76,9 +78,11 @@ class LatencyTable:
         seconds: upper bound on the time to measure, over the life of the object; dense layers are timed once in any
             case.
         repeats: how many samples a point gets if there is time.
-        step: channels come in multiples of this on the device.
-        timer: returns milliseconds of a sub-layer; the real one if None.
-        model_timer: returns milliseconds of a model on inputs; the real one if None.
+        step: channels come in multiples of this on the device; see ``step_of``.
+        runtime: name of the runtime that layers are timed in.
+        versions: of the packages that the runtime is made of.
+        timer: returns milliseconds of a sub-layer; that of eager torch if None.
+        model_timer: returns milliseconds of a model on inputs; that of eager torch if None.
         progress: called with (samples taken, samples planned).
 
     Example:
@@ -98,6 +102,8 @@ class LatencyTable:
     seconds: float = 60.0
     repeats: int = 3
     step: int = 8
+    runtime: str = "torch"
+    versions: Mapping[str, str] = field(default_factory=dict)
     timer: Timer | None = None
     model_timer: Callable[[nn.Module, Any], float] | None = None
     progress: Progress | None = None
@@ -116,6 +122,7 @@ class LatencyTable:
         self._fits: dict[Curve, MonotoneFit] = {}
         self._known: dict[Point, None] = {}
         self._chains: dict[Place, list[float]] = {}
+        self._steps: dict[tuple[str, int], int] = {}
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -125,14 +132,38 @@ class LatencyTable:
             "device": device.type,
             "name": device_name(device),
             "torch": str(torch.__version__),
+            **({} if self.runtime == "torch" else {"runtime": self.runtime, **self.versions}),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": self.threads,
             "memory_format": self.memory_format,
         }
 
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that layers run on."""
+        return torch.device(self.device)
+
     def in_format(self, memory_format: str) -> LatencyTable:
         """Return a table with the same settings for another memory format."""
         return replace(self, memory_format=memory_format)
+
+    def step_of(self, spec: LayerSpec) -> int:
+        """Return what numbers of channels of such layers should be multiples of; 1 where none is better than others.
+
+        Kernels that work on blocks of channels take as long for one more as for a whole block more. Measured on a
+        narrow layer between two wide ones, once for every kind of layer; see ``tenfold.profiling.latency.steps``.
+        """
+        kind = (spec.kind, spec.axes)
+        if kind not in self._steps:
+            probes = probe_points(spec)
+            self._measure([point for points in probes.values() for point in points], _STEP_REPEATS)
+            times = {  # the least: other load only adds
+                rank: sum(min(self._samples[point.key]) for point in points)
+                for rank, points in probes.items()
+                if all(point.key in self._samples for point in points)
+            }
+            self._steps[kind] = step_from(times)
+        return self._steps[kind]
 
     def layer_ms(self, spec: LayerSpec, calls: Sequence[Call]) -> float:
         """Return the milliseconds of the dense layer in one forward, all its calls together."""
@@ -236,7 +267,8 @@ class LatencyTable:
 
     def _grid(self, place: Place) -> MeasurementGrid:
         if place not in self._grids:
-            self._grids[place] = measurement_grid(*place, step=self.step)
+            step = self._steps.get((place[1].kind, place[1].axes), 1)
+            self._grids[place] = measurement_grid(*place, step=max(step, self.step), exact=step >= self.step)
             self._known |= dict.fromkeys(p for level in self._grids[place].levels for p in level)
         return self._grids[place]
 
@@ -268,7 +300,8 @@ class LatencyTable:
                 if bounded and self._spent >= self.seconds:
                     return False
                 start = time.perf_counter()
-                self._samples.setdefault(point.key, []).append(self._sample(point))
+                sample = self._sample(point)
+                self._samples.setdefault(point.key, []).append(sample)
                 self._unsaved.add(point.key)
                 self._spent += time.perf_counter() - start
                 if self.progress is not None:

@@ -1,0 +1,73 @@
+"""Static quantization of ONNX files by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from tenfold.errors import require
+from tenfold.runtimes.onnx_module import OnnxModule, feeds
+from tenfold.runtimes.quiet import quiet
+
+Ranges = Literal["minmax", "entropy", "percentile"]
+
+
+def quantize_static(
+    source: Path,
+    target: Path,
+    inputs: list[Any],
+    *,
+    operators: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    ranges: Ranges = "minmax",
+) -> None:
+    """Write an ONNX file in eight-bit integers (QDQ), weights by output channel; see ``tenfold.quantize_onnx``.
+
+    Args:
+        source: the file in floating point.
+        target: the new file.
+        inputs: for calibration, as the model takes them.
+        operators: types of operators to quantize; all that ONNX Runtime supports if None.
+        keep: names of nodes to leave in floating point.
+        ranges: how ranges of activations are found.
+    """
+    quantization: Any = require("onnxruntime.quantization", "export")
+    methods = quantization.CalibrationMethod
+    method = {"minmax": methods.MinMax, "entropy": methods.Entropy, "percentile": methods.Percentile}[ranges]
+    with quiet():
+        shaped = target.with_suffix(".shaped.onnx")
+        _shape_inference(source, shaped)
+        quantization.quantize_static(
+            shaped,
+            target,
+            _reader(OnnxModule(source).names, inputs),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=None if operators is None else list(operators),
+            nodes_to_exclude=list(keep),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=method,
+        )
+
+
+def _shape_inference(source: Path, target: Path) -> None:
+    """Write the file with inferred shapes, which the quantizer needs, and merged operators."""
+    shaping: Any = require("onnxruntime.quantization.shape_inference", "export")
+    shaping.quant_pre_process(source, target, skip_symbolic_shape=True)
+
+
+def _reader(names: list[str], inputs: list[Any]) -> Any:
+    """Return a calibration reader of ONNX Runtime over the inputs."""
+    quantization: Any = require("onnxruntime.quantization", "export")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(inputs)
+
+        def get_next(self) -> Any:
+            batch = next(self.batches, None)
+            return None if batch is None else feeds(names, batch)
+
+    return Reader()
