@@ -176,9 +176,8 @@ def reversal(sizes: Sequence[int]) -> Tensor:
     """Return the order of packed rows in which each sequence runs from its end to its beginning.
 
     Example:
-        >>> reversal([2, 2, 1]).tolist()  # steps of two sequences, a and b: a0 b0 a1 b1 a2
-        [4, 2, 3, 0, 1]
-        >>> # a2 b1 a1 b0 a0, packed: a2 b1, a1 b0, a0
+        >>> reversal([3, 1]).tolist()  # a0 b0 c0 a1 becomes a1 b0 c0 a0
+        [3, 1, 2, 0]
     """
     counts = torch.tensor(sizes)
     starts = torch.tensor([0, *accumulate(sizes)])

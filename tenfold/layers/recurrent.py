@@ -132,7 +132,8 @@ class Recurrent(nn.Module, abc.ABC):
         """Return (output, last state), as torch's network does: packed, batched or of one sequence."""
         self._check(input, hx)
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return torch.compiler.disable(self._forward)(input, hx)  # as torch's own, of which it compiles nothing
+            found: tuple[Any, Any] = torch.compiler.disable(self._forward)(input, hx)
+            return found  # as of torch's own, of which nothing is compiled
         return self._forward(input, hx)
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:  # noqa: A002
@@ -264,7 +265,7 @@ class GRU(Recurrent):
         size = self.hidden_size
         r, z = (projected[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid().chunk(2, -1)
         new = torch.addcmul(projected[:, 2 * size :], r, recurrent[:, 2 * size :]).tanh()
-        return (torch.lerp(new, state[0], z),)
+        return (torch.lerp(new, state[0].to(new.dtype), z),)  # autocast makes half-precision gates
 
 
 class LSTM(Recurrent):
