@@ -67,6 +67,7 @@ def _tiles(explorer: Explorer, selection: Selection) -> list[Values]:
         values = f"{milliseconds(time.dense_ms)} → {milliseconds(share * time.dense_ms)}"
         tiles.append(_tile("latency", speed(1 / share), values, "expected, by the times of the layers", share))
         tiles[-1]["name"] += "" if time.batch_size is None else f", batch {time.batch_size}"
+        tiles[-1]["name"] += f" in {explorer.table.recipe.runtime}" if explorer.table.recipe.runtime else ""
     note = f"{_distortion(planned.distortion)} as planned"
     last = _tile("distortion", _distortion(selection.distortion), note, explorer.table.distortion, None)
     return [*tiles, last | {"name": "Predicted distortion"}]

@@ -225,6 +225,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     found = [
         ("Rule", f"{recipe.rule_name}{f' ({rule})' if rule else ''}"),
         ("Budget", ", ".join(limits(recipe.budget, record.before))),
+        ("Runtime", recipe.runtime or ""),
         ("Agreement with the original", "" if record.agreement is None else record.agreement.in_words()),
         ("Seed", str(record.seed)),
         ("Batch norms fused", str(len(record.plan.fused) or "")),

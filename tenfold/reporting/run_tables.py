@@ -74,7 +74,8 @@ def latency_conditions(latency: Latency) -> str:
     how = f"median of {latency.runs} interleaved rounds [quartiles]"
     clock = ", by processor time" if latency.clock == "processor" else ""
     load = f"; {latency.load}" if latency.load else ""
-    return f"{how}, {batch}{latency.dtype}, {latency.memory_format}, {plural(latency.threads, 'thread')}{clock}{load}"
+    where = latency.memory_format if latency.runtime == "torch" else latency.runtime
+    return f"{how}, {batch}{latency.dtype}, {where}, {plural(latency.threads, 'thread')}{clock}{load}"
 
 
 def latency_cell(measured: Measurement) -> str:
