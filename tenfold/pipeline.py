@@ -109,8 +109,8 @@ def compress(
         (8192, 4096)
 
     GRUs and LSTMs are unrolled into linear layers, and parameters that stack the matrices of experts become a layer for
-    each. These are planned like any others, and such a module is left whole where nothing of it is factorized, under a
-    latency budget, and where ``keep`` names it.
+    each. These are planned like any others, and such a module is left whole where nothing of it is factorized and where
+    ``keep`` names it. Under a latency budget experts are left whole, and recurrent matrices dense.
 
     Args:
         model: any trained module; stays as it is.

@@ -159,8 +159,7 @@ HEAD = """\
 the dense table (SST-5, seed 0): accuracy on the whole test part (2,210 sentences), without tuning and after one epoch
 (AdamW, 0.0005). By data: {calibration} unlabeled sentences of the training part. The other parts stay as they are.
 Speed is that of one sentence of 20 words against the network that is not compressed, by the clock of the processor, in
-turns; medians, and 10 to 90 % of the rounds. An LSTM whose matrices are factorized runs its recurrence in Python, step
-by step.
+turns; medians, and 10 to 90 % of the rounds.
 
 | what, and how | parameters of that part | of all | accuracy | after one epoch | times as fast |
 |---|---:|---:|---:|---:|---:|"""

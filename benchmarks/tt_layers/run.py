@@ -1,6 +1,6 @@
 """Count the parameters of TT layers as in the sources, and time them against tensorly-torch and dense layers.
 
-    python -m benchmarks.tt_layers.run [--config FILE] [--out FOLDER] [--threads N] [--clock processor]
+    python -m benchmarks.tt_layers.run [--config FILE] [--out FOLDER] [--threads N] [--clock processor] [--compile]
 
 tensorly-torch is needed by nothing else: pip install --no-deps tensorly-torch==0.5.0. Every round times every layer
 once, forward and forward with backward, one after the other; ratios are medians of the ratios of the rounds.
@@ -30,9 +30,9 @@ Row = dict[str, Any]
 HEAD = """\
 # Layers that are tensor trains
 
-`python -m benchmarks.tt_layers.run --threads {threads} --clock {clock}` on {device}, torch {torch}, tensorly-torch
-0.5.0, Python {python}, {threads} threads, float32, milliseconds of the {clock}. {rounds} rounds in turns; load of the
-machine (1 min) between {low:.1f} and {high:.1f}, this benchmark included.
+`python -m benchmarks.tt_layers.run --threads {threads} --clock {clock}{compile}` on {device}, torch {torch},
+tensorly-torch 0.5.0, Python {python}, {threads} threads, float32, milliseconds of the {clock}. {rounds} rounds in
+turns; load of the machine (1 min) between {low:.1f} and {high:.1f}, this benchmark included.
 
 ## Parameters, as in the sources
 
@@ -54,8 +54,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
+    parser.add_argument("--compile", action="store_true", help="lookups of tenfold under torch.compile")
     options = parser.parse_args()
-    config = yaml.safe_load(options.config.read_text()) | {"clock": options.clock}
+    config = yaml.safe_load(options.config.read_text()) | {"clock": options.clock, "compile": options.compile}
     torch.set_num_threads(options.threads)
     torch.manual_seed(config["seed"])
     loads = [os.getloadavg()[0]]
@@ -122,7 +123,8 @@ def embeddings(config: Row) -> list[Row]:
         layer = TTEmbedding(words, columns, own["rank"], row_modes=row_modes, col_modes=col_modes)
         for name in own["ids_are"]:
             ids = torch.multinomial(weights[name], own["ids"], replacement=name == "words", generator=generator)
-            layers = {"tenfold": layer, "tensorly": other, "dense": dense}
+            ours = torch.compile(layer) if config["compile"] else layer
+            layers = {"tenfold": ours, "tensorly": other, "dense": dense}
             about = {"modes": f"{_times(row_modes)} by {_times(col_modes)}", "ids": name, "distinct": len(ids.unique())}
             rows += timed(layers, ids, config, about)
     return rows
@@ -188,6 +190,7 @@ def table(result: Row) -> str:
         threads=env["threads"],
         rounds=result["config"]["rounds"],
         clock=result["config"]["clock"],
+        compile=" --compile" if result["config"]["compile"] else "",
         low=min(result["load"]),
         high=max(result["load"]),
     )

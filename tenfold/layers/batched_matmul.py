@@ -22,6 +22,14 @@ def join(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(right.mT, left.mT).mT if _turned(left, right) else torch.bmm(left, right)
 
 
+def sum_of_terms(left: Tensor, right: Tensor) -> Tensor:
+    """Return the products of (n, m, r) and (n, r, w), term by term: compiled, one loop with what picks them."""
+    total = left[:, :, 0, None] * right[:, None, 0]
+    for k in range(1, left.shape[2]):
+        total = total + left[:, :, k, None] * right[:, None, k]
+    return total
+
+
 def _turned(left: Tensor, right: Tensor) -> bool:
     return right.shape[-1] < NARROW <= left.shape[1]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tenfold.errors import WeightError
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.lazy_weight import LazyWeight
+from tenfold.layers.onednn import StageChoice
 from tenfold.layers.sublayers import build
 from tenfold.records import LayerSpec, SubLayerSpec
 from tenfold.tensors.kruskal import Stability
@@ -58,6 +59,7 @@ class FactorizedLayer(nn.Module):
         self.rank = dict(rank)
         self.stages = nn.ModuleList(stages)
         self.fit: FitSummary | None = None
+        self._choice = StageChoice()
         for name, value in _face(spec).items():
             setattr(self, name, value)
 
@@ -126,6 +128,8 @@ class FactorizedLayer(nn.Module):
         """Return what the dense layer would return; ``output_size`` as in ``nn.ConvTranspose2d``."""
         if output_size is not None:
             return self._sized(input, output_size)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._choice.run(self.stages, input)
         x = input
         for stage in self.stages:
             x = stage(x)

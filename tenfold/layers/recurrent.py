@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tenfold.errors import WeightError
-
-State = tuple[Tensor, ...]
+from tenfold.layers.recurrence import State, Way, is_transformed, plain_parts, run_fused, stepping
 
 
 class RNNOptions(TypedDict, total=False):
@@ -39,14 +38,18 @@ class Recurrent(nn.Module, abc.ABC):
 
     The gates are stacked, as in torch: ``cells[k].ih`` maps inputs to (gates · hidden) numbers, for the whole sequence
     at once before the recurrence begins, and ``cells[k].hh`` maps hidden states, step by step. Cells are ordered by
-    layer and then by direction. The recurrence itself runs in Python: slower per step than torch's own, and worth it
-    where the input matrices are large.
+    layer and then by direction.
+
+    Each cell runs in torch's own kernel, behind the first factors of its inputs and with those of its states multiplied
+    out, or step by step in Python, whichever takes less time (``Way.fuses``); step by step in any case where its layers
+    are others than linear and factorized ones, or watched by hooks: every layer runs then as a plan counts it.
     """
 
     mode: ClassVar[str]
     gates: ClassVar[int]
     states: ClassVar[int]
     dense: ClassVar[type[nn.GRU | nn.LSTM]]
+    kernel: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Recurrent(nn.Module, abc.ABC):
             raise WeightError(msg)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self._follow(**options)
+        self._ways = dict[int, Way]()
         sizes = [input_size] + [hidden_size * self.directions] * (num_layers - 1)
         self.cells = nn.ModuleList(Cell(make_ih(size), make_hh()) for size in sizes for _ in range(self.directions))
 
@@ -84,6 +88,10 @@ class Recurrent(nn.Module, abc.ABC):
             raise WeightError(msg)
         self.bias, self.batch_first, self.dropout = bias, batch_first, float(dropout)
         self.bidirectional, self.proj_size = bidirectional, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy no products of factors."""
+        return {**self.__dict__, "_ways": {}}
 
     @property
     def directions(self) -> int:
@@ -123,6 +131,12 @@ class Recurrent(nn.Module, abc.ABC):
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002 - torch's name
         """Return (output, last state), as torch's network does: packed, batched or of one sequence."""
         self._check(input, hx)
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            found: tuple[Any, Any] = torch.compiler.disable(self._forward)(input, hx)
+            return found  # as of torch's own, of which nothing is compiled
+        return self._forward(input, hx)
+
+    def _forward(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:  # noqa: A002
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
             first = self._first(hx, data, int(sizes[0]), order)
@@ -133,11 +147,10 @@ class Recurrent(nn.Module, abc.ABC):
         if single and hx is not None:
             hx = tuple(h.unsqueeze(1) for h in hx) if self.states > 1 else hx.unsqueeze(1)
         steps, batch, _ = x.shape
-        out, last = self._run(x.reshape(steps * batch, -1), [batch] * steps, self._first(hx, x, batch, None))
-        out = out.view(steps, batch, -1)
+        out, last = self._run(x, [batch] * steps, self._first(hx, x, batch, None))
         out = out.squeeze(1) if single else out.transpose(0, 1) if self.batch_first else out
         if single:
-            last = [tuple(h.squeeze(0) for h in state) for state in last]
+            last = [tuple(h.squeeze(1) for h in state) for state in last]
         return out, self._handed(last, None)
 
     def _check(self, x: Tensor | PackedSequence, hx: Any) -> None:
@@ -153,9 +166,9 @@ class Recurrent(nn.Module, abc.ABC):
             raise WeightError(msg)
 
     def _first(self, hx: Any, like: Tensor, batch: int, order: Tensor | None) -> list[State]:
-        """Return the first state of each cell."""
+        """Return the first state of each cell, (1, batch, hidden) each."""
         if hx is None:
-            zero = like.new_zeros(batch, self.hidden_size)
+            zero = like.new_zeros(1, batch, self.hidden_size)
             return [(zero,) * self.states for _ in self.cells]
         given: State = (hx,) if self.states == 1 else tuple(hx)
         wanted = (len(self.cells), batch, self.hidden_size)
@@ -165,16 +178,16 @@ class Recurrent(nn.Module, abc.ABC):
                 raise WeightError(msg)
         if order is not None:
             given = tuple(h.index_select(1, order) for h in given)
-        return [tuple(h[k] for h in given) for k in range(len(self.cells))]
+        return [tuple(h[k : k + 1] for h in given) for k in range(len(self.cells))]
 
     def _handed(self, last: list[State], back: Tensor | None) -> Any:
-        stacked = tuple(torch.stack(h) for h in zip(*last, strict=True))
+        stacked = last[0] if len(last) == 1 else tuple(torch.cat(h) for h in zip(*last, strict=True))
         if back is not None:
             stacked = tuple(h.index_select(1, back) for h in stacked)
         return stacked[0] if self.states == 1 else stacked
 
     def _run(self, x: Tensor, sizes: list[int], first: list[State]) -> tuple[Tensor, list[State]]:
-        """Return outputs and last states of all layers for packed inputs (Σ sizes, features)."""
+        """Return outputs and last states of all layers for inputs (steps, sequences, features), or packed ones."""
         last: list[State] = []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -182,15 +195,34 @@ class Recurrent(nn.Module, abc.ABC):
             outs = []
             for direction in range(self.directions):
                 k = layer * self.directions + direction
-                out, state = self._along(self.cells[k], x, sizes, first[k], backwards=direction == 1)  # type: ignore[arg-type]
+                out, state = self._along(k, x, sizes, first[k], backwards=direction == 1)
                 outs.append(out)
                 last.append(state)
             x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
         return x, last
 
-    def _along(self, cell: Cell, x: Tensor, sizes: list[int], state: State, *, backwards: bool) -> tuple[Tensor, State]:
-        """Return outputs (Σ sizes, hidden) and the last state of one cell; sequences end where the sizes fall."""
-        projected = cell.ih(x).split(sizes)
+    def _along(self, k: int, x: Tensor, sizes: list[int], state: State, *, backwards: bool) -> tuple[Tensor, State]:
+        """Return outputs and the last state of a cell; sequences end where the sizes fall."""
+        cell: Any = self.cells[k]
+        ih, hh = cell.ih, cell.hh
+        parts = None if is_transformed(x) else plain_parts(ih, hh)
+        if parts is not None:
+            way = self._ways.get(k)
+            if way is None or way.parts != parts:
+                way = self._ways[k] = Way(parts, ih, hh)
+            packed = x.dim() == 2
+            onednn = self.states > 1 and not packed and x.dtype != torch.float64
+            if way.fuses(x, len(sizes), sum(sizes) if packed else len(sizes) * sizes[0], onednn=onednn):
+                return run_fused(self.kernel, way, x, sizes, state, bias=self.bias, backwards=backwards)
+        first = tuple(h[0] for h in state)
+        out, last = self._step_by_step(cell, x.flatten(0, -2), sizes, first, backwards=backwards)
+        return out.view(*x.shape[:-1], -1), tuple(h.unsqueeze(0) for h in last)
+
+    def _step_by_step(
+        self, cell: Cell, x: Tensor, sizes: list[int], state: State, *, backwards: bool
+    ) -> tuple[Tensor, State]:
+        """Return the same for packed inputs (Σ sizes, features), every layer called at each step."""
+        projected, recurrent = cell.ih(x).split(sizes), stepping(cell.hh)
         outs: list[Tensor] = []
         start = state
         ended: list[State] = []  # of sequences that are over, the shortest first
@@ -202,7 +234,7 @@ class Recurrent(nn.Module, abc.ABC):
             elif size < have:
                 ended.append(tuple(h[size:] for h in now))
                 now = tuple(h[:size] for h in now)
-            now = self._step(projected[t], cell.hh(now[0]), now)
+            now = self._step(projected[t], recurrent(now[0]), now)
             outs.append(now[0])
         if ended:
             now = tuple(torch.cat([h, *(e[k] for e in reversed(ended))]) for k, h in enumerate(now))
@@ -227,12 +259,13 @@ class GRU(Recurrent):
     """
 
     mode, gates, states, dense = "GRU", 3, 1, nn.GRU
+    kernel = staticmethod(torch.gru)
 
     def _step(self, projected: Tensor, recurrent: Tensor, state: State) -> State:
         size = self.hidden_size
         r, z = (projected[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid().chunk(2, -1)
         new = torch.addcmul(projected[:, 2 * size :], r, recurrent[:, 2 * size :]).tanh()
-        return (torch.lerp(new, state[0], z),)
+        return (torch.lerp(new, state[0].to(new.dtype), z),)  # autocast makes half-precision gates
 
 
 class LSTM(Recurrent):
@@ -246,11 +279,13 @@ class LSTM(Recurrent):
     """
 
     mode, gates, states, dense = "LSTM", 4, 2, nn.LSTM
+    kernel = staticmethod(torch.lstm)
 
     def _step(self, projected: Tensor, recurrent: Tensor, state: State) -> State:
-        i, f, g, o = (projected + recurrent).chunk(4, -1)
-        cell = torch.addcmul(f.sigmoid() * state[1], i.sigmoid(), g.tanh())
-        return o.sigmoid() * cell.tanh(), cell
+        gates, size = projected + recurrent, self.hidden_size
+        i, f, _, o = gates.sigmoid().chunk(4, -1)  # one call for all; what g does not need costs less than two more
+        cell = torch.addcmul(f * state[1], i, gates[:, 2 * size : 3 * size].tanh())
+        return o * cell.tanh(), cell
 
 
 def open_recurrent(dense: nn.RNNBase) -> GRU | LSTM:

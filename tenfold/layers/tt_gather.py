@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenfold.layers.batched_matmul import NARROW, JoinPicked, join
+from tenfold.layers.batched_matmul import NARROW, JoinPicked, join, sum_of_terms
 from tenfold.records import TrainShape, TTGatherSpec
 from tenfold.records.train_shape import Segments
 
@@ -18,6 +18,9 @@ _MANY = 256
 _REPEATED = 0.7
 # A list of all ids is made where there are at most this many times more than ids asked for; its memory is not cleared.
 _LISTED = 64
+
+# Compiled programs write out products with so few terms, so that what they pick goes through no memory.
+_TERMS = 32
 
 # Compiled and exported programs take any number of ids, and run as is best for this many.
 COMPILED_IDS = 1024
@@ -41,24 +44,34 @@ def gather_rows(cores: Sequence[Tensor], shape: TrainShape, ids: Tensor, segment
         with torch.autocast(device, enabled=False):
             return gather_rows(cores, shape, ids, segments)
     segments = segments or shape.segments(len(ids))
-    tables = [_multiplied(cores[start:stop]).flatten(2) for start, stop in segments]  # (rows of a run, r, columns · r')
+    fused = _fused(cores)
+    # (rows of a run, r, columns · r')
+    tables = [_multiplied(cores[start:stop], in_place=fused).flatten(2) for start, stop in segments]
     picked = list(zip(tables, _indices(ids, shape.row_modes, segments), strict=True))
     if len(picked) == 2 and not torch.compiler.is_compiling():
         (left, i), (right, j) = picked
         inner = shape.sides[segments[1][0]]
         found: Tensor = JoinPicked.apply(left.reshape(len(left), -1, inner), right, i, j)  # type: ignore[no-untyped-call]
         return found
-    return _joined(picked, ids.shape[0])
+    return _joined(picked, ids.shape[0], fused=fused)
 
 
-def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
+def _joined(picked: Sequence[tuple[Tensor, Tensor]], count: int, *, fused: bool) -> Tensor:
     """Return the products, row by row, of what is picked from each table."""
     found: Tensor | None = None
+    product = sum_of_terms if fused else join
     for table, index in picked:
         part = F.embedding(index, table.flatten(1)).view(count, *table.shape[1:])
-        found = part if found is None else join(found.reshape(count, -1, table.shape[1]), part)
+        found = part if found is None else product(found.reshape(count, -1, table.shape[1]), part)
     assert found is not None  # noqa: S101 - a train has a core
     return found.reshape(count, -1)
+
+
+def _fused(cores: Sequence[Tensor]) -> bool:
+    """Return whether a compiler is to make one kernel of picking and multiplying; exported programs keep products."""
+    graph = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+    compiled = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    return compiled and not graph and all(core.shape[1] <= _TERMS for core in cores)
 
 
 def gather_distinct(
@@ -120,14 +133,18 @@ def _indices(ids: Tensor, modes: Sequence[int], segments: Segments) -> list[Tens
     return found[::-1]
 
 
-def _multiplied(cores: Sequence[Tensor]) -> Tensor:
-    """Return all products (rows, r, columns, r') of a run of cores, the first row mode the fastest."""
+def _multiplied(cores: Sequence[Tensor], *, in_place: bool = False) -> Tensor:
+    """Return all products (rows, r, columns, r') of a run of cores, the first row mode the fastest.
+
+    With ``in_place`` each product lies in memory as it is read later, also where one large product and a turn of the
+    memory are faster: a compiler would make the turn part of every loop that reads.
+    """
     table = cores[0]
     for core in cores[1:]:
         rows, left, columns, inner = table.shape
         mode, _, more, right = core.shape
         flat = table.reshape(-1, inner)
-        if more * right >= NARROW:
+        if in_place or more * right >= NARROW:
             product = torch.bmm(flat.expand(mode, -1, -1), core.reshape(mode, inner, -1))  # matmul would transpose
         else:
             wide = core.movedim(0, 1).reshape(inner, -1)

@@ -19,6 +19,7 @@ from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
 from tenfold.planning.target import Target
+from tenfold.planning.unroll import kept_states
 from tenfold.profiling.profile import NOT_REACHED
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Plan, Profile, Recipe
 from tenfold.surgery import find
@@ -99,6 +100,7 @@ def kept_reasons(
         layer.path: reason_to_keep(model, layer, formats, keep, ends, measured=layer.path in known)
         for layer in profile.layers
     }
+    kept |= {path: why for path, why in kept_states(model, recipe).items() if not kept.get(path)}
     if rule.patterns:
         free = [path for path in kept if not kept[path]]
         check_patterns(rule.patterns, free)

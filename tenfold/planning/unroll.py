@@ -7,27 +7,45 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.allocation import limits_latency
 from tenfold.patterns import first_match
 from tenfold.records import Cost, LayerPlan, Plan, Recipe
-from tenfold.surgery import find, fused_rnns, separate, separated, stacks
+from tenfold.surgery import find, fused_rnns, separate, separated, stacks, unrolled_rnns
 from tenfold.surgery.separate_padding import confirmed, is_padding, padded_convs
+
+_IN_THE_KERNEL = "torch multiplies states within one kernel for all steps, which has no use for factors"
 
 
 def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any) -> nn.Module:
     """Return the model with recurrent networks unrolled, experts unstacked and paddings apart, on a copy, for plans.
 
-    The model itself where there are none. Those that ``recipe.keep`` names as a whole stay as they are. Recurrent
-    networks and experts do under a budget of latency: they would run in Python, step by step and expert by expert.
+    The model itself where there are none. Those that ``recipe.keep`` names as a whole stay as they are. Experts do
+    under a budget of latency, or where a runtime is named: they would run in Python, one by one.
     """
 
     def wanted(kinds: Mapping[str, str]) -> dict[str, str]:
         return {path: kind for path, kind in kinds.items() if first_match(recipe.keep, path) is None}
 
     found = confirmed(model, wanted(padded_convs(model)), inputs)
-    if not limits_latency(recipe):
-        found |= wanted(fused_rnns(model) | stacks(model, inputs))
+    found |= wanted(fused_rnns(model) | ({} if recipe.timed else stacks(model, inputs)))
     return separate(model, found)
+
+
+def kept_states(model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """Return the path of each recurrent matrix that stays dense where a clock decides, and why.
+
+    A clock times layers one by one. That of the inputs runs once, before the recurrence, in the time that it shows; the
+    other one is part of torch's kernel, which multiplies with dense matrices.
+
+    Example:
+        >>> from tenfold.surgery import unroll_rnns
+        >>> list(kept_states(unroll_rnns(nn.ModuleDict({"rnn": nn.LSTM(4, 8)})), Recipe.of("latency=0.5")))
+        ['rnn.cells.0.hh']
+    """
+    if not recipe.timed:
+        return {}
+    inside = tuple(f"{path}.cells.".lstrip(".") for path in unrolled_rnns(model))
+    paths = [path for path, _ in model.named_modules() if path.startswith(inside) and path.endswith(".hh")]
+    return dict.fromkeys(paths if inside else [], _IN_THE_KERNEL)
 
 
 def refuse_unused(plan: Plan, model: nn.Module) -> Plan:

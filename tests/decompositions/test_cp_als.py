@@ -82,6 +82,38 @@ def test_the_penalty_keeps_terms_from_cancelling_at_no_larger_error() -> None:
     assert kruskal.least_sensitivity(held.best()).item() <= kruskal.least_sensitivity(plain.best()).item() / 3
 
 
+@pytest.mark.parametrize("rank", [6, 40])  # fewer and more terms than rows
+def test_single_precision_serves_while_errors_are_large_and_double_where_they_are_small(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[torch.dtype] = []
+    factorize = torch.linalg.cholesky_ex
+
+    def counted(gram: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+        used.append(gram.dtype)
+        found: tuple[Tensor, Tensor] = factorize(gram, **options)
+        return found
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", counted)
+    factors = [noise(1, n, rank, seed=n) for n in (22, 20, 9)]
+    for x, share in ((noise(1, 22, 20, 9), 0.8), (kruskal.to_tensor(factors), 0.0)):
+        start = random_start(x.shape[1:], rank, count=1, seed=1, like=x)
+        used.clear()
+        single = alternate(x.float(), start, n_iter=200, tol=0.0, ridge=3e-3)
+        found = used.count(torch.float32) / len(used)
+        used.clear()
+        double = alternate(x, start, n_iter=200, tol=0.0, ridge=3e-3)
+        assert found >= share
+        assert torch.float32 not in used
+        wanted = error(x, double.best())
+        assert error(x, [f.double() for f in single.best()]) == pytest.approx(wanted, rel=0.02, abs=2e-3)
+        measured = float((single.squares / x.square().sum()).sqrt())
+        assert measured == pytest.approx(error(x, [f.double() for f in single.best()]), rel=1e-3, abs=3e-4)
+    used.clear()
+    alternate(noise(1, 22, 20, 9).float(), start, n_iter=5, tol=0.0)  # nothing holds plain sweeps
+    assert torch.float32 not in used
+
+
 def test_the_error_is_at_most_that_of_tensorly() -> None:
     x = noise(1, 20, 16, 9, seed=4)
     with tensorly.backend_context("pytorch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -315,6 +316,32 @@ def test_export_gives_what_eager_does() -> None:
     ids = torch.randint(55, (300,), generator=torch.Generator().manual_seed(4))
     exported = torch.export.export(layer, (ids,)).module()
     torch.testing.assert_close(exported(ids), layer(ids))
+
+
+@pytest.mark.parametrize(("rows", "columns", "ranks"), SHAPES)
+def test_compiled_lookups_pick_and_multiply_at_once_and_are_equal(rows: Any, columns: Any, ranks: Any) -> None:
+    torch.manual_seed(0)
+    count = math.prod(rows)
+    layer = TTEmbedding(count, math.prod(columns), ranks or 1, row_modes=rows, col_modes=columns, std=1.0).double()
+    ids = torch.randint(count, (300,), generator=torch.Generator().manual_seed(4))
+    products: list[str] = []
+
+    def seen(graph: Any, _: Any) -> Any:
+        products.extend(str(node.target) for node in graph.graph.nodes if "bmm" in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend=seen, fullgraph=True)(ids), layer(ids))
+    assert len(products) == sum(stop - start - 1 for start, stop in layer._compiled)  # of tables, and none of rows
+    torch._dynamo.reset()
+    found = torch.compile(layer, backend="eager", fullgraph=True)(ids)  # with gradients: products
+    for one, other in zip(
+        torch.autograd.grad(found.square().sum(), list(layer.cores)),
+        torch.autograd.grad(layer(ids).square().sum(), list(layer.cores)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_refusals_say_why() -> None:

@@ -10,6 +10,7 @@ import tenfold
 from tenfold.errors import PlanError
 from tenfold.layers import LSTM, FactorizedLayer
 from tenfold.planning import plan as make_plan
+from tenfold.planning.eligible import kept_reasons
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
 from tenfold.records import Plan, Recipe
@@ -142,9 +143,21 @@ def test_an_idle_network_is_left_closed_and_the_plan_says_why(tagger: Tagger) ->
     assert small.plan.after == profile(small.model, IDS).cost
 
 
-def test_networks_named_as_a_whole_and_budgets_of_latency_open_nothing(tagger: Tagger) -> None:
+def test_networks_named_as_a_whole_are_not_opened(tagger: Tagger) -> None:
     assert unrolled_rnns(unroll_for_plan(tagger, Recipe(keep=("rnn",)), IDS)) == {"top": "GRU"}
-    assert unroll_for_plan(tagger, Recipe.of("latency=0.5"), IDS) is tagger
+    assert unroll_for_plan(tagger, Recipe(keep=("rnn", "top")), IDS) is tagger
+
+
+def test_budgets_of_latency_leave_recurrent_matrices_to_the_kernel(tagger: Tagger) -> None:
+    recipe = Recipe.of("latency=0.5")
+    opened = unroll_for_plan(tagger, recipe, IDS)
+    assert unrolled_rnns(opened) == {"rnn": "LSTM", "top": "GRU"}
+    kept = kept_reasons(opened, profile(opened, IDS), recipe)
+    states = {path for path, why in kept.items() if why.startswith("torch multiplies states within one kernel")}
+    assert states == {path for path in kept if path.endswith(".hh")}
+    assert len(states) == 5
+    assert not kept["rnn.cells.0.ih"]
+    assert not kept_reasons(opened, profile(opened, IDS), Recipe.of("params=0.5"))["rnn.cells.0.hh"]
 
 
 def test_a_network_that_the_user_opened_stays_open(tagger: Tagger) -> None:

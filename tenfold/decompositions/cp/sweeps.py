@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold.tensors import khatri_rao, kruskal
 
 # Below so many entries one vectorised product is faster than a loop over slices that stay in the cache.
-_VECTORISED = 1 << 16
+_VECTORISED = 1 << 18
 
 _GROW, _SHRINK, _FIRST = 1.2, 0.5, 0.5
 
@@ -28,6 +28,13 @@ _WINDOW = 8
 
 # Holds a factor where the others do not determine it, as a share of the diagonal of their Gram matrix.
 _HOLD = {torch.float64: 1e-13, torch.float32: 1e-9}
+
+# From this ridge on, as a share of the diagonal, normal equations of float32 tensors are solved in float32: rounding is
+# some 1e-5 of the diagonal at a few hundred terms, and what it leaves is next to nothing beside the errors.
+_SINGLE = 2e-5
+
+# Below its rounding a hold does nothing.
+_EPSILON = {torch.float64: 1e-16, torch.float32: 1e-8}
 
 # Squared errors below this share of the squared norm are rounding.
 _FLOOR = {torch.float64: 1e-15, torch.float32: 1e-13}
@@ -87,6 +94,8 @@ class Arranged:
 
     def shares(self, factors: Sequence[Tensor]) -> Tensor:
         """Return the Khatri-Rao product (batch, prod(rest), S·R) of the factors of the rest."""
+        if len(self.rest) == 1:
+            return factors[self.rest[0]].flatten(2)
         first = self.entries.new_ones(len(self.entries), 1, factors[0][0, 0].numel())
         return reduce(khatri_rao, (factors[m].flatten(2) for m in self.rest), first)
 
@@ -101,7 +110,8 @@ def alternate(
     Mitchell, Ye & De Sterck 2020), here nearly free, because T is linear in the factor of b.
 
     Args:
-        tensor: (batch, n_1, …, n_N), float32 or float64; Gram matrices and errors are float64 in any case.
+        tensor: (batch, n_1, …, n_N), float32 or float64; Gram matrices are float64 but where the ridge is large enough
+            for float32, and errors are summed in float64 in any case.
         starts: for each mode the factors (batch, starts, n, R); that of the longest mode is not used.
         n_iter: sweeps at most.
         tol: stop when the roots of all objectives fall by less than this share of themselves in a sweep.
@@ -146,7 +156,8 @@ class _State:
         self._length = torch.full_like(self.squares, _FIRST)
         self._share, self._hold = ridge, _HOLD[arranged.entries.dtype]
         self._ridge = torch.zeros_like(self.squares)
-        self._grams = [_gram(f) for f in factors]
+        self._precision = torch.float64
+        self._grams = [self._gram(f) for f in factors]
         self._before: tuple[list[Tensor], Tensor] | None = None
 
     def sweep(self, *, momentum: bool) -> None:
@@ -154,6 +165,7 @@ class _State:
         x, ends, grams = self.arranged, list(self.factors), list(self._grams)
         product = x.along(ends[x.b], x.b)
         before, self._before = self._before, (ends, product)
+        begun = before is not None
         if momentum and before is not None:
             product = self._ahead(product, before)
         else:
@@ -167,8 +179,23 @@ class _State:
             self._choose(~worse, ends, grams, range(len(ends)))
         self.squares = torch.where(worse, self.squares, squares)
         ridge = self._share * self.squares / self.total
-        self._ridge = torch.minimum(self._ridge, ridge) if bool(self.objective.isfinite().all()) else ridge
+        self._ridge = torch.minimum(self._ridge, ridge) if begun else ridge
         self.objective = torch.where(worse, self.objective, squares + self._ridge * powers)
+        self._choose_precision()
+
+    def _choose_precision(self) -> None:
+        """Go on in float32 while the ridge allows for it: the ridge falls with the error, so this ends once at most."""
+        if self.arranged.entries.dtype == torch.float32 and self._share > 0:
+            precision = torch.float32 if bool((self._ridge >= _SINGLE).all()) else torch.float64
+            if precision != self._precision:
+                self._precision = precision
+                self._grams = [self._gram(f) for f in self.factors]
+
+    def _gram(self, factor: Tensor) -> Tensor:
+        """Return (batch, S, R, R) of a factor (batch, n, S, R)."""
+        wide = factor.movedim(2, 1).to(self._precision)
+        square: Tensor = wide.mT @ wide
+        return square
 
     @property
     def _columns(self) -> tuple[int, int]:
@@ -181,30 +208,31 @@ class _State:
         return right
 
     def _update(self, mode: int, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the best factor of a mode, all others given; return the right-hand side and the others' Gram, float64."""
+        """Set the best factor of a mode, all others given; return the right-hand side and the others' Gram matrix."""
         others = reduce(torch.mul, (g for m, g in enumerate(self._grams) if m != mode))
-        right = right.double()
-        factor = solve(others, right, self.factors[mode].double(), self._ridge, self._hold).to(self.factors[mode].dtype)
-        self.factors[mode], self._grams[mode] = factor, _gram(factor)
+        right, centre = right.to(self._precision), self.factors[mode].to(self._precision)
+        factor = solve(others, right, centre, self._ridge, self._hold).to(self.factors[mode].dtype)
+        factor = factor.contiguous()  # as the products are, which it is multiplied with
+        self.factors[mode], self._grams[mode] = factor, self._gram(factor)
         return right, others
 
     def _score(self, mode: int, right: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Return squared errors and Σ λ_r² (batch, S), by what the update of this mode, the last one, returned."""
-        inner = (right * self.factors[mode]).sum((1, 3))
+        inner = (right * self.factors[mode]).sum((1, 3), dtype=torch.float64)
         products = others * self._grams[mode]
-        squares = (self.arranged.total - 2 * inner + products.sum((2, 3))).clamp_min(0)
-        return squares, products.diagonal(dim1=2, dim2=3).sum(-1)
+        squares = (self.arranged.total - 2 * inner + products.sum((2, 3), dtype=torch.float64)).clamp_min(0)
+        return squares, products.diagonal(dim1=2, dim2=3).sum(-1, dtype=torch.float64)
 
     def _ahead(self, product: Tensor, before: tuple[list[Tensor], Tensor]) -> Tensor:
         """Step ahead, update the factor of a from there, and return the product that belongs to where we are then."""
         x, ends, grams = self.arranged, list(self.factors), list(self._grams)
         last, old = before
         moving = (x.b, *x.rest)
+        further = 1 + self._length.to(product.dtype)
         for mode in moving:
-            length = self._length[:, None, :, None].to(product.dtype)
-            self.factors[mode] = torch.lerp(last[mode], ends[mode], 1 + length)
-            self._grams[mode] = _gram(self.factors[mode])
-        ahead = old.lerp_(product, 1 + self._per_column(self._length).to(product.dtype))  # linear, as the product is
+            self.factors[mode] = torch.lerp(last[mode], ends[mode], further[:, None, :, None])
+            self._grams[mode] = self._gram(self.factors[mode])
+        ahead = old.lerp_(product, self._per_column(further))  # linear, as the product is
         squares, powers = self._score(x.a, *self._update(x.a, self._through(ahead)))
         good = squares + self._ridge * powers <= self.objective
         self._length = torch.where(good, (self._length * _GROW).clamp_max(1.0), self._length * _SHRINK)
@@ -216,7 +244,7 @@ class _State:
         return ahead
 
     def _per_column(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(self._columns[1], 1)[:, None, None]
+        return values[..., None].expand(-1, -1, self._columns[1]).reshape(len(values), 1, 1, -1)
 
     def _choose(self, kept: Tensor, factors: list[Tensor], grams: list[Tensor], modes: Sequence[int]) -> None:
         """Keep the factors of these modes where ``kept`` (batch, S), and take those given elsewhere."""
@@ -227,6 +255,9 @@ class _State:
     def _update_rest(self, slices: Tensor) -> None:
         """Update the short modes, one after the other, from what is left of the tensor without the long ones."""
         x = self.arranged
+        if len(x.rest) == 1:
+            self._update(x.rest[0], slices.unflatten(-1, self._columns))
+            return
         partial = slices.reshape(len(slices), *(x.sizes[m] for m in x.rest), -1)
         for mode in x.rest:
             flat = [f.flatten(2) for f in self.factors]
@@ -236,32 +267,30 @@ class _State:
 def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: float) -> Tensor:
     """Return F (batch, n, S, R) with F·(Γ + ridge·diag Γ) = right, near ``centre`` where that determines nothing.
 
-    Γ (batch, S, R, R) is scaled to a unit diagonal and gets the ridge (batch, S) and ``hold`` on it, or as much more of
-    that as Cholesky needs; all in float64. The hold is a proximal term, which moves no solution.
+    Γ (batch, S, R, R) gets the ridge (batch, S) and ``hold`` on its diagonal, in shares of it, or as much more of that
+    as Cholesky needs, whose error does not depend on the scale of the terms; all in the precision of Γ. The hold is a
+    proximal term, which moves no solution, and nothing where it is below the rounding.
     """
-    scale = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(scale > 0, scale, 1.0).sqrt()
-    unit = gram / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
-    sides, middle = right.movedim(2, 1) / scale.unsqueeze(-2), centre.movedim(2, 1) * scale.unsqueeze(-2)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0)
+    held = gram.clone()
     for _ in range(12):
-        held = unit + torch.diag_embed((ridge + hold)[..., None].expand(scale.shape))
-        lower, failed = torch.linalg.cholesky_ex(held)
+        held.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(diagonal, scale, (ridge + hold).to(scale)[..., None]))
+        upper, failed = torch.linalg.cholesky_ex(held, upper=True)
         if not bool(failed.any()):
             break
         hold *= 10
-    right = sides + hold * middle
-    if right.shape[-2] >= right.shape[-1]:  # triangular solves are slow: for many rows the inverse pays
-        solution: Tensor = right @ torch.cholesky_inverse(lower)
+    if hold > _EPSILON[gram.dtype]:
+        right = torch.addcmul(right, centre, scale.unsqueeze(1), value=hold)
+    right = right.movedim(2, 1)
+    if right.shape[-2] >= right.shape[-1]:  # for many rows the inverse pays
+        solution: Tensor = right @ torch.cholesky_inverse(upper, upper=True)
+    elif right.dtype == torch.float32:  # by far the faster of the two on some processors, in this precision
+        half = torch.linalg.solve_triangular(upper, right, upper=True, left=False)
+        solution = torch.linalg.solve_triangular(upper.mT, half, upper=False, left=False)
     else:
-        solution = torch.cholesky_solve(right.mT, lower).mT
-    return (solution / scale.unsqueeze(-2)).movedim(1, 2)
-
-
-def _gram(factor: Tensor) -> Tensor:
-    """Return (batch, S, R, R), float64, of a factor (batch, n, S, R)."""
-    wide = factor.movedim(2, 1).double()
-    square: Tensor = wide.mT @ wide
-    return square
+        solution = torch.cholesky_solve(right.mT, upper, upper=True).mT
+    return solution.movedim(1, 2)
 
 
 def _weighted(product: Tensor, shares: Tensor) -> Tensor:
