@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from tenfold.errors import require
 from tenfold.exporting.base import EXPORTERS, Exporter
-from tenfold.runtimes.quiet import quiet
-from tenfold.tracing.inputs import arguments, tensors_in
-
-aten = torch.ops.aten
+from tenfold.runtimes.executorch_module import ExecutorchModule, write_executorch
 
 
 @EXPORTERS.register("executorch")
@@ -26,37 +21,11 @@ class ExecutorchExporter(Exporter):
     max_batch = 64  # memory is planned for the largest
 
     def write(self, program: Any, file: Path, *, opset: int | None) -> int | None:
-        """Write the program, delegated to XNNPACK as far as possible.
-
-        What depends on no input, such as products of neighbouring cores of a tensor train, is computed here, where the
-        runtime would do it in every run, without XNNPACK. Copies are left to it, which are as large as it wants them.
-        """
+        """Write the program for XNNPACK; see ``write_executorch``."""
         del opset
-        with quiet(), torch.no_grad():
-            exir: Any = require("executorch.exir", "executorch")
-            xnnpack: Any = require("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
-            folding: Any = require("executorch.exir.passes.constant_prop_pass", "executorch")
-            program = folding.constant_prop_pass(program, {aten.expand.default, aten.repeat.default, aten.full.default})
-            lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
-            file.write_bytes(lowered.to_executorch().buffer)
+        write_executorch(program, file)
         return None
 
     def open(self, file: Path) -> nn.Module:
         """Return the file in the ExecuTorch runtime."""
         return ExecutorchModule(file)
-
-
-class ExecutorchModule(nn.Module):
-    """A .pte file in the runtime, called like the model."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        runtime: Any = require("executorch.runtime", "executorch")
-        self._loaded = runtime.Runtime.get().load_program(file.read_bytes())  # the method reads from it
-        self._method = self._loaded.load_method("forward")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs, copied because the next call overwrites them."""
-        given, named = arguments((args, kwargs))
-        outputs = tuple(value.clone() for value in self._method.execute(list(tensors_in((given, named)))))
-        return outputs[0] if len(outputs) == 1 else outputs
