@@ -120,7 +120,7 @@ class GradientSums:
                 stack.enter_context(context)
             for path, spec in self._specs.items():
                 layer = self._model.get_submodule(path)
-                stack.enter_context(layer.register_forward_hook(self._leaving(path, spec), prepend=True))
+                stack.enter_context(layer.register_forward_hook(self._leaving(path, spec), prepend=True, with_kwargs=True))
             self._open = stack.pop_all()
         return self
 
@@ -200,7 +200,7 @@ class GradientSums:
     def _leaving(self, path: str, spec: LayerSpec) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
 
-        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def leave(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             # The graph starts at the outputs of the first layers that count, whatever parameters may be trained.
             if untransformed(output) is not output:
                 return output  # within a transform of torch.func, which has gradients of its own
@@ -208,14 +208,15 @@ class GradientSums:
                 self._starts.append(output.detach().requires_grad_())
                 output = self._starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
-                output.register_hook(self.gathering(path, spec, output.detach()))
+                entered = next(tensors_in((args, kwargs))).detach()
+                output.register_hook(self.gathering(path, spec, entered, output.detach()))
             return output
 
         return leave
 
-    def gathering(self, path: str, spec: LayerSpec, output: Tensor) -> Callable[[Tensor], None]:
-        """Return what is called with the gradient at an output of a layer."""
-        del output
+    def gathering(self, path: str, spec: LayerSpec, entered: Tensor, output: Tensor) -> Callable[[Tensor], None]:
+        """Return what is called with the gradient at an output of a layer, which came of what entered it."""
+        del entered, output
         size = output_sketch_rows(spec, self._widest)
 
         @plain_arithmetic()
