@@ -13,6 +13,7 @@ from torch import nn
 from tenfold.calibration.collect import Forward, collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.judge import Judge
+from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.calibration.needs import Needs
 from tenfold.decompositions import Moments, Sketch
 from tenfold.decompositions.covariance import shrunk
@@ -23,6 +24,7 @@ from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.input_batches import input_batches
+from tenfold.tracing.inputs import call_model
 from tenfold.tracing.references import trainable_copy
 from tenfold.tracing.samples import count_samples, parted
 
@@ -139,19 +141,24 @@ class _Work:
             self.model, batches, self.specs, positions=positions, seed=self.seed, widest=widest, forward=forward
         )
 
-    def judged(self, fitting: Sequence[Any], judging: Sequence[Any]) -> dict[str, Moments] | None:
+    def judged(
+        self, fitting: Sequence[Any], judging: Sequence[Any], *, whole: bool = False
+    ) -> dict[str, Moments] | None:
         """Return moments of all samples, judged by the second part of them; None where that cannot be done."""
         widest = self.settings.max_width
+        last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
         try:
-            with GradientSums(self.model, self.specs, seed=self.seed, widest=widest) as sums:
+            with GradientSums(self.model, self.specs, seed=self.seed, widest=widest, last=last) as sums:
                 sums.split_like(fitting[0])
                 self._say(sums)
                 moments = self._with_grams(fitting, sums)
-            judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest)
+            judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest, last=last)
             judge.split = sums.split
             with judge, warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
                 others = self._with_grams(judging, judge)
+        except UnlikeOutputsError:
+            return self.judged(fitting, judging, whole=True)
         except DataError as error:
             self.refusal = error
             return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, Projection, channels_first
+from tenfold.calibration.last_layer import LastLayer
 from tenfold.decompositions import HeldOutCurve, Moments
 from tenfold.decompositions.covariance import Covariance, blocks, is_tall
 from tenfold.decompositions.curves import CurveProblem, Floats, tails
@@ -77,10 +78,10 @@ class NestedFits:
     def lost(self, values: Tensor, gradient: Tensor, samples: int) -> Tensor:
         """Return Σ gᵀ(y − ŷ) over the positions of each sample at ranks 0, 1, ...: (samples, k + 1).
 
-        ``values`` are the outputs y of the layer, or its inputs if ``weight`` is there; the gradient is that at y.
+        ``values`` are the outputs y of the layer and ``gradient`` is that at y; or both at its inputs, with ``weight``.
         """
         y = channels_first(values, self.spec) - self.mean.to(values.dtype)
-        g = channels_first(gradient if self.weight is None else gradient @ self.weight.to(gradient.dtype), self.spec)
+        g = channels_first(gradient, self.spec)
         rows = y.shape[2]
         each = samples if rows % samples == 0 else rows  # windows, steps and the like may be folded into the first axis
         y, g = (t.unflatten(2, (each, -1)).flatten(3).permute(2, 0, 1, 3) for t in (y, g))
@@ -106,8 +107,9 @@ class Judge(GradientSums):
         *,
         seed: int = 0,
         widest: int | None = None,
+        last: LastLayer | None = None,
     ) -> None:
-        super().__init__(model, specs, seed=seed, widest=widest)
+        super().__init__(model, specs, seed=seed, widest=widest, last=last)
         self._fits = {
             path: NestedFits.of(model.get_submodule(path), specs[path], own)
             for path, own in moments.items()
@@ -130,11 +132,20 @@ class Judge(GradientSums):
             add(gradient)
             if not self.differentiating:
                 return
-            lost = fits.lost(squarable(kept), squarable(gradient.detach()), self._size)
-            before = self._now.get(path)
-            self._now[path] = lost if before is None or before.shape != lost.shape else before + lost
+            known = squarable(gradient.detach())
+            self._judge(path, kept, known if fits.weight is None else known @ fits.weight.to(known))
 
         return judge
+
+    def at_last(self, last: LastLayer, entered: Tensor, gradient: Tensor) -> None:
+        """Judge the layer that is left out."""
+        if last.path in self._fits:
+            self._judge(last.path, entered, gradient)
+
+    def _judge(self, path: str, values: Tensor, gradient: Tensor) -> None:
+        lost = self._fits[path].lost(squarable(values), squarable(gradient), self._size)
+        before = self._now.get(path)
+        self._now[path] = lost if before is None or before.shape != lost.shape else before + lost
 
     def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
