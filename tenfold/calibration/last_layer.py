@@ -7,7 +7,7 @@ So that at x is Wᵀg, normal with the covariance WᵀW, whatever y is: neither 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -64,13 +64,18 @@ class LastLayer:
             >>> LastLayer.of(model, torch.ones(3, 4), call_model).path
             '2'
         """
-        wide = [(path, module) for path, module in model.named_modules() if _is_wide(module)]
-        if len(wide) != 1:
+        wide, memory = {path: module for path, module in model.named_modules() if _is_wide(module)}, Memory(model)
+        if not wide:
             return None
-        (path, module), memory = wide[0], Memory(model)
-        found = cls(path, module, module.weight.new_zeros(0))
-        with evaluating(model), Randomness(model, batch).seeded(0):
+        returned: dict[int, list[str]] = {}
+        with evaluating(model), Randomness(model, batch).seeded(0), ExitStack() as stack:
+            for path, module in wide.items():
+                stack.enter_context(module.register_forward_hook(_noting(path, returned)))
             whole = list(tensors_in(forward(model, batch)))
+        ends = [path for tensor in whole for path in returned.get(id(tensor), [])]
+        if len(ends) != 1:  # none, or one that is called several times
+            return None
+        found = cls(ends[0], wide[ends[0]], wide[ends[0]].weight.new_zeros(0))
         with evaluating(model), Randomness(model, batch).seeded(0):
             try:
                 with found._standing_in():
@@ -87,7 +92,7 @@ class LastLayer:
         own, stood = whole[found.place], without[found.place]
         if own.shape != stood.shape or own.dtype != stood.dtype:
             return None
-        found.root = sqrt_and_inverse_sqrt(gram_through(module.weight.detach()[None]))[0][0].float()
+        found.root = sqrt_and_inverse_sqrt(gram_through(found.module.weight.detach()[None]))[0][0].float()
         return found
 
     def run(self, model: nn.Module, batch: Any, forward: Forward) -> list[Tensor]:
@@ -121,6 +126,13 @@ class LastLayer:
     def sent_back(self, drawn: Tensor) -> Tensor:
         """Return gradients Wᵀg at the inputs (..., in), of standard normal numbers (..., in)."""
         return (squarable(drawn) @ self.root.to(drawn.device)).to(drawn.dtype)
+
+
+def _noting(path: str, returned: dict[int, list[str]]) -> Callable[..., None]:
+    def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        returned.setdefault(id(output), []).append(path)
+
+    return leave
 
 
 def _is_wide(module: nn.Module) -> bool:
