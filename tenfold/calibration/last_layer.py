@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,12 @@ class LastLayer:
         wide, memory = {path: module for path, module in model.named_modules() if _is_wide(module)}, Memory(model)
         if not wide:
             return None
-        returned: dict[int, list[str]] = {}
+        returned: list[tuple[str, ReferenceType[Tensor]]] = []
         with evaluating(model), Randomness(model, batch).seeded(0), ExitStack() as stack:
             for path, module in wide.items():
                 stack.enter_context(module.register_forward_hook(_noting(path, returned)))
             whole = list(tensors_in(forward(model, batch)))
-        ends = [path for tensor in whole for path in returned.get(id(tensor), [])]
+        ends = [path for tensor in whole for path, output in returned if output() is tensor]
         if len(ends) != 1:  # none, or one that is called several times
             return None
         found = cls(ends[0], wide[ends[0]], wide[ends[0]].weight.new_zeros(0))
@@ -128,9 +129,9 @@ class LastLayer:
         return (squarable(drawn) @ self.root.to(drawn.device)).to(drawn.dtype)
 
 
-def _noting(path: str, returned: dict[int, list[str]]) -> Callable[..., None]:
+def _noting(path: str, returned: list[tuple[str, ReferenceType[Tensor]]]) -> Callable[..., None]:
     def leave(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        returned.setdefault(id(output), []).append(path)
+        returned.append((path, ref(output)))
 
     return leave
 

@@ -174,7 +174,9 @@ class CovarianceDecomposition(Decomposition):
         ridge = max(self.ridge, 1e-9)
         if isinstance(covariance, Sketch):
             return add_ridge(covariance.scaled(1 / level), ridge)
-        return add_ridge(covariance / level[:, None, None], ridge)
+        scaled = covariance / level[:, None, None]
+        del covariance
+        return add_ridge(scaled, ridge)
 
 
 DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")

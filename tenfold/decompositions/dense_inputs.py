@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from tenfold.decompositions.covariance import centred_square
+
 
 @dataclass(frozen=True, eq=False)
 class DenseInputs:
@@ -46,8 +48,7 @@ class DenseInputs:
 
     def covariance(self) -> Tensor:
         """Return E[(x'−x̄')(x'−x̄')ᵀ] (groups, n, n)."""
-        centred = self.second_moment - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        return (centred + centred.mT) / 2
+        return centred_square(self.second_moment, self.mean)
 
     def centred_cross(self, mean: Tensor) -> Tensor:
         """Return E[(x'−x̄')(x−x̄)ᵀ] (groups, n, n) for the mean (groups, n) of x."""

@@ -15,6 +15,7 @@ from tenfold.decompositions.covariance import (
     Sketch,
     add_ridge,
     blocks,
+    centred_square,
     channel_blocks,
     is_finite,
     pooled,
@@ -155,8 +156,7 @@ class Moments:
         """
         if isinstance(self.input_second_moment, Sketch):
             return add_ridge(self.input_second_moment.centred(self.mean, self.target_mean), ridge)
-        centred = self.input_second_moment - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        return add_ridge((centred + centred.mT) / 2, ridge)
+        return add_ridge(centred_square(self.input_second_moment, self.mean), ridge)
 
     def channel_covariance(self, taps: int) -> Tensor:
         """Return the covariance of the input channels alone (groups, n/taps, n/taps), averaged over the taps."""
