@@ -2,9 +2,9 @@
 
     python -m benchmarks.wide_head.run [--config FILE] [--out FILE] [--only CASE] [--profile]
 
-Seconds are those of the processor, with one thread. Memory is the peak of the resident set above what the process needed
-to build the network and run one batch through it. ``--profile`` prints the functions that took the most time instead of
-writing a file.
+Seconds are those of the processor, with one thread. Memory is the peak of the resident set above what the process
+needed to build the network and run one batch through it. ``--profile`` prints the functions that took the most time
+instead of writing a file.
 """
 
 from __future__ import annotations

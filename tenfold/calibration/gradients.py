@@ -126,7 +126,9 @@ class GradientSums:
                 stack.enter_context(context)
             for path, spec in self._specs.items():
                 layer = self._model.get_submodule(path)
-                stack.enter_context(layer.register_forward_hook(self._leaving(path, spec), prepend=True, with_kwargs=True))
+                stack.enter_context(
+                    layer.register_forward_hook(self._leaving(path, spec), prepend=True, with_kwargs=True)
+                )
             self._open = stack.pop_all()
         return self
 

@@ -1,6 +1,6 @@
-"""A last layer of very many outputs, left out of forward and backward passes: what it sends back is drawn at its inputs.
+"""A last layer of very many outputs, left out of forward and backward: what it sends back is drawn at its inputs.
 
-Of random projections of the outputs y = W x + b of a model the gradient at y is the projection g itself, standard normal.
+Of random projections of the outputs y = W x + b of a model the gradient at y is the projection itself, g normal numbers.
 So that at x is Wᵀg, normal with the covariance WᵀW, whatever y is: neither is needed to draw from it.
 """
 
@@ -47,11 +47,11 @@ class LastLayer:
 
     path: str
     module: nn.Linear
-    root: Tensor
+    root: Tensor = field(repr=False)
     place: int = 0
     count: int = 1
-    _entered: list[Tensor] = field(default_factory=list)
-    _hollow: list[Tensor] = field(default_factory=list)
+    _entered: list[Tensor] = field(default_factory=list, repr=False)
+    _hollow: list[Tensor] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, batch: Any, forward: Forward) -> Self | None:
@@ -140,5 +140,6 @@ def _is_wide(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer of very many outputs that nothing watches."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or module.weight.is_meta:
         return False
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    own = vars(module)  # what somebody has put on it
+    watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
     return is_tall(module.weight[None]) and not watched and not hasattr(module, "parametrizations")

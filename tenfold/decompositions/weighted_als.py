@@ -188,7 +188,8 @@ def gram_of_inputs(matrix: Tensor, covariance: Covariance) -> Tensor:
 def gram_through(matrix: Tensor, outputs: Covariance | None = None) -> Tensor:
     """Return Aᵀ G A (batch, n, n) in float64 of a tall A (batch, m, n), some rows at a time; G (batch, m, m) or I."""
     square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
-    seen = square[:, :0] if not isinstance(outputs, Sketch) else square.new_zeros(*outputs.rows.shape[:2], len(square[0]))
+    sketched = outputs.rows.shape[1] if isinstance(outputs, Sketch) else 0
+    seen = square.new_zeros(len(square), sketched, matrix.shape[2])
     for rows in blocks(matrix):
         own = matrix[:, rows].double()
         if outputs is None:
