@@ -106,7 +106,7 @@ def network(kind: str, config: dict[str, Any]) -> nn.Module:
     if kind == "mlp":
         return Words(config["vocabulary"], config["width"], config["blocks"])
     supply_torchvision_ops()  # transformers imports torchvision, which may not match torch
-    transformers = require("transformers", "transformers")
+    transformers = require("transformers", "hf")
     tied = kind.endswith("-tied")
     shape = {"vocab_size": config["vocabulary"], "n_embd": config["width"], "n_layer": config["blocks"]}
     wanted = transformers.GPT2Config(**shape, n_head=12, tie_word_embeddings=tied, use_cache=False)

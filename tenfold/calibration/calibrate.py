@@ -22,6 +22,7 @@ from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
 from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
+from tenfold.tensors.free_memory import give_back
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.input_batches import input_batches
 from tenfold.tracing.inputs import call_model
@@ -152,6 +153,7 @@ class _Work:
                 sums.split_like(fitting[0])
                 self._say(sums)
                 moments = self._with_grams(fitting, sums)
+            give_back()
             judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest, last=last)
             judge.split = sums.split
             with judge, warnings.catch_warnings():
@@ -166,6 +168,7 @@ class _Work:
         if judging is not fitting:
             both = {path: own.pooled(others[path]) for path, own in moments.items() if path in others}
             moments = others | moments | both
+        give_back()
         return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
 
     def _say(self, sums: GradientSums) -> None:

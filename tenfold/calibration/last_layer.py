@@ -1,6 +1,6 @@
 """A last layer of very many outputs, left out of forward and backward: what it sends back is drawn at its inputs.
 
-Of random projections of the outputs y = W x + b of a model the gradient at y is the projection itself, g normal numbers.
+Of a random projection gᵀy of the outputs y = W x + b of a model the gradient at y is g itself, standard normal numbers.
 So that at x is Wᵀg, normal with the covariance WᵀW, whatever y is: neither is needed to draw from it.
 """
 

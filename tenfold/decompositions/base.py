@@ -175,8 +175,9 @@ class CovarianceDecomposition(Decomposition):
         if isinstance(covariance, Sketch):
             return add_ridge(covariance.scaled(1 / level), ridge)
         scaled = covariance / level[:, None, None]
-        del covariance
-        return add_ridge(scaled, ridge)
+        raised = torch.where(mean_variance(scaled) > 0, ridge, 1.0)  # as ``add_ridge``, without a copy of a wide one
+        scaled.diagonal(dim1=-2, dim2=-1).add_(raised.unsqueeze(-1))
+        return scaled
 
 
 DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")

@@ -26,6 +26,7 @@ from tenfold.surgery.replacement import check_planned, factorizable_spec, geomet
 from tenfold.surgery.separate import separate
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tensors import normal_tensors
+from tenfold.tensors.free_memory import give_back
 from tenfold.tracing.masks import token_mask
 from tenfold.tracing.repeated_runs import Forward
 from tenfold.tracing.replay import Replay
@@ -180,6 +181,7 @@ class _Fitting:
         if gram is None and branch is not None:
             gram = branch.importance(spec)
         metric = metric.replace(output_gram=gram)
+        give_back()
         with naming_layer(path):
             few = _ridge_of_few(metric, count_samples(self.batches))
             algorithm = _algorithm(layer, self.config.ridge, few, self.plan.seed)
