@@ -13,6 +13,7 @@ from torch import nn
 from tenfold.calibration.collect import Forward, collect_moments, measurable
 from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.judge import Judge
+from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.calibration.needs import Needs
 from tenfold.decompositions import Moments, Sketch
 from tenfold.decompositions.covariance import shrunk
@@ -21,8 +22,10 @@ from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
 from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
+from tenfold.tensors.free_memory import give_back
 from tenfold.tracing.contexts import device_of, same_random_numbers
 from tenfold.tracing.input_batches import input_batches
+from tenfold.tracing.inputs import call_model
 from tenfold.tracing.references import trainable_copy
 from tenfold.tracing.samples import count_samples, parted
 
@@ -139,19 +142,25 @@ class _Work:
             self.model, batches, self.specs, positions=positions, seed=self.seed, widest=widest, forward=forward
         )
 
-    def judged(self, fitting: Sequence[Any], judging: Sequence[Any]) -> dict[str, Moments] | None:
+    def judged(
+        self, fitting: Sequence[Any], judging: Sequence[Any], *, whole: bool = False
+    ) -> dict[str, Moments] | None:
         """Return moments of all samples, judged by the second part of them; None where that cannot be done."""
         widest = self.settings.max_width
+        last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
         try:
-            with GradientSums(self.model, self.specs, seed=self.seed, widest=widest) as sums:
+            with GradientSums(self.model, self.specs, seed=self.seed, widest=widest, last=last) as sums:
                 sums.split_like(fitting[0])
                 self._say(sums)
                 moments = self._with_grams(fitting, sums)
-            judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest)
+            give_back()
+            judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest, last=last)
             judge.split = sums.split
             with judge, warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
                 others = self._with_grams(judging, judge)
+        except UnlikeOutputsError:
+            return self.judged(fitting, judging, whole=True)
         except DataError as error:
             self.refusal = error
             return None
@@ -159,6 +168,7 @@ class _Work:
         if judging is not fitting:
             both = {path: own.pooled(others[path]) for path, own in moments.items() if path in others}
             moments = others | moments | both
+        give_back()
         return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
 
     def _say(self, sums: GradientSums) -> None:

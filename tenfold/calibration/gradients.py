@@ -10,13 +10,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from tenfold.calibration.last_layer import LastLayer
 from tenfold.calibration.micro_batches import Split, parts_of, split_of
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
-from tenfold.decompositions.covariance import WIDE_OUTPUTS, Covariance
+from tenfold.decompositions.covariance import WIDE_OUTPUTS, Covariance, Sketch
 from tenfold.errors import DataError, first_line
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, squarable, untransformed
-from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer
 from tenfold.tracing.held_tensors import drop_graphs
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 from tenfold.tracing.masks import real_places, real_tokens, token_mask
@@ -88,6 +89,9 @@ def collect_gradients(
 class GradientSums:
     """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``.
 
+    With ``last``, a layer whose outputs are those of the model does not run: the second moment of the gradients there
+    is the identity for each position, and what goes back from it is drawn.
+
     Attributes:
         split: how batches are differentiated.
         differentiating: whether the backward pass of the outputs runs, and not one that the forward takes itself.
@@ -102,7 +106,9 @@ class GradientSums:
         seed: int = 0,
         widest: int | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
+        last: LastLayer | None = None,
     ) -> None:
+        self._last, self._rows_at_last = last, 0
         self._model, self._specs, self._loss, self._forward = model, specs, loss, forward or call_model
         self._seed, self._widest = seed, widest
         self._squares: dict[str, Tensor] = {}
@@ -120,7 +126,9 @@ class GradientSums:
                 stack.enter_context(context)
             for path, spec in self._specs.items():
                 layer = self._model.get_submodule(path)
-                stack.enter_context(layer.register_forward_hook(self._leaving(path, spec), prepend=True))
+                stack.enter_context(
+                    layer.register_forward_hook(self._leaving(path, spec), prepend=True, with_kwargs=True)
+                )
             self._open = stack.pop_all()
         return self
 
@@ -151,12 +159,18 @@ class GradientSums:
         """Run some samples of a batch forward, and backward from their share of its projection."""
         self._starts.clear()
         with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples):
-            outputs = _differentiable(self._forward(model, part))
+            outputs, entered = self._run(model, part)
             mask = token_mask(part, model)
             if self._loss == "fisher":
                 outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], None
             else:
                 gradients = drawn.of(outputs, mask)
+        if entered is not None and self._last is not None and gradients is not None:
+            at = next(i for i, output in enumerate(outputs) if output is entered)
+            real = real_places(entered, mask)
+            self._rows_at_last += entered[..., 0].numel() if real is None else int(real.sum())
+            gradients[at] = self._last.sent_back(gradients[at])
+            self.at_last(self._last, entered.detach(), gradients[at])
         self.differentiating = True
         try:
             torch.autograd.grad(outputs, self._starts, gradients, allow_unused=True)  # for its hooks only
@@ -167,6 +181,20 @@ class GradientSums:
             self.differentiating = False
             self._starts.clear()
             drop_graphs(model)
+
+    def _run(self, model: nn.Module, part: Any) -> tuple[list[Tensor], Tensor | None]:
+        """Return what to differentiate of a forward, and which of it enters the layer that is left out, if one is."""
+        if self._last is None:
+            return _differentiable(tensors_in(self._forward(model, part))), None
+        outputs = self._last.run(model, part, self._forward)
+        entered = outputs[self._last.place]
+        if not entered.requires_grad:
+            entered = outputs[self._last.place] = entered.detach().requires_grad_()
+            self._starts.append(entered)
+        return _differentiable(outputs), entered
+
+    def at_last(self, last: LastLayer, entered: Tensor, gradient: Tensor) -> None:
+        """Take note of what entered the layer that is left out, and of the gradient there."""
 
     @property
     def samples(self) -> int:
@@ -179,7 +207,8 @@ class GradientSums:
         Raises:
             DataError: no batches, no gradient anywhere, or gradients that are not finite.
         """
-        reached = {*self._squares, *self._sketches}
+        even = self._last.path if self._last is not None and self._rows_at_last else ""
+        reached = {*self._squares, *self._sketches, *({even} & {*self._specs})}
         if self._samples == 0 or (self._specs and not reached):
             what = (
                 f"no gradient reaches {', '.join(list(self._specs)[:3])}" if self._samples else "there are no batches"
@@ -195,27 +224,35 @@ class GradientSums:
         for path, own in self._sketches.items():
             sketch = own.sketch()
             found[path] = sketch.scaled(sketch.rest.new_full((len(sketch.rest),), own.count / self._samples))
+        if even in reached:
+            spec = self._specs[even]
+            shape = spec.groups, spec.out_channels // spec.groups
+            each = torch.full(shape, self._rows_at_last / self._samples, dtype=torch.float64)
+            found[even] = Sketch.diagonal_of(each.to(device_of(self._model)))
         return {path: found[path] for path in self._specs if path in reached}
 
     def _leaving(self, path: str, spec: LayerSpec) -> Callable[..., Tensor]:
         """Return a hook that adds the gradients at the outputs of a layer to its sum."""
 
-        def leave(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def leave(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             # The graph starts at the outputs of the first layers that count, whatever parameters may be trained.
             if untransformed(output) is not output:
                 return output  # within a transform of torch.func, which has gradients of its own
+            if self._last is not None and path == self._last.path:
+                return output
             if torch.is_grad_enabled() and not output.requires_grad:
                 self._starts.append(output.detach().requires_grad_())
                 output = self._starts[-1].clone()  # an operation in place may follow
             if output.requires_grad:
-                output.register_hook(self.gathering(path, spec, output.detach()))
+                entered = next(tensors_in((args, kwargs))).detach()
+                output.register_hook(self.gathering(path, spec, entered, output.detach()))
             return output
 
         return leave
 
-    def gathering(self, path: str, spec: LayerSpec, output: Tensor) -> Callable[[Tensor], None]:
-        """Return what is called with the gradient at an output of a layer."""
-        del output
+    def gathering(self, path: str, spec: LayerSpec, entered: Tensor, output: Tensor) -> Callable[[Tensor], None]:
+        """Return what is called with the gradient at an output of a layer, which came of what entered it."""
+        del entered, output
         size = output_sketch_rows(spec, self._widest)
 
         @plain_arithmetic()
@@ -272,8 +309,8 @@ class Projection:
         return torch.randn(rows, *output.shape[1 + real :], generator=self.generator, device="cpu")
 
 
-def _differentiable(outputs: Any) -> list[Tensor]:
-    found = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
+def _differentiable(outputs: Iterable[Tensor]) -> list[Tensor]:
+    found = [t for t in outputs if t.is_floating_point() and t.requires_grad]
     if not found:
         msg = "the model's outputs have no gradients: does its forward run under no_grad, or detach them?"
         raise DataError(msg)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, Projection, channels_first
+from tenfold.calibration.last_layer import LastLayer
 from tenfold.decompositions import HeldOutCurve, Moments
-from tenfold.decompositions.covariance import Covariance, is_tall
+from tenfold.decompositions.covariance import Covariance, blocks, is_tall
 from tenfold.decompositions.curves import CurveProblem, Floats, tails
 from tenfold.decompositions.roots import Root
-from tenfold.decompositions.weighted_als import gram_of_inputs, gram_under
+from tenfold.decompositions.weighted_als import gram_through, gram_under, seen_from_inputs
 from tenfold.formats import split_groups
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import dense_weight
@@ -35,6 +36,8 @@ class NestedFits:
         into: Vᵀ R (groups, k, out/groups), leading rows first, k ≤ out/groups: coordinates of an output error.
         dual: Vᵀ R⁻ᵀ, the coordinates of a gradient.
         predicted: distortions (k + 1,) of ranks 0, 1, ... by the moments.
+        weight: W (out, in) of a linear layer of very many outputs, whose errors are seen from its inputs: ``mean`` is
+            that of the inputs x then, ``into`` Vᵀ R W, and ``dual`` is multiplied with the gradients Wᵀg there.
     """
 
     spec: LayerSpec
@@ -42,29 +45,42 @@ class NestedFits:
     into: Tensor
     dual: Tensor
     predicted: Floats
+    weight: Tensor | None = None
 
     @classmethod
     def of(cls, layer: nn.Module, spec: LayerSpec, moments: Moments) -> NestedFits:
         """Return the fits of a layer by its moments."""
         with torch.no_grad():
             weight = split_groups(dense_weight(layer).detach(), spec)
-        problem = CurveProblem(weight, spec, LowRank, moments)
-        values, vectors = _output_directions(problem.kernel.flatten(2), problem.covariance)
+        problem, flat = CurveProblem(weight, spec, LowRank, moments), weight.flatten(2)
+        if is_tall(flat):
+            into, dual, values = _from_inputs(flat, problem.covariance, moments)
+            if spec.kind == "linear":
+                inputs = spec.replace(out_channels=spec.in_channels)
+                mean = moments.mean[..., None, None].float()
+                return cls(inputs, mean, into.float(), dual.float(), tails(values), weight[0])
+            dual = torch.cat([(flat[:, rows].double() @ dual.mT).float() for rows in blocks(flat)], dim=1).mT
+        else:
+            values, vectors = torch.linalg.eigh(gram_under(problem.kernel.flatten(2), problem.covariance))
+            root = moments.output_root()
+            dual = (vectors.flip(-1) if root is None else root.solve(vectors.flip(-1))).mT
         del problem  # which holds the weight in float64
-        dual = into = vectors.mT
-        root = moments.output_root()
-        if root is not None and moments.output_gram is not None:
-            dual, gram = root.solve(vectors).mT, moments.ridged_gram()
+        into = dual
+        if moments.output_gram is not None:
+            gram = moments.ridged_gram()
             into = torch.cat([(part.double() @ gram).to(dual) for part in dual.split(_ROWS, dim=1)], dim=1)  # RᵀR is G
-        mean = (weight.double().flatten(2) @ moments.mean.unsqueeze(-1)).unsqueeze(-1)
+        mean = (flat.double() @ moments.mean.unsqueeze(-1)).unsqueeze(-1)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             mean = mean + bias.detach().double().view_as(mean)
         return cls(spec, mean.float(), into.float(), dual.float(), tails(values))
 
-    def lost(self, output: Tensor, gradient: Tensor, samples: int) -> Tensor:
-        """Return Σ gᵀ(y − ŷ) over the positions of each sample at ranks 0, 1, ...: (samples, k + 1)."""
-        y = channels_first(output, self.spec) - self.mean.to(output.dtype)
+    def lost(self, values: Tensor, gradient: Tensor, samples: int) -> Tensor:
+        """Return Σ gᵀ(y − ŷ) over the positions of each sample at ranks 0, 1, ...: (samples, k + 1).
+
+        ``values`` are the outputs y of the layer and ``gradient`` is that at y; or both at its inputs, with ``weight``.
+        """
+        y = channels_first(values, self.spec) - self.mean.to(values.dtype)
         g = channels_first(gradient, self.spec)
         rows = y.shape[2]
         each = samples if rows % samples == 0 else rows  # windows, steps and the like may be folded into the first axis
@@ -91,8 +107,9 @@ class Judge(GradientSums):
         *,
         seed: int = 0,
         widest: int | None = None,
+        last: LastLayer | None = None,
     ) -> None:
-        super().__init__(model, specs, seed=seed, widest=widest)
+        super().__init__(model, specs, seed=seed, widest=widest, last=last)
         self._fits = {
             path: NestedFits.of(model.get_submodule(path), specs[path], own)
             for path, own in moments.items()
@@ -102,24 +119,33 @@ class Judge(GradientSums):
         self._lost: dict[str, Tensor] = {}
         self._size = 1
 
-    def gathering(self, path: str, spec: LayerSpec, output: Tensor) -> Callable[[Tensor], None]:
-        """Return what is called with the gradient at an output of a layer."""
-        add = super().gathering(path, spec, output)
+    def gathering(self, path: str, spec: LayerSpec, entered: Tensor, output: Tensor) -> Callable[[Tensor], None]:
+        """Return what is called with the gradient at an output of a layer, which came of what entered it."""
+        add = super().gathering(path, spec, entered, output)
         fits = self._fits.get(path)
         if fits is None:
             return add
-        kept = output.clone()  # an activation in place may follow
+        kept = (output if fits.weight is None else entered).clone()  # an activation in place may follow
 
         @plain_arithmetic()
         def judge(gradient: Tensor) -> None:
             add(gradient)
             if not self.differentiating:
                 return
-            lost = fits.lost(squarable(kept), squarable(gradient.detach()), self._size)
-            before = self._now.get(path)
-            self._now[path] = lost if before is None or before.shape != lost.shape else before + lost
+            known = squarable(gradient.detach())
+            self._judge(path, kept, known if fits.weight is None else known @ fits.weight.to(known))
 
         return judge
+
+    def at_last(self, last: LastLayer, entered: Tensor, gradient: Tensor) -> None:
+        """Judge the layer that is left out."""
+        if last.path in self._fits:
+            self._judge(last.path, entered, gradient)
+
+    def _judge(self, path: str, values: Tensor, gradient: Tensor) -> None:
+        lost = self._fits[path].lost(squarable(values), squarable(gradient), self._size)
+        before = self._now.get(path)
+        self._now[path] = lost if before is None or before.shape != lost.shape else before + lost
 
     def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
@@ -139,16 +165,15 @@ class Judge(GradientSums):
         }
 
 
-def _output_directions(matrix: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues (groups, k), ascending, of A C Aᵀ (m, m) and its eigenvectors (groups, m, k), descending.
+def _from_inputs(weight: Tensor, covariance: Covariance, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Vᵀ R W (groups, n, n), D with dual = D Wᵀ (groups, n, n), and the eigenvalues (groups, n), ascending.
 
-    Of a tall A (groups, m, n) those of the side of the inputs, k = n, in float32: beyond them all eigenvalues are 0.
+    V are the eigenvectors of A C Aᵀ, the leading ones first, of a tall A = R W (groups, m, n): all from Aᵀ A = Wᵀ G W.
     """
-    if not is_tall(matrix):
-        values, vectors = torch.linalg.eigh(gram_under(matrix, covariance))
-        return values, vectors.flip(-1)
-    values, turn = torch.linalg.eigh(gram_of_inputs(matrix, covariance))
+    square = gram_through(weight, None if moments.output_gram is None else moments.ridged_gram())
+    root = Root.of(covariance)
+    values, turn = torch.linalg.eigh(seen_from_inputs(square, root))
     kept = values > values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny) * 1e-12
     scale = kept / torch.where(kept, values, torch.ones_like(values)).sqrt()
-    inside = Root.of(covariance).times_(matrix.mT.float().contiguous()).mT  # A C^½, up to a rotation
-    return values, (inside @ (turn * scale.unsqueeze(-2)).to(inside)).flip(-1)
+    dual = root.transposed(turn * scale.unsqueeze(-2)).flip(-1).mT  # V is A Dᵀ
+    return dual @ square, dual, values

@@ -174,7 +174,10 @@ class CovarianceDecomposition(Decomposition):
         ridge = max(self.ridge, 1e-9)
         if isinstance(covariance, Sketch):
             return add_ridge(covariance.scaled(1 / level), ridge)
-        return add_ridge(covariance / level[:, None, None], ridge)
+        scaled = covariance / level[:, None, None]
+        raised = torch.where(mean_variance(scaled) > 0, ridge, 1.0)  # as ``add_ridge``, without a copy of a wide one
+        scaled.diagonal(dim1=-2, dim2=-1).add_(raised.unsqueeze(-1))
+        return scaled
 
 
 DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")

@@ -191,7 +191,15 @@ def add_ridge(square: CovarianceT, ridge: float) -> CovarianceT:
     level = torch.where(level > 0, level * ridge, torch.ones_like(level))
     if isinstance(square, Sketch):
         return square.plus(level)
-    return square + torch.diag_embed(level.unsqueeze(-1).expand(square.shape[:-1]))
+    raised = square.clone()
+    raised.diagonal(dim1=-2, dim2=-1).add_(level.unsqueeze(-1))
+    return raised
+
+
+def centred_square(square: Tensor, mean: Tensor) -> Tensor:
+    """Return E[x xᵀ] − x̄ x̄ᵀ (groups, n, n), exactly symmetric; of wide inputs every copy counts."""
+    centred = torch.baddbmm(square, mean.unsqueeze(-1), mean.unsqueeze(-2), alpha=-1)
+    return (centred + centred.mT).div_(2)
 
 
 def sandwich(matrix: Tensor, square: Covariance) -> Tensor:

@@ -15,12 +15,14 @@ from tenfold.decompositions.covariance import (
     Sketch,
     add_ridge,
     blocks,
+    centred_square,
     channel_blocks,
     is_finite,
     pooled,
     quadratic,
     sandwich,
 )
+from tenfold.decompositions.dense_inputs import DenseInputs
 from tenfold.decompositions.held_out import HeldOutCurve
 from tenfold.decompositions.roots import Root, spd_solver
 from tenfold.errors import WeightError
@@ -49,6 +51,7 @@ class Moments:
             reconstruction of Zhang et al. 2015; None where y is what the weight makes of x, and beside a sketch.
         target_mean: E[y] (groups, out/groups), with targets.
         target_power: E[y²] (groups, out/groups), with targets.
+        before: what entered the layer in the dense model, if y is what the weight makes of it: in place of the targets.
         output_gram: (groups, out/groups, out/groups), positive semidefinite: an error e of the outputs counts as
             eᵀ·output_gram·e (for one, the second moment of the gradients there: G of K-FAC); None for ‖e‖². Of very
             many outputs a ``Sketch``.
@@ -66,6 +69,7 @@ class Moments:
     cross: Tensor | None = None
     target_mean: Tensor | None = None
     target_power: Tensor | None = None
+    before: DenseInputs | None = None
     output_gram: Covariance | None = None
     held_out: HeldOutCurve | None = None
 
@@ -80,7 +84,7 @@ class Moments:
         y = targets.double() if targets.dim() == 3 else targets.double()[None]
         return moments.replace(cross=y.mT @ x / count, target_mean=y.mean(1), target_power=y.square().mean(1))
 
-    def replace(self, **changes: Covariance | HeldOutCurve | int | None) -> Self:
+    def replace(self, **changes: Covariance | DenseInputs | HeldOutCurve | int | None) -> Self:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
@@ -105,13 +109,14 @@ class Moments:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the moments on another device."""
-        return self.replace(**{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Covariance)})
+        parts = (Covariance, DenseInputs)
+        return self.replace(**{k: v.to(device) for k, v in vars(self).items() if isinstance(v, parts)})
 
     def digest(self) -> str:
         """Return a hash of all values, as a cache key."""
         parts = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         for name, value in vars(self).items():
-            if isinstance(value, Sketch):
+            if isinstance(value, Sketch | DenseInputs):
                 parts |= {f"{name}.{part}": tensor for part, tensor in value.tensors().items()}
         return digest(parts, str(self.count))
 
@@ -131,8 +136,12 @@ class Moments:
             "target_power": (groups, out),
             "output_gram": (groups, out, out),
         }
+        values = {name: getattr(self, name) for name in shapes}
+        for name, value in () if self.before is None else self.before.tensors().items():
+            values[f"{name} of the dense inputs"] = value
+            shapes[f"{name} of the dense inputs"] = (groups, width) if name == "mean" else (groups, width, width)
         for name, shape in shapes.items():
-            value = getattr(self, name)
+            value = values[name]
             if value is not None and tuple(value.shape) != shape:
                 msg = f"the moments have {name} of shape {tuple(value.shape)}, this layer needs {shape}"
                 raise WeightError(msg)
@@ -147,8 +156,7 @@ class Moments:
         """
         if isinstance(self.input_second_moment, Sketch):
             return add_ridge(self.input_second_moment.centred(self.mean, self.target_mean), ridge)
-        centred = self.input_second_moment - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        return add_ridge((centred + centred.mT) / 2, ridge)
+        return add_ridge(centred_square(self.input_second_moment, self.mean), ridge)
 
     def channel_covariance(self, taps: int) -> Tensor:
         """Return the covariance of the input channels alone (groups, n/taps, n/taps), averaged over the taps."""
@@ -157,7 +165,8 @@ class Moments:
     def uncentered(self) -> Self:
         """Return moments about zero instead of the mean, for layers without a bias to absorb the shift of the mean."""
         none = None if self.target_mean is None else torch.zeros_like(self.target_mean)
-        return self.replace(mean=torch.zeros_like(self.mean), target_mean=none)
+        before = None if self.before is None else self.before.uncentered()
+        return self.replace(mean=torch.zeros_like(self.mean), target_mean=none, before=before)
 
     def regression_target(self, weight: Tensor, ridge: float = 0.0, *, out: Tensor | None = None) -> Tensor:
         """Return the best unconstrained weights (groups, out/groups, n): the given ones, unless there are targets.
@@ -165,14 +174,18 @@ class Moments:
         With targets it is the regression of y on x, drawn to ``weight`` where the data say nothing: the minimiser of
         E‖y − T x‖² + ridge·(mean variance)·‖T − weight‖². It may be written to ``out``, such as the weight itself.
         """
-        if self.target_mean is None:
+        if self.target_mean is None and self.before is None:
             return weight
         plain = self.covariance()
         if isinstance(plain, Sketch):
             return plain.regression(weight.double(), add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
-        if self.cross is None:
-            return weight
-        solve, found = spd_solver(add_ridge(plain, ridge)), torch.empty_like(weight) if out is None else out
+        found = torch.empty_like(weight) if out is None else out
+        solve = spd_solver(add_ridge(plain, ridge))
+        if self.before is not None:
+            turn = solve((self.before.centred_cross(self.mean) - plain).mT).mT.to(weight.dtype)
+            for rows in blocks(weight):
+                found[:, rows] = weight[:, rows].baddbmm(weight[:, rows], turn)
+            return found
         for rows in blocks(weight):
             own = weight[:, rows].double()
             missed = self._centred_cross(rows).baddbmm_(own, plain, alpha=-1)
@@ -194,6 +207,10 @@ class Moments:
         The means of y and ŷ agree, because the bias absorbs their difference. Both weights are (groups, out/groups, n).
         """
         covariance = self.covariance()
+        if self.before is not None:
+            power = quadratic(weight, self.before.covariance())
+            mixed = (weight @ self.before.centred_cross(self.mean) * approximation).sum(-1)
+            return (power - 2 * mixed + quadratic(approximation, covariance)).clamp_min(0), power
         if self.target_mean is None or self.target_power is None:
             return quadratic(weight - approximation, covariance), quadratic(weight, covariance)
         power = self.target_power - self.target_mean.square()
@@ -248,5 +265,6 @@ class Moments:
 
     def bias_shift(self, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return what to add to the bias so that the mean output is as it should be (groups, out/groups)."""
-        mean = self.target_mean if self.target_mean is not None else (weight @ self.mean.unsqueeze(-1)).squeeze(-1)
+        known = self.mean if self.before is None else self.before.mean
+        mean = self.target_mean if self.target_mean is not None else (weight @ known.unsqueeze(-1)).squeeze(-1)
         return mean - (approximation @ self.mean.unsqueeze(-1)).squeeze(-1)

@@ -78,6 +78,12 @@ class Root:
             return self.vectors.to(right.dtype) @ right
         return _stretched(right.mul_(self.scale.to(right.dtype)), self.vectors, self.stretch)
 
+    def transposed(self, right: Tensor) -> Tensor:
+        """Return Sᵀ x for columns x (groups, n, m)."""
+        if self.scale is None or self.stretch is None:
+            return self.vectors.to(right.dtype) @ right  # the root of a dense matrix is symmetric
+        return _stretched(right.clone(), self.vectors, self.stretch).mul_(self.scale.to(right.dtype))
+
     def solve(self, right: Tensor) -> Tensor:
         """Return S⁻¹ x for columns x (groups, n, m); by the pseudo-inverse where S has none."""
         if self.inverse is not None:

@@ -60,8 +60,14 @@ class WhitenedSVD(CovarianceDecomposition):
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:
         """Return the tails of the eigenvalues of the output covariance, which are exact."""
-        matrix, covariance = problem.kernel.flatten(2), problem.covariance
-        square = gram_of_inputs(matrix, covariance) if is_tall(matrix) else gram_under(matrix, covariance)
+        matrix, covariance, moments = problem.weight.flatten(2), problem.covariance, problem.moments
+        if not is_tall(matrix):
+            square = gram_under(problem.kernel.flatten(2), covariance)
+        elif moments is None:
+            square = gram_of_inputs(problem.kernel.flatten(2), covariance)
+        else:
+            outputs = None if moments.output_gram is None else moments.to(matrix.device).ridged_gram()
+            square = seen_from_inputs(gram_through(matrix, outputs), Root.of(covariance))
         lost = tails(torch.linalg.eigvalsh(square))
         return lambda ranks: lost[ranks[:, 0]]
 
@@ -176,10 +182,29 @@ def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
 def gram_of_inputs(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return C^½ AᵀA C^½ (batch, n, n) in float64, which has the eigenvalues of A C Aᵀ (batch, m, m)."""
     root = Root.of(covariance.double() if isinstance(covariance, Tensor) else covariance)
+    return seen_from_inputs(gram_through(matrix), root)
+
+
+def gram_through(matrix: Tensor, outputs: Covariance | None = None) -> Tensor:
+    """Return Aᵀ G A (batch, n, n) in float64 of a tall A (batch, m, n), some rows at a time; G (batch, m, m) or I."""
     square = matrix.new_zeros(len(matrix), matrix.shape[2], matrix.shape[2], dtype=torch.float64)
+    sketched = outputs.rows.shape[1] if isinstance(outputs, Sketch) else 0
+    seen = square.new_zeros(len(square), sketched, matrix.shape[2])
     for rows in blocks(matrix):
         own = matrix[:, rows].double()
-        square.baddbmm_(own.mT, own)
+        if outputs is None:
+            left = own
+        elif isinstance(outputs, Sketch):
+            left = own * outputs.rest[:, rows].unsqueeze(-1)
+            seen += outputs.rows[:, :, rows] @ own
+        else:
+            left = outputs[:, rows] @ matrix.double()
+        square.baddbmm_(left.mT, own)
+    return square.baddbmm_(seen.mT, seen)
+
+
+def seen_from_inputs(square: Tensor, root: Root) -> Tensor:
+    """Return S K Sᵀ (batch, n, n) of K = Aᵀ A (batch, n, n), exactly symmetric: SᵀS is the covariance of the inputs."""
     square = root @ (root @ square).mT
     return (square + square.mT) / 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,20 +17,23 @@ from tenfold.allocation.schedule import Schedule
 from tenfold.calibration import calibrate
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
+from tenfold.errors import AgreementWarning, DataError
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.stage import Stage
-from tenfold.pipeline import Compressed, apply_decision, measurement
+from tenfold.pipeline import Compressed, apply_decision, measurement, warn_if_low
 from tenfold.planning import Decision, Score, analyse
-from tenfold.profiling import environment, profile
-from tenfold.records import Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
+from tenfold.profiling import agreement, environment, profile
+from tenfold.records import Agreement, Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
 from tenfold.records.metric import FRACTION
 from tenfold.runtime import Runtime
 from tenfold.surgery import reestimate_batchnorm_
 from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, device_of, gathered
 from tenfold.tracing.contexts import kept_modes
+from tenfold.tracing.input_batches import GatheredBatches
 from tenfold.tracing.inputs import arguments, digest_batches, tensors_in
+from tenfold.tracing.samples import count_samples, parted
 from tenfold.training import TuneResult
 
 logger = logging.getLogger("tenfold")
@@ -65,7 +69,8 @@ def stages(
         example_inputs: what its forward takes; costs are those of one forward on them.
         recipe: what is wanted in the end: a ``Recipe``, a mapping of its fields, or a budget such as ``"macs=0.5"``.
         schedule: in how many stages, and how far in each.
-        data: unlabeled batches as the forward takes them; see ``compress``. Without, weights alone decide.
+        data: unlabeled batches as the forward takes them; see ``compress``. Without, weights alone decide. A part is
+            left alone, on which the agreement with the original is measured after each stage.
         evaluate: returns the score of a model: see ``compress``; called on the original, and around each training.
         runtime: how it is done; ``folder`` and ``identity`` are those of the run.
 
@@ -92,15 +97,18 @@ def stages(
     check_finite(model)
     if runtime.latency_inputs is None:
         runtime = runtime.replace(latency_inputs=example_inputs)
-    batches = None if data is None else gathered(data, model, example_inputs, device_of(model, example_inputs))
+    every = None if data is None else gathered(data, model, example_inputs, device_of(model, example_inputs))
     planner = StagePlanner(recipe, schedule, profile(model, example_inputs), runtime)
     folder = None
     if runtime.folder is not None:
-        run = _identify(model, example_inputs, planner, batches)
+        run = _identify(model, example_inputs, planner, every)
         folder = RunFolder(runtime.folder, run)
     # What is wrong with the arguments is raised at the call and not at the first stage.
     score = None if evaluate is None else Score.of(evaluate)
-    return _Run(model, example_inputs, planner, batches, score, folder).go()
+    if every is None:
+        return _Run(model, example_inputs, planner, None, [], score, folder).go()
+    batches, held_out = parted(model, every, recipe.calibration.held_out_of(count_samples(every)))
+    return _Run(model, example_inputs, planner, GatheredBatches(batches), held_out, score, folder).go()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +131,7 @@ class _Run:
     inputs: Any
     planner: StagePlanner
     batches: list[Any] | None
+    held_out: list[Any]
     evaluate: Score | None
     folder: RunFolder | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -153,7 +162,9 @@ class _Run:
             now = self._complete(stage, record, result)
         if self.recipe.budget and not self.planner.met(profile(now.model, self.inputs), now.done):
             logger.warning("the budget is not met after the last round: more rounds, or a stronger rule, may meet it")
-        plan = now.record.plan
+        plan, agreed = now.record.plan, now.record.agreement
+        if agreed is not None:
+            warn_if_low(agreed, count_samples(self.batches or []), tuned=True)
         return Compressed(now.model, plan, now.record, self.original, partial(self._analyse, plan))
 
     def _analyse(self, plan: Plan) -> Analysis:
@@ -291,11 +302,13 @@ class _Run:
         if self.evaluate is not None:
             scores["tuned"] = self._score(stage.model)
             own = own.replace(scores={**own.scores, "tuned": scores["tuned"]})
+        agreed = self._agreement(stage.model)
         own = own.replace(tuning=epochs, seconds={**own.seconds, **self.seconds})
         record = record.replace(
             stages=(*record.stages[:-1], own),
             after=record.after.replace(score=scores.get("tuned")),
             scores=scores,
+            agreement=agreed,
             tuning=(*record.tuning, *({"stage": stage.index, **epoch} for epoch in epochs)),
             seconds={k: v + record.seconds.get(k, 0.0) for k, v in {**record.seconds, **own.seconds}.items()},
         )
@@ -303,6 +316,18 @@ class _Run:
             return _Now(stage.model, record)
         self.folder.complete(stage.index, stage.model, record)
         return _Now(*self.folder.read(stage.index, self.original))
+
+    def _agreement(self, model: nn.Module) -> Agreement | None:
+        """Return how far a trained model agrees with the original where nothing was fitted, as ``compress`` has it."""
+        if not self.batches:
+            return None
+        with self.watch("compare"):
+            try:
+                looked_at = self.held_out or self.batches
+                return agreement(self.original, model, looked_at, held_out=bool(self.held_out))
+            except DataError as error:
+                warnings.warn(f"{error}.", AgreementWarning, stacklevel=2)
+                return None
 
     def _score(self, model: nn.Module) -> float:
         with self.watch("evaluate"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.errors import DataError
 from tenfold.records import Agreement
+from tenfold.tensors.free_memory import give_back
 from tenfold.tracing.contexts import evaluating
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 from tenfold.tracing.masks import real_tokens, token_mask
@@ -42,6 +43,7 @@ def agreement(model: nn.Module, small: nn.Module, batches: Iterable[Any], *, hel
         (10, 1.0, 0.0)
     """
     sums = _Sums()
+    give_back()
     with evaluating(model), evaluating(small):
         for number, batch in enumerate(batches):
             own, other = (_outputs(m, batch, seed=number) for m in (model, small))

@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tenfold.calibration.collect import collect_moments
-from tenfold.calibration.moment_sums import MomentSums
-from tenfold.decompositions import Decomposition, Moments, algorithm_for, default_algorithm, fit_layer
-from tenfold.decompositions.covariance import Covariance
+from tenfold.calibration.moment_sums import MomentSums, sketch_rows
+from tenfold.decompositions import Decomposition, Moments, Sketch, algorithm_for, default_algorithm, fit_layer
+from tenfold.decompositions.covariance import Covariance, is_tall
+from tenfold.decompositions.dense_inputs import DenseInputs
 from tenfold.errors import CalibrationWarning, DataError, naming_layer
+from tenfold.formats import split_groups
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply, apply_
@@ -24,6 +26,7 @@ from tenfold.surgery.replacement import check_planned, factorizable_spec, geomet
 from tenfold.surgery.separate import separate
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
 from tenfold.tensors import normal_tensors
+from tenfold.tensors.free_memory import give_back
 from tenfold.tracing.masks import token_mask
 from tenfold.tracing.repeated_runs import Forward
 from tenfold.tracing.replay import Replay
@@ -31,6 +34,7 @@ from tenfold.tracing.samples import count_samples
 
 Progress = Callable[[int, int], None]
 
+_OTHER_ROWS = "it sees other rows than in the original"
 _FEW = 0.1  # ridge where there is a row for each unknown
 
 
@@ -165,7 +169,10 @@ class _Fitting:
         spec, weight = geometry(old, path)
         branch = branch_of(self.new, self.changing, path) if self.config.correct_shortcuts else None
         bias = getattr(old, "bias", None)
-        metric = self._moments(path, spec, branch, bias, number)
+        if branch is None and self._follows_from_inputs(spec, weight):
+            metric = self._moments_of_inputs(path, spec)
+        else:
+            metric = self._moments(path, spec, branch, bias, number)
         follower = self.changing.follower(path)
         norm: Any = None if follower is None else self.new.get_submodule(follower)
         if bias is None and not _takes_mean(norm):
@@ -174,6 +181,7 @@ class _Fitting:
         if gram is None and branch is not None:
             gram = branch.importance(spec)
         metric = metric.replace(output_gram=gram)
+        give_back()
         with naming_layer(path):
             few = _ridge_of_few(metric, count_samples(self.batches))
             algorithm = _algorithm(layer, self.config.ridge, few, self.plan.seed)
@@ -184,25 +192,52 @@ class _Fitting:
 
     def _moments(self, path: str, spec: LayerSpec, branch: Branch | None, bias: Tensor | None, number: int) -> Moments:
         """Return the moments of what enters the layer now, beside its outputs in the dense model."""
-        lost = [decisions.adrift[path] for decisions in self.dense.decisions if path in decisions.adrift]
-        if lost:
-            raise _UnlikeError(lost[0])
-        places, config = self.changing.places(path), self.config
-        if not places or places != self.dense.places(path):
-            msg = "the batches reach it otherwise than in the original"
-            raise _UnlikeError(msg)
+        config = self.config
         sums = MomentSums(config.max_width, config.seed)
         pairs = targets(self.dense, self.changing, path, branch)
-        for i, (place, (x, y)) in enumerate(zip(places, pairs, strict=True)):
+        for i, (place, (x, y)) in enumerate(zip(self._places(path), pairs, strict=True)):
             if spec.out_shape(tuple(x.shape)) != tuple(y.shape):
-                msg = "it sees other rows than in the original"
-                raise _UnlikeError(msg)
+                raise _UnlikeError(_OTHER_ROWS)
             wanted = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
             drawn = config.seed * 1_000_003 + number * 1009 + i
             mask = token_mask(self.batches[place], self.source)
             sums.add(x, spec, wanted, positions=config.positions, seed=drawn, mask=mask)
         del x, y, wanted  # as large as all that the layer takes and puts out
         return sums.moments(path)
+
+    def _follows_from_inputs(self, spec: LayerSpec, weight: Tensor) -> bool:
+        """Whether outputs are W x and so many that they had better not be computed."""
+        tall = spec.kind == "linear" and is_tall(split_groups(weight, spec).flatten(2))
+        return tall and self.dense.model is self.source and sketch_rows(spec, self.config.max_width) is None
+
+    def _moments_of_inputs(self, path: str, spec: LayerSpec) -> Moments:
+        """Return the moments of what enters the layer now, beside what enters it in the dense model."""
+        sums, before = (MomentSums(self.config.max_width, self.config.seed) for _ in range(2))
+        square = spec.replace(out_channels=spec.in_channels)
+        pairs = zip(self.changing.inputs(path), self.dense.inputs(path), strict=True)
+        for place, (x, other) in zip(self._places(path), pairs, strict=True):
+            if x.shape != other.shape:
+                raise _UnlikeError(_OTHER_ROWS)
+            mask = token_mask(self.batches[place], self.source)
+            sums.add(x, square, other, mask=mask)
+            before.add(other, square, mask=mask)
+        found, own = sums.moments(path), before.moments(path)
+        if found.cross is None or isinstance(own.input_second_moment, Sketch):
+            msg = "inputs that are sketched have no cross moments"
+            raise DataError(msg)
+        known = DenseInputs(own.input_second_moment, own.mean, found.cross)
+        return found.replace(cross=None, target_mean=None, target_power=None, before=known)
+
+    def _places(self, path: str) -> list[int]:
+        """Return the batches that reach a layer, in both models alike."""
+        lost = [decisions.adrift[path] for decisions in self.dense.decisions if path in decisions.adrift]
+        if lost:
+            raise _UnlikeError(lost[0])
+        places = self.changing.places(path)
+        if not places or places != self.dense.places(path):
+            msg = "the batches reach it otherwise than in the original"
+            raise _UnlikeError(msg)
+        return places
 
     def _fit_alone(self, layer: LayerPlan, why: str) -> None:
         path, dense = layer.path, self.dense.model

@@ -85,7 +85,8 @@ def squarable(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 or not tensor.numel():
         return tensor
     tensor = tensor.float()
-    largest = float(torch.linalg.vector_norm(tensor, torch.inf))
+    low, high = (float(bound) for bound in torch.aminmax(tensor))  # many times faster than a norm; NaN stays NaN
+    largest = max(-low, high)
     low, high = _SAFE
     return tensor if low < largest < high or not 0 < largest < torch.inf else tensor.double()
 

@@ -175,7 +175,7 @@ class Replay(Runs):
                 watching.insert(1, layer.register_forward_hook(leave, prepend=True))
             else:
                 seen["output"] = self._hollowed(next(shapes))
-                watching += [_stand_in(module, lambda *_, **__: seen["output"]) for module in {layer, end}]
+                watching += [stand_in(module, lambda *_, **__: seen["output"]) for module in {layer, end}]
             self._run(path, number, stop, *watching)
             yield seen["input"], seen["output"], stop.seen[0]
 
@@ -214,7 +214,7 @@ class Replay(Runs):
         with ExitStack() as stack:
             for name, known in self._standing(path, number).items():
                 module = self.model.get_submodule(name)
-                stack.enter_context(_stand_in(module, self._keeper(name, number, known, module.forward)))
+                stack.enter_context(stand_in(module, self._keeper(name, number, known, module.forward)))
             yield
 
     def _standing(self, path: str, number: int) -> dict[str, Tensor | None]:
@@ -331,7 +331,7 @@ class Replay(Runs):
 
 
 @contextmanager
-def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``forward`` run in place of the module's own."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

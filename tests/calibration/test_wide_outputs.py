@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from tenfold.calibration import calibrate
 from tenfold.calibration.collect import measurable
-from tenfold.calibration.gradients import collect_gradients
+from tenfold.calibration.gradients import GradientSums, collect_gradients
+from tenfold.calibration.last_layer import LastLayer
 from tenfold.calibration.needs import statistics_bytes
-from tenfold.decompositions import Sketch
+from tenfold.decompositions import Sketch, covariance
 from tenfold.errors import CalibrationWarning
 from tenfold.pipeline import compress
 from tenfold.runtime import Event, Runtime
+from tenfold.tracing.inputs import call_model
 
 few_rows = pytest.mark.filterwarnings("ignore:.*saw fewer rows:tenfold.errors.CalibrationWarning")
 
@@ -129,3 +131,80 @@ def test_what_it_takes_is_said_before_and_is_enough(caplog: pytest.LogCaptureFix
     for path, own in known.items():
         held = sum(t.numel() * 8 for t in vars(own).values() if isinstance(t, Tensor))
         assert 0.9 < held / statistics_bytes(measurable(model)[path]) <= 1
+
+
+class Head(nn.Module):
+    """Words, a layer, and a head of many words; ``loss`` returns something that is made of the outputs besides."""
+
+    def __init__(self, loss: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(1500, 12)
+        self.body = nn.Sequential(nn.Linear(12, 1100), nn.Tanh(), nn.Linear(1100, 12))
+        self.head, self.loss = nn.Linear(12, 1500), loss
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.body(self.words(ids))))
+        return {"logits": logits, "loss": logits.logsumexp(-1).mean()} if self.loss else {"logits": logits}
+
+
+def test_a_last_layer_of_a_vocabulary_is_left_out_and_says_the_same() -> None:
+    model = Head().eval()
+    ids = torch.randint(0, 1500, (4, 500, 8))
+    batches = [{"input_ids": own, "attention_mask": torch.ones(500, 8).long()} for own in ids]
+    for batch in batches:
+        batch["attention_mask"][:, 5:] = 0
+        batch["ids"] = batch.pop("input_ids")
+    specs = {path: spec for path, spec in measurable(model).items() if path != "words"}
+    last, calls = LastLayer.of(model, batches[0], call_model), []
+    assert last is not None
+    assert last.path == "head"
+    found = {}
+    for name, own in (("left out", last), ("run", None)):
+        with GradientSums(model, specs, last=own) as sums:
+            watch = model.head.register_forward_hook(lambda *_: calls.append(name))  # noqa: B023
+            for batch in batches * 2:
+                sums.add(model, batch)
+            watch.remove()
+        found[name] = {path: dense(gram) for path, gram in sums.mean().items()}
+    wanted = found["run"]["body.2"]
+    torch.testing.assert_close(found["left out"]["body.2"], wanted, rtol=0.1, atol=0.05 * float(wanted.abs().max()))
+    torch.testing.assert_close(found["left out"]["head"], 5 * torch.eye(1500).double()[None])  # of 5 real tokens each
+    torch.testing.assert_close(
+        found["run"]["head"].diagonal(dim1=1, dim2=2).mean(), torch.tensor(5.0).double(), rtol=0.01, atol=0
+    )
+
+
+def test_a_layer_that_something_else_is_made_of_runs() -> None:
+    batch = torch.randint(0, 1500, (3, 8))
+    assert LastLayer.of(Head(loss=True), batch, call_model) is None
+    watched = Head()
+    watched.head.register_forward_hook(lambda *_: None)
+    assert LastLayer.of(watched, batch, call_model) is None
+    assert LastLayer.of(nn.Sequential(Head().words, Head().head, nn.Softmax(-1)), batch, call_model) is None
+
+
+def test_outputs_that_change_their_kind_are_differentiated_as_they_are() -> None:
+    class Odd(Head):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            found = super().forward(ids)
+            return found if len(ids) > 5 else {"logits": found["logits"] * 2}
+
+    torch.manual_seed(0)
+    model = Odd().eval()
+    batches = [torch.randint(0, 1500, (6, 64)) for _ in range(7)] + [torch.randint(0, 1500, (5, 64))]
+    found = calibrate(model, batches)["body.2"]
+    assert found.count == 64 * 47
+    assert found.judged
+
+
+def test_a_head_is_judged_by_what_enters_it_as_by_what_it_puts_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 60), nn.Tanh(), nn.Linear(60, 4))
+    batches = [torch.randn(200, 6) for _ in range(8)]
+    wanted = calibrate(model, batches)["2"].held_out
+    monkeypatch.setattr(covariance, "WIDE_OUTPUTS", 8)
+    found = calibrate(model, batches)["2"].held_out
+    assert wanted is not None
+    assert found is not None
+    for one, other in ((found.predicted, wanted.predicted), (found.measured, wanted.measured)):
+        assert one[0] == pytest.approx(other[0], rel=0.02)
+        assert one[5] == pytest.approx(other[5], rel=0.1)

@@ -14,7 +14,7 @@ from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, Tunin
 from tenfold.iterative import Schedule, Stage, Training, compress_iteratively, musco, stages
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
-from tenfold.profiling import profile
+from tenfold.profiling import agreement, profile
 from tenfold.records import Recipe
 from tenfold.training import TuneConfig
 from tests.iterative.small import accuracy, batches, both, cnn, images, unlabeled
@@ -213,8 +213,18 @@ def test_shuffles_go_on_from_stage_to_stage() -> None:
     assert sorted(set(asked)) == list(range(7))
 
 
+def test_the_agreement_with_the_original_is_measured_where_nothing_was_fitted() -> None:
+    net, x = cnn(), unlabeled()
+    recipe = RECIPE.replace(calibration={"held_out": 0.25})
+    run = compress_iteratively(net, ONE, recipe, SCHEDULE, tune=Training(batches, CONFIG), data=x)
+    held = [own[[2, 6, 10, 14]] for own in x]  # a quarter of every batch
+    assert run.record.agreement == agreement(net, run.model, held)
+    assert run.record.agreement.samples == 12
+    assert compress_iteratively(net, ONE, *SHALLOW, tune=Training(batches, CONFIG)).record.agreement is None
+
+
 def test_batch_norm_is_estimated_anew_where_layers_were_not_fitted_to_data() -> None:
-    recipe = RECIPE.replace(calibration={"method": "batchnorm"})
+    recipe = RECIPE.replace(calibration={"method": "batchnorm", "held_out": 0})
     stage = next(stages(cnn(), ONE, recipe, SCHEDULE, data=unlabeled()))
     kept = next(stages(cnn(), ONE, *SHALLOW))
     fresh = copy.deepcopy(kept.model)
