@@ -7,8 +7,8 @@ import pytest
 from benchmarks.house.__main__ import Line, lines
 
 # Not reached. They fall, unless more is served: 3,600 lines went into any forward, experts, plans that know how sure
-# they are, and files that can be relied on.
-REACHED = {"lines of code": 24_100, "files": 332}
+# they are, and files that can be relied on; 1,700 into runtimes, times under load, int8 and recurrent kernels.
+REACHED = {"lines of code": 25_750, "files": 360}
 
 LINES = lines(watch_budget=False)
 
