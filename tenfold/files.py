@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tenfold.errors import FileError
@@ -212,10 +212,14 @@ def _held(lock: Path, handle: int) -> Iterator[None]:
 def _owned(parent: Path, prefix: str) -> Iterator[Path]:
     while True:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix, suffix=".partial"))
-        with _opened(folder) as handle:
+        with ExitStack() as stack:
+            try:
+                handle = stack.enter_context(_opened(folder))
+            except FileNotFoundError:  # somebody took it for a leftover before it was opened
+                continue
             with suppress(OSError):  # no locks on this file system: nobody removes what is there
                 if not (_try_lock(handle) and _is_at(handle, folder)):
-                    continue  # somebody took it for a leftover before it was locked
+                    continue  # or before it was locked
             try:
                 yield folder
             finally:

@@ -201,3 +201,21 @@ def test_a_folder_of_its_own_can_be_staged_in_the_working_folder(
     with staged(Path("out")) as folder, locked(Path("out")):
         assert names(tmp_path) == {folder.name, ".out.lock"}
     assert names(tmp_path) == set()
+
+
+def test_a_folder_that_is_taken_for_a_leftover_before_it_is_opened_is_made_anew(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Another process may look for leftovers just between making a folder and opening it."""
+    make, made = tempfile.mkdtemp, []
+
+    def robbed(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", robbed)
+    with staged(tmp_path / "out") as folder:
+        assert folder.is_dir()
+    assert len(made) == 2

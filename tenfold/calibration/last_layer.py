@@ -140,6 +140,8 @@ def _is_wide(module: nn.Module) -> bool:
     """Whether a module is a plain linear layer of very many outputs that nothing watches."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or module.weight.is_meta:
         return False
+    if type(module.weight) is not nn.Parameter:  # a quantized one, of a class of its own
+        return False
     own = vars(module)  # what somebody has put on it
     watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
     return is_tall(module.weight[None]) and not watched and not hasattr(module, "parametrizations")
