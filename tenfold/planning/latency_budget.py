@@ -138,7 +138,14 @@ def plan_within_latency(
             state = state.in_format(better)
             timing = state.timing()
             continue
-        _LOG.info("plan %d runs in %.3f of the time, allowed are %.3f", number, found.share, wanted)
+        _LOG.info(
+            "plan %d runs in %.3f of the time, predicted %.3f, allowed %.3f (tighten %.3f)",
+            number,
+            found.share,
+            timing.share_of(found.plan),
+            wanted,
+            timing.tighten,
+        )
         tried.append(found)
         if (1 - _SLACK) * wanted <= found.share <= wanted:
             break

@@ -110,10 +110,13 @@ class MeasurementGrid:
     levels: tuple[tuple[Point, ...], ...]
     curves: tuple[Curve, ...]
 
-    def curve(self, point: Point) -> Curve | None:
-        """Return the curve that a sub-layer lies on; None if no useful rank of the format leads to it."""
-        family, at = point.family, point.at
-        return next((c for c in self.curves if c.family == family and c.holds(*at)), None)
+    def curve(self, point: Point, x: Ints, y: Ints) -> Curve | None:
+        """Return the curve that a sub-layer lies on at all these channels; None if no useful rank leads to it.
+
+        One with as many inputs as outputs may lie where two lines cross: what else is asked for tells which is meant.
+        """
+        family, ends = point.family, [(int(f(x)), int(g(y))) for f in (np.min, np.max) for g in (np.min, np.max)]
+        return next((c for c in self.curves if c.family == family and all(c.holds(*at) for at in ends)), None)
 
 
 def measurement_grid(

@@ -258,7 +258,7 @@ class LatencyTable:
             self._measure(grid.levels[0], 1)
         total = np.zeros(len(ranks))
         for point, rows, x, y in stage_columns(format, spec, in_shape, ranks):
-            curve = grid.curve(point)
+            curve = grid.curve(point, x, y)
             if curve is None:  # beyond the sampled ranks: more expensive than the dense layer
                 self._known.setdefault(point)  # maybe the only one of its family: slices and groups depend on ranks
                 curve = Curve(point.family, tuple(np.unique(x).tolist()), tuple(np.unique(y).tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tenfold.formats import FORMATS
@@ -27,7 +28,7 @@ def test_every_rank_that_multiplies_less_lies_on_a_curve(format):
         if kind.macs(CONV, rank, SHAPE) > CONV.macs(SHAPE):
             continue
         for point in stage_points(format, CONV, SHAPE, rank):
-            curve = found.curve(point)
+            curve = found.curve(point, *map(np.array, point.at))
             assert curve is not None
             assert point.at[0] <= max(curve.xs)
             assert point.at[1] <= max(curve.ys)

@@ -336,3 +336,21 @@ def test_stages_of_which_no_kind_was_sampled_are_taken_in_proportion_to_the_dens
         found = clock().predict("tensor_ring", spec, calls, ranks)
     assert "taken in proportion" in caplog.text
     assert found == pytest.approx([chain_ms("tensor_ring", spec, calls[0].in_shape, r) for r in ranks], rel=0.5)
+
+
+@pytest.mark.parametrize("format", ["cp3", "cp4", "spatial", "low_rank", "tucker2", "tucker_cp"])
+@pytest.mark.parametrize("step", [1, 16])
+def test_many_ranks_at_once_take_what_each_takes_alone(format, step):
+    """A sub-layer with as many inputs as outputs lies on two lines, and the depthwise ones of all ranks on one."""
+
+    def blocks(spec, in_shape):
+        return 0.01 + 1e-3 * -(-spec.out_channels // step) * -(-spec.in_channels // spec.groups // step)
+
+    spec = LayerSpec(kind="conv", in_channels=16, out_channels=16, kernel=(3, 3), padding=(1, 1))
+    table = LatencyTable(cache=None, threads=1, timer=blocks, step=max(step, 8))
+    calls = (Call(in_shape=(2, 16, 8, 8)),)
+    names = FORMATS.get(format).rank_names
+    ranks = [FORMATS.get(format).check_rank(spec, dict.fromkeys(names, r)) for r in (16, 8, 12, 4)]
+    ranks += [{"rank": 32}, {"rank": 48}] if names == ("rank",) and format.startswith("cp") else []
+    together = table.predict(format, spec, calls, ranks)
+    assert together == pytest.approx([table.predict(format, spec, calls, [rank])[0] for rank in ranks])
