@@ -2,6 +2,7 @@
 
     python -m benchmarks.runtimes.run speed [--only TEXT] [--runtime NAME] [--batch N] [--threads N]
     python -m benchmarks.runtimes.run accuracy --weights FOLDER --images FOLDER [--only NAME]
+    python -m benchmarks.runtimes.run int8 --weights FOLDER --images FOLDER [--only NAME]
 
 ``--weights`` holds ``resnet20.safetensors``, ``resnet56.safetensors`` and ``mobilenet_v2.safetensors``; ``--images``
 photographs NNNN.jpg as ``benchmarks.certainty`` takes them. Writes ``runtimes.json`` and ``runtimes.md`` after every
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from benchmarks.trials import RESULTS
 from benchmarks.zoo import build
 from tenfold import Recipe, Runtime
 from tenfold.errors import BudgetError
+from tenfold.exporting import ExportConfig, export, open_exported, quantize_onnx
 from tenfold.pipeline import carry_out
 from tenfold.planning import LatencySearch, decide
 from tenfold.planning.latency_budget import plan_within_latency, with_structure
@@ -37,6 +40,8 @@ from tenfold.profiling import agreement, compare_latency, environment, profile
 from tenfold.records import write_text
 from tenfold.runtimes import runtime_named
 from tenfold.tasks import load_task
+
+Row = dict[str, Any]
 
 HERE = Path(__file__).parent
 HEAD = """\
@@ -64,12 +69,21 @@ budget.
 | network | asked | times faster | MACs | parameters | top-1 | dense | agreement |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
+INT8 = """\
+## Eight bits
+
+Planned by the clock of int8 for so many times the speed of the dense network in int8, untrained, then quantized.
+*Faster* and *bytes* are over the dense int8 file; *top-1* is that of the files, in floating point and in int8.
+
+| network | faster | MACs | bytes | dense top-1 | compressed top-1 |
+| --- | ---: | ---: | ---: | ---: | ---: |
+"""
 
 
 def main() -> None:
     """Make the rows that are missing, and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "accuracy"])
+    parser.add_argument("part", choices=["speed", "accuracy", "int8"])
     parser.add_argument("--config", type=Path, default=HERE / "runtimes.yaml")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--images", type=Path)
@@ -81,9 +95,10 @@ def main() -> None:
     options = parser.parse_args()
     config = yaml.safe_load(options.config.read_text())
     target = options.out / "runtimes.json"
-    result: dict[str, Any] = {"benchmark": "runtimes", "speed": [], "accuracy": []}
+    result: Row = {"benchmark": "runtimes", "speed": [], "accuracy": [], "int8": []}
     result |= json.loads(target.read_text()) if target.is_file() else {}
-    rows = speed(config, options, result["speed"]) if options.part == "speed" else accuracy(config, options, result)
+    parts = {"speed": speed, "accuracy": accuracy, "int8": int8}
+    rows = parts[options.part](config, options, result[options.part])
     for row in rows:
         result[options.part].append(row)
         result |= {"config": config, "environment": environment(torch.device("cpu")).model_dump(mode="json")}
@@ -92,7 +107,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
 
-def speed(config: dict[str, Any], options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def speed(config: Row, options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
     """Yield a row for every network, runtime, batch and number of threads."""
     own = config["speed"]
     known = {(row["network"], row["runtime"], row["batch"], row["threads"]) for row in done}
@@ -107,7 +122,7 @@ def speed(config: dict[str, Any], options: argparse.Namespace, done: list[dict[s
                         yield speed_row(config, network, runtime, batch)
 
 
-def speed_row(config: dict[str, Any], network: dict[str, Any], runtime: str, batch: int) -> dict[str, Any]:
+def speed_row(config: Row, network: Row, runtime: str, batch: int) -> Row:
     """Return what came of one network in one runtime."""
     subject = build(**network, batch=batch)
     own, start = config["speed"], time.perf_counter()
@@ -148,12 +163,12 @@ def counted(plan: Any) -> dict[str, int]:
     return {name: formats.count(name) for name in sorted(set(formats))}
 
 
-def accuracy(config: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def accuracy(config: Row, options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
     """Yield a row for every network and speed."""
     own = config["accuracy"]
     torch.set_num_threads(own["threads"])
     for name, speeds in own["networks"].items():
-        known = {row["asked"] for row in result["accuracy"] if row["network"] == name}
+        known = {row["asked"] for row in done if row["network"] == name}
         missing = [asked for asked in speeds if asked not in known]
         if options.only not in name or not missing:
             continue
@@ -162,7 +177,7 @@ def accuracy(config: dict[str, Any], options: argparse.Namespace, result: dict[s
 
 
 def subject_of(
-    name: str, config: dict[str, Any], options: argparse.Namespace
+    name: str, config: Row, options: argparse.Namespace
 ) -> tuple[nn.Module, list[Tensor], list[Tensor], Tensor]:
     """Return a trained network, inputs to calibrate on, and inputs to test on with their labels."""
     if name == "mobilenet_v2":
@@ -184,8 +199,8 @@ def accuracy_rows(
     test: list[Tensor],
     labels: Tensor,
     speeds: list[float],
-    config: dict[str, Any],
-) -> Iterator[dict[str, Any]]:
+    config: Row,
+) -> Iterator[Row]:
     """Yield what comes of each speed; all are chosen from one table."""
     own = config["accuracy"]
     inputs = data[0][: own["batch"]]
@@ -226,6 +241,49 @@ def accuracy_rows(
         }
 
 
+def int8(config: Row, options: argparse.Namespace, done: list[Row]) -> Iterator[Row]:
+    """Yield a row for every network: planned by the clock of int8, quantized, against the dense network quantized."""
+    own, place = config["int8"], config["accuracy"]
+    torch.set_num_threads(place["threads"])
+    for name in own["networks"]:
+        if options.only in name and name not in {row["network"] for row in done}:
+            yield int8_row(name, subject_of(name, config, options), config)
+
+
+def int8_row(name: str, subject: tuple[nn.Module, list[Tensor], list[Tensor], Tensor], config: Row) -> Row:
+    """Return what came of a network in eight bits."""
+    (model, data, test, labels), start = subject, time.perf_counter()
+    inputs = data[0][: config["accuracy"]["batch"]]
+    recipe = Recipe(budget={"latency": 1 / config["int8"]["speedup"]}, runtime="onnxruntime-int8", seed=config["seed"])
+    runtime = Runtime(latency_inputs=inputs, measure=False)
+    try:
+        decision = decide(model, data[0][:1], recipe, data=data, runtime=runtime)
+    except BudgetError as error:
+        return {"network": name, "refused": str(error), "seconds": time.perf_counter() - start}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = carry_out(model, decision, runtime=runtime).model
+    with tempfile.TemporaryDirectory() as folder:
+        files, found = {}, {}
+        for key, one in (("dense", model), ("small", small)):
+            real, files[key] = Path(folder) / f"{key}.onnx", Path(folder) / f"{key}-int8.onnx"
+            export(one, inputs[:1], real, config=ExportConfig(seconds=0))
+            quantize_onnx(real, files[key], data[: -(-512 // len(data[0]))], seconds=0)
+            found[key] = {"real": top1(open_exported(real), test, labels)}
+        opened = {key: open_exported(file) for key, file in files.items()}
+        times = compare_latency({key: (one, inputs) for key, one in opened.items()}, seconds=config["seconds"])
+        for key, one in opened.items():
+            found[key] |= {"bytes": files[key].stat().st_size, "score": top1(one, test, labels)}
+    return {
+        "network": name,
+        **found,
+        "speedup": times.speedups["small"].model_dump(mode="json"),
+        "macs": decision.plan.after.macs / decision.plan.before.macs,
+        "formats": counted(decision.plan),
+        "seconds": time.perf_counter() - start,
+    }
+
+
 @torch.no_grad()
 def top1(model: nn.Module, test: list[Tensor], labels: Tensor) -> float:
     """Return the share of test inputs that the model gives the right class."""
@@ -233,17 +291,28 @@ def top1(model: nn.Module, test: list[Tensor], labels: Tensor) -> float:
     return float((found == labels).double().mean())
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Row) -> str:
     """Return the results as Markdown."""
     text = HEAD
     if result["speed"]:
         text += SPEED + "".join(map(speed_line, result["speed"])) + "\n"
     if result["accuracy"]:
         text += ACCURACY + "".join(map(accuracy_line, result["accuracy"])) + "\n"
+    if result["int8"]:
+        text += INT8 + "".join(map(int8_line, result["int8"])) + "\n"
     return text.rstrip() + "\n"
 
 
-def speed_line(row: dict[str, Any]) -> str:
+def int8_line(row: Row) -> str:
+    if "refused" in row:
+        return f"| {row['network']} | | | | | {row['refused']} |\n"
+    s, dense, small = row["speedup"], row["dense"], row["small"]
+    faster, size = f"{s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}]", small["bytes"] / dense["bytes"]
+    tops = f"{dense['real']:.2%} → {dense['score']:.2%} | {small['real']:.2%} → {small['score']:.2%}"
+    return f"| {row['network']} | {faster} | {row['macs']:.1%} | {size:.2f} | {tops} |\n"
+
+
+def speed_line(row: Row) -> str:
     head = f"| {row['network'].partition(':')[2]} | {row['runtime']} | {row['batch']} | {row['threads']} |"
     if "refused" in row:
         return f"{head} | | | | stays dense |\n"
@@ -254,7 +323,7 @@ def speed_line(row: dict[str, Any]) -> str:
     )
 
 
-def accuracy_line(row: dict[str, Any]) -> str:
+def accuracy_line(row: Row) -> str:
     s, shares = row["speedup"], " | ".join(f"{row[key]:.1%}" for key in ("macs", "params"))
     scores = " | ".join(f"{row[key]:.2%}" for key in ("score", "dense", "agreement"))
     faster = f"{s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}]"
