@@ -36,9 +36,11 @@ from tenfold.planning import LatencySearch, decide
 from tenfold.planning.latency_budget import plan_within_latency, with_structure
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.target import Target
+from tenfold.planning.unroll import unroll_for_plan
 from tenfold.profiling import agreement, compare_latency, environment, profile
-from tenfold.records import write_text
+from tenfold.records import OptionTable, write_text
 from tenfold.runtimes import runtime_named
+from tenfold.runtimes.program import at_batch
 from tenfold.tasks import load_task
 
 Row = dict[str, Any]
@@ -111,6 +113,7 @@ def speed(config: Row, options: argparse.Namespace, done: list[Row]) -> Iterator
     """Yield a row for every network, runtime, batch and number of threads."""
     own = config["speed"]
     known = {(row["network"], row["runtime"], row["batch"], row["threads"]) for row in done}
+    tables: dict[tuple[Any, ...], OptionTable] = {}  # a table depends on neither batch nor threads
     for network in own["networks"]:
         if options.only not in network["name"]:
             continue
@@ -119,23 +122,28 @@ def speed(config: Row, options: argparse.Namespace, done: list[Row]) -> Iterator
                 for threads in options.threads or own["threads"]:
                     if (network["name"], runtime, batch, threads) not in known:
                         torch.set_num_threads(threads)
-                        yield speed_row(config, network, runtime, batch)
+                        yield speed_row(config, network, runtime, batch, tables)
 
 
-def speed_row(config: Row, network: Row, runtime: str, batch: int) -> Row:
+def speed_row(config: Row, network: Row, runtime: str, batch: int, tables: dict[tuple[Any, ...], OptionTable]) -> Row:
     """Return what came of one network in one runtime."""
     subject = build(**network, batch=batch)
     own, start = config["speed"], time.perf_counter()
     recipe = Recipe(budget={"latency": own["budget"]}, formats=own["formats"], runtime=runtime, seed=config["seed"])
     row = {"network": network["name"], "runtime": runtime, "batch": batch, "threads": torch.get_num_threads()}
     try:
-        target = Target.of(recipe, subject.model, subject.inputs, Runtime())
-        options = tabulate(subject.model, profile(subject.model, subject.inputs), recipe, target=target)
+        model = unroll_for_plan(subject.model, recipe, subject.inputs)
+        target = Target.of(recipe, model, subject.inputs, Runtime())
+        steps = {str(layer.spec): target.step_of(layer.spec) for layer in target.profile.layers if layer.spec}
+        key = (network["name"], *sorted(steps.items()))
+        if key not in tables:
+            tables[key] = tabulate(model, profile(model, at_batch(subject.inputs, 1)), recipe, target=target)
         search = LatencySearch(strict=False, rounds=3, seconds=config["seconds"] / 2)
-        found = plan_within_latency(subject.model, options, subject.inputs, target, search)
+        options = tables[key].replace(recipe=recipe)
+        found = plan_within_latency(model, options, subject.inputs, target, search)
     except BudgetError as error:
         return row | {"refused": str(error), "seconds": time.perf_counter() - start}
-    small = with_structure(subject.model, found.plan)
+    small = with_structure(model, found.plan)
     formats = {"before": found.before.memory_format, "after": found.after.memory_format}
     models = {"before": subject.model, "after": small}
     times = compare_latency(
