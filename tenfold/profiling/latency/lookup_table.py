@@ -278,7 +278,9 @@ class LatencyTable:
             near = [p for p in family if p.key in self._samples]
             points = {p.at: self._ms(p) for p in near if curve.holds(*p.at)} or {p.at: self._ms(p) for p in near}
             if len(points) < 2:
-                _LOG.warning("no time was left to measure %s: taken in proportion to the dense layer", curve.family)
+                if len(near) < len(family):  # otherwise no more than one of its ranks makes the layer cheaper
+                    said = "no time was left to measure %s: taken in proportion to the dense layer"
+                    _LOG.warning(said, curve.family)
                 share = self._ms(dense) / max(1, dense.spec.macs(dense.in_shape))
                 guessed = {p.at: share * max(1, p.spec.macs(p.in_shape)) for p in family if curve.holds(*p.at)}
                 points = guessed | points or _in_proportion(curve, point, share)
