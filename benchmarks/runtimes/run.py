@@ -313,7 +313,8 @@ def table(result: Row) -> str:
 
 def int8_line(row: Row) -> str:
     if "refused" in row:
-        return f"| {row['network']} | | | | | {row['refused']} |\n"
+        reason, _, _ = row["refused"].partition(". What")
+        return f"| {row['network']} | | | | | {reason} |\n"
     s, dense, small = row["speedup"], row["dense"], row["small"]
     faster, size = f"{s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}]", small["bytes"] / dense["bytes"]
     tops = f"{dense['real']:.2%} → {dense['score']:.2%} | {small['real']:.2%} → {small['score']:.2%}"
