@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -63,7 +64,7 @@ def test_the_clock_and_the_gate_can_build_and_time_it() -> None:
     found = measurement_grid("tt_embedding", SPEC, (4, 7))
     point = found.levels[0][0]
     assert point.family.startswith("gather")
-    assert all(found.curve(p) is not None for level in found.levels for p in level)
+    assert all(found.curve(p, *map(np.array, p.at)) is not None for level in found.levels for p in level)
     assert LayerTimer("cpu", torch.float32, "contiguous")(point.spec, (4, 7)) > 0
     stage: SubLayerSpec = point.spec
     out = neutral_layer(stage, torch.empty(0))(torch.arange(1, 3))
