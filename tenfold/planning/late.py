@@ -10,7 +10,6 @@ from tenfold.records import LayerPlan
 
 if TYPE_CHECKING:
     from tenfold.planning.latency_budget import FastPlan
-    from tenfold.planning.timing import Timing
 
 _MOST = 5  # factorized layers are named; further ones are counted
 
@@ -42,7 +41,7 @@ def _what_is_left(best: FastPlan) -> str:
     """Return what the plan spends its time on, the largest first, as shares of the time of the model as it is."""
     timing, plan = best.timing, best.plan
     whole = timing.forward_time().whole_ms
-    now = {layer.path: _ms(timing, layer.path) for layer in plan.layers}
+    now = {layer.path: timing.now_ms(timing.profile.layer(layer.path)) for layer in plan.layers}
     parts = [(whole * (1 - timing.layer_share), "activations, the interpreter and what else is no layer")]
     parts += [_factorized(layer, now[layer.path], best) for layer in plan.factorized]
     parts = sorted(parts, reverse=True)
@@ -63,16 +62,6 @@ def _factorized(layer: LayerPlan, now_ms: float, best: FastPlan) -> tuple[float,
         return now_ms, words
     interval = f"95 % {measured.low:.2f} to {measured.high:.2f}"
     return now_ms / measured.ratio, f"{words}, {measured.ratio:.2f} times faster than dense ({interval})"
-
-
-def _ms(timing: Timing, path: str) -> float:
-    """Return what a layer takes as it is; nothing where it is not timed."""
-    known = timing.profile.layer(path)
-    if known.spec is None or not known.calls or path in timing.target.refused:
-        return 0.0
-    if known.format is None or known.rank is None:
-        return timing.clock.layer_ms(known.spec, known.calls)
-    return float(timing.clock.predict(known.format, known.spec, known.calls, [known.rank])[0])
 
 
 def _ways(best: FastPlan) -> list[str]:

@@ -115,7 +115,7 @@ class Timing:
         timed = {layer.path: self._timed(layer, known) for layer, known in used}
         # What is kept is in the forward's time already; layer by layer it says what a budget fails for.
         layers = tuple(
-            timed.get(layer.path) or layer.replace(latency_ms=self._now(self.profile.layer(layer.path)))
+            timed.get(layer.path) or layer.replace(latency_ms=self.now_ms(self.profile.layer(layer.path)))
             for layer in table.layers
         )
         return table.replace(layers=layers, time=self.forward_time())
@@ -125,7 +125,7 @@ class Timing:
         whole = self.forward_time().whole_ms
         planned = ((layer, self.profile.layer(layer.path)) for layer in plan.factorized)
         saved = sum(
-            self._now(known) - self._in(str(layer.format), layer.rank or {}, known)
+            self.now_ms(known) - self._in(str(layer.format), layer.rank or {}, known)
             for layer, known in planned
             if known.spec is not None and known.calls
         )
@@ -136,7 +136,7 @@ class Timing:
         shapes = self.profile.input_shapes
         return ForwardTime(
             dense_ms=self.dense_ms,
-            whole_ms=sum(self._now(layer) for layer in self.profile.layers) / self.layer_share,
+            whole_ms=sum(self.now_ms(layer) for layer in self.profile.layers) / self.layer_share,
             best_share=self.best_share,
             tighten=self.tighten,
             batch_size=shapes[0][0] if shapes and shapes[0] else None,
@@ -148,7 +148,7 @@ class Timing:
 
     def _timed(self, layer: LayerOptions, known: LayerProfile) -> LayerOptions:
         return layer.replace(
-            latency_ms=self._now(known),
+            latency_ms=self.now_ms(known),
             options=tuple(self._with_latencies(own, known) for own in layer.options),
         )
 
@@ -162,8 +162,8 @@ class Timing:
         ranks = [options.rank(i) for i in range(len(options))]
         return np.asarray(self.clock.predict(options.format, known.spec, known.calls, ranks))
 
-    def _now(self, layer: LayerProfile) -> float:
-        """Return what a layer takes as it is."""
+    def now_ms(self, layer: LayerProfile) -> float:
+        """Return what a layer takes as it is; nothing where it is not timed."""
         if layer.spec is None or not layer.calls or layer.path in self.target.refused:
             return 0.0
         if layer.format is None or layer.rank is None:
