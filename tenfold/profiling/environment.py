@@ -38,11 +38,19 @@ def environment(device: torch.device | str = "cpu") -> Environment:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the product name of a device, or an empty string if the system does not say."""
+    """Return the product name of a device, or an empty string if the system does not say.
+
+    Behind that of a processor stand the instructions that torch uses of it: machines that are rented call processors
+    alike that differ in these, and in how long a layer takes.
+    """
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return ""
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})".lstrip()
+
+
+def _processor() -> str:
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
