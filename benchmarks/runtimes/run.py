@@ -1,6 +1,6 @@
 """Dense against compressed in the runtime that runs them: speed, and accuracy at equal speed.
 
-    python -m benchmarks.runtimes.run speed [--only TEXT] [--runtime NAME] [--batch N] [--threads N]
+    python -m benchmarks.runtimes.run speed [--weights FOLDER] [--only TEXT] [--runtime NAME] [--batch N] [--threads N]
     python -m benchmarks.runtimes.run accuracy --weights FOLDER --images FOLDER [--only NAME]
     python -m benchmarks.runtimes.run int8 --weights FOLDER --images FOLDER [--only NAME]
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 import warnings
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.certainty.run import mobilenet, photographs
 from benchmarks.trials import RESULTS
-from benchmarks.zoo import build
+from benchmarks.zoo import Subject, build
 from tenfold import Recipe, Runtime
 from tenfold.errors import BudgetError
 from tenfold.exporting import ExportConfig, export, open_exported, quantize_onnx
@@ -59,8 +60,8 @@ SPEED = """\
 Planned for half the time in the runtime, at the batch and on the threads of the row. *Gained*: times faster over times
 fewer multiply-accumulates. *Slower*: layers whose factorized form measured slower than they, and which stayed dense.
 
-| network | runtime | batch | threads | dense ms | times faster | times fewer MACs | gained | slower |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| network | runtime | batch | threads | dense ms | times faster | times fewer MACs | gained | slower | on |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 """
 ACCURACY = """\
 ## Accuracy at a speed
@@ -102,6 +103,7 @@ def main() -> None:
     parts = {"speed": speed, "accuracy": accuracy, "int8": int8}
     rows = parts[options.part](config, options, result[options.part])
     for row in rows:
+        row["processor"] = environment().device_name  # rows that were made on another machine stay
         result[options.part].append(row)
         result |= {"config": config, "environment": environment(torch.device("cpu")).model_dump(mode="json")}
         write_text(target, json.dumps(result, indent=1) + "\n")
@@ -115,27 +117,45 @@ def speed(config: Row, options: argparse.Namespace, done: list[Row]) -> Iterator
     known = {(row["network"], row["runtime"], row["batch"], row["threads"]) for row in done}
     tables: dict[tuple[Any, ...], OptionTable] = {}  # a table depends on neither batch nor threads
     for network in own["networks"]:
-        if options.only not in network["name"]:
+        name, made = network.get("label", network["name"]), {k: v for k, v in network.items() if k != "label"}
+        if options.only not in name:
             continue
         for runtime in options.runtime or own["runtimes"]:
             for batch in options.batch or own["batches"]:
                 for threads in options.threads or own["threads"]:
-                    if (network["name"], runtime, batch, threads) not in known:
+                    if (name, runtime, batch, threads) not in known:
                         torch.set_num_threads(threads)
-                        yield speed_row(config, network, runtime, batch, tables)
+                        subject = trained(name, batch, options.weights) or build(**made, batch=batch)
+                        yield speed_row(config, replace(subject, name=name), runtime, batch, tables)
 
 
-def speed_row(config: Row, network: Row, runtime: str, batch: int, tables: dict[tuple[Any, ...], OptionTable]) -> Row:
+def trained(name: str, batch: int, weights: Path | None) -> Subject | None:
+    """Return a trained network of ``weights`` with noise for inputs; None for one that has random weights."""
+    family, _, variant = name.partition(":")
+    if family != "trained":
+        return None
+    if weights is None:
+        sys.exit(f"{name} needs --weights FOLDER with {variant}.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if variant == "mobilenet_v2":
+            return Subject(name, mobilenet(weights), torch.randn(batch, 3, 224, 224))
+        model = load_task(f"cifar10:{variant}").dense(weights / f"{variant}.safetensors")
+        return Subject(name, model, torch.randn(batch, 3, 32, 32))
+
+
+def speed_row(
+    config: Row, subject: Subject, runtime: str, batch: int, tables: dict[tuple[Any, ...], OptionTable]
+) -> Row:
     """Return what came of one network in one runtime."""
-    subject = build(**network, batch=batch)
     own, start = config["speed"], time.perf_counter()
     recipe = Recipe(budget={"latency": own["budget"]}, formats=own["formats"], runtime=runtime, seed=config["seed"])
-    row = {"network": network["name"], "runtime": runtime, "batch": batch, "threads": torch.get_num_threads()}
+    row = {"network": subject.name, "runtime": runtime, "batch": batch, "threads": torch.get_num_threads()}
     try:
         model = unroll_for_plan(subject.model, recipe, subject.inputs)
         target = Target.of(recipe, model, subject.inputs, Runtime())
         steps = {str(layer.spec): target.step_of(layer.spec) for layer in target.profile.layers if layer.spec}
-        key = (network["name"], *sorted(steps.items()))
+        key = (subject.name, *sorted(steps.items()))
         if key not in tables:
             tables[key] = tabulate(model, profile(model, at_batch(subject.inputs, 1)), recipe, target=target)
         search = LatencySearch(strict=False, rounds=3, seconds=config["seconds"] / 2)
@@ -324,11 +344,12 @@ def int8_line(row: Row) -> str:
 def speed_line(row: Row) -> str:
     head = f"| {row['network'].partition(':')[2]} | {row['runtime']} | {row['batch']} | {row['threads']} |"
     if "refused" in row:
-        return f"{head} | | | | stays dense |\n"
+        return f"{head} | | | | stays dense | {row['processor']} |\n"
     s = row["speedup"]
     return (
         f"{head} {row['dense']['median_ms']:.2f} | {s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}] | "
-        f"{row['fewer_macs']:.2f} | {row['gained']:.2f} | {len(row['slower'])} |\n"
+        f"{row['fewer_macs']:.2f} | {row['gained']:.2f} | {len(row['slower'])} | "
+        f"{row['processor']} |\n"
     )
 
 
