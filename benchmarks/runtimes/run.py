@@ -72,6 +72,15 @@ budget.
 | network | asked | times faster | MACs | parameters | top-1 | dense | agreement |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
+PEERS = """\
+## What others keep at these speeds
+
+One knob each, turned until ONNX Runtime shows the speed (batch 8, one thread); batch norms estimated again from the
+same unlabeled images. `python -m benchmarks.runtimes.peers`.
+
+| network | asked | method | times faster | MACs | parameters | top-1 |
+| --- | ---: | --- | ---: | ---: | ---: | ---: |
+"""
 INT8 = """\
 ## Eight bits
 
@@ -326,9 +335,19 @@ def table(result: Row) -> str:
         text += SPEED + "".join(map(speed_line, result["speed"])) + "\n"
     if result["accuracy"]:
         text += ACCURACY + "".join(map(accuracy_line, result["accuracy"])) + "\n"
+    if result.get("peers"):
+        text += (
+            PEERS + "".join(map(peer_line, sorted(result["peers"], key=lambda r: (r["network"], r["asked"])))) + "\n"
+        )
     if result["int8"]:
         text += INT8 + "".join(map(int8_line, result["int8"])) + "\n"
     return text.rstrip() + "\n"
+
+
+def peer_line(row: Row) -> str:
+    s, shares = row["speedup"], " | ".join(f"{row[key]:.1%}" for key in ("macs", "params"))
+    faster = f"{s['ratio']:.2f} [{s['low']:.2f}–{s['high']:.2f}]"
+    return f"| {row['network']} | {row['asked']:.2f} | {row['method']} | {faster} | {shares} | {row['score']:.2%} |\n"
 
 
 def int8_line(row: Row) -> str:
