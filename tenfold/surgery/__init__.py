@@ -3,6 +3,7 @@
 from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_, with_errors
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
+from tenfold.surgery.config_note import MARK, NOTE, note_in_config_, plan_in_note
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
 from tenfold.surgery.separate import separate, separate_, separated
@@ -18,6 +19,8 @@ from tenfold.surgery.unstack import restack_, stacks, unstack_, unstacked
 from tenfold.surgery.verify import verify, warn_of_costs
 
 __all__ = [
+    "MARK",
+    "NOTE",
     "FusedNorm",
     "FusedPairs",
     "SequentialFit",
@@ -35,7 +38,9 @@ __all__ = [
     "fuse_rnns_",
     "fused_pairs",
     "fused_rnns",
+    "note_in_config_",
     "paths_of",
+    "plan_in_note",
     "put",
     "reestimate_batchnorm_",
     "restack_",

@@ -13,6 +13,7 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
+from tenfold.surgery.config_note import note_in_config_
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import (
@@ -86,7 +87,7 @@ def apply_(
         layer.path: layer_of(fit, find(model, layer.path), request.algorithm)
         for layer, fit, (request, _) in zip(wanted, fits, jobs, strict=True)
     }
-    return fuse_pairs_(put(model, new), plan.fused)
+    return note_in_config_(fuse_pairs_(put(model, new), plan.fused))
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -110,7 +111,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
             new[layer.path] = FactorizedLayer.empty(
                 spec, str(layer.format), layer.rank or {}, like=weight, requires_grad=trainable(old)
             )
-    return put(model, new)
+    return note_in_config_(put(model, new))
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -122,7 +123,7 @@ def densify(model: nn.Module) -> nn.Module:
 def densify_(model: nn.Module) -> nn.Module:
     """Put a plain dense layer in place of every factorized one, in place; return the model."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}
-    return put(model, {path: _dense(layer) for path, layer in layers.items()})
+    return note_in_config_(put(model, {path: _dense(layer) for path, layer in layers.items()}))
 
 
 def fits_of(model: nn.Module) -> dict[str, FitSummary]:

@@ -20,6 +20,7 @@ from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerPlan, LayerSpec, Plan
 from tenfold.surgery.apply import apply, apply_
 from tenfold.surgery.batchnorm import BATCH_NORMS
+from tenfold.surgery.config_note import note_in_config_
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
@@ -132,7 +133,7 @@ def apply_sequentially(
             f"{path!r}: {why}"
         )
         warnings.warn(msg, CalibrationWarning, stacklevel=2)
-    return fuse_pairs_(fitting.new, plan.fused)
+    return note_in_config_(fuse_pairs_(fitting.new, plan.fused))
 
 
 class _UnlikeError(Exception):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from tenfold.checkpoint.pretrained import (
     CONFIG,
-    MARK,
     OWN_CODE,
     architecture,
     build_dense,
@@ -23,6 +22,7 @@ from tenfold.checkpoint.pretrained import (
     write_config,
 )
 from tenfold.errors import CheckpointError, DataError, ProfileError, UnknownNameError, require
+from tenfold.surgery import MARK
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
