@@ -9,6 +9,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tenfold.checkpoint.card import model_card
+from tenfold.checkpoint.hub_facts import HubFacts
+from tenfold.checkpoint.remote_code import FILE as MODELING
+from tenfold.checkpoint.sentence_files import MODULES
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.files import locked, read_text, reason, replace, staged, write_text
@@ -19,7 +22,7 @@ from tenfold.surgery import fused_pairs, restructure_, separated
 from tenfold.tracing import copied
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
-ANALYSIS, OPTIONS, RECIPE = "analysis.json", "options.json", "recipe.yaml"
+ANALYSIS, OPTIONS, RECIPE, CONFIG = "analysis.json", "options.json", "recipe.yaml", "config.json"
 
 
 def save(
@@ -30,7 +33,7 @@ def save(
     record: RunRecord | None = None,
     analysis: Analysis | None = None,
     table: OptionTable | None = None,
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path], HubFacts | None] | None = None,
 ) -> Path:
     """Write a compressed model to the folder ``path``, atomically, and return the folder.
 
@@ -49,8 +52,8 @@ def save(
         record: of the run.
         analysis: spectra and errors for a report; written as ``analysis.json``.
         table: what the plan was chosen from, for ``tenfold explore``; written as ``options.json``.
-        beside: called with a folder to write further files to (the configuration of the model, a tokenizer), no
-            folders.
+        beside: called with a folder to write further files to (the configuration of the model, a tokenizer); what it
+            returns goes into the card.
 
     Raises:
         CheckpointError: model and plan disagree, or the folder is not writable or holds other files.
@@ -65,7 +68,6 @@ def save(
             write_weights(partial / WEIGHTS, model.state_dict(), plan)
             (partial / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
             write_text(partial / PLAN, plan.to_yaml())
-            write_text(partial / CARD, model_card(plan, record))
             if record is not None:
                 record.save_sealed(partial / RECORD)
             if analysis is not None:
@@ -73,8 +75,7 @@ def save(
             plan.recipe.save(partial / RECIPE)
             if table is not None:
                 table.save(partial / OPTIONS)
-            if beside is not None:
-                beside(partial)
+            write_text(partial / CARD, model_card(plan, record, None if beside is None else beside(partial)))
             partial.chmod(0o755)
             with locked(Path(os.path.abspath(path))):  # noqa: PTH100 - links stay; two that save at the same time do not mix their files
                 _swap(partial, path)
@@ -181,13 +182,14 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         replace(new, path)
         return
-    beside = {ANALYSIS, OPTIONS, RECIPE, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
+    own = (ANALYSIS, OPTIONS, RECIPE, PLAN, CARD, RECORD, CONFIG, MODELING, MODULES)
+    beside = {*own, *(p.name for p in new.iterdir())} - {WEIGHTS}
     beside = {name for name in beside if not _equal(new / name, path / name)}
     old = new / ".old"
     old.mkdir()
     try:
         for name in beside:
-            if (path / name).is_file():
+            if (path / name).exists():
                 (path / name).replace(old / name)
         replace(new / WEIGHTS, path / WEIGHTS)
     except BaseException:
@@ -195,7 +197,7 @@ def _swap(new: Path, path: Path) -> None:
             file.replace(path / file.name)
         raise
     for name in beside:
-        if (new / name).is_file():
+        if (new / name).exists():
             replace(new / name, path / name)
 
 

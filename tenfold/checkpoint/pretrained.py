@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.checkpoint.model_folder import WEIGHTS, load, save
+from tenfold.checkpoint.hub_facts import HubFacts, hub_facts, source_folder
+from tenfold.checkpoint.model_folder import CONFIG, WEIGHTS, load, save
 from tenfold.checkpoint.remote_code import forget_code_, write_modeling_file
+from tenfold.checkpoint.sentence_files import keep_sentence_files
 from tenfold.checkpoint.weights_file import is_checkpoint
 from tenfold.errors import CheckpointError, FileError, TenfoldError, first_line, require
 from tenfold.files import read_text, write_text
@@ -21,7 +22,6 @@ from tenfold.records import Plan, RunRecord
 from tenfold.records.parsing import parse_json
 from tenfold.surgery import MARK, NOTE, note_in_config_
 
-CONFIG = "config.json"
 OWN_CODE = {"trust_remote_code": False}  # for every call of transformers: refused, and nobody is asked
 
 
@@ -60,8 +60,12 @@ def save_pretrained(
     return save(model, plan, path, record=record, beside=partial(write_config, model, tokenizer=tokenizer))
 
 
-def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> None:
-    """Write the config of a model of transformers into a folder, marked as compressed, and the tokenizer's files."""
+def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> HubFacts:
+    """Write what opens a model of transformers into a folder, and return what its card says.
+
+    That is the config, marked as compressed, the modelling file, the files of the tokenizer, and those of a
+    SentenceTransformer where the model came from one.
+    """
     note_in_config_(model)
     config = json.loads(model.config.to_json_string(use_diff=True))
     for part in config.values():  # parts with configs of their own: the note of the whole has all layers
@@ -75,8 +79,8 @@ def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> None:
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        for inner in [p for p in folder.iterdir() if p.is_dir()]:  # further chat templates: files alone can be swapped
-            shutil.rmtree(inner)
+    source = source_folder(model)
+    return hub_facts(model, source, sentences=keep_sentence_files(source, folder))
 
 
 def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
