@@ -36,6 +36,21 @@ class LowRank(MatrixFormat):
         return out, prod(rest)
 
     @classmethod
+    def check_rank(cls, spec: LayerSpec, rank: Rank) -> Rank:
+        """Return the rank, full where it is omitted; the longer side bounds it.
+
+        Above the shorter side the product has redundant terms, which a factor with a structure of its own may need.
+
+        Raises:
+            RankError: an unknown name, or a number outside of that.
+        """
+        short, long = sorted(cls.matrix_shape(spec))
+        wanted = rank.get("rank")
+        if type(wanted) is int and short < wanted <= long:
+            return super().check_rank(spec, rank | {"rank": short}) | {"rank": wanted}
+        return super().check_rank(spec, rank)
+
+    @classmethod
     def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
         """Return the matrix (out, in·kernel) of each group."""
         del spec
