@@ -158,8 +158,10 @@ def _blocks(square: Covariance, heads: int, size: int) -> Tensor:
     """Return the blocks (batch, heads, d, d) on the diagonal of a matrix (batch, heads·d, heads·d)."""
     if isinstance(square, Sketch):
         rows = square.rows.unflatten(-1, (heads, size)).transpose(1, 2)
-        return rows.mT @ rows + torch.diag_embed(square.rest.unflatten(-1, (heads, size)))
-    return square.unflatten(-1, (heads, size)).unflatten(1, (heads, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        sketched: Tensor = rows.mT @ rows + torch.diag_embed(square.rest.unflatten(-1, (heads, size)))
+        return sketched
+    apart: Tensor = square.unflatten(-1, (heads, size)).unflatten(1, (heads, size)).diagonal(dim1=1, dim2=3)
+    return apart.permute(0, 3, 1, 2)
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:

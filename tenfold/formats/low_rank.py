@@ -36,19 +36,12 @@ class LowRank(MatrixFormat):
         return out, prod(rest)
 
     @classmethod
-    def check_rank(cls, spec: LayerSpec, rank: Rank) -> Rank:
-        """Return the rank, full where it is omitted; the longer side bounds it.
+    def largest_rank(cls, spec: LayerSpec) -> Rank:
+        """Return the longer side of linear layers: a factor with a structure, such as blocks, may need more than full.
 
-        Above the shorter side the product has redundant terms, which a factor with a structure of its own may need.
-
-        Raises:
-            RankError: an unknown name, or a number outside of that.
+        The heads of attention together may be wider than what they read and write.
         """
-        short, long = sorted(cls.matrix_shape(spec))
-        wanted = rank.get("rank")
-        if type(wanted) is int and short < wanted <= long:
-            return super().check_rank(spec, rank | {"rank": short}) | {"rank": wanted}
-        return super().check_rank(spec, rank)
+        return {"rank": max(cls.matrix_shape(spec))} if spec.kind == "linear" else cls.max_rank(spec)
 
     @classmethod
     def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
