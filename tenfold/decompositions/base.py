@@ -88,6 +88,9 @@ class Decomposition(abc.ABC):
     uses_covariance: ClassVar[bool] = False  # minimises the error of the output: see CovarianceDecomposition
     supports_start: ClassVar[bool] = False  # what it finds depends on the start, and it can continue from known factors
     slow: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
+    structured: ClassVar[bool] = (
+        False  # its factors obey more than their rank, for others to absorb: they may be further
+    )
     initializer_only: ClassVar[bool] = False  # may miss a weight of some rank at that rank, or its error rise with rank
 
     @classmethod
