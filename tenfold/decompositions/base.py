@@ -92,6 +92,9 @@ class Decomposition(abc.ABC):
     weighs_outputs: ClassVar[bool] = False  # takes ``output_gram``: its last factor has a structure to keep
     supports_start: ClassVar[bool] = False  # what it finds depends on the start, and it can continue from known factors
     slow: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
+    structured: ClassVar[bool] = (
+        False  # its factors obey more than their rank, for others to absorb: they may be further
+    )
     initializer_only: ClassVar[bool] = False  # may miss a weight of some rank at that rank, or its error rise with rank
 
     @classmethod

@@ -5,6 +5,7 @@ from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.recognise_units import recognise_units
 from tenfold.surgery.separate import separate, separate_, separated
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
@@ -37,6 +38,7 @@ __all__ = [
     "fused_rnns",
     "paths_of",
     "put",
+    "recognise_units",
     "reestimate_batchnorm_",
     "restack_",
     "restructure_",

@@ -89,10 +89,10 @@ def check_recovery(trial: Trial) -> None:
 
     At the next ones it is enough to come near where the factors are not determined (not ``svd_bounds_error``). Where a
     format pads the weight there is nothing to find: what the factors had in the padding is not in the weight. Nor need
-    algorithms that only start what others finish (``initializer_only``).
+    algorithms that only start what others finish (``initializer_only``), or whose factors are ``structured``.
     """
     spec = trial.at.spec
-    if trial.algorithm.initializer_only:
+    if trial.algorithm.initializer_only or trial.algorithm.structured:
         return
     apart = split_groups(random_weight(spec), spec)
     if any(matrix.numel() > apart.numel() for matrix in trial.format.unfoldings(apart, spec).values()):
