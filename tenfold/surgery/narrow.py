@@ -85,7 +85,7 @@ def check_unit(model: nn.Module, unit: Unit) -> None:
 def sampled(model: nn.Module, unit: Unit, size: Size) -> FactorizedLayer:
     """Return the pivot of a unit with some factors of its structure: to compare with the narrowed unit."""
     pivot: Any = find(model, unit.pivot)
-    value = UNITS.get(unit.kind)().sample(unit, size, pivot)
+    value = UNITS.get(unit.kind)().sample(model, unit, size)
     return FactorizedLayer.of(value, getattr(pivot, "bias", None))
 
 

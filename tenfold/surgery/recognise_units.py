@@ -55,7 +55,7 @@ def recognise_units(model: nn.Module, profile: Profile, inputs: Any, kinds: Iter
         confirmed = []
     for group in _alike(unit for unit in tried if unit not in confirmed):
         confirmed += _confirmed(model, group, inputs, confirmed)
-    return tuple(_in_order(found, confirmed, profile))
+    return tuple(_in_order(found, confirmed, model, profile))
 
 
 def _confirmed(model: nn.Module, group: Sequence[Unit], inputs: Any, taken: Sequence[Unit]) -> list[Unit]:
@@ -85,12 +85,13 @@ def confirms(model: nn.Module, units: Sequence[Unit], inputs: Any) -> bool:
     if not units:
         return True
     pivots = {unit.pivot: sampled(model, unit, trial_size(unit) or unit.full) for unit in units}
+    watched = [UNITS.get(unit.kind)().watched(unit) for unit in units]
     try:
         wide = put(copied(model), pivots)
-        wanted = outputs_of(wide, inputs, pivots)
+        wanted = outputs_of(wide, inputs, watched)
         for unit in units:
             wide = absorbed(wide, unit, trial_size(unit) or unit.full, find(model, unit.pivot))
-        return agree(outputs_of(wide, inputs, pivots), wanted)
+        return agree(outputs_of(wide, inputs, watched), wanted)
     except (TenfoldError, RuntimeError, ValueError):
         return False  # a forward that does not run on smaller sizes
 
@@ -110,7 +111,7 @@ def _disjoint(units: Iterable[Unit], taken: Iterable[Unit]) -> Iterator[Unit]:
             yield unit
 
 
-def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], profile: Profile) -> Iterator[Unit]:
+def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], model: nn.Module, profile: Profile) -> Iterator[Unit]:
     """Iterate over the confirmed units, and over those that stand out and share nothing with these, with the reason."""
     used = {path for unit in confirmed for path in unit.members}
     for unit in found:
@@ -118,4 +119,5 @@ def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], profile: Profile
             yield unit
         elif unit.pivot not in used and UNITS.get(unit.kind)().stands_out(unit, profile):
             used.add(unit.pivot)
-            yield unit.replace(keep_reason=unit.keep_reason or _NOT_ONE)
+            obstacle = unit.keep_reason or UNITS.get(unit.kind)().obstacle(model, unit)
+            yield unit.replace(keep_reason=obstacle or _NOT_ONE)

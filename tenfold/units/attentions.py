@@ -15,7 +15,7 @@ from tenfold.units.members import narrowable, parent
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head", "d_kv", "dim_per_head")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "encoder_attention_heads")
 _ROLES = {
-    role: re.compile(rf"(w|to_|linear_|in_)?{short}({rest})?(_?(proj|lin|linear|layer|projection|attn))?", re.I)
+    role: re.compile(rf"(?i)(w|to_|linear_|in_)?{short}({rest})?(_?(proj|lin|linear|layer|projection|attn))?")
     for role, short, rest in (("query", "q", "uery"), ("key", "k", "ey"), ("value", "v", "alue"))
 }
 

@@ -16,12 +16,14 @@ def random_blocks(heads: int, size: int, full: int, shared: int = 1) -> Tensor:
     """Return orthonormal columns (heads, full, size) of each head, the same for ``shared`` heads in a row; seeded."""
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(heads // shared, full, full, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(draw).Q[..., :size].repeat_interleave(shared, dim=0)
+    columns: Tensor = torch.linalg.qr(draw).Q[..., :size]
+    return columns.repeat_interleave(shared, dim=0)
 
 
 def spread(blocks: Tensor) -> Tensor:
     """Return the matrix (heads·full, heads·size) with blocks (heads, full, size) on its diagonal."""
-    return torch.block_diag(*blocks)
+    matrix: Tensor = torch.block_diag(*blocks)
+    return matrix
 
 
 def factors(unit: Unit, pivot: FactorizedLayer) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,8 @@ def turned_bias(bias: Tensor | None, blocks: Tensor) -> Tensor | None:
     if bias is None:
         return None
     apart = bias.detach().double().unflatten(0, (len(blocks), -1))
-    return (blocks.to(apart).mT @ apart.unsqueeze(-1)).flatten()
+    turned: Tensor = (blocks.to(apart).mT @ apart.unsqueeze(-1)).flatten()
+    return turned
 
 
 def geometry_of(layer: nn.Module) -> tuple[LayerSpec, Tensor]:

@@ -42,6 +42,11 @@ class ValueOutput(UnitKind):
                 continue
             yield unit.replace(full={"head_size": found.size}, settings={"heads": heads, "groups": groups})
 
+    def stands_out(self, unit: Unit, profile: Profile) -> bool:
+        """Whether it is worth a line in the plan: every attention is."""
+        del unit, profile
+        return True
+
     def geometry(self, unit: Unit, size: Size, specs: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
         """Return the geometry with narrower heads of values and of what enters the output projection."""
         (value,), width = unit.feeders, size["head_size"]
@@ -56,11 +61,11 @@ class ValueOutput(UnitKind):
         algorithm = {"name": "head_inputs", "heads": heads, "shared": heads // groups}
         return PivotFit("low_rank", {"rank": heads * size["head_size"]}, algorithm)
 
-    def sample(self, unit: Unit, size: Size, pivot: nn.Module) -> Factorization:
+    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
         """Return the output projection behind random subspaces of the heads."""
         heads, groups = unit.settings["heads"], unit.settings["groups"]
         inner = spread(random_blocks(heads, size["head_size"], unit.full["head_size"], heads // groups))
-        spec, weight = geometry_of(pivot)
+        spec, weight = geometry_of(model.get_submodule(unit.pivot))
         inner = inner.to(weight)
         return LowRank(spec, left=(weight @ inner)[None], right=inner.mT[None])
 
