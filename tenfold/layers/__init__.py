@@ -6,6 +6,7 @@ from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stief
 from tenfold.layers.padded_conv import PaddedConv, same_pads
 from tenfold.layers.padded_heads import PaddedHeads, UnpaddedHeads
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
+from tenfold.layers.separate_attention import JoinedProjections, SeparateAttention
 from tenfold.layers.stacked import Stack, StackedLinear, stacked_parameters
 from tenfold.layers.sublayers import Contract, build
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
@@ -20,9 +21,11 @@ __all__ = [
     "Contract",
     "FactorizedLayer",
     "FitSummary",
+    "JoinedProjections",
     "PaddedConv",
     "PaddedHeads",
     "Recurrent",
+    "SeparateAttention",
     "Stack",
     "StackedLinear",
     "TTEmbedding",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,7 +29,11 @@ class PaddedHeads(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Module, heads: int, full: int) -> Self:
         """Return the layer with weight and bias of a linear layer to narrow heads."""
-        return _taken(cls, layer, heads, full)
+        width, inner = dense_weight(layer).shape
+        with torch.device("meta"):
+            new = cls(inner, heads, width // heads, full, bias=layer.bias is not None)
+        _take_(new, layer)
+        return new
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Return (..., heads·full) for inputs (..., in)."""
@@ -57,7 +62,11 @@ class UnpaddedHeads(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Module, heads: int, full: int) -> Self:
         """Return the layer with weight and bias of a linear layer of narrow heads."""
-        return _taken(cls, layer, heads, full)
+        out, width = dense_weight(layer).shape
+        with torch.device("meta"):
+            new = cls(heads, width // heads, full, out, bias=layer.bias is not None)
+        _take_(new, layer)
+        return new
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Return (..., out) for inputs (..., heads·full)."""
@@ -69,17 +78,13 @@ class UnpaddedHeads(nn.Linear):
         return f"{super().extra_repr()}, {_heads(self)}"
 
 
-def _taken(kind: type[Any], layer: nn.Module, heads: int, full: int) -> Any:
-    """Return a layer of a kind that holds the parameters of a linear layer, in its mode."""
+def _take_(new: PaddedHeads | UnpaddedHeads, layer: nn.Module) -> None:
+    """Give a layer the parameters of a linear layer, and its mode."""
     held: Any = layer
-    new = kind.__new__(kind)
-    nn.Module.__init__(new)
-    weight = dense_weight(layer)
-    new.out_features, new.in_features = weight.shape
-    new.heads, new.full = heads, full
-    new.weight = nn.Parameter(weight.detach().contiguous(), held.weight.requires_grad)
-    new.register_parameter("bias", held.bias)
-    return new.train(layer.training)
+    new.weight = nn.Parameter(dense_weight(layer).detach().contiguous(), held.weight.requires_grad)
+    if held.bias is not None:
+        new.bias = held.bias
+    new.train(layer.training)
 
 
 def _heads(layer: PaddedHeads | UnpaddedHeads) -> str:

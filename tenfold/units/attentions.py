@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tenfold.layers import JoinedProjections
 from tenfold.records import LayerProfile, Profile
 from tenfold.units.members import narrowable, parent
 
@@ -28,7 +29,7 @@ class Attention:
     """The projections of one attention.
 
     Attributes:
-        path: of the module that holds queries, keys and values.
+        path: of the module that computes with queries, keys and values.
         layers: the projections by role: query, key, value, output; some may be missing.
         size: of a head; None where no module tells.
     """
@@ -57,7 +58,12 @@ def attentions(model: nn.Module, profile: Profile) -> Iterator[Attention]:
         if "value" not in found:
             continue
         output = _output([layer for layer in linear if layer not in found.values()], path, found)
-        yield Attention(path, found | ({} if output is None else {"output": output}), _head_size(holders, found))
+        joined = isinstance(holders[0], JoinedProjections)
+        yield Attention(
+            parent(path) if joined else path,
+            found | ({} if output is None else {"output": output}),
+            _head_size(holders, found),
+        )
 
 
 def _by_name(siblings: Sequence[LayerProfile]) -> dict[str, LayerProfile]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.formats import Factorization
 from tenfold.formats.low_rank import LowRank
-from tenfold.layers import FactorizedLayer, PaddedHeads, dense_weight
+from tenfold.layers import FactorizedLayer, PaddedHeads, SeparateAttention, dense_weight
 from tenfold.records import LayerSpec, Profile, Unit
 from tenfold.units.attentions import NO_HEADS, attentions
 from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
@@ -100,7 +100,7 @@ class QueryKey(UnitKind):
         return LowRank(spec, left=outer[None] * scale, right=(outer.mT @ weight)[None])
 
     def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
-        """Return the projections of queries and keys to narrow heads, which are padded for the forward."""
+        """Return the projections of queries and keys; narrow heads are padded for forwards that want one size."""
         (path,), full, width = unit.feeders, unit.full["head_size"], size["head_size"]
         heads, groups = unit.settings["heads"], unit.settings["groups"]
         query, key = model.get_submodule(path), model.get_submodule(unit.pivot)
@@ -112,6 +112,8 @@ class QueryKey(UnitKind):
             blocks, inner = split_blocks(unit, left, right.mT, groups)
             narrow = narrowed_layer(key, inner.mT, turned_bias(pivot.bias, blocks))
         asked = within_heads(query, blocks.repeat_interleave(heads // groups, dim=0))
+        if isinstance(model.get_submodule(unit.path), SeparateAttention):
+            return Narrowing({path: asked, unit.pivot: narrow})
         return Narrowing({path: PaddedHeads.of(asked, heads, full), unit.pivot: PaddedHeads.of(narrow, groups, full)})
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tenfold.formats import Factorization
 from tenfold.formats.low_rank import LowRank
-from tenfold.layers import FactorizedLayer, PaddedHeads, UnpaddedHeads, dense_weight
+from tenfold.layers import FactorizedLayer, PaddedHeads, SeparateAttention, UnpaddedHeads, dense_weight
 from tenfold.records import LayerSpec, Profile, Unit
 from tenfold.units.attentions import NO_HEADS, attentions
 from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
@@ -70,7 +70,7 @@ class ValueOutput(UnitKind):
         return LowRank(spec, left=(weight @ inner)[None], right=inner.mT[None])
 
     def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
-        """Return the projections of values and outputs, to and from narrow heads that are padded for the forward."""
+        """Return the projections of values and outputs; narrow heads are padded for forwards that want one size."""
         (path,), full, width = unit.feeders, unit.full["head_size"], size["head_size"]
         heads, groups = unit.settings["heads"], unit.settings["groups"]
         value, output = model.get_submodule(path), model.get_submodule(unit.pivot)
@@ -81,10 +81,11 @@ class ValueOutput(UnitKind):
             left, right = factors(unit, pivot)
             blocks, outer = split_blocks(unit, right.mT, left, heads)
             bias = pivot.bias
-        narrow = within_heads(value, blocks[:: heads // groups])
-        return Narrowing(
-            {
-                path: PaddedHeads.of(narrow, groups, full),
-                unit.pivot: UnpaddedHeads.of(narrowed_layer(output, outer, bias), heads, full),
-            }
-        )
+        narrow = {
+            path: within_heads(value, blocks[:: heads // groups]),
+            unit.pivot: narrowed_layer(output, outer, bias),
+        }
+        if isinstance(model.get_submodule(unit.path), SeparateAttention):
+            return Narrowing(narrow)
+        ends = (PaddedHeads.of(narrow[path], groups, full), UnpaddedHeads.of(narrow[unit.pivot], heads, full))
+        return Narrowing(dict(zip(unit.members, ends, strict=True)))
