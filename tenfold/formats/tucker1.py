@@ -20,7 +20,7 @@ class Tucker1(Factorization):
 
     W = core ×_in ``in_factor`` (Tucker-1; Kolda & Bader 2009, section 4). A linear layer is the product of two
     matrices, as in ``low_rank``, but R may be larger than the smaller side: it pays where another layer absorbs the
-    mix, which units do (``tenfold list units``), not by itself. Parameters R·in + R·out·K before that, R·out·K after.
+    mix, which units do (``tenfold list units``), and not by itself. Parameters R·(in + out·K) before, R·out·K after.
     """
 
     core: Tensor  # (groups, out/groups, R, *kernel)

@@ -16,7 +16,7 @@ from tenfold.records.geometry import (
     chain_params,
 )
 from tenfold.records.metric import Metric
-from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
+from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable, UnitOptions
 from tenfold.records.plans import LayerPlan, Plan, UnitPlan
 from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
 from tenfold.records.runs import ExportRecord, Int8Record, Measurement, RunRecord, StageLayer, StageRecord
@@ -85,6 +85,7 @@ __all__ = [
     "TuneConfig",
     "TuneResult",
     "Unit",
+    "UnitOptions",
     "UnitPlan",
     "atomic_write",
     "chain_macs",

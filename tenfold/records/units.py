@@ -34,6 +34,11 @@ class Unit(Record):
     keep_reason: str | None = None
 
     @property
+    def key(self) -> str:
+        """What tells it from others: its kind and its pivot. No path of a layer reads like that."""
+        return f"{self.kind} of {self.pivot}"
+
+    @property
     def members(self) -> tuple[str, ...]:
         """The paths of all its layers, the pivot last."""
         return (*self.feeders, self.pivot)
