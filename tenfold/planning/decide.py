@@ -105,7 +105,12 @@ def decide(
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
     check_finite(model)
     model = trainable_copy(model)
-    source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
+    heads = data is not None and wants_units(wanted) and bool({"value_output", "query_key"} & {*kinds_of(wanted)})
+    source = (
+        unroll_for_plan(model, wanted, example_inputs, heads=heads)
+        if given is None
+        else separate(model, given.unrolled)
+    )
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)

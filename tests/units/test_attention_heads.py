@@ -12,7 +12,7 @@ from tenfold.decompositions import decompose
 from tenfold.layers import FactorizedLayer, PaddedHeads, UnpaddedHeads, dense_weight, spec_of
 from tenfold.profiling import profile
 from tenfold.records import Cost, UnitPlan
-from tenfold.surgery import find, put, recognise_units
+from tenfold.surgery import find, joined_projections, put, recognise_units, separate_
 from tenfold.surgery.model_outputs import outputs_of
 from tenfold.surgery.narrow import absorbed, narrow_
 from tenfold.units import UNITS
@@ -24,6 +24,7 @@ KINDS = ("value_output", "query_key")
 def opened(name):
     """Return a model with its units of attention."""
     model, inputs = built(name)
+    separate_(model, joined_projections(model))
     units = recognise_units(model, profile(model, inputs), inputs, KINDS)
     return model, inputs, [unit for unit in units if unit.keep_reason is None], [u for u in units if u.keep_reason]
 
