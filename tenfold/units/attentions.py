@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from tenfold.layers import JoinedProjections
+from tenfold.layers import JoinedProjections, SeparateAttention
 from tenfold.records import LayerProfile, Profile
 from tenfold.units.members import narrowable, parent
 
@@ -32,11 +33,13 @@ class Attention:
         path: of the module that computes with queries, keys and values.
         layers: the projections by role: query, key, value, output; some may be missing.
         size: of a head; None where no module tells.
+        native: whether its forward takes heads of any sizes; others want one size, and narrow heads are padded.
     """
 
     path: str
     layers: dict[str, LayerProfile]
     size: int | None
+    native: bool = False
 
     def heads(self, role: str) -> int:
         """Return the number of heads of a projection, or 0 where it is missing, or not a multiple of their size."""
@@ -58,12 +61,26 @@ def attentions(model: nn.Module, profile: Profile) -> Iterator[Attention]:
         if "value" not in found:
             continue
         output = _output([layer for layer in linear if layer not in found.values()], path, found)
-        joined = isinstance(holders[0], JoinedProjections)
-        yield Attention(
-            parent(path) if joined else path,
-            found | ({} if output is None else {"output": output}),
-            _head_size(holders, found),
-        )
+        parts = found | ({} if output is None else {"output": output})
+        own = parent(path) if isinstance(holders[0], JoinedProjections) else path
+        yield Attention(own, parts, _head_size(holders, found), isinstance(holders[0], SeparateAttention))
+
+
+def product_macs(profile: Profile, rows: str, columns: str, entries: int) -> int:
+    """Return the multiply-accumulates of products of rows with columns, summed over ``entries`` numbers in each pair.
+
+    Args:
+        profile: of the model.
+        rows: path of a layer that is called on (batch, rows, channels), such as the projection of queries.
+        columns: path of a layer that is called on (batch, columns, channels), such as that of keys.
+        entries: numbers that meet in a pair: heads·size.
+    """
+    pairs = zip(profile.layer(rows).calls, profile.layer(columns).calls, strict=False)
+    return sum(
+        prod(one.in_shape[:-1]) * other.in_shape[-2] * one.count * entries
+        for one, other in pairs
+        if len(one.in_shape) == len(other.in_shape) == 3
+    )
 
 
 def _by_name(siblings: Sequence[LayerProfile]) -> dict[str, LayerProfile]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tenfold.formats import Factorization
 from tenfold.formats.low_rank import LowRank
-from tenfold.layers import FactorizedLayer, PaddedHeads, SeparateAttention, dense_weight
+from tenfold.layers import FactorizedLayer, PaddedHeads, dense_weight
 from tenfold.records import LayerSpec, Profile, Unit
-from tenfold.units.attentions import NO_HEADS, attentions
+from tenfold.units.attentions import NO_HEADS, attentions, product_macs
 from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
 from tenfold.units.head_blocks import (
     factors,
@@ -53,7 +53,9 @@ class QueryKey(UnitKind):
             if not groups or not heads or heads % groups:
                 yield unit.replace(keep_reason=NO_HEADS)
                 continue
-            yield unit.replace(full={"head_size": found.size}, settings={"heads": heads, "groups": groups})
+            yield unit.replace(
+                full={"head_size": found.size}, settings={"heads": heads, "groups": groups, "native": found.native}
+            )
 
     def stands_out(self, unit: Unit, profile: Profile) -> bool:
         """Whether it is worth a line in the plan: every attention is."""
@@ -82,6 +84,12 @@ class QueryKey(UnitKind):
             query: specs[query].replace(out_channels=unit.settings["heads"] * width),
             unit.pivot: specs[unit.pivot].replace(out_channels=unit.settings["groups"] * width),
         }
+
+    def other_macs(self, unit: Unit, size: Size, profile: Profile) -> int:
+        """Return those of the products of queries with keys, which fall where the forward takes heads of any size."""
+        if not unit.settings["native"]:
+            return 0
+        return product_macs(profile, unit.feeders[0], unit.pivot, unit.settings["heads"] * size["head_size"])
 
     def pivot_fit(self, unit: Unit, size: Size) -> PivotFit:
         """Return a low-rank key projection whose outer factor acts within heads."""
@@ -112,7 +120,7 @@ class QueryKey(UnitKind):
             blocks, inner = split_blocks(unit, left, right.mT, groups)
             narrow = narrowed_layer(key, inner.mT, turned_bias(pivot.bias, blocks))
         asked = within_heads(query, blocks.repeat_interleave(heads // groups, dim=0))
-        if isinstance(model.get_submodule(unit.path), SeparateAttention):
+        if unit.settings["native"]:
             return Narrowing({path: asked, unit.pivot: narrow})
         return Narrowing({path: PaddedHeads.of(asked, heads, full), unit.pivot: PaddedHeads.of(narrow, groups, full)})
 

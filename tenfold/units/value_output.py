@@ -8,9 +8,9 @@ from torch import nn
 
 from tenfold.formats import Factorization
 from tenfold.formats.low_rank import LowRank
-from tenfold.layers import FactorizedLayer, PaddedHeads, SeparateAttention, UnpaddedHeads, dense_weight
+from tenfold.layers import FactorizedLayer, PaddedHeads, UnpaddedHeads, dense_weight
 from tenfold.records import LayerSpec, Profile, Unit
-from tenfold.units.attentions import NO_HEADS, attentions
+from tenfold.units.attentions import NO_HEADS, attentions, product_macs
 from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
 from tenfold.units.head_blocks import factors, geometry_of, random_blocks, split_blocks, spread, within_heads
 from tenfold.units.members import holder
@@ -40,7 +40,9 @@ class ValueOutput(UnitKind):
             if not groups or not heads or heads % groups:
                 yield unit.replace(keep_reason=NO_HEADS)
                 continue
-            yield unit.replace(full={"head_size": found.size}, settings={"heads": heads, "groups": groups})
+            yield unit.replace(
+                full={"head_size": found.size}, settings={"heads": heads, "groups": groups, "native": found.native}
+            )
 
     def stands_out(self, unit: Unit, profile: Profile) -> bool:
         """Whether it is worth a line in the plan: every attention is."""
@@ -54,6 +56,12 @@ class ValueOutput(UnitKind):
             value: specs[value].replace(out_channels=unit.settings["groups"] * width),
             unit.pivot: specs[unit.pivot].replace(in_channels=unit.settings["heads"] * width),
         }
+
+    def other_macs(self, unit: Unit, size: Size, profile: Profile) -> int:
+        """Return those of the products of weights with values, which fall where the forward takes heads of any size."""
+        if not unit.settings["native"]:
+            return 0
+        return product_macs(profile, unit.pivot, unit.feeders[0], unit.settings["heads"] * size["head_size"])
 
     def pivot_fit(self, unit: Unit, size: Size) -> PivotFit:
         """Return a low-rank output projection whose inner factor acts within heads."""
@@ -85,7 +93,7 @@ class ValueOutput(UnitKind):
             path: within_heads(value, blocks[:: heads // groups]),
             unit.pivot: narrowed_layer(output, outer, bias),
         }
-        if isinstance(model.get_submodule(unit.path), SeparateAttention):
+        if unit.settings["native"]:
             return Narrowing(narrow)
         ends = (PaddedHeads.of(narrow[path], groups, full), UnpaddedHeads.of(narrow[unit.pivot], heads, full))
         return Narrowing(dict(zip(unit.members, ends, strict=True)))
