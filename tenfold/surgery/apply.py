@@ -16,6 +16,7 @@ from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.config_note import note_in_config_
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.narrow import absorb_, check_units, narrow_
 from tenfold.surgery.replacement import (
     check_planned,
     factorizable_spec,
@@ -80,6 +81,8 @@ def apply_(
     for layer in plan.layers:
         find(model, layer.path)
     check_pairs(model, plan.fused)
+    check_units(model, plan)
+    pivots = {unit.pivot: find(model, unit.pivot) for unit in plan.narrowed}
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
     refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress, workers)
@@ -87,7 +90,7 @@ def apply_(
         layer.path: layer_of(fit, find(model, layer.path), request.algorithm)
         for layer, fit, (request, _) in zip(wanted, fits, jobs, strict=True)
     }
-    return note_in_config_(fuse_pairs_(put(model, new), plan.fused))
+    return note_in_config_(fuse_pairs_(absorb_(put(model, new), plan, pivots), plan.fused))
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -101,8 +104,10 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
     new: dict[str, nn.Module] = {}
     model = separate_(model, plan.unrolled)
     fuse_pairs_(model, plan.fused)
+    pivots = {unit.pivot for unit in plan.narrowed}
+    model = narrow_(model, plan.narrowed)
     for layer in plan.layers:
-        if layer.format is None:
+        if layer.format is None or layer.path in pivots:
             continue
         old = find(model, layer.path)
         spec, weight = geometry(old, layer.path)
@@ -127,9 +132,9 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def fits_of(model: nn.Module) -> dict[str, FitSummary]:
-    """Return by path how the factorized layers of a model met their weights, as far as that is known."""
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, FactorizedLayer)]
-    return {path: layer.fit for path, layer in layers if layer.fit is not None}
+    """Return by path how the layers of a model that replaced others met their weights, as far as that is known."""
+    fits = ((path, getattr(module, "fit", None)) for path, module in model.named_modules())
+    return {path: fit for path, fit in fits if isinstance(fit, FitSummary)}
 
 
 def with_errors(plan: Plan, model: nn.Module) -> Plan:
