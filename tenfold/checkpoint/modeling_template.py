@@ -1,13 +1,14 @@
-"""Classes of transformers in which chains of smaller layers stand where tenfold factorized a dense one.
+"""Classes of transformers in which smaller layers, and chains of them, stand where tenfold replaced dense ones.
 
 A folder with this file opens without tenfold: ``AutoModel.from_pretrained(folder, trust_remote_code=True)``. The entry
-``tenfold`` of its ``config.json`` says which layers have become chains of what; the file itself knows no model but for
+``tenfold`` of its ``config.json`` says which layers have become what; the file itself knows no model but for
 the classes at its end. It needs torch and transformers.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,12 +59,36 @@ class Chain(nn.Module):
         return x
 
 
+class PaddedHeads(nn.Linear):
+    """A projection to narrow heads that are filled up with zeros to the size that the attention expects."""
+
+    heads: int
+    full: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., heads·full)."""
+        narrow = super().forward(x).unflatten(-1, (self.heads, -1))
+        return nn.functional.pad(narrow, (0, self.full - narrow.shape[-1])).flatten(-2)
+
+
+class UnpaddedHeads(nn.Linear):
+    """A projection of heads that reads their first entries alone: the others are zeros."""
+
+    heads: int
+    full: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., out) for inputs (..., heads·full)."""
+        size = self.in_features // self.heads
+        return super().forward(x.unflatten(-1, (self.heads, self.full))[..., :size].flatten(-2))
+
+
 class Compressed(nn.Module):
     """Base of the classes below: the stock class, with chains in place once it is built."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # the stock class comes next
-        put_chains_(self, getattr(config, NOTE)["layers"])
+        rebuild_(self, getattr(config, NOTE))
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -77,29 +102,51 @@ class Compressed(nn.Module):
         return loaded
 
 
-def put_chains_(model: Any, layers: dict[str, Any]) -> None:
-    """Put chains in place of dense layers; weights that were tied to one of these no longer are.
+def rebuild_(model: Any, note: dict[str, Any]) -> None:
+    """Put narrower layers and chains in place of dense layers; weights that were tied to a chain no longer are.
 
     Paths are those of the class that was saved; here they may lie in its base model, or around it. Layers of a head
     that this class does not have are left out.
     """
     prefix = f"{model.base_model_prefix}."
     modules = dict(model.named_modules())
-    paths = {}
-    for path in layers:
-        places = (path, prefix + path, path.removeprefix(prefix))
-        paths[path] = next((place for place in places if place in modules), None)
     gone = set()
-    for path, place in paths.items():
+    for path in {**note["narrowed"], **note["layers"]}:
+        places = (path, prefix + path, path.removeprefix(prefix))
+        place = next((place for place in places if place in modules), None)
         if place is None:
             continue
+        module = modules[place]
+        if path in note["narrowed"]:
+            module = resized(module, note["narrowed"][path], globals())
+        if path in note["layers"]:
+            module = Chain(module, note["layers"][path]["stages"])
+            gone.add(f"{place}.weight")
         parent, _, name = place.rpartition(".")
-        setattr(modules[parent], name, Chain(modules[place], layers[path]["stages"]))
-        gone.add(f"{place}.weight")
+        setattr(modules[parent], name, module)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if gone & {*tied, *tied.values()}:
         kept = {target: source for target, source in tied.items() if not gone & {target, source}}
         vars(model).update(all_tied_weights_keys=kept, _tied_weights_keys=kept)
+
+
+def resized(module: nn.Module, change: dict[str, Any], classes: Mapping[str, Any]) -> nn.Module:
+    """Return a module with parameters of other shapes, other attributes, or of another class; values do not matter."""
+    new = copy.copy(module)
+    if "class" in change:
+        new = classes[change["class"]].__new__(classes[change["class"]])
+        nn.Module.__init__(new)
+        new.bias = None  # unless a shape says otherwise
+    like: Any = getattr(module, "weight", None)
+    for table in ("_parameters", "_buffers"):
+        vars(new)[table] = dict(vars(new)[table])
+    for name, shape in change["shapes"].items():
+        if name in module._buffers:
+            new._buffers[name] = module._buffers[name].new_empty(shape)  # type: ignore[union-attr]
+        else:
+            new._parameters[name] = nn.Parameter(like.new_empty(shape), like.requires_grad)
+    vars(new).update(change["attributes"])
+    return new
 
 
 def _layer(options: dict[str, Any], like: torch.Tensor) -> nn.Module:

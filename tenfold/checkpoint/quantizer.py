@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from tenfold import layers
+from tenfold.checkpoint.modeling_template import resized
 from tenfold.checkpoint.remote_code import forget_code_
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights
 from tenfold.errors import CheckpointError, TenfoldError, require
-from tenfold.records import Plan
-from tenfold.surgery import MARK, NOTE, plan_in_note, restructure_
+from tenfold.surgery import MARK, NOTE, find, plan_in_note, put, restructure_, separate_
+from tenfold.surgery.narrowed_layers import MARK as NARROWED
 
 _base: Any = require("transformers.quantizers.base", "hf")
 _auto: Any = require("transformers.quantizers.auto", "hf")
@@ -44,7 +46,7 @@ class TenfoldQuantizer(_base.HfQuantizer):  # type: ignore[misc]
         files = [Path(f) for f in given.get("checkpoint_files") or ()]
         where = files[0].parent if files else "the folder"
         try:
-            return restructure_(model, _plan(model, files))
+            return _rebuilt(model, files)
         except TenfoldError as error:
             msg = f"{where} was made for another class than {type(model).__name__}: {error}"
             raise CheckpointError(msg) from error
@@ -66,15 +68,20 @@ class TenfoldQuantizer(_base.HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _plan(model: Any, files: list[Path]) -> Plan:
-    """Return the structure of the layers: from the header of a file of ours, which is checked, else from the config."""
+def _rebuilt(model: Any, files: list[Path]) -> nn.Module:
+    """Return the model with its layers: by the plan in a file of ours, which is checked, else by the note."""
     if len(files) == 1 and is_checkpoint(files[0]):
-        return read_weights(files[0])[1]
+        return restructure_(model, read_weights(files[0])[1])
     note = getattr(model.config, NOTE, None)
     if note is None:
         msg = "neither its config nor its weights say how its layers are factorized"
         raise CheckpointError(msg)
-    return plan_in_note(note, model)
+    plan = plan_in_note(note, model)
+    model = separate_(model, plan.unrolled)
+    for path, change in note["narrowed"].items():
+        put(model, {path: resized(find(model, path), change, vars(layers))})
+        vars(find(model, path))[NARROWED] = change
+    return restructure_(model, plan)
 
 
 if METHOD not in _auto.AUTO_QUANTIZER_MAPPING:  # the module may be reloaded

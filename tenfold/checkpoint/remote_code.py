@@ -44,6 +44,9 @@ def reason_for_none(model: Any, note: Mapping[str, Any]) -> str:
     others = sorted({entry["format"] for entry in note["layers"].values() if "stages" not in entry})
     if others:
         return f"layers of the format {', '.join(others)} run in other layers than torch has"
+    classes = {change.get("class") for change in note["narrowed"].values()} - {None}
+    if unknown := sorted(name for name in classes if not hasattr(modeling_template, name)):
+        return f"narrow layers are of the class {', '.join(unknown)}"
     if type(model) not in auto_classes(model.config).values():
         return f"transformers has no Auto class for {type(model).__name__}"
     return ""

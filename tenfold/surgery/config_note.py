@@ -19,6 +19,7 @@ from tenfold.layers import FactorizedLayer, stage_specs
 from tenfold.records import Cost, LayerPlan, LayerSpec, Plan
 from tenfold.records.base import explain
 from tenfold.surgery.fuse_batchnorm import fused_pairs
+from tenfold.surgery.narrowed_layers import narrowed_layers
 from tenfold.surgery.separate import separated
 
 NOTE = "tenfold"  # the entry of the config that holds the note
@@ -34,7 +35,7 @@ def note_in_config_(model: nn.Module) -> nn.Module:
     """
     for owner, config in _configs(model):
         note = structure_note(owner)
-        if note["layers"] or note["fused"] or note["unrolled"]:
+        if any(note.values()):
             setattr(config, NOTE, note)
             config.quantization_config = dict(MARK)
         elif hasattr(config, NOTE):
@@ -48,18 +49,19 @@ def structure_note(model: nn.Module) -> dict[str, Any]:
     """Return what has to be known to rebuild the layers of a model: plain data, for a config.
 
     By path the format and the ranks of each factorized layer, and its ``stages`` where these are plain layers of torch:
-    what each of them is to be made with, its defaults left out.
+    what each of them is to be made with, its defaults left out. By path too what has changed of ``narrowed`` layers.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, FactorizedLayer)}
     return {
         "layers": {path: _layer_note(layer) for path, layer in layers.items()},
+        "narrowed": narrowed_layers(model),
         "fused": fused_pairs(model),
         "unrolled": separated(model),
     }
 
 
 def plan_in_note(note: Mapping[str, Any], model: nn.Module) -> Plan:
-    """Return a plan with the structure in a note, for ``restructure_``; it knows neither costs nor reasons.
+    """Return a plan with the structure in a note, for ``restructure_``: no costs or reasons, and no narrowed layers.
 
     Args:
         note: the entry ``tenfold`` of a config.

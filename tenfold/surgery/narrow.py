@@ -12,6 +12,7 @@ from tenfold.errors import PlanError
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Plan, Unit, UnitPlan
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.narrowed_layers import mark_attributes, mark_narrowed
 from tenfold.surgery.replacement import factorizable_spec, refuse_tied
 from tenfold.units import UNITS, Narrowing, Size
 
@@ -93,6 +94,9 @@ def _put(model: nn.Module, narrowing: Narrowing) -> nn.Module:
     for path, values in narrowing.attributes.items():
         for name, value in values.items():
             setattr(find(model, path), name, value)
+        mark_attributes(find(model, path), dict(values))
+    for path, module in narrowing.modules.items():
+        mark_narrowed(find(model, path), module)
     return put(model, narrowing.modules)
 
 
