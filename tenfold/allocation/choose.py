@@ -10,8 +10,8 @@ from pydantic import NonNegativeInt
 
 from tenfold.allocation.accounts import Accounts
 from tenfold.allocation.compounds import Compounds
-from tenfold.allocation.reasons import listed
 from tenfold.allocation.picks import Pick, unit_picks, unit_plan
+from tenfold.allocation.reasons import listed
 from tenfold.allocation.rule import Choice, Factorize, Keep, RankRule, UnreachableError, rule_of
 from tenfold.errors import BudgetError, PlanError
 from tenfold.records import Budget, Cost, LayerOptions, LayerPlan, OptionTable, Plan, Recipe

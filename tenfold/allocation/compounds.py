@@ -1,4 +1,4 @@
-"""Units and their layers as one layer each, so that a rule chooses between narrowing them and factorizing them one by one.
+"""Units with their layers as one layer each, so that a rule chooses between narrowing them and factorizing each alone.
 
 A unit excludes the options of its layers. Its compound has the rows of both: the sizes of the unit, and those
 combinations of its layers' rows that no other beats in what the budget counts and in distortion.
@@ -121,7 +121,7 @@ class Compounds:
 
 
 def _combinations(members: Sequence[LayerOptions], limited: Sequence[str]) -> Rows:
-    """Return which rows to take of each member (n, members): those that no other combination beats, the first as now."""
+    """Return which row each member takes (n, members): combinations that no other beats, the first of them as now."""
     chosen = np.zeros((1, 0), dtype=np.intp)
     distortion, costs = np.zeros(1), np.zeros((1, len(limited)))
     for layer in members:

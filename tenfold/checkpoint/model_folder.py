@@ -162,10 +162,12 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
         )
         raise CheckpointError(msg)
     has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
-    inside = {path for unit in plan.narrowed for path in unit.members}
+    pairs = fused_pairs(model)
+    fused = {*pairs, *pairs.values()}  # what a batch norm has left, or gone into
     for layer in plan.layers:
-        if layer.path in inside:
-            _check_narrowed(model, layer)
+        if layer.path in plan.narrowed_paths:
+            if layer.path not in fused:
+                _check_narrowed(model, layer)
         elif layer.format and layer.path not in has:
             msg = f"the plan has {layer.path!r} factorized, the model does not: save what apply(model, plan) returned"
             raise CheckpointError(msg)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from tenfold.allocation import choose, limits_latency
 from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
-from tenfold.errors import PlanError
+from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.planning.eligible import changeable
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
@@ -103,6 +104,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    kinds_of(wanted)  # names that do not exist, before any work
     check_finite(model)
     model = trainable_copy(model)
     heads = data is not None and wants_units(wanted) and bool({"value_output", "query_key"} & {*kinds_of(wanted)})
@@ -116,6 +118,9 @@ def decide(
         cost = profile(source, example_inputs)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
     decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
+    if given is None and data is None and wanted.units:
+        msg = f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed"
+        warnings.warn(msg, TenfoldWarning, stacklevel=2)
     if given is None and data is not None and wants_units(wanted):
         with runtime.step("find units", seconds):
             cost = cost.replace(units=recognise_units(source, cost, example_inputs, kinds_of(wanted)))

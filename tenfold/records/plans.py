@@ -110,6 +110,18 @@ class UnitPlan(Unit):
         return self
 
     @property
+    def words(self) -> str:
+        """What happens to it.
+
+        Example:
+            >>> cost = Cost()
+            >>> full = {"width": 64}
+            >>> UnitPlan(kind="mlp_width", path="", pivot="2", full=full, reason="", before=cost, after=cost).words
+            'width 64'
+        """
+        return self.sized(self.size or self.full)
+
+    @property
     def unit(self) -> Unit:
         """The unit itself."""
         return Unit(**{name: getattr(self, name) for name in Unit.model_fields})
@@ -175,6 +187,11 @@ class Plan(Record):
     def narrowed(self) -> tuple[UnitPlan, ...]:
         """The units that become smaller."""
         return tuple(unit for unit in self.units if unit.size is not None)
+
+    @property
+    def narrowed_paths(self) -> frozenset[str]:
+        """The paths of the layers of units that become smaller."""
+        return frozenset(path for unit in self.narrowed for path in unit.members)
 
     @property
     def factorized(self) -> tuple[LayerPlan, ...]:

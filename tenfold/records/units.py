@@ -50,4 +50,5 @@ class Unit(Record):
             >>> Unit(kind="mlp_width", path="", pivot="fc2", full={"width": 64}).sized({"width": 48})
             'width 64 → 48'
         """
-        return ", ".join(f"{name} {self.full[name]} → {new}" for name, new in size.items())
+        changed = {name: f" → {new}" if new < self.full[name] else "" for name, new in size.items()}
+        return ", ".join(f"{name} {self.full[name]}{to}" for name, to in changed.items())

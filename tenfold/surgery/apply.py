@@ -102,10 +102,9 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = separate_(model, plan.unrolled)
+    model = narrow_(separate_(model, plan.unrolled), plan.narrowed)
     fuse_pairs_(model, plan.fused)
     pivots = {unit.pivot for unit in plan.narrowed}
-    model = narrow_(model, plan.narrowed)
     for layer in plan.layers:
         if layer.format is None or layer.path in pivots:
             continue

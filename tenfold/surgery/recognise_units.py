@@ -49,7 +49,7 @@ def recognise_units(model: nn.Module, profile: Profile, inputs: Any, kinds: Iter
     """
     found = [unit for kind in kinds for unit in UNITS.get(kind)().candidates(model, profile)]
     tried = [unit for unit in found if unit.keep_reason is None and trial_size(unit)]
-    likely = [unit for unit in tried if UNITS.get(unit.kind)().stands_out(unit, profile)]
+    likely = [unit for unit in tried if _stands_out(unit, profile)]
     confirmed = list(_disjoint(likely, ()))
     if not confirms(model, confirmed, inputs):
         confirmed = []
@@ -111,13 +111,17 @@ def _disjoint(units: Iterable[Unit], taken: Iterable[Unit]) -> Iterator[Unit]:
             yield unit
 
 
+def _stands_out(unit: Unit, profile: Profile) -> bool:
+    return UNITS.get(unit.kind)().stands_out(unit, profile)
+
+
 def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], model: nn.Module, profile: Profile) -> Iterator[Unit]:
     """Iterate over the confirmed units, and over those that stand out and share nothing with these, with the reason."""
-    used = {path for unit in confirmed for path in unit.members}
+    used, told = {path for unit in confirmed for path in unit.members}, set[str]()
     for unit in found:
         if unit in confirmed:
             yield unit
-        elif unit.pivot not in used and UNITS.get(unit.kind)().stands_out(unit, profile):
-            used.add(unit.pivot)
+        elif unit.pivot not in told and used.isdisjoint(unit.members) and _stands_out(unit, profile):
+            told.add(unit.pivot)
             obstacle = unit.keep_reason or UNITS.get(unit.kind)().obstacle(model, unit)
             yield unit.replace(keep_reason=obstacle or _NOT_ONE)

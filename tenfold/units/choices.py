@@ -12,7 +12,7 @@ from tenfold.formats import Factorization
 from tenfold.formats.tucker1 import Tucker1
 from tenfold.layers import FactorizedLayer, dense_weight, spec_of
 from tenfold.records import Unit
-from tenfold.units.narrow_layers import choice_of, kept_outputs, narrowed_layer
+from tenfold.units.narrow_layers import choice_of, kept_channels, kept_outputs, narrowed_layer
 
 
 def sampled_choice(pivot: nn.Module, size: int) -> Factorization:
@@ -42,8 +42,15 @@ def narrowed_choice(model: nn.Module, unit: Unit, size: int, pivot: FactorizedLa
         if choice_of(mix) is None:
             msg = f"the pivot {unit.pivot!r} of {unit.kind} mixes channels where it should choose some: fit it again"
             raise PlanError(msg)
-    layers = {path: kept_outputs(model.get_submodule(path), mix) for path in unit.feeders}
+    layers = {path: _kept(model.get_submodule(path), mix) for path in unit.feeders}
     return {**layers, unit.pivot: narrowed_layer(old, core, bias)}
+
+
+def _kept(layer: nn.Module, mix: Tensor) -> nn.Module:
+    """Return a layer with the chosen channels alone: its outputs, or all of it where it treats every channel alone."""
+    spec, chosen = spec_of(layer)[0], choice_of(mix)
+    alone = spec is None or spec.groups == spec.in_channels == spec.out_channels
+    return kept_channels(layer, chosen) if alone and chosen is not None else kept_outputs(layer, mix)
 
 
 def _factors(pivot: FactorizedLayer) -> tuple[Tensor, Tensor | None, Tensor]:

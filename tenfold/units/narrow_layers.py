@@ -62,6 +62,25 @@ def kept_outputs(layer: nn.Module, mix: Tensor) -> nn.Module:
     return narrowed_layer(layer, mixed, None if bias is None else wide @ bias.detach().double())
 
 
+def kept_channels(layer: nn.Module, chosen: Tensor) -> nn.Module:
+    """Return a module that treats every channel alone with some of the channels: a batch norm, a depthwise convolution.
+
+    Its parameters and buffers have the channels first; numbers of channels and groups are adjusted.
+    """
+    old: Any = layer
+    new = _without_tensors(layer)
+    for table in ("_parameters", "_buffers"):
+        for name, tensor in layer.__dict__[table].items():
+            if tensor is not None and tensor.dim():
+                kept = tensor.detach()[chosen.to(tensor.device)].clone()
+                own = nn.Parameter(kept, tensor.requires_grad) if table == "_parameters" else kept
+                new.__dict__[table][name] = own
+    for name in ("num_features", "in_channels", "out_channels", "groups"):
+        if name in vars(old):
+            setattr(new, name, len(chosen))
+    return new
+
+
 def choice_of(mix: Tensor) -> Tensor | None:
     """Return which columns (k,) a matrix (k, n) chooses, if each of its rows is one of the identity; else None.
 
