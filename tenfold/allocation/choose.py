@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt
 
 from tenfold.allocation.accounts import Accounts
 from tenfold.allocation.compounds import Compounds
+from tenfold.allocation.parts import kept, parts_of
 from tenfold.allocation.picks import Pick, unit_picks, unit_plan
 from tenfold.allocation.reasons import listed
 from tenfold.allocation.rule import Choice, Factorize, Keep, RankRule, UnreachableError, rule_of
@@ -75,14 +76,14 @@ def choose(
     """
     asked = table.recipe if recipe is None else recipe
     # The plan claims no other formats or layers than those that it was chosen from.
-    recipe = table.recipe.replace(budget=asked.budget, rule=asked.rule)
+    recipe = table.recipe.replace(budget=asked.budget, budget_of=asked.budget_of, rule=asked.rule)
     return plan_of(table, recipe, select(table, recipe, overrides=overrides))
 
 
 def check_budget(recipe: Recipe) -> None:
     """Raise BudgetError if the rule of a recipe needs a budget, for want of a number of its own, and there is none."""
     rule = rule_of(recipe.rule)
-    if not recipe.budget and not rule.by_name:
+    if not recipe.budget and not recipe.budget_of and not rule.by_name:
         rule.select(())  # no rule can be without both
 
 
@@ -96,6 +97,8 @@ def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Overri
 
     Where all layers are set by hand, the budget decides nothing.
     """
+    if recipe.budget_of:
+        return _select_parts(table, recipe, overrides or {})
     rule = rule_of(recipe.rule)
     fixed = _rows_by_hand(table, overrides or {})
     compounds = Compounds.of(table if rule.uses_units else table.replace(units=()), recipe.budget.limited, fixed)
@@ -130,6 +133,33 @@ def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Overri
     )
 
 
+def _select_parts(table: OptionTable, recipe: Recipe, overrides: Mapping[str, Override]) -> Selection:
+    """Return the selections of all parts that have a budget, beside layers that stay as they are."""
+    _rows_by_hand(table, overrides)  # names that are unknown are refused
+    found: dict[str, Pick] = {}
+    units: dict[str, tuple[int, str]] = {}
+    saved, chosen = Cost(), False
+    for part in parts_of(table, recipe):
+        own = {path: override for path, override in overrides.items() if _has(part.table, path)}
+        try:
+            selection = select(part.table, part.recipe, overrides=own)
+        except BudgetError as error:
+            msg = f"{part.pattern}: {error}"
+            raise BudgetError(msg) from error
+        found |= {pick.path: pick for pick in selection.picks}
+        units |= selection.units
+        saved = saved + (part.table.before - selection.cost)
+        chosen = chosen or selection.chosen
+    picks = tuple(found.get(layer.path) or kept(layer) for layer in table.eligible)
+    distortion = sum(pick.distortion or 0.0 for pick in picks)
+    share = Accounts(table).latency_share([pick.latency_ms for pick in picks])
+    return Selection(picks, table.before - saved, distortion, share, chosen, units)
+
+
+def _has(table: OptionTable, path: str) -> bool:
+    return any(path in (layer.path, *layer.aliases) for layer in table.layers)
+
+
 def _expanded(
     compounds: Compounds, choices: Mapping[str, Choice]
 ) -> tuple[dict[str, tuple[int, str]], dict[str, Pick]]:
@@ -157,7 +187,7 @@ def plan_of(table: OptionTable, recipe: Recipe, selection: Selection) -> Plan:
     """Return the plan that carries a selection out. Of a budget that decided nothing it claims what is met."""
     if not selection.chosen:
         met = Accounts(table).met(recipe.budget, selection.cost, selection.latency_share)
-        recipe = recipe.replace(budget=Budget(**met))
+        recipe = recipe.replace(budget=Budget(**met), budget_of={})
     picks = {pick.path: pick for pick in selection.picks}
     algorithms = {unit.unit.pivot: unit.algorithm for unit in table.units if unit.unit.pivot in selection.units}
     return Plan(

@@ -99,6 +99,26 @@ def ranks(texts: Sequence[str]) -> dict[str, Any]:
     return {"name": "fixed", "ranks": found}
 
 
+def budgets(texts: Sequence[str]) -> dict[str, str]:
+    """Return budgets of parts from ``PATTERN:BUDGET``.
+
+    Raises:
+        Misuse: not of that form, or a part twice.
+
+    Example:
+        >>> budgets(["re:layer[12].*:macs=0.5,params=0.6"])
+        {'re:layer[12].*': 'macs=0.5,params=0.6'}
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, colon, budget = (part.strip() for part in text.rpartition(":"))
+        if not colon or not pattern or "=" not in budget or pattern in found:
+            msg = f"cannot read --budget-of {text!r}: write PATTERN:BUDGET, such as 'neck.*:macs=0.5', each part once."
+            raise Misuse(msg)
+        found[pattern] = budget
+    return found
+
+
 # By field; a field that is written by several options names each of them.
 TEXTS: dict[str, dict[str, Text]] = {
     "budget": {
@@ -108,6 +128,15 @@ TEXTS: dict[str, dict[str, Text]] = {
             str,
             "What the whole model may cost: shares of params, macs, latency up to 1; or max_params, max_macs, "
             "max_latency_ms. Several with commas between them.",
+        )
+    },
+    "budget_of": {
+        "budget_of": Text(
+            list[str],
+            "PATTERN:BUDGET",
+            budgets,
+            "What the layers of a part may cost, such as 'backbone.*:macs=0.5', in place of a budget of the whole "
+            "model. Repeatable, the first match wins.",
         )
     },
     "formats": {

@@ -81,7 +81,7 @@ class Explorer:
         return self.accounts.share(kind, self.accounts.least(kind))
 
     def _recipe(self, query: Query) -> Recipe:
-        return self.table.recipe.replace(budget=query.budget)
+        return self.table.recipe.replace(budget=query.budget, budget_of={})
 
 
 def _reason(pick: Pick, query: Query) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold.allocation import rule_of
+from tenfold.allocation.parts import OUTSIDE
 from tenfold.allocation.reasons import CHEAP_END
 from tenfold.calibration import called_layers
 from tenfold.decompositions import Moments
@@ -102,6 +103,11 @@ def kept_reasons(
         for layer in profile.layers
     }
     kept |= {path: why for path, why in kept_states(model, recipe).items() if not kept.get(path)}
+    if recipe.budget_of:
+        parts = tuple(recipe.budget_of)
+        check_patterns(parts, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
+        aliases = {layer.path: layer.aliases for layer in profile.layers}
+        kept |= {p: OUTSIDE for p in kept if not kept[p] and first_match(parts, p, aliases.get(p, ())) is None}
     if rule.patterns:
         free = [path for path in kept if not kept[path]]
         check_patterns(rule.patterns, free)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from tenfold.allocation import choose
+from tenfold.allocation.parts import missed_parts
 from tenfold.decompositions import Moments
 from tenfold.errors import PlanError, TenfoldError
 from tenfold.formats import FORMATS
@@ -96,7 +97,9 @@ def recost(plan: Plan, profile: Profile) -> Plan:
         for name, value in counted.items()
         if any(getattr(after, k) > most for k, most in Budget(**{name: value}).allowance(profile.cost).items())
     }
-    recipe = plan.recipe.replace(budget=plan.recipe.budget.replace(**missed))
+    over = missed_parts(layers, plan.recipe)
+    parts = {pattern: own for pattern, own in plan.recipe.budget_of.items() if pattern not in over}
+    recipe = plan.recipe.replace(budget=plan.recipe.budget.replace(**missed), budget_of=parts)
     return plan.replace(before=profile.cost, after=after, layers=tuple(layers), recipe=recipe, units=units)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tenfold.allocation import rule_of
+from tenfold.allocation.parts import OUTSIDE
 from tenfold.patterns import first_match
 from tenfold.records import Profile, Recipe, Unit
 from tenfold.units import UNITS
@@ -38,4 +39,6 @@ def kept_as_asked(unit: Unit, profile: Profile, recipe: Recipe) -> str:
         pattern = first_match(recipe.keep, layer.path, layer.aliases)
         if pattern is not None:
             return f"its layer {path!r} is kept as asked by {pattern!r}"
+        if recipe.budget_of and first_match(recipe.budget_of, layer.path, layer.aliases) is None:
+            return f"its layer {path!r} is {OUTSIDE}"
     return unit.keep_reason or ""

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tenfold.allocation.parts import in_words
 from tenfold.records import LayerPlan, LayerSensitivity, Plan, UnitPlan
 from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
 from tenfold.reporting.numbers import change, count, factor, plural, ranks
@@ -44,6 +45,7 @@ def _totals(plan: Plan) -> Text:
     rule = " ".join(f"{k}={v}" for k, v in recipe.rule.items() if k not in ("name", "ranks") and v is not None)
     budget = ", ".join(f"{k}={v:g}" for k, v in recipe.budget.given.items())
     how = [f"rule {recipe.rule_name}{f' ({rule})' if rule else ''}"]
+    budget = budget or in_words(recipe.budget_of)
     how += [f"budget {budget}"] if budget else []
     how += [f"seed {plan.seed}"]
     text = Text(f"Plan for {plan.model}", style="bold")
