@@ -17,6 +17,7 @@ from torch import nn
 
 from tenfold import checkpoint
 from tenfold.allocation import explorable, limits_latency, pruned
+from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.errors import AgreementWarning, DataError, TenfoldWarning
 from tenfold.planning import Decision, FastPlan, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
@@ -76,7 +77,7 @@ class Compressed:
         """Return the before/after table and the plan with its reasons, as text."""
         return render_record(self.record)
 
-    def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
+    def save(self, path: str | Path, *, beside: Callable[[Path], HubFacts | None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
 
         ``analysis.json`` has what a report shows of spectra and errors, ``options.json`` what the explorer needs.

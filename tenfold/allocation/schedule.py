@@ -86,6 +86,9 @@ class Schedule(Record):
 
     def check(self, recipe: Recipe) -> None:
         """Raise TuningError for a recipe that cannot be carried out in such stages."""
+        if recipe.budget_of:
+            msg = "stages approach a budget of the whole model: give budget in place of budget_of"
+            raise TuningError(msg)
         if recipe.budget.max_latency_ms is not None:
             msg = "stages aim at a share of the original model's latency: give latency=, up to 1, not max_latency_ms="
             raise TuningError(msg)

@@ -2,29 +2,96 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import yaml
+
 from tenfold.records import Cost, Measurement, Plan, RunRecord
 from tenfold.records.metric import FRACTION
 
+if TYPE_CHECKING:
+    from tenfold.checkpoint.hub_facts import HubFacts
 
-def model_card(plan: Plan, record: RunRecord | None = None) -> str:
-    """Return Markdown with the model, its costs before and after, its layers, and how to load it."""
-    lines = [f"# {plan.model}, compressed with tenfold {plan.tenfold}", ""]
+_OVERRIDE = """'{"quantization_config": null}'"""
+
+
+def model_card(plan: Plan, record: RunRecord | None = None, hub: HubFacts | None = None) -> str:
+    """Return Markdown with the model, its costs before and after, its layers, and how to load it.
+
+    Args:
+        plan: carried out.
+        record: of the run.
+        hub: of a model of transformers: metadata at the head of the card, and how the folder is opened.
+    """
+    lines = [] if hub is None else ["---", *yaml.safe_dump(hub.metadata, allow_unicode=True).splitlines(), "---", ""]
+    lines += [f"# {plan.model}, compressed with tenfold {plan.tenfold}", ""]
     lines += _measured(record) if record is not None else _planned(plan.before, plan.after)
-    lines += ["", f"{len(plan.factorized)} of {len(plan.layers)} layers are factorized.", ""]
+    if plan.narrowed:
+        lines += ["", f"{len(plan.narrowed)} units are narrowed, to plain layers of smaller sizes.", ""]
+        lines += ["| in | unit | layers | size |", "| --- | --- | --- | --- |"]
+        layers = [(unit, ", ".join(f"`{path}`" for path in unit.members)) for unit in plan.narrowed]
+        lines += [f"| `{unit.path}` | {unit.kind} | {paths} | {unit.words} |" for unit, paths in layers]
+    factorized = [layer for layer in plan.factorized if layer.path not in plan.narrowed_paths]
+    lines += ["", f"{len(factorized)} of {len(plan.layers)} layers are factorized.", ""]
     lines += ["| layer | was | now | ranks | relative error |", "| --- | --- | --- | --- | --- |"]
-    for layer in plan.factorized:
+    for layer in factorized:
         ranks = ", ".join(f"{k}={v}" for k, v in (layer.rank or {}).items())
         error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
         lines.append(f"| `{layer.path}` | {layer.kind} | {layer.format} | {ranks} | {error} |")
-    lines += ["", "## Loading", "", "```python", "import tenfold", ""]
-    lines += ["model, plan = tenfold.load(skeleton, path)  # skeleton: the freshly built dense model", "```", ""]
-    lines += ["`plan.yaml` says what was done to each layer and why; `recipe.yaml` what was asked for."]
+    lines += ["", "## Loading", "", *(_loading() if hub is None else _loading_from_hub(hub)), ""]
+    lines += ["## How it was made", "", f"{_asked(plan)} `plan.yaml` says what was done to each layer and why."]
     if record is not None:
+        samples = record.settings.get("calibration_samples")
+        lines += ["", f"Ranks and factors were found with {samples} unlabeled samples."] if samples else []
         e = record.environment
         lines += ["", f"Measured on {e.device_name or e.device}, {e.threads} threads, torch {e.torch}, {e.platform}."]
         if record.command:
             lines += ["", "Made by:", "", "```", record.command, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _loading() -> list[str]:
+    load = "model, plan = tenfold.load(skeleton, path)  # skeleton: the freshly built dense model"
+    return ["```python", "import tenfold", "", load, "```"]
+
+
+def _loading_from_hub(hub: HubFacts) -> list[str]:
+    """Return how a folder of transformers is opened, with tenfold and without."""
+    auto = hub.auto_class
+    lines = ["With tenfold, `path` being this folder:", ""]
+    lines += [
+        "```python",
+        "from tenfold.checkpoint import load_pretrained",
+        "",
+        "model = load_pretrained(path)",
+        "```",
+        "",
+    ]
+    if hub.closed:
+        return [*lines, f"It does not open without tenfold: {hub.closed}."]
+    lines += [
+        "Without tenfold, by the modelling file beside the weights, which needs torch and transformers alone:",
+        "",
+    ]
+    load = f"model = {auto}.from_pretrained(path, trust_remote_code=True)"
+    lines += ["```python", f"from transformers import {auto}", "", load, "```", ""]
+    if hub.sentences:
+        load = "model = SentenceTransformer(path, trust_remote_code=True)"
+        lines += ["```python", "from sentence_transformers import SentenceTransformer", "", load, "```", ""]
+    if auto == "AutoModelForCausalLM":
+        command = f"vllm serve PATH --trust-remote-code --model-impl transformers --hf-overrides {_OVERRIDE}"
+        lines += ["```bash", command, "```", ""]
+    return [
+        *lines,
+        "Without one of these, transformers warns of missing weights and fills the layers with random numbers.",
+    ]
+
+
+def _asked(plan: Plan) -> str:
+    """Return the recipe in a sentence."""
+    recipe = plan.recipe
+    what = f"the budget `{recipe.budget}`" if recipe.budget.given else f"the rank rule `{recipe.rule_name}`"
+    return f"Asked for: {what}, formats {', '.join(recipe.formats)} (`recipe.yaml`)."
 
 
 def _planned(before: Cost, after: Cost) -> list[str]:

@@ -9,17 +9,20 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tenfold.checkpoint.card import model_card
+from tenfold.checkpoint.hub_facts import HubFacts
+from tenfold.checkpoint.remote_code import FILE as MODELING
+from tenfold.checkpoint.sentence_files import MODULES
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.files import locked, read_text, reason, replace, staged, write_text
 from tenfold.layers import FactorizedLayer
-from tenfold.records import Analysis, OptionTable, Plan, RunRecord
+from tenfold.records import Analysis, LayerPlan, OptionTable, Plan, RunRecord
 from tenfold.records.parsing import seal
-from tenfold.surgery import fused_pairs, restructure_, separated
+from tenfold.surgery import find, fused_pairs, restructure_, separated
 from tenfold.tracing import copied
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
-ANALYSIS, OPTIONS, RECIPE = "analysis.json", "options.json", "recipe.yaml"
+ANALYSIS, OPTIONS, RECIPE, CONFIG = "analysis.json", "options.json", "recipe.yaml", "config.json"
 
 
 def save(
@@ -30,7 +33,7 @@ def save(
     record: RunRecord | None = None,
     analysis: Analysis | None = None,
     table: OptionTable | None = None,
-    beside: Callable[[Path], None] | None = None,
+    beside: Callable[[Path], HubFacts | None] | None = None,
 ) -> Path:
     """Write a compressed model to the folder ``path``, atomically, and return the folder.
 
@@ -49,8 +52,8 @@ def save(
         record: of the run.
         analysis: spectra and errors for a report; written as ``analysis.json``.
         table: what the plan was chosen from, for ``tenfold explore``; written as ``options.json``.
-        beside: called with a folder to write further files to (the configuration of the model, a tokenizer), no
-            folders.
+        beside: called with a folder to write further files to (the configuration of the model, a tokenizer); what it
+            returns goes into the card.
 
     Raises:
         CheckpointError: model and plan disagree, or the folder is not writable or holds other files.
@@ -65,7 +68,6 @@ def save(
             write_weights(partial / WEIGHTS, model.state_dict(), plan)
             (partial / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
             write_text(partial / PLAN, plan.to_yaml())
-            write_text(partial / CARD, model_card(plan, record))
             if record is not None:
                 record.save_sealed(partial / RECORD)
             if analysis is not None:
@@ -73,8 +75,7 @@ def save(
             plan.recipe.save(partial / RECIPE)
             if table is not None:
                 table.save(partial / OPTIONS)
-            if beside is not None:
-                beside(partial)
+            write_text(partial / CARD, model_card(plan, record, None if beside is None else beside(partial)))
             partial.chmod(0o755)
             with locked(Path(os.path.abspath(path))):  # noqa: PTH100 - links stay; two that save at the same time do not mix their files
                 _swap(partial, path)
@@ -161,8 +162,13 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
         )
         raise CheckpointError(msg)
     has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+    pairs = fused_pairs(model)
+    fused = {*pairs, *pairs.values()}  # what a batch norm has left, or gone into
     for layer in plan.layers:
-        if layer.format and layer.path not in has:
+        if layer.path in plan.narrowed_paths:
+            if layer.path not in fused:
+                _check_narrowed(model, layer)
+        elif layer.format and layer.path not in has:
             msg = f"the plan has {layer.path!r} factorized, the model does not: save what apply(model, plan) returned"
             raise CheckpointError(msg)
     planned = {name for layer in plan.layers if layer.format for name in (layer.path, *layer.aliases)}
@@ -170,6 +176,16 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
         if name not in planned:
             msg = f"the model has a factorized layer {name!r} that the plan does not know: save it with its own plan"
             raise CheckpointError(msg)
+
+
+def _check_narrowed(model: nn.Module, layer: LayerPlan) -> None:
+    held = sum(parameter.numel() for parameter in find(model, layer.path).parameters())
+    if held != layer.after.params:
+        msg = (
+            f"the plan has {layer.path!r} narrowed to {layer.after.params:,} parameters, in the model it has {held:,}: "
+            "save what apply(model, plan) returned"
+        )
+        raise CheckpointError(msg)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -181,13 +197,14 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         replace(new, path)
         return
-    beside = {ANALYSIS, OPTIONS, RECIPE, PLAN, CARD, RECORD, *(p.name for p in new.iterdir())} - {WEIGHTS}
+    own = (ANALYSIS, OPTIONS, RECIPE, PLAN, CARD, RECORD, CONFIG, MODELING, MODULES)
+    beside = {*own, *(p.name for p in new.iterdir())} - {WEIGHTS}
     beside = {name for name in beside if not _equal(new / name, path / name)}
     old = new / ".old"
     old.mkdir()
     try:
         for name in beside:
-            if (path / name).is_file():
+            if (path / name).exists():
                 (path / name).replace(old / name)
         replace(new / WEIGHTS, path / WEIGHTS)
     except BaseException:
@@ -195,7 +212,7 @@ def _swap(new: Path, path: Path) -> None:
             file.replace(path / file.name)
         raise
     for name in beside:
-        if (new / name).is_file():
+        if (new / name).exists():
             replace(new / name, path / name)
 
 

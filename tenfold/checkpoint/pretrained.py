@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,15 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.checkpoint.model_folder import load, save
+from tenfold.checkpoint.hub_facts import HubFacts, hub_facts, source_folder
+from tenfold.checkpoint.model_folder import CONFIG, WEIGHTS, load, save
+from tenfold.checkpoint.remote_code import forget_code_, write_modeling_file
+from tenfold.checkpoint.sentence_files import keep_sentence_files
+from tenfold.checkpoint.weights_file import is_checkpoint
 from tenfold.errors import CheckpointError, FileError, TenfoldError, first_line, require
 from tenfold.files import read_text, write_text
 from tenfold.records import Plan, RunRecord
 from tenfold.records.parsing import parse_json
+from tenfold.surgery import MARK, NOTE, note_in_config_
 
-CONFIG = "config.json"
 OWN_CODE = {"trust_remote_code": False}  # for every call of transformers: refused, and nobody is asked
-MARK = {"quant_method": "tenfold"}  # so that transformers does not load the weights into dense layers
 
 
 def save_pretrained(
@@ -34,7 +36,12 @@ def save_pretrained(
     """Write a compressed model of transformers to a folder and return that: a checkpoint with its own skeleton.
 
     It adds ``config.json``, ``generation_config.json`` for generative models, and the files of the tokenizer to what
-    ``tenfold.save`` writes. Open it with ``load_pretrained``, or with ``tenfold.load`` and a skeleton.
+    ``tenfold.save`` writes. Open it with ``load_pretrained``, or with ``tenfold.load`` and a skeleton. Where plain
+    layers of torch are all that the plan needs, ``modeling_tenfold.py`` is there as well, so that
+    ``AutoModel.from_pretrained(path, trust_remote_code=True)`` opens the folder without tenfold.
+
+    ``model.save_pretrained(path)``, transformers' own, writes weights and config alone: that folder is opened by
+    ``load_pretrained``, and by ``AutoModel.from_pretrained`` once ``tenfold.integrations.hf`` is imported.
 
     Args:
         model: a ``PreTrainedModel`` in which the plan was carried out.
@@ -53,24 +60,34 @@ def save_pretrained(
     return save(model, plan, path, record=record, beside=partial(write_config, model, tokenizer=tokenizer))
 
 
-def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> None:
-    """Write the config of a model of transformers into a folder, marked as compressed, and the tokenizer's files."""
+def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> HubFacts:
+    """Write what opens a model of transformers into a folder, and return what its card says.
+
+    That is the config, marked as compressed, the modelling file, the files of the tokenizer, and those of a
+    SentenceTransformer where the model came from one.
+    """
+    note_in_config_(model)
     config = json.loads(model.config.to_json_string(use_diff=True))
+    for part in config.values():  # parts with configs of their own: the note of the whole has all layers
+        if isinstance(part, dict) and NOTE in part:
+            del part[NOTE], part["quantization_config"]
     config |= {"architectures": [type(model).__name__], "quantization_config": MARK}
+    config |= {"auto_map": auto_map} if (auto_map := write_modeling_file(model, config.get(NOTE), folder)) else {}
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        for inner in [p for p in folder.iterdir() if p.is_dir()]:  # further chat templates: files alone can be swapped
-            shutil.rmtree(inner)
+    source = source_folder(model)
+    return hub_facts(model, source, sentences=keep_sentence_files(source, folder))
 
 
 def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
     """Load a model, in eval mode, from a folder of ``save_pretrained`` or ``tenfold compress --task hf:...``.
 
-    The class is named by the config; its code comes from transformers, never from the folder.
+    The class is named by the config; its code comes from transformers, never from the folder. Folders that
+    ``model.save_pretrained`` wrote, in one file or several, are opened as well.
 
     Args:
         path: the folder.
@@ -85,7 +102,27 @@ def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
         ...
         tenfold.errors.CheckpointError: nowhere has no config.json: was it written by save_pretrained?
     """
+    path = Path(path)
+    if _written_by_transformers(path):
+        return _from_transformers(path, model_class)
     return load(skeleton(path, model_class), path)[0].eval()
+
+
+def _written_by_transformers(path: Path) -> bool:
+    """Whether a folder has a note in its config, and weights without a plan in their header."""
+    if not (path / CONFIG).is_file() or NOTE not in read_config(path):
+        return False
+    single, sharded = path / WEIGHTS, path / f"{WEIGHTS}.index.json"
+    return sharded.is_file() or (single.is_file() and not is_checkpoint(single))
+
+
+def _from_transformers(path: Path, model_class: Any) -> nn.Module:
+    """Return the model that transformers loads once it asks tenfold for the layers."""
+    import tenfold.checkpoint.quantizer  # noqa: F401 - registers it
+
+    with opening(str(path)):
+        model: nn.Module = (model_class or architecture(read_config(path), path)).from_pretrained(path, **OWN_CODE)
+    return model.eval()
 
 
 def skeleton(path: str | Path, model_class: Any = None) -> nn.Module:
@@ -154,8 +191,10 @@ def architecture(config: Mapping[str, Any], where: object) -> Any:
 
 def build_dense(config: Any, model_class: Any) -> nn.Module:
     """Return a dense model with fresh weights, whether or not the config is that of a compressed one."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    forget_code_(config)
+    for name in ("quantization_config", NOTE):
+        if hasattr(config, name):
+            delattr(config, name)
     make = getattr(model_class, "_from_config", None) or getattr(model_class, "from_config", model_class)
     model: nn.Module = make(config)
     return model.eval()

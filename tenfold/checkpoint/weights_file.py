@@ -14,7 +14,7 @@ from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.records import Plan
 from tenfold.tensors.tensor_file import check_digest, read_tensors, write_tensors
 
-FORMAT = "tenfold"
+FORMAT = "pt"  # what some readers, transformers before version 5 among them, ask of every file
 VERSION = 1
 SEALED = ("plan", "aliases")
 
@@ -55,13 +55,13 @@ def is_checkpoint(path: Path) -> bool:
     """Whether the header of the file is that of ``write_weights``."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
+            return {"tenfold", "plan"} <= set(file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
 
 def _check_header(header: Mapping[str, str], path: Path) -> None:
-    if header.get("format") != FORMAT or "plan" not in header:
+    if not {"tenfold", "plan"} <= set(header):
         msg = f"{path} was not written by tenfold: it has no plan in its header. Dense weights are not a checkpoint."
         raise CheckpointError(msg)
     try:

@@ -99,6 +99,26 @@ def ranks(texts: Sequence[str]) -> dict[str, Any]:
     return {"name": "fixed", "ranks": found}
 
 
+def budgets(texts: Sequence[str]) -> dict[str, str]:
+    """Return budgets of parts from ``PATTERN:BUDGET``.
+
+    Raises:
+        Misuse: not of that form, or a part twice.
+
+    Example:
+        >>> budgets(["re:layer[12].*:macs=0.5,params=0.6"])
+        {'re:layer[12].*': 'macs=0.5,params=0.6'}
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, colon, budget = (part.strip() for part in text.rpartition(":"))
+        if not colon or not pattern or "=" not in budget or pattern in found:
+            msg = f"cannot read --budget-of {text!r}: write PATTERN:BUDGET, such as 'neck.*:macs=0.5', each part once."
+            raise Misuse(msg)
+        found[pattern] = budget
+    return found
+
+
 # By field; a field that is written by several options names each of them.
 TEXTS: dict[str, dict[str, Text]] = {
     "budget": {
@@ -110,12 +130,29 @@ TEXTS: dict[str, dict[str, Text]] = {
             "max_latency_ms. Several with commas between them.",
         )
     },
+    "budget_of": {
+        "budget_of": Text(
+            list[str],
+            "PATTERN:BUDGET",
+            budgets,
+            "What the layers of a part may cost, such as 'backbone.*:macs=0.5', in place of a budget of the whole "
+            "model. Repeatable, the first match wins.",
+        )
+    },
     "formats": {
         "formats": Text(
             list[str],
             "FORMAT,...",
             names,
             "What layers may turn into, the preferred first; see `tenfold list formats`.",
+        )
+    },
+    "units": {
+        "units": Text(
+            list[str],
+            "KIND,...",
+            names,
+            "Groups of layers that may be narrowed together, all usual kinds by default; see `tenfold list units`.",
         )
     },
     "algorithms": {"algorithms": Text(list[str], "FORMAT=NAME", algorithms, "The algorithm of a format. Repeatable.")},
@@ -143,6 +180,7 @@ TEXTS: dict[str, dict[str, Text]] = {
 
 _REGISTRIES = {
     "formats": "tenfold.formats:FORMATS",
+    "units": "tenfold.units:UNITS",
     "rule": "tenfold.allocation:RULES",
     "task": "tenfold.tasks:TASKS",
     "to": "tenfold.exporting:EXPORTERS",

@@ -43,8 +43,8 @@ class Explorer:
     """
 
     def __init__(self, table: OptionTable) -> None:
-        self.table = table
-        self.accounts = Accounts(table)
+        self.table = table.replace(units=())  # they would change several layers at once
+        self.accounts = Accounts(self.table)
 
     @cached_property
     def start(self) -> Selection:
@@ -81,7 +81,7 @@ class Explorer:
         return self.accounts.share(kind, self.accounts.least(kind))
 
     def _recipe(self, query: Query) -> Recipe:
-        return self.table.recipe.replace(budget=query.budget)
+        return self.table.recipe.replace(budget=query.budget, budget_of={})
 
 
 def _reason(pick: Pick, query: Query) -> str:

@@ -9,65 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from tenfold.checkpoint import load_pretrained, read_weights, save_pretrained
 from tenfold.checkpoint.model_folder import WEIGHTS
-from tenfold.checkpoint.pretrained import MARK
-from tenfold.errors import CheckpointError, TenfoldError, require
-from tenfold.surgery import restructure_
+from tenfold.checkpoint.quantizer import TenfoldConfig, TenfoldQuantizer
+from tenfold.checkpoint.remote_code import FILE
+from tenfold.errors import require
 
 __all__ = ["TenfoldConfig", "TenfoldQuantizer", "load_pretrained", "pull", "push", "save_pretrained"]
-
-_base: Any = require("transformers.quantizers.base", "hf")
-_auto: Any = require("transformers.quantizers.auto", "hf")
-_config: Any = require("transformers.utils.quantization_config", "hf")
-METHOD = MARK["quant_method"]
-
-
-class TenfoldConfig(_config.QuantizationConfigMixin):  # type: ignore[misc]
-    """Mark of a compressed model in ``config.json``. The plan is in the header of the weights."""
-
-    def __init__(self, **unknown: Any) -> None:
-        del unknown
-        self.quant_method = METHOD
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entries of ``config.json``."""
-        return dict(MARK)
-
-
-class TenfoldQuantizer(_base.HfQuantizer):  # type: ignore[misc]
-    """Restructures the dense skeleton of ``from_pretrained`` by the plan before the weights are loaded."""
-
-    requires_calibration = True  # dense checkpoints cannot be quantized on loading: use compress
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **given: Any) -> nn.Module:
-        files = [Path(f) for f in given.get("checkpoint_files") or ()]
-        if len(files) != 1:
-            msg = "from_pretrained did not say which file it loads: open the folder with tenfold's load_pretrained"
-            raise CheckpointError(msg)
-        _, plan = read_weights(files[0])
-        try:
-            return restructure_(model, plan)
-        except TenfoldError as error:
-            msg = f"{files[0].parent} was made for another class than {type(model).__name__}: {error}"
-            raise CheckpointError(msg) from error
-
-    def is_serializable(self, *unused: Any, **unknown: Any) -> bool:
-        """Return whether ``model.save_pretrained`` may write the model: it would lose the plan."""
-        del unused, unknown
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: the model can be trained like any other."""
-        return True
-
-
-if METHOD not in _auto.AUTO_QUANTIZER_MAPPING:  # the module may be reloaded
-    _auto.register_quantization_config(METHOD)(TenfoldConfig)
-    _auto.register_quantizer(METHOD)(TenfoldQuantizer)
 
 
 def push(
@@ -117,7 +65,7 @@ def pull(repo_id: str, path: str | Path | None = None, *, revision: str | None =
     if api is None:
         hub: Any = require("huggingface_hub", "hf")
         api = hub.HfApi()
-    wanted = ["*.safetensors", "*.json", "*.yaml", "*.txt", "*.model", "*.jinja", "README.md"]
+    wanted = ["*.safetensors", "*.json", "*.yaml", "*.txt", "*.model", "*.jinja", "README.md", FILE]
     found = api.snapshot_download(repo_id, revision=revision, local_dir=path, allow_patterns=wanted)
     read_weights(Path(found) / WEIGHTS)
     return Path(found)

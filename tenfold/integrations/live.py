@@ -14,8 +14,7 @@ from tenfold.iterative.run import Stages
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
 from tenfold.records import Plan, StageRecord
-from tenfold.surgery import find
-from tenfold.surgery.modules import put
+from tenfold.surgery import find, note_in_config_, put
 from tenfold.tracing import copied
 from tenfold.tracing.contexts import kept_modes
 from tenfold.training import Admm, AdmmConfig
@@ -116,7 +115,7 @@ def graft_(model: nn.Module, small: nn.Module, optimizers: Optimizers) -> None:
         raise TuningError(msg)
     pairs = [(find(model, path), layer) for path, layer in new.items()]
     with kept_modes(model):
-        put(model, new)
+        note_in_config_(put(model, new))
     for optimizer in optimizers:
         for old, layer in pairs:
             _exchange(optimizer, old, layer)

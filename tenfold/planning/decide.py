@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,18 +16,19 @@ from tenfold.allocation import choose, limits_latency
 from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
-from tenfold.errors import PlanError
+from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.planning.eligible import changeable
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.target import Target
+from tenfold.planning.unit_kinds import kinds_of, wants_units
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
-from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, recognise_units, separate, separated
 from tenfold.tensors import normal_tensors
 from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, device_of, gathered
@@ -102,14 +104,27 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    kinds_of(wanted)  # names that do not exist, before any work
     check_finite(model)
     model = trainable_copy(model)
-    source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
+    heads = data is not None and wants_units(wanted) and bool({"value_output", "query_key"} & {*kinds_of(wanted)})
+    source = (
+        unroll_for_plan(model, wanted, example_inputs, heads=heads)
+        if given is None
+        else separate(model, given.unrolled)
+    )
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
     decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
+    if given is None and data is None and wanted.units:
+        msg = f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed"
+        warnings.warn(msg, TenfoldWarning, stacklevel=2)
+    if given is None and data is not None and wants_units(wanted):
+        with runtime.step("find units", seconds):
+            cost = cost.replace(units=recognise_units(source, cost, example_inputs, kinds_of(wanted)))
+            decision = replace(decision, profile=cost)
     if data is not None and wanted.calibration.method != "none":
         with runtime.step("calibrate", seconds):
             decision = _calibrated(decision, data, given or wanted, runtime)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenfold.allocation import rule_of
+from tenfold.allocation.parts import OUTSIDE
 from tenfold.allocation.reasons import CHEAP_END
 from tenfold.calibration import called_layers
 from tenfold.decompositions import Moments
@@ -19,6 +20,7 @@ from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
 from tenfold.planning.target import Target
+from tenfold.planning.unit_kinds import pivots_to_judge
 from tenfold.planning.unroll import kept_states
 from tenfold.profiling.profile import NOT_REACHED
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Plan, Profile, Recipe
@@ -101,6 +103,11 @@ def kept_reasons(
         for layer in profile.layers
     }
     kept |= {path: why for path, why in kept_states(model, recipe).items() if not kept.get(path)}
+    if recipe.budget_of:
+        parts = tuple(recipe.budget_of)
+        check_patterns(parts, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
+        aliases = {layer.path: layer.aliases for layer in profile.layers}
+        kept |= {p: OUTSIDE for p in kept if not kept[p] and first_match(parts, p, aliases.get(p, ())) is None}
     if rule.patterns:
         free = [path for path in kept if not kept[path]]
         check_patterns(rule.patterns, free)
@@ -119,7 +126,8 @@ def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dic
     if isinstance(wanted, Plan):
         return {layer.path: specs[layer.path] for layer in wanted.factorized if layer.path in specs}
     kept = kept_reasons(model, profile, wanted)
-    return {path: spec for path, spec in specs.items() if kept[path] in ("", NOT_REACHED)}
+    judged = {path for path in specs if kept[path] in ("", NOT_REACHED)} | set(pivots_to_judge(profile, wanted))
+    return {path: spec for path, spec in specs.items() if path in judged}
 
 
 def cheap_ends(profile: Profile) -> dict[str, str]:

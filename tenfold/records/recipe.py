@@ -81,10 +81,15 @@ class Recipe(Record):
 
     Attributes:
         budget: what the whole model may cost; see ``Budget``. Text such as ``"macs=0.5"`` is read.
+        budget_of: in place of a budget of the whole model, budgets of parts of it, by a path, glob or ``re:``
+            expression of their layers: ``{"backbone.*": "macs=0.5"}``. Shares are those of the part; all other layers
+            stay as they are. A layer belongs to the first part that means it.
         rule: how ranks are chosen: the name of a rank rule, with its settings: ``{"name": "evbmf", "weaken": 0.8}``.
         formats: what layers may turn into, the preferred first.
         algorithms: by format, the algorithm with its settings, instead of the format's default:
             ``{"tucker2": {"name": "hosvd"}}``.
+        units: groups of layers that may be narrowed together, such as ``mlp_width``, with the rule ``global`` and data.
+            None for all kinds that are meant for it; empty for none.
         keep: layers to leave alone, as paths, globs or ``re:`` expressions.
         keep_ends: leave a first and a last layer alone that cost next to nothing; by default unless the rule selects
             layers by name.
@@ -106,9 +111,11 @@ class Recipe(Record):
     """
 
     budget: Budget = Budget()
+    budget_of: dict[str, Budget] = {}
     rule: dict[str, Any] = Field(default={"name": "global"})
     formats: tuple[str, ...] = DEFAULT_FORMATS
     algorithms: dict[str, dict[str, Any]] = {}
+    units: tuple[str, ...] | None = None
     keep: tuple[str, ...] = ()
     keep_ends: bool | None = None
     calibration: Calibration = Calibration()
@@ -194,7 +201,7 @@ class Recipe(Record):
     def _read_rule(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("formats", "keep", mode="before")
+    @field_validator("formats", "units", "keep", mode="before")
     @classmethod
     def _read_names(cls, value: Any) -> Any:
         return as_tuple(value) if isinstance(value, str | list | tuple) else value
@@ -211,6 +218,13 @@ class Recipe(Record):
         if not isinstance(self.rule.get("name"), str):
             msg = "a rule needs its name, such as {name: evbmf, weaken: 0.8}"
             raise ValueError(msg)  # noqa: TRY004 - pydantic reports ValueError
+        if self.budget and self.budget_of:
+            msg = "budget limits the whole model and budget_of parts of it: give one of them"
+            raise ValueError(msg)
+        for pattern, own in self.budget_of.items():
+            if not own or "latency" in own.limited:
+                msg = f"a budget of a part, {pattern!r}, limits params or macs: a time is one of the whole model"
+                raise ValueError(msg)
         if not self.formats:
             msg = "formats is empty: name at least one, such as low_rank"
             raise ValueError(msg)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
+from tenfold.allocation.parts import in_words
 from tenfold.records import Metric, RunRecord
 from tenfold.reporting.grouping import grouped
 from tenfold.reporting.numbers import limits, plural
@@ -139,7 +140,8 @@ def score_head(groups: Sequence[Group], otherwise: str = "score") -> str:
 
 def budget_of(record: RunRecord) -> str:
     """Return the budget in words, as shares of the model before; a dash where there was none."""
-    return ", ".join(limits(record.plan.recipe.budget, record.before, of=" ")) or "—"
+    recipe = record.plan.recipe
+    return ", ".join(limits(recipe.budget, record.before, of=" ")) or in_words(recipe.budget_of) or "—"
 
 
 def _key(record: RunRecord) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tenfold.allocation.parts import in_words
 from tenfold.files import write_text
 from tenfold.records import LayerPlan, RunRecord
 from tenfold.reporting import charts
@@ -142,7 +143,7 @@ def _headline(record: RunRecord) -> str:
 def _lead(record: RunRecord) -> str:
     plan = record.plan
     formats = sorted({str(layer.format) for layer in plan.factorized})
-    budget = " and ".join(limits(plan.recipe.budget, record.before))
+    budget = " and ".join(limits(plan.recipe.budget, record.before)) or in_words(plan.recipe.budget_of)
     parts = [f"{plan.model}, {len(plan.factorized)} layers as {', '.join(formats)}" if formats else plan.model]
     parts.append(f"ranks by the rule {plan.recipe.rule_name}{f' for a budget of {budget}' if budget else ''}")
     if record.stages:
@@ -224,7 +225,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     rule = ", ".join(f"{k}={v}" for k, v in recipe.rule.items() if k not in ("name", "ranks") and v is not None)
     found = [
         ("Rule", f"{recipe.rule_name}{f' ({rule})' if rule else ''}"),
-        ("Budget", ", ".join(limits(recipe.budget, record.before))),
+        ("Budget", ", ".join(limits(recipe.budget, record.before)) or in_words(recipe.budget_of)),
         ("Runtime", recipe.runtime or ""),
         ("Agreement with the original", "" if record.agreement is None else record.agreement.in_words()),
         ("Seed", str(record.seed)),

@@ -3,9 +3,12 @@
 from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_, with_errors
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
+from tenfold.surgery.config_note import MARK, NOTE, note_in_config_, plan_in_note
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.recognise_units import recognise_units
 from tenfold.surgery.separate import separate, separate_, separated
+from tenfold.surgery.separate_attention import joined_projections
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
     fuse_rnns_,
@@ -18,6 +21,8 @@ from tenfold.surgery.unstack import restack_, stacks, unstack_, unstacked
 from tenfold.surgery.verify import verify, warn_of_costs
 
 __all__ = [
+    "MARK",
+    "NOTE",
     "FusedNorm",
     "FusedPairs",
     "SequentialFit",
@@ -35,8 +40,12 @@ __all__ = [
     "fuse_rnns_",
     "fused_pairs",
     "fused_rnns",
+    "joined_projections",
+    "note_in_config_",
     "paths_of",
+    "plan_in_note",
     "put",
+    "recognise_units",
     "reestimate_batchnorm_",
     "restack_",
     "restructure_",

@@ -13,8 +13,10 @@ from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
+from tenfold.surgery.config_note import note_in_config_
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.narrow import absorb_, check_units, narrow_
 from tenfold.surgery.replacement import (
     check_planned,
     factorizable_spec,
@@ -79,6 +81,8 @@ def apply_(
     for layer in plan.layers:
         find(model, layer.path)
     check_pairs(model, plan.fused)
+    check_units(model, plan)
+    pivots = {unit.pivot: find(model, unit.pivot) for unit in plan.narrowed}
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
     refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress, workers)
@@ -86,7 +90,7 @@ def apply_(
         layer.path: layer_of(fit, find(model, layer.path), request.algorithm)
         for layer, fit, (request, _) in zip(wanted, fits, jobs, strict=True)
     }
-    return fuse_pairs_(put(model, new), plan.fused)
+    return note_in_config_(fuse_pairs_(absorb_(put(model, new), plan, pivots), plan.fused))
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -98,10 +102,11 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = separate_(model, plan.unrolled)
+    model = narrow_(separate_(model, plan.unrolled), plan.narrowed)
     fuse_pairs_(model, plan.fused)
+    pivots = {unit.pivot for unit in plan.narrowed}
     for layer in plan.layers:
-        if layer.format is None:
+        if layer.format is None or layer.path in pivots:
             continue
         old = find(model, layer.path)
         spec, weight = geometry(old, layer.path)
@@ -110,7 +115,7 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
             new[layer.path] = FactorizedLayer.empty(
                 spec, str(layer.format), layer.rank or {}, like=weight, requires_grad=trainable(old)
             )
-    return put(model, new)
+    return note_in_config_(put(model, new))
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -122,13 +127,13 @@ def densify(model: nn.Module) -> nn.Module:
 def densify_(model: nn.Module) -> nn.Module:
     """Put a plain dense layer in place of every factorized one, in place; return the model."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}
-    return put(model, {path: _dense(layer) for path, layer in layers.items()})
+    return note_in_config_(put(model, {path: _dense(layer) for path, layer in layers.items()}))
 
 
 def fits_of(model: nn.Module) -> dict[str, FitSummary]:
-    """Return by path how the factorized layers of a model met their weights, as far as that is known."""
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, FactorizedLayer)]
-    return {path: layer.fit for path, layer in layers if layer.fit is not None}
+    """Return by path how the layers of a model that replaced others met their weights, as far as that is known."""
+    fits = ((path, getattr(module, "fit", None)) for path, module in model.named_modules())
+    return {path: fit for path, fit in fits if isinstance(fit, FitSummary)}
 
 
 def with_errors(plan: Plan, model: nn.Module) -> Plan:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.records import Metric
 from tenfold.records.metric import FRACTION
@@ -192,8 +193,10 @@ class Task(abc.ABC):
         del checkpoint
         return text
 
-    def write_beside(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - most have nothing
-        """Write further files of a checkpoint of ``model`` into its folder; usually none."""
+    def write_beside(self, model: nn.Module, folder: Path) -> HubFacts | None:
+        """Write further files of a checkpoint of ``model`` into its folder, usually none; return what its card says."""
+        del model, folder
+        return None
 
     @property
     def id(self) -> str:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tenfold.checkpoint.hub_facts import HubFacts
+from tenfold.checkpoint.model_folder import CONFIG
 from tenfold.checkpoint.pretrained import (
-    CONFIG,
-    MARK,
     OWN_CODE,
     architecture,
     build_dense,
@@ -23,6 +23,7 @@ from tenfold.checkpoint.pretrained import (
     write_config,
 )
 from tenfold.errors import CheckpointError, DataError, ProfileError, UnknownNameError, require
+from tenfold.surgery import MARK
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
@@ -94,9 +95,9 @@ class HuggingFace(ModelOnly):
             made: nn.Module = self.model_class.from_pretrained(source, **OWN_CODE)
         return made.eval()
 
-    def write_beside(self, model: nn.Module, folder: Path) -> None:
+    def write_beside(self, model: nn.Module, folder: Path) -> HubFacts:
         """Write config and tokenizer beside the weights, so that ``load_pretrained`` and ``AutoModel`` open them."""
-        write_config(model, folder, tokenizer=self.processor)
+        return write_config(model, folder, tokenizer=self.processor)
 
     # --- inputs ---
 

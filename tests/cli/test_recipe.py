@@ -10,7 +10,7 @@ import pytest
 
 from tenfold.cli.app import build
 from tenfold.cli.values import completion
-from tenfold.records import Recipe, TuneConfig
+from tenfold.records import Budget, Recipe, TuneConfig
 from tenfold.tasks import Task
 
 Run = Callable[..., Any]
@@ -56,6 +56,13 @@ def test_a_file_that_is_no_recipe(tenfold: Run, tiny: str, text: str) -> None:
     word = text.partition(":")[2].strip(" {").partition(":")[0] if "flops" in text else text.partition(":")[0]
     assert tenfold("plan", "--task", tiny, "--recipe", "recipe.yaml").is_error(word if "[" not in text else "YAML")
     assert tenfold("plan", "--task", tiny, "--recipe", "none.yaml").is_error("--recipe none.yaml", "No such file")
+
+
+def test_a_budget_of_a_part(tenfold: Run, tiny: str) -> None:
+    recipe = planned(tenfold, tiny, "--budget-of", "0:macs=0.6,params=0.7")
+    assert recipe.budget_of == {"0": Budget(macs=0.6, params=0.7)}
+    assert tenfold("plan", "--task", tiny, "--budget-of", "macs=0.6").is_error("PATTERN:BUDGET", code=2)
+    assert tenfold("plan", "--task", tiny, "--budget-of", "nowhere.*:macs=0.6").is_error("no layer matches 'nowhere.*'")
 
 
 @pytest.mark.parametrize("command", ["compress", "plan", "stages", "train"])

@@ -13,7 +13,7 @@ from tenfold.errors import PlanError, naming_layer
 from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import dense_weight, spec_of
 from tenfold.records import Plan
-from tenfold.surgery import find, put
+from tenfold.surgery import find, note_in_config_, put
 from tenfold.surgery.replacement import layer_of
 from tenfold.tracing import copied
 
@@ -113,7 +113,8 @@ class PlanProjection(Projection):
         problems = [self._problem(i, model, _weight(model, layer.path)) for i, layer in enumerate(self.plan.factorized)]
         small = copied(model)
         found = zip(self.paths, problems, decompose_many(problems), strict=True)
-        return put(small, {path: layer_of(fit, find(small, path), own.algorithm) for path, own, fit in found})
+        new = {path: layer_of(fit, find(small, path), own.algorithm) for path, own, fit in found}
+        return note_in_config_(put(small, new))
 
     def extra_repr(self) -> str:
         """Return the formats."""
