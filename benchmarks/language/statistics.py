@@ -108,7 +108,8 @@ class _Sums:
     def _block(self, path: str) -> Any:
         def leave(_module: nn.Module, args: Any, output: Any) -> None:
             left = output[0] if isinstance(output, tuple) else output
-            self.change[path].append(float(1 - F.cosine_similarity(args[0], left, dim=-1).mean()))
+            kept = F.cosine_similarity(args[0].detach(), left.detach(), dim=-1).mean()
+            self.change[path].append(float(1 - kept))
 
         return leave
 

@@ -60,3 +60,29 @@ def test_training_on_labels_is_refused_and_distillation_is_not(model: Path, data
 
 def test_without_texts_there_is_no_score_and_that_is_said(model: Path, tenfold: Run) -> None:
     assert tenfold("eval", "--task", f"lm:{model}").is_error("needs texts", "--data")
+
+
+def test_bench_reads_and_writes_tokens(model: Path, tenfold: Run, tiny: str) -> None:
+    asked = (
+        "bench",
+        "dense",
+        "dense",
+        "--task",
+        f"lm:{model}@16",
+        "--tokens",
+        "20",
+        "--seconds",
+        "0.2",
+        "--threads",
+        "1",
+    )
+    found = tenfold(*asked, "--json").json
+    for one in (found["a"], found["b"]):
+        assert one["cache_bytes"] == 2 * 2 * 2 * 12 * 20 * 4  # blocks, keys and values, heads of 12, tokens, float32
+        assert one["tokens_per_second"]["decode"] == pytest.approx(16 / (one["decode"]["median_ms"] / 1000))
+        assert one["tokens_per_second"]["prefill"] == pytest.approx(20 / (one["prefill"]["median_ms"] / 1000))
+    assert {"prefill", "decode"} == set(found["speedup"])
+    assert "written, tokens/s" in tenfold(*asked).out
+    assert tenfold(*asked, "--runtime", "torch-compile").is_error("--tokens is measured in torch", code=2)
+    other = tenfold("bench", "dense", "dense", "--task", tiny, "--tokens", "4", "--seconds", "0.2")
+    assert other.is_error("--tokens is for language models", code=2)
