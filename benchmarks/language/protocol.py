@@ -106,7 +106,7 @@ class Protocol:
         total, count = 0.0, 0
         for ids, dense in zip(self.held_out.split(1), self._dense_logits(temperature, after, every), strict=True):
             for own, wanted in zip(self._log_probs(model, ids, temperature, after, every), dense, strict=True):
-                total += float(F.kl_div(own, wanted.float(), log_target=True, reduction="sum"))
+                total += float(F.kl_div(own, wanted, log_target=True, reduction="sum"))
                 count += len(own)
         return total / count if math.isfinite(total) else math.inf
 
@@ -116,8 +116,7 @@ class Protocol:
 
     def _dense_logits(self, *how: Any) -> list[list[Tensor]]:
         if how not in self._kept_logits:
-            made = [self._log_probs(self.model, ids, *how) for ids in self.held_out.split(1)]
-            self._kept_logits[how] = [[chunk.to(torch.bfloat16) for chunk in chunks] for chunks in made]
+            self._kept_logits[how] = [self._log_probs(self.model, ids, *how) for ids in self.held_out.split(1)]
         return self._kept_logits[how]
 
     @torch.no_grad()
