@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from math import ceil
+from typing import TYPE_CHECKING
 
 from tenfold.cli.terminal import Misuse
 
@@ -16,40 +17,32 @@ if TYPE_CHECKING:
     from tenfold.records import Speedup
 
 
-class Conditions(Protocol):
-    """What of the options is asked for here."""
-
-    batch_size: int
-    seconds: float
-    runtime: str
-    tokens: int | None
-
-
-def measure_generation(pair: Mapping[str, tuple[str, Opened]], conditions: Conditions, terminal: Terminal) -> None:
+def measure_generation(
+    pair: Mapping[str, tuple[str, Opened]], terminal: Terminal, *, tokens: int, batch_size: int, seconds: float
+) -> None:
     """Measure how fast both models read a prompt of random tokens and write on, in turns, and show it.
 
     Args:
         pair: ``a`` and ``b``, each with what it was called.
-        conditions: of the measurement.
         terminal: what to show.
+        tokens: of the prompt.
+        batch_size: prompts at a time.
+        seconds: about how long to measure.
 
     Raises:
-        Misuse: another runtime than torch, or a model that takes no tokens.
+        Misuse: a model that takes no tokens.
         ProfileError: a model has no cache.
     """
     from tenfold.profiling import compare_generation, environment
     from tenfold.tracing.inputs import tensors_in
 
-    if conditions.runtime != "torch":
-        msg = f"--tokens is measured in torch, not in {conditions.runtime}: leave --runtime out."
-        raise Misuse(msg)
     opened = {name: one for name, (_, one) in pair.items()}
-    ids = next(tensors_in(opened["a"].inputs(conditions.batch_size)))
+    ids = next(tensors_in(opened["a"].inputs(batch_size)))
     if ids.is_floating_point() or ids.dim() != 2:
         msg = f"--tokens is for language models: {opened['a'].task.id} takes no tokens."
         raise Misuse(msg)
-    prompt = ids.repeat(1, -(-(conditions.tokens or 1) // ids.shape[1]))[:, : conditions.tokens]
-    found = compare_generation({n: o.model for n, o in opened.items()}, prompt, seconds=conditions.seconds)
+    prompt = ids.repeat(1, ceil(tokens / ids.shape[1]))[:, :tokens]
+    found = compare_generation({n: o.model for n, o in opened.items()}, prompt, seconds=seconds)
     params = {name: sum(p.numel() for p in one.model.parameters()) for name, one in opened.items()}
     terminal.show(_table({name: text for name, (text, _) in pair.items()}, params, found))
     terminal.say(f"Prompt of {prompt.shape[1]} tokens, {found.written // len(prompt)} after it; batch {len(prompt)}.")

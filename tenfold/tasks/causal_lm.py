@@ -10,10 +10,11 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tenfold.checkpoint.pretrained import CONFIG, OWN_CODE, architecture
+from tenfold.checkpoint.pretrained import CONFIG, architecture
 from tenfold.errors import CheckpointError, DataError, UnknownNameError, require
 from tenfold.records import Metric
 from tenfold.tasks.base import SPLITS, TASKS, MappedBatches, Progress, SizedBatches, seeded
+from tenfold.tasks.gguf_files import decoding, gguf_options
 from tenfold.tasks.perplexity import perplexity
 from tenfold.tasks.text_files import TextFiles, TokenBatches, packed
 from tenfold.tasks.transformers_zoo import HuggingFace
@@ -63,32 +64,15 @@ class CausalLM(HuggingFace):
         return (f"{own}@{tokens}" if tokens.isdigit() else own) if (checkpoint / CONFIG).is_file() else text
 
     def opening_options(self, source: str) -> dict[str, Any]:
-        """Return what ``from_pretrained`` is told: the file in GGUF where it is one, or the only weights there are.
-
-        Raises:
-            CheckpointError: there is no such file, or several.
-        """
-        file, folder = Path(self.model_name).expanduser(), Path(source)
-        if file.suffix == ".gguf" and source == self.source:
-            found = [file]
-        else:
-            found = [] if (folder / CONFIG).is_file() else sorted(folder.glob("*.gguf")) if folder.is_dir() else []
-        if not found:
-            return dict(OWN_CODE)
-        if len(found) > 1 or not found[0].is_file():
-            what = "there is no such file" if len(found) == 1 else f"it has {len(found)} files in GGUF: name one"
-            msg = f"{self.id} cannot be opened: {what}"
-            raise CheckpointError(msg)
-        require("gguf", "gguf")
-        return {**OWN_CODE, "gguf_file": found[0].name}
+        """Return what ``from_pretrained`` is told besides ``source``: of a model in GGUF its file."""
+        file = Path(self.model_name).expanduser()
+        own = file if file.suffix == ".gguf" and source == self.source else Path(source)
+        return {**super().opening_options(source), **gguf_options(own)}
 
     def loading_options(self, source: str) -> dict[str, Any]:
-        """Return what is told where weights are loaded: those in GGUF are to be decoded, not kept in their blocks."""
+        """Return what ``from_pretrained`` of the model is told besides ``source``."""
         options = self.opening_options(source)
-        decoded = getattr(require("transformers", "hf"), "GgufConfig", None)  # older ones do nothing else
-        return options | (
-            {"quantization_config": decoded(dequantize=True)} if "gguf_file" in options and decoded else {}
-        )
+        return {**options, **(decoding() if "gguf_file" in options else {})}
 
     @property
     def model_class(self) -> Any:
@@ -97,16 +81,13 @@ class CausalLM(HuggingFace):
         Raises:
             CheckpointError: the model does not predict the next token.
         """
-        transformers: Any = require("transformers", "hf")
-        known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        named = getattr(self.config, "architectures", None)
-        if not named and type(self.config) in known:  # of a file in GGUF
-            return known[type(self.config)]
-        found = architecture({"architectures": named}, self.id)
-        if found not in known.values():
-            msg = f"{self.id} is a {found.__name__}, which does not predict the next token: give it as hf:"
+        auto: Any = require("transformers.models.auto.modeling_auto", "hf")
+        known = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        named = getattr(self.config, "architectures", None) or [known.get(self.config.model_type)]  # GGUF has none
+        if named[0] not in known.values():
+            msg = f"{self.id} is a {named[0] or self.config.model_type}, which predicts no next token: give it as hf:"
             raise CheckpointError(msg)
-        return found
+        return architecture({"architectures": named}, self.id)
 
     # --- inputs ---
 

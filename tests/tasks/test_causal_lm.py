@@ -156,7 +156,7 @@ def test_what_is_missing_is_said_in_one_line(model_folder: Path, data: Path, tmp
 def test_models_that_do_not_predict_the_next_token_are_refused(tmp_path: Path) -> None:
     config = transformers.BertConfig(vocab_size=20, hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
     transformers.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="BertModel, which does not predict the next token"):
+    with pytest.raises(CheckpointError, match="BertModel, which predicts no next token"):
         load_task(f"lm:{tmp_path}").build()
 
 
@@ -171,7 +171,7 @@ def test_files_in_gguf_need_their_package_and_a_name(tmp_path: Path, monkeypatch
         (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="2 files in GGUF: name one"):
         load_task(f"lm:{tmp_path}").build()
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match=r"there is no file .*c\.gguf"):
         load_task(f"lm:{tmp_path / 'c.gguf'}").build()
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(Exception, match=re.escape("tenfold[gguf]")):

@@ -68,11 +68,16 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
     from tenfold.cli.generation import measure_generation
     from tenfold.profiling import environment
 
+    if conditions.tokens is not None and conditions.runtime != "torch":
+        msg = f"--tokens is measured in torch, not in {conditions.runtime}: leave --runtime out."
+        raise Misuse(msg)
     terminal.step("open the models")
     pair = _open_both((a, b), conditions, machine)
     terminal.step("measure")
     if conditions.tokens is not None:
-        measure_generation({"a": (a, pair[0]), "b": (b, pair[1])}, conditions, terminal)
+        both = {"a": (a, pair[0]), "b": (b, pair[1])}
+        batch, seconds = conditions.batch_size, conditions.seconds
+        measure_generation(both, terminal, tokens=conditions.tokens, batch_size=batch, seconds=seconds)
         return
     result = _compared(pair, conditions)
     params = [sum(p.numel() for p in opened.model.parameters()) for opened in pair]
