@@ -147,14 +147,15 @@ class _Work:
     ) -> dict[str, Moments] | None:
         """Return moments of all samples, judged by the second part of them; None where that cannot be done."""
         widest = self.settings.max_width
-        last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
+        loss = self.settings.loss  # that of predictions is known behind the last layer only
+        last = None if whole or loss == "fisher" else LastLayer.of(self.model, fitting[0], call_model)
         try:
-            with GradientSums(self.model, self.specs, seed=self.seed, widest=widest, last=last) as sums:
+            with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
                 sums.split_like(fitting[0])
                 self._say(sums)
                 moments = self._with_grams(fitting, sums)
             give_back()
-            judge = Judge(self.model, self.specs, moments, seed=self.seed + 1, widest=widest, last=last)
+            judge = Judge(self.model, self.specs, moments, loss=loss, seed=self.seed + 1, widest=widest, last=last)
             judge.split = sums.split
             with judge, warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.calibration.gradients import GradientSums, Projection, channels_first
+from tenfold.calibration.gradients import GradientSums, Loss, Projection, channels_first
 from tenfold.calibration.last_layer import LastLayer
 from tenfold.decompositions import HeldOutCurve, Moments
 from tenfold.decompositions.covariance import Covariance, blocks, is_tall
@@ -105,11 +105,12 @@ class Judge(GradientSums):
         specs: Mapping[str, LayerSpec],
         moments: Mapping[str, Moments],
         *,
+        loss: Loss = "outputs",
         seed: int = 0,
         widest: int | None = None,
         last: LastLayer | None = None,
     ) -> None:
-        super().__init__(model, specs, seed=seed, widest=widest, last=last)
+        super().__init__(model, specs, loss=loss, seed=seed, widest=widest, last=last)
         self._fits = {
             path: NestedFits.of(model.get_submodule(path), specs[path], own)
             for path, own in moments.items()

@@ -57,8 +57,8 @@ class Recover(Distill):
     """Recovery.
 
     Attributes:
-        calibration_samples: training samples to look at, without labels; 0 for none. By default 2000, or as many as
-            there are.
+        calibration_samples: training samples to look at, without labels; 0 for none. By default 2000 (128 sequences of
+            a language model), or as many as there are.
         tune: fine-tune after the layers were replaced.
         label_free: tune on the calibration samples by the dense model's answers alone; labels are never read.
         eval: score the model on the test set.
@@ -107,12 +107,12 @@ class Recover(Distill):
         if method == "batchnorm" and not any(isinstance(m, BATCH_NORMS) for m in opened.model.modules()):
             return None
         if samples is None:
-            samples = min(DEFAULT_CALIBRATION, opened.task.calibration_size(seed))
+            samples = min(opened.task.looked_at, opened.task.calibration_size(seed))
         return CalibrationBatches(opened, samples, seed) if samples else None
 
     def evaluator(self, opened: Opened) -> Score | None:
         """Return what scores models; None where that is not wanted, or the task has no score."""
-        if not opened.task.labelled:
+        if not opened.task.scored:
             if self.eval:
                 logger.info("%s is a model without labels: it is neither trained nor scored", opened.task.id)
             return None
@@ -212,7 +212,8 @@ class Tuner:
         task, size, seed = self.opened.task, self.config.batch_size, self.config.seed
         if self.teaching is None or self.teaching.samples is None:
             return partial(task.train_batches, batch_size=size, seed=seed)
-        return partial(task.unlabeled_batches, samples=self.teaching.samples, batch_size=size, seed=seed)
+        samples = min(self.teaching.samples, task.calibration_size(seed))
+        return partial(task.unlabeled_batches, samples=samples, batch_size=size, seed=seed)
 
     @property
     def loss(self) -> Distillation | None:

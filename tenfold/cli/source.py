@@ -29,12 +29,13 @@ class Source(Options):
 
     Attributes:
         task: a model, its data, its score: NAME[:VARIANT], pkg.module:Class or file.py:Class; or a model alone:
-            timm:NAME, torchvision:NAME, hf:FOLDER_OR_ID. See `tenfold list tasks`. May be left out with a --checkpoint
-            that knows it.
-        weights: weights of the dense model, as .safetensors; with hf: also a folder.
+            timm:NAME, torchvision:NAME, hf:FOLDER_OR_ID; or a language model with texts, lm:FOLDER_OR_ID. See `tenfold
+            list tasks`. May be left out with a --checkpoint that knows it.
+        weights: weights of the dense model, as .safetensors; with hf: and lm: also a folder.
         checkpoint: a compressed model, as `compress` wrote it.
         data: where the data is; else $TENFOLD_DATA, else ~/.cache/tenfold/datasets. With timm: and torchvision: a
-            folder of pictures to calibrate with, with hf: a text file, a sentence a line (or pictures).
+            folder of pictures to calibrate with, with hf: a text file, a sentence a line (or pictures), with lm: a text
+            file, or a folder with train.txt, test.txt and further texts.
     """
 
     task: str | None = None

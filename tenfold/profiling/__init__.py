@@ -3,6 +3,7 @@
 from tenfold.profiling.compare_outputs import agreement
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
+from tenfold.profiling.generation import Generation, compare_generation
 from tenfold.profiling.latency import (
     Comparison,
     LatencyTable,
@@ -15,10 +16,12 @@ from tenfold.profiling.profile import profile
 
 __all__ = [
     "Comparison",
+    "Generation",
     "LatencyTable",
     "MacCounter",
     "agreement",
     "best_memory_format",
+    "compare_generation",
     "compare_latency",
     "environment",
     "measure_latency",

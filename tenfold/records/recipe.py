@@ -26,6 +26,7 @@ DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial", "cp3")
 RECIPE_HEADER = "# A tenfold recipe: what is wanted of a compression. Use it with tenfold compress --recipe FILE.\n"
 
 Method = Literal["sequential", "independent", "batchnorm", "none"]
+Loss = Literal["outputs", "fisher"]
 
 
 class Calibration(Record):
@@ -38,6 +39,10 @@ class Calibration(Record):
             ignores the data.
         positions: output positions of a convolution that are read from each map and batch; None for all.
         draws: random projections of the outputs for each batch, from which output Gram matrices are estimated.
+        loss: what errors of layers cost. ``outputs``: the squared error of the network's outputs, whatever they are.
+            ``fisher``: the divergence of its predictions, for outputs that are scores of classes or words, such as
+            those of a language model: a shift of all scores costs nothing, and one of an unlikely word next to
+            nothing. A head of very many words has to run for it.
         max_width: statistics of more inputs or outputs than this are sketched; None for 8,192 inputs and 1,024 outputs.
         held_out: share of the samples that are neither planned with nor fitted to, on which the agreement of result and
             original is measured; with 0 it is measured on all, which flatters it. None for 100 samples, but at least
@@ -47,6 +52,7 @@ class Calibration(Record):
     method: Method = "sequential"
     positions: PositiveInt | None = 64
     draws: PositiveInt = 1
+    loss: Loss = "outputs"
     max_width: PositiveInt | None = None
     held_out: float | None = Field(default=None, ge=0, le=0.8)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -63,7 +63,9 @@ class Task(abc.ABC):
     name: ClassVar[str]
     variants: ClassVar[tuple[str, ...]] = ()  # the first is the default
     metric: ClassVar[Metric] = FRACTION  # what ``evaluate`` returns: name, unit, and which direction is better
-    labelled: ClassVar[bool] = True  # whether it has labels to train and score with
+    labelled: ClassVar[bool] = True  # whether it has labels to train with
+    scored: ClassVar[bool] = True  # whether it can score a model
+    looked_at: ClassVar[int] = 2000  # samples to calibrate with, unless somebody says how many
     weights_hint: ClassVar[str] = ""  # how to train weights of one's own, for a message
     tune_settings: ClassVar[dict[str, Any]] = {}  # fields of TuneConfig for fine-tuning a compressed model
 
@@ -184,6 +186,19 @@ class Task(abc.ABC):
             raise DataError(msg)
         read = self.test_batches if split == "test" else self.validation_batches
         return accuracy(model, read(limit, batch_size=batch_size), progress)
+
+    def scores_elsewhere(
+        self, model: nn.Module, *, limit: int | None = None, batch_size: int = 125
+    ) -> Mapping[str, float]:
+        """Return scores on further data that do not resemble the training set, by name; usually none.
+
+        Args:
+            model: as for ``evaluate``.
+            limit: at most so many samples of each.
+            batch_size: samples per forward.
+        """
+        del model, limit, batch_size
+        return {}
 
     # --- its checkpoints ---
 

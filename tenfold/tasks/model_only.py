@@ -11,7 +11,7 @@ from tenfold.errors import DataError
 from tenfold.tasks.base import SizedBatches, Task
 
 
-def _refused(what: str) -> Callable[..., NoReturn]:
+def _refused(what: str) -> Callable[..., Any]:
     """Return a method that raises DataError: there are no labels."""
 
     def refuse(self: Task, *_: Any, **__: Any) -> NoReturn:
@@ -37,6 +37,7 @@ class ModelOnly(Task):
     """
 
     labelled: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
     tune_settings: ClassVar[dict[str, Any]] = {"epochs": 0}
 
     def __init__(self, variant: str | None = None, *, data: Path | str | None = None, seed: int = 0) -> None:

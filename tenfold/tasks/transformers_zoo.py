@@ -27,6 +27,7 @@ from tenfold.surgery import MARK
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
+from tenfold.tasks.text_files import read_lines
 
 LENGTH = 128  # tokens of example inputs, and at most of a sentence to calibrate with
 
@@ -43,11 +44,25 @@ class HuggingFace(ModelOnly):
     @property
     def source(self) -> str:
         """The folder or the id on the Hub."""
-        if not self.variant:
-            msg = "which model? Write hf:FOLDER or hf:owner/name."
+        if not self.model_name:
+            msg = f"which model? Write {self.name}:FOLDER or {self.name}:owner/name."
             raise UnknownNameError(msg)
-        folder = Path(self.variant).expanduser()
-        return str(folder) if folder.is_dir() else self.variant
+        folder = Path(self.model_name).expanduser()
+        return str(folder) if folder.is_dir() else self.model_name
+
+    @property
+    def model_name(self) -> str:
+        """The folder or id as it was given."""
+        return self.variant or ""
+
+    def opening_options(self, source: str) -> dict[str, Any]:
+        """Return what ``from_pretrained`` is told besides the folder or id ``source``."""
+        del source
+        return dict(OWN_CODE)
+
+    def loading_options(self, source: str) -> dict[str, Any]:
+        """Return what ``from_pretrained`` of the model is told besides ``source``."""
+        return self.opening_options(source)
 
     @classmethod
     def recorded(cls, text: str, checkpoint: Path) -> str:
@@ -59,9 +74,9 @@ class HuggingFace(ModelOnly):
     @cached_property
     def config(self) -> Any:
         """The config of the model."""
-        transformers = _transformers()
+        transformers: Any = require("transformers", "hf")
         with opening(self.id):
-            return transformers.AutoConfig.from_pretrained(self.source, **OWN_CODE)
+            return transformers.AutoConfig.from_pretrained(self.source, **self.opening_options(self.source))
 
     @property
     def model_class(self) -> Any:
@@ -92,7 +107,7 @@ class HuggingFace(ModelOnly):
             msg = f"{source} holds a model that is compressed already: give it as --checkpoint"
             raise CheckpointError(msg)
         with opening(self.id):
-            made: nn.Module = self.model_class.from_pretrained(source, **OWN_CODE)
+            made: nn.Module = self.model_class.from_pretrained(source, **self.loading_options(source))
         return made.eval()
 
     def write_beside(self, model: nn.Module, folder: Path) -> HubFacts:
@@ -141,17 +156,17 @@ class HuggingFace(ModelOnly):
         if self.processor is None:
             msg = f"{self.id} has no tokenizer for the sentences of --data. Use --calibration-samples 0, or Python."
             raise DataError(msg)
-        texts = _lines(source)
+        texts = read_lines(source)
         order = torch.randperm(len(texts), generator=seeded(seed)).tolist()[:samples]
         return _Texts(self, tuple(texts[i] for i in order), batch_size)
 
     @cached_property
     def processor(self) -> Any:
         """The tokenizer or image processor; None if there is none."""
-        transformers = _transformers()
+        transformers: Any = require("transformers", "hf")
         auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
         try:
-            return auto.from_pretrained(self.source, **OWN_CODE)
+            return auto.from_pretrained(self.source, **self.opening_options(self.source))
         except (OSError, ValueError, KeyError, ImportError):  # processors differ in how they report that there is none
             return None
 
@@ -188,24 +203,8 @@ class _Texts:
             yield self.task.with_decoder({k: made[k] for k in ("input_ids", "attention_mask")})
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"{path} cannot be read as text: --data wants a file with a sentence on each line ({error})"
-        raise DataError(msg) from error
-    if not found:
-        msg = f"{path} is empty: --data wants a file with a sentence on each line"
-        raise DataError(msg)
-    return found
-
-
 def _reserved(config: Any) -> int:
     """Return the number of positions that RoBERTa-like models leave unused: they count from the padding id on."""
     pad = getattr(config, "pad_token_id", None)
     kin = str(getattr(config, "model_type", "")) in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer"}
     return int(pad or 0) + 1 if kin else 0
-
-
-def _transformers() -> Any:
-    return require("transformers", "hf")

@@ -94,3 +94,35 @@ def test_a_curve_never_says_that_more_rank_costs_more():
     assert (np.diff(found) <= 0).all()
     assert found[-1] == 0
     assert not HeldOutCurve.of([0.0, 0.0], [0.0, 0.0], 10).known
+
+
+def test_what_shifts_all_scores_alike_costs_predictions_nothing():
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(4000, 6)
+    ones = torch.ones(5, dtype=torch.float64)
+    shares, held_out = {}, {}
+    for loss in ("outputs", "fisher"):
+        known = calibrate(model, list(x.split(100)), settings=Calibration(loss=loss))["0"]
+        gram = known.output_gram[0].double()
+        shares[loss] = float(ones @ gram @ ones / gram.trace())
+        held_out[loss] = known.held_out
+    assert shares["outputs"] == pytest.approx(1, abs=0.1)
+    assert shares["fisher"] < 0.02
+    assert held_out["fisher"].samples == held_out["outputs"].samples == 1000
+
+
+def test_the_divergence_of_predictions_is_what_a_fit_costs():
+    model, x = nn.Sequential(nn.Linear(12, 8)), torch.randn(8000, 12)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    known = calibrate(model, list(x[:6000].split(100)), settings=Calibration(loss="fisher"))["0"]
+    fit = decompose(
+        model[0].weight, "low_rank", {"rank": 6}, spec=called_layers(profile(model, x[:1]))["0"], moments=known
+    )
+    error = known.distortion(model[0].weight[None].double(), fit.value.to_dense()[None].double())
+    with torch.no_grad():
+        own = model(x[6000:]).log_softmax(1)
+        model[0].weight.copy_(fit.value.to_dense())
+        model[0].bias += fit.bias_shift
+        other = model(x[6000:]).log_softmax(1)
+    divergence = float(nn.functional.kl_div(other, own, log_target=True, reduction="batchmean"))
+    assert float(error) / 2 == pytest.approx(divergence, rel=0.35)

@@ -34,6 +34,8 @@ class Conditions(Options):
         seconds: about how long to measure.
         memory_format: how tensors lie in memory; best is for each model the fastest.
         runtime: what runs them: torch, or another of `tenfold list runtimes`.
+        tokens: of language models: measure how fast they read a prompt of so many tokens and write on, in torch, in
+            place of a forward.
         seed: of the task.
     """
 
@@ -43,6 +45,7 @@ class Conditions(Options):
     seconds: Annotated[float, Field(ge=0.1)] = 10.0
     memory_format: Layout = "best"
     runtime: str = "torch"
+    tokens: PositiveInt | None = None
     seed: Seed = 0
 
 
@@ -52,7 +55,8 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
     tenfold bench dense runs/half --task cifar10:resnet56 --batch-size 8
 
     With --json, one object: `a` and `b`, each with `model`, `params` and `latency`; `speedup` with `ratio`, `low` and
-    `high`; `faster` (true, false, or null where the interval holds 1); `environment`.
+    `high`; `faster` (true, false, or null where the interval holds 1); `environment`. With --tokens, `a` and `b` have
+    `params`, `prefill`, `decode` (latencies), `tokens_per_second` of both and `cache_bytes`; `speedup` is one of each.
 
     Args:
         a: a checkpoint folder, dense weights as .safetensors, or `dense` for the task's own.
@@ -61,11 +65,20 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
         machine: where to run them.
         terminal: what to show.
     """
+    from tenfold.cli.generation import measure_generation
     from tenfold.profiling import environment
 
+    if conditions.tokens is not None and conditions.runtime != "torch":
+        msg = f"--tokens is measured in torch, not in {conditions.runtime}: leave --runtime out."
+        raise Misuse(msg)
     terminal.step("open the models")
     pair = _open_both((a, b), conditions, machine)
     terminal.step("measure")
+    if conditions.tokens is not None:
+        both = {"a": (a, pair[0]), "b": (b, pair[1])}
+        batch, seconds = conditions.batch_size, conditions.seconds
+        measure_generation(both, terminal, tokens=conditions.tokens, batch_size=batch, seconds=seconds)
+        return
     result = _compared(pair, conditions)
     params = [sum(p.numel() for p in opened.model.parameters()) for opened in pair]
     models = {

@@ -29,8 +29,9 @@ def run(
 
     tenfold eval --task cifar10:resnet56 --weights resnet56.safetensors
 
-    With --json, one object: `task`, `split`, `score`, `metric` (name, unit, direction; a fraction unless the task says
-    otherwise), `params`, `macs`, `bytes`, `seconds`, `environment`.
+    With --json, one object: `task`, `split`, `score`, `elsewhere` (scores on further data, by name, where the task has
+    some), `metric` (name, unit, direction; a fraction unless the task says otherwise), `params`, `macs`, `bytes`,
+    `seconds`, `environment`.
 
     Args:
         source: the model.
@@ -55,16 +56,20 @@ def run(
     task = opened.task
     evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size)
     score = Score(evaluate, metric=task.metric).of_original(opened.model)
+    elsewhere = task.scores_elsewhere(opened.model, limit=limit, batch_size=batch_size) if split == "test" else {}
     seconds = time.perf_counter() - start
     shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"
     costs = f"{count(cost.params)} parameters, {count(cost.macs)} MACs"
     terminal.say(f"{task.id}, {split} set: {shown}, {costs}")
+    for name, value in elsewhere.items():
+        terminal.say(f"{task.id}, {name}: {task.metric.name} {task.metric.text(value)}")
     terminal.result(
         {
             "task": opened.name,
             "split": split,
             "limit": limit,
             "score": score,
+            "elsewhere": dict(elsewhere),
             "metric": task.metric.model_dump(mode="json"),
             "params": cost.params,
             "macs": cost.macs,

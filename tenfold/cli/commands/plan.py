@@ -24,8 +24,8 @@ class Work(Options):
 
     Attributes:
         plan: cost this plan again, edited or not, instead of making one.
-        calibration_samples: training samples to look at, without labels; 0 for none. By default 2000, or as many as
-            there are.
+        calibration_samples: training samples to look at, without labels; 0 for none. By default 2000 (128 sequences of
+            a language model), or as many as there are.
         latency_batch_size: batch size that a latency budget is for.
         out: where to write the plan.
         plot: draw what other budgets would cost, this plan marked, as a PNG, with the numbers in a CSV beside it.

@@ -1,0 +1,1 @@
+"""A language model, compressed without training: tenfold beside the methods of the field, under one protocol."""
