@@ -120,8 +120,7 @@ class Reorder(nn.Module):
             x = x[..., :: self._steps[0], :: self._steps[1]]
         elif len(self._steps) == 3:
             x = x[..., :: self._steps[0], :: self._steps[1], :: self._steps[2]]
-        ordered: Tensor = x.index_select(place, self.weight)
-        return ordered
+        return x.index_select(place, self.weight)
 
     def extra_repr(self) -> str:
         """Return the number of channels, and the stride where there is one."""
@@ -150,11 +149,12 @@ class Fold(nn.Module):
         place = x.dim() - 1 - self._axes
         left = x.shape[place] // self._groups - self._kept
         if self._groups == 1:
-            rest: Tensor = self.layer(x.narrow(place, self._kept, left))
-            return x.narrow(place, 0, self._kept) + rest
+            folded: Tensor = self.layer(x.narrow(place, self._kept, left))
+            return folded + x.narrow(place, 0, self._kept)
         apart = x.unflatten(place, [self._groups, -1])
-        rest = self.layer(apart.narrow(place + 1, self._kept, left).flatten(place, place + 1))
-        return apart.narrow(place + 1, 0, self._kept).flatten(place, place + 1) + rest
+        folded = self.layer(apart.narrow(place + 1, self._kept, left).flatten(place, place + 1))
+        kept: Tensor = apart.narrow(place + 1, 0, self._kept).flatten(place, place + 1)
+        return folded + kept
 
 
 def _behind(equation: str, axes: int) -> str:

@@ -1,6 +1,6 @@
 """Cost of a model: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
 
-from tenfold.profiling.compare_outputs import agreement
+from tenfold.profiling.compare_outputs import Original, agreement
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
 from tenfold.profiling.latency import (
@@ -17,6 +17,7 @@ __all__ = [
     "Comparison",
     "LatencyTable",
     "MacCounter",
+    "Original",
     "agreement",
     "best_memory_format",
     "compare_latency",

@@ -41,6 +41,11 @@ class Agreement(Record):
         return self.samples >= FEW
 
     @property
+    def divergence(self) -> float:
+        """What the outputs diverge by, to compare and to add up: ``kl``, or the squared relative error without one."""
+        return self.relative_error**2 if self.kl is None else self.kl
+
+    @property
     def is_low(self) -> bool:
         """Whether the model no longer does what the original does.
 
