@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import ClassVar, Self
 
 import torch
@@ -13,6 +14,8 @@ from tenfold.formats.base import FORMATS, Ints, Rank, Structure, total_cost
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.records import FoldSpec, LayerSpec, ReorderSpec, Shape
 from tenfold.tensors import dominant_rows
+
+_TOGETHER = 8
 
 
 @FORMATS.register("interpolative")
@@ -24,14 +27,17 @@ class Interpolative(MatrixFormat):
     decomposition: Cheng, Gimbutas, Martinsson & Rokhlin 2005, doi 10.1137/030602678; block-identity junction:
     LatentLLM 2025, arXiv 2505.18413). Any product of two matrices of rank R can be written so: the weight is the one
     that low_rank has, with R² fewer numbers, R·(in + out) − R² instead of R·(in + out), and is cheaper than the dense
-    one up to full rank. The columns are chosen so that no entry of ``fold`` is larger than 2.
+    one up to full rank. The columns are chosen so that entries of ``fold`` are a few units at most; where R and the
+    inputs allow, eight neighbours are taken together, which are gathered several times as fast.
     """
 
     data_aware_algorithm: ClassVar[str | None] = "whitened_svd"
 
     columns: Tensor  # (groups, out/groups, R)
     fold: Tensor | None = None  # (groups, R, in/groups - R); None where all columns are kept
-    order: Tensor | None = None  # (groups, in/groups) whole numbers: inputs within their group, those that pass first
+    order: Tensor | None = (
+        None  # (groups, blocks) whole numbers: blocks of inputs within their group, those that pass first
+    )
 
     @classmethod
     def unsupported_reason(cls, spec: LayerSpec) -> str | None:
@@ -52,8 +58,9 @@ class Interpolative(MatrixFormat):
         if rank == width:
             return {"columns": left @ right, "fold": None, "order": None}
         # The choice of columns depends on what the rows of ``right`` span alone; an orthonormal basis shows it best.
-        order, mixes = dominant_rows(torch.linalg.qr(right.mT).Q)
-        chosen = right.gather(-1, order[:, None, :rank].expand(-1, rank, -1))
+        block = _block(rank, width)
+        order, mixes = dominant_rows(torch.linalg.qr(right.mT).Q, block)
+        chosen = right.gather(-1, _inputs(order, block)[:, None, :rank].expand(-1, rank, -1))
         return {"columns": left @ chosen, "fold": mixes.mT, "order": order}
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -62,8 +69,7 @@ class Interpolative(MatrixFormat):
         eye = torch.eye(rank).to(self.columns).expand(len(self.columns), -1, -1)
         if self.fold is None or self.order is None:
             return self.columns, eye
-        places = self.order.argsort(-1)[:, None].expand(-1, rank, -1)
-        return self.columns, torch.cat([eye, self.fold], dim=-1).gather(-1, places)
+        return self.columns, self._in_place(torch.cat([eye, self.fold], dim=-1), self.order)
 
     @classmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
@@ -72,8 +78,9 @@ class Interpolative(MatrixFormat):
         if inner == spec.in_channels:
             return (spec,)
         last = spec.mix(inner, spec.out_channels, bias=spec.bias)
+        block = _block(rank["rank"], spec.in_channels // spec.groups)
         return (
-            ReorderSpec(channels=spec.in_channels, groups=spec.groups, stride=spec.stride),
+            ReorderSpec(channels=spec.in_channels, groups=spec.groups, stride=spec.stride, block=block),
             FoldSpec(layer=spec.mix(spec.in_channels - inner, inner)),
             last,
         )
@@ -93,14 +100,14 @@ class Interpolative(MatrixFormat):
         if not first:
             return cls(spec, columns=columns.flatten(2), fold=None, order=None)
         order, fold = first
-        inside = order.view(spec.groups, -1) - _firsts(spec, order)
-        return cls(spec, columns=columns.flatten(2), fold=fold.flatten(2), order=inside)
+        inside = order.view(spec.groups, -1)
+        return cls(spec, columns=columns.flatten(2), fold=fold.flatten(2), order=inside - _firsts(inside))
 
     def chain(self) -> tuple[Tensor, ...]:
         """Return the order, the fold and the columns."""
         if self.fold is None or self.order is None:
             return (self.columns.reshape(self.spec.group_shape),)
-        return (self.order + _firsts(self.spec, self.order)).flatten(), self.fold, self.columns
+        return (self.order + _firsts(self.order)).flatten(), self.fold, self.columns
 
     @property
     def rank(self) -> Rank:
@@ -111,16 +118,30 @@ class Interpolative(MatrixFormat):
         """Return the columns and their mixes, each at its place."""
         weight = self.columns
         if self.fold is not None and self.order is not None:
-            places = self.order.argsort(-1)[:, None].expand(-1, weight.shape[1], -1)
-            weight = torch.cat([weight, weight @ self.fold], dim=-1).gather(-1, places)
+            weight = self._in_place(torch.cat([weight, weight @ self.fold], dim=-1), self.order)
         return weight.reshape(self.spec.group_shape)
 
     def scaled(self, factor: float) -> Self:
         """Return the factorization of ``factor`` times the weight: the columns alone have a scale."""
         return self.map(columns=self.columns * factor)
 
+    @staticmethod
+    def _in_place(matrix: Tensor, order: Tensor) -> Tensor:
+        """Return columns (groups, m, n) that are in this order where they belong."""
+        inputs = _inputs(order, matrix.shape[-1] // order.shape[-1])
+        return matrix.gather(-1, inputs.argsort(-1)[:, None].expand(-1, matrix.shape[1], -1))
 
-def _firsts(spec: LayerSpec, like: Tensor) -> Tensor:
-    """Return the first input of each group (groups, 1)."""
-    step = spec.in_channels // spec.groups
-    return torch.arange(0, spec.in_channels, step, device=like.device)[:, None]
+
+def _block(rank: int, inputs: int) -> int:
+    """Return how many neighbouring inputs are taken together: as many as divide both, up to eight."""
+    return gcd(rank, inputs, _TOGETHER)
+
+
+def _inputs(order: Tensor, block: int) -> Tensor:
+    """Return the inputs (groups, n) of blocks in an order (groups, n/block)."""
+    return (order.unsqueeze(-1) * block + torch.arange(block, device=order.device)).flatten(1)
+
+
+def _firsts(order: Tensor) -> Tensor:
+    """Return how many blocks there are before each group (groups, 1)."""
+    return torch.arange(len(order), device=order.device)[:, None] * order.shape[1]

@@ -108,7 +108,8 @@ class Reorder(nn.Module):
 
     def __init__(self, spec: ReorderSpec, weight: Tensor) -> None:
         super().__init__()
-        self._axes, self._steps = spec.axes, spec.stride if any(s > 1 for s in spec.stride) else ()
+        self._axes, self._block = spec.axes, spec.block
+        self._steps = spec.stride if any(s > 1 for s in spec.stride) else ()
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,11 +121,14 @@ class Reorder(nn.Module):
             x = x[..., :: self._steps[0], :: self._steps[1]]
         elif len(self._steps) == 3:
             x = x[..., :: self._steps[0], :: self._steps[1], :: self._steps[2]]
-        return x.index_select(place, self.weight)
+        if self._block == 1:
+            return x.index_select(place, self.weight)
+        apart: Tensor = x.unflatten(place, [-1, self._block])
+        return apart.index_select(place, self.weight).flatten(place, place + 1)
 
     def extra_repr(self) -> str:
-        """Return the number of channels, and the stride where there is one."""
-        return f"{len(self.weight)}" + (f", stride={self._steps}" if self._steps else "")
+        """Return the number of blocks, their size, and the stride where there is one."""
+        return f"{len(self.weight)} × {self._block}" + (f", stride={self._steps}" if self._steps else "")
 
 
 class Fold(nn.Module):
@@ -176,7 +180,7 @@ def empty_weight(spec: SubLayerSpec, like: Tensor) -> Tensor:
     Its numbers are places in memory: what happened to lie there must never be used.
     """
     if isinstance(spec, ReorderSpec):
-        return torch.arange(spec.channels, device=like.device)
+        return torch.arange(len(range(0, spec.channels, spec.block)), device=like.device)
     return like.new_empty(spec.weight_shape)
 
 

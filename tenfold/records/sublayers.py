@@ -15,8 +15,8 @@ from tenfold.records.train_shape import TTGatherSpec
 class ReorderSpec(Spec):
     """Channels in another order, within each group of them; of each spatial axis every ``stride``-th place.
 
-    The weight are whole numbers, the channel (of all) that comes at each place: they are neither trained nor counted
-    among the parameters.
+    ``block`` channels stay together, because runtimes move runs of memory much faster than single numbers. The weight
+    are whole numbers, the block (of all) that comes at each place: neither trained nor counted among the parameters.
 
     Example:
         >>> ReorderSpec(channels=6, stride=(2, 1)).out_shape((2, 6, 5, 5))
@@ -26,6 +26,7 @@ class ReorderSpec(Spec):
     channels: int
     groups: int = 1
     stride: Shape = ()
+    block: int = 1
     bias: ClassVar[bool] = False
     num_params: ClassVar[int] = 0
 
@@ -47,7 +48,7 @@ class ReorderSpec(Spec):
     @property
     def weight_shape(self) -> Shape:
         """Shape of the order."""
-        return (self.channels,)
+        return (self.channels // self.block,)
 
     def out_shape(self, in_shape: Shape) -> Shape:
         """Return the output shape for an input of shape ``in_shape`` (batched or not)."""

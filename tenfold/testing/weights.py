@@ -40,7 +40,7 @@ def random_factors(format: type[Factorization], spec: LayerSpec, rank: Rank, see
 def _drawn(stage: SubLayerSpec, generator: torch.Generator) -> Tensor:
     if not isinstance(stage, ReorderSpec):
         return torch.randn(stage.weight_shape, generator=generator, dtype=torch.float64)
-    size = stage.channels // stage.groups
+    size = stage.channels // stage.groups // stage.block
     return torch.cat([torch.randperm(size, generator=generator) + size * group for group in range(stage.groups)])
 
 

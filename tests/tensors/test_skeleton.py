@@ -7,23 +7,33 @@ import torch
 from tenfold.tensors import dominant_rows
 
 
-def growing(rank: int) -> torch.Tensor:
-    """Return a matrix (rank + 1, rank) of which elimination with row pivoting takes the first rows.
-
-    Below ones on the diagonal all entries are −1 (Wilkinson's example), so that the last row is a mix of the others
-    with numbers up to 2^(rank − 1).
-    """
-    lower = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank, dtype=torch.float64).tril(-1)
-    return torch.cat([lower, -torch.ones(1, rank, dtype=torch.float64)])
+def kahan(rank: int, sine: float = 0.3) -> torch.Tensor:
+    """Return a badly conditioned matrix whose columns QR with pivoting leaves as they are (Kahan 1966)."""
+    cosine = (1 - sine**2) ** 0.5
+    upper = torch.eye(rank, dtype=torch.float64) - cosine * torch.ones(rank, rank, dtype=torch.float64).triu(1)
+    return sine ** torch.arange(rank, dtype=torch.float64)[:, None] * upper
 
 
-def test_rows_are_exchanged_where_elimination_chooses_badly() -> None:
-    matrix = growing(12)
-    first = torch.linalg.solve(matrix[:12], matrix[12:], left=False)
-    assert float(first.abs().max()) == 2**11
+def test_rows_are_exchanged_where_pivoting_chooses_badly() -> None:
+    matrix = kahan(14)[:13].mT.contiguous()  # (14, 13): pivoting takes the first 13 rows
+    first = torch.linalg.solve(matrix[:13], matrix[13:], left=False)
+    assert float(first.abs().max()) > 100
     order, mixes = dominant_rows(matrix[None])
     assert float(mixes.abs().max()) <= 2
-    torch.testing.assert_close(mixes[0] @ matrix[order[0, :12]], matrix[order[0, 12:]])
+    torch.testing.assert_close(mixes[0] @ matrix[order[0, :13]], matrix[order[0, 13:]])
+
+
+def test_blocks_stay_together_and_their_mixes_are_moderate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 96, 40, generator=generator, dtype=torch.float64)).Q
+    order, mixes = dominant_rows(basis, 8)
+    assert order.shape == (2, 12)
+    for matrix, places, mix in zip(basis, order, mixes, strict=True):
+        blocks = matrix.view(12, 8, 40)
+        torch.testing.assert_close(mix @ blocks[places[:5]].flatten(0, 1), blocks[places[5:]].flatten(0, 1))
+        cells = mix.view(7, 8, 5, 8).transpose(1, 2)
+        assert float(torch.linalg.det(cells).abs().max()) <= 2
+    assert float(mixes.abs().max()) < 10
 
 
 def test_each_matrix_of_a_batch_has_its_own_rows() -> None:

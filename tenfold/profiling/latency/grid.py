@@ -47,7 +47,7 @@ class Point:
             return f"fold {Point(spec.layer, shape).family}"
         if isinstance(spec, ReorderSpec):
             place = len(shape) - 1 - spec.axes
-            return f"reorder s{_times(spec.stride)} @{_times((*shape[:place], '*', *shape[place + 1 :]))}"
+            return f"reorder {spec.block} s{_times(spec.stride)} @{_times((*shape[:place], '*', *shape[place + 1 :]))}"
         if isinstance(spec, TTGatherSpec):
             modes = f"{_times(spec.shape.row_modes)} by {_times(spec.shape.col_modes)}"
             return f"gather {modes} @{_times(shape)}"
