@@ -8,7 +8,7 @@ from tenfold.layers.padded_heads import PaddedHeads, UnpaddedHeads
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
 from tenfold.layers.separate_attention import JoinedProjections, SeparateAttention
 from tenfold.layers.stacked import Stack, StackedLinear, stacked_parameters
-from tenfold.layers.sublayers import Contract, build
+from tenfold.layers.sublayers import Contract, build, empty_weight, held
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
 from tenfold.layers.tt_linear import TTLinear
 from tenfold.layers.tt_recurrent import TTGRU, TTLSTM
@@ -34,6 +34,8 @@ __all__ = [
     "UnpaddedHeads",
     "build",
     "dense_weight",
+    "empty_weight",
+    "held",
     "is_quantized",
     "open_recurrent",
     "orthogonal_init_",
