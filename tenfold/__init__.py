@@ -156,4 +156,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """List what is public, and nothing that is only there because it was imported."""
+    return sorted({*(name for name in globals() if name.startswith("__") and name.endswith("__")), *__all__})

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 
 class TenfoldError(Exception):
-    """Root of every error that tenfold raises on purpose."""
+    """Root of every error that tenfold raises on purpose.
+
+    Use it in ``except`` to catch whatever tenfold refuses; its subclasses say what went wrong.
+    """
 
 
 class UnknownNameError(TenfoldError, LookupError):

@@ -35,7 +35,7 @@ from tenfold.records import (
     parse_size,
 )
 from tenfold.records.metric import FRACTION
-from tenfold.reporting import render_record
+from tenfold.reporting import render_outcome
 from tenfold.reporting.numbers import plural
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
@@ -57,24 +57,36 @@ from tenfold.tracing.samples import count_samples
 from tenfold.training import TuneResult
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compressed:
     """What ``compress`` returns: the smaller model, the plan behind it, and the record of both.
 
-    ``model`` is an ordinary module. ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
+    Use ``model`` like any other module: train it on, export it, quantize it. ``print`` shows before and after,
+    ``summary`` every layer with its reasons, a notebook a picture. ``save`` writes a folder for ``tenfold.load``.
+
+    ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
     and errors that a report shows; only ``save`` asks for them. ``table`` is what the plan was chosen from.
     """
 
     model: nn.Module
     plan: Plan
     record: RunRecord
-    original: nn.Module = field(repr=False)
-    analyse: Callable[[], Analysis] | None = field(default=None, repr=False)
-    table: OptionTable | None = field(default=None, repr=False)
+    original: nn.Module
+    analyse: Callable[[], Analysis] | None = None
+    table: OptionTable | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.record).replace(RunRecord.__name__, type(self).__name__, 1)
+
+    def __str__(self) -> str:
+        return render_outcome(self.record)
+
+    def _repr_html_(self) -> str:
+        return self.record._repr_html_()
 
     def summary(self) -> str:
         """Return the before/after table and the plan with its reasons, as text."""
-        return render_record(self.record)
+        return self.record.summary()
 
     def save(self, path: str | Path, *, beside: Callable[[Path], None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
@@ -107,6 +119,8 @@ def compress(
         >>> small = compress(net, torch.zeros(1, 64), "macs=0.5", runtime=Runtime(measure=False))
         >>> small.record.before.macs, small.record.after.macs
         (8192, 4096)
+
+    Use it first: it is the other verbs in a row. Use these one by one where you want to step in between.
 
     GRUs and LSTMs are unrolled into linear layers, and parameters that stack the matrices of experts become a layer for
     each. These are planned like any others, and such a module is left whole where nothing of it is factorized and where

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Event:
     """Progress: the step that is under way, how much of it is done where that can be counted, and what is to be known.
 
+    Use it with ``Runtime(on_event=...)`` to show progress in a program of your own.
+
     A ``note`` is a sentence that is logged as well, such as what memory a step will take.
     """
 
@@ -38,6 +40,8 @@ OnEvent = Callable[[Event], None]
 @dataclass(frozen=True, eq=False)
 class Runtime:
     """How the machine does what a ``Recipe`` asks for. The defaults suit one process; the result is always the same.
+
+    Use one for a progress bar, several processes, no measurements, or a folder for runs that may be killed.
 
     Attributes:
         workers: who does what falls into independent layers: this process, or several.

@@ -46,6 +46,8 @@ def calibrate(
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
 
+    Use it to let data decide step by step: ``tabulate`` and ``apply`` take what it returns as ``moments``.
+
     Layers are linear layers, convolutions and embeddings; those that no batch reaches, such as experts without tokens,
     are left out. One pass over the batches, forward for the moments and backward for the gradients. A quarter of the
     samples judges what is fitted to the others: ``Moments.held_out``. No labels are needed, and the model is unchanged

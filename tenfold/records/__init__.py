@@ -15,6 +15,7 @@ from tenfold.records.geometry import (
     chain_macs,
     chain_params,
 )
+from tenfold.records.introduced import Introduced
 from tenfold.records.metric import Metric
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
 from tenfold.records.plans import LayerPlan, Plan
@@ -50,6 +51,7 @@ __all__ = [
     "FormatOptions",
     "ForwardTime",
     "Int8Record",
+    "Introduced",
     "JsonCache",
     "Latency",
     "LayerAnalysis",

@@ -31,6 +31,9 @@ Method = Literal["sequential", "independent", "batchnorm", "none"]
 class Calibration(Record):
     """What unlabeled data are used for, and how much is read from them.
 
+    Use it in a ``Recipe`` where the defaults take too long or too much memory, or where batch norms alone are to be
+    re-estimated.
+
     Attributes:
         method: ``sequential`` plans by what the network's output loses and fits each layer, in closed form, to the
             original's output given what the compressed layers before it put out. ``independent`` makes the same plan

@@ -45,6 +45,8 @@ def apply(
 ) -> nn.Module:
     """Return a new model in which the plan is carried out; ``model`` itself stays as it is.
 
+    Use it to carry out a plan that was read or edited by hand; ``compress`` does so with measurements around it.
+
     The result is an ordinary module: train it with any loop. Each factorized layer tells in ``fit`` how well it met
     the weight that it replaced.
 
@@ -72,6 +74,8 @@ def apply_(
     workers: Workers | None = None,
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
+
+    Use it where memory is too small for a second model.
 
     Layers that the plan has opened are to be open: see ``separate_``.
     """
@@ -114,13 +118,19 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Return a new model with a plain dense layer in place of every factorized one."""
+    """Return a new model with a plain dense layer in place of every factorized one.
+
+    Use it for programs that understand dense layers only: weights are as approximated, costs are those of the original.
+    """
     return densify_(copied(model))
 
 
 @plain_arithmetic()
 def densify_(model: nn.Module) -> nn.Module:
-    """Put a plain dense layer in place of every factorized one, in place; return the model."""
+    """Put a plain dense layer in place of every factorized one, in place; return the model.
+
+    Use it where memory is too small for a second model.
+    """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}
     return put(model, {path: _dense(layer) for path, layer in layers.items()})
 

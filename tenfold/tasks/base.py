@@ -42,6 +42,8 @@ class SizedBatches(Protocol[Batch_co]):
 class Task(abc.ABC):
     """A model, its data and its score, for the command line and the benchmarks.
 
+    Use it to give the command line a model, data and a score of your own; ``InMemoryTask`` is the shortest way.
+
     Creating a task is cheap: data is read and models are built on demand. Training, calibration and validation use the
     training set only, and the test set is for ``evaluate(split="test")`` alone. The validation part does not depend on
     the seed, and calibration never sees it; ``train_batches`` uses *all* training samples unless ``hold_out=True``

@@ -45,6 +45,8 @@ def finetune(
 ) -> TuneResult:
     """Train a model in place and return the history.
 
+    Use it to win back accuracy after ``compress`` where you have no training loop of your own: any loop will do.
+
     With a ``folder``, every complete epoch is stored. The same call with the same folder resumes after the last
     complete epoch, in a new process too, and ends, on the same CPU, bit for bit where an uninterrupted run ends; a run
     that is finished returns at once. What is not stored is a function of the epoch: the learning rate, and torch's
