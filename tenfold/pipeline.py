@@ -39,6 +39,7 @@ from tenfold.reporting import render_outcome
 from tenfold.reporting.numbers import plural
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
+    FIT_LAYERS,
     SequentialFit,
     apply,
     apply_sequentially,
@@ -240,9 +241,18 @@ def apply_decision(
             max_cache=parse_size(runtime.max_cache),
         )
         with same_random_numbers(device_of(source, decision.inputs)):
-            small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
+            small = apply_sequentially(
+                source,
+                plan,
+                decision.batches,
+                target=target,
+                output_grams=grams,
+                config=config,
+                progress=runtime.counter(FIT_LAYERS),
+            )
     else:
-        small = apply(source, plan, moments=moments, workers=runtime.workers)
+        count = runtime.counter(FIT_LAYERS)
+        small = apply(source, plan, moments=moments, progress=count, workers=runtime.workers)
     return small, with_errors(plan, small)
 
 

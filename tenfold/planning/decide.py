@@ -166,7 +166,10 @@ def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, 
     def say(needs: Needs) -> None:
         runtime.report("calibrate", note=needs.in_words(cache))
 
-    moments = calibrate(source, decision.batches, specs, recipe.calibration, seed=recipe.seed, before=say)
+    count = runtime.counter("look at data")
+    moments = calibrate(
+        source, decision.batches, specs, recipe.calibration, seed=recipe.seed, before=say, progress=count
+    )
     return replace(decision, moments=moments)
 
 

@@ -12,6 +12,7 @@ from tenfold.errors import TenfoldError, naming_layer
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
+from tenfold.progress import counter
 from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
@@ -31,6 +32,7 @@ from tenfold.tracing import copied
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
 
+FIT_LAYERS = "fit layers"  # the step, in logs and bars
 _ALONE = "; fitted on its own: "
 
 
@@ -55,7 +57,7 @@ def apply(
         plan: which layers to factorize, into what, at which rank.
         moments: of the inputs of the layers, by path: then the factors minimise the error of the output instead of
             that of the weight, and the bias takes the shift of the mean. ``apply_sequentially`` uses the data better.
-        progress: called with (layers done, layers in all).
+        progress: called with (layers done, layers in all); they are logged if None.
         workers: who decomposes the layers of a model on the CPU; this process if None.
 
     Raises:
@@ -180,14 +182,14 @@ def _decompose(
 ) -> list[Fit]:
     """Decompose all layers; equal ones together. An error names its layer."""
     fits: dict[int, Fit] = {}
+    progress = progress or counter(FIT_LAYERS)
     for members, results in fit_batches([request for request, _ in jobs], workers):
         for i, result in zip(members, results, strict=True):
             with naming_layer(wanted[i].path):
                 if isinstance(result, TenfoldError):
                     raise result
                 fits[i] = jobs[i][1](result)
-        if progress is not None:
-            progress(len(fits), len(jobs))
+        progress(len(fits), len(jobs))
     return [fits[i] for i in range(len(jobs))]
 
 

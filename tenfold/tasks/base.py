@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import CheckpointError, DataError, UnknownNameError
+from tenfold.progress import counter
 from tenfold.records import Metric
 from tenfold.records.metric import FRACTION
 from tenfold.registry import Registry, did_you_mean
@@ -247,6 +248,7 @@ def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progre
     device, dtype = device_of(model), dtype_of(model)
     correct = done = 0
     total = int(getattr(batches, "samples", 0))
+    progress = progress or (counter("evaluate") if total else None)
     with evaluating(model):
         for inputs, labels in batches:
             outputs = call_model(model, to_device(inputs, device, dtype))

@@ -45,7 +45,8 @@ def run(
     from tenfold.planning import Score
     from tenfold.profiling import profile
     from tenfold.records.metric import FRACTION
-    from tenfold.reporting.numbers import count
+    from tenfold.reporting import numbers
+    from tenfold.runtime import Runtime
 
     terminal.step("open the model")
     opened = open_source(source, machine, seed)
@@ -53,11 +54,12 @@ def run(
     terminal.step("evaluate")
     start = time.perf_counter()
     task = opened.task
-    evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size)
+    count = Runtime(on_event=terminal.on_event).counter("evaluate")
+    evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size, progress=count)
     score = Score(evaluate, metric=task.metric).of_original(opened.model)
     seconds = time.perf_counter() - start
     shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"
-    costs = f"{count(cost.params)} parameters, {count(cost.macs)} MACs"
+    costs = f"{numbers.count(cost.params)} parameters, {numbers.count(cost.macs)} MACs"
     terminal.say(f"{task.id}, {split} set: {shown}, {costs}")
     terminal.result(
         {

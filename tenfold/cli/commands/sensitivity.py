@@ -58,7 +58,7 @@ def run(
     from tenfold.files import check_writable
     from tenfold.profiling import profile
     from tenfold.reporting.sensitivity_tables import sensitivity_tables
-    from tenfold.runtime import Event
+    from tenfold.runtime import Runtime
 
     check_recipe(recipe)
     terminal.step("open the model")
@@ -81,7 +81,7 @@ def run(
         table = found.measure(
             work.ranks,
             scores=work.samples > 0,
-            progress=lambda done, total: terminal.on_event(Event("measure", done, total)),
+            progress=Runtime(on_event=terminal.on_event).counter("measure"),
         )
     except KeyboardInterrupt:
         msg = f"interrupted; the same command goes on with what is in {path}"
