@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic import Field, PrivateAttr
 
+from tenfold.cli import NOBODY_READS
 from tenfold.cli.notes import Notes
 from tenfold.errors import TenfoldError
 from tenfold.records import Record
@@ -109,6 +110,8 @@ class Terminal(Options):
                 self._fail(str(stop) or "interrupted", 130)
             except (typer.Exit, UsageProblem):
                 raise
+            except BrokenPipeError as stop:
+                raise typer.Exit(NOBODY_READS) from stop
             except (TenfoldError, OSError) as error:
                 self._fail(_one_line(error), 1)
             except Exception as error:  # noqa: BLE001 - whatever a model, a task or torch throws: one line, --debug for more

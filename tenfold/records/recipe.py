@@ -20,6 +20,7 @@ from tenfold.errors import BudgetError, RecipeError, TenfoldError
 from tenfold.files import read_text, write_text
 from tenfold.records.base import Record, Seed, explain, refusal
 from tenfold.records.budget import Budget
+from tenfold.records.families import expanded
 from tenfold.registry import as_tuple
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial", "cp3")
@@ -85,7 +86,8 @@ class Recipe(Record):
     Attributes:
         budget: what the whole model may cost; see ``Budget``. Text such as ``"macs=0.5"`` is read.
         rule: how ranks are chosen: the name of a rank rule, with its settings: ``{"name": "evbmf", "weaken": 0.8}``.
-        formats: what layers may turn into, the preferred first.
+        formats: what layers may turn into, the preferred first. Families (tucker, cp, svd, tt, tr, btd) stand for their
+            usual formats.
         algorithms: by format, the algorithm with its settings, instead of the format's default:
             ``{"tucker2": {"name": "hosvd"}}``.
         keep: layers to leave alone, as paths, globs or ``re:`` expressions.
@@ -201,6 +203,11 @@ class Recipe(Record):
     @classmethod
     def _read_names(cls, value: Any) -> Any:
         return as_tuple(value) if isinstance(value, str | list | tuple) else value
+
+    @field_validator("formats")
+    @classmethod
+    def _expand_families(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return expanded(value)
 
     @field_validator("algorithms", mode="before")
     @classmethod

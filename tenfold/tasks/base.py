@@ -66,6 +66,7 @@ class Task(abc.ABC):
     variants: ClassVar[tuple[str, ...]] = ()  # the first is the default
     metric: ClassVar[Metric] = FRACTION  # what ``evaluate`` returns: name, unit, and which direction is better
     labelled: ClassVar[bool] = True  # whether it has labels to train and score with
+    extra: ClassVar[str] = ""  # the extra of tenfold that brings what it needs besides torch
     weights_hint: ClassVar[str] = ""  # how to train weights of one's own, for a message
     tune_settings: ClassVar[dict[str, Any]] = {}  # fields of TuneConfig for fine-tuning a compressed model
 

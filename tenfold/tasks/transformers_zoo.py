@@ -38,6 +38,7 @@ class HuggingFace(ModelOnly):
     """
 
     name: ClassVar[str] = "hf"
+    extra: ClassVar[str] = "hf"
 
     @property
     def source(self) -> str:

@@ -96,6 +96,7 @@ class Timm(VisionZoo):
     """A model of timm by name, without data and score: timm:resnet18, timm:vit_base_patch16_224."""
 
     name: ClassVar[str] = "timm"
+    extra: ClassVar[str] = "vision"
     variants: ClassVar[tuple[str, ...]] = ("resnet18",)
 
     def names(self) -> Sequence[str]:
@@ -123,6 +124,7 @@ class TorchVision(VisionZoo):
     """A model of torchvision by name, without data and score; detection and segmentation too: torchvision:resnet50."""
 
     name: ClassVar[str] = "torchvision"
+    extra: ClassVar[str] = "vision"
     variants: ClassVar[tuple[str, ...]] = ("resnet18",)
 
     def names(self) -> Sequence[str]:

@@ -62,7 +62,9 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
         terminal: what to show.
     """
     from tenfold.profiling import environment
+    from tenfold.runtimes import runtime_named
 
+    runtime_named(conditions.runtime).check_installed()  # now, and not when both models have been opened
     terminal.step("open the models")
     pair = _open_both((a, b), conditions, machine)
     terminal.step("measure")
