@@ -13,7 +13,16 @@ from typing import Any
 from torch import nn
 
 from tenfold.checkpoint.model_folder import load, save
-from tenfold.errors import CheckpointError, FileError, TenfoldError, first_line, require
+from tenfold.diagnosis import trouble
+from tenfold.errors import (
+    CheckpointError,
+    FileError,
+    InstallationError,
+    TenfoldError,
+    first_line,
+    naming_trouble,
+    require,
+)
 from tenfold.files import read_text, write_text
 from tenfold.records import Plan, RunRecord
 from tenfold.records.parsing import parse_json
@@ -126,6 +135,8 @@ def opening(name: str) -> Iterator[None]:
     except TenfoldError:
         raise
     except Exception as error:  # a damaged folder ends in nearly any error of transformers
+        if (wrong := trouble(error)) is not None:
+            raise InstallationError(wrong) from error
         msg = f"{name} cannot be opened: {first_line(error)}"
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             msg = (
@@ -144,7 +155,8 @@ def architecture(config: Mapping[str, Any], where: object) -> Any:
     transformers: Any = require("transformers", "hf")
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list | tuple) and named else None
-    found = getattr(transformers, name, None) if name else None
+    with naming_trouble():
+        found = getattr(transformers, name, None) if name else None
     if found is None:
         what = f"the class {name}, which transformers does not have" if name else "no class"
         msg = f"the config of {where} names {what}: pass model_class"

@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr
 
 from tenfold.cli import NOBODY_READS
 from tenfold.cli.notes import Notes
+from tenfold.diagnosis import trouble
 from tenfold.errors import TenfoldError
 from tenfold.records import Record
 
@@ -115,7 +116,7 @@ class Terminal(Options):
             except (TenfoldError, OSError) as error:
                 self._fail(_one_line(error), 1)
             except Exception as error:  # noqa: BLE001 - whatever a model, a task or torch throws: one line, --debug for more
-                self._fail(f"{type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
+                self._fail(trouble(error) or f"{type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
             finally:
                 self._held.close()
 

@@ -22,7 +22,15 @@ from tenfold.checkpoint.pretrained import (
     read_config,
     write_config,
 )
-from tenfold.errors import CheckpointError, DataError, ProfileError, UnknownNameError, require
+from tenfold.errors import (
+    CheckpointError,
+    DataError,
+    InstallationError,
+    ProfileError,
+    UnknownNameError,
+    naming_trouble,
+    require,
+)
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
 from tenfold.tasks.picture_folder import Look, PictureFolder
@@ -151,7 +159,10 @@ class HuggingFace(ModelOnly):
         transformers = _transformers()
         auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
         try:
-            return auto.from_pretrained(self.source, **OWN_CODE)
+            with naming_trouble():
+                return auto.from_pretrained(self.source, **OWN_CODE)
+        except InstallationError:
+            raise
         except (OSError, ValueError, KeyError, ImportError):  # processors differ in how they report that there is none
             return None
 

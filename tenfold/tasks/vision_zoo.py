@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tenfold.checkpoint.state_dicts import read_state_dict
-from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, first_line, require
+from tenfold.errors import CheckpointError, UnknownNameError, first_line, require
 from tenfold.registry import did_you_mean
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
@@ -232,12 +232,4 @@ _KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")
 
 
 def _library(name: str) -> Any:
-    """Import a module of timm or torchvision; a failure is reported in one line."""
-    try:
-        return require(name, "vision")
-    except TenfoldError:
-        raise
-    except Exception as error:
-        library = name.partition(".")[0]
-        msg = f"{library} is installed but does not import beside torch {torch.__version__}: {first_line(error)}"
-        raise TenfoldError(msg) from error
+    return require(name, "vision")
