@@ -19,7 +19,7 @@ _HOMES = {
     "Calibration": "tenfold.records",
     "Compressed": "tenfold.pipeline",
     "Distillation": "tenfold.training",
-    "Event": "tenfold.runtime",
+    "Event": "tenfold.progress",
     "ExportRecord": "tenfold.records",
     "Fit": "tenfold.decompositions",
     "LayerSpec": "tenfold.records",
@@ -126,6 +126,7 @@ if TYPE_CHECKING:
     from tenfold.profiling.compare_outputs import agreement
     from tenfold.profiling.latency.measure import compare_latency
     from tenfold.profiling.profile import profile
+    from tenfold.progress import Event
     from tenfold.records import (
         Budget,
         Calibration,
@@ -138,7 +139,7 @@ if TYPE_CHECKING:
         Recipe,
         RunRecord,
     )
-    from tenfold.runtime import Event, Runtime
+    from tenfold.runtime import Runtime
     from tenfold.surgery import apply, apply_, densify, densify_, fuse_batchnorm, fuse_batchnorm_, reestimate_batchnorm_
     from tenfold.tasks import Task
     from tenfold.training import Distillation, TuneConfig
@@ -156,4 +157,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """List what is public, and nothing that is only there because it was imported."""
+    return sorted({*(name for name in globals() if name.startswith("__") and name.endswith("__")), *__all__})

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tenfold.diagnosis import installed, trouble
+
 
 class TenfoldError(Exception):
-    """Root of every error that tenfold raises on purpose."""
+    """Root of every error that tenfold raises on purpose.
+
+    Use it in ``except`` to catch whatever tenfold refuses; its subclasses say what went wrong.
+    """
 
 
 class UnknownNameError(TenfoldError, LookupError):
@@ -66,6 +71,10 @@ class MissingExtraError(TenfoldError, ImportError):
     """An optional dependency that is not installed; the message names the extra."""
 
 
+class InstallationError(TenfoldError, ImportError):
+    """A package that is installed but does not import, or does not fit another; the message says what to install."""
+
+
 class TenfoldWarning(UserWarning):
     """Root of every warning that tenfold emits."""
 
@@ -105,8 +114,24 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextmanager
+def naming_trouble() -> Iterator[None]:
+    """Raise as an InstallationError what goes wrong meanwhile because packages do not fit each other.
+
+    Use it around the first use of a library that imports its parts late.
+    """
+    try:
+        yield
+    except TenfoldError:
+        raise
+    except Exception as error:
+        if (found := trouble(error)) is not None:
+            raise InstallationError(found) from error
+        raise
+
+
 def require(module: str, extra: str) -> object:
-    """Import and return an optional ``module``, or say in one line which extra brings it.
+    """Import and return an optional ``module``, or say in one line which extra brings it, or what is wrong with it.
 
     A package ``MODULE_telemetry`` is not found meanwhile: by that of OpenVINO each import is reported to its makers,
     unasked, and files are left in the home folder. Without it OpenVINO is silent; who has imported it before is not
@@ -114,19 +139,31 @@ def require(module: str, extra: str) -> object:
 
     Raises:
         MissingExtraError: the module is not installed.
+        InstallationError: it is, but lacks a package itself, or does not fit another.
     """
     import importlib
     import sys
 
+    package = module.partition(".")[0]
     reporter = f"{module}_telemetry"
     hidden = module not in sys.modules and reporter not in sys.modules
     if hidden:
         sys.modules[reporter] = None  # type: ignore[assignment] # Python's way to say that there is none
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        msg = f"{module} is not installed. Install it with: pip install 'tenfold[{extra}]'"
-        raise MissingExtraError(msg) from error
+    except Exception as error:
+        known = trouble(error)
+        if known is not None:
+            raise InstallationError(known) from error
+        pip = f"pip install 'tenfold[{extra}]'"
+        lacking = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ImportError) and (lacking == package or installed(package) is None):
+            msg = f"{module} is not installed. Install it with: {pip}"
+            raise MissingExtraError(msg) from error
+        missing = isinstance(error, ModuleNotFoundError) and lacking
+        why = f"it needs {lacking}, which is missing" if missing else first_line(error)
+        msg = f"{package} is installed but does not import: {why}. Install it again: {pip} --upgrade --force-reinstall"
+        raise InstallationError(msg) from error
     finally:
         if hidden:
             sys.modules.pop(reporter, None)

@@ -32,6 +32,8 @@ _NO_MEMORY = re.compile(r"allocate memory|not enough memory|out of memory|bad_al
 class Workers:
     """Workers for independent pieces of work.
 
+    Use them in a ``Runtime`` for networks of many or large layers.
+
     Each piece is a function of a shared value and of an item of its own. Results come in the order of the items and do
     not depend on the number of workers. They equal those of this process to the last bit if it computes with as many
     ``threads`` as a worker does (``torch.set_num_threads``); another number of threads sums in another order.

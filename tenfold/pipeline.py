@@ -18,9 +18,10 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.allocation import explorable, limits_latency, pruned
 from tenfold.checkpoint.hub_facts import HubFacts
-from tenfold.errors import AgreementWarning, DataError, TenfoldWarning
-from tenfold.planning import Decision, FastPlan, Score, analyse, decide
+from tenfold.errors import AgreementWarning, DataError
+from tenfold.planning import Decision, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
+from tenfold.planning.outcome import warn_if_late, warn_if_low, warn_if_slower, warn_without_data
 from tenfold.profiling import Comparison, agreement, compare_latency, environment, profile
 from tenfold.records import (
     Agreement,
@@ -36,10 +37,10 @@ from tenfold.records import (
     parse_size,
 )
 from tenfold.records.metric import FRACTION
-from tenfold.reporting import render_record
-from tenfold.reporting.numbers import plural
+from tenfold.reporting import render_outcome
 from tenfold.runtime import Runtime
 from tenfold.surgery import (
+    FIT_LAYERS,
     SequentialFit,
     apply,
     apply_sequentially,
@@ -50,7 +51,6 @@ from tenfold.surgery import (
     warn_of_costs,
     with_errors,
 )
-from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import device_of
 from tenfold.tracing.contexts import same_random_numbers
@@ -58,24 +58,36 @@ from tenfold.tracing.samples import count_samples
 from tenfold.training import TuneResult
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compressed:
     """What ``compress`` returns: the smaller model, the plan behind it, and the record of both.
 
-    ``model`` is an ordinary module. ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
+    Use ``model`` like any other module: train it on, export it, quantize it. ``print`` shows before and after,
+    ``summary`` every layer with its reasons, a notebook a picture. ``save`` writes a folder for ``tenfold.load``.
+
+    ``original`` is the model that was given, untouched. ``analyse`` finds the spectra
     and errors that a report shows; only ``save`` asks for them. ``table`` is what the plan was chosen from.
     """
 
     model: nn.Module
     plan: Plan
     record: RunRecord
-    original: nn.Module = field(repr=False)
-    analyse: Callable[[], Analysis] | None = field(default=None, repr=False)
-    table: OptionTable | None = field(default=None, repr=False)
+    original: nn.Module
+    analyse: Callable[[], Analysis] | None = None
+    table: OptionTable | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.record).replace(RunRecord.__name__, type(self).__name__, 1)
+
+    def __str__(self) -> str:
+        return render_outcome(self.record)
+
+    def _repr_html_(self) -> str:
+        return self.record._repr_html_()
 
     def summary(self) -> str:
         """Return the before/after table and the plan with its reasons, as text."""
-        return render_record(self.record)
+        return self.record.summary()
 
     def save(self, path: str | Path, *, beside: Callable[[Path], HubFacts | None] | None = None) -> Path:
         """Write model, plan, record and model card to the folder ``path``, whole or not at all; return it.
@@ -108,6 +120,8 @@ def compress(
         >>> small = compress(net, torch.zeros(1, 64), "macs=0.5", runtime=Runtime(measure=False))
         >>> small.record.before.macs, small.record.after.macs
         (8192, 4096)
+
+    Use it first: it is the other verbs in a row. Use these one by one where you want to step in between.
 
     GRUs and LSTMs are unrolled into linear layers, and parameters that stack the matrices of experts become a layer for
     each. These are planned like any others, and such a module is left whole where nothing of it is factorized and where
@@ -185,8 +199,8 @@ def carry_out(
         with runtime.step("measure", seconds):
             times = _compare(fused_copy(model, decision.latency_inputs) if fuse else model, small, decision)
             if decision.timed is not None and limits_latency(decision.recipe):
-                _warn_if_late(decision.timed, times)
-            _warn_if_slower(times, decision.recipe)
+                warn_if_late(decision.timed, times)
+            warn_if_slower(times, decision.recipe)
     scores = recovery.scores
     record = RunRecord(
         before=measurement(decision.profile, times.latencies.get("before"), scores.get("original")),
@@ -227,9 +241,18 @@ def apply_decision(
             max_cache=parse_size(runtime.max_cache),
         )
         with same_random_numbers(device_of(source, decision.inputs)):
-            small = apply_sequentially(source, plan, decision.batches, target=target, output_grams=grams, config=config)
+            small = apply_sequentially(
+                source,
+                plan,
+                decision.batches,
+                target=target,
+                output_grams=grams,
+                config=config,
+                progress=runtime.counter(FIT_LAYERS),
+            )
     else:
-        small = apply(source, plan, moments=moments, workers=runtime.workers)
+        count = runtime.counter(FIT_LAYERS)
+        small = apply(source, plan, moments=moments, progress=count, workers=runtime.workers)
     return small, with_errors(plan, small)
 
 
@@ -293,56 +316,6 @@ class _Recovery:
                 self.scores[name] = self.evaluate(model)
 
 
-def _warn_if_late(fast: FastPlan, times: Comparison) -> None:
-    """Warn where the finished model measures slower than the plan did when it met its budget."""
-    found, planned = times.speedups["after"], fast.speedup
-    if doubt := found.in_doubt or planned.in_doubt:
-        msg = f"whether the latency budget is met is in doubt: the speed-up is {doubt}. Measure again."
-        warnings.warn(msg, TenfoldWarning, stacklevel=3)
-    elif not fast.met or found.high < planned.low:
-        msg = (
-            f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
-            f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "
-            "a quiet machine, or lower the budget."
-        )
-        warnings.warn(msg, TenfoldWarning, stacklevel=3)
-
-
-def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
-    """Warn where a compressed model no longer does what the original does.
-
-    Args:
-        agreed: as measured.
-        fitted: number of samples that it was fitted to.
-        tuned: whether it has been trained since.
-    """
-    if not agreed.is_low or not agreed.can_be_judged:
-        return
-    what = (
-        f"is {agreed.relative_error:.0%} off the original's outputs"
-        if agreed.top1 is None
-        else f"decides as the original does for only {agreed.top1:.0%}"
-    )
-    ways = [f"more data ({fitted} samples were fitted to)", "a higher budget"]
-    ways.append("longer training" if tuned else "training it: tune=")
-    msg = f"the compressed model {what} on {agreed.where()}. What helps: {', '.join(ways[:-1])}, or {ways[-1]}."
-    warnings.warn(msg, AgreementWarning, stacklevel=4)
-
-
-def warn_without_data(model: nn.Module) -> None:
-    """Warn where weights alone say little: statistics of batch norms no longer fit, and depthwise layers lose most."""
-    modules = list(model.modules())
-    norms = sum(isinstance(m, BATCH_NORMS) for m in modules)
-    depthwise = sum(getattr(m, "groups", 1) == getattr(m, "in_channels", 0) > 1 for m in modules)
-    found = [plural(norms, "batch norm")] * bool(norms) + [plural(depthwise, "depthwise layer")] * bool(depthwise)
-    if found:
-        msg = (
-            f"compressed by the weights alone: a network with {' and '.join(found)} loses far less when it is fitted "
-            "to data, a few hundred unlabeled samples: pass data=."
-        )
-        warnings.warn(msg, TenfoldWarning, stacklevel=4)
-
-
 def _compare(model: nn.Module, small: nn.Module, decision: Decision) -> Comparison:
     """Return original and result measured in turns, in the runtime that they are for, as the plan would have them."""
     models, inputs, fast = {"before": model, "after": small}, decision.latency_inputs, decision.timed
@@ -354,21 +327,6 @@ def _compare(model: nn.Module, small: nn.Module, decision: Decision) -> Comparis
         formats = {"before": fast.before.memory_format, "after": fast.after.memory_format}
     variants = {name: target.ready(one, inputs, formats[name]) for name, one in models.items()}
     return compare_latency(variants, threads=target.at.threads)
-
-
-def _warn_if_slower(times: Comparison, recipe: Recipe) -> None:
-    """Warn where the smaller model takes longer than the original in the runtime that it is for."""
-    found = times.speedups.get("after")
-    if found is None or found.high >= 1:
-        return
-    ways = "a latency budget" if recipe.runtime else "a latency budget, or runtime=, the one that will run it"
-    factor = f"at least {1 / found.high:.2f}" if found.doubt else f"{1 / found.ratio:.2f}"
-    interval = f" ({found.doubt})" if found.doubt else f" ({1 / found.high:.2f} to {1 / found.low:.2f})"
-    msg = (
-        f"the compressed model takes {factor} times as long as the original in {recipe.target}{interval}: it is "
-        f"smaller, not faster. Plan by the clock: {ways}."
-    )
-    warnings.warn(msg, TenfoldWarning, stacklevel=4)
 
 
 def measurement(cost: Profile, latency: Latency | None = None, score: float | None = None) -> Measurement:

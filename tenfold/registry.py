@@ -51,8 +51,9 @@ class Registry(Generic[T]):
         'Toy'
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, hint: Callable[[str], str] = lambda _: "") -> None:
         self.kind = kind
+        self._hint = hint  # what else is to be said of a name that is not there
         self._entries: dict[str, type[T]] = {}
         self._plugins_loaded = False
 
@@ -78,7 +79,7 @@ class Registry(Generic[T]):
         if name not in self._entries:
             self._load_plugins()
         if name not in self._entries:
-            msg = f"unknown {self.kind} {name!r}. {did_you_mean(name, self.names())}"
+            msg = f"unknown {self.kind} {name!r}. {self._hint(name) or did_you_mean(name, self.names())}"
             raise UnknownNameError(msg)
         return self._entries[name]
 

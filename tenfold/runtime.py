@@ -11,23 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold.parallel import Workers
+from tenfold.progress import Event, Pace, ProgressBar
+from tenfold.progress import logger as progress_log
 from tenfold.records import parse_size
 
 if TYPE_CHECKING:
     from tenfold.profiling import LatencyTable
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: the step that is under way, how much of it is done where that can be counted, and what is to be known.
-
-    A ``note`` is a sentence that is logged as well, such as what memory a step will take.
-    """
-
-    step: str
-    done: int | None = None
-    total: int | None = None
-    note: str = ""
 
 
 logger = logging.getLogger("tenfold")
@@ -38,6 +27,8 @@ OnEvent = Callable[[Event], None]
 @dataclass(frozen=True, eq=False)
 class Runtime:
     """How the machine does what a ``Recipe`` asks for. The defaults suit one process; the result is always the same.
+
+    Use one for a progress bar, several processes, no measurements, or a folder for runs that may be killed.
 
     Attributes:
         workers: who does what falls into independent layers: this process, or several.
@@ -50,6 +41,8 @@ class Runtime:
             another one is refused.
         max_cache: bytes of activations that sequential fits hold of each of the two models, as a number or such as
             ``"512MiB"``; beyond that they are computed again.
+        progress: show a bar on standard error, on terminals and in notebooks. Steps, layers and the time left are in
+            the log as well: ``logging.getLogger("tenfold")`` at INFO, at least every half a minute; at DEBUG, each.
         on_event: called with every ``Event``.
 
     Example:
@@ -68,7 +61,9 @@ class Runtime:
     folder: str | Path | None = None
     identity: str = ""
     max_cache: int | str = "4GiB"
+    progress: bool = False
     on_event: OnEvent | None = None
+    _bar: ProgressBar = field(default_factory=ProgressBar, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise RecipeError for a size that cannot be read."""
@@ -79,21 +74,36 @@ class Runtime:
         return replace(self, **changes)
 
     def report(self, step: str, done: int | None = None, total: int | None = None, *, note: str = "") -> None:
-        """Pass an event on to whoever listens, and log its note."""
+        """Pass an event on to whoever watches or listens, and log its note."""
         if note:
             logger.info(note)
+        event = Event(step, done, total, note)
+        if self.progress:
+            self._bar(event)
         if self.on_event is not None:
-            self.on_event(Event(step, done, total, note))
+            self.on_event(event)
 
     def counter(self, step: str) -> Callable[[int, int], None]:
         """Return what reports how much of a step is done, called with that and the total."""
-        return lambda done, total: self.report(step, done, total)
+        pace = Pace(step)
+
+        def count(done: int, total: int) -> None:
+            pace.log(done, total)
+            self.report(step, done, total)
+
+        return count
 
     @contextmanager
     def step(self, name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         """Report that a step begins, and add the time it takes to ``seconds`` under its name."""
+        progress_log.info("%s ...", name)
         self.report(name)
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        finally:
+            self._bar.clear()
+        passed = time.perf_counter() - start
+        progress_log.debug("%s took %.1f s", name, passed)
         if seconds is not None:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds[name] = seconds.get(name, 0.0) + passed

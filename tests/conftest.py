@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tenfold.diagnosis import trouble
+
 torch.set_num_threads(1)  # the tests run in one process per core
 
 
@@ -39,6 +41,8 @@ def supply_torchvision_ops() -> torch.library.Library | None:
     return library
 
 
+# What users meet here, where the tests go on with stand-ins; ``tests/test_diagnosis.py`` meets it too.
+MET = trouble(RuntimeError("operator torchvision::nms does not exist"))
 _torchvision_ops = supply_torchvision_ops()  # held for the whole run: the definitions die with it
 
 
@@ -56,3 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     why = "".join(f"; {number} × {reason}" for reason, number in reasons.most_common())
     terminalreporter.write_line(f"Tests skipped: {len(skipped)}{why}")
+    if _torchvision_ops is not None:
+        terminalreporter.write_line(
+            f"Stand-ins for torchvision's operators, which users of this environment lack: {MET}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ import tenfold
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tenfold"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = sorted((PACKAGE / "reporting" / "page").iterdir())  # of reports and the explorer
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -84,12 +86,37 @@ def test_version_is_said_once() -> None:
     assert f"## [{tenfold.__version__}]" in changelog
 
 
-def test_public_names_exist_and_are_documented() -> None:
+def test_public_names_say_what_they_are_and_when_to_use_them() -> None:
     assert len(tenfold.__all__) == len(set(tenfold.__all__))
-    for name in tenfold.__all__:
-        entry = getattr(tenfold, name)
-        if callable(entry):
-            assert (entry.__doc__ or "").strip(), f"tenfold.{name} has no docstring"
+    undocumented = [name for name in tenfold.__all__ if not (getattr(tenfold, name).__doc__ or "").strip()]
+    assert undocumented == []
+    advised = re.compile(r"(^|[.:] |\n\n?)Use ", re.MULTILINE)
+    silent = [name for name in tenfold.__all__ if not advised.search(inspect.getdoc(getattr(tenfold, name)) or "")]
+    assert silent == [], "no sentence of the docstring begins with Use"
+
+
+def test_dir_names_what_is_public_and_nothing_else() -> None:
+    import tenfold.formats  # a room that was imported is no public name
+
+    assert {name for name in dir(tenfold) if not name.startswith("__")} == set(tenfold.__all__)
+    assert "calibrate" in tenfold.__all__
+    assert tenfold.calibrate.__module__ == "tenfold.calibration.calibrate"
+
+
+def test_help_of_the_main_verb_starts_with_an_example() -> None:
+    _, first, *_ = (inspect.getdoc(tenfold.compress) or "").split("\n\n")
+    assert first.startswith("Example:")
+    assert "compress(" in first
+
+
+def test_names_that_documents_give_are_there() -> None:
+    """A reader may type every ``tenfold.x`` that README, a page or a docstring shows."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (*DOCUMENTS, *SOURCES)}
+    spelled = re.compile(r"(?<![\w./:-])tenfold\.([a-z_]+|[A-Z]\w+)(?=[(`])")
+    given = {(name, path.name) for path, text in texts.items() for name in spelled.findall(text)}
+    rooms = {path.stem for path in PACKAGE.iterdir()} | {"plugins"}  # a group of entry points
+    assert {"compress", "load"} <= {name for name, _ in given}
+    assert [(name, where) for name, where in sorted(given) if name not in {*tenfold.__all__, *rooms}] == []
 
 
 def test_command_is_installed() -> None:

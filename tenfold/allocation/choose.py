@@ -55,6 +55,8 @@ def choose(
 ) -> Plan:
     """Return what is to happen to every layer: the rows that the rule selects within the budget.
 
+    Use it to try budgets and rules on one table, by ``tabulate``: it takes milliseconds, and neither model nor torch.
+
     Args:
         table: what each layer could become.
         recipe: whose budget and rule to go by instead of those that the table was made for; all else, such as formats

@@ -17,6 +17,8 @@ FitTo = Literal["original", "current"]
 class Schedule(Record):
     """How a recipe is carried out in stages, with training in between. Frozen, and a YAML file if wanted.
 
+    Use it with ``stages`` or ``compress_iteratively``, where one step to the budget costs too much accuracy.
+
     Every layer is visited ``rounds`` times. A stage takes all layers at once, each a little, or ``layers_per_stage`` of
     them: then a round has as many stages as it takes to visit all. The run ends when the budget of the recipe is met,
     when no rank changes any more, or after the last round.

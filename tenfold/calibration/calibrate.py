@@ -20,6 +20,7 @@ from tenfold.decompositions.covariance import shrunk
 from tenfold.errors import CalibrationWarning, DataError
 from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
+from tenfold.progress import counter
 from tenfold.records import Calibration, LayerSpec, Profile
 from tenfold.tensors import normal_tensors
 from tenfold.tensors.free_memory import give_back
@@ -43,8 +44,11 @@ def calibrate(
     *,
     seed: int = 0,
     before: Callable[[Needs], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Moments]:
     """Collect the input moments and output-gradient covariances of layers, by path, for data-aware plans and fits.
+
+    Use it to let data decide step by step: ``tabulate`` and ``apply`` take what it returns as ``moments``.
 
     Layers are linear layers, convolutions and embeddings; those that no batch reaches, such as experts without tokens,
     are left out. One pass over the batches, forward for the moments and backward for the gradients. A quarter of the
@@ -59,6 +63,7 @@ def calibrate(
             decides nothing here.
         seed: of the positions, the projections and what the forward draws.
         before: called with the memory that it will take, before it is taken.
+        progress: called with (batches done, batches in all); they are logged if None.
 
     Raises:
         DataError: no batches, or activations that are not finite.
@@ -79,7 +84,8 @@ def calibrate(
     if not specs:
         return {}
     with same_random_numbers(device_of(model)):
-        work = _Work(model, specs, settings, seed, count_samples(batches), before)
+        count = progress or counter("look at data")
+        work = _Work(model, specs, settings, seed, count_samples(batches), before, count)
         fitted, held = parted(model, batches, HELD_OUT)
         found = work.judged(fitted, held) if count_samples(held) >= FEWEST else None
         if found is None:  # too few samples, or a layer is reached by some of them only, or there is no gradient at all
@@ -134,7 +140,9 @@ class _Work:
     seed: int
     samples: int
     before: Callable[[Needs], None] | None = None
+    progress: Callable[[int, int], None] | None = None
     refusal: DataError | None = None
+    done: int = 0  # batches that gradients were taken of
 
     def collect(self, batches: Sequence[Any], forward: Forward | None = None) -> dict[str, Moments]:
         positions, widest = self.settings.positions, self.settings.max_width
@@ -149,18 +157,19 @@ class _Work:
         widest = self.settings.max_width
         loss = self.settings.loss  # that of predictions is known behind the last layer only
         last = None if whole or loss == "fisher" else LastLayer.of(self.model, fitting[0], call_model)
+        self.done, total = 0, (len(fitting) + len(judging)) * self.settings.draws
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
                 sums.split_like(fitting[0])
                 sums.clip = self.settings.clip
                 self._say(sums)
-                moments = self._with_grams(fitting, sums)
+                moments = self._with_grams(fitting, sums, total)
             give_back()
             judge = Judge(self.model, self.specs, moments, loss=loss, seed=self.seed + 1, widest=widest, last=last)
             judge.split, judge.clip = sums.split, sums.clip
             with judge, warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
-                others = self._with_grams(judging, judge)
+                others = self._with_grams(judging, judge, total)
         except UnlikeOutputsError:
             return self.judged(fitting, judging, whole=True)
         except DataError as error:
@@ -180,10 +189,16 @@ class _Work:
             self.before(needs)
             self.before = None
 
-    def _with_grams(self, batches: Sequence[Any], sums: GradientSums) -> dict[str, Moments]:
-        moments = self.collect(batches, sums.add)
+    def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int) -> dict[str, Moments]:
+        def add(model: nn.Module, batch: Any) -> None:
+            sums.add(model, batch)
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, total)
+
+        moments = self.collect(batches, add)
         for batch in (batch for _ in range(self.settings.draws - 1) for batch in batches):
-            sums.add(self.model, batch)
+            add(self.model, batch)
         grams = {path: shrunk(gram, sums.samples) for path, gram in sums.mean().items()}
         return {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
 

@@ -37,6 +37,8 @@ def save(
 ) -> Path:
     """Write a compressed model to the folder ``path``, atomically, and return the folder.
 
+    Use it for what ``apply`` or a loop of your own made; ``Compressed.save`` adds the record.
+
     It holds ``model.safetensors``, with the plan for ``load`` in its header, ``plan.yaml`` and ``README.md`` to read,
     ``recipe.yaml`` to do the same again, and ``record.json`` if there is a record. The written plan names the batch
     norms that are fused in the model.
@@ -87,6 +89,8 @@ def save(
 
 def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
     """Return the saved model, bit for bit, and its plan.
+
+    Use it to run, score or train on what ``save`` wrote.
 
     The structure is rebuilt on a copy of ``skeleton``: a freshly built dense model of the same architecture, on any
     device (also ``meta``), with any weights. Dtypes are those that were saved; devices those of the skeleton, the CPU

@@ -16,7 +16,16 @@ from tenfold.checkpoint.model_folder import CONFIG, WEIGHTS, load, save
 from tenfold.checkpoint.remote_code import forget_code_, write_modeling_file
 from tenfold.checkpoint.sentence_files import keep_sentence_files
 from tenfold.checkpoint.weights_file import is_checkpoint
-from tenfold.errors import CheckpointError, FileError, TenfoldError, first_line, require
+from tenfold.diagnosis import trouble
+from tenfold.errors import (
+    CheckpointError,
+    FileError,
+    InstallationError,
+    TenfoldError,
+    first_line,
+    naming_trouble,
+    require,
+)
 from tenfold.files import read_text, write_text
 from tenfold.records import Plan, RunRecord
 from tenfold.records.parsing import parse_json
@@ -163,6 +172,8 @@ def opening(name: str) -> Iterator[None]:
     except TenfoldError:
         raise
     except Exception as error:  # a damaged folder ends in nearly any error of transformers
+        if (wrong := trouble(error)) is not None:
+            raise InstallationError(wrong) from error
         msg = f"{name} cannot be opened: {first_line(error)}"
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             msg = (
@@ -181,7 +192,8 @@ def architecture(config: Mapping[str, Any], where: object) -> Any:
     transformers: Any = require("transformers", "hf")
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list | tuple) and named else None
-    found = getattr(transformers, name, None) if name else None
+    with naming_trouble():
+        found = getattr(transformers, name, None) if name else None
     if found is None:
         what = f"the class {name}, which transformers does not have" if name else "no class"
         msg = f"the config of {where} names {what}: pass model_class"

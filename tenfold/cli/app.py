@@ -28,7 +28,7 @@ def build() -> typer.Typer:
     """Return the application with every command of the folder ``commands``, in their order."""
     app = typer.Typer(
         help=ABOUT,
-        no_args_is_help=True,
+        invoke_without_command=True,
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
@@ -81,9 +81,12 @@ def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
 
 
 def _options(
+    context: typer.Context,
     *,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
     del version
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")

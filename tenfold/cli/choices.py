@@ -21,6 +21,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     Raises:
         UnknownNameError: a name that does not exist.
+        MissingExtraError: the runtime is not installed.
         TenfoldError: a setting that the rule does not have.
         Misuse: an algorithm for a format that is not in use, or that does not find its factors; units that the rule or
             the calibration cannot choose.
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe) -> None:
     from tenfold.allocation import rule_of
     from tenfold.decompositions import DECOMPOSITIONS
     from tenfold.formats import FORMATS
+    from tenfold.runtimes import runtime_named
     from tenfold.units import UNITS
 
     rule = rule_of(recipe.rule)
@@ -41,6 +43,7 @@ def check_recipe(recipe: Recipe) -> None:
         )
         msg = f"--units {','.join(recipe.units)}: {why}."
         raise Misuse(msg)
+    runtime_named(recipe.target).check_installed()
     for format in recipe.formats:
         FORMATS.get(format)
     for format, config in recipe.algorithms.items():

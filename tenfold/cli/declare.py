@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tenfold.cli.values import Text, completion
 
-_SHORT = {"task": "-t", "budget": "-b", "formats": "-f", "out": "-o", "quiet": "-q", "jobs": "-j"}
+_SHORT = {"task": "-t", "budget": "-b", "formats": "-f", "out": "-o", "quiet": "-q", "verbose": "-v", "jobs": "-j"}
 _METAVARS = {int: "N", float: "X", Path: "FILE", list[Path]: "FILE"}
 
 

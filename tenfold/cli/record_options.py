@@ -109,7 +109,7 @@ def as_command(run: Callable[..., None]) -> Callable[..., None]:
         ...     width: int = 3
         >>> def area(size: Size, terminal: Terminal, height: int = 2) -> None: ...
         >>> list(inspect.signature(as_command(area)).parameters)
-        ['ctx', 'width', 'as_json', 'quiet', 'debug', 'height']
+        ['ctx', 'width', 'as_json', 'quiet', 'verbose', 'debug', 'height']
     """
     hints, doc = get_type_hints(run, include_extras=True), documented(run.__doc__ or "", "Args")
     groups: dict[str, _Group] = {}

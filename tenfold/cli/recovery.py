@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tenfold.cli.source import Opened
     from tenfold.planning import Score
-    from tenfold.records import EpochRecord, Recipe, TuneResult
+    from tenfold.records import Recipe, TuneResult
     from tenfold.training import Distillation
 
 TuneOptions: TypeAlias = Annotated[TuneConfig, Fields("Fine-tuning; by default as the task recommends")]
@@ -189,7 +189,7 @@ class Tuner:
 
     def __call__(self, model: nn.Module) -> TuneResult:
         """Return the history of tuning the model."""
-        from tenfold.training import RichProgress, TrainingFolder, TuneProgress, finetune
+        from tenfold.training import RichProgress, TrainingFolder, finetune
 
         model, identity = self.launch.share(model), f"{self.identity}\n{self.config.to_json()}"
         try:
@@ -199,7 +199,7 @@ class Tuner:
                 self.config,
                 loss=self.loss,
                 folder=TrainingFolder(tuning_folder(self.out, identity), self.identity),
-                progress=TuneProgress(self._log) if self.quiet else RichProgress(on_epoch=self._log),
+                progress=None if self.quiet else RichProgress(),
                 accelerator=self.launch.accelerator,
             )
         except KeyboardInterrupt:
@@ -230,10 +230,6 @@ class Tuner:
             "tuning": self.config.model_dump() if tuned else None,
             "distillation": dataclasses.asdict(self.teaching) if tuned and self.teaching is not None else None,
         }
-
-    def _log(self, epoch: EpochRecord) -> None:
-        place = f"{epoch.epoch}/{self.config.epochs}"
-        logger.info("epoch %s: loss %.4f, %.1f s", place, epoch.loss, epoch.seconds)
 
 
 def claim(out: Path, terminal: Terminal) -> None:

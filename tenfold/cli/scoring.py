@@ -113,7 +113,7 @@ def draw_tradeoff(
     from tenfold.planning import tabulate, tradeoff
     from tenfold.records import Budget
     from tenfold.reporting.pictures import plot_tradeoff
-    from tenfold.runtime import Event
+    from tenfold.runtime import Runtime
 
     recipe, table = decision.recipe, decision.table
     rule = rule_of(recipe.rule)
@@ -129,6 +129,6 @@ def draw_tradeoff(
         decision.profile,
         lambda wanted: choose(options, recipe.replace(budget=Budget.of(wanted))),
         budget=budget,
-        progress=lambda done, total: terminal.on_event(Event("budgets", done, total)),
+        progress=Runtime(on_event=terminal.on_event).counter("budgets"),
     )
     return plot_tradeoff(curve, path, cost=decision.plan.after)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import PositiveInt
 
 from tenfold.cli.terminal import Misuse, Options
+from tenfold.diagnosis import trouble
 from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _device(machine: Machine) -> Any:
         device = torch.device(machine.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        msg = f"the device {machine.device!r} cannot be used: {first_line(error)}"
+        msg = f"the device {machine.device!r} cannot be used: {trouble(error) or first_line(error)}"
         raise TenfoldError(msg) from error
     return device
 

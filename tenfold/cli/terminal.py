@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 import typer
 from pydantic import Field, PrivateAttr
 
+from tenfold.cli import NOBODY_READS
+from tenfold.cli.notes import Notes
+from tenfold.diagnosis import trouble
 from tenfold.errors import TenfoldError
 from tenfold.records import Record
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress
 
-    from tenfold.runtime import Event
+    from tenfold.progress import Event
 
 # What click raises for wrong usage; some versions of typer bring a click of their own.
 UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -39,22 +39,32 @@ class Terminal(Options):
 
     Attributes:
         json: print one JSON object on stdout and nothing else.
-        quiet: no progress and no notes on stderr.
+        quiet: no progress and no notes on stderr, errors alone.
+        verbose: every step of the work on stderr, with the time of day.
         debug: show the traceback of an error.
     """
 
     as_json: bool = Field(default=False, alias="json")  # a model has a method of that name
     quiet: bool = False
+    verbose: bool = False
     debug: bool = False
     command: str = Field(default="", exclude=True)  # the whole command line, and no option
-    _bar: Any = PrivateAttr(default=None)
-    _step: str = PrivateAttr(default="")
+    _notes: Notes = PrivateAttr()
     _held: ExitStack = PrivateAttr(default_factory=ExitStack)
+
+    def model_post_init(self, context: Any) -> None:
+        """Decide who is spoken to."""
+        del context
+        if self.quiet and self.verbose:
+            msg = "give --verbose or --quiet, not both."
+            raise Misuse(msg)
+        self._notes = Notes(quiet=self.quiet, verbose=self.verbose)
 
     def show(self, *tables: RenderableType) -> None:
         """Print tables on stdout for people; nothing with --json."""
         if self.as_json:
             return
+        self._notes.clear()
         if not sys.stdout.isatty():
             from tenfold.reporting import as_text
 
@@ -69,56 +79,45 @@ class Terminal(Options):
     def say(self, text: str) -> None:
         """Print a line of text on stdout, as it is; nothing with --json."""
         if not self.as_json:
+            self._notes.clear()
             sys.stdout.write(f"{text}\n")
 
     def result(self, value: Any) -> None:
         """Print the one JSON object; nothing without --json."""
         if self.as_json:
+            self._notes.clear()
             ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
             sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=ascii_only) + "\n")
 
     def step(self, name: str) -> None:
-        """Show on stderr which step begins, if somebody watches."""
-        if not self.quiet and sys.stderr.isatty():
-            sys.stderr.write(f"{name} ...\n")
+        """Say on stderr which step begins."""
+        self._notes.step(name)
 
     def on_event(self, event: Event) -> None:
-        """Show how work goes, if somebody watches: the name of a step, and a bar where it can be counted."""
-        if event.total is None or event.done is None:
-            self.step(event.step)
-            return
-        if self._bar is None or self._step != event.step:
-            self._stop()
-            self._bar, self._step = progress_bar(event.step, quiet=self.quiet), event.step
-        self._bar.update(self._bar.task_ids[0], completed=event.done, total=event.total)
-        if event.done >= event.total:
-            self._stop()
+        """Show on stderr how work goes: the name of a step, and a bar where it can be counted."""
+        self._notes.on_event(event)
 
     def hold(self, context: AbstractContextManager[Any]) -> None:
         """Enter a context until the session ends, such as a lock."""
         self._held.enter_context(context)
 
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
     @contextmanager
     def session(self) -> Iterator[None]:
         """Route log lines and warnings to stderr, and turn every error into one line and an exit code."""
-        with _notes(quiet=self.quiet):
+        with self._notes.session():
             try:
                 yield
             except KeyboardInterrupt as stop:
                 self._fail(str(stop) or "interrupted", 130)
             except (typer.Exit, UsageProblem):
                 raise
+            except BrokenPipeError as stop:
+                raise typer.Exit(NOBODY_READS) from stop
             except (TenfoldError, OSError) as error:
                 self._fail(_one_line(error), 1)
             except Exception as error:  # noqa: BLE001 - whatever a model, a task or torch throws: one line, --debug for more
-                self._fail(f"{type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
+                self._fail(trouble(error) or f"{type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
             finally:
-                self._stop()
                 self._held.close()
 
     def _fail(self, message: str, code: int) -> None:
@@ -126,19 +125,6 @@ class Terminal(Options):
             traceback.print_exc()
         complain(message)
         raise typer.Exit(code)
-
-
-def progress_bar(name: str, *, quiet: bool) -> Progress:
-    """Return a bar on stderr that has begun; one that nobody sees where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-    bar.add_task(name, total=None)
-    bar.start()
-    return bar
 
 
 def complain(message: str) -> None:
@@ -161,29 +147,3 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and not isinstance(error, TenfoldError):
         return f"{error.filename}: {error.strerror or error}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _notes(*, quiet: bool) -> Iterator[None]:
-    """Show what the library logs and warns of on stderr, each warning once and in one line."""
-    logger = logging.getLogger("tenfold")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("tenfold: %(message)s"))
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
-    seen: set[str] = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())
-        if text not in seen and not quiet:
-            seen.add(text)
-            sys.stderr.write(f"tenfold: warning: {text}\n")
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from tenfold.cli.terminal import Misuse
+from tenfold.records import Budget
+from tenfold.records.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ TEXTS: dict[str, dict[str, Text]] = {
             list[str],
             "FORMAT,...",
             names,
-            "What layers may turn into, the preferred first; see `tenfold list formats`.",
+            "What layers may turn into, the preferred first; see `tenfold list formats`. Families are "
+            "understood: tucker, cp, svd, tt, tr, btd.",
         )
     },
     "units": {
@@ -184,18 +188,47 @@ _REGISTRIES = {
     "rule": "tenfold.allocation:RULES",
     "task": "tenfold.tasks:TASKS",
     "to": "tenfold.exporting:EXPORTERS",
+    "runtime": "tenfold.runtimes:RUNTIMES",
 }
 
 
 def completion(name: str) -> Callable[[str], list[str]] | None:
     """Return what completes the values of an option in a shell; None for an option whose values have no names."""
-    if name not in _REGISTRIES:
-        return None
+    if name in _REGISTRIES:
+        return lambda incomplete: _completed(incomplete, _registered(name))  # typer knows it by this name
+    if name in _NAMED:
+        return lambda incomplete: _completed(incomplete, _NAMED[name]())
+    return None
+
+
+def _completed(typed: str, known: Iterable[str]) -> list[str]:
+    before, comma, last = typed.rpartition(",")
+    return [f"{before}{comma}{name}" for name in known if name.startswith(last)]
+
+
+def _registered(name: str) -> Iterable[str]:
     module, _, registry = _REGISTRIES[name].partition(":")
+    names: tuple[str, ...] = getattr(import_module(module), registry).names()
+    return (*names, *FAMILIES) if name == "formats" else names
 
-    def complete(incomplete: str) -> list[str]:
-        before, comma, last = incomplete.rpartition(",")
-        known = getattr(import_module(module), registry).names()
-        return [f"{before}{comma}{found}" for found in known if found.startswith(last)]
 
-    return complete
+def _algorithms() -> list[str]:
+    from tenfold.decompositions import DECOMPOSITIONS
+    from tenfold.formats import FORMATS
+
+    algorithms = list(DECOMPOSITIONS.items())
+    return [f"{format}={name}" for format, kind in FORMATS.items() for name, one in algorithms if one.supports(kind)]
+
+
+def _settings() -> list[str]:
+    from tenfold.allocation import RULES
+
+    return sorted({f"{name}=" for _, rule in RULES.items() for name in inspect.signature(rule).parameters})
+
+
+_NAMED: dict[str, Callable[[], Iterable[str]]] = {
+    "algorithms": _algorithms,
+    "set": _settings,
+    "budget": lambda: [f"{name}=" for name in Budget.model_fields],
+    "device": lambda: ("cpu", "cuda", "mps"),
+}

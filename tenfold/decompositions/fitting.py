@@ -37,6 +37,8 @@ _TINY = 1e-30
 class Fit:
     """A factorization with how well it approximates the weight.
 
+    Use it to judge a decomposition on its own; ``decompose`` returns it, and factorized layers keep theirs.
+
     Attributes:
         value: the factors, in the dtype and on the device of the weight.
         rel_error: ‖W − Ŵ‖/‖W‖ of the factors as they are stored.
@@ -54,6 +56,10 @@ class Fit:
     note: str = ""
     output_error: float | None = None
     bias_shift: Tensor | None = None
+
+    def __repr__(self) -> str:
+        ranks = " ".join(f"{name}={rank}" for name, rank in self.value.rank.items())
+        return f"<Fit of {self.value.spec} as {self.value.name()} {ranks}, error {self.rel_error:.3g}>"
 
     @property
     def stability(self) -> Stability | None:
@@ -103,6 +109,8 @@ def decompose(
     start: Factorization | None = None,
 ) -> Fit:
     """Return the best factorization of a weight that the algorithm finds at this rank.
+
+    Use it to study a weight, a format or an algorithm, without a model.
 
     Args:
         weight: (out, in) or (out, in, *kernel), any floating dtype, on any device.

@@ -73,6 +73,10 @@ class Moments:
     output_gram: Covariance | None = None
     held_out: HeldOutCurve | None = None
 
+    def __repr__(self) -> str:
+        groups, width = self.mean.shape
+        return f"<Moments of {self.count:,} rows of {f'{groups} × ' if groups > 1 else ''}{width}>"
+
     @classmethod
     def of(cls, rows: Tensor, targets: Tensor | None = None) -> Self:
         """Return the moments of the rows of a matrix (count, n), or (groups, count, n), and of targets beside them."""

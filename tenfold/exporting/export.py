@@ -33,6 +33,8 @@ def export(
 ) -> ExportRecord:
     """Write a model to a file that runs without its code, and return the record of the file.
 
+    Use it to run the result in ONNX Runtime, OpenVINO, ExecuTorch or wherever there is no Python.
+
     The file is opened in its runtime and compared with the model on batches of several sizes first; only a file that
     agrees is kept. Factorized layers are exported as what they run: plain layers, one after the other.
 

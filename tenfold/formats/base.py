@@ -24,6 +24,7 @@ from tenfold.records import (
     chain_macs,
     chain_params,
 )
+from tenfold.records.families import FAMILIES, meaning
 from tenfold.registry import Registry
 from tenfold.tensors.kruskal import Stability
 
@@ -391,4 +392,8 @@ def join_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
             return weight.reshape(spec.weight_shape)
 
 
-FORMATS: Registry[Factorization] = Registry("format")
+def _family(name: str) -> str:
+    return f"{meaning(name)}: name one of these." if name in FAMILIES else ""
+
+
+FORMATS: Registry[Factorization] = Registry("format", hint=_family)

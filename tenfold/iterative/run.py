@@ -21,8 +21,9 @@ from tenfold.errors import AgreementWarning, DataError, RecipeError
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.stage import Stage
-from tenfold.pipeline import Compressed, apply_decision, measurement, warn_if_low
+from tenfold.pipeline import Compressed, apply_decision, measurement
 from tenfold.planning import Decision, Score, analyse
+from tenfold.planning.outcome import warn_if_low
 from tenfold.profiling import agreement, environment, profile
 from tenfold.records import Agreement, Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
 from tenfold.records.metric import FRACTION

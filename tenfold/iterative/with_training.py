@@ -24,6 +24,8 @@ Tune = Callable[[Stage], Any]
 class Training:
     """How the built-in loop trains each stage.
 
+    Use it with ``compress_iteratively`` where you have no training loop of your own.
+
     Attributes:
         batches: of (inputs, targets); see ``finetune``. A function of the epoch is called with numbers that continue
             from stage to stage.
@@ -58,6 +60,8 @@ def compress_iteratively(
     runtime: Runtime | None = None,
 ) -> Compressed:
     """Return a model that was compressed and trained in stages, with the plan of all stages and the record.
+
+    Use it where one step to the budget loses too much accuracy; with a loop of your own, use ``stages``.
 
     Args:
         model: any trained module; stays as it is.

@@ -192,7 +192,9 @@ def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, 
     def say(needs: Needs) -> None:
         runtime.report("calibrate", note=needs.in_words(cache))
 
-    moments = calibrate(source, GatheredBatches(rest), specs, recipe.calibration, seed=recipe.seed, before=say)
+    rows = GatheredBatches(rest)
+    count = runtime.counter("look at data")
+    moments = calibrate(source, rows, specs, recipe.calibration, seed=recipe.seed, before=say, progress=count)
     return replace(decision, moments=moments, judged=judged)
 
 

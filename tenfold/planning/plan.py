@@ -34,6 +34,8 @@ def plan(
 ) -> Plan:
     """Return what is to happen to every layer of the model: factorized, or kept with the reason.
 
+    Use it to read what would be done, and why, before anything is.
+
     The same as ``choose(tabulate(...))``. Keep the table instead, where several budgets are to be tried.
 
     Args:

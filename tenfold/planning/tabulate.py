@@ -144,9 +144,10 @@ def _weighed(
     work = _Work(rule, scores is not None, {} if cache is None else _known_errors(cache))
     pieces = layers if runtime.workers.is_local else [_alone(layer) for layer in layers]
     options: dict[str, list[FormatOptions]] = {}
+    count = runtime.counter(STEP)
     for layer, (own, errors) in zip(layers, runtime.workers.map(_options, work, pieces), strict=True):
         options[layer.path] = own
-        runtime.report(STEP, len(options), len(layers))
+        count(len(options), len(layers))
         if cache is not None and errors:
             cache.add(errors)
     ranks = {path: {o.format: o.ranks for o in own} for path, own in options.items()}

@@ -28,6 +28,8 @@ def profile(
 ) -> Profile:
     """Measure the cost of a model on these inputs: parameters, bytes, MACs, calls and, on request, milliseconds.
 
+    Use it first, to see where parameters, MACs and time are, and again on the result.
+
     The model runs once, in evaluation mode and without gradients, on its own device and in its own dtype; modes, hooks
     and random state are restored. All MACs are counted: those outside of layers (attention scores between functional
     calls) are in ``other_macs``. The MACs of a layer are what the flop counter finds while it runs; for layers with a

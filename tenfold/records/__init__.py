@@ -7,6 +7,7 @@ from tenfold.records.base import Record, Seed, explain
 from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Clock, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import ContractSpec, LayerSpec, Shape
+from tenfold.records.introduced import Introduced
 from tenfold.records.metric import Metric
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable, UnitOptions
 from tenfold.records.plans import LayerPlan, Plan, UnitPlan
@@ -52,6 +53,7 @@ __all__ = [
     "FormatOptions",
     "ForwardTime",
     "Int8Record",
+    "Introduced",
     "JsonCache",
     "Latency",
     "LayerAnalysis",

@@ -34,6 +34,11 @@ class Record(BaseModel):
         values = self.model_dump(mode="json", exclude_none=True)
         return yaml.safe_dump(values, sort_keys=False, width=118, allow_unicode=True, default_flow_style=None)
 
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """Return what ``repr`` shows: what differs from its default."""
+        fields = type(self).model_fields
+        return [(name, value) for name, value in self if not _same(value, fields[name].default)]
+
     @classmethod
     def from_text(cls, text: str, *, source: str = "text") -> Self:
         """Read a record from YAML or JSON (which is YAML), sealed or not.
@@ -82,6 +87,11 @@ class Record(BaseModel):
             msg = f"{path} {CHANGED}"
             raise DataError(msg)
         return record
+
+
+def _same(value: Any, default: Any) -> bool:
+    # Arrays have no one answer to ==, and no field has an array as its default.
+    return value is default or (type(value) is type(default) and bool(value == default))
 
 
 class Spec:

@@ -18,6 +18,8 @@ LIMITED = {"params": "max_params", "macs": "max_macs", "latency": "max_latency_m
 class Budget(Record):
     """What the whole model may cost: shares of what it costs now, absolute limits, or both, where the smaller holds.
 
+    Use it where limits are computed; a text such as ``"macs=0.5"`` does the same.
+
     Attributes:
         params: share of the parameters that may stay, in (0, 1].
         macs: share of the multiply-accumulates of one forward, in (0, 1].

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from tenfold.records.base import Record
 from tenfold.records.geometry import LayerSpec, Shape
+from tenfold.records.introduced import Introduced
 from tenfold.records.units import Unit
 
 SCHEMA_VERSION = 1
@@ -163,8 +164,10 @@ class LayerProfile(Record):
         return any(prod(call.in_shape) for call in self.calls)
 
 
-class Profile(Record):
+class Profile(Introduced):
     """What a model costs on some example inputs. Every MAC of the forward is in ``macs``.
+
+    Use it to see where parameters, MACs and milliseconds are: ``print(profile.summary())``.
 
     ``other_macs`` are those outside of all layers: ``macs`` is the sum over ``layers`` plus ``other_macs``.
     ``fused_macs`` are those, by kernel, that torch's flop counter has no formula for while it does count the same

@@ -26,6 +26,8 @@ _NEUTRAL = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1}
 class LayerSpec(Spec):
     """Everything that defines a layer except its weights.
 
+    Use it to ask a format what a layer of some geometry would become and cost, without any weights.
+
     ``kernel`` has one entry per spatial axis and is empty for linear and embedding layers, whose ``in_channels`` are
     the input features or the number of rows. ``padding`` is one int per spatial axis, ``"same"`` or ``"valid"``.
     Options per axis that are left out take their neutral value.

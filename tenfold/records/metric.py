@@ -11,6 +11,8 @@ from tenfold.records.base import Record
 class Metric(Record):
     """What a score is called, in which unit it is, and which direction is better; shown as such everywhere.
 
+    Use it in a ``Score`` or a ``Task`` whose score is not a fraction, the larger the better.
+
     Attributes:
         name: such as ``perplexity``, ``mAP``, ``PSNR``.
         unit: of its values, such as ``dB`` or ``%``; none if empty.

@@ -21,6 +21,7 @@ from tenfold.errors import DataError
 from tenfold.files import write_text
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
+from tenfold.records.introduced import Introduced
 from tenfold.records.parsing import seal
 from tenfold.records.recipe import Recipe
 from tenfold.records.units import Unit
@@ -101,6 +102,9 @@ class FormatOptions(_Columns):
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        return [("format", self.format), ("options", len(self)), ("columns", [*self.columns])]
 
     def rank(self, option: int) -> dict[str, int]:
         """Return the ranks of an option by name."""
@@ -267,11 +271,11 @@ class ForwardTime(Record):
         return table_ms / self.allowed(1.0)
 
 
-class OptionTable(_Columns):
+class OptionTable(_Columns, Introduced):
     """What each layer could become. Measured once, by ``tenfold.tabulate``; plans are chosen from it in milliseconds.
 
-    It needs neither the model nor torch, and lies as ``options.json`` beside a saved model, where the explorer and
-    reports read it.
+    Use it to try budgets, rules and layers to keep without measuring again: ``choose`` makes a plan of it. It needs
+    neither the model nor torch, and lies as ``options.json`` beside a saved model, where explorer and reports read it.
 
     Attributes:
         model: name of the class of the model.

@@ -14,6 +14,7 @@ from tenfold.errors import PlanError, TenfoldError
 from tenfold.files import read_text, write_text
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
+from tenfold.records.introduced import Introduced
 from tenfold.records.recipe import Recipe
 from tenfold.records.units import Unit
 
@@ -127,8 +128,10 @@ class UnitPlan(Unit):
         return Unit(**{name: getattr(self, name) for name in Unit.model_fields})
 
 
-class Plan(Record):
+class Plan(Introduced):
     """What happens to every layer of a model. An editable YAML file; ``apply`` carries it out.
+
+    Use ``plan`` or ``choose`` to make one, an editor to change its file, ``apply`` or ``compress`` to carry it out.
 
     ``recipe`` is what was wanted. ``before`` and ``after`` are costs of the whole model as the planner computed them.
     ``fused`` are the paths of batch norms that are merged into a layer once all else is done, for inference, each with

@@ -20,6 +20,7 @@ from tenfold.errors import BudgetError, RecipeError, TenfoldError
 from tenfold.files import read_text, write_text
 from tenfold.records.base import Record, Seed, explain, refusal
 from tenfold.records.budget import Budget
+from tenfold.records.families import expanded
 from tenfold.registry import as_tuple
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial", "cp3")
@@ -32,6 +33,9 @@ Weighing = Literal["gradients", "divergence"]
 
 class Calibration(Record):
     """What unlabeled data are used for, and how much is read from them.
+
+    Use it in a ``Recipe`` where the defaults take too long or too much memory, or where batch norms alone are to be
+    re-estimated.
 
     Attributes:
         method: ``sequential`` plans by what the network's output loses and fits each layer, in closed form, to the
@@ -117,7 +121,8 @@ class Recipe(Record):
             expression of their layers: ``{"backbone.*": "macs=0.5"}``. Shares are those of the part; all other layers
             stay as they are. A layer belongs to the first part that means it.
         rule: how ranks are chosen: the name of a rank rule, with its settings: ``{"name": "evbmf", "weaken": 0.8}``.
-        formats: what layers may turn into, the preferred first.
+        formats: what layers may turn into, the preferred first. Families (tucker, cp, svd, tt, tr, btd) stand for their
+            usual formats.
         algorithms: by format, the algorithm with its settings, instead of the format's default:
             ``{"tucker2": {"name": "hosvd"}}``.
         units: groups of layers that may be narrowed together, such as ``mlp_width``, with the rule ``global`` and data.
@@ -237,6 +242,11 @@ class Recipe(Record):
     @classmethod
     def _read_names(cls, value: Any) -> Any:
         return as_tuple(value) if isinstance(value, str | list | tuple) else value
+
+    @field_validator("formats")
+    @classmethod
+    def _expand_families(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return expanded(value)
 
     @field_validator("algorithms", mode="before")
     @classmethod

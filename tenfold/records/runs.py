@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_valida
 from tenfold.records.agreement import Agreement
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost, Environment, Latency, Speedup
+from tenfold.records.introduced import Introduced
 from tenfold.records.metric import FRACTION, Metric
 from tenfold.records.plans import PLAN_VERSION, Plan, check_version
 
@@ -91,6 +92,8 @@ class Int8Record(Record):
 class ExportRecord(Record):
     """One exported file.
 
+    Use it to see how far a file agrees with its model, and how fast it is; ``export`` returns it, reports show it.
+
     Attributes:
         target: what it was exported to, such as ``onnx``.
         file: its name.
@@ -123,8 +126,10 @@ class ExportRecord(Record):
     environment: Environment
 
 
-class RunRecord(Record):
+class RunRecord(Introduced):
     """The outcome of a compression run: everything that a report shows, without any weights.
+
+    Use it to report on runs and to compare them: it lies as ``record.json`` in every saved folder.
 
     ``metric`` says what all scores in it are.
     """

@@ -12,6 +12,8 @@ from tenfold.records.base import Record, Seed
 class TuneConfig(Record):
     """Configuration of fine-tuning. The defaults suit a few epochs after compression.
 
+    Use it with ``finetune``; ``epochs`` and ``lr`` matter most.
+
     Attributes:
         epochs: passes over the batches; 0 trains nothing.
         optimizer: "sgd" (with Nesterov momentum) or "adamw".

@@ -3,7 +3,7 @@
 from tenfold.reporting.plan_tables import plan_tables
 from tenfold.reporting.profile_tables import profile_tables
 from tenfold.reporting.run_tables import cost_table, record_tables
-from tenfold.reporting.text import as_text, render_plan, render_profile, render_record
+from tenfold.reporting.text import as_text, render_outcome, render_plan, render_profile, render_record
 
 __all__ = [
     "as_text",
@@ -11,6 +11,7 @@ __all__ = [
     "plan_tables",
     "profile_tables",
     "record_tables",
+    "render_outcome",
     "render_plan",
     "render_profile",
     "render_record",

@@ -8,7 +8,7 @@ words of its tooltip, and a standard deviation. It is drawn as markers unless ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tenfold.records import (
@@ -40,20 +40,23 @@ def dense_rule(score: float | None, metric: Metric) -> list[Chart]:
     return [] if score is None else [{"y": metric.plotted(score), "label": f"dense {metric.text(score)}"}]
 
 
-def cost_bars(layers: Sequence[LayerPlan], of: str = "macs") -> Chart:
-    """Return the cost of each layer before and after, in the order of the model."""
-    name = QUANTITIES[of]
+def bars(alt: str, names: Sequence[str], of: str, series: Mapping[str, Sequence[float]]) -> Chart:
+    """Return bars for each layer, in the order of the model: one for each of the ``series``, all of one quantity."""
     return {
         "type": "bars",
-        "alt": f"{name} of each layer before and after",
-        "names": [layer.path or "(the model)" for layer in layers],
+        "alt": alt,
+        "names": [name or "(the model)" for name in names],
         "x": {"label": "layers, in the order of the model"},
-        "y": {"label": name},
-        "series": [
-            {"name": "before", "values": [getattr(layer.before, of) for layer in layers]},
-            {"name": "after", "values": [getattr(layer.after, of) for layer in layers]},
-        ],
+        "y": {"label": QUANTITIES[of]},
+        "series": [{"name": name, "values": list(values)} for name, values in series.items()],
     }
+
+
+def cost_bars(layers: Sequence[LayerPlan], of: str = "macs") -> Chart:
+    """Return the cost of each layer before and after, in the order of the model."""
+    before, after = ([getattr(getattr(x, when), of) for x in layers] for when in ("before", "after"))
+    alt = f"{QUANTITIES[of]} of each layer before and after"
+    return bars(alt, [layer.path for layer in layers], of, {"before": before, "after": after})
 
 
 def spectrum(layer: LayerAnalysis, plan: LayerPlan) -> Chart:

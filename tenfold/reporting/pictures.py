@@ -122,9 +122,14 @@ def plot_tradeoff(
     return _write(figure, Path(path), _tradeoff_rows(curve, marked), curve.to_json())
 
 
+def check_drawable() -> None:
+    """Raise MissingExtraError if there is nothing to draw with: better before the work than after it."""
+    require("matplotlib", "plots")
+
+
 def _figure(width: float, height: float) -> Any:
     """Return an empty figure that no global state of matplotlib knows."""
-    require("matplotlib", "plots")
+    check_drawable()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=130)

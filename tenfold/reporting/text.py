@@ -7,9 +7,10 @@ import io
 from rich.console import Console, RenderableType
 
 from tenfold.records import Plan, Profile, RunRecord
+from tenfold.reporting.numbers import plural
 from tenfold.reporting.plan_tables import plan_tables
 from tenfold.reporting.profile_tables import profile_tables
-from tenfold.reporting.run_tables import record_tables
+from tenfold.reporting.run_tables import agreement_line, cost_table, record_tables
 
 WIDTH = 120
 
@@ -17,6 +18,14 @@ WIDTH = 120
 def render_record(record: RunRecord, *, width: int | None = None) -> str:
     """Return the before/after table and the plan with its reasons as text of at most ``width`` columns."""
     return as_text(*record_tables(record), width=width)
+
+
+def render_outcome(record: RunRecord) -> str:
+    """Return before and after in a few lines, without the plan."""
+    factorized = len(record.plan.factorized)
+    more = f"{plural(factorized, 'layer')} factorized; summary() says which, and why the others are kept."
+    agreed = () if record.agreement is None else (agreement_line(record.agreement),)
+    return as_text(cost_table(record), *agreed, more)
 
 
 def render_plan(plan: Plan, *, width: int | None = None) -> str:

@@ -70,6 +70,11 @@ class TargetRuntime(abc.ABC):
     plain_layers: ClassVar[bool] = True
     observable: ClassVar[bool] = False
 
+    def check_installed(self) -> None:
+        """Raise MissingExtraError if a required package is not installed."""
+        for package in self.packages:
+            require(package, self.extra)
+
     def check(self, model: nn.Module, inputs: Any) -> None:
         """Raise before anything is measured what this runtime lacks.
 
@@ -77,8 +82,7 @@ class TargetRuntime(abc.ABC):
             MissingExtraError: a package.
             ProfileError: the device or the precision of the model.
         """
-        for package in self.packages:
-            require(package, self.extra)
+        self.check_installed()
         device = device_of(model, inputs).type
         if self.devices and device not in self.devices:
             msg = f"{self.name} runs on {' or '.join(self.devices)}, and the model is on {device}: move it there first"

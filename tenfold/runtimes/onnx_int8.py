@@ -26,7 +26,7 @@ def quantize_static(
     ranges: Ranges = "minmax",
     known: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    """Write an ONNX file in eight-bit integers (QDQ), weights by output channel; see ``tenfold.quantize_onnx``.
+    """Write an ONNX file in eight-bit integers (QDQ), weights by output channel: ``exporting.quantize_onnx``.
 
     Args:
         source: the file in floating point.

@@ -1,6 +1,6 @@
 """Put factorized layers into a model, take them out again, and re-estimate batch norm."""
 
-from tenfold.surgery.apply import apply, apply_, densify, densify_, fits_of, restructure_, with_errors
+from tenfold.surgery.apply import FIT_LAYERS, apply, apply_, densify, densify_, fits_of, restructure_, with_errors
 from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.config_note import MARK, NOTE, note_in_config_, plan_in_note
@@ -21,6 +21,7 @@ from tenfold.surgery.unstack import restack_, stacks, unstack_, unstacked
 from tenfold.surgery.verify import verify, warn_of_costs
 
 __all__ = [
+    "FIT_LAYERS",
     "MARK",
     "NOTE",
     "FusedNorm",

@@ -12,6 +12,7 @@ from tenfold.errors import TenfoldError, naming_layer
 from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, FitSummary, build
 from tenfold.parallel import Workers
+from tenfold.progress import counter
 from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.config_note import note_in_config_
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
@@ -33,6 +34,7 @@ from tenfold.tracing import copied
 Progress = Callable[[int, int], None]
 Job = tuple[FitRequest, Callable[[Fit], Fit]]
 
+FIT_LAYERS = "fit layers"  # the step, in logs and bars
 _ALONE = "; fitted on its own: "
 
 
@@ -47,6 +49,8 @@ def apply(
 ) -> nn.Module:
     """Return a new model in which the plan is carried out; ``model`` itself stays as it is.
 
+    Use it to carry out a plan that was read or edited by hand; ``compress`` does so with measurements around it.
+
     The result is an ordinary module: train it with any loop. Each factorized layer tells in ``fit`` how well it met
     the weight that it replaced.
 
@@ -55,7 +59,7 @@ def apply(
         plan: which layers to factorize, into what, at which rank.
         moments: of the inputs of the layers, by path: then the factors minimise the error of the output instead of
             that of the weight, and the bias takes the shift of the mean. ``apply_sequentially`` uses the data better.
-        progress: called with (layers done, layers in all).
+        progress: called with (layers done, layers in all); they are logged if None.
         workers: who decomposes the layers of a model on the CPU; this process if None.
 
     Raises:
@@ -74,6 +78,8 @@ def apply_(
     workers: Workers | None = None,
 ) -> nn.Module:
     """Carry out the plan in place and return the model; on an error the model is as it was. See ``apply``.
+
+    Use it where memory is too small for a second model.
 
     Layers that the plan has opened are to be open: see ``separate_``.
     """
@@ -119,13 +125,19 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Return a new model with a plain dense layer in place of every factorized one."""
+    """Return a new model with a plain dense layer in place of every factorized one.
+
+    Use it for programs that understand dense layers only: weights are as approximated, costs are those of the original.
+    """
     return densify_(copied(model))
 
 
 @plain_arithmetic()
 def densify_(model: nn.Module) -> nn.Module:
-    """Put a plain dense layer in place of every factorized one, in place; return the model."""
+    """Put a plain dense layer in place of every factorized one, in place; return the model.
+
+    Use it where memory is too small for a second model.
+    """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}
     return note_in_config_(put(model, {path: _dense(layer) for path, layer in layers.items()}))
 
@@ -175,14 +187,14 @@ def _decompose(
 ) -> list[Fit]:
     """Decompose all layers; equal ones together. An error names its layer."""
     fits: dict[int, Fit] = {}
+    progress = progress or counter(FIT_LAYERS)
     for members, results in fit_batches([request for request, _ in jobs], workers):
         for i, result in zip(members, results, strict=True):
             with naming_layer(wanted[i].path):
                 if isinstance(result, TenfoldError):
                     raise result
                 fits[i] = jobs[i][1](result)
-        if progress is not None:
-            progress(len(fits), len(jobs))
+        progress(len(fits), len(jobs))
     return [fits[i] for i in range(len(jobs))]
 
 

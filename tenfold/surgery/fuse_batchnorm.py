@@ -38,6 +38,8 @@ class FusedNorm(nn.Sequential):
 def fuse_batchnorm(model: nn.Module, inputs: Any) -> nn.Module:
     """Return a new model for inference in which batch norms are fused into the layers before them.
 
+    Use it last, on a model that is only run from then on.
+
     In evaluation mode a batch norm multiplies each channel and adds to it, so the layer before it can do both at no
     cost: W ← γ/√(var+ε)·W and b ← γ/√(var+ε)·(b − mean) + β (Jacob et al. 2018, arXiv 1712.05877, section 3.2). The
     outputs are the same but for rounding. A factorized layer takes it in its last stage. Which ones can be fused is
@@ -65,6 +67,8 @@ def fuse_batchnorm(model: nn.Module, inputs: Any) -> nn.Module:
 
 def fuse_batchnorm_(model: nn.Module, inputs: Any) -> FusedPairs:
     """Fuse batch norms into the layers before them, in place; return which went where, and why others stay.
+
+    Use it where memory is too small for a second model.
 
     See ``fuse_batchnorm``.
     """

@@ -17,8 +17,9 @@ from tenfold.decompositions.dense_inputs import DenseInputs
 from tenfold.errors import CalibrationWarning, DataError, naming_layer
 from tenfold.formats import split_groups
 from tenfold.layers import FactorizedLayer, spec_of
+from tenfold.progress import counter
 from tenfold.records import LayerPlan, LayerSpec, Plan
-from tenfold.surgery.apply import apply, apply_
+from tenfold.surgery.apply import FIT_LAYERS, apply, apply_
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.config_note import note_in_config_
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
@@ -101,7 +102,7 @@ def apply_sequentially(
         output_grams: output Gram matrices by path, which weigh the errors of a layer's outputs: see
             ``Moments.output_gram``.
         config: how layers are fitted.
-        progress: called with (layers done, layers in all).
+        progress: called with (layers done, layers in all); they are logged if None.
 
     Raises:
         PlanError: a layer of the plan is not in the model, or cannot be factorized as the plan says.
@@ -113,7 +114,7 @@ def apply_sequentially(
     if not isinstance(batches, Sequence) or not batches:
         msg = "the calibration batches are gone through many times: pass a list with at least one batch"
         raise DataError(msg)
-    config = config or SequentialFit()
+    config, progress = config or SequentialFit(), progress or counter(FIT_LAYERS)
     model = separate(model, plan.unrolled)
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
@@ -125,8 +126,7 @@ def apply_sequentially(
     wanted = [layer for layer in plan.factorized if layer not in blind]
     for done, layer in enumerate(sorted(wanted, key=lambda layer: changing.start(layer.path))):
         fitting.fit(layer, done)
-        if progress is not None:
-            progress(done + 1, len(wanted))
+        progress(done + 1, len(wanted))
     if fitting.alone:
         path, why = next(iter(fitting.alone.items()))
         msg = (

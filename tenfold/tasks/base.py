@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.errors import CheckpointError, DataError, UnknownNameError
+from tenfold.progress import counter
 from tenfold.records import Metric
 from tenfold.records.metric import FRACTION
 from tenfold.registry import Registry, did_you_mean
@@ -43,6 +44,8 @@ class SizedBatches(Protocol[Batch_co]):
 class Task(abc.ABC):
     """A model, its data and its score, for the command line and the benchmarks.
 
+    Use it to give the command line a model, data and a score of your own; ``InMemoryTask`` is the shortest way.
+
     Creating a task is cheap: data is read and models are built on demand. Training, calibration and validation use the
     training set only, and the test set is for ``evaluate(split="test")`` alone. The validation part does not depend on
     the seed, and calibration never sees it; ``train_batches`` uses *all* training samples unless ``hold_out=True``
@@ -66,6 +69,7 @@ class Task(abc.ABC):
     labelled: ClassVar[bool] = True  # whether it has labels to train with
     scored: ClassVar[bool] = True  # whether it can score a model
     looked_at: ClassVar[int] = 2000  # samples to calibrate with, unless somebody says how many
+    extra: ClassVar[str] = ""  # the extra of tenfold that brings what it needs besides torch
     weights_hint: ClassVar[str] = ""  # how to train weights of one's own, for a message
     tune_settings: ClassVar[dict[str, Any]] = {}  # fields of TuneConfig for fine-tuning a compressed model
 
@@ -263,6 +267,7 @@ def accuracy(model: nn.Module, batches: SizedBatches[tuple[Any, Tensor]], progre
     device, dtype = device_of(model), dtype_of(model)
     correct = done = 0
     total = int(getattr(batches, "samples", 0))
+    progress = progress or (counter("evaluate") if total else None)
     with evaluating(model):
         for inputs, labels in batches:
             outputs = call_model(model, to_device(inputs, device, dtype))

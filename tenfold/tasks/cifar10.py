@@ -23,6 +23,7 @@ class Cifar10(InMemoryTask):
     """
 
     name: ClassVar[str] = "cifar10"
+    extra: ClassVar[str] = "data"
     variants: ClassVar[tuple[str, ...]] = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
     input_shape: ClassVar[tuple[int, ...]] = (3, 32, 32)
     # The mean and spread of ImageNet, as the published weights were trained with.

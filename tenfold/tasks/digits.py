@@ -39,6 +39,7 @@ class Digits(InMemoryTask):
     """
 
     name: ClassVar[str] = "digits"
+    extra: ClassVar[str] = "demo"
     input_shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     transform: ClassVar[Transform] = ImageTransform(mean=(0.305,), std=(0.376,))
     tune_settings: ClassVar[dict[str, Any]] = {

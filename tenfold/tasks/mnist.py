@@ -26,6 +26,7 @@ class Mnist(InMemoryTask):
     """
 
     name: ClassVar[str] = "mnist"
+    extra: ClassVar[str] = "data"
     variants: ClassVar[tuple[str, ...]] = ("mlp", "tt")
     input_shape: ClassVar[tuple[int, ...]] = (1, 28, 28)
     transform: ClassVar[Transform] = ImageTransform(mean=(0.1307,), std=(0.3081,))

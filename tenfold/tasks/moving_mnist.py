@@ -78,6 +78,7 @@ class MovingMnist(InMemoryTask):
     """
 
     name: ClassVar[str] = "moving_mnist"
+    extra: ClassVar[str] = "data"
     variants: ClassVar[tuple[str, ...]] = ("gru", "tt-gru")
     input_shape: ClassVar[tuple[int, ...]] = (FRAMES, SIDE**2)
     transform: ClassVar[Transform] = Films()

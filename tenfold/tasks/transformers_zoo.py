@@ -22,7 +22,15 @@ from tenfold.checkpoint.pretrained import (
     read_config,
     write_config,
 )
-from tenfold.errors import CheckpointError, DataError, ProfileError, UnknownNameError, require
+from tenfold.errors import (
+    CheckpointError,
+    DataError,
+    InstallationError,
+    ProfileError,
+    UnknownNameError,
+    naming_trouble,
+    require,
+)
 from tenfold.surgery import MARK
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
@@ -40,6 +48,7 @@ class HuggingFace(ModelOnly):
     """
 
     name: ClassVar[str] = "hf"
+    extra: ClassVar[str] = "hf"
 
     @property
     def source(self) -> str:
@@ -166,7 +175,10 @@ class HuggingFace(ModelOnly):
         transformers: Any = require("transformers", "hf")
         auto = transformers.AutoImageProcessor if self.main_input == "pixel_values" else transformers.AutoTokenizer
         try:
-            return auto.from_pretrained(self.source, **self.opening_options(self.source))
+            with naming_trouble():
+                return auto.from_pretrained(self.source, **self.opening_options(self.source))
+        except InstallationError:
+            raise
         except (OSError, ValueError, KeyError, ImportError):  # processors differ in how they report that there is none
             return None
 

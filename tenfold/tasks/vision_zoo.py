@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from tenfold.checkpoint.state_dicts import read_state_dict
-from tenfold.errors import CheckpointError, TenfoldError, UnknownNameError, first_line, require
+from tenfold.errors import CheckpointError, UnknownNameError, first_line, require
 from tenfold.registry import did_you_mean
 from tenfold.tasks.base import TASKS, MappedBatches, SizedBatches, seeded
 from tenfold.tasks.model_only import ModelOnly
@@ -96,6 +96,7 @@ class Timm(VisionZoo):
     """A model of timm by name, without data and score: timm:resnet18, timm:vit_base_patch16_224."""
 
     name: ClassVar[str] = "timm"
+    extra: ClassVar[str] = "vision"
     variants: ClassVar[tuple[str, ...]] = ("resnet18",)
 
     def names(self) -> Sequence[str]:
@@ -123,6 +124,7 @@ class TorchVision(VisionZoo):
     """A model of torchvision by name, without data and score; detection and segmentation too: torchvision:resnet50."""
 
     name: ClassVar[str] = "torchvision"
+    extra: ClassVar[str] = "vision"
     variants: ClassVar[tuple[str, ...]] = ("resnet18",)
 
     def names(self) -> Sequence[str]:
@@ -230,12 +232,4 @@ _KINDS = ("detection", "segmentation", "video", "optical_flow", "quantization")
 
 
 def _library(name: str) -> Any:
-    """Import a module of timm or torchvision; a failure is reported in one line."""
-    try:
-        return require(name, "vision")
-    except TenfoldError:
-        raise
-    except Exception as error:
-        library = name.partition(".")[0]
-        msg = f"{library} is installed but does not import beside torch {torch.__version__}: {first_line(error)}"
-        raise TenfoldError(msg) from error
+    return require(name, "vision")

@@ -20,6 +20,8 @@ from tenfold.training.losses import logits_of
 class Distillation:
     """A loss for ``finetune`` that matches the student to a teacher, usually the original model.
 
+    Use it without labels (``share=1``), where labels are few, or where they alone do not bring the score back.
+
     With student and teacher logits s and t, labels y, share a and temperature T (Hinton, Vinyals & Dean 2015,
     arXiv 1503.02531), and features f of m named modules, b their weight:
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tenfold.records.tuning import TuneConfig, TuneResult
+from tenfold.progress import in_words
+from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.tracing.contexts import kept_modes, same_random_numbers
 from tenfold.tracing.held_tensors import leave_inference_
 from tenfold.tracing.inputs import to_device
@@ -44,6 +45,8 @@ def finetune(
     accelerator: Accelerator | None = None,
 ) -> TuneResult:
     """Train a model in place and return the history.
+
+    Use it to win back accuracy after ``compress`` where you have no training loop of your own: any loop will do.
 
     With a ``folder``, every complete epoch is stored. The same call with the same folder resumes after the last
     complete epoch, in a new process too, and ends, on the same CPU, bit for bit where an uninterrupted run ends; a run
@@ -156,6 +159,7 @@ def _train(
                     if snapshot and processes.index == 0:
                         snapshot.write(snapshot.state(steps, history, as_dense=dense), model, plain, average)
                     processes.wait()
+                    _log(history[-1], config, processes)
                     progress.end_epoch(history[-1])
             finally:
                 optimizer.zero_grad(set_to_none=True)
@@ -164,6 +168,15 @@ def _train(
             average.write_to_(model)
             processes.sync_buffers_(model)
     return TuneResult(config=config, history=tuple(history), resumed=done)
+
+
+def _log(epoch: EpochRecord, config: TuneConfig, processes: SingleProcess) -> None:
+    if processes.index == 0:
+        score = "" if epoch.score is None else f", score {epoch.score:.4g}"
+        left = epoch.seconds * (config.epochs - epoch.epoch)
+        more = f", about {in_words(left)} left" if left > 1 else ""
+        place = f"{epoch.epoch}/{config.epochs}"
+        logger.info("epoch %s: loss %.4f%s, %.1f s%s", place, epoch.loss, score, epoch.seconds, more)
 
 
 def _as_dense(loop: Loop, batch: Batch) -> bool:

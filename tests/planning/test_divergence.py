@@ -14,7 +14,6 @@ from tenfold.planning import decide
 from tenfold.planning.divergence import BY_DIVERGENCE, by_divergence, mildest
 from tenfold.profiling import profile
 from tenfold.records import OptionTable, Recipe
-from tenfold.tensors import digest
 
 
 class Branches(nn.Module):

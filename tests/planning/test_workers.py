@@ -15,7 +15,8 @@ from tenfold.decompositions import curves
 from tenfold.parallel import Workers
 from tenfold.planning import error_search, tabulate
 from tenfold.profiling import profile
-from tenfold.runtime import Event, Runtime
+from tenfold.progress import Event
+from tenfold.runtime import Runtime
 
 X = torch.randn(40, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 

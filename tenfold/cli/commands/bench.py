@@ -67,10 +67,12 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
     """
     from tenfold.cli.generation import measure_generation
     from tenfold.profiling import environment
+    from tenfold.runtimes import runtime_named
 
     if conditions.tokens is not None and conditions.runtime != "torch":
         msg = f"--tokens is measured in torch, not in {conditions.runtime}: leave --runtime out."
         raise Misuse(msg)
+    runtime_named(conditions.runtime).check_installed()  # now, and not when both models have been opened
     terminal.step("open the models")
     pair = _open_both((a, b), conditions, machine)
     terminal.step("measure")

@@ -56,17 +56,19 @@ def run(
     from tenfold.planning import Score
     from tenfold.profiling import profile
     from tenfold.records.metric import FRACTION
-    from tenfold.reporting.numbers import count
+    from tenfold.reporting import numbers
+    from tenfold.runtime import Runtime
 
     terminal.step("open the model")
     opened = open_source(source, machine, seed)
     cost = profile(opened.model, opened.inputs())
     terminal.step("evaluate")
     start = time.perf_counter()
+    progress = Runtime(on_event=terminal.on_event).counter("evaluate")
     task, score, agreed = opened.task, None, None
     elsewhere: Mapping[str, float] = {}
     if task.scored or source.checkpoint is None:
-        evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size)
+        evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size, progress=progress)
         score = Score(evaluate, metric=task.metric).of_original(opened.model)
         shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"
         shown = f"{split} set: {shown}"
@@ -75,7 +77,7 @@ def run(
         agreed = _agreement(opened, limit or UNLABELED, seed)
         shown = f"against the original on {agreed.samples} samples: {agreed.figures()}"
     seconds = time.perf_counter() - start
-    costs = f"{count(cost.params)} parameters, {count(cost.macs)} MACs"
+    costs = f"{numbers.count(cost.params)} parameters, {numbers.count(cost.macs)} MACs"
     terminal.say(f"{task.id}, {shown}, {costs}")
     for name, value in elsewhere.items():
         terminal.say(f"{task.id}, {name}: {task.metric.name} {task.metric.text(value)}")

@@ -65,8 +65,9 @@ def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> Non
     """
     _check(file)
     from tenfold.cli.source import open_source
-    from tenfold.exporting.base import check_free
+    from tenfold.exporting.base import EXPORTERS, check_free
 
+    EXPORTERS.get(file.to)().check()
     check_free(file.out, overwrite=file.overwrite)  # now, and not when the model has been opened
     terminal.step("open the model")
     opened = open_source(source, machine, file.seed)

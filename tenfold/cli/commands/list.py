@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from tenfold.cli.terminal import Terminal
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tenfold.registry import Registry
 
 ORDER = 60
@@ -20,6 +20,9 @@ Kind = Literal["formats", "algorithms", "units", "rules", "tasks", "exports", "r
 def run(kind: Kind | None = None, /, *, terminal: Terminal) -> None:
     """List formats, algorithms, units, rank rules, tasks, export targets and runtimes, a line each; plugins too.
 
+    A * marks what is taken by default, [NAME] the extra of tenfold that an entry needs. The pages about methods say
+    when to use which.
+
     With --json, one object: entries by kind and name.
 
     Args:
@@ -29,8 +32,11 @@ def run(kind: Kind | None = None, /, *, terminal: Terminal) -> None:
     registries = _registries()
     chosen = [kind] if kind is not None else list(registries)
     found = {every: {name: registries[every].summary(name) for name in registries[every].names()} for every in chosen}
-    for every, entries in found.items():
-        terminal.show(_table(every, entries))
+    for place, (every, entries) in enumerate(found.items()):
+        terminal.say(("\n" if place else "") + f"{every}:")
+        default = _defaults()[every]
+        for line in _lines(registries[every], entries, default):
+            terminal.say(line)
     terminal.result(found)
 
 
@@ -55,12 +61,33 @@ def _registries() -> dict[str, Registry[Any]]:
     }
 
 
-def _table(kind: str, entries: dict[str, str]) -> Table:
-    from tenfold.reporting.table_parts import grid
+def _defaults() -> dict[str, set[str]]:
+    """Return what is taken where nothing is said, by kind: of algorithms those of the default formats."""
+    from tenfold.cli.commands.export import File
+    from tenfold.formats import FORMATS
+    from tenfold.records import Recipe
 
-    table = grid()
-    table.add_column(kind, no_wrap=True)
-    table.add_column("", ratio=1)
+    recipe = Recipe()
+    kinds = [FORMATS.get(name) for name in recipe.formats]
+    return {
+        "formats": set(recipe.formats),
+        "algorithms": {str(name) for kind in kinds for name in (kind.default_algorithm, kind.data_aware_algorithm)},
+        "rules": {recipe.rule_name},
+        "tasks": set(),
+        "exports": {str(File.model_fields["to"].default)},
+        "runtimes": {recipe.target},
+    }
+
+
+def _lines(registry: Registry[Any], entries: dict[str, str], default: set[str]) -> list[str]:
+    """Return a line for each entry; on a terminal it ends where the screen does."""
+    marks = {name: getattr(registry.get(name), "extra", "") for name in entries}
+    widest = max(map(len, entries), default=0)
+    needs = max((len(mark) + 3 for mark in marks.values() if mark), default=0)
+    lines = []
     for name, summary in entries.items():
-        table.add_row(name, summary)
-    return table
+        extra = f"[{marks[name]}]" if marks[name] else ""
+        line = f"{'*' if name in default else ' '} {name:<{widest}}  {extra:<{needs}}{summary}"
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(line)
+        lines.append(line if len(line) <= width else f"{line[: width - 1].rstrip()}…")
+    return lines

@@ -55,11 +55,14 @@ def run(
     from tenfold.files import check_writable
     from tenfold.planning import decide
     from tenfold.records import Plan
+    from tenfold.reporting.pictures import check_drawable
     from tenfold.runtime import Runtime
 
     if work.plot is not None and work.plan is not None:
         msg = "--plot shows what other budgets lead to, and --plan FILE has decided: leave one out."
         raise Misuse(msg)
+    if work.plot is not None:
+        check_drawable()
     out = work.out / "plan.yaml" if work.out is not None and work.out.is_dir() else work.out
     for file in filter(None, (out, work.plot, scoring.table)):
         check_writable(file)

@@ -57,10 +57,13 @@ def run(
     from tenfold.cli.source import open_source
     from tenfold.files import check_writable
     from tenfold.profiling import profile
+    from tenfold.reporting.pictures import check_drawable, plot_sensitivity
     from tenfold.reporting.sensitivity_tables import sensitivity_tables
-    from tenfold.runtime import Event
+    from tenfold.runtime import Runtime
 
     check_recipe(recipe)
+    if work.plot is not None:
+        check_drawable()
     terminal.step("open the model")
     opened = open_source(source, machine, recipe.seed)
     path = work.out or Path(f"sensitivity-{opened.task.id.replace(':', '-')}.json")
@@ -81,7 +84,7 @@ def run(
         table = found.measure(
             work.ranks,
             scores=work.samples > 0,
-            progress=lambda done, total: terminal.on_event(Event("measure", done, total)),
+            progress=Runtime(on_event=terminal.on_event).counter("measure"),
         )
     except KeyboardInterrupt:
         msg = f"interrupted; the same command goes on with what is in {path}"
@@ -89,7 +92,5 @@ def run(
     terminal.show(*sensitivity_tables(table))
     terminal.say(f"Kept in {path}")
     if work.plot is not None:
-        from tenfold.reporting.pictures import plot_sensitivity
-
         terminal.say(f"Drawn in {', '.join(map(str, plot_sensitivity(table, work.plot)))}")
     terminal.result(table.model_dump(mode="json"))

@@ -83,6 +83,8 @@ def compare_latency(
 ) -> Comparison:
     """Return the latencies of several models measured in turns, and their speedups over the first.
 
+    Use it whenever models are compared: times that are taken one after the other drift apart.
+
     In every round each model runs one block, in an order that is reversed from round to round, so that drift and other
     load on the machine affect all alike. A speedup is the median of the ratios within the rounds, with the
     distribution-free 95 % interval of a median.
