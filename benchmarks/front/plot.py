@@ -110,7 +110,7 @@ def _speed(rows: list[dict[str, Any]], dense: float, colours: Colours) -> Iterat
         yield _text(470, top, name, colours.text, weight=400 if original else 600)
         yield (f'<rect x="470" y="{top + 9}" width="{across(point.x) - 470:.1f}" height="26" rx="3" fill="{colour}"/>')
         yield _text(across(point.x) + 10, top + 27, f"{100 * point.top1:.2f} %", colours.text, weight=600)
-    yield _text(470, 336, "length: images per second, batch 8, one thread; number: top-1", colours.quiet)
+    yield _text(470, 336, "images per second, batch 8, one thread; top-1 beside it", colours.quiet)
 
 
 def _points(rows: list[dict[str, Any]], method: str) -> list[Point]:
