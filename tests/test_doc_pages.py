@@ -195,6 +195,14 @@ def test_the_figures_of_the_readme_are_committed() -> None:
     assert f"95 % interval {speed['low']:.2f} to {speed['high']:.2f}" in text
 
 
+def test_every_room_is_on_a_page_of_the_reference() -> None:
+    documented = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    rooms = {path.parent.name for path in (ROOT / "tenfold").glob("*/__init__.py")} - {
+        "cli"
+    }  # the commands: docs/cli.md
+    assert {room for room in rooms if f"\n::: tenfold.{room}" not in documented} == set()
+
+
 def test_formulas_are_typeset_without_scripts() -> None:
     typeset = runpy.run_path(str(DOCS / "formulas.py"))["on_page_markdown"]
     page = typeset("Text\n\n$$\n\\lVert W - \\hat W \\rVert \\le 1\n$$\n\n`$$`\n")
