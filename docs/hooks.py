@@ -3,24 +3,42 @@
 A line `<!-- registered: tenfold.formats FORMATS -->` is replaced by the documentation of all entries of it: a
 new format or rule is documented by being there. A line that is nothing but a link to a result, such as
 `[benchmarks/results/hooi.md](../benchmarks/results/hooi.md)`, is replaced by that result, or by the news that there is
-none yet. `<!-- results -->` becomes a table of all results that are committed, and `<!-- other results -->` those that
-no line of the page links to: what was measured is on the site by being there.
+none yet. `<!-- results -->` becomes a table of the questions that results answer, each with the claim in bold that its
+section begins with, and `<!-- other results -->` the results that no line of the page links to: what was measured is on
+the site by being there.
 """
 
 from __future__ import annotations
 
 import base64
 import re
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from markdown.extensions.toc import slugify
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"^<!-- registered: (\S+) (\S+) -->$", re.MULTILINE)
 RESULT = re.compile(r"^\[[^\]]*\]\(\.\./(benchmarks/results/[^)]+\.md)\)$", re.MULTILINE)
 INDEX = re.compile(r"^<!-- results -->$", re.MULTILINE)
 OTHERS = re.compile(r"^<!-- other results -->$", re.MULTILINE)
+SECTION = re.compile(
+    r'(?:^<a id="(?P<id>[\w-]+)"></a>\n\n)?^## (?P<question>[^\n]+)\n(?P<text>.*?)(?=^<a id=|^## |\Z)',
+    re.MULTILINE | re.DOTALL,
+)
+VERSION = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)
 PICTURE = re.compile(r"!\[([^\]]*)\]\((?!\w+:)([^)]+)\)")
+
+
+def on_config(config: Any) -> Any:
+    """Put the version into the name of the site, and the repository's address where pyproject.toml has one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (version,) = VERSION.findall((ROOT / "tenfold" / "__init__.py").read_text(encoding="utf-8"))
+    config.site_name = f"tenfold {version}"
+    config.repo_url = project["tool"]["hatch"]["metadata"]["hooks"]["custom"]["repository"] or None
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -47,25 +65,24 @@ def committed() -> list[Path]:
 
 def others(markdown: str) -> str:
     """Return a section with a link for every result that the page does not link to."""
-    missing = [path for path in committed() if ROOT / "benchmarks" / "results" / path.name not in linked(markdown)]
-    links = ((path.stem, path.relative_to(ROOT).as_posix()) for path in missing)
-    return "\n\n".join(f"## {name}\n\n[{link}](../{link})" for name, link in links)
+    named = {match[1] for match in RESULT.finditer(markdown)}
+    missing = [path for path in committed() if path.relative_to(ROOT).as_posix() not in named]
+    links = [f"benchmarks/results/{path.name}" for path in missing]
+    heads = [f'<a id="{path.stem}"></a>\n\n## {title(path)}' for path in missing]
+    return "\n\n".join(f"{head}\n\n[{link}](../{link})" for head, link in zip(heads, links, strict=True))
 
 
 def index(markdown: str) -> str:
-    """Return a table of all results: what was measured, and the section of the page that has it."""
-    found = linked(markdown)
-    rows = [f"| [{found[path]}](#{found[path]}) | {title(path)} |" for path in committed() if path in found]
-    return "\n".join(["| Section | What was measured |", "| --- | --- |", *rows])
+    """Return a table of all sections: the question, linked, and the claim that answers it."""
+    found = [(match["question"], match["id"], match["text"]) for match in SECTION.finditer(markdown)]
+    rows = [f"| [{question}](#{name or slugify(question, '-')}) | {claim(text)} |" for question, name, text in found]
+    return "\n".join(["| Question | In short |", "| --- | --- |", *rows])
 
 
-def linked(markdown: str) -> dict[Path, str]:
-    """Return the results that a page links to in lines of their own, each with the heading above it."""
-    heads = [(match.start(), match[1]) for match in re.finditer(r"^## (.+)$", markdown, re.MULTILINE)]
-    return {
-        ROOT / match[1]: [name for start, name in heads if start < match.start()][-1]
-        for match in RESULT.finditer(markdown)
-    }
+def claim(section: str) -> str:
+    """Return what a section begins with in bold, on one line; nothing where it claims nothing."""
+    found = re.match(r"\s*\*\*(.+?)\*\*", section, re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
 
 
 def title(path: Path) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import runpy
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
 import yaml
 
+import tenfold
+from benchmarks.front.plot import SCHEMES, picture
 from tenfold import training
 from tenfold.allocation import RULES
 from tenfold.cli.app import build
@@ -161,6 +165,54 @@ def test_a_result_without_a_section_gets_one(tmp_path: Path) -> None:
     (tmp_path / "benchmarks" / "results" / "new.md").write_text("# News\n\n| a |\n| --- |\n| 1.5 |\n")
     hooks["on_page_markdown"].__globals__["ROOT"] = tmp_path
     page = hooks["on_page_markdown"]("<!-- results -->\n\n<!-- other results -->\n")
-    assert "| [new](#new) | News |" in page
-    assert "## new" in page
+    assert "| [News](#new) |" in page
+    assert '<a id="new"></a>\n\n## News' in page
     assert "| 1.5 |" in page
+
+
+def test_results_are_questions_with_the_claim_first_and_the_command_last() -> None:
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    text = (DOCS / "results.md").read_text(encoding="utf-8").replace("<!-- other results -->", "")
+    sections = list(hooks["SECTION"].finditer(text))
+    assert [s["question"] for s in sections if s["id"] and not s["question"].endswith("?")] == []
+    assert [s["question"] for s in sections if s["id"] and not hooks["claim"](s["text"])] == []
+    assert [s["question"] for s in sections if s["id"] and not s["text"].rstrip().endswith("```")] == []
+    assert sum(bool(s["id"]) for s in sections) >= 28
+    assert "| [Does a killed run in stages end the same?](#stages) | Yes: killed at ten random" in hooks["index"](text)
+
+
+def test_the_picture_of_the_readme_is_that_of_the_committed_results() -> None:
+    for scheme in SCHEMES:
+        assert (DOCS / "images" / f"front-{scheme}.svg").read_text(encoding="utf-8") == picture(scheme)
+
+
+def test_the_figures_of_the_readme_are_committed() -> None:
+    """The first screen names one network, and the speed and accuracy that its results have."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "runtimes.json").read_text(encoding="utf-8"))["accuracy"]
+    found = max((row for row in rows if row["network"] == "resnet56"), key=lambda row: row["speedup"]["ratio"])
+    speed, text = found["speedup"], " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"**{speed['ratio']:.2f} times as fast in ONNX Runtime at {found['score']:.2%}**".replace("%", " %") in text
+    assert f"95 % interval {speed['low']:.2f} to {speed['high']:.2f}" in text
+
+
+def test_every_room_is_on_a_page_of_the_reference() -> None:
+    documented = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    rooms = {path.parent.name for path in (ROOT / "tenfold").glob("*/__init__.py")} - {
+        "cli"
+    }  # the commands: docs/cli.md
+    assert {room for room in rooms if f"\n::: tenfold.{room}" not in documented} == set()
+
+
+def test_formulas_are_typeset_without_scripts() -> None:
+    typeset = runpy.run_path(str(DOCS / "formulas.py"))["on_page_markdown"]
+    page = typeset("Text\n\n$$\n\\lVert W - \\hat W \\rVert \\le 1\n$$\n\n`$$`\n")
+    assert page.startswith('Text\n\n<div class="formula"><math ')
+    assert "<mo>&#x02264;</mo>" in page
+    assert page.endswith("</div>\n\n`$$`\n")
+    for path in METHODS:
+        assert "\\" not in re.sub(r"<[^>]*>", "", "".join(re.findall(r"<math.*?</math>", typeset(path.read_text()))))
+
+
+def test_the_site_names_the_version() -> None:
+    config = runpy.run_path(str(DOCS / "hooks.py"))["on_config"](SimpleNamespace())
+    assert config.site_name == f"tenfold {tenfold.__version__}"

@@ -1,8 +1,15 @@
-"""Every Python snippet of the documentation runs: those of one page in order, in one namespace, in an empty folder."""
+"""Every Python snippet of the documentation runs: those of one page in order, in one namespace, in an empty folder.
+
+Pages of paths are run whole: their Python and their commands become one script, which a fresh interpreter runs as a
+reader would, and whatever output they show has to be what it prints, numbers aside.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,17 +19,21 @@ from tenfold.allocation import RULES
 from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.tasks import TASKS
+from tests.page_script import as_script
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Runs as examples/newcomer.py, of which tests/test_doc_pages.py knows that it is the same.
-AS_EXAMPLE = ROOT / "docs" / "tutorials" / "own_model.md"
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PATHS = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("vision", "research", "transformer", "own_model")]
+# Runs from the built wheel, in tests/test_package.py.
+ELSEWHERE = [README, *PATHS]
 
 FENCE = re.compile(
     r"^(?:<!--\s*no-run(?P<reason>.*?)-->\s*\n)?"  # <!-- no-run: the reason -->
     r"(?P<indent>[ \t]*)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$",
     re.DOTALL | re.MULTILINE,
 )
+SHOWN = re.compile(r"^```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,53 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != AS_EXAMPLE], ids=lambda page: str(page.relative_to(ROOT))
+    "page", [page for page in PAGES if page not in ELSEWHERE], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = snippets(page.read_text(encoding="utf-8"))
     assert [block.line for block in blocks if block.reason == ""] == [], "no-run needs a reason"
     monkeypatch.chdir(tmp_path)
     run(page, blocks)
+
+
+def without_numbers(line: str) -> str:
+    """Return a line of output such that other figures, and columns as wide as they make them, are no difference."""
+    return re.sub(r"[+−±-]?[\d.,:]+(e-\d+)?", "0", re.sub(r"[─━\s]+", " ", line)).strip()
+
+
+@pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)
+def test_a_path_runs_as_a_script_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    script = tmp_path / page.with_suffix(".py").name
+    script.write_text(as_script(text), encoding="utf-8")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, "-u", str(script)],
+        cwd=folder,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    printed = {without_numbers(line) for line in done.stdout.splitlines()}
+    shown = [line for block in SHOWN.findall(text) for line in block.splitlines() if line.strip() not in {"", "..."}]
+    assert [line for line in shown if without_numbers(line) not in printed] == []
+
+
+@pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)
+def test_a_path_says_how_long_it_takes_and_shows_what_comes_of_it(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"^\*\*Time to first result:\*\* ", text, re.MULTILINE)
+    assert SHOWN.search(text)
+    assert f"]({page.relative_to(ROOT)})" in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_nothing_is_installed_from_an_index_that_does_not_hold_it(page: Path) -> None:
+    assert re.findall(r"pip install [^\n`]*?'?tenfold\b", page.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -108,6 +159,20 @@ def test_the_collector_itself() -> None:
     assert [block.reason for block in blocks] == [None, "needs a GPU", None, ""]
     namespace = run(Path("page.md"), blocks)
     assert (namespace["a"], namespace["b"]()) == (1, 2)  # type: ignore[operator]
+
+
+def test_a_script_keeps_the_lines_of_its_page() -> None:
+    page = PAGE + "```bash\ntenfold --version\n```\n<!-- no-run: needs a network -->\n```bash\ncurl x\n```\n"
+    lines, text = as_script(page).splitlines(), page.splitlines()
+    assert lines[1] == "a = 1"
+    assert lines[text.index("tenfold --version")] == "tenfold --version"
+    assert lines[text.index("tenfold --version") - 1] == '_shell(r"""'
+    assert "curl x" not in lines
+
+
+def test_output_is_compared_without_its_numbers() -> None:
+    assert without_numbers(" latency   3.55 ms [3.52–3.60]") == without_numbers("latency  41.2 ms [39.9–40.1]")
+    assert without_numbers("score 99 %") != without_numbers("scores 99 %")
 
 
 def test_an_error_points_at_the_page() -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import ast
+import email
+import email.policy
 import inspect
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tenfold
+from tests.test_docs import snippets
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tenfold"
@@ -124,16 +132,82 @@ def test_command_is_installed() -> None:
     assert callable(command.load())
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, check=True, capture_output=True, cwd=ROOT)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the wheel and the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    for target in ("wheel", "sdist"):
+        build = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+        subprocess.run(build, check=True, capture_output=True, cwd=ROOT)
+    return folder
+
+
+def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
     assert wheel.name == f"tenfold-{tenfold.__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {str(path.relative_to(ROOT)) for path in (*SOURCES, *PAGES)} | {"tenfold/py.typed"} <= names
     assert {path.suffix for path in PAGES} == {".css", ".html", ".js"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"tenfold", f"tenfold-{tenfold.__version__}.dist-info"}
+
+
+def test_sdist_holds_what_a_packager_needs(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    wanted = {"README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "hatch_build.py", "tests/test_laws.py"}
+    assert wanted - names == set()
+
+
+def description(wheel: Path) -> str:
+    """Return the long description in a wheel's metadata."""
+    with zipfile.ZipFile(wheel) as opened:
+        name = next(name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(opened.read(name), policy=email.policy.default).get_content()
+
+
+def test_the_wheel_alone_runs_the_quick_start(built: Path, tmp_path: Path) -> None:
+    """As in a fresh environment: installed into a folder of its own, and run from an empty one."""
+    (wheel,) = built.glob("*.whl")
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    quick_start = [block.code for block in snippets(description(wheel)) if block.reason is None]
+    assert any("tenfold.compress(" in code for code in quick_start)
+    script = "\n".join([*quick_start, "print(tenfold.__file__)"])
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    run = partial(subprocess.run, cwd=empty, env=environment, capture_output=True, text=True, check=True)
+    shown = run([sys.executable, "-c", script]).stdout
+    assert shown.splitlines()[-1] == str(site / "tenfold" / "__init__.py")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"```text\n +before .*?```", readme, re.DOTALL)
+    assert table is not None
+    for name in ("parameters", "MACs", "size"):  # counts, which every machine prints alike
+        (line,) = re.findall(rf"^ {name} .*$", table[0], re.MULTILINE)
+        assert line.split() in [row.split() for row in shown.splitlines()]
+    assert run([sys.executable, "-m", "tenfold", "--version"]).stdout.split()[-1] == tenfold.__version__
+
+
+def test_the_long_description_leads_nowhere_but_out(built: Path) -> None:
+    """An index shows it away from the repository: links are absolute, or plain text."""
+    (wheel,) = built.glob("*.whl")
+    text = description(wheel)
+    assert text.startswith("# tenfold")
+    assert re.findall(r"\]\((?!\w+:|#)[^)]*\)", text) == []
+    assert "<picture>" not in text
+    hook = runpy.run_path(str(ROOT / "hatch_build.py"))
+    text = hook["long_description"]((ROOT / "README.md").read_text(encoding="utf-8"), "https://example.org/a/tenfold")
+    assert "](https://example.org/a/tenfold/blob/main/docs/faq.md)" in text
+    assert re.findall(r"\]\((?!\w+:|#)[^)]*\)", text) == []
+    assert hook["addresses"]("https://example.org/a/tenfold")["Source"] == "https://example.org/a/tenfold"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "type"} <= set(cited)
+    assert (cited["version"], cited["license"]) == (tenfold.__version__, PROJECT["license"])
 
 
 @pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)])
