@@ -119,7 +119,8 @@ def _inverse(covariance: Tensor) -> Tensor:
         return torch.cholesky_inverse(lower)
     values, vectors = torch.linalg.eigh(covariance)
     least = NEGLIGIBLE * values[-1] if values[-1] > 0 else values.new_ones(())
-    return (vectors / values.maximum(least)) @ vectors.mT
+    inverse: Tensor = (vectors / values.maximum(least)) @ vectors.mT
+    return inverse
 
 
 def _scores(gram: Tensor, inverse: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tenfold.checkpoint.pretrained import CONFIG, architecture
+from tenfold.checkpoint.model_folder import CONFIG
+from tenfold.checkpoint.pretrained import architecture
 from tenfold.errors import CheckpointError, DataError, UnknownNameError, require
 from tenfold.records import Metric
 from tenfold.tasks.base import SPLITS, TASKS, MappedBatches, Progress, SizedBatches, seeded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tenfold.checkpoint.pretrained import CONFIG
+from tenfold.checkpoint.model_folder import CONFIG
 from tenfold.errors import CheckpointError, require
 
 
