@@ -1,4 +1,4 @@
-"""What is wrong with an installation, told from an error: one line with what to install. No package is imported."""
+"""What is wrong with an installation, by an error: one line with what to install. No package is imported."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def compress(
     Raises:
         RecipeError: a field or value of the recipe that does not exist.
         BudgetError: the budget cannot be met.
-        DataError: the data hold no batch.
+        DataError: no calibration batches.
         TenfoldError: see ``profile``, ``plan`` and ``apply``; the model is untouched in every case.
     """
     wanted = recipe if isinstance(recipe, Plan) else Recipe.of(recipe)

@@ -127,13 +127,17 @@ def _picked(layer: LayerOptions, pick: Pick, planned: Pick, *, pinned: bool) -> 
         "pinned": pinned,
         "planned": "" if _words(pick) == _words(planned) else _words(planned),
         "cells": {
-            "params": [change(before.params, pick.cost.params), pick.cost.params],
-            "macs": [change(before.macs, pick.cost.macs), pick.cost.macs],
+            "params": [_change(before.params, pick.cost.params), pick.cost.params],
+            "macs": [_change(before.macs, pick.cost.macs), pick.cost.macs],
             "left": [f"{100 * share:.0f} %", share],
             "distortion": [_distortion(distortion), distortion],
             "ms": [ms, pick.latency_ms],
         },
     }
+
+
+def _change(before: int, after: int) -> str:
+    return count(before) if before == after else change(before, after)
 
 
 def _distortion(value: float) -> str:

@@ -78,7 +78,7 @@ def stages(
     Raises:
         RecipeError: a recipe that is not valid.
         TuningError: a schedule that is not valid, or not for this recipe.
-        DataError: the data hold no batch.
+        DataError: no calibration batches.
         BudgetError: the target is out of reach; raised before the first stage.
         PlanError: there is nothing to compress.
         CheckpointError: a folder that is not writable, or holds something else, or another run.

@@ -101,7 +101,7 @@ def decide(
         runtime: workers, clock and progress.
 
     Raises:
-        DataError: the data hold no batch.
+        DataError: no calibration batches.
         WeightError: a parameter or buffer has NaN or infinity.
         TenfoldError: see ``profile`` and ``plan``; the model is untouched in every case.
     """

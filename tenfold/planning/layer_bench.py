@@ -53,7 +53,7 @@ class LayerBench:
         profile: has the calls of every layer.
         runtime: what it is to run in.
         at: how it is to run there.
-        seconds: about how long to measure a layer; what stays undecided is measured again, four times as long.
+        seconds: about how long to measure a layer; what stays in doubt is measured again, four times as long.
         margin: by how much a layer has to be faster.
         compare: ``compare_latency``, or something in its place.
     """

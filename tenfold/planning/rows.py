@@ -117,7 +117,7 @@ def liked_step(layer: EligibleLayer) -> int | None:
 def in_steps(layer: EligibleLayer, format: str, ranks: Ranks) -> Ranks:
     """Return ranks in whole blocks of the runtime's channels, as far as the layer still gets cheaper.
 
-    A block that is begun takes the time of a whole one, and channels that do not end in whole blocks may take far more:
+    A part of a block takes the time of a whole one, and channels that do not end in whole blocks may take far more:
     so ranks go up to the next multiple.
     """
     step = liked_step(layer)

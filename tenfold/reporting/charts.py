@@ -2,8 +2,10 @@
 
 A description is JSON. ``type`` is ``xy`` or ``bars``, ``alt`` says what is shown, ``x`` and ``y`` are axes with a
 ``label`` and, if wanted, ``min``, ``max`` and ``log``. Each of the ``series`` has a ``name`` and ``points``: x, y, the
-words of its tooltip, and a standard deviation. It is drawn as markers unless ``dots`` is false and as a line unless
-``line`` is false, through the points of ``fit`` if it has one. ``rings`` mark points, ``rules`` mark an x or a y.
+words of its tooltip, a standard deviation, and a name to stand beside it, as far as there are any. It is drawn as
+markers unless ``dots`` is false and as a line unless ``line`` is false, through the points of ``fit`` if it has one.
+``rings`` mark points, ``rules`` mark an x or a y; ``legend`` names a series that is alone. Bars have ``names`` and
+``values``, and ``notes`` for their tooltips.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tenfold.records import (
     TradeOff,
     TradeOffPoint,
 )
-from tenfold.reporting.numbers import QUANTITIES, count, ranks
+from tenfold.reporting.numbers import QUANTITIES, count, factor, ranks
 
 Chart = dict[str, Any]
 
@@ -56,7 +58,16 @@ def cost_bars(layers: Sequence[LayerPlan], of: str = "macs") -> Chart:
     """Return the cost of each layer before and after, in the order of the model."""
     before, after = ([getattr(getattr(x, when), of) for x in layers] for when in ("before", "after"))
     alt = f"{QUANTITIES[of]} of each layer before and after"
-    return bars(alt, [layer.path for layer in layers], of, {"before": before, "after": after})
+    notes = [_gain(layer, of) for layer in layers]
+    return {**bars(alt, [layer.path for layer in layers], of, {"before": before, "after": after}), "notes": notes}
+
+
+def _gain(layer: LayerPlan, of: str) -> str:
+    """Return what a layer became, and how many times cheaper that is."""
+    if layer.action == "keep":
+        return "kept"
+    gain = factor(getattr(layer.before, of), getattr(layer.after, of))
+    return f"{layer.format} {ranks(layer.rank)}, {gain} fewer {QUANTITIES[of]}"
 
 
 def spectrum(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
@@ -97,8 +108,9 @@ def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
     rings = []
     if plan.rel_error is not None:
         x = 100 * getattr(plan.after, of) / whole
-        words = f"chosen: {ranks(plan.rank)}\n{x:.3g} % left, error {plan.rel_error:.3g}"
-        rings.append({"x": x, "y": plan.rel_error, "label": ranks(plan.rank), "words": words})
+        gain = factor(whole, getattr(plan.after, of))
+        words = f"chosen: {ranks(plan.rank)}\n{x:.3g} % left ({gain} fewer), error {plan.rel_error:.3g}"
+        rings.append({"x": x, "y": plan.rel_error, "label": f"{ranks(plan.rank)}, {gain}", "words": words})
     return xy(
         f"error of {layer.path} against its cost",
         {"label": f"{QUANTITIES[of]} left of the layer (%)", "min": 0, "max": 100},

@@ -78,7 +78,8 @@ def front_chart(groups: Sequence[Group], cost: str) -> Chart | None:
     metric = groups[0].metric
     alt = f"{metric.name} by {cost} of {groups[0].model}"
     rules = dense_rule(groups[0].runs[0].record.before.score, metric)
-    return xy(alt, {"label": _COSTS[cost]}, {"label": metric.label}, series, rules=rules)
+    drawn = xy(alt, {"label": _COSTS[cost]}, {"label": metric.label}, series, rules=rules)
+    return {**drawn, "legend": True}
 
 
 def _point(group: Group, cost: str) -> list[Any]:
@@ -86,7 +87,8 @@ def _point(group: Group, cost: str) -> list[Any]:
     shown = f"{score_text(group)} {metric.shown_unit}".rstrip()
     words = f"{group.method}\n{group.budget}: {metric.name} {shown}"
     x = (1.0 if cost == "speedup" else 100.0) * group.values[cost].mean
-    return [x, metric.plotted(score.mean), words, None if score.sd is None else metric.plotted(score.sd)]
+    spread = None if score.sd is None else metric.plotted(score.sd)
+    return [x, metric.plotted(score.mean), words, spread, group.runs[0].name if len(group.runs) == 1 else group.budget]
 
 
 def text(spread: Spread, scale: float = 1.0, form: str = ".2f") -> str:

@@ -6,10 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from tenfold.records import Analysis, LayerPlan, RunRecord
-from tenfold.reporting.numbers import change, count, percent, ranks, three_digits
+from tenfold.reporting.grouping import kind_name
+from tenfold.reporting.numbers import change, count, factor, percent, ranks, three_digits
 from tenfold.reporting.table_parts import Cell, Column, Row, number
 
 _STABILITY = re.compile(r"; sensitivity (\S+), largest term (\S+)")
+
+
+NORM = "norm"  # the kind of rows that are folded away
 
 
 def shown_layers(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
@@ -26,11 +30,15 @@ def layer_table(record: RunRecord, analysis: Analysis | None) -> tuple[list[Colu
     rows = [
         Row(
             (_name(layer, drawn), *(make(layer) for _, make in wanted)),
-            kind="factorize" if layer.path in narrower else layer.action,
+            kind="factorize" if layer.path in narrower else _kind(layer),
         )
         for layer in layers
     ]
     return [Column("layer"), *(column for column, _ in wanted)], rows
+
+
+def _kind(layer: LayerPlan) -> str:
+    return NORM if layer.action == "keep" and "Norm" in kind_name(layer.kind) else layer.action
 
 
 Make = Callable[[LayerPlan], Cell]
@@ -74,7 +82,8 @@ def _change(before: int, after: int) -> Cell:
 def _left(layer: LayerPlan) -> Cell:
     of = "macs" if layer.before.macs else "params"
     share = getattr(layer.after, of) / getattr(layer.before, of)
-    return Cell(f"{100 * share:.0f} %", share, share=share)
+    gain = "" if share == 1 else factor(getattr(layer.before, of), getattr(layer.after, of))
+    return Cell(f"{100 * share:.0f} %", share, share=share, note=gain)
 
 
 def _milliseconds(value: float | None) -> Cell:

@@ -12,7 +12,7 @@ from tenfold.records import LayerPlan, Plan, RunRecord
 from tenfold.reporting import charts
 from tenfold.reporting.charts import Chart
 from tenfold.reporting.numbers import count, factor, limits, percent, plural, ranks, seconds, size, speed
-from tenfold.reporting.page_tables import layer_table, shown_layers, stage_table
+from tenfold.reporting.page_tables import NORM, layer_table, shown_layers, stage_table
 from tenfold.reporting.pages import page
 from tenfold.reporting.run_files import Run
 from tenfold.reporting.run_tables import latency_cell, latency_conditions
@@ -39,6 +39,7 @@ def report(run: Run) -> str:
     columns, rows = layer_table(record, run.analysis)
     changed = [x for x in plan.layers if x.action == "factorize" or x.path in plan.narrowed_paths]
     kept = len(rows) - len(changed)
+    norms = sum(row.kind == NORM for row in rows)
     layers = _layers(run)
     overview, choices, training = _overview(run), _choices(run), _training(record)
     drawn = {name: chart for name, chart, _, _ in (*overview, *choices, *training) if chart is not None}
@@ -51,6 +52,7 @@ def report(run: Run) -> str:
         counted=f"{len(changed)} of the {len(rows)} layers with parameters are {_changes(plan)}, {kept} are kept.",
         columns=columns,
         rows=rows,
+        norms=norms,
         picked=[layer["path"] for layer in layers],
         stages=dict(zip(("columns", "rows"), stage_table(record), strict=True)) if record.stages else None,
         command=record.command or "",

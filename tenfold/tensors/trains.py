@@ -3,7 +3,7 @@
 A train is a tuple of cores (..., r, n, r'): left rank, mode, right rank; those at the ends have rank 1 outside. A train
 of a matrix (a TT-matrix) has cores (..., r, m, n, r') with an output and an input mode each, and is an ordinary train
 of the modes m·n (``merge_modes`` and ``split_modes`` go from one to the other). Leading axes are a batch: trains of
-equal modes and ranks. Only ``tt_svd`` must be told how many there are, because a tensor does not show it.
+equal modes and ranks. Only ``tt_svd`` needs their number, because a tensor does not show it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A broken law, and how it is told: which law, by whom, where, and what was seen instead."""
+"""A broken law, and its message: which law, by whom, where, and what was seen instead."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAWS = {
     12: "planning a factorized model goes further, and is idempotent at its fixed point",
     13: "exported output equals eager",
     14: "odd weights give a right answer or a clear error",
-    15: "what is told of the inputs makes the outputs better, in each group by itself",
+    15: "what is known of the inputs makes the outputs better, in each group by itself",
 }
 
 

@@ -205,7 +205,7 @@ def check_replanned(rule: RankRule) -> None:
         small = apply(model, first)
         _expect_cost(profile(small, x), first)
         same = made(small, max_macs=first.after.macs)
-        expect(not same.factorized, f"layers are planned anew: {[layer.path for layer in same.factorized]}")
+        expect(not same.factorized, f"layers are planned again: {[layer.path for layer in same.factorized]}")
         expect(same.after == same.before == first.after, "the costs differ though nothing happens")
         further = made(small, max_macs=0.7 * first.after.macs)
         expect(bool(further.factorized), "nothing more is compressed")

@@ -30,7 +30,7 @@ class InputBatches:
     """Batches of inputs as a forward takes them, read from what a user has; iterated over as often as the data can be.
 
     Labels are dropped, samples of a data set are collated, arrays become tensors, and one tensor (or mapping) of all
-    samples is split into batches: see ``BatchReader`` for how labels are told from inputs.
+    samples is split into batches: see ``BatchReader`` for how labels are recognised.
 
     Args:
         data: an iterable of batches such as a DataLoader, a data set, or all samples as one tensor or mapping.

@@ -95,7 +95,7 @@ def _seen(mask: Tensor, *, padding_is_true: bool) -> Tensor | None:
 
 
 def _keys(seen: Tensor) -> Tensor | None:
-    """Return which keys are real (batch, keys), given which of them are seen; None if that cannot be told."""
+    """Return which keys are real (batch, keys), given which of them are seen; None if that is not known."""
     if seen.dim() == 2:
         return None if _is_causal(seen) else seen
     if seen.dim() == 4:

@@ -46,7 +46,7 @@ class Watcher:
 
     Attributes:
         apart: give every call tensors of its own to take, which share memory with those it was given: so a tensor that
-            it took is told from the same one in other hands.
+            it took is distinguished from the same one in other hands.
     """
 
     apart: ClassVar[bool] = False

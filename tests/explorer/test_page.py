@@ -199,8 +199,13 @@ def test_everything_has_a_name_and_contrast(page: Browser, theme: str) -> None:
 
 
 def test_fits_a_phone(page: Browser) -> None:
-    page.size(390, mobile=True)
+    page.size(390, 844, mobile=True)
     assert page.run("document.documentElement.scrollWidth") == 390
+    covered = """Array.from(document.querySelectorAll('input[type=range]')).filter(e => {
+      e.scrollIntoView({ block: 'end', behavior: 'instant' });
+      const b = e.getBoundingClientRect();
+      return document.elementFromPoint(b.x + b.width / 2, b.y + b.height / 2) !== e; }).length"""
+    assert page.run(covered) == 0
     box = page.run(f"{ROW.format(0)}.querySelector('.rank').getBoundingClientRect().toJSON()")
     assert box["x"] >= 0
     assert box["right"] <= 390

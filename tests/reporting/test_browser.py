@@ -50,6 +50,7 @@ def test_opens_without_an_error_or_a_request(page: Browser) -> None:
 
 
 def test_sorts_by_click_and_by_key(page: Browser) -> None:
+    page.run("k = document.getElementById('kind'); k.value = 'all'; k.dispatchEvent(new Event('change'))")
     errors = [layer.rel_error for layer in runs.record().plan.layers]
     known = sorted((f"{e:.3f}" for e in errors if e is not None), reverse=True)
     place = page.run(f"{HEADS}.findIndex(h => h.textContent === 'error')")
@@ -68,9 +69,16 @@ def test_sorts_by_click_and_by_key(page: Browser) -> None:
 
 
 def test_narrows_down(page: Browser) -> None:
-    page.run("s = document.getElementById('kind'); s.value = 'keep'; s.dispatchEvent(new Event('change'))")
+    every = [f"layer{i}.{'bn' if i % 3 == 2 else 'conv'}" for i in range(6)]
+    assert column(page, 0) == [name for name in every if name.endswith("conv")]  # norms are folded away
+    page.run("s = document.getElementById('search'); s.value = 'batch'; s.dispatchEvent(new Event('input'))")
+    assert column(page, 0) == ["layer2.bn", "layer5.bn"]  # and found by a search
+    page.run("s.value = ''; s.dispatchEvent(new Event('input'))")
+    page.run("k = document.getElementById('kind'); k.value = 'all'; k.dispatchEvent(new Event('change'))")
+    assert column(page, 0) == every
+    page.run("k.value = 'norm'; k.dispatchEvent(new Event('change'))")
     assert column(page, 0) == ["layer2.bn", "layer5.bn"]
-    page.run("s = document.getElementById('search'); s.value = 'LAYER5 batch'; s.dispatchEvent(new Event('input'))")
+    page.run("s.value = 'LAYER5 batch'; s.dispatchEvent(new Event('input'))")
     assert column(page, 0) == ["layer5.bn"]
     assert page.run("document.querySelector('.count').textContent") == "1 of 6 shown"
 
@@ -109,6 +117,39 @@ def test_light_dark_and_paper(page: Browser) -> None:
 def test_follows_the_system(page: Browser) -> None:
     page.media(prefers_color_scheme="dark")
     assert page.run(BODY) == DARK
+
+
+CUT = """(() => {
+  const wide = document.documentElement.clientWidth, box = document.querySelector('#layers .scroll');
+  const cells = Array.from(document.querySelectorAll('#layer-table tbody tr:not([hidden]) > *'));
+  const cut = (b) => b.right > wide || b.left < 0 || b.width < 1;
+  const out = cells.filter(c => cut(c.getBoundingClientRect()));
+  const why = document.querySelectorAll('#layer-table tbody tr:not([hidden]) td.why').length;
+  return [out.length, box.scrollWidth - box.clientWidth, why > 0];
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 800, 1216, 1280])
+def test_no_column_of_the_layers_is_cut(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+    """Not even with all columns, long names and long reasons: what does not fit beside goes below."""
+    record = runs.record()
+    long = {
+        "path": "encoder.layers.11.attention.output.dense",
+        "reason": "the last layer is 0.4% of the cost: too little",
+    }
+    layers = (record.plan.layers[0].replace(**long), *record.plan.layers[1:])
+    run = read_run(runs.write(tmp_path / "long", plan=record.plan.replace(layers=layers)))
+    file = write_report(run, tmp_path / "report.html")
+    browser.problems.clear()
+    browser.media(prefers_color_scheme=scheme)
+    browser.size(width, mobile=width < 500)
+    browser.open(file)
+    assert browser.run(CUT) == [0, 0, True]
+    assert browser.run("document.documentElement.scrollWidth") == width
+    assert browser.run(CONTRAST) == []
+    assert browser.run("document.querySelector('#layer-table thead button').checkVisibility()")  # to sort by
+    assert browser.problems == []
 
 
 def test_fits_a_phone(page: Browser) -> None:
@@ -173,4 +214,33 @@ def test_the_comparison_opens_and_sorts(browser: Browser, tmp_path: Path) -> Non
     browser.click("#groups th:first-child button")
     browser.click("#groups th:first-child button")
     assert browser.run(names) == sorted(before, reverse=True)
+    assert browser.problems == []
+
+
+CHARTS = "Array.from(document.querySelectorAll('.plot > svg'))"
+TICKS = "Array.from(s.querySelectorAll('text:not(.halo)[text-anchor=middle]')).map(t => t.textContent)"
+NAMES = "Array.from(s.querySelectorAll('.name')).map(t => t.textContent)"
+OVERLAPS = """(() => { const b = Array.from(s.querySelectorAll('.halo')).map(t => t.getBBox());
+  return b.flatMap((p, i) => b.slice(i + 1).filter(q => p.x < q.x + q.width && q.x < p.x + p.width
+    && p.y < q.y + q.height - 3 && q.y < p.y + p.height - 3)).length; })()"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
+def test_a_comparison_tells_near_values_apart(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+    """Ticks that read alike, points that nobody can tell from each other: two runs with nearly the same cost."""
+    made = []
+    for i, share in enumerate((0.37825, 0.37944)):
+        record = runs.record(settings={"way": i})
+        after = record.after.replace(macs=round(share * record.before.macs), score=0.9319 - 0.0039 * i)
+        made.append(read_run(runs.write(tmp_path / f"run-{i}", **record.replace(after=after).model_dump())))
+    browser.problems.clear()
+    browser.media(prefers_color_scheme=scheme)
+    browser.size(width, mobile=width < 500)
+    browser.open(write_comparison(compare(made), tmp_path / "near.html"))
+    ticks, names, overlaps = (browser.run(f"{CHARTS}.map(s => {each})") for each in (TICKS, NAMES, OVERLAPS))
+    assert all(len(set(texts)) == len(texts) for texts in ticks), ticks
+    assert names
+    assert all(sorted(own) == ["run-0", "run-1"] for own in names)
+    assert set(overlaps) == {0}
+    assert browser.run("document.documentElement.scrollWidth") == width
     assert browser.problems == []

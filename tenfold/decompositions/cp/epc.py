@@ -78,7 +78,7 @@ class CPEPC(KruskalDecomposition):
         Args:
             tensor: (batch, n_1, …), float64.
             factors: (batch, n_m, R) of each mode, float64.
-            stored: the dtype in which factors will be stored; errors below its rounding are not told apart.
+            stored: the dtype in which factors will be stored; errors below its rounding are the same.
         """
         limit, exact = self._limit(tensor, factors, stored)
         if exact:

@@ -186,7 +186,7 @@ class Watch:
 
     @property
     def contended(self) -> bool:
-        """Whether others held this process up, for all that is known without being told how long it waited."""
+        """Whether others held this process up, as far as that is known without its waiting times."""
         return self.held_up > _HELD_UP or self.others + self.threads > self.clocks.processors()
 
     def spans(self, blocks: Sequence[Block], *, alone: bool) -> list[Span]:

@@ -1,4 +1,4 @@
-"""What numbers of channels a runtime is built for: kernels work on blocks, and a block begun costs a whole one."""
+"""What numbers of channels a runtime is built for: kernels work on blocks, and a part of one costs a whole one."""
 
 from __future__ import annotations
 

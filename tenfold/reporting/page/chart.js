@@ -15,13 +15,21 @@ const Charts = (() => {
     return node;
   }
 
-  function short(value) {
+  function short(value, digits = 3) {
     if (value === 0) return "0";
     const size = Math.abs(value);
     for (const [unit, name] of [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]) {
-      if (size >= unit) return `${Number((value / unit).toPrecision(3))}${name}`;
+      if (size >= unit) return `${Number((value / unit).toPrecision(digits))}${name}`;
     }
-    return size < 1e-3 ? value.toExponential(0) : String(Number(value.toPrecision(3)));
+    return size < 1e-3 ? value.toExponential(digits - 3) : String(Number(value.toPrecision(digits)));
+  }
+
+  // Ticks in words: in as few digits as are right, so that no two read alike.
+  function inWords(values) {
+    const step = Math.min(...values.slice(1).map((v, i) => Math.abs(v - values[i])));
+    const right = (digits) => values.every((v) => Math.abs(Number(v.toPrecision(digits)) - v) < step / 50);
+    const digits = [3, 4, 5, 6, 7, 8].find(right) || 3;
+    return values.map((v) => short(v, digits));
   }
 
   function ticks(low, high, wanted) {
@@ -84,16 +92,20 @@ const Charts = (() => {
 
   function frame(svg, spec, box, x, y) {
     const { left, right, top, bottom, width, height } = box;
-    y.ticks(Math.max(2, Math.round((bottom - top) / 45))).forEach((v) => {
+    const upward = y.ticks(Math.max(2, Math.round((bottom - top) / 45)));
+    const words = inWords(upward);
+    upward.forEach((v, i) => {
       const at = y.at(v);
       make("line", { x1: left, x2: right, y1: at, y2: at, class: "grid" }, svg);
-      make("text", { x: left - 7, y: at + 4, "text-anchor": "end" }, svg, short(v));
+      make("text", { x: left - 7, y: at + 4, "text-anchor": "end" }, svg, words[i]);
     });
     make("line", { x1: left, x2: right, y1: bottom, y2: bottom, class: "axis" }, svg);
     if (x) {
-      x.ticks(Math.max(2, Math.round((right - left) / 80))).forEach((v) => {
+      const along = x.ticks(Math.max(2, Math.round((right - left) / 80)));
+      const own = inWords(along);
+      along.forEach((v, i) => {
         make("line", { x1: x.at(v), x2: x.at(v), y1: bottom, y2: bottom + 4, class: "axis" }, svg);
-        make("text", { x: x.at(v), y: bottom + 18, "text-anchor": "middle" }, svg, short(v));
+        make("text", { x: x.at(v), y: bottom + 18, "text-anchor": "middle" }, svg, own[i]);
       });
     }
     make("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, svg, spec.x.label);
@@ -143,7 +155,7 @@ const Charts = (() => {
         if (point[3]) make("line", { x1: place[0], x2: place[0], y1: y.at(point[1] - point[3]), y2: y.at(point[1] + point[3]), class: `whisker s${c}` }, svg);
         if (series.dots !== false) marker(svg, c, place[0], place[1], places.length > 30 ? 2.2 : 3.6, `f${c}`);
         const words = point[2] || `${series.name}\n${spec.x.label}: ${short(point[0])}\n${spec.y.label}: ${short(point[1])}`;
-        spots.push({ x: place[0], y: place[1], words });
+        spots.push({ x: place[0], y: place[1], words, name: point[4] });
       });
     });
     rings.forEach((ring) => {
@@ -154,7 +166,30 @@ const Charts = (() => {
       make("text", { x: place[0] + (flip ? -12 : 12), y: place[1] + (down ? 20 : -10), "text-anchor": flip ? "end" : "start", class: "strong halo" }, svg, ring.label);
       spots.push({ x: place[0], y: place[1], words: ring.words || ring.label });
     });
+    nameSpots(svg, spots, box);
     return spots;
+  }
+
+  // The names of points, each on the first side where there is room; where there is none, the tooltip has it.
+  function nameSpots(svg, spots, box) {
+    const taken = spots.map((s) => [s.x - 5, s.y - 5, s.x + 5, s.y + 5]);
+    svg.querySelectorAll("text.halo").forEach((text) => {
+      const b = text.getBBox();
+      taken.push([b.x, b.y, b.x + b.width, b.y + b.height]);
+    });
+    spots.filter((s) => s.name).forEach((spot) => {
+      const text = make("text", { class: "halo name" }, svg, spot.name);
+      const wide = text.getComputedTextLength();
+      const free = [[8, 4], [-8 - wide, 4], [-wide / 2, -9], [-wide / 2, 18]].map(([dx, dy]) => [spot.x + dx, spot.y + dy]).find(([x, y]) => {
+        const own = [x, y - 11, x + wide, y + 3];
+        const inside = own[0] >= box.left && own[2] <= box.right + 10 && own[1] >= 0 && own[3] <= box.bottom;
+        return inside && taken.every((t) => own[2] < t[0] || own[0] > t[2] || own[3] < t[1] || own[1] > t[3]);
+      });
+      if (!free) { text.remove(); return; }
+      text.setAttribute("x", free[0]);
+      text.setAttribute("y", free[1]);
+      taken.push([free[0], free[1] - 11, free[0] + wide, free[1] + 3]);
+    });
   }
 
   function drawBars(svg, spec, box) {
@@ -173,13 +208,14 @@ const Charts = (() => {
         make("rect", { x: middle - own / 2, y: top, width: own, height: Math.max(box.bottom - top, 0), class: css }, svg);
       });
       const lines = spec.series.map((s) => `${s.name}: ${short(s.values[i])}`);
+      if (spec.notes) lines.push(spec.notes[i]);
       spots.push({ x: middle, y: y.at(spec.series[0].values[i]), words: [name, ...lines].join("\n") });
     });
     return spots;
   }
 
   function legend(host, spec) {
-    if (spec.series.length < 2) return;
+    if (spec.series.length < 2 && !spec.legend) return;
     const list = document.createElement("ul");
     list.className = "legend";
     spec.series.forEach((series, number) => {

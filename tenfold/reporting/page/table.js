@@ -52,7 +52,9 @@ const Tables = (() => {
       const kind = choice ? choice.value : "";
       let shown = 0;
       rows.forEach((row, i) => {
-        const fits = wanted.every((word) => words[i].includes(word)) && (!kind || row.dataset.kind === kind);
+        // Norms are folded away until they are asked for, by the choice or by a search.
+        const open = kind === "all" || (kind ? row.dataset.kind === kind : wanted.length > 0 || row.dataset.kind !== "norm");
+        const fits = open && wanted.every((word) => words[i].includes(word));
         row.hidden = !fits;
         shown += fits;
       });
