@@ -105,8 +105,9 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    if data is None and wanted.calibration.measures and given is None:
-        msg = "the recipe's calibration has metric: divergence, which is measured on data: pass data="
+    if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
+        name = "refine" if wanted.calibration.refine else "metric: divergence"
+        msg = f"the recipe's calibration has {name}, which needs data: pass data="
         raise DataError(msg)
     check_finite(model)
     model = trainable_copy(model)
