@@ -152,11 +152,12 @@ class _Work:
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
                 sums.split_like(fitting[0])
+                sums.clip = self.settings.clip
                 self._say(sums)
                 moments = self._with_grams(fitting, sums)
             give_back()
             judge = Judge(self.model, self.specs, moments, loss=loss, seed=self.seed + 1, widest=widest, last=last)
-            judge.split = sums.split
+            judge.split, judge.clip = sums.split, sums.clip
             with judge, warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
                 others = self._with_grams(judging, judge)

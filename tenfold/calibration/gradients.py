@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from tenfold.calibration.clipping import clipped
 from tenfold.calibration.last_layer import LastLayer
 from tenfold.calibration.micro_batches import Split, parts_of, split_of
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
@@ -94,6 +95,7 @@ class GradientSums:
 
     Attributes:
         split: how batches are differentiated.
+        clip: norms at the positions of a sample are kept within their mean times and divided by this; see ``clipped``.
         differentiating: whether the backward pass of the outputs runs, and not one that the forward takes itself.
     """
 
@@ -117,6 +119,8 @@ class GradientSums:
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = 0
         self.differentiating = False
+        self.clip: float | None = None
+        self._size = 1
         self._open = ExitStack()
         self.split = Split()
 
@@ -158,6 +162,7 @@ class GradientSums:
     def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
         self._starts.clear()
+        self._size = batch_size_of(part) or 1
         with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples):
             outputs, entered = self._run(model, part)
             mask = token_mask(part, model)
@@ -259,7 +264,8 @@ class GradientSums:
         def add(gradient: Tensor) -> None:
             if not self.differentiating:
                 return  # of a forward that takes gradients itself
-            rows = channels_first(squarable(gradient.detach()), spec).flatten(2)
+            apart = channels_first(squarable(gradient.detach()), spec)
+            rows = (apart if self.clip is None else clipped(apart, self._size, self.clip)).flatten(2)
             if size is not None:
                 self._sketches.setdefault(path, SketchSums(size, self._seed)).add(rows)
             elif path in self._squares:

@@ -21,7 +21,6 @@ from tenfold.formats.low_rank import LowRank
 from tenfold.layers import dense_weight
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, squarable
-from tenfold.tracing.inputs import batch_size_of
 
 _ROWS = 64  # directions that are worked on at a time: of very many outputs each is long
 
@@ -118,7 +117,6 @@ class Judge(GradientSums):
         }
         self._now: dict[str, Tensor] = {}
         self._lost: dict[str, Tensor] = {}
-        self._size = 1
 
     def gathering(self, path: str, spec: LayerSpec, entered: Tensor, output: Tensor) -> Callable[[Tensor], None]:
         """Return what is called with the gradient at an output of a layer, which came of what entered it."""
@@ -150,7 +148,6 @@ class Judge(GradientSums):
 
     def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
-        self._size = batch_size_of(part) or 1
         self._now.clear()
         super().add_part(model, part, drawn)
         for path, lost in self._now.items():

@@ -56,7 +56,8 @@ class Scoring(Options):
             samples = int(key.about.get("scored") or samples)
         if not samples:
             return None
-        conditions = recipe.replace(keep=(), algorithms={}, calibration=recipe.calibration.replace(method=method))
+        calibration = recipe.calibration.replace(method=method, metric="gradients", refine=0)
+        conditions = recipe.replace(keep=(), algorithms={}, calibration=calibration)
 
         def make(model: nn.Module, profile: Profile) -> Sensitivity:
             measured = {"samples": samples, "looked_at": looked_at}

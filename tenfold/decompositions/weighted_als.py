@@ -22,6 +22,7 @@ from tenfold.decompositions.covariance import Covariance, Sketch, blocks, channe
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo, interpolated, tails
 from tenfold.decompositions.roots import Root, preconditioner, solve_spd, sqrt_and_inverse_sqrt
 from tenfold.formats import Factorization, MatrixFormat, Tucker2
+from tenfold.formats.interpolative import Interpolative
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.records import LayerSpec
@@ -40,13 +41,13 @@ class WhitenedSVD(CovarianceDecomposition):
     As in SVD-LLM (Wang et al. 2025, arXiv 2403.07378) and BALF (2025, arXiv 2509.25136); found through the leading
     eigenvectors U of the output covariance W C Wᵀ as U Uᵀ W, which needs no inverse (the linear PCA of Zhang et al.
     2015, arXiv 1505.06798). Of very many outputs these are singular vectors of W C^½, found on the side of the inputs.
-    Without a covariance this is the plain SVD. The factors have equal norms.
+    Without a covariance this is the plain SVD. The factors of low_rank have equal norms.
 
     Attributes:
         ridge: added to the covariance, as a share of the mean variance.
     """
 
-    formats = (LowRank,)
+    formats = (LowRank, Interpolative)
 
     def fit(self, problem: FitProblem) -> Factors:
         """Return the two factors."""
@@ -55,7 +56,8 @@ class WhitenedSVD(CovarianceDecomposition):
             left = leading_eigenvectors(gram_under(matrix, covariance), rank)
         else:
             left = _leading_outputs(matrix, covariance, rank, self.seed)
-        value = LowRank(problem.spec, **LowRank.from_matrices(left, left.mT @ matrix, problem.spec))
+        format = problem.format_as(MatrixFormat)
+        value = format(problem.spec, **format.from_matrices(left, left.mT @ matrix, problem.spec))
         return Factors(value.balanced().tensors())
 
     def error_curve(self, problem: CurveProblem) -> ErrorCurve:

@@ -14,7 +14,9 @@ from torch import Tensor
 from tenfold.errors import RankError, WeightError
 from tenfold.records import (
     ContractSpec,
+    FoldSpec,
     LayerSpec,
+    ReorderSpec,
     Shape,
     SharedSliceSpec,
     SubLayerSpec,
@@ -30,6 +32,7 @@ Structure = tuple[SubLayerSpec, ...]
 Ints = NDArray[np.int64]
 
 _ALL_PAIRS = 2
+_WHOLE = ContractSpec | TTGatherSpec | ReorderSpec  # whose weights have no groups apart
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Factorization(abc.ABC):
         """Return the weights of the sub-layers in the order of ``structure``, split by groups.
 
         That of a layer is (groups, out/groups, in/groups, *kernel), where trailing kernel axes of length 1 may be left
-        out; that of a contraction has exactly its ``weight_shape``.
+        out; that of a contraction or of an order of channels has exactly its ``weight_shape``.
         """
 
     @abc.abstractmethod
@@ -304,8 +307,9 @@ class Factorization(abc.ABC):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return the factorization with every factor passed through ``Tensor.to``."""
-        return self.map(**{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})
+        """Return the factorization with every factor passed through ``Tensor.to``; whole numbers stay what they are."""
+        moved = {k: (v, v.to(*args, **kwargs)) for k, v in self.tensors().items()}
+        return self.map(**{k: new if v.is_floating_point() else v.to(new.device) for k, (v, new) in moved.items()})
 
 
 def combinations(axes: Sequence[Sequence[int]]) -> Ints:
@@ -353,9 +357,9 @@ def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     if tuple(weight.shape) != spec.weight_shape:
         msg = f"the weight has shape {tuple(weight.shape)}, the layer {spec} needs {spec.weight_shape}"
         raise WeightError(msg)
-    if isinstance(spec, ContractSpec | TTGatherSpec):
+    if isinstance(spec, _WHOLE):
         return weight
-    if isinstance(spec, SharedSliceSpec):
+    if isinstance(spec, SharedSliceSpec | FoldSpec):
         spec = spec.layer
     g, o, i, *kernel = spec.group_shape
     match spec.kind:
@@ -369,9 +373,9 @@ def split_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
 
 def join_groups(weight: Tensor, spec: SubLayerSpec) -> Tensor:
     """Join a weight (groups, out/groups, in/groups, *kernel) to torch's layout; inverse of ``split_groups``."""
-    if isinstance(spec, ContractSpec | TTGatherSpec):
+    if isinstance(spec, _WHOLE):
         return weight.reshape(spec.weight_shape)
-    if isinstance(spec, SharedSliceSpec):
+    if isinstance(spec, SharedSliceSpec | FoldSpec):
         spec = spec.layer
     match spec.kind:
         case "conv_transpose":

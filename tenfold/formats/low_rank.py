@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,18 +27,6 @@ class LowRank(MatrixFormat):
 
     left: Tensor  # (groups, out/groups, R)
     right: Tensor  # (groups, R, in/groups, *kernel)
-
-    @classmethod
-    def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:
-        """Return (out, in·kernel), per group."""
-        _, out, *rest = spec.group_shape
-        return out, prod(rest)
-
-    @classmethod
-    def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
-        """Return the matrix (out, in·kernel) of each group."""
-        del spec
-        return weight.flatten(2)
 
     @classmethod
     def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -24,23 +26,25 @@ class MatrixFormat(Factorization):
     default_algorithm: ClassVar[str] = "svd"
 
     @classmethod
-    @abc.abstractmethod
     def matrix_shape(cls, spec: LayerSpec) -> tuple[int, int]:
-        """Return (m, n), per group."""
+        """Return (m, n), per group: (out, in·kernel), unless the format says otherwise."""
+        _, out, *rest = spec.group_shape
+        return out, prod(rest)
 
     @classmethod
-    @abc.abstractmethod
     def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
-        """Return the matrix (groups, m, n) of a weight split by groups."""
+        """Return the matrix (groups, m, n) of a weight split by groups: (out, in·kernel) of each."""
+        del spec
+        return weight.flatten(2)
 
     @classmethod
     @abc.abstractmethod
-    def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
+    def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> Mapping[str, Tensor | None]:
         """Return the tensors of the format, by field name, whose unfolding is ``left`` @ ``right``."""
 
     @abc.abstractmethod
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return the two matrices (groups, m, R) and (groups, R, n), the inverse of ``from_matrices``."""
+        """Return two matrices (groups, m, R) and (groups, R, n) whose product is the unfolding."""
 
     def reduced(self) -> Reduced | None:
         """Return the R×R product of the triangles of both matrices; None where the short side is no larger than that.

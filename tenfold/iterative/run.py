@@ -17,7 +17,7 @@ from tenfold.allocation.schedule import Schedule
 from tenfold.calibration import calibrate
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
-from tenfold.errors import AgreementWarning, DataError
+from tenfold.errors import AgreementWarning, DataError, RecipeError
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.stage import Stage
@@ -94,6 +94,9 @@ def stages(
     """
     recipe, schedule, runtime = Recipe.of(recipe), Schedule.of(schedule), runtime or Runtime()
     schedule.check(recipe)
+    if recipe.calibration.measures:
+        msg = "stages plan by gradients: leave metric: divergence out of the recipe's calibration"
+        raise RecipeError(msg)
     check_finite(model)
     if runtime.latency_inputs is None:
         runtime = runtime.replace(latency_inputs=example_inputs)

@@ -6,7 +6,7 @@ from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stief
 from tenfold.layers.padded_conv import PaddedConv, same_pads
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
 from tenfold.layers.stacked import Stack, StackedLinear, stacked_parameters
-from tenfold.layers.sublayers import Contract, build
+from tenfold.layers.sublayers import Contract, build, empty_weight, held
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag
 from tenfold.layers.tt_linear import TTLinear
 from tenfold.layers.tt_recurrent import TTGRU, TTLSTM
@@ -28,6 +28,8 @@ __all__ = [
     "TTLinear",
     "build",
     "dense_weight",
+    "empty_weight",
+    "held",
     "is_quantized",
     "open_recurrent",
     "orthogonal_init_",

@@ -12,7 +12,7 @@ from tenfold.errors import WeightError
 from tenfold.formats import FORMATS, Factorization, Rank
 from tenfold.layers.lazy_weight import LazyWeight
 from tenfold.layers.onednn import StageChoice
-from tenfold.layers.sublayers import build
+from tenfold.layers.sublayers import build, empty_weight, held
 from tenfold.records import LayerSpec, SubLayerSpec
 from tenfold.tensors.kruskal import Stability
 
@@ -76,11 +76,11 @@ class FactorizedLayer(nn.Module):
         """
         stages = []
         for stage in value.stages():
-            weight = nn.Parameter(stage.weight.detach().clone(memory_format=torch.contiguous_format), requires_grad[0])
+            own_weight = stage.weight.detach().clone(memory_format=torch.contiguous_format)
             own = (
                 nn.Parameter(bias.detach().clone(), requires_grad[1]) if stage.spec.bias and bias is not None else None
             )
-            stages.append(build(stage.spec, weight, own))
+            stages.append(build(stage.spec, held(own_weight, requires_grad=requires_grad[0]), own))
         return cls(value.spec, value.name(), value.rank, stages)
 
     @classmethod
@@ -95,7 +95,7 @@ class FactorizedLayer(nn.Module):
         rank = kind.check_rank(spec, rank)
         stages = []
         for stage in kind.structure(spec, rank):
-            weight = nn.Parameter(like.new_empty(stage.weight_shape), requires_grad[0])
+            weight = held(empty_weight(stage, like), requires_grad=requires_grad[0])
             bias = nn.Parameter(like.new_empty(stage.out_channels), requires_grad[1]) if stage.bias else None
             stages.append(build(stage, weight, bias))
         return cls(spec, format, rank, stages)
@@ -110,10 +110,10 @@ class FactorizedLayer(nn.Module):
         """The dense weight in torch's own layout, multiplied out whenever somebody computes with what is returned."""
         if torch.compiler.is_compiling():
             return self.factorization().to_dense()  # what nobody uses, the compiler leaves out
-        held: list[Any] = [stage.weight for stage in self.stages]
-        weight = LazyWeight.of(self.spec.weight_shape, held[0], lambda: self.factorization().to_dense())
+        factors: list[Any] = [stage.weight for stage in self.stages if isinstance(stage.weight, nn.Parameter)]
+        weight = LazyWeight.of(self.spec.weight_shape, factors[0], lambda: self.factorization().to_dense())
         # Marks that all factors have are those of the product: transformers tells by one what it need not initialise.
-        first, *others = (vars(factor) for factor in held)
+        first, *others = (vars(factor) for factor in factors)
         for name, mark in first.items():
             if all(name in other and other[name] is mark for other in others):
                 setattr(weight, name, mark)

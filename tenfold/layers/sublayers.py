@@ -1,4 +1,4 @@
-"""The sub-layers that a factorized layer runs: torch's own layers, one einsum, one layer for many slices, a gather."""
+"""The sub-layers that a factorized layer runs: torch's own layers, one einsum, and a few that move channels."""
 
 # Annotations are not postponed here: torch.jit.script reads those of attributes as they are.
 from typing import Any, ClassVar
@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tenfold.layers.tt_gather import Gather
-from tenfold.records import ContractSpec, LayerSpec, SharedSliceSpec, SubLayerSpec, TTGatherSpec
+from tenfold.records import (
+    ContractSpec,
+    FoldSpec,
+    LayerSpec,
+    ReorderSpec,
+    SharedSliceSpec,
+    SubLayerSpec,
+    TTGatherSpec,
+)
 
 # Products with fewer columns are run as one large one, which needs a turn of the memory.
 _NARROW = 16
@@ -93,6 +101,66 @@ class SharedSlices(nn.Module):
         return parts.flatten(place, place + 1)
 
 
+class Reorder(nn.Module):
+    """Channels in another order, of every ``stride``-th place; see ``ReorderSpec``. The order is a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, spec: ReorderSpec, weight: Tensor) -> None:
+        super().__init__()
+        self._axes, self._block = spec.axes, spec.block
+        self._steps = spec.stride if any(s > 1 for s in spec.stride) else ()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the channels in their order."""
+        place = x.dim() - 1 - self._axes
+        if len(self._steps) == 1:
+            x = x[..., :: self._steps[0]]
+        elif len(self._steps) == 2:
+            x = x[..., :: self._steps[0], :: self._steps[1]]
+        elif len(self._steps) == 3:
+            x = x[..., :: self._steps[0], :: self._steps[1], :: self._steps[2]]
+        if self._block == 1:
+            return x.index_select(place, self.weight)
+        apart: Tensor = x.unflatten(place, [-1, self._block])
+        return apart.index_select(place, self.weight).flatten(place, place + 1)
+
+    def extra_repr(self) -> str:
+        """Return the number of blocks, their size, and the stride where there is one."""
+        return f"{len(self.weight)} × {self._block}" + (f", stride={self._steps}" if self._steps else "")
+
+
+class Fold(nn.Module):
+    """The last channels of each group through a layer, added to the first ones; see ``FoldSpec``."""
+
+    __jit_unused_properties__: ClassVar = ["weight"]  # of torch.jit.script
+
+    def __init__(self, spec: FoldSpec, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self._axes, self._groups, self._kept = spec.axes, spec.layer.groups, spec.out_channels // spec.layer.groups
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer."""
+        layer: Any = self.layer
+        weight: Tensor = layer.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sums."""
+        place = x.dim() - 1 - self._axes
+        left = x.shape[place] // self._groups - self._kept
+        if self._groups == 1:
+            folded: Tensor = self.layer(x.narrow(place, self._kept, left))
+            return folded + x.narrow(place, 0, self._kept)
+        apart = x.unflatten(place, [self._groups, -1])
+        folded = self.layer(apart.narrow(place + 1, self._kept, left).flatten(place, place + 1))
+        kept: Tensor = apart.narrow(place + 1, 0, self._kept).flatten(place, place + 1)
+        return folded + kept
+
+
 def _behind(equation: str, axes: int) -> str:
     """Return the equation with letters for the spatial axes, which stand behind the features."""
     inputs, out = equation.split("->")
@@ -101,14 +169,34 @@ def _behind(equation: str, axes: int) -> str:
     return f"{features}{sides},{weight}->{out}{sides}"
 
 
-def build(spec: SubLayerSpec, weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+def held(weight: Tensor, *, requires_grad: bool = True) -> Tensor:
+    """Return a weight as a layer holds it: a parameter, or as it is where it is whole numbers, which nothing trains."""
+    return nn.Parameter(weight, requires_grad) if weight.is_floating_point() else weight
+
+
+def empty_weight(spec: SubLayerSpec, like: Tensor) -> Tensor:
+    """Return a weight for this geometry, not initialised, in the dtype of ``like``; of a reordering that of no change.
+
+    Its numbers are places in memory: what happened to lie there must never be used.
+    """
+    if isinstance(spec, ReorderSpec):
+        return torch.arange(len(range(0, spec.channels, spec.block)), device=like.device)
+    return like.new_empty(spec.weight_shape)
+
+
+def build(spec: SubLayerSpec, weight: Tensor, bias: nn.Parameter | None = None) -> nn.Module:
     """Return a plain torch layer with this geometry that holds just these parameters.
 
     Args:
         spec: the geometry.
-        weight: in torch's own layout, of shape ``spec.weight_shape``.
+        weight: in torch's own layout, of shape ``spec.weight_shape``: a parameter, see ``held``.
         bias: of shape (out_channels,), present exactly when ``spec.bias``.
     """
+    if isinstance(spec, ReorderSpec):
+        return Reorder(spec, weight)
+    assert isinstance(weight, nn.Parameter)  # noqa: S101 - see ``held``
+    if isinstance(spec, FoldSpec):
+        return Fold(spec, build(spec.layer, weight))
     if isinstance(spec, ContractSpec):
         return Contract(spec, weight, bias)
     if isinstance(spec, TTGatherSpec):

@@ -15,7 +15,8 @@ from tenfold.allocation import choose, limits_latency
 from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
-from tenfold.errors import PlanError
+from tenfold.errors import DataError, PlanError
+from tenfold.planning.divergence import by_divergence
 from tenfold.planning.eligible import changeable
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
@@ -54,6 +55,7 @@ class Decision:
         target: the runtime that the model is to run in, where it had a say.
         seconds: time taken, by step.
         held_out: calibration data that are left alone, on which the result is compared with the original.
+        judged: those of the batches that the moments do not know, where divergences are measured on them; else none.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Decision:
     target: Target | None = field(default=None, repr=False)
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
     held_out: list[Any] = field(default_factory=list, repr=False)
+    judged: list[Any] = field(default_factory=list, repr=False)
 
 
 @normal_tensors()
@@ -102,6 +105,10 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
+        name = "refine" if wanted.calibration.refine else "metric: divergence"
+        msg = f"the recipe's calibration has {name}, which needs data: pass data="
+        raise DataError(msg)
     check_finite(model)
     model = trainable_copy(model)
     source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
@@ -120,6 +127,8 @@ def decide(
         else:
             made = None if scores is None else scores(source, cost)
             table = tabulate(source, cost, wanted, moments=moments, scores=made, target=target, runtime=runtime)
+            if decision.judged and moments is not None and made is None:
+                table = by_divergence(table, source, decision.judged, moments=moments, runtime=runtime)
             decision = _chosen(replace(decision, table=table))
         plan = refuse_unused(decision.plan, model)
         if plan.unrolled != separated(source):
@@ -160,14 +169,15 @@ def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, 
     decision = replace(decision, batches=GatheredBatches(batches), held_out=held_out)
     if not recipe.calibration.plans:
         return decision
+    rest, judged = parted(source, batches, recipe.calibration.judged_of(count_samples(batches)))
     specs = changeable(source, decision.profile, wanted)
     cache = parse_size(runtime.max_cache) if recipe.calibration.method == "sequential" else 0
 
     def say(needs: Needs) -> None:
         runtime.report("calibrate", note=needs.in_words(cache))
 
-    moments = calibrate(source, decision.batches, specs, recipe.calibration, seed=recipe.seed, before=say)
-    return replace(decision, moments=moments)
+    moments = calibrate(source, GatheredBatches(rest), specs, recipe.calibration, seed=recipe.seed, before=say)
+    return replace(decision, moments=moments, judged=judged)
 
 
 def _chosen(decision: Decision) -> Decision:

@@ -1,6 +1,6 @@
 """Cost of a model: parameters, MACs, calls and milliseconds, from real forwards on example inputs."""
 
-from tenfold.profiling.compare_outputs import agreement
+from tenfold.profiling.compare_outputs import Original, agreement
 from tenfold.profiling.counting import MacCounter
 from tenfold.profiling.environment import environment
 from tenfold.profiling.generation import Generation, compare_generation
@@ -19,6 +19,7 @@ __all__ = [
     "Generation",
     "LatencyTable",
     "MacCounter",
+    "Original",
     "agreement",
     "best_memory_format",
     "compare_generation",

@@ -42,13 +42,43 @@ def agreement(model: nn.Module, small: nn.Module, batches: Iterable[Any], *, hel
         >>> found.samples, found.top1, found.relative_error
         (10, 1.0, 0.0)
     """
-    sums = _Sums()
     give_back()
-    with evaluating(model), evaluating(small):
-        for number, batch in enumerate(batches):
-            own, other = (_outputs(m, batch, seed=number) for m in (model, small))
-            sums.add(own, other, token_mask(batch, model), batch_size_of(batch) or 1)
-    return sums.result(held_out=held_out)
+    return Original(model, batches).agreement(small, held_out=held_out)
+
+
+class Original:
+    """A model with whose outputs those of others are compared, on the same batches.
+
+    Use it to compare many: outputs are kept as far as they fit. One comparison is ``agreement``.
+
+    Args:
+        model: the original; must not change as long as not all of its outputs are kept.
+        batches: inputs as the forward takes them, on its device; gone through once for each comparison.
+        limit: bytes of outputs to keep.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], *, limit: int = 0) -> None:
+        self._model, self._batches, self._room = model, batches, limit
+        self._known: dict[int, list[Tensor]] = {}
+
+    def agreement(self, other: nn.Module, *, held_out: bool = True) -> Agreement:
+        """Return how near the outputs of another model are to those of this one; see ``agreement``."""
+        sums = _Sums()
+        with evaluating(self._model), evaluating(other):
+            for number, batch in enumerate(self._batches):
+                own, found = self._own(number, batch), _outputs(other, batch, seed=number)
+                sums.add(own, found, token_mask(batch, self._model), batch_size_of(batch) or 1)
+        return sums.result(held_out=held_out)
+
+    def _own(self, number: int, batch: Any) -> list[Tensor]:
+        if number in self._known:
+            return self._known[number]
+        outputs = _outputs(self._model, batch, seed=number)
+        size = sum(t.numel() * t.element_size() for t in outputs)
+        if size <= self._room:
+            self._room -= size
+            self._known[number] = outputs = [t.detach().clone() for t in outputs]
+        return outputs
 
 
 def _outputs(model: nn.Module, batch: Any, seed: int) -> list[Tensor]:

@@ -6,15 +6,7 @@ from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectr
 from tenfold.records.base import Record, Seed, explain
 from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Clock, Cost, Environment, Latency, LayerProfile, Profile, Speedup
-from tenfold.records.geometry import (
-    ContractSpec,
-    LayerSpec,
-    Shape,
-    SharedSliceSpec,
-    SubLayerSpec,
-    chain_macs,
-    chain_params,
-)
+from tenfold.records.geometry import ContractSpec, LayerSpec, Shape
 from tenfold.records.metric import Metric
 from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
 from tenfold.records.plans import LayerPlan, Plan
@@ -30,6 +22,14 @@ from tenfold.records.sensitivity_table import (
 )
 from tenfold.records.sizes import parse_size
 from tenfold.records.store import JsonCache
+from tenfold.records.sublayers import (
+    FoldSpec,
+    ReorderSpec,
+    SharedSliceSpec,
+    SubLayerSpec,
+    chain_macs,
+    chain_params,
+)
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 
@@ -47,6 +47,7 @@ __all__ = [
     "Environment",
     "EpochRecord",
     "ExportRecord",
+    "FoldSpec",
     "FormatOptions",
     "ForwardTime",
     "Int8Record",
@@ -65,6 +66,7 @@ __all__ = [
     "Profile",
     "Recipe",
     "Record",
+    "ReorderSpec",
     "RunRecord",
     "Seed",
     "SensitivityKey",

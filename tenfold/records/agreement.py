@@ -41,6 +41,11 @@ class Agreement(Record):
         return self.samples >= FEW
 
     @property
+    def divergence(self) -> float:
+        """What the outputs diverge by, to compare and to add up: ``kl``, or the squared relative error without one."""
+        return self.relative_error**2 if self.kl is None else self.kl
+
+    @property
     def is_low(self) -> bool:
         """Whether the model no longer does what the original does.
 
@@ -70,12 +75,17 @@ class Agreement(Record):
         return f"{self.samples} held-out {samples}" if self.held_out else f"the {self.samples} {samples} fitted to"
 
     def in_words(self) -> str:
-        """Return the figures in a line.
+        """Return the figures and on what they were measured, in a line.
 
         Example:
             >>> Agreement(samples=4, relative_error=0.25, cosine=0.97).in_words()
             'relative error 0.250, cosine 0.970 on 4 held-out samples (too few to judge)'
         """
+        few = "" if self.can_be_judged else " (too few to judge)"
+        return f"{self.figures()} on {self.where()}{few}"
+
+    def figures(self) -> str:
+        """Return the figures alone."""
         parts = []
         interval = self.interval()
         if self.top1 is not None and interval is not None:
@@ -85,5 +95,4 @@ class Agreement(Record):
             parts.append(f"KL {self.kl:.3f}")
         if self.cosine is not None:
             parts.append(f"cosine {self.cosine:.3f}")
-        few = "" if self.can_be_judged else " (too few to judge)"
-        return f"{', '.join(parts)} on {self.where()}{few}"
+        return ", ".join(parts)

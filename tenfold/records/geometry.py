@@ -1,8 +1,8 @@
 """Geometry of a layer and of its sub-layers once it is factorized: shapes and costs, no weights.
 
 ``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is lost when the layer is rebuilt. A
-sub-layer of a factorized layer is again a ``LayerSpec`` (one plain torch layer), a ``ContractSpec`` (one einsum), a
-``SharedSliceSpec`` (one layer for many slices of the channels) or a ``TTGatherSpec`` (rows of a tensor train).
+sub-layer of a factorized layer is again a ``LayerSpec`` (one plain torch layer), a ``ContractSpec`` (one einsum) or one
+of those in ``tenfold/records/sublayers.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from tenfold.records.base import Spec
-from tenfold.records.train_shape import TTGatherSpec
 
 LayerKind = Literal["linear", "conv", "conv_transpose", "embedding"]
 Shape = tuple[int, ...]
@@ -270,82 +269,3 @@ class ContractSpec(Spec):
 
     def __str__(self) -> str:
         return f"Contract {'×'.join(map(str, self.modes))}→{self.out_channels}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedSliceSpec(Spec):
-    """One layer that every slice of the channels goes through alike: ``copies`` slices, folded into the batch.
-
-    Slice c of the output is what the ``layer`` makes of slice c of the input, with the same weight for all.
-
-    Example:
-        >>> one = LayerSpec(kind="conv", in_channels=1, out_channels=4, kernel=(3, 3), padding=(1, 1))
-        >>> SharedSliceSpec(layer=one, copies=16).out_shape((2, 16, 8, 8))
-        (2, 64, 8, 8)
-    """
-
-    layer: LayerSpec
-    copies: int
-
-    @property
-    def bias(self) -> bool:
-        """Whether there is a bias: the same for all slices, which no layer wants."""
-        return self.layer.bias
-
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return self.layer.axes
-
-    @property
-    def in_channels(self) -> int:
-        """Number of input channels, of all slices."""
-        return self.copies * self.layer.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Number of output channels, of all slices."""
-        return self.copies * self.layer.out_channels
-
-    @property
-    def weight_shape(self) -> Shape:
-        """Shape of the one weight."""
-        return self.layer.weight_shape
-
-    @property
-    def num_params(self) -> int:
-        """Number of weights."""
-        return self.layer.num_params
-
-    def out_shape(self, in_shape: Shape) -> Shape:
-        """Return the output shape for an input of shape ``in_shape`` (batched or not)."""
-        lead = in_shape[: len(in_shape) - self.axes - 1]
-        return (*lead, self.out_channels, *self.layer.out_shape(self._folded(in_shape))[2:])
-
-    def macs(self, in_shape: Shape) -> int:
-        """Return the multiply-accumulates for an input of shape ``in_shape``."""
-        return self.layer.macs(self._folded(in_shape))
-
-    def _folded(self, in_shape: Shape) -> Shape:
-        place = len(in_shape) - self.axes - 1
-        return (prod(in_shape[:place]) * self.copies, self.layer.in_channels, *in_shape[place + 1 :])
-
-    def __str__(self) -> str:
-        return f"{self.copies} × {self.layer}"
-
-
-SubLayerSpec = LayerSpec | ContractSpec | SharedSliceSpec | TTGatherSpec
-
-
-def chain_params(stages: tuple[SubLayerSpec, ...]) -> int:
-    """Return the number of parameters of stages run one after another."""
-    return sum(s.num_params for s in stages)
-
-
-def chain_macs(stages: tuple[SubLayerSpec, ...], in_shape: Shape) -> int:
-    """Return the multiply-accumulates of stages run one after another on an input of shape ``in_shape``."""
-    total, shape = 0, in_shape
-    for stage in stages:
-        total += stage.macs(shape)
-        shape = stage.out_shape(shape)
-    return total

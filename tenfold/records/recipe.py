@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -27,6 +28,7 @@ RECIPE_HEADER = "# A tenfold recipe: what is wanted of a compression. Use it wit
 
 Method = Literal["sequential", "independent", "batchnorm", "none"]
 Loss = Literal["outputs", "fisher"]
+Weighing = Literal["gradients", "divergence"]
 
 
 class Calibration(Record):
@@ -44,6 +46,14 @@ class Calibration(Record):
             those of a language model: a shift of all scores costs nothing, and one of an unlikely word next to
             nothing. A head of very many words has to run for it.
         max_width: statistics of more inputs or outputs than this are sketched; None for 8,192 inputs and 1,024 outputs.
+        metric: what tells how much errors of a layer matter. ``gradients`` of the outputs, of all layers in one
+            backward pass. ``divergence``: what the outputs change by where only this layer is reduced, by a tenth, as
+            measured in a forward for each layer (LEMS 2026, lems-svd.github.io).
+        judged: samples on which divergences are measured, at most a quarter; nothing is fitted to these before.
+        clip: gradients at the positions of a sample, such as tokens, are scaled so that their norms are at most so many
+            times their mean, and at least the mean divided by that; None for gradients as they are.
+        refine: gradient steps, without labels, on each repeated block of the compressed model (layers of a
+            transformer, residual blocks), towards what it puts out in the original; 0 for closed forms alone.
         held_out: share of the samples that are neither planned with nor fitted to, on which the agreement of result and
             original is measured; with 0 it is measured on all, which flatters it. None for 100 samples, but at least
             a fifth and at most a third.
@@ -54,6 +64,10 @@ class Calibration(Record):
     draws: PositiveInt = 1
     loss: Loss = "outputs"
     max_width: PositiveInt | None = None
+    metric: Weighing = "gradients"
+    judged: PositiveInt = 64
+    clip: float | None = Field(default=None, ge=1)
+    refine: NonNegativeInt = 0
     held_out: float | None = Field(default=None, ge=0, le=0.8)
 
     @model_serializer(mode="wrap")
@@ -73,10 +87,27 @@ class Calibration(Record):
             return float(self.held_out)
         return min(max(1 / 5, 100 / samples), 1 / 3)
 
+    def judged_of(self, samples: int) -> float:
+        """Return the share of so many samples on which divergences are measured; 0 by another metric."""
+        return min(self.judged / samples, 1 / 4) if self.measures else 0.0
+
+    @property
+    def measures(self) -> bool:
+        """Whether divergences are measured."""
+        return self.plans and self.metric == "divergence"
+
     @property
     def plans(self) -> bool:
         """Whether the data decide ranks and factors, and not batch norms alone."""
         return self.method in {"sequential", "independent"}
+
+    @model_validator(mode="after")
+    def _check(self) -> Calibration:
+        asked = {"metric: divergence": self.metric == "divergence", "refine": self.refine > 0}
+        for name in (name for name, given in asked.items() if given and not self.plans):
+            msg = f"{name} needs data to fit to: method: sequential or independent, not {self.method}"
+            raise ValueError(msg)
+        return self
 
 
 class Recipe(Record):

@@ -5,6 +5,7 @@ from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.refine import RefinedBlock, Refinement, refine_blocks_
 from tenfold.surgery.separate import separate, separate_, separated
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
@@ -20,6 +21,8 @@ from tenfold.surgery.verify import verify, warn_of_costs
 __all__ = [
     "FusedNorm",
     "FusedPairs",
+    "RefinedBlock",
+    "Refinement",
     "SequentialFit",
     "apply",
     "apply_",
@@ -38,6 +41,7 @@ __all__ = [
     "paths_of",
     "put",
     "reestimate_batchnorm_",
+    "refine_blocks_",
     "restack_",
     "restructure_",
     "separate",

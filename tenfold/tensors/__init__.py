@@ -18,12 +18,14 @@ from tenfold.tensors.algebra import (
 from tenfold.tensors.arithmetic import normal_tensors, plain_arithmetic, squarable, untransformed
 from tenfold.tensors.digests import digest, version_of
 from tenfold.tensors.modes import Modes, mode_factors
+from tenfold.tensors.skeleton import dominant_rows
 
 __all__ = [
     "Modes",
     "SVDMethod",
     "TruncatedSVD",
     "digest",
+    "dominant_rows",
     "fold",
     "gram",
     "khatri_rao",

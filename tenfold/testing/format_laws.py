@@ -193,7 +193,7 @@ def _compare(layer: FactorizedLayer, at: Geometry) -> None:
     own = dict(layer.named_parameters())
     mirror = {k: p.detach().clone().requires_grad_() for k, p in own.items()}
     names = {id(p): k for k, p in own.items()}
-    weights = [mirror[names[id(stage.weight)]] for stage in layer.stages]
+    weights: list[Any] = [mirror[names[id(w)]] if id(w) in names else w for w in (s.weight for s in layer.stages)]
     tensors = {"weight": type(layer.factorization()).from_stages(layer.spec, layer.rank, weights).to_dense()}
     if spec.bias:
         tensors["bias"] = next(p for k, p in mirror.items() if k.endswith(".bias"))

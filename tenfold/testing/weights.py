@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tenfold.formats import Factorization, Rank
-from tenfold.records import LayerSpec
+from tenfold.records import LayerSpec, ReorderSpec, SubLayerSpec
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,11 +30,18 @@ def random_factors(format: type[Factorization], spec: LayerSpec, rank: Rank, see
     """
     generator = torch.Generator().manual_seed(seed)
     structure = format.structure(spec, format.check_rank(spec, rank))
-    weights = [torch.randn(s.weight_shape, generator=generator, dtype=torch.float64) for s in structure]
+    weights = [_drawn(s, generator) for s in structure]
     first = structure[0]
     if isinstance(first, LayerSpec) and first.padding_idx is not None:
         weights[0][first.padding_idx] = 0.0
     return format.from_stages(spec, rank, weights)
+
+
+def _drawn(stage: SubLayerSpec, generator: torch.Generator) -> Tensor:
+    if not isinstance(stage, ReorderSpec):
+        return torch.randn(stage.weight_shape, generator=generator, dtype=torch.float64)
+    size = stage.channels // stage.groups // stage.block
+    return torch.cat([torch.randperm(size, generator=generator) + size * group for group in range(stage.groups)])
 
 
 def some_ranks(format: type[Factorization], spec: LayerSpec, count: int = 4) -> tuple[Rank, ...]:

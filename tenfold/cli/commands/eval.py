@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
@@ -12,7 +12,12 @@ from tenfold.cli.source import Machine, Source
 from tenfold.cli.terminal import Terminal
 from tenfold.records import Seed
 
+if TYPE_CHECKING:
+    from tenfold.cli.source import Opened
+    from tenfold.records import Agreement
+
 ORDER = 50
+UNLABELED = 500  # samples without labels to compare on
 
 
 def run(
@@ -28,17 +33,21 @@ def run(
     """Score a model, dense (--weights) or compressed (--checkpoint), on its test set.
 
     tenfold eval --task cifar10:resnet56 --weights resnet56.safetensors
+    tenfold eval --checkpoint small --data unseen.txt
+
+    A compressed model of a task without a score (hf:, timm:, torchvision:) is compared with the original on the inputs
+    in --data: top-1 and KL of scores of classes, else cosine and relative error. Name inputs that it has not seen.
 
     With --json, one object: `task`, `split`, `score`, `elsewhere` (scores on further data, by name, where the task has
-    some), `metric` (name, unit, direction; a fraction unless the task says otherwise), `params`, `macs`, `bytes`,
-    `seconds`, `environment`.
+    some), `metric` (name, unit, direction; a fraction unless the task says otherwise), `agreement`, `params`, `macs`,
+    `bytes`, `seconds`, `environment`.
 
     Args:
         source: the model.
         machine: where to run it.
         terminal: what to show.
         split: the test set, or the part held out of the training set.
-        limit: at most so many samples, a fixed choice.
+        limit: at most so many samples, a fixed choice; of inputs in --data without labels 500 by default.
         batch_size: samples per forward.
         seed: of the task.
     """
@@ -53,14 +62,20 @@ def run(
     cost = profile(opened.model, opened.inputs())
     terminal.step("evaluate")
     start = time.perf_counter()
-    task = opened.task
-    evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size)
-    score = Score(evaluate, metric=task.metric).of_original(opened.model)
-    elsewhere = task.scores_elsewhere(opened.model, limit=limit, batch_size=batch_size) if split == "test" else {}
+    task, score, agreed, elsewhere = opened.task, None, None, dict[str, float]()
+    if task.scored or source.checkpoint is None:
+        evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size)
+        score = Score(evaluate, metric=task.metric).of_original(opened.model)
+        shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"
+        shown = f"{split} set: {shown}"
+        if split == "test":
+            elsewhere = dict(task.scores_elsewhere(opened.model, limit=limit, batch_size=batch_size))
+    else:
+        agreed = _agreement(opened, limit or UNLABELED, seed)
+        shown = f"against the original on {agreed.samples} samples: {agreed.figures()}"
     seconds = time.perf_counter() - start
-    shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"
     costs = f"{count(cost.params)} parameters, {count(cost.macs)} MACs"
-    terminal.say(f"{task.id}, {split} set: {shown}, {costs}")
+    terminal.say(f"{task.id}, {shown}, {costs}")
     for name, value in elsewhere.items():
         terminal.say(f"{task.id}, {name}: {task.metric.name} {task.metric.text(value)}")
     terminal.result(
@@ -69,8 +84,9 @@ def run(
             "split": split,
             "limit": limit,
             "score": score,
-            "elsewhere": dict(elsewhere),
+            "elsewhere": elsewhere,
             "metric": task.metric.model_dump(mode="json"),
+            "agreement": None if agreed is None else agreed.model_dump(mode="json", exclude={"held_out"}),
             "params": cost.params,
             "macs": cost.macs,
             "bytes": cost.bytes,
@@ -78,3 +94,16 @@ def run(
             "environment": cost.environment.model_dump(mode="json"),
         }
     )
+
+
+def _agreement(opened: Opened, samples: int, seed: int) -> Agreement:
+    """Return how far a compressed model agrees with the original on unlabeled inputs of the user."""
+    from tenfold.cli.recovery import CalibrationBatches
+    from tenfold.profiling import agreement
+    from tenfold.tensors.finite import check_finite
+
+    batches = CalibrationBatches(opened, min(samples, opened.task.calibration_size(seed)) or samples, seed)
+    dense = opened.task.dense(None).to(opened.device).eval()
+    check_finite(dense, opened.task.id)
+    # Whether ``compress`` has seen these inputs is not known here.
+    return agreement(dense, opened.model, batches, held_out=False)

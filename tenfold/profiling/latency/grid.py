@@ -11,7 +11,16 @@ import numpy as np
 
 from tenfold.formats import FORMATS, Rank
 from tenfold.formats.base import Ints
-from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec, TTGatherSpec
+from tenfold.records import (
+    ContractSpec,
+    FoldSpec,
+    LayerSpec,
+    ReorderSpec,
+    Shape,
+    SharedSliceSpec,
+    SubLayerSpec,
+    TTGatherSpec,
+)
 
 LEVELS = 3
 _MOST_COMBINATIONS = 400
@@ -34,6 +43,11 @@ class Point:
         spec, shape = self.spec, self.in_shape
         if isinstance(spec, SharedSliceSpec):
             return f"{spec.copies} folded {Point(spec.layer, shape).family}"
+        if isinstance(spec, FoldSpec):
+            return f"fold {Point(spec.layer, shape).family}"
+        if isinstance(spec, ReorderSpec):
+            place = len(shape) - 1 - spec.axes
+            return f"reorder {spec.block} s{_times(spec.stride)} @{_times((*shape[:place], '*', *shape[place + 1 :]))}"
         if isinstance(spec, TTGatherSpec):
             modes = f"{_times(spec.shape.row_modes)} by {_times(spec.shape.col_modes)}"
             return f"gather {modes} @{_times(shape)}"
@@ -60,7 +74,7 @@ class Point:
         Of a gather the two ranks. Of depthwise convolutions 1 and the channels, of other contractions 1 and the
         multiply-accumulates per position.
         """
-        if isinstance(self.spec, SharedSliceSpec):
+        if isinstance(self.spec, SharedSliceSpec | FoldSpec):
             return self.spec.layer.in_channels, self.spec.layer.out_channels
         if isinstance(self.spec, TTGatherSpec):
             first, last = (*self.spec.shape.ranks, 1, 1)[:2]

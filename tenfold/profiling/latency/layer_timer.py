@@ -9,9 +9,18 @@ from math import ceil, prod
 import torch
 from torch import Tensor, nn
 
-from tenfold.layers import build
+from tenfold.layers import build, empty_weight, held
 from tenfold.profiling.latency.memory_format import LAYOUTS
-from tenfold.records import ContractSpec, LayerSpec, Shape, SharedSliceSpec, SubLayerSpec, TTGatherSpec
+from tenfold.records import (
+    ContractSpec,
+    FoldSpec,
+    LayerSpec,
+    ReorderSpec,
+    Shape,
+    SharedSliceSpec,
+    SubLayerSpec,
+    TTGatherSpec,
+)
 from tenfold.tracing.contexts import synchronize
 
 Timer = Callable[[SubLayerSpec, Shape], float]
@@ -68,15 +77,17 @@ def layer_block(
 
 def neutral_layer(spec: SubLayerSpec, like: Tensor) -> nn.Module:
     """Return a layer that averages its inputs: through any number of these, values neither vanish nor overflow."""
-    weight = like.new_empty(spec.weight_shape)
+    weight = empty_weight(spec, like)
     fill_neutral_(weight, spec)
     bias = nn.Parameter(like.new_zeros(spec.out_channels)) if spec.bias else None
-    return build(spec, nn.Parameter(weight), bias).eval()
+    return build(spec, held(weight), bias).eval()
 
 
 def fill_neutral_(weight: Tensor, spec: SubLayerSpec) -> None:
     """Set all entries of a weight to one over the number of inputs that an output sees, in place."""
-    if isinstance(spec, SharedSliceSpec):
+    if isinstance(spec, ReorderSpec):
+        return  # any order will do
+    if isinstance(spec, SharedSliceSpec | FoldSpec):
         spec = spec.layer
     seen: float
     if isinstance(spec, ContractSpec):
