@@ -56,7 +56,7 @@ class Scoring(Options):
             samples = int(key.about.get("scored") or samples)
         if not samples:
             return None
-        calibration = recipe.calibration.replace(method=method, metric="gradients")
+        calibration = recipe.calibration.replace(method=method, metric="gradients", refine=0)
         conditions = recipe.replace(keep=(), algorithms={}, calibration=calibration)
 
         def make(model: nn.Module, profile: Profile) -> Sensitivity:

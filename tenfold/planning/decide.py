@@ -109,8 +109,9 @@ def decide(
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
     kinds_of(wanted)  # names that do not exist, before any work
-    if data is None and wanted.calibration.measures and given is None:
-        msg = "the recipe's calibration has metric: divergence, which is measured on data: pass data="
+    if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
+        name = "refine" if wanted.calibration.refine else "metric: divergence"
+        msg = f"the recipe's calibration has {name}, which needs data: pass data="
         raise DataError(msg)
     check_finite(model)
     model = trainable_copy(model)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -55,6 +56,8 @@ class Calibration(Record):
         judged: samples on which divergences are measured, at most a quarter; nothing is fitted to these before.
         clip: gradients at the positions of a sample, such as tokens, are scaled so that their norms are at most so many
             times their mean, and at least the mean divided by that; None for gradients as they are.
+        refine: gradient steps, without labels, on each repeated block of the compressed model (layers of a
+            transformer, residual blocks), towards what it puts out in the original; 0 for closed forms alone.
         held_out: share of the samples that are neither planned with nor fitted to, on which the agreement of result and
             original is measured; with 0 it is measured on all, which flatters it. None for 100 samples, but at least
             a fifth and at most a third.
@@ -68,6 +71,7 @@ class Calibration(Record):
     metric: Weighing = "gradients"
     judged: PositiveInt = 64
     clip: float | None = Field(default=None, ge=1)
+    refine: NonNegativeInt = 0
     held_out: float | None = Field(default=None, ge=0, le=0.8)
 
     @model_serializer(mode="wrap")
@@ -103,8 +107,9 @@ class Calibration(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
-        if self.metric == "divergence" and not self.plans:
-            msg = f"metric: divergence needs data to plan with: method: sequential or independent, not {self.method}"
+        asked = {"metric: divergence": self.metric == "divergence", "refine": self.refine > 0}
+        for name in (name for name, given in asked.items() if given and not self.plans):
+            msg = f"{name} needs data to fit to: method: sequential or independent, not {self.method}"
             raise ValueError(msg)
         return self
 

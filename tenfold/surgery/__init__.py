@@ -7,6 +7,7 @@ from tenfold.surgery.config_note import MARK, NOTE, note_in_config_, plan_in_not
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
 from tenfold.surgery.recognise_units import recognise_units
+from tenfold.surgery.refine import RefinedBlock, Refinement, refine_blocks_
 from tenfold.surgery.separate import separate, separate_, separated
 from tenfold.surgery.separate_attention import joined_projections
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
@@ -26,6 +27,8 @@ __all__ = [
     "NOTE",
     "FusedNorm",
     "FusedPairs",
+    "RefinedBlock",
+    "Refinement",
     "SequentialFit",
     "apply",
     "apply_",
@@ -48,6 +51,7 @@ __all__ = [
     "put",
     "recognise_units",
     "reestimate_batchnorm_",
+    "refine_blocks_",
     "restack_",
     "restructure_",
     "separate",

@@ -87,7 +87,7 @@ def run(
             "split": split,
             "limit": limit,
             "score": score,
-            "elsewhere": dict(elsewhere),
+            "elsewhere": elsewhere,
             "metric": task.metric.model_dump(mode="json"),
             "agreement": None if agreed is None else agreed.model_dump(mode="json", exclude={"held_out"}),
             "params": cost.params,

@@ -74,7 +74,7 @@ def run(
         opened,
         opened.model,
         profile(opened.model, opened.inputs()),
-        recipe.replace(calibration=recipe.calibration.replace(method=method, metric="gradients")),
+        recipe.replace(calibration=recipe.calibration.replace(method=method, metric="gradients", refine=0)),
         samples=work.samples,
         looked_at=work.calibration_samples,
         path=path,

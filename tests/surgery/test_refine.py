@@ -1,0 +1,171 @@
+"""Blocks refined without labels: nearer to the original, never further, the same bits again, nothing else touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tenfold import Runtime, compress
+from tenfold.errors import CalibrationWarning, DataError, TenfoldError
+from tenfold.records import Recipe
+from tenfold.surgery import Refinement, refine_blocks_
+from tenfold.tensors import digest
+from tenfold.tracing import copied
+from tenfold.tracing.block_calls import call_of, output_of, repeated_blocks
+
+Made = tuple["Net", nn.Module, list[Tensor]]
+RECIPE = {"budget": "params=0.5", "formats": "low_rank", "keep": ["stem", "head"]}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(48, 16)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor]:
+        branch = self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return (x + (branch if scale is None else branch * scale),)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = (
+            nn.Linear(10, 16),
+            nn.ModuleList(Block() for _ in range(3)),
+            nn.Linear(16, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            (x,) = block(x, scale=torch.full((16,), 2.0))
+        scores: Tensor = self.head(x)
+        return scores
+
+
+@pytest.fixture(scope="module")
+def compressed() -> Made:
+    torch.manual_seed(0)
+    model = Net().eval()
+    batches = [torch.randn(128, 10) for _ in range(10)]
+    return model, compress(model, batches[0], RECIPE, data=batches, runtime=Runtime(measure=False)).model, batches
+
+
+@pytest.fixture
+def made(compressed: Made) -> Made:
+    model, small, batches = compressed
+    return copied(model), copied(small), batches
+
+
+def missed(model: nn.Module, small: nn.Module) -> float:
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return float((model(x) - small(x)).square().sum())
+
+
+def test_blocks_come_nearer_to_the_original_on_samples_that_nobody_saw(
+    made: Made,
+) -> None:
+    model, small, batches = made
+    outside = digest({k: v for k, v in small.state_dict().items() if not k.startswith("blocks.")})
+    original, before = digest(model.state_dict()), missed(model, small)
+    refined = refine_blocks_(small, model, batches, Refinement(steps=60, rate=1e-3))
+    assert [block.path for block in refined] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert all(block.kept and block.after < block.before for block in refined)
+    assert missed(model, small) < 0.7 * before
+    assert digest(model.state_dict()) == original
+    assert digest({k: v for k, v in small.state_dict().items() if not k.startswith("blocks.")}) == outside
+    assert not any(p.grad is not None for p in small.parameters())
+
+
+def test_errors_are_those_of_a_block_beside_the_original(made: Made) -> None:
+    model, small, batches = made
+    model.head.weight.data.copy_(torch.eye(16)[:5])  # so that the last block counts by its first five outputs
+    entering: dict[str, Tensor] = {}
+    small.get_submodule("blocks.2").register_forward_pre_hook(lambda _, args: entering.update(x=args[0]))
+    (*_, last) = refine_blocks_(small, model, batches, Refinement(steps=1, rate=0.0))
+    assert not last.kept
+    held, scale = torch.cat([batches[i] for i in (2, 7)]), torch.full((16,), 2.0)  # a fifth, evenly spread
+    with torch.no_grad():
+        small(held)
+        found = small.get_submodule("blocks.2")(entering["x"], scale=scale)[0][:, :5]
+        wanted = model.stem(held)
+        for block in model.blocks:
+            (wanted,) = block(wanted, scale=scale)
+        missed = float((found - wanted[:, :5]).square().sum() / wanted[:, :5].square().sum())
+    assert last.before == pytest.approx(missed, rel=0.05)
+
+
+def test_what_does_not_help_is_taken_back(made: Made) -> None:
+    model, small, batches = made
+    before = digest(small.state_dict())
+    refined = refine_blocks_(small, model, batches, Refinement(steps=5, rate=10.0))
+    assert not any(block.kept for block in refined)
+    assert digest(small.state_dict()) == before
+
+
+def test_the_same_seed_gives_the_same_bits(made: Made) -> None:
+    model, small, batches = made
+    twins = [copied(small) for _ in range(3)]
+    for twin, seed in zip(twins, (0, 0, 1), strict=True):
+        refine_blocks_(twin, model, batches, Refinement(steps=12, rate=1e-3, seed=seed))
+    first, again, other = (digest(twin.state_dict()) for twin in twins)
+    assert first == again != other
+
+
+def test_flags_of_parameters_and_modes_stay(made: Made) -> None:
+    model, small, batches = made
+    small.requires_grad_(requires_grad=False)
+    small.train()
+    refine_blocks_(small, model, batches, Refinement(steps=2))
+    assert not any(p.requires_grad for p in small.parameters())
+    assert all(module.training for module in small.modules())
+
+
+def test_compress_refines_where_the_recipe_says_so(made: Made) -> None:
+    model, small, batches = made
+    wanted = {**RECIPE, "calibration": {"refine": 60}}
+    result = compress(model, batches[0], wanted, data=batches, runtime=Runtime(measure=False))
+    assert missed(model, result.model) < missed(model, small)
+    with pytest.raises(DataError, match="refine, which needs data"):
+        compress(model, batches[0], wanted, runtime=Runtime(measure=False))
+    with pytest.raises(TenfoldError, match="refine needs data"):
+        Recipe.of({"calibration": {"refine": 5, "method": "none"}})
+
+
+def test_models_without_blocks_say_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    batches = [torch.randn(32, 16) for _ in range(4)]
+    wanted = {"budget": "params=0.6", "formats": "low_rank", "calibration": {"refine": 5}}
+    with pytest.warns(CalibrationWarning, match="no repeated blocks"):
+        compress(model, batches[0], wanted, data=batches, runtime=Runtime(measure=False))
+
+
+class Twice(nn.Module):
+    """The first block runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in (2, 0, 1, 0):
+            (x,) = self.blocks[index](x)
+        return x
+
+
+def test_blocks_are_in_the_order_of_the_forward_and_run_once() -> None:
+    assert repeated_blocks(Twice(), torch.ones(2, 16)) == ("blocks.2", "blocks.1")
+
+
+def test_a_call_is_what_the_block_was_given() -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(4, 10)
+    call = call_of(model, "blocks.1", x)
+    assert list(call.kwargs) == ["scale"]
+    with torch.no_grad():
+        torch.testing.assert_close(call.run(model.blocks[1]), output_of(model, "blocks.1", x))
+        torch.testing.assert_close(call.args[0], model.blocks[0](model.stem(x), **call.kwargs)[0])
