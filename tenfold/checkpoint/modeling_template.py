@@ -136,7 +136,7 @@ def resized(module: nn.Module, change: dict[str, Any], classes: Mapping[str, Any
     if "class" in change:
         new = classes[change["class"]].__new__(classes[change["class"]])
         nn.Module.__init__(new)
-        new.bias = None  # unless a shape says otherwise
+        new.register_parameter("bias", None)  # unless a shape says otherwise
     like: Any = getattr(module, "weight", None)
     for table in ("_parameters", "_buffers"):
         vars(new)[table] = dict(vars(new)[table])
