@@ -12,7 +12,8 @@ from tenfold.records.metric import FRACTION
 if TYPE_CHECKING:
     from tenfold.checkpoint.hub_facts import HubFacts
 
-_OVERRIDE = """'{"quantization_config": null}'"""
+# What vLLM takes for the name of a method to quantize weights, which it would not know.
+_OVERRIDES = """--hf-overrides '{"quantization_config": null}'"""
 
 
 def model_card(plan: Plan, record: RunRecord | None = None, hub: HubFacts | None = None) -> str:
@@ -52,39 +53,38 @@ def model_card(plan: Plan, record: RunRecord | None = None, hub: HubFacts | None
 
 def _loading() -> list[str]:
     load = "model, plan = tenfold.load(skeleton, path)  # skeleton: the freshly built dense model"
-    return ["```python", "import tenfold", "", load, "```"]
+    return _code("import tenfold", "", load)[:-1]
 
 
 def _loading_from_hub(hub: HubFacts) -> list[str]:
     """Return how a folder of transformers is opened, with tenfold and without."""
-    auto = hub.auto_class
-    lines = ["With tenfold, `path` being this folder:", ""]
-    lines += [
-        "```python",
-        "from tenfold.checkpoint import load_pretrained",
-        "",
-        "model = load_pretrained(path)",
-        "```",
-        "",
-    ]
+    auto, trust = hub.auto_class, "" if hub.stock else ", trust_remote_code=True"
+    ours = _code("from tenfold.checkpoint import load_pretrained", "", "model = load_pretrained(path)")
+    theirs = _code(f"from transformers import {auto}", "", f"model = {auto}.from_pretrained(path{trust})")
+    sentence = f"model = SentenceTransformer(path{trust})"
+    sentences = _code("from sentence_transformers import SentenceTransformer", "", sentence) if hub.sentences else []
+    if hub.stock:
+        return [
+            "It is an ordinary, narrower model, which opens everywhere; `path` is this folder:",
+            "",
+            *theirs,
+            *sentences,
+        ]
+    lines = ["With tenfold, `path` being this folder:", "", *ours]
     if hub.closed:
         return [*lines, f"It does not open without tenfold: {hub.closed}."]
     lines += [
         "Without tenfold, by the modelling file beside the weights, which needs torch and transformers alone:",
         "",
     ]
-    load = f"model = {auto}.from_pretrained(path, trust_remote_code=True)"
-    lines += ["```python", f"from transformers import {auto}", "", load, "```", ""]
-    if hub.sentences:
-        load = "model = SentenceTransformer(path, trust_remote_code=True)"
-        lines += ["```python", "from sentence_transformers import SentenceTransformer", "", load, "```", ""]
+    lines += theirs + sentences
     if auto == "AutoModelForCausalLM":
-        command = f"vllm serve PATH --trust-remote-code --model-impl transformers --hf-overrides {_OVERRIDE}"
-        lines += ["```bash", command, "```", ""]
-    return [
-        *lines,
-        "Without one of these, transformers warns of missing weights and fills the layers with random numbers.",
-    ]
+        lines += _code(f"vllm serve PATH --trust-remote-code --model-impl transformers {_OVERRIDES}", language="bash")
+    return [*lines, "Otherwise transformers warns of missing weights, and fills the layers with random numbers."]
+
+
+def _code(*lines: str, language: str = "python") -> list[str]:
+    return [f"```{language}", *lines, "```", ""]
 
 
 def _asked(plan: Plan) -> str:

@@ -42,15 +42,17 @@ class HubFacts:
         auto_class: the Auto class that gives the class that was saved; its own name where there is none.
         closed: why the folder does not open without tenfold; empty where it does.
         sentences: whether it opens as a SentenceTransformer as well.
+        stock: whether transformers opens it without any code of its own.
     """
 
     metadata: dict[str, Any] = field(default_factory=dict)
     auto_class: str = "AutoModel"
     closed: str = ""
     sentences: bool = False
+    stock: bool = False
 
 
-def hub_facts(model: Any, source: Path | None, *, sentences: bool) -> HubFacts:
+def hub_facts(model: Any, source: Path | None, *, sentences: bool = False, stock: bool = False) -> HubFacts:
     """Return what a card says of a model of transformers.
 
     License, language and data of the base model are taken from the card in its own folder, if that is known here;
@@ -60,6 +62,7 @@ def hub_facts(model: Any, source: Path | None, *, sentences: bool) -> HubFacts:
         model: compressed.
         source: the folder that it came from; see ``source_folder``.
         sentences: whether it is part of a SentenceTransformer.
+        stock: whether its config is that of a stock model.
     """
     autos = [name for name, cls in auto_classes(model.config).items() if cls is type(model)]
     auto = min(autos, key=lambda name: (name == "AutoModelForPreTraining", name), default=type(model).__name__)
@@ -74,8 +77,9 @@ def hub_facts(model: Any, source: Path | None, *, sentences: bool) -> HubFacts:
         metadata["pipeline_tag"] = _TASKS[auto]
     metadata |= {name: base[name] for name in INHERITED if base.get(name)}
     metadata["tags"] = list(dict.fromkeys([*_listed(base.get("tags")), *TAGS]))
-    note = getattr(model.config, NOTE, None)
-    return HubFacts(metadata, auto, "" if note is None else reason_for_none(model, note), sentences)
+    note = None if stock else getattr(model.config, NOTE, None)
+    closed = "" if note is None else reason_for_none(model, note)
+    return HubFacts(metadata, auto, closed, sentences, stock)
 
 
 def source_folder(model: Any) -> Path | None:

@@ -59,28 +59,35 @@ class Chain(nn.Module):
         return x
 
 
-class PaddedHeads(nn.Linear):
-    """A projection to narrow heads that are filled up with zeros to the size that the attention expects."""
+class PaddedHeads(nn.Module):
+    """A projection to narrow heads that are filled up with zeros to the size that the attention expects.
 
+    It is no ``nn.Linear``, in whose place some engines would put a layer of their own.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     heads: int
     full: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., heads·full)."""
-        narrow = super().forward(x).unflatten(-1, (self.heads, -1))
+        narrow = nn.functional.linear(x, self.weight, self.bias).unflatten(-1, (self.heads, -1))
         return nn.functional.pad(narrow, (0, self.full - narrow.shape[-1])).flatten(-2)
 
 
-class UnpaddedHeads(nn.Linear):
+class UnpaddedHeads(nn.Module):
     """A projection of heads that reads their first entries alone: the others are zeros."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     heads: int
     full: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (..., out) for inputs (..., heads·full)."""
-        size = self.in_features // self.heads
-        return super().forward(x.unflatten(-1, (self.heads, self.full))[..., :size].flatten(-2))
+        narrow = x.unflatten(-1, (self.heads, self.full))[..., : self.weight.shape[1] // self.heads].flatten(-2)
+        return nn.functional.linear(narrow, self.weight, self.bias)
 
 
 class Compressed(nn.Module):
@@ -111,6 +118,7 @@ def rebuild_(model: Any, note: dict[str, Any]) -> None:
     prefix = f"{model.base_model_prefix}."
     modules = dict(model.named_modules())
     gone = set()
+    replaced: dict[str, list[str]] = {}
     for path in {**note["narrowed"], **note["layers"]}:
         places = (path, prefix + path, path.removeprefix(prefix))
         place = next((place for place in places if place in modules), None)
@@ -124,6 +132,12 @@ def rebuild_(model: Any, note: dict[str, Any]) -> None:
             gone.add(f"{place}.weight")
         parent, _, name = place.rpartition(".")
         setattr(modules[parent], name, module)
+        if type(module) is not type(modules[place]):
+            replaced.setdefault(parent, []).append(name)
+    for parent, names in replaced.items():
+        # Engines that fuse layers (vLLM) take modules of one class and the same names of children for alike.
+        if not isinstance(modules[parent], nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            modules[parent].add_module("replaced_" + "_".join(sorted(names)), nn.Identity())
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if gone & {*tied, *tied.values()}:
         kept = {target: source for target, source in tied.items() if not gone & {target, source}}
@@ -136,7 +150,7 @@ def resized(module: nn.Module, change: dict[str, Any], classes: Mapping[str, Any
     if "class" in change:
         new = classes[change["class"]].__new__(classes[change["class"]])
         nn.Module.__init__(new)
-        new.bias = None  # unless a shape says otherwise
+        new.register_parameter("bias", None)  # unless a shape says otherwise
     like: Any = getattr(module, "weight", None)
     for table in ("_parameters", "_buffers"):
         vars(new)[table] = dict(vars(new)[table])

@@ -15,6 +15,7 @@ from tenfold.checkpoint.hub_facts import HubFacts, hub_facts, source_folder
 from tenfold.checkpoint.model_folder import CONFIG, WEIGHTS, load, save
 from tenfold.checkpoint.remote_code import forget_code_, write_modeling_file
 from tenfold.checkpoint.sentence_files import keep_sentence_files
+from tenfold.checkpoint.stock_config import stock_config
 from tenfold.checkpoint.weights_file import is_checkpoint
 from tenfold.diagnosis import trouble
 from tenfold.errors import (
@@ -72,16 +73,22 @@ def save_pretrained(
 def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> HubFacts:
     """Write what opens a model of transformers into a folder, and return what its card says.
 
-    That is the config, marked as compressed, the modelling file, the files of the tokenizer, and those of a
-    SentenceTransformer where the model came from one.
+    That is the config, the files of the tokenizer, and those of a SentenceTransformer where the model came from one. A
+    model that is narrower alike in all layers gets a config by which transformers builds it; all others one with a note
+    for tenfold, and the modelling file.
     """
     note_in_config_(model)
-    config = json.loads(model.config.to_json_string(use_diff=True))
+    config = json.loads(model.config.to_json_string(use_diff=True)) | {"architectures": [type(model).__name__]}
     for part in config.values():  # parts with configs of their own: the note of the whole has all layers
         if isinstance(part, dict) and NOTE in part:
             del part[NOTE], part["quantization_config"]
-    config |= {"architectures": [type(model).__name__], "quantization_config": MARK}
-    config |= {"auto_map": auto_map} if (auto_map := write_modeling_file(model, config.get(NOTE), folder)) else {}
+    note = config.get(NOTE)
+    stock = stock_config(model, note)
+    if stock is not None:
+        config = {name: value for name, value in config.items() if name not in (NOTE, "quantization_config")} | stock
+    else:
+        auto_map = write_modeling_file(model, note, folder)
+        config |= {"quantization_config": MARK} | ({"auto_map": auto_map} if auto_map else {})
     write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -89,7 +96,8 @@ def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> HubFacts
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     source = source_folder(model)
-    return hub_facts(model, source, sentences=keep_sentence_files(source, folder))
+    sentences = keep_sentence_files(source, folder)
+    return hub_facts(model, source, sentences=sentences, stock=stock is not None)
 
 
 def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
@@ -112,17 +120,20 @@ def load_pretrained(path: str | Path, model_class: Any = None) -> nn.Module:
         tenfold.errors.CheckpointError: nowhere has no config.json: was it written by save_pretrained?
     """
     path = Path(path)
-    if _written_by_transformers(path):
+    if _opened_by_transformers(path):
         return _from_transformers(path, model_class)
     return load(skeleton(path, model_class), path)[0].eval()
 
 
-def _written_by_transformers(path: Path) -> bool:
-    """Whether a folder has a note in its config, and weights without a plan in their header."""
-    if not (path / CONFIG).is_file() or NOTE not in read_config(path):
+def _opened_by_transformers(path: Path) -> bool:
+    """Whether the config alone says how the layers are rebuilt, by a note or because it is that of a stock model."""
+    if not (path / CONFIG).is_file():
         return False
-    single, sharded = path / WEIGHTS, path / f"{WEIGHTS}.index.json"
-    return sharded.is_file() or (single.is_file() and not is_checkpoint(single))
+    config, single = read_config(path), path / WEIGHTS
+    ours = single.is_file() and is_checkpoint(single)
+    if NOTE in config:
+        return not ours and (single.is_file() or (path / f"{WEIGHTS}.index.json").is_file())
+    return ours and "quantization_config" not in config
 
 
 def _from_transformers(path: Path, model_class: Any) -> nn.Module:

@@ -69,13 +69,17 @@ class TenfoldQuantizer(_base.HfQuantizer):  # type: ignore[misc]
 
 
 def _rebuilt(model: Any, files: list[Path]) -> nn.Module:
-    """Return the model with its layers: by the plan in a file of ours, which is checked, else by the note."""
-    if len(files) == 1 and is_checkpoint(files[0]):
-        return restructure_(model, read_weights(files[0])[1])
+    """Return the model with its layers: by the note in the config, else by the plan in a file of ours.
+
+    Such a file is read in any case, as that compares its digest.
+    """
+    ours = read_weights(files[0])[1] if len(files) == 1 and is_checkpoint(files[0]) else None
     note = getattr(model.config, NOTE, None)
     if note is None:
-        msg = "neither its config nor its weights say how its layers are factorized"
-        raise CheckpointError(msg)
+        if ours is None:
+            msg = "neither its config nor its weights say how its layers are factorized"
+            raise CheckpointError(msg)
+        return restructure_(model, ours)
     plan = plan_in_note(note, model)
     model = separate_(model, plan.unrolled)
     for path, change in note["narrowed"].items():

@@ -26,6 +26,7 @@ hf = pytest.importorskip("tenfold.integrations.hf")  # teaches from_pretrained
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 VOCAB = 100
+EMBEDDINGS = "re:.*embeddings.*"
 ALONE = Path(__file__).parent / "without_tenfold.py"
 
 
@@ -63,18 +64,34 @@ def t5() -> tuple[nn.Module, Any, dict[str, Any]]:
     return model, {**ids(), "decoder_input_ids": ids()["input_ids"]}, {"re:.*wo|.*SelfAttention.q": 8}
 
 
+def narrow() -> tuple[nn.Module, Any, dict[str, Any]]:
+    """With narrower MLPs and heads of several sizes, beside factors."""
+    sizes = SMALL | {"intermediate_size": 128}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, **sizes))
+    return model, ids(), {}
+
+
 MODELS = {
     "bert": (bert, "AutoModel"),
     "llama": (llama, "AutoModelForCausalLM"),
     "vit": (vit, "AutoModelForImageClassification"),
     "t5": (t5, "AutoModelForSeq2SeqLM"),
+    "narrow": (narrow, "AutoModel"),
 }
 
 
 def compressed(make: Callable[[], Any]) -> tuple[Compressed, Any]:
     model, inputs, ranks = make()
     recipe = {"rule": {"name": "fixed", "ranks": ranks}, "formats": "low_rank", "keep_ends": False}
-    made = tenfold.compress(model.eval(), inputs, recipe, runtime=tenfold.Runtime(measure=False))
+    if not ranks:
+        recipe = {
+            "budget": "params=0.75",
+            "formats": "low_rank",
+            "units": ("mlp_width", "query_key"),
+            "keep": EMBEDDINGS,
+        }
+    data = None if ranks else [ids() for _ in range(20)]
+    made = tenfold.compress(model.eval(), inputs, recipe, data=data, runtime=tenfold.Runtime(measure=False))
     assert len(made.plan.factorized) > 1
     return made, inputs
 
@@ -92,8 +109,9 @@ def test_save_pretrained_of_transformers_writes_folders_that_open(name: str, tmp
     made.model.save_pretrained(tmp_path / "stock")
     again = load_pretrained(tmp_path / "stock")
     assert torch.equal(outputs(again, inputs), wanted)
-    named = {path for path, m in again.named_modules() if isinstance(m, FactorizedLayer)}
-    assert named == {layer.path for layer in made.plan.factorized}
+    for model in (made.model, again):
+        named = {path for path, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+        assert named == {layer.path for layer in made.plan.factorized} - set(made.plan.narrowed_paths)
     by_auto = getattr(transformers, auto).from_pretrained(tmp_path / "stock")
     assert torch.equal(outputs(by_auto, inputs), wanted)
     for model in (again, by_auto, load_pretrained(save_pretrained(made.model, made.plan, tmp_path / "own"))):
@@ -131,6 +149,38 @@ def test_a_dense_model_again_is_saved_as_one(tmp_path: Path) -> None:
     assert "quantization_config" not in config
     again = transformers.AutoModel.from_pretrained(tmp_path)
     assert torch.allclose(outputs(again, inputs), outputs(made.model, inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_model_that_is_narrower_alike_in_all_layers_is_a_stock_model(kind: str, tmp_path: Path) -> None:
+    sizes = SMALL | {"intermediate_size": 128, "vocab_size": VOCAB}
+    model = {
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**sizes)),
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **sizes)),
+    }[kind]().eval()
+    inputs, data, quick = ids(), [ids() for _ in range(20)], tenfold.Runtime(measure=False)
+    recipe = {"budget": "params=0.8", "formats": "tucker2", "units": "mlp_width", "keep": "re:.*embed.*"}
+    plan = tenfold.compress(model, inputs, recipe, data=data, runtime=quick).plan
+    pivots = {unit.pivot for unit in plan.narrowed}
+    assert len(pivots) == 2
+    alike = plan.replace(
+        units=tuple(unit.replace(size={"width": 64}) for unit in plan.units),
+        layers=tuple(one.replace(rank={"rank": 64}) if one.path in pivots else one for one in plan.layers),
+    )
+    made = tenfold.compress(model, inputs, alike, data=data, runtime=quick)
+    folder = save_pretrained(made.model, made.plan, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["intermediate_size"] == 64
+    assert not {"tenfold", "quantization_config", "auto_map"} & set(config)
+    assert not (folder / "modeling_tenfold.py").exists()
+    wanted = outputs(made.model, inputs)
+    for again in (
+        type(model).from_pretrained(folder),
+        load_pretrained(folder),
+        tenfold.load(model, folder)[0],
+        tenfold.load(type(model)(transformers.AutoConfig.from_pretrained(folder)), folder)[0].eval(),
+    ):
+        assert torch.equal(outputs(again, inputs), wanted)
 
 
 def test_the_config_of_the_original_is_left_alone_and_parts_are_noted() -> None:
