@@ -36,6 +36,14 @@ class LowRank(MatrixFormat):
         return out, prod(rest)
 
     @classmethod
+    def largest_rank(cls, spec: LayerSpec) -> Rank:
+        """Return the longer side of linear layers: a factor with a structure, such as blocks, may need more than full.
+
+        The heads of attention together may be wider than what they read and write.
+        """
+        return {"rank": max(cls.matrix_shape(spec))} if spec.kind == "linear" else cls.max_rank(spec)
+
+    @classmethod
     def unfold(cls, weight: Tensor, spec: LayerSpec) -> Tensor:
         """Return the matrix (out, in·kernel) of each group."""
         del spec

@@ -7,6 +7,7 @@ from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batch
 from tenfold.surgery.modules import find, paths_of, put
 from tenfold.surgery.recognise_units import recognise_units
 from tenfold.surgery.separate import separate, separate_, separated
+from tenfold.surgery.separate_attention import joined_projections
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
     fuse_rnns_,
@@ -36,6 +37,7 @@ __all__ = [
     "fuse_rnns_",
     "fused_pairs",
     "fused_rnns",
+    "joined_projections",
     "paths_of",
     "put",
     "recognise_units",

@@ -14,6 +14,7 @@ from tenfold.records import Plan, Unit, UnitPlan
 from tenfold.surgery.modules import find, put
 from tenfold.surgery.replacement import factorizable_spec, refuse_tied
 from tenfold.units import UNITS, Narrowing, Size
+from tenfold.units.one_head_size import partners
 
 
 def absorb_(model: nn.Module, plan: Plan, dense: Mapping[str, nn.Module]) -> nn.Module:
@@ -70,6 +71,13 @@ def check_units(model: nn.Module, plan: Plan) -> None:
             msg = f"the plan factorizes {factorized[0]!r} and narrows it with {unit.pivot!r}: do only one of both"
             raise PlanError(msg)
     refuse_tied(model, [plan.layer(path) for unit in plan.narrowed for path in unit.feeders])
+    for pair in partners(plan.units):
+        together = pair[0].size is not None and pair[0].size == pair[1].size
+        if any(unit.settings["native"] != together for unit in pair):
+            msg = (
+                f"the plan says otherwise of the heads of {pair[0].path!r} than their sizes do: cost it again (recost)"
+            )
+            raise PlanError(msg)
 
 
 def check_unit(model: nn.Module, unit: Unit) -> None:
@@ -85,7 +93,7 @@ def check_unit(model: nn.Module, unit: Unit) -> None:
 def sampled(model: nn.Module, unit: Unit, size: Size) -> FactorizedLayer:
     """Return the pivot of a unit with some factors of its structure: to compare with the narrowed unit."""
     pivot: Any = find(model, unit.pivot)
-    value = UNITS.get(unit.kind)().sample(unit, size, pivot)
+    value = UNITS.get(unit.kind)().sample(model, unit, size)
     return FactorizedLayer.of(value, getattr(pivot, "bias", None))
 
 

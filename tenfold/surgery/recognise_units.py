@@ -16,6 +16,7 @@ from tenfold.surgery.narrow import absorbed, sampled
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied
 from tenfold.units import UNITS, Size
+from tenfold.units.one_head_size import native, partners
 
 _FAILURES = 2  # of units that are alike, before the others are given up
 
@@ -55,7 +56,8 @@ def recognise_units(model: nn.Module, profile: Profile, inputs: Any, kinds: Iter
         confirmed = []
     for group in _alike(unit for unit in tried if unit not in confirmed):
         confirmed += _confirmed(model, group, inputs, confirmed)
-    return tuple(_in_order(found, confirmed, profile))
+    found, confirmed = _resizable(model, inputs, found, confirmed)
+    return tuple(_in_order(found, confirmed, model, profile))
 
 
 def _confirmed(model: nn.Module, group: Sequence[Unit], inputs: Any, taken: Sequence[Unit]) -> list[Unit]:
@@ -72,6 +74,22 @@ def _confirmed(model: nn.Module, group: Sequence[Unit], inputs: Any, taken: Sequ
     return found
 
 
+def _resizable(
+    model: nn.Module, inputs: Any, found: Sequence[Unit], confirmed: Sequence[Unit]
+) -> tuple[list[Unit], list[Unit]]:
+    """Return both with the attributes of attentions left out where a forward does not run on narrower heads."""
+    pairs = [tuple(native(unit, together=True) for unit in pair) for pair in partners(confirmed)]
+    if not confirms(model, [unit for pair in pairs for unit in pair], inputs):
+        pairs = [pair for pair in pairs if confirms(model, pair, inputs)]
+    known = {unit.settings["attention"] for pair in pairs for unit in pair}
+
+    def told(unit: Unit) -> Unit:
+        stays = not unit.settings.get("resizes") or unit.settings["attention"] in known
+        return unit if stays else unit.replace(settings=unit.settings | {"resizes": {}})
+
+    return [told(unit) for unit in found], [told(unit) for unit in confirmed]
+
+
 def _alike(units: Iterable[Unit]) -> list[list[Unit]]:
     """Return units in groups whose paths differ in numbers alone, as those of repeated blocks do."""
     groups: dict[tuple[str, ...], list[Unit]] = {}
@@ -85,12 +103,13 @@ def confirms(model: nn.Module, units: Sequence[Unit], inputs: Any) -> bool:
     if not units:
         return True
     pivots = {unit.pivot: sampled(model, unit, trial_size(unit) or unit.full) for unit in units}
+    watched = [UNITS.get(unit.kind)().watched(unit) for unit in units]
     try:
         wide = put(copied(model), pivots)
-        wanted = outputs_of(wide, inputs, pivots)
+        wanted = outputs_of(wide, inputs, watched)
         for unit in units:
             wide = absorbed(wide, unit, trial_size(unit) or unit.full, find(model, unit.pivot))
-        return agree(outputs_of(wide, inputs, pivots), wanted)
+        return agree(outputs_of(wide, inputs, watched), wanted)
     except (TenfoldError, RuntimeError, ValueError):
         return False  # a forward that does not run on smaller sizes
 
@@ -114,7 +133,7 @@ def _stands_out(unit: Unit, profile: Profile) -> bool:
     return UNITS.get(unit.kind)().stands_out(unit, profile)
 
 
-def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], profile: Profile) -> Iterator[Unit]:
+def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], model: nn.Module, profile: Profile) -> Iterator[Unit]:
     """Iterate over the confirmed units, and over those that stand out and share nothing with these, with the reason."""
     used, told = {path for unit in confirmed for path in unit.members}, set[str]()
     for unit in found:
@@ -122,4 +141,5 @@ def _in_order(found: Sequence[Unit], confirmed: Sequence[Unit], profile: Profile
             yield unit
         elif unit.pivot not in told and used.isdisjoint(unit.members) and _stands_out(unit, profile):
             told.add(unit.pivot)
-            yield unit.replace(keep_reason=unit.keep_reason or _NOT_ONE)
+            obstacle = unit.keep_reason or UNITS.get(unit.kind)().obstacle(model, unit)
+            yield unit.replace(keep_reason=obstacle or _NOT_ONE)

@@ -88,11 +88,20 @@ class UnitKind(abc.ABC):
         """Return what the pivot becomes at a size: the inner factor has the structure that the feeders can absorb."""
 
     @abc.abstractmethod
-    def sample(self, unit: Unit, size: Size, pivot: nn.Module) -> Factorization:
+    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
         """Return some factors of the pivot with that structure, found without data: forwards are compared with them.
 
         They need not be near the weight, but of the same dtype and on the same device.
         """
+
+    def watched(self, unit: Unit) -> str:
+        """Return the path of a module whose outputs stay the same when the factor is absorbed: by default the pivot."""
+        return unit.pivot
+
+    def obstacle(self, model: nn.Module, unit: Unit) -> str | None:
+        """Return why a forward does not confirm a unit, where modules show it; None for the general reason."""
+        del model, unit
+        return None
 
     @abc.abstractmethod
     def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:

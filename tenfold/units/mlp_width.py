@@ -65,10 +65,9 @@ class MLPWidth(UnitKind):
         del unit
         return PivotFit("tucker1", {"rank": size["width"]}, {"name": "column_selection"})
 
-    def sample(self, unit: Unit, size: Size, pivot: nn.Module) -> Factorization:
+    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
         """Return some of the columns of the second matrix."""
-        del unit
-        return sampled_choice(pivot, size["width"])
+        return sampled_choice(model.get_submodule(unit.pivot), size["width"])
 
     def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
         """Return the layers with the units that stay."""
