@@ -50,10 +50,11 @@ def unit_options(
 
 
 def planned_unit(unit: UnitPlan, profile: Profile) -> UnitPlan:
-    """Return the plan of a unit with its costs computed again."""
+    """Return the plan of a unit with its costs computed again; what was said of another size goes."""
     before = _total(unit.unit, unit.full, profile)
     after = before if unit.size is None else _total(unit.unit, unit.size, profile)
-    return unit.replace(before=before, after=after)
+    said = {} if after == unit.after else dict.fromkeys(("distortion", "latency_before_ms", "latency_after_ms"))
+    return unit.replace(before=before, after=after, **said)
 
 
 def member_costs(plan: Plan, profile: Profile) -> dict[str, Cost]:
