@@ -57,7 +57,7 @@ def test_a_tiny_bert_meets_its_budget_with_units(bert: nn.Module, data: list[Any
     small = tenfold.compress(bert, inputs, recipe, data=data, runtime=QUIET)
     pairs = tenfold.compress(bert, inputs, {**recipe, "units": ()}, data=data, runtime=QUIET)
     plan = small.plan
-    assert {unit.kind for unit in plan.narrowed} == {"mlp_width"}
+    assert {unit.kind for unit in plan.narrowed} == {"mlp_width", "query_key", "value_output"}
     assert pairs.plan.units == ()
     assert distortion(plan) < distortion(pairs.plan)
     assert (small.record.after.params, small.record.after.macs) == (plan.after.params, plan.after.macs)
@@ -69,7 +69,8 @@ def test_a_tiny_bert_meets_its_budget_with_units(bert: nn.Module, data: list[Any
             assert not isinstance(small.model.get_submodule(path), FactorizedLayer)
         assert plan.layer(unit.pivot).rel_error is not None
         assert all(plan.layer(path).action == "keep" for path in unit.feeders)
-        assert unit.after == sum((plan.layer(path).after for path in unit.feeders), plan.layer(unit.pivot).after)
+        if not unit.settings.get("native"):  # which computes less outside of layers too
+            assert unit.after == sum((plan.layer(path).after for path in unit.feeders), plan.layer(unit.pivot).after)
     small.save(tmp_path / "saved")
     loaded, again = tenfold.load(NETS["bert"](), tmp_path / "saved")
     assert again == plan
@@ -146,7 +147,7 @@ def test_layers_kept_by_name_keep_their_unit(bert: nn.Module, data: list[Any]) -
 def test_units_do_not_depend_on_the_formats_of_layers(bert: nn.Module, data: list[Any]) -> None:
     recipe = Recipe.of({"budget": {"params": 0.92}, "formats": ["tucker2"]})
     plan = decide(bert, {"input_ids": ids()}, recipe, data=data, runtime=QUIET).plan
-    assert len(plan.narrowed) == 2
+    assert len(plan.narrowed) == 4
 
 
 def test_an_unknown_kind_is_refused_before_any_work(bert: nn.Module) -> None:
