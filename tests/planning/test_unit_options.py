@@ -125,6 +125,17 @@ def test_a_plan_edited_in_one_place_only_is_refused(bert: nn.Module, decided: An
     assert costed.after.params == sum(p.numel() for p in apply(bert, costed).parameters()) < plan.after.params
 
 
+def test_a_unit_is_given_up_by_hand(bert: nn.Module, decided: Any) -> None:
+    plan = decided.plan
+    units = tuple(unit.replace(size=None) for unit in plan.units)
+    pivots = {unit.pivot for unit in plan.units}
+    layers = tuple(layer.replace(action="keep") if layer.path in pivots else layer for layer in plan.layers)
+    edited = recost(plan.replace(units=units, layers=layers), profile(bert, {"input_ids": ids()}))
+    model = apply(bert, edited)
+    assert edited.narrowed == ()
+    assert sum(p.numel() for p in model.parameters()) == edited.after.params > plan.after.params
+
+
 def test_layers_kept_by_name_keep_their_unit(bert: nn.Module, data: list[Any]) -> None:
     recipe = Recipe.of({"budget": {"params": 0.8}, "keep": ["*.0.intermediate.dense"]})
     plan = decide(bert, {"input_ids": ids()}, recipe, data=data, runtime=QUIET).plan
