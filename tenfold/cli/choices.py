@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
         why = (
             f"the rule {recipe.rule_name} chooses no units; the rule global does"
             if not rule.uses_units
-            else "they need data that decide: --method sequential or independent"
+            else "they need data that decide: --calibration-method sequential or independent"
         )
         msg = f"--units {','.join(recipe.units)}: {why}."
         raise Misuse(msg)

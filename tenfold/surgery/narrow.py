@@ -76,7 +76,8 @@ def check_units(model: nn.Module, plan: Plan) -> None:
         together = pair[0].size is not None and pair[0].size == pair[1].size
         if any(unit.settings["native"] != together for unit in pair):
             msg = (
-                f"the plan says otherwise of the heads of {pair[0].path!r} than their sizes do: cost it again (recost)"
+                f"the heads of {pair[0].path!r} have other sizes than when the plan was costed: pass the plan to "
+                "compress, which costs it again"
             )
             raise PlanError(msg)
 

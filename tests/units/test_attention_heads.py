@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from tests.units.transformers_of_each_kind import BUILDERS, CAUSAL, TURNED, buil
 KINDS = ("value_output", "query_key")
 
 
+@functools.cache
 def opened(name):
-    """Return a model with its units of attention."""
+    """Return a model, which nobody changes, inputs, and its units of attention."""
     model, inputs = built(name)
     separate_(model, joined_projections(model))
     units = recognise_units(model, profile(model, inputs), inputs, KINDS)
