@@ -126,7 +126,7 @@ def test_nothing_is_installed_from_an_index_that_does_not_hold_it(page: Path) ->
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_block_hides_from_the_collector(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    opened = re.findall(r"^\s*(?:`{3,}|~{3,})\s*\{?\.?(?:python|py)\b", text, re.MULTILINE | re.IGNORECASE)
+    opened = re.findall(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*\{?\.?(?:python|py)\b", text, re.MULTILINE | re.IGNORECASE)
     assert len(opened) == len(snippets(text))
 
 
