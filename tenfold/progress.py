@@ -46,6 +46,7 @@ class Pace:
 
     step: str
     clock: Clock = time.monotonic
+    first: int = 0  # what was done at the start
     start: float = field(init=False)
     said: float = field(init=False)
 
@@ -55,7 +56,9 @@ class Pace:
     def line(self, done: int, total: int) -> str:
         """Return the line about what is done now."""
         passed = self.clock() - self.start
-        left = f", about {in_words(passed / done * (total - done))} left" if 0 < done < total and passed > 1 else ""
+        left = ""
+        if self.first < done < total and passed > 1:
+            left = f", about {in_words(passed / (done - self.first) * (total - done))} left"
         return f"{self.step}: {done} of {total}{left}"
 
     def log(self, done: int, total: int) -> None:
@@ -96,22 +99,25 @@ class ProgressBar:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
-        self._pace = Pace("")
+        self.pace, self.last = Pace(""), Event("")
         self._drawn, self._shown = 0.0, 0
 
     def __call__(self, event: Event) -> None:
-        """Show an event."""
-        if event.note or not self.is_watched:
+        """Show an event; ``last`` and ``pace`` are those of the last one, also where nobody watches."""
+        if event.note:
             return
-        if event.step != self._pace.step or event.total is None:
-            self._pace, self._drawn = Pace(event.step), 0.0
+        if event.step != self.last.step or (event.total is None) != (self.last.total is None):
+            self.pace, self._drawn = Pace(event.step, first=event.done or 0), 0.0  # counting begins with a step's first
+        self.last = event
+        if not self.is_watched:
+            return
         if event.total is None or event.done is None:
             self._draw(f"{event.step} ...")
         elif event.done >= event.total:
             self.clear()
         elif time.monotonic() - self._drawn >= REDRAW:
             full = round(BAR * event.done / event.total)
-            self._draw(f"[{'=' * full}{' ' * (BAR - full)}] {self._pace.line(event.done, event.total)}")
+            self._draw(f"[{'=' * full}{' ' * (BAR - full)}] {self.pace.line(event.done, event.total)}")
             self._drawn = time.monotonic()
 
     @property

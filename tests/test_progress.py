@@ -51,6 +51,17 @@ def test_the_time_left_is_that_of_what_was_done(now: float, done: int, line: str
     assert Pace("fit", clock(0.0, now)).line(done, 4) == line
 
 
+def test_what_was_done_before_takes_no_time() -> None:
+    """Neither epochs that were restored nor what a step did before it could count are taken for its pace."""
+    assert Pace("tune", clock(0.0, 10.0), first=100).line(110, 120) == "tune: 110 of 120, about 10 s left"
+    bar = ProgressBar(Screen())
+    bar(Event("tune"))
+    bar(Event("tune", 101, 120))
+    assert (bar.pace.first, bar.last.done) == (101, 101)
+    bar(Event("tune", 102, 120))
+    assert bar.pace.first == 101
+
+
 def test_a_long_step_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     seconds = [0.0]
     pace = Pace("fit", lambda: seconds[0])

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tenfold.progress import Event, Pace, ProgressBar, in_words, logger
+from tenfold.progress import Event, ProgressBar, in_words, logger
 
 SILENCE = 60.0  # seconds without a line after which one is due, where nobody sees a bar
 
@@ -26,7 +26,6 @@ class Notes:
         self._quiet, self._verbose, self._silence = quiet, verbose, silence
         self._bar = ProgressBar()
         self._watched = self._bar.is_watched
-        self._last, self._pace = Event(""), Pace("")
         self._written = time.monotonic()
         self._ended = threading.Event()
 
@@ -37,12 +36,8 @@ class Notes:
 
     def on_event(self, event: Event) -> None:
         """Show how work goes."""
-        if event.note or self._quiet:
-            return
-        if event.step != self._last.step:
-            self._pace = Pace(event.step)
-        self._last = event
-        self._bar(event)
+        if not self._quiet:
+            self._bar(event)
 
     def clear(self) -> None:
         """Take the bar away."""
@@ -102,9 +97,10 @@ class Notes:
                 self.write(f"tenfold: still at work: {self._where()}")
 
     def _where(self) -> str:
-        last, passed = self._last, in_words(time.monotonic() - self._pace.start)
+        last, pace = self._bar.last, self._bar.pace
+        passed = in_words(time.monotonic() - pace.start)
         if last.done is not None and last.total is not None:
-            return f"{self._pace.line(last.done, last.total)}, {passed} so far"
+            return f"{pace.line(last.done, last.total)}, {passed} so far"
         return f"{last.step or 'it begins'}, {passed} so far"
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tenfold.cli.source import Opened
     from tenfold.planning import Score
     from tenfold.records import Recipe, TuneResult
+    from tenfold.runtime import OnEvent
     from tenfold.training import Distillation
 
 TuneOptions: TypeAlias = Annotated[TuneConfig, Fields("Fine-tuning; by default as the task recommends")]
@@ -182,14 +183,14 @@ class Tuner:
     config: TuneConfig
     out: Path
     identity: str
-    quiet: bool = False
+    on_event: OnEvent | None = None  # who sees how it goes
     teaching: Teaching | None = None
     teacher: nn.Module | None = None  # the opened model if None
     launch: Launch = field(default_factory=Launch)  # the processes that tune together
 
     def __call__(self, model: nn.Module) -> TuneResult:
         """Return the history of tuning the model."""
-        from tenfold.training import RichProgress, TrainingFolder, finetune
+        from tenfold.training import TrainingFolder, TuneEvents, finetune
 
         model, identity = self.launch.share(model), f"{self.identity}\n{self.config.to_json()}"
         try:
@@ -199,7 +200,7 @@ class Tuner:
                 self.config,
                 loss=self.loss,
                 folder=TrainingFolder(tuning_folder(self.out, identity), self.identity),
-                progress=None if self.quiet else RichProgress(),
+                progress=None if self.on_event is None else TuneEvents(self.on_event),
                 accelerator=self.launch.accelerator,
             )
         except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from tenfold.training.low_rank.svgd import Ensemble, log_likelihood
 from tenfold.training.low_rank.train_admm import LowRankConfig, LowRankResult, train_admm
 from tenfold.training.low_rank.train_bayesian import BayesianResult, ranks_plan, train_bayesian
 from tenfold.training.optimizer import parameter_groups
-from tenfold.training.progress import RichProgress, TuneProgress
+from tenfold.training.progress import RichProgress, TuneEvents, TuneProgress
 from tenfold.training.snapshot import TrainingFolder
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "SensitivityPenalty",
     "TrainingFolder",
     "TuneConfig",
+    "TuneEvents",
     "TuneProgress",
     "TuneResult",
     "as_dense",

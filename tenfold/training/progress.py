@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from tenfold.progress import Event
 from tenfold.records.tuning import EpochRecord
 
 if TYPE_CHECKING:
@@ -39,6 +40,38 @@ class TuneProgress:
 
     def stop(self) -> None:
         """End, after success or an error."""
+
+
+class TuneEvents(TuneProgress):
+    """Training as events of one step, like those of all other work: for ``Runtime.on_event`` or a ``ProgressBar``.
+
+    Args:
+        on_event: called after each optimizer step.
+        step: the name of the work.
+
+    Example:
+        >>> seen = []
+        >>> steps = TuneEvents(seen.append)
+        >>> steps.start(epochs=2, steps=10, done=1)
+        >>> steps.advance(Tensor())
+        >>> seen[-1].done, seen[-1].total
+        (11, 20)
+    """
+
+    def __init__(self, on_event: Callable[[Event], None], step: str = "tune") -> None:
+        super().__init__()
+        self._on_event, self._step = on_event, step
+        self._done = self._total = 0
+
+    def start(self, *, epochs: int, steps: int, done: int) -> None:
+        """Count from what was restored."""
+        self._done, self._total = done * steps, epochs * steps
+
+    def advance(self, loss: Tensor) -> None:
+        """Count one step."""
+        del loss
+        self._done += 1
+        self._on_event(Event(self._step, self._done, self._total))
 
 
 class RichProgress(TuneProgress):

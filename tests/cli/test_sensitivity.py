@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.progress import Progress
 
 from tenfold.records import Plan, SensitivityTable, TradeOff
 from tenfold.tasks import Task
@@ -115,12 +115,11 @@ def test_plan_draws_other_budgets(tenfold: Run, tiny: str) -> None:
 def test_fitted_ranks_show_their_progress_and_go_on_from_their_table(
     tenfold: Run, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(Progress, "update", lambda *_, completed, total: seen.append((completed, total)))
     args = ("plan", "--task", tiny, "--rule", "error", "--set", "rel_error=0.9", "--formats", "tt_matrix")
-    args = (*args, "--table", "fits.json", "--json", "--calibration-samples", "0")
+    args = (*args, "--table", "fits.json", "--json", "--calibration-samples", "0", "--verbose")
     first = tenfold(*args)
     assert first.code == 0
+    seen = [(int(done), int(total)) for done, total in re.findall(r"weigh options: (\d+) of (\d+)", first.err)]
     assert seen[-1][0] == seen[-1][1] == len(seen) > 1
     assert Path("fits.json").is_file()
     monkeypatch.setattr("tenfold.planning.error_search.decompose", lambda *a, **k: pytest.fail("fitted twice"))

@@ -77,8 +77,8 @@ def run(
     data = recover.batches(opened, wanted.recipe if isinstance(wanted, Plan) else wanted)
     terminal.step("open the model")
     identity = identity_of(opened, wanted.to_json(), recover.calibration_samples, teaching)
-    quiet = terminal.quiet or not launch.main
-    tuner = Tuner(opened, config, out, identity, quiet=quiet, teaching=teaching, launch=launch)
+    on_event = terminal.on_event if launch.main else None
+    tuner = Tuner(opened, config, out, identity, on_event=on_event, teaching=teaching, launch=launch)
     if not launch.main:  # all else is done by the main process
         if not work.dry_run and config.epochs:
             tuner(opened.model)

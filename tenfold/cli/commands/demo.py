@@ -70,13 +70,13 @@ def _compress(opened: Opened, seed: int, terminal: Terminal) -> Compressed:
     from tenfold.pipeline import compress
     from tenfold.records import TuneConfig
     from tenfold.runtime import Runtime
-    from tenfold.training import RichProgress, TuneResult, finetune
+    from tenfold.training import TuneEvents, TuneResult, finetune
 
     config = tune_config(opened, TuneConfig(), seed)
     tuner = Tuner(opened, config, Path(), "")
 
     def tune(model: nn.Module) -> TuneResult:
-        return finetune(model, tuner.batches, config, progress=None if terminal.quiet else RichProgress())
+        return finetune(model, tuner.batches, config, progress=TuneEvents(terminal.on_event))
 
     return compress(
         opened.model,

@@ -62,7 +62,7 @@ def run(
     from tenfold.files import check_writable
     from tenfold.iterative import Training, compress_iteratively
     from tenfold.runtime import Runtime
-    from tenfold.training import RichProgress
+    from tenfold.training import TuneEvents
 
     teaching = recover.teaching()
     schedule.check(recipe)
@@ -78,7 +78,7 @@ def run(
     data = recover.batches(opened, recipe)
     terminal.step("open the model")
     tuner = Tuner(opened, config, out, "", teaching=teaching)
-    progress = None if terminal.quiet else RichProgress()
+    progress = TuneEvents(terminal.on_event)
     try:
         result = compress_iteratively(
             opened.model,

@@ -129,7 +129,7 @@ def _train(
     terminal: Terminal,
 ) -> LowRankResult:
     from tenfold.cli.recovery import identity_of, tuning_folder
-    from tenfold.training import LearnedRanks, RichProgress, TrainingFolder, train_admm
+    from tenfold.training import LearnedRanks, TrainingFolder, TuneEvents, train_admm
 
     task, teaching, out = opened.task, distill.teaching(), low_rank.out or Path()
     target = projection.identity if isinstance(projection, LearnedRanks) else projection
@@ -142,7 +142,7 @@ def _train(
         loss=None if teaching is None else teaching.loss(opened.model, config.train),
         evaluate=partial(task.evaluate, split="validation"),
         folder=TrainingFolder(tuning_folder(out, identity), identity),
-        progress=None if terminal.quiet else RichProgress(),
+        progress=TuneEvents(terminal.on_event, "train towards low rank"),
     )
 
 

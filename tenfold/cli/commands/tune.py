@@ -74,7 +74,7 @@ def run(
         config,
         out,
         identity_of(opened, teaching, "" if teacher is None else teacher.resolve()),
-        quiet=terminal.quiet or not launch.main,
+        on_event=terminal.on_event if launch.main else None,
         teaching=teaching,
         teacher=None if teacher is None else opened.task.dense(teacher).to(opened.device),
         launch=launch,
