@@ -142,13 +142,13 @@ def _front(distortion: Array, costs: Array) -> Rows:
         return pareto(distortion, costs)
     order = np.lexsort((distortion, costs[:, 0]))
     best = np.minimum.accumulate(distortion[order])
-    return order[np.concatenate([[True], distortion[order][1:] < best[:-1]])]
+    return np.asarray(order[np.concatenate([[True], distortion[order][1:] < best[:-1]])])
 
 
 def _thinned(rows: Rows) -> Rows:
     if len(rows) <= _MOST:
         return rows
-    return rows[np.unique(np.linspace(0, len(rows) - 1, _MOST).round().astype(int))]
+    return np.asarray(rows[np.unique(np.linspace(0, len(rows) - 1, _MOST).round().astype(int))])
 
 
 def _sums(members: Sequence[LayerOptions], rows: Rows, name: str) -> Array:

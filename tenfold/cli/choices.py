@@ -31,13 +31,13 @@ def check_recipe(recipe: Recipe) -> None:
     from tenfold.units import UNITS
 
     rule = rule_of(recipe.rule)
-    for kind in recipe.units or ():
-        UNITS.get(kind)
+    for name in recipe.units or ():
+        UNITS.get(name)
     if recipe.units and not (rule.uses_units and recipe.calibration.plans):
         why = (
             f"the rule {recipe.rule_name} chooses no units; the rule global does"
             if not rule.uses_units
-            else "they need data that decide: --method sequential or independent"
+            else "they need data that decide: --calibration-method sequential or independent"
         )
         msg = f"--units {','.join(recipe.units)}: {why}."
         raise Misuse(msg)

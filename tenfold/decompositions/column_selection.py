@@ -122,7 +122,8 @@ def _scores(gram: Tensor, inverse: Tensor) -> Tensor:
 
 def _blocks(square: Tensor, taps: int) -> Tensor:
     """Return the blocks (n, taps, taps) on the diagonal of a matrix (n·taps, n·taps)."""
-    return square.unflatten(0, (-1, taps)).unflatten(2, (-1, taps)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    apart: Tensor = square.unflatten(0, (-1, taps)).unflatten(2, (-1, taps))
+    return apart.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _places(inputs: Tensor, taps: int) -> Tensor:

@@ -19,6 +19,7 @@ from tenfold.decompositions import Moments
 from tenfold.errors import PlanError, TenfoldWarning
 from tenfold.planning.eligible import changeable
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
+from tenfold.planning.one_head_size import with_one_head_size
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
@@ -131,11 +132,12 @@ def decide(
     moments = decision.moments
     with runtime.step("plan", seconds):
         if given is not None:
-            decision = replace(decision, plan=recost(given, cost))
+            decision = replace(decision, plan=with_one_head_size(recost(given, cost), cost))
         else:
             made = None if scores is None else scores(source, cost)
             table = tabulate(source, cost, wanted, moments=moments, scores=made, target=target, runtime=runtime)
             decision = _chosen(replace(decision, table=table))
+            decision = replace(decision, plan=with_one_head_size(decision.plan, cost))
         plan = refuse_unused(decision.plan, model)
         if plan.unrolled != separated(source):
             source = separate(model, plan.unrolled)

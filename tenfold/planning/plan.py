@@ -121,7 +121,7 @@ def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
 def _total(profile: Profile, layers: Sequence[LayerPlan], units: Sequence[UnitPlan]) -> Cost:
     """Return what the whole model costs once layers and units cost what they are planned to."""
     inside = {path for unit in units if unit.size is not None for path in unit.members}
-    changed = [*(layer for layer in layers if layer.path not in inside), *units]
+    changed: list[LayerPlan | UnitPlan] = [*(layer for layer in layers if layer.path not in inside), *units]
     saved_params = sum(each.before.params - each.after.params for each in changed)
     saved_macs = sum(each.before.macs - each.after.macs for each in changed)
     return Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)

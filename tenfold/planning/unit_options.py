@@ -23,7 +23,8 @@ from tenfold.units import UNITS, PivotFit, Size
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-_SLOWER = "no smaller size costs less"
+_NO_CHEAPER = "no smaller size costs less"
+_HARDWARE_STEP = 8  # finer steps of a runtime say nothing
 
 
 @plain_arithmetic()
@@ -50,10 +51,12 @@ def unit_options(
 
 
 def planned_unit(unit: UnitPlan, profile: Profile) -> UnitPlan:
-    """Return the plan of a unit with its costs computed again."""
+    """Return the plan of a unit with its costs computed again; what was said of another size goes."""
     before = _total(unit.unit, unit.full, profile)
     after = before if unit.size is None else _total(unit.unit, unit.size, profile)
-    return unit.replace(before=before, after=after)
+    same = after.params == unit.after.params  # MACs change where attentions turn out to run on narrow heads
+    said = {} if same else dict.fromkeys(("distortion", "latency_before_ms", "latency_after_ms"))
+    return unit.replace(before=before, after=after, **said)
 
 
 def member_costs(plan: Plan, profile: Profile) -> dict[str, Cost]:
@@ -71,18 +74,15 @@ def _options(
     reason = unit.keep_reason or kept_as_asked(unit, profile, recipe) or _not_judged(model, unit, moments)
     if reason or moments is None:
         return own.kept(reason)
-    kind, spec = UNITS.get(unit.kind)(), profile.layer(unit.pivot).spec
-    step = None if target is None or spec is None else target.step_of(spec)
-    sizes = kind.sizes(unit, step if step is not None and step >= 8 else None)
-    priced = [(size, kind.costs(unit, size, profile)) for size in sizes]
-    priced = [(size, costs) for size, costs in priced if sum(costs.values(), Cost()).below(own.before)]
+    priced = _priced(unit, profile, own.before, target)
+    spec = profile.layer(unit.pivot).spec
     if not priced or spec is None:
-        return own.kept(_SLOWER)
+        return own.kept(_NO_CHEAPER)
+    kind = UNITS.get(unit.kind)()
     fits = [kind.pivot_fit(unit, size) for size, _ in priced]
-    algorithm = Decomposition.from_dict({"seed": recipe.seed, **fits[0].algorithm})
+    algorithm, pivot = Decomposition.from_dict({"seed": recipe.seed, **fits[0].algorithm}), _pivot_ranks(fits)
     weight = split_groups(dense_weight(find(model, unit.pivot)).detach(), spec)
-    pivot = _pivot_ranks(fits)
-    problem = CurveProblem(weight, spec, FORMATS.get(pivot.format), moments)
+    curve = algorithm.error_curve(CurveProblem(weight, spec, FORMATS.get(pivot.format), moments))
     totals = [sum(costs.values(), Cost()) for _, costs in priced]
     return own.replace(
         options=FormatOptions(
@@ -91,13 +91,22 @@ def _options(
             ranks=_rows([size for size, _ in priced], kind.size_names),
             params=_column([cost.params for cost in totals]),
             macs=_column([cost.macs for cost in totals]),
-            columns={"distortion": by_data(algorithm.error_curve(problem), moments, weight)(pivot.ranks)},
+            columns={"distortion": by_data(curve, moments, weight)(pivot.ranks)},
         ),
         pivot=pivot,
         algorithm=algorithm.to_dict(),
         params={path: _column([costs[path].params for _, costs in priced]) for path in unit.members},
         macs={path: _column([costs[path].macs for _, costs in priced]) for path in unit.members},
     )
+
+
+def _priced(unit: Unit, profile: Profile, before: Cost, target: Target | None) -> list[tuple[Size, dict[str, Cost]]]:
+    """Return the sizes at which a unit costs less than now, with what its members cost then."""
+    kind, spec = UNITS.get(unit.kind)(), profile.layer(unit.pivot).spec
+    step = None if target is None or spec is None else target.step_of(spec)
+    sizes = kind.sizes(unit, step if step is not None and step >= _HARDWARE_STEP else None)
+    priced = [(size, kind.costs(unit, size, profile)) for size in sizes]
+    return [(size, costs) for size, costs in priced if sum(costs.values(), Cost()).below(before)]
 
 
 def _not_judged(model: nn.Module, unit: Unit, moments: Moments | None) -> str:

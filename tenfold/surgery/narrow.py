@@ -15,6 +15,7 @@ from tenfold.surgery.modules import find, put
 from tenfold.surgery.narrowed_layers import mark_attributes, mark_narrowed
 from tenfold.surgery.replacement import factorizable_spec, refuse_tied
 from tenfold.units import UNITS, Narrowing, Size
+from tenfold.units.one_head_size import partners
 
 
 def absorb_(model: nn.Module, plan: Plan, dense: Mapping[str, nn.Module]) -> nn.Module:
@@ -71,6 +72,14 @@ def check_units(model: nn.Module, plan: Plan) -> None:
             msg = f"the plan factorizes {factorized[0]!r} and narrows it with {unit.pivot!r}: do only one of both"
             raise PlanError(msg)
     refuse_tied(model, [plan.layer(path) for unit in plan.narrowed for path in unit.feeders])
+    for pair in partners(plan.units):
+        together = pair[0].size is not None and pair[0].size == pair[1].size
+        if any(unit.settings["native"] != together for unit in pair):
+            msg = (
+                f"the heads of {pair[0].path!r} have other sizes than when the plan was costed: pass the plan to "
+                "compress, which costs it again"
+            )
+            raise PlanError(msg)
 
 
 def check_unit(model: nn.Module, unit: Unit) -> None:

@@ -16,6 +16,7 @@ from tenfold.surgery.narrow import absorbed, sampled
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied
 from tenfold.units import UNITS, Size
+from tenfold.units.one_head_size import native, partners
 
 _FAILURES = 2  # of units that are alike, before the others are given up
 
@@ -55,6 +56,7 @@ def recognise_units(model: nn.Module, profile: Profile, inputs: Any, kinds: Iter
         confirmed = []
     for group in _alike(unit for unit in tried if unit not in confirmed):
         confirmed += _confirmed(model, group, inputs, confirmed)
+    found, confirmed = _resizable(model, inputs, found, confirmed)
     return tuple(_in_order(found, confirmed, model, profile))
 
 
@@ -70,6 +72,22 @@ def _confirmed(model: nn.Module, group: Sequence[Unit], inputs: Any, taken: Sequ
         if confirms(model, [unit], inputs):
             found.append(unit)
     return found
+
+
+def _resizable(
+    model: nn.Module, inputs: Any, found: Sequence[Unit], confirmed: Sequence[Unit]
+) -> tuple[list[Unit], list[Unit]]:
+    """Return both with the attributes of attentions left out where a forward does not run on narrower heads."""
+    pairs = [tuple(native(unit, together=True) for unit in pair) for pair in partners(confirmed)]
+    if not confirms(model, [unit for pair in pairs for unit in pair], inputs):
+        pairs = [pair for pair in pairs if confirms(model, pair, inputs)]
+    known = {unit.settings["attention"] for pair in pairs for unit in pair}
+
+    def told(unit: Unit) -> Unit:
+        stays = not unit.settings.get("resizes") or unit.settings["attention"] in known
+        return unit if stays else unit.replace(settings=unit.settings | {"resizes": {}})
+
+    return [told(unit) for unit in found], [told(unit) for unit in confirmed]
 
 
 def _alike(units: Iterable[Unit]) -> list[list[Unit]]:

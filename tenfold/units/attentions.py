@@ -13,6 +13,7 @@ from torch import nn
 from tenfold.layers import JoinedProjections, SeparateAttention
 from tenfold.records import LayerProfile, Profile
 from tenfold.units.members import narrowable, parent
+from tenfold.units.one_head_size import resizes
 
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head", "d_kv", "dim_per_head")
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "encoder_attention_heads")
@@ -48,6 +49,18 @@ class Attention:
             return 0
         width = layer.spec.in_channels if role == "output" else layer.spec.out_channels
         return 0 if width % self.size else width // self.size
+
+    def settings(self, model: nn.Module, heads: int, groups: int) -> dict[str, Any]:
+        """Return what a unit has to know of it: see ``one_head_size`` for how its module itself may be narrowed."""
+        told = {} if self.native else resizes(model.get_submodule(self.path), heads, self.size or 0)
+        return {
+            "heads": heads,
+            "groups": groups,
+            "native": self.native,
+            "attention": self.path,
+            "output": self.layers["output"].path if "output" in self.layers else self.path,
+            "resizes": told,
+        }
 
 
 def attentions(model: nn.Module, profile: Profile) -> Iterator[Attention]:

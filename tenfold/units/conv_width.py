@@ -69,10 +69,9 @@ class ConvWidth(UnitKind):
         del unit
         return PivotFit("tucker1", {"rank": size["width"]}, {"name": "column_selection"})
 
-    def sample(self, unit: Unit, size: Size, pivot: nn.Module) -> Factorization:
+    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
         """Return some of the input channels of the second convolution."""
-        del unit
-        return sampled_choice(pivot, size["width"])
+        return sampled_choice(model.get_submodule(unit.pivot), size["width"])
 
     def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
         """Return the layers with the channels that stay."""

@@ -25,6 +25,7 @@ from tenfold.units.head_blocks import (
     within_heads,
 )
 from tenfold.units.narrow_layers import narrowed_layer
+from tenfold.units.one_head_size import attributes
 
 _SCORES = 4.0  # how large scores are, about, where forwards are compared
 
@@ -53,9 +54,7 @@ class QueryKey(UnitKind):
             if not groups or not heads or heads % groups:
                 yield unit.replace(keep_reason=NO_HEADS)
                 continue
-            yield unit.replace(
-                full={"head_size": found.size}, settings={"heads": heads, "groups": groups, "native": found.native}
-            )
+            yield unit.replace(full={"head_size": found.size}, settings=found.settings(model, heads, groups))
 
     def stands_out(self, unit: Unit, profile: Profile) -> bool:
         """Whether it is worth a line in the plan: every attention is."""
@@ -63,8 +62,8 @@ class QueryKey(UnitKind):
         return True
 
     def watched(self, unit: Unit) -> str:
-        """Return the path of the attention: keys themselves come out narrower."""
-        return unit.path
+        """Return the path of the output projection, or of the attention: keys themselves come out narrower."""
+        return str(unit.settings["output"])
 
     def obstacle(self, model: nn.Module, unit: Unit) -> str | None:
         """Return what acts on queries and keys before they meet, as far as the attention shows it."""
@@ -121,7 +120,7 @@ class QueryKey(UnitKind):
             narrow = narrowed_layer(key, inner.mT, turned_bias(pivot.bias, blocks))
         asked = within_heads(query, blocks.repeat_interleave(heads // groups, dim=0))
         if unit.settings["native"]:
-            return Narrowing({path: asked, unit.pivot: narrow})
+            return Narrowing({path: asked, unit.pivot: narrow}, attributes(unit, width))
         return Narrowing({path: PaddedHeads.of(asked, heads, full), unit.pivot: PaddedHeads.of(narrow, groups, full)})
 
 

@@ -15,6 +15,7 @@ from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
 from tenfold.units.head_blocks import factors, geometry_of, random_blocks, split_blocks, spread, within_heads
 from tenfold.units.members import holder
 from tenfold.units.narrow_layers import narrowed_layer
+from tenfold.units.one_head_size import attributes
 
 
 @UNITS.register("value_output")
@@ -40,9 +41,7 @@ class ValueOutput(UnitKind):
             if not groups or not heads or heads % groups:
                 yield unit.replace(keep_reason=NO_HEADS)
                 continue
-            yield unit.replace(
-                full={"head_size": found.size}, settings={"heads": heads, "groups": groups, "native": found.native}
-            )
+            yield unit.replace(full={"head_size": found.size}, settings=found.settings(model, heads, groups))
 
     def stands_out(self, unit: Unit, profile: Profile) -> bool:
         """Whether it is worth a line in the plan: every attention is."""
@@ -94,6 +93,6 @@ class ValueOutput(UnitKind):
             unit.pivot: narrowed_layer(output, outer, bias),
         }
         if unit.settings["native"]:
-            return Narrowing(narrow)
+            return Narrowing(narrow, attributes(unit, width))
         ends = (PaddedHeads.of(narrow[path], groups, full), UnpaddedHeads.of(narrow[unit.pivot], heads, full))
         return Narrowing(dict(zip(unit.members, ends, strict=True)))

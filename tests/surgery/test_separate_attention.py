@@ -66,12 +66,10 @@ def test_masks_are_those_of_torch(need):
     added = torch.randn(4, 5)
     many = torch.randn(2 * 3, 4, 5)
     for mask, keys in itertools.product((None, blocked, added, many), (None, padding)):
-        if mask is not None and keys is not None and mask.dtype != keys.dtype:
-            keys = torch.zeros(keys.shape).masked_fill(keys, -torch.inf)
-        same(
-            own(*x, attn_mask=mask, key_padding_mask=keys, need_weights=need),
-            dense(*x, attn_mask=mask, key_padding_mask=keys, need_weights=need),
-        )
+        given = {"attn_mask": mask, "key_padding_mask": keys, "need_weights": need}
+        if mask is not None and keys is not None and mask.dtype != keys.dtype:  # torch wants both of one kind
+            given["key_padding_mask"] = torch.zeros(keys.shape).masked_fill(keys, -torch.inf)
+        same(own(*x, **given), dense(*x, **given))
     causal = nn.Transformer.generate_square_subsequent_mask(4)
     short = (x[0], x[0], x[0])
     same(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from tenfold.surgery import find, joined_projections, put, recognise_units, sepa
 from tenfold.surgery.model_outputs import outputs_of
 from tenfold.surgery.narrow import absorbed, narrow_
 from tenfold.units import UNITS
+from tenfold.units.one_head_size import native, partners
 from tests.units.transformers_of_each_kind import BUILDERS, CAUSAL, TURNED, built
 
 KINDS = ("value_output", "query_key")
 
 
+@functools.cache
 def opened(name):
-    """Return a model with its units of attention."""
+    """Return a model, which nobody changes, inputs, and its units of attention."""
     model, inputs = built(name)
     separate_(model, joined_projections(model))
     units = recognise_units(model, profile(model, inputs), inputs, KINDS)
@@ -58,7 +61,7 @@ def furthest(first, second):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_attention_is_found(name):
-    model, _, units, kept = opened(name)
+    _, _, units, kept = opened(name)
     found = [unit.kind for unit in units]
     assert found.count("value_output") > 0
     assert found.count("value_output") == (found.count("query_key") or len(kept))
@@ -103,6 +106,54 @@ def test_the_structure_alone_takes_the_weights(name):
     empty = narrow_(copy.deepcopy(model), plans)
     empty.load_state_dict(small.state_dict())
     assert furthest(outputs_of(empty, inputs), outputs_of(small, inputs)) == 0
+
+
+def one_size(units):
+    return [native(unit, together=True) for pair in partners(units) for unit in pair]
+
+
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n not in (*TURNED, "encoder", "attention")])
+def test_heads_of_one_size_make_the_module_itself_narrower(name):
+    model, inputs, units, _ = opened(name)
+    resized = one_size(units)
+    assert len(resized) == len(units)
+    wide, small = narrow(model, resized, halves)
+    assert furthest(outputs_of(small, inputs), outputs_of(wide, inputs)) <= 1e-5
+    assert not [m for m in small.modules() if isinstance(m, PaddedHeads | UnpaddedHeads)]
+    for unit in resized:
+        before, after = (m.get_submodule(unit.settings["attention"]) for m in (model, small))
+        for attribute in unit.settings["resizes"]:
+            assert getattr(after, attribute) * 2 == getattr(before, attribute)
+    if name == "gpt2":
+        with torch.no_grad():
+            caches = [m(**inputs, use_cache=True).past_key_values.layers for m in (model, small)]
+        shapes = [[(c.keys.shape[-1], c.values.shape[-1]) for c in layers] for layers in caches]
+        assert shapes == [[(8, 8)] * 2, [(4, 4)] * 2]
+        texts = [m.generate(**inputs, max_new_tokens=6, do_sample=False) for m in (wide, small)]
+        assert torch.equal(*texts)
+
+
+def test_a_forward_that_scales_by_the_size_of_its_heads_is_padded():
+    """The scale of the scores is that of the first size, which this one does not remember."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head_dim = 8
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x):
+            parts = (self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+            weights = (q @ k.mT * self.head_dim**-0.5).softmax(-1)
+            return self.o_proj((weights @ v).transpose(1, 2).flatten(2))
+
+    model, x = Own().eval(), torch.randn(2, 5, 32)
+    units = recognise_units(model, profile(model, x), x, KINDS)
+    assert [unit.keep_reason for unit in units] == [None, None]
+    assert one_size(units) == []
+    wide, small = narrow(model, units, halves)
+    assert furthest(outputs_of(small, x), outputs_of(wide, x)) <= 1e-5
 
 
 def test_costs_are_those_of_the_narrow_network():
