@@ -18,6 +18,8 @@ from tenfold.tracing.layers import entries
 
 Bits = Literal[4, 8]
 
+_INT4: Any = getattr(torch, "int4", None)  # of which torch has the name alone: no stub, no arithmetic
+
 
 class CorrectedLinear(nn.Module):
     """A linear layer of few bits beside two thin ones: Q(W) x + b + A B x.
@@ -142,7 +144,7 @@ def _bytes(tensor: Any) -> int:
     if not hasattr(tensor, "__tensor_flatten__"):
         return int(tensor.numel() * tensor.element_size())
     inner = {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
-    four = getattr(tensor, "target_dtype", None) is torch.int4
+    four = _INT4 is not None and getattr(tensor, "target_dtype", None) is _INT4
     return sum(
         _bytes(part) // (2 if four and name == "qdata" else 1) for name, part in inner.items() if part is not None
     )
@@ -154,5 +156,5 @@ def _round_(model: nn.Module, paths: set[str], bits: Bits, group_size: int) -> N
         config = torchao.Int8WeightOnlyConfig()
         if bits == 4:
             granularity = torchao.PerGroup(group_size)
-            config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity)
+            config = torchao.IntxWeightOnlyConfig(weight_dtype=_INT4, granularity=granularity)
         torchao.quantize_(model, config, filter_fn=lambda _module, path: path in paths)
