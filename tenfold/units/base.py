@@ -56,9 +56,11 @@ class UnitKind(abc.ABC):
     Attributes:
         default: whether a recipe that names no units uses it.
         size_names: names of its sizes.
+        needs_gradients: whether nothing can be said of the outputs of the pivot without their Gram matrix.
     """
 
     default: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
     size_names: ClassVar[tuple[str, ...]]
 
     @classmethod
