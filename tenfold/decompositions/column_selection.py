@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition, Factors, FitProblem
-from tenfold.decompositions.covariance import Covariance, Sketch
+from tenfold.decompositions.covariance import NEGLIGIBLE, Covariance, Sketch
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats
 from tenfold.decompositions.roots import solve_spd
 from tenfold.formats.tucker1 import Tucker1
@@ -63,7 +63,7 @@ class _Sweep:
         self.taps = weight[0, 0].numel()
         self.left = torch.arange(weight.shape[1], device=weight.device)
         self.weight = weight.flatten(1)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        self.inverse = _inverse(covariance)
         self.lost = [0.0]  # by number of inputs that are gone
 
     def down_to(self, size: int) -> Tensor:
@@ -110,6 +110,17 @@ class _Sweep:
             gram.sub_(mixed).sub_(mixed.mT)
             inverse.addmm_(inverse[:, own].clone(), turned, alpha=-1)
         return torch.tensor(gone, device=gram.device)
+
+
+def _inverse(covariance: Tensor) -> Tensor:
+    """Return C⁻¹; where rounding has made C indefinite, as of inputs that hardly vary, with its eigenvalues raised."""
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if not bool(failed):
+        return torch.cholesky_inverse(lower)
+    values, vectors = torch.linalg.eigh(covariance)
+    raised = values.clamp_min(NEGLIGIBLE * float(values[-1].clamp_min(torch.finfo(values.dtype).tiny)))
+    inverse: Tensor = (vectors / raised) @ vectors.mT
+    return inverse
 
 
 def _scores(gram: Tensor, inverse: Tensor) -> Tensor:

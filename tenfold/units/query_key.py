@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class QueryKey(UnitKind):
     """
 
     size_names = ("head_size",)
+    of_projections: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = True
 
     def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
         """Iterate over attentions with a projection of queries and one of keys."""
