@@ -54,7 +54,8 @@ def save_pretrained(
     ``load_pretrained``, and by ``AutoModel.from_pretrained`` once ``tenfold.integrations.hf`` is imported.
 
     Args:
-        model: a ``PreTrainedModel`` in which the plan was carried out.
+        model: a ``PreTrainedModel`` in which the plan was carried out, or a module around one, such as a pooling, of
+            whose own layers none is factorized: then the folder is that of the inner model.
         plan: carried out on it.
         path: the folder.
         tokenizer: or any processor; None for none.
@@ -64,10 +65,24 @@ def save_pretrained(
         CheckpointError: the model is not one of transformers, model and plan disagree, or the folder is not writable or
             holds other files.
     """
-    if not hasattr(model, "config") or not hasattr(model.config, "to_json_string"):
+    model, plan = _inner(model, plan)
+    return save(model, plan, path, record=record, beside=partial(write_config, model, tokenizer=tokenizer))
+
+
+def _inner(model: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
+    """Return the outermost model of transformers in a module, and the plan of its layers."""
+    found = [(path, m) for path, m in model.named_modules() if hasattr(getattr(m, "config", None), "to_json_string")]
+    if not found:
         msg = f"{type(model).__name__} is not a model of transformers, which have a config: use tenfold.save"
         raise CheckpointError(msg)
-    return save(model, plan, path, record=record, beside=partial(write_config, model, tokenizer=tokenizer))
+    path, inner = found[0]
+    if not path:
+        return model, plan
+    outside = [layer.path for layer in plan.layers if layer.format and not layer.path.startswith(f"{path}.")]
+    if outside:
+        msg = f"{outside[0]!r} is factorized and lies outside of {path!r}, the model of transformers: use tenfold.save"
+        raise CheckpointError(msg)
+    return inner, plan.below(path).replace(model=type(inner).__name__)
 
 
 def write_config(model: Any, folder: Path, *, tokenizer: Any = None) -> HubFacts:

@@ -20,6 +20,9 @@ from tenfold.decompositions.roots import solve_spd, sqrt_and_inverse_sqrt
 from tenfold.errors import RankError
 from tenfold.formats.low_rank import LowRank
 
+# Moments that were summed in single precision know no smaller eigenvalues than this share of the largest.
+_LEAST = 1e-6
+
 
 @dataclass(frozen=True)
 class _ByHead(CovarianceDecomposition):
@@ -60,10 +63,7 @@ class _ByHead(CovarianceDecomposition):
         order = torch.arange(matrix.shape[2]).view(self.heads, -1).T.flatten()
         basis = _block_diagonal(blocks).mT[:, order]
         square = sandwich(basis, inner)
-        lower, failed = torch.linalg.cholesky_ex((square + square.mT) / 2)
-        if bool(failed.any()):
-            msg = "the covariance is singular: add a ridge"
-            raise ArithmeticError(msg)
+        lower = _cholesky((square + square.mT) / 2)
         solved = torch.linalg.solve_triangular(lower, basis @ (matrix @ inner).mT, upper=False)
         explained = quadratic(solved, outer).sum(0).view(-1, self.heads).sum(-1)
         power = ((matrix @ inner) * (matrix.mT @ outer).mT).sum()
@@ -147,6 +147,17 @@ def _curve_terms(problem: CurveProblem) -> tuple[Tensor, Covariance]:
     if moments is None or moments.output_gram is None:
         return problem.kernel.flatten(2), _identity(problem.kernel.flatten(2).mT)
     return problem.weight.flatten(2).double(), moments.to(problem.weight.device).ridged_gram()
+
+
+def _cholesky(square: Tensor) -> Tensor:
+    """Return the Cholesky factor of a matrix (batch, n, n); of one that rounding has made indefinite of the nearest."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(square)
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(square)
+        values = values.maximum(_LEAST * values[:, -1:])
+        lower = torch.linalg.cholesky((vectors * values.unsqueeze(-2)) @ vectors.mT)
+    return lower
 
 
 def _identity(rows: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class PaddedHeads(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Return (..., heads·full) for inputs (..., in)."""
-        narrow = super().forward(input).unflatten(-1, (self.heads, -1))
+        narrow = functional.linear(input, self.weight, self.bias).unflatten(-1, (self.heads, -1))
         return functional.pad(narrow, (0, self.full - narrow.shape[-1])).flatten(-2)
 
     def extra_repr(self) -> str:
@@ -71,7 +71,8 @@ class UnpaddedHeads(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Return (..., out) for inputs (..., heads·full)."""
         size = self.in_features // self.heads
-        return super().forward(input.unflatten(-1, (self.heads, self.full))[..., :size].flatten(-2))
+        kept = input.unflatten(-1, (self.heads, self.full))[..., :size].flatten(-2)
+        return functional.linear(kept, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Return what there is to say of a linear layer, and of its heads."""

@@ -25,7 +25,7 @@ from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.target import Target
-from tenfold.planning.unit_kinds import kinds_of, wants_units
+from tenfold.planning.unit_kinds import kinds_of, wants_projections, wants_units
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
@@ -115,12 +115,11 @@ def decide(
         raise DataError(msg)
     check_finite(model)
     model = trainable_copy(model)
-    heads = data is not None and wants_units(wanted) and bool({"value_output", "query_key"} & {*kinds_of(wanted)})
-    source = (
-        unroll_for_plan(model, wanted, example_inputs, heads=heads)
-        if given is None
-        else separate(model, given.unrolled)
-    )
+    if given is None:
+        heads = data is not None and wants_projections(wanted)
+        source = unroll_for_plan(model, wanted, example_inputs, heads=heads)
+    else:
+        source = separate(model, given.unrolled)
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)

@@ -27,6 +27,11 @@ def wants_units(recipe: Recipe) -> bool:
     return rule_of(recipe.rule).uses_units and recipe.calibration.plans and bool(kinds_of(recipe))
 
 
+def wants_projections(recipe: Recipe) -> bool:
+    """Whether projections that attentions compute at once are to be layers of their own, for units of these."""
+    return wants_units(recipe) and any(UNITS.get(kind).of_projections for kind in kinds_of(recipe))
+
+
 def pivots_to_judge(profile: Profile, recipe: Recipe) -> tuple[str, ...]:
     """Return the pivots of units that there is a choice for: those that data have to judge, whatever the formats."""
     return tuple(unit.pivot for unit in profile.units if not kept_as_asked(unit, profile, recipe))

@@ -116,7 +116,7 @@ def _not_judged(model: nn.Module, unit: Unit, moments: Moments | None) -> str:
     if not moments.judged:
         return f"the data cannot judge it: on no sample do the outputs depend on {unit.pivot!r}"
     if UNITS.get(unit.kind).needs_gradients and moments.output_gram is None:
-        return f"what errors of {unit.pivot!r} cost the network is not known: calibrate with gradients"
+        return f"no gradients say what errors of {unit.pivot!r} cost, of which the outputs alone tell nothing"
     for path in unit.members:
         if any(not bool(torch.isfinite(p).all()) for p in find(model, path).parameters() if not p.is_meta):
             return f"its layer {path!r} has NaN or infinite entries: repair the model first"

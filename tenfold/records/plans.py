@@ -208,6 +208,33 @@ class Plan(Introduced):
                 return layer
         raise KeyError(path)
 
+    def below(self, path: str) -> Plan:
+        """Return the plan of a part of the model, with the paths that layers have in that; costs stay as they are."""
+        prefix = f"{path}."
+
+        def inside(name: str) -> str:
+            return "" if name == path else name.removeprefix(prefix)
+
+        def own(name: str) -> bool:
+            return f"{name}.".startswith(prefix)
+
+        layers = (
+            layer.replace(path=inside(layer.path), aliases=tuple(inside(a) for a in layer.aliases if own(a)))
+            for layer in self.layers
+            if own(layer.path)
+        )
+        units = (
+            unit.replace(path=inside(unit.path), pivot=inside(unit.pivot), feeders=tuple(map(inside, unit.feeders)))
+            for unit in self.units
+            if own(unit.pivot)
+        )
+        return self.replace(
+            layers=tuple(layers),
+            units=tuple(units),
+            fused={inside(name): inside(into) for name, into in self.fused.items() if own(name)},
+            unrolled={inside(name): kind for name, kind in self.unrolled.items() if own(name)},
+        )
+
     def to_yaml(self) -> str:
         """Return the plan as commented YAML."""
         return PLAN_HEADER + super().to_yaml()

@@ -56,10 +56,12 @@ class UnitKind(abc.ABC):
     Attributes:
         default: whether a recipe that names no units uses it.
         size_names: names of its sizes.
+        of_projections: whether it wants projections that an attention computes at once as layers of their own.
         needs_gradients: whether nothing can be said of the outputs of the pivot without their Gram matrix.
     """
 
     default: ClassVar[bool] = True
+    of_projections: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     size_names: ClassVar[tuple[str, ...]]
 

@@ -64,4 +64,4 @@ def _factors(pivot: FactorizedLayer) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _first(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, like.shape[1], dtype=like.dtype)
+    return torch.eye(size, like.shape[1], dtype=like.dtype, device="cpu")  # also where models are built on meta

@@ -43,6 +43,7 @@ class QueryKey(UnitKind):
     """
 
     size_names = ("head_size",)
+    of_projections: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True
 
     def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from torch import nn
 
@@ -29,6 +30,7 @@ class ValueOutput(UnitKind):
     """
 
     size_names = ("head_size",)
+    of_projections: ClassVar[bool] = True
 
     def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
         """Iterate over attentions with a projection of values and one of outputs."""

@@ -14,6 +14,7 @@ from tenfold.records import LayerSpec
 
 LINEAR = LayerSpec(kind="linear", in_channels=7, out_channels=4)
 CONV = LayerSpec(kind="conv", in_channels=5, out_channels=4, kernel=(1, 3))
+TUCKER1 = FORMATS.get("tucker1")
 SELECTION = DECOMPOSITIONS.get("column_selection")(ridge=1e-9)
 
 
@@ -50,7 +51,7 @@ def greedy(weight: torch.Tensor, moments: Moments, taps: int, size: int) -> set[
 def test_the_factors_are_the_refit_of_the_greedy_choice_and_the_curve_says_its_error(spec: LayerSpec) -> None:
     weight, moments = problem(spec)
     taps = weight[0, 0].numel()
-    curve = SELECTION.error_curve(CurveProblem(weight[None], spec, FORMATS.get("tucker1"), moments))
+    curve = SELECTION.error_curve(CurveProblem(weight[None], spec, TUCKER1, moments))
     for size in range(1, spec.in_channels):
         fit = decompose(weight, "tucker1", {"rank": size}, SELECTION, spec=spec, moments=moments)
         choice = fit.value.in_factor[0]  # type: ignore[attr-defined]
@@ -84,9 +85,21 @@ def test_removals_in_blocks_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(400, 40, generator=generator, dtype=torch.float64)
     weight = torch.randn(1, 8, 40, generator=generator, dtype=torch.float64)
-    asked = CurveProblem(weight, spec, FORMATS.get("tucker1"), Moments.of(x))
+    asked = CurveProblem(weight, spec, TUCKER1, Moments.of(x))
     sizes = np.arange(1, 41)[:, None]
     whole = SELECTION.error_curve(asked)(sizes)
     monkeypatch.setattr("tenfold.decompositions.column_selection._BLOCK", 1)
     monkeypatch.setattr("tenfold.decompositions.column_selection._AMONG", 40)
     assert SELECTION.error_curve(asked)(sizes) == pytest.approx(whole, rel=0.2, abs=1e-9)
+
+
+def test_inputs_that_hardly_vary_around_large_means_are_no_obstacle() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = 1e6 + 1e-3 * torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+    moments = Moments.of(x)
+    for size in (3, 11):
+        fit = decompose(weight, "tucker1", {"rank": size}, SELECTION, moments=moments)
+        assert bool(torch.isfinite(fit.value.to_dense()).all())
+    asked = CurveProblem(weight[None], LayerSpec(kind="linear", in_channels=12, out_channels=4), TUCKER1, moments)
+    assert np.isfinite(SELECTION.error_curve(asked)(np.arange(1, 13)[:, None])).all()

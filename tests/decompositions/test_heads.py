@@ -127,3 +127,19 @@ def test_more_components_than_outputs():
     fit = decompose(tall, "low_rank", {"rank": HEADS * 5}, HeadInputs(heads=HEADS), moments=moments(spd(WIDTH, 3)))
     assert fit.value.left.shape == (1, 8, 20)
     assert fit.rel_error < 0.5
+
+
+def test_curves_of_inputs_that_hardly_vary(weight):
+    """Sums in single precision leave covariances indefinite, by more than any ridge that is added."""
+    square = spd(WIDTH, 3)
+    values, vectors = np.linalg.eigh(square)
+    values[:12] = 0.0
+    values[0] = -1e-6 * values[-1]
+    known = moments((vectors * values) @ vectors.T)
+    dense = torch.from_numpy(weight)
+    problem = CurveProblem(dense[None], spec_of_weight(dense), FORMATS.get("low_rank"), known)
+    curve = HeadInputs(heads=HEADS).error_curve(problem)(HEADS * np.arange(1, SIZE + 1)[:, None])
+    power = known.distortion(dense[None], torch.zeros_like(dense)[None])
+    assert np.isfinite(curve).all()
+    assert (np.diff(curve) <= 0).all()
+    assert 0.5 * power > curve[0] > curve[-1] < 1e-3 * power

@@ -120,6 +120,34 @@ def test_save_pretrained_of_transformers_writes_folders_that_open(name: str, tmp
         assert "auto_map" not in json.loads((tmp_path / "next" / "config.json").read_text()), "the file is not there"
 
 
+class MeanPooling(nn.Module):
+    """What a sentence encoder is around its transformer."""
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(32, width)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.encoder(input_ids=input_ids).last_hidden_state.mean(1))
+
+
+def test_the_model_inside_another_module_is_saved(tmp_path: Path) -> None:
+    model, inputs, _ = bert()
+    recipe = {"rule": {"name": "fixed", "ranks": {"re:.*query": 8}}, "formats": "low_rank"}
+    quick = tenfold.Runtime(measure=False)
+    made = tenfold.compress(MeanPooling(model, 16).eval(), inputs, recipe, runtime=quick)
+    wanted = outputs(made.model.encoder, inputs)
+    made.model.encoder.save_pretrained(tmp_path / "stock")
+    folder = save_pretrained(made.model, made.plan, tmp_path / "own", record=made.record)
+    assert (folder / "modeling_tenfold.py").is_file()
+    for again in (load_pretrained(tmp_path / "stock"), load_pretrained(folder), tenfold.load(model, folder)[0].eval()):
+        assert torch.equal(outputs(again, inputs), wanted)
+    recipe["rule"]["ranks"]["head"] = 4
+    made = tenfold.compress(MeanPooling(model, 16).eval(), inputs, recipe, runtime=quick)
+    with pytest.raises(CheckpointError, match="'head' is factorized and lies outside of 'encoder'"):
+        save_pretrained(made.model, made.plan, tmp_path / "more")
+
+
 def test_weights_in_several_files_open(tmp_path: Path) -> None:
     made, inputs = compressed(bert)
     made.model.save_pretrained(tmp_path, max_shard_size="20KB")

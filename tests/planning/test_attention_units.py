@@ -9,6 +9,7 @@ from torch import nn
 import tenfold
 from tenfold.errors import PlanError
 from tenfold.layers import JoinedProjections, PaddedHeads, SeparateAttention
+from tenfold.planning import decide, tabulate
 from tenfold.planning.one_head_size import with_one_head_size
 from tenfold.planning.plan import recost
 from tenfold.profiling import profile
@@ -111,3 +112,14 @@ def test_projections_stay_joined_without_data_and_where_none_is_narrowed():
         made = tenfold.compress(model, inputs, recipe, data=data, runtime=QUIET)
         assert made.plan.unrolled == {}
         assert [unit for unit in made.plan.units if unit.size] == []
+
+
+def test_keys_are_not_narrowed_where_nothing_says_what_they_are_for():
+    model, inputs = built("bert")
+    data = [{k: v.repeat(4, 1) for k, v in inputs.items()} for _ in range(4)]
+    made = decide(model, inputs, tenfold.Recipe.of(HEADS | {"keep": ()}), data=data, runtime=QUIET)
+    blind = {path: known.replace(output_gram=None, held_out=None) for path, known in made.moments.items()}
+    table = tabulate(made.source, made.profile, made.recipe, moments=blind)
+    for own in table.units:
+        assert (own.options is None) == (own.unit.kind == "query_key")
+        assert own.unit.kind == "value_output" or "no gradients" in own.unit.keep_reason

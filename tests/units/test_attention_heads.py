@@ -190,3 +190,10 @@ def test_padded_heads_are_filled_with_zeros():
     back = UnpaddedHeads.of(nn.Linear(6, 5), heads=2, full=4)
     assert torch.equal(back(padded(x)), nn.functional.linear(narrow_layer(x), back.weight, back.bias))
     assert "heads=2 of 3 in 4" in repr(padded)
+
+
+def test_padded_heads_are_exported_and_scripted():
+    net = nn.Sequential(PaddedHeads(6, 2, 3, 4), UnpaddedHeads(2, 3, 4, 5)).eval()
+    x = torch.randn(3, 4, 6)
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
+    assert torch.equal(torch.jit.script(net)(x), net(x))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tenfold.decompositions import decompose
 from tenfold.layers import FactorizedLayer
 from tenfold.profiling import profile
-from tenfold.records import Unit
+from tenfold.records import Cost, Unit, UnitPlan
 from tenfold.surgery import recognise_units
 from tenfold.surgery.model_outputs import outputs_of
 from tenfold.surgery.modules import put
-from tenfold.surgery.narrow import absorbed
+from tenfold.surgery.narrow import absorbed, narrow_
 from tenfold.tracing import copied
 from tenfold.units import UNITS
 from tests.units.architectures import HIDDEN, NETS, WIDTH, rows, torch_encoder
@@ -77,6 +77,20 @@ def test_absorbing_changes_no_output_and_full_width_is_the_model(case: tuple[nn.
             assert type(new) is type(old)
             assert new.weight.shape.count(width) == 1  # type: ignore[union-attr]
     assert profile(narrow, inputs).macs < profile(wide, inputs).macs
+
+
+def test_the_structure_is_made_on_the_meta_device_as_well(case: tuple[nn.Module, Any, int]) -> None:
+    model, inputs, _ = case
+    units = [
+        UnitPlan(**unit.model_dump(), size={"width": 9}, reason="", before=Cost(), after=Cost())
+        for unit in found(model, inputs)
+    ]
+    with torch.device("meta"):
+        empty = narrow_(copied(model).to("meta"), units)
+    _, narrow = with_pivots(model, tuple(unit.unit for unit in units), 9)
+    wanted = {name: tensor.shape for name, tensor in narrow.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == wanted
+    assert all(parameter.is_meta for parameter in empty.parameters())
 
 
 class _Mlp(nn.Module):
