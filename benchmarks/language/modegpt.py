@@ -23,11 +23,12 @@ MOST = 0.8  # of a block's parts is removed at most
 def modegpt(protocol: Protocol) -> Callable[[float], nn.Module]:
     """Return what makes a model of a share of the linear parameters."""
     known = Statistics.of(protocol)
+    order = {block: _by_leverage(known.inputs[f"{block}.mlp.down_proj"]) for block in protocol.blocks}
 
     def at(share: float) -> nn.Module:
         best, least = None, np.inf
         for spread in SPREADS:
-            model = _reduced(protocol, known, _shares(protocol, known, share, spread))
+            model = _reduced(protocol, known, order, _shares(protocol, known, share, spread))
             divergence = protocol.divergence(model)
             print(f"MoDeGPT at {share}: epsilon {spread}: KL {divergence:.4f}", flush=True)
             if best is None or divergence < least:
@@ -60,23 +61,27 @@ def _numbers(protocol: Protocol, block: str, name: str) -> int:
     return protocol.layers[f"{block}.{name}"].weight.numel()
 
 
-def _reduced(protocol: Protocol, known: Statistics, shares: dict[str, float]) -> nn.Module:
+def _by_leverage(moment: Tensor) -> Tensor:
+    """Return the numbers of hidden units, that of the largest ridge leverage first."""
+    moment = moment.double()
+    ridge = moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype)
+    return torch.linalg.solve(moment + ridge, moment).diagonal().argsort(descending=True)
+
+
+def _reduced(protocol: Protocol, known: Statistics, order: dict[str, Tensor], shares: dict[str, float]) -> nn.Module:
     model = protocol.copied()
     with torch.no_grad():
         for block, share in shares.items():
             own = model.get_submodule(block)
-            _narrow_mlp(own.get_submodule("mlp"), known.inputs[f"{block}.mlp.down_proj"], share)
+            moment, kept = known.inputs[f"{block}.mlp.down_proj"], max(1, int(share * len(order[block])))
+            _narrow_mlp(own.get_submodule("mlp"), moment, order[block][:kept].sort().values)
             _narrow_values(own.get_submodule("self_attn"), known.inputs[f"{block}.self_attn.v_proj"], share)
     return model
 
 
-def _narrow_mlp(mlp: nn.Module, moment: Tensor, share: float) -> None:
-    """Keep the hidden units of the largest ridge leverage, and refit the second matrix (algorithm 1)."""
+def _narrow_mlp(mlp: nn.Module, moment: Tensor, kept: Tensor) -> None:
+    """Keep these hidden units, and refit the second matrix (algorithm 1)."""
     moment = shrunk(moment, RIDGE)
-    width = max(1, int(share * len(moment)))
-    ridge = moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype)
-    leverage = torch.linalg.solve(moment + ridge, moment).diagonal()
-    kept = leverage.topk(width).indices.sort().values
     down = mlp.get_submodule("down_proj").weight.double()  # type: ignore[operator, union-attr]
     refit = torch.linalg.solve(moment[kept][:, kept], (down @ moment[:, kept]).mT).mT
     mlp.down_proj = _linear(refit)
