@@ -1,8 +1,9 @@
 """How much of each layer to keep: rules, the knapsack, and the choice of a plan. Numbers alone, no torch."""
 
 from tenfold.allocation.accounts import Accounts
-from tenfold.allocation.choose import Override, Pick, Selection, check_budget, choose, limits_latency, plan_of, select
+from tenfold.allocation.choose import Override, Selection, check_budget, choose, limits_latency, plan_of, select
 from tenfold.allocation.pareto import explorable, pareto, pruned
+from tenfold.allocation.picks import Pick
 from tenfold.allocation.rule import (
     RULES,
     Choice,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import NonNegativeInt
 
 from tenfold.allocation.accounts import Accounts
+from tenfold.allocation.compounds import Compounds
+from tenfold.allocation.picks import Pick, unit_picks, unit_plan
 from tenfold.allocation.reasons import listed
 from tenfold.allocation.rule import Choice, Factorize, Keep, RankRule, UnreachableError, rule_of
 from tenfold.errors import BudgetError, PlanError
@@ -27,20 +29,6 @@ class Override(Record):
 
 
 @dataclass(frozen=True)
-class Pick:
-    """What becomes of a layer that there is a choice for; ``format`` is None where it stays as it is."""
-
-    path: str
-    format: str | None
-    option: int
-    rank: dict[str, int] | None
-    cost: Cost
-    distortion: float | None
-    latency_ms: float | None
-    reason: str
-
-
-@dataclass(frozen=True)
 class Selection:
     """One choice for each eligible layer, and what the whole model comes to.
 
@@ -50,6 +38,7 @@ class Selection:
         distortion: the sum over its layers; layers without one count as 0.
         latency_share: the expected time, as a share of that of the model as it is; None without a clock.
         chosen: whether a rule had anything to choose.
+        units: which option of a unit was chosen, and why, by the path of its pivot; its layers have picks too.
     """
 
     picks: tuple[Pick, ...]
@@ -57,6 +46,7 @@ class Selection:
     distortion: float
     latency_share: float | None
     chosen: bool
+    units: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 def choose(
@@ -106,13 +96,14 @@ def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Overri
 
     Where all layers are set by hand, the budget decides nothing.
     """
-    layers = table.eligible
-    accounts = Accounts(table)
+    rule = rule_of(recipe.rule)
     fixed = _rows_by_hand(table, overrides or {})
+    compounds = Compounds.of(table if rule.uses_units else table.replace(units=()), recipe.budget.limited, fixed)
+    accounts = Accounts(compounds.table)
+    layers = compounds.table.eligible
     free = [layer for layer in layers if layer.path not in fixed]
     choices: dict[str, Choice] = {path: Factorize(row, SET_BY_HAND) for path, row in fixed.items()}
     if free or not layers:
-        rule = rule_of(recipe.rule)
         _check_serves(table, rule)
         limits = accounts.limits(recipe.budget, fixed) if recipe.budget else None
         try:
@@ -128,13 +119,38 @@ def select(table: OptionTable, recipe: Recipe, *, overrides: Mapping[str, Overri
             raise BudgetError(msg) from error
         choices |= {layer.path: choice for layer, choice in zip(free, chosen, strict=True)}
     picks = tuple(_pick(layer, choices[layer.path]) for layer in layers)
+    units, singles = _expanded(compounds, choices)
     return Selection(
-        picks,
+        tuple(singles[layer.path] for layer in table.layers if layer.path in singles),
         accounts.cost([pick.cost for pick in picks]),
         sum(pick.distortion or 0.0 for pick in picks),
         accounts.latency_share([pick.latency_ms for pick in picks]),
         bool(free),
+        units,
     )
+
+
+def _expanded(
+    compounds: Compounds, choices: Mapping[str, Choice]
+) -> tuple[dict[str, tuple[int, str]], dict[str, Pick]]:
+    """Return the options of units that were chosen, and what becomes of every layer for which there was a choice."""
+    units: dict[str, tuple[int, str]] = {}
+    picks: dict[str, Pick] = {}
+    for layer in compounds.table.eligible:
+        choice, compound = choices[layer.path], compounds.by_path.get(layer.path)
+        if compound is None:
+            picks[layer.path] = _pick(layer, choice)
+            continue
+        own, option = compound.expanded(choice)
+        if option is not None:
+            units[layer.path] = option, choice.note if isinstance(choice, Factorize) else choice.reason
+            picks |= unit_picks(compound.unit, compound.members, option, units[layer.path][1])
+        picks |= {
+            member.path: _pick(member, own[member.path])
+            for member in compound.members
+            if member.path in own and member.keep_reason is None
+        }
+    return units, picks
 
 
 def plan_of(table: OptionTable, recipe: Recipe, selection: Selection) -> Plan:
@@ -143,14 +159,19 @@ def plan_of(table: OptionTable, recipe: Recipe, selection: Selection) -> Plan:
         met = Accounts(table).met(recipe.budget, selection.cost, selection.latency_share)
         recipe = recipe.replace(budget=Budget(**met))
     picks = {pick.path: pick for pick in selection.picks}
+    algorithms = {unit.unit.pivot: unit.algorithm for unit in table.units if unit.unit.pivot in selection.units}
     return Plan(
         tenfold=table.tenfold,
         model=table.model,
         recipe=recipe,
         before=table.before,
         after=selection.cost,
-        layers=tuple(_layer_plan(table, layer, picks.get(layer.path)) for layer in table.layers),
+        layers=tuple(
+            _layer_plan(layer, picks.get(layer.path), table.algorithms, algorithms.get(layer.path))
+            for layer in table.layers
+        ),
         unrolled=table.unrolled,
+        units=tuple(unit_plan(unit, selection.units.get(unit.unit.pivot)) for unit in table.units),
     )
 
 
@@ -210,18 +231,21 @@ def _pick(layer: LayerOptions, choice: Choice) -> Pick:
     )
 
 
-def _layer_plan(table: OptionTable, layer: LayerOptions, pick: Pick | None) -> LayerPlan:
+def _layer_plan(
+    layer: LayerOptions, pick: Pick | None, algorithms: Mapping[str, dict[str, Any]], own: dict[str, Any] | None
+) -> LayerPlan:
     common: dict[str, Any] = {"path": layer.path, "aliases": layer.aliases, "kind": layer.kind, "before": layer.before}
     if pick is None or pick.format is None:
         reason = str(layer.keep_reason) if pick is None else pick.reason
-        common |= {"format": layer.format, "rank": layer.rank, "after": layer.before}
+        after = layer.before if pick is None else pick.cost
+        common |= {"format": layer.format, "rank": layer.rank, "after": after}
         return LayerPlan(**common, action="keep", reason=reason)
     return LayerPlan(
         **common,
         action="factorize",
         format=pick.format,
         rank=pick.rank,
-        algorithm=table.algorithms[pick.format],
+        algorithm=own or algorithms[pick.format],
         reason=pick.reason,
         distortion=pick.distortion,
         after=pick.cost,

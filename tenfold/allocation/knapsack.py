@@ -50,7 +50,12 @@ class Allocation:
     @property
     def stays(self) -> str:
         """What a plan says of a layer whose option is to stay as it is."""
-        return f"{self.proof}: what it would save elsewhere costs less distortion"
+        return stays(self.proof)
+
+
+def stays(proof: str) -> str:
+    """Return what a plan says of a layer that stays as it is in an allocation with this proof."""
+    return f"{proof}: what it would save elsewhere costs less distortion"
 
 
 def solve(

@@ -61,6 +61,11 @@ class RankRule(abc.ABC):
         return {}
 
     @property
+    def uses_units(self) -> bool:
+        """Whether it may choose groups of layers that are narrowed together; it compares their distortions then."""
+        return False
+
+    @property
     def patterns(self) -> tuple[str, ...]:
         """Patterns by which the rule names layers; each has to match one that there is a choice for."""
         return ()

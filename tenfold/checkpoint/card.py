@@ -10,9 +10,15 @@ def model_card(plan: Plan, record: RunRecord | None = None) -> str:
     """Return Markdown with the model, its costs before and after, its layers, and how to load it."""
     lines = [f"# {plan.model}, compressed with tenfold {plan.tenfold}", ""]
     lines += _measured(record) if record is not None else _planned(plan.before, plan.after)
-    lines += ["", f"{len(plan.factorized)} of {len(plan.layers)} layers are factorized.", ""]
+    if plan.narrowed:
+        lines += ["", f"{len(plan.narrowed)} units are narrowed, to plain layers of smaller sizes.", ""]
+        lines += ["| in | unit | layers | size |", "| --- | --- | --- | --- |"]
+        layers = [(unit, ", ".join(f"`{path}`" for path in unit.members)) for unit in plan.narrowed]
+        lines += [f"| `{unit.path}` | {unit.kind} | {paths} | {unit.words} |" for unit, paths in layers]
+    factorized = [layer for layer in plan.factorized if layer.path not in plan.narrowed_paths]
+    lines += ["", f"{len(factorized)} of {len(plan.layers)} layers are factorized.", ""]
     lines += ["| layer | was | now | ranks | relative error |", "| --- | --- | --- | --- | --- |"]
-    for layer in plan.factorized:
+    for layer in factorized:
         ranks = ", ".join(f"{k}={v}" for k, v in (layer.rank or {}).items())
         error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
         lines.append(f"| `{layer.path}` | {layer.kind} | {layer.format} | {ranks} | {error} |")

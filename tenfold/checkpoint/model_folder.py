@@ -13,9 +13,9 @@ from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_w
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.files import locked, read_text, reason, replace, staged, write_text
 from tenfold.layers import FactorizedLayer
-from tenfold.records import Analysis, OptionTable, Plan, RunRecord
+from tenfold.records import Analysis, LayerPlan, OptionTable, Plan, RunRecord
 from tenfold.records.parsing import seal
-from tenfold.surgery import fused_pairs, restructure_, separated
+from tenfold.surgery import find, fused_pairs, restructure_, separated
 from tenfold.tracing import copied
 
 WEIGHTS, PLAN, RECORD, CARD = "model.safetensors", "plan.yaml", "record.json", "README.md"
@@ -161,8 +161,13 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
         )
         raise CheckpointError(msg)
     has = {name: (m.format, m.rank) for name, m in model.named_modules() if isinstance(m, FactorizedLayer)}
+    pairs = fused_pairs(model)
+    fused = {*pairs, *pairs.values()}  # what a batch norm has left, or gone into
     for layer in plan.layers:
-        if layer.format and layer.path not in has:
+        if layer.path in plan.narrowed_paths:
+            if layer.path not in fused:
+                _check_narrowed(model, layer)
+        elif layer.format and layer.path not in has:
             msg = f"the plan has {layer.path!r} factorized, the model does not: save what apply(model, plan) returned"
             raise CheckpointError(msg)
     planned = {name for layer in plan.layers if layer.format for name in (layer.path, *layer.aliases)}
@@ -170,6 +175,16 @@ def _check_model(model: nn.Module, plan: Plan) -> None:
         if name not in planned:
             msg = f"the model has a factorized layer {name!r} that the plan does not know: save it with its own plan"
             raise CheckpointError(msg)
+
+
+def _check_narrowed(model: nn.Module, layer: LayerPlan) -> None:
+    held = sum(parameter.numel() for parameter in find(model, layer.path).parameters())
+    if held != layer.after.params:
+        msg = (
+            f"the plan has {layer.path!r} narrowed to {layer.after.params:,} parameters, in the model it has {held:,}: "
+            "save what apply(model, plan) returned"
+        )
+        raise CheckpointError(msg)
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -22,13 +22,25 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UnknownNameError: a name that does not exist.
         TenfoldError: a setting that the rule does not have.
-        Misuse: an algorithm for a format that is not in use, or that does not find its factors.
+        Misuse: an algorithm for a format that is not in use, or that does not find its factors; units that the rule or
+            the calibration cannot choose.
     """
     from tenfold.allocation import rule_of
     from tenfold.decompositions import DECOMPOSITIONS
     from tenfold.formats import FORMATS
+    from tenfold.units import UNITS
 
-    rule_of(recipe.rule)
+    rule = rule_of(recipe.rule)
+    for name in recipe.units or ():
+        UNITS.get(name)
+    if recipe.units and not (rule.uses_units and recipe.calibration.plans):
+        why = (
+            f"the rule {recipe.rule_name} chooses no units; the rule global does"
+            if not rule.uses_units
+            else "they need data that decide: --calibration-method sequential or independent"
+        )
+        msg = f"--units {','.join(recipe.units)}: {why}."
+        raise Misuse(msg)
     for format in recipe.formats:
         FORMATS.get(format)
     for format, config in recipe.algorithms.items():

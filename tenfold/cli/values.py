@@ -118,6 +118,14 @@ TEXTS: dict[str, dict[str, Text]] = {
             "What layers may turn into, the preferred first; see `tenfold list formats`.",
         )
     },
+    "units": {
+        "units": Text(
+            list[str],
+            "KIND,...",
+            names,
+            "Groups of layers that may be narrowed together, all usual kinds by default; see `tenfold list units`.",
+        )
+    },
     "algorithms": {"algorithms": Text(list[str], "FORMAT=NAME", algorithms, "The algorithm of a format. Repeatable.")},
     "keep": {
         "keep": Text(
@@ -143,6 +151,7 @@ TEXTS: dict[str, dict[str, Text]] = {
 
 _REGISTRIES = {
     "formats": "tenfold.formats:FORMATS",
+    "units": "tenfold.units:UNITS",
     "rule": "tenfold.allocation:RULES",
     "task": "tenfold.tasks:TASKS",
     "to": "tenfold.exporting:EXPORTERS",

@@ -40,6 +40,8 @@ class FitProblem:
             minimise tr(Δ C Δᵀ), Δ = weight − approximation. None stands for the identity. Of very wide layers it is a
             ``Sketch``, of which ``A @ covariance`` is the product as with a tensor.
         start: factors of the same weights in this format, at any rank, for algorithms with ``supports_start``; or None.
+        output_gram: G (batch, out, out), not singular, for algorithms with ``weighs_outputs``: they minimise
+            tr(G Δ C Δᵀ). None stands for the identity; for all others the weight is given in coordinates where it is.
     """
 
     weight: Tensor
@@ -48,6 +50,7 @@ class FitProblem:
     rank: Rank
     covariance: Covariance | None = None
     start: Factorization | None = None
+    output_gram: Covariance | None = None
 
     def format_as(self, kind: type[FormatT]) -> type[FormatT]:
         """Return the format as a subclass of ``kind``.
@@ -86,8 +89,12 @@ class Decomposition(abc.ABC):
     # What subclasses say of themselves, without an annotation: settings have one, and are fields.
     formats: ClassVar[tuple[type[Factorization], ...]] = ()  # finds factors of these and of their subclasses
     uses_covariance: ClassVar[bool] = False  # minimises the error of the output: see CovarianceDecomposition
+    weighs_outputs: ClassVar[bool] = False  # takes ``output_gram``: its last factor has a structure to keep
     supports_start: ClassVar[bool] = False  # what it finds depends on the start, and it can continue from known factors
     slow: ClassVar[bool] = False  # takes hundreds of sweeps, even of small weights: the laws try it on fewer
+    structured: ClassVar[bool] = (
+        False  # its factors obey more than their rank, for others to absorb: they may be further
+    )
     initializer_only: ClassVar[bool] = False  # may miss a weight of some rank at that rank, or its error rise with rank
 
     @classmethod

@@ -284,10 +284,13 @@ def _fit_outputs(request: FitRequest, moments: Moments, weight: Tensor, scale: f
     """Return the factors with the least error of the output, in coordinates where all output errors count alike."""
     kind, spec, algorithm = FORMATS.get(request.format), request.spec, request.algorithm
     rank, moments = kind.check_rank(spec, request.rank), moments.to(weight.device)
+    weighed = algorithm.weighs_outputs and moments.output_gram is not None
     # The last factor undoes the change of coordinates, where it is a layer of its own.
-    root = moments.output_root() if isinstance(kind.structure(spec, rank)[-1], LayerSpec) else None
+    undone = not weighed and isinstance(kind.structure(spec, rank)[-1], LayerSpec)
+    root = moments.output_root() if undone else None
     scaled, top = _target(weight, scale, moments, root, algorithm.covariance_ridge)
-    factors = algorithm.fit(FitProblem(scaled, spec, kind, rank, moments.covariance()))
+    gram = moments.ridged_gram() if weighed else None
+    factors = algorithm.fit(FitProblem(scaled, spec, kind, rank, moments.covariance(), output_gram=gram))
     del scaled  # it may be as large as all else
     value, factors = kind(spec, **factors.tensors), dataclasses.replace(factors, tensors={})
     return factors, (value if root is None else _restored(value, root, rank)).scaled(top)

@@ -43,8 +43,8 @@ class Explorer:
     """
 
     def __init__(self, table: OptionTable) -> None:
-        self.table = table
-        self.accounts = Accounts(table)
+        self.table = table.replace(units=())  # they would change several layers at once
+        self.accounts = Accounts(self.table)
 
     @cached_property
     def start(self) -> Selection:

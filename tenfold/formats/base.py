@@ -103,6 +103,11 @@ class Factorization(abc.ABC):
         """Return the smallest ranks at which every weight of this geometry is represented exactly."""
 
     @classmethod
+    def largest_rank(cls, spec: LayerSpec) -> Rank:
+        """Return the largest ranks that are accepted: by default the full ones."""
+        return cls.max_rank(spec)
+
+    @classmethod
     @abc.abstractmethod
     def structure(cls, spec: LayerSpec, rank: Rank) -> Structure:
         """Return the sub-layers without weights. The last has the bias: before it, padding would not commute."""
@@ -236,17 +241,17 @@ class Factorization(abc.ABC):
         """Return ``rank`` with omitted names set to full rank.
 
         Raises:
-            RankError: an unknown name, or a number outside 1..max_rank.
+            RankError: an unknown name, or a number outside 1..largest_rank.
         """
-        most = cls.max_rank(spec)
+        most, largest = cls.max_rank(spec), cls.largest_rank(spec)
         unknown = sorted(set(rank) - set(most))
         if unknown:
             msg = f"{cls.name()} has the ranks {', '.join(most)}, not {', '.join(unknown)}"
             raise RankError(msg)
         for key, value in rank.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most[key]:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest[key]:
                 msg = (
-                    f"{cls.name()} rank {key}={value} is outside 1..{most[key]} for a weight of shape "
+                    f"{cls.name()} rank {key}={value} is outside 1..{largest[key]} for a weight of shape "
                     f"{spec.weight_shape}. Pass at most max_rank(spec) or use a rank rule."
                 )
                 raise RankError(msg)

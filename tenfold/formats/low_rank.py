@@ -29,6 +29,14 @@ class LowRank(MatrixFormat):
     right: Tensor  # (groups, R, in/groups, *kernel)
 
     @classmethod
+    def largest_rank(cls, spec: LayerSpec) -> Rank:
+        """Return the longer side of linear layers: a factor with a structure, such as blocks, may need more than full.
+
+        The heads of attention together may be wider than what they read and write.
+        """
+        return {"rank": max(cls.matrix_shape(spec))} if spec.kind == "linear" else cls.max_rank(spec)
+
+    @classmethod
     def from_matrices(cls, left: Tensor, right: Tensor, spec: LayerSpec) -> dict[str, Tensor]:
         """Return the factors whose product is ``left`` @ ``right``."""
         return {"left": left, "right": right.reshape(*right.shape[:2], *spec.group_shape[2:])}

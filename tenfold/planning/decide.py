@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,19 +16,21 @@ from tenfold.allocation import choose, limits_latency
 from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
-from tenfold.errors import DataError, PlanError
+from tenfold.errors import DataError, PlanError, TenfoldWarning
 from tenfold.planning.divergence import by_divergence
 from tenfold.planning.eligible import changeable
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
+from tenfold.planning.one_head_size import with_one_head_size
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.target import Target
+from tenfold.planning.unit_kinds import kinds_of, wants_units
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
 from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
 from tenfold.runtime import Runtime
-from tenfold.surgery import fuse_batchnorm_, fused_pairs, separate, separated
+from tenfold.surgery import fuse_batchnorm_, fused_pairs, recognise_units, separate, separated
 from tenfold.tensors import normal_tensors
 from tenfold.tensors.finite import check_finite
 from tenfold.tracing import copied, device_of, gathered
@@ -105,31 +108,45 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
+    kinds_of(wanted)  # names that do not exist, before any work
     if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
         name = "refine" if wanted.calibration.refine else "metric: divergence"
         msg = f"the recipe's calibration has {name}, which needs data: pass data="
         raise DataError(msg)
     check_finite(model)
     model = trainable_copy(model)
-    source = unroll_for_plan(model, wanted, example_inputs) if given is None else separate(model, given.unrolled)
+    heads = data is not None and wants_units(wanted) and bool({"value_output", "query_key"} & {*kinds_of(wanted)})
+    source = (
+        unroll_for_plan(model, wanted, example_inputs, heads=heads)
+        if given is None
+        else separate(model, given.unrolled)
+    )
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
     decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
+    if given is None and data is None and wanted.units:
+        msg = f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed"
+        warnings.warn(msg, TenfoldWarning, stacklevel=2)
+    if given is None and data is not None and wants_units(wanted):
+        with runtime.step("find units", seconds):
+            cost = cost.replace(units=recognise_units(source, cost, example_inputs, kinds_of(wanted)))
+            decision = replace(decision, profile=cost)
     if data is not None and wanted.calibration.method != "none":
         with runtime.step("calibrate", seconds):
             decision = _calibrated(decision, data, given or wanted, runtime)
     moments = decision.moments
     with runtime.step("plan", seconds):
         if given is not None:
-            decision = replace(decision, plan=recost(given, cost))
+            decision = replace(decision, plan=with_one_head_size(recost(given, cost), cost))
         else:
             made = None if scores is None else scores(source, cost)
             table = tabulate(source, cost, wanted, moments=moments, scores=made, target=target, runtime=runtime)
             if decision.judged and moments is not None and made is None:
                 table = by_divergence(table, source, decision.judged, moments=moments, runtime=runtime)
             decision = _chosen(replace(decision, table=table))
+            decision = replace(decision, plan=with_one_head_size(decision.plan, cost))
         plan = refuse_unused(decision.plan, model)
         if plan.unrolled != separated(source):
             source = separate(model, plan.unrolled)

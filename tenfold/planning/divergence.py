@@ -19,7 +19,7 @@ from tenfold.decompositions import Decomposition, Moments
 from tenfold.formats import FORMATS
 from tenfold.planning.single_layer import replaced, substitute
 from tenfold.profiling import Original
-from tenfold.records import FormatOptions, LayerOptions, OptionTable
+from tenfold.records import FormatOptions, LayerOptions, OptionTable, UnitOptions
 from tenfold.runtime import Runtime
 from tenfold.surgery import find
 from tenfold.tensors import plain_arithmetic
@@ -66,7 +66,8 @@ def by_divergence(
     factors = {path: max(found, least) / told for path, (told, found) in measured.items() if told > 0}
     usual = median(factors.values()) if factors else 1.0
     layers = tuple(_scaled(layer, factors.get(layer.path, usual)) for layer in table.layers)
-    return table.replace(layers=layers, distortion=BY_DIVERGENCE)
+    units = tuple(_unit_scaled(own, factors.get(own.unit.pivot, usual)) for own in table.units)
+    return table.replace(layers=layers, units=units, distortion=BY_DIVERGENCE)
 
 
 @plain_arithmetic()
@@ -103,6 +104,11 @@ def mildest(layer: LayerOptions) -> tuple[FormatOptions, int]:
 
 def _scaled(layer: LayerOptions, factor: float) -> LayerOptions:
     return layer.replace(options=tuple(_times(own, factor) for own in layer.options))
+
+
+def _unit_scaled(unit: UnitOptions, factor: float) -> UnitOptions:
+    """Return a unit scaled as its pivot is, by whose moments its distortions are."""
+    return unit if unit.options is None else unit.replace(options=_times(unit.options, factor))
 
 
 def _times(own: FormatOptions, factor: float) -> FormatOptions:

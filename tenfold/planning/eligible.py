@@ -19,6 +19,7 @@ from tenfold.formats import FORMATS, Rank, split_groups
 from tenfold.layers import dense_weight
 from tenfold.patterns import check_patterns, first_match
 from tenfold.planning.target import Target
+from tenfold.planning.unit_kinds import pivots_to_judge
 from tenfold.planning.unroll import kept_states
 from tenfold.profiling.profile import NOT_REACHED
 from tenfold.records import Call, Cost, LayerProfile, LayerSpec, Plan, Profile, Recipe
@@ -119,7 +120,8 @@ def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dic
     if isinstance(wanted, Plan):
         return {layer.path: specs[layer.path] for layer in wanted.factorized if layer.path in specs}
     kept = kept_reasons(model, profile, wanted)
-    return {path: spec for path, spec in specs.items() if kept[path] in ("", NOT_REACHED)}
+    judged = {path for path in specs if kept[path] in ("", NOT_REACHED)} | set(pivots_to_judge(profile, wanted))
+    return {path: spec for path, spec in specs.items() if path in judged}
 
 
 def cheap_ends(profile: Profile) -> dict[str, str]:

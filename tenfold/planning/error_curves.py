@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenfold.decompositions import error_curve
+from tenfold.decompositions import Moments, error_curve
 from tenfold.formats import FORMATS
 from tenfold.planning.eligible import EligibleLayer
 from tenfold.tensors import plain_arithmetic, singular_values
@@ -58,7 +58,11 @@ def distortion_curve(layer: EligibleLayer, format: str, weight: Tensor) -> Curve
     moments = layer.moments
     if moments is None:
         return weight_curve(layer, format, weight)
-    curve = error_curve(weight, layer.spec, FORMATS.get(format), moments)
+    return by_data(error_curve(weight, layer.spec, FORMATS.get(format), moments), moments, weight)
+
+
+def by_data(curve: Curve, moments: Moments, weight: Tensor) -> Curve:
+    """Return the distortion that an error by moments stands for: see ``distortion_curve``."""
     if moments.output_gram is not None:
         held_out = moments.held_out
         return curve if held_out is None else lambda ranks: held_out(curve(ranks))

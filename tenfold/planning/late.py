@@ -43,12 +43,18 @@ def _what_is_left(best: FastPlan) -> str:
     whole = timing.forward_time().whole_ms
     now = {layer.path: timing.now_ms(timing.profile.layer(layer.path)) for layer in plan.layers}
     parts = [(whole * (1 - timing.layer_share), "activations, the interpreter and what else is no layer")]
-    parts += [_factorized(layer, now[layer.path], best) for layer in plan.factorized]
+    alone = [layer for layer in plan.factorized if layer.path not in plan.narrowed_paths]
+    parts += [_factorized(layer, now[layer.path], best) for layer in alone]
+    parts += [(unit.latency_after_ms or 0.0, f"in {unit.path} with {unit.words}") for unit in plan.narrowed]
     parts = sorted(parts, reverse=True)
     shown = [f"{share(ms, whole)} {words}" for ms, words in parts[:_MOST] if ms > 0]
     if rest := parts[_MOST:]:
         shown.append(f"{share(sum(ms for ms, _ in rest), whole)} in {len(rest)} further factorized layers")
-    kept = [(layer.reason, now[layer.path]) for layer in plan.layers if layer.action == "keep" and now[layer.path]]
+    kept = [
+        (layer.reason, now[layer.path])
+        for layer in plan.layers
+        if layer.action == "keep" and now[layer.path] and layer.path not in plan.narrowed_paths
+    ]
     shown += [in_words(grouped_reasons(kept), whole)] if kept else []
     return f"What is left of the time: {'; '.join(shown)}"
 

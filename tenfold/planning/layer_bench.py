@@ -67,12 +67,12 @@ class LayerBench:
     _known: dict[Any, LayerTiming] = field(default_factory=dict, repr=False)
 
     def __call__(self, plan: Plan) -> dict[str, LayerTiming]:
-        """Return the timing of every layer that the plan factorizes, by path.
+        """Return the timing of every layer that the plan factorizes alone, by path: units were timed as they are.
 
         Raises:
             PlanError: the plan has a layer that the profile does not have.
         """
-        return {layer.path: self._layer(layer) for layer in plan.factorized}
+        return {layer.path: self._layer(layer) for layer in plan.factorized if layer.path not in plan.narrowed_paths}
 
     def _layer(self, layer: LayerPlan) -> LayerTiming:
         known = self.profile.layer(layer.path)
@@ -155,9 +155,11 @@ def keep_slower_layers_dense(
     while True:
         plan = make(reasons)
         timings = dict(check(plan))
-        slower = [layer for layer in plan.factorized if not timings[layer.path].faster(margin)]
+        slower = [
+            layer for layer in plan.factorized if layer.path in timings and not timings[layer.path].faster(margin)
+        ]
         if learn is not None:
-            for layer in plan.factorized:
+            for layer in (layer for layer in plan.factorized if layer.path in timings):
                 if (measured := (layer.path, str(layer.format), str(layer.rank))) not in seen:
                     seen.add(measured)
                     learn(layer, timings[layer.path])

@@ -14,7 +14,8 @@ from tenfold.formats import FORMATS
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.timing import Timing
-from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile, Recipe
+from tenfold.planning.unit_options import member_costs, planned_unit
+from tenfold.records import Budget, Cost, LayerPlan, LayerProfile, Plan, Profile, Recipe, UnitPlan
 from tenfold.runtime import Runtime
 
 _SAID = dict.fromkeys(("rel_error", "distortion", "latency_before_ms", "latency_after_ms"))
@@ -68,7 +69,7 @@ def recost(plan: Plan, profile: Profile) -> Plan:
         PlanError: the plan has a layer that the profile does not have, or has with another geometry, or one that its
             format cannot serve at its rank.
     """
-    layers = []
+    layers, narrower = [], member_costs(plan, profile)
     for planned in plan.layers:
         layer = planned
         try:
@@ -77,14 +78,17 @@ def recost(plan: Plan, profile: Profile) -> Plan:
             msg = f"the plan has a layer {layer.path!r} that the model does not have: was it made for another model?"
             raise PlanError(msg) from error
         after = known.cost
-        if layer.action == "factorize":
+        if layer.path in narrower:
+            after = narrower[layer.path]
+        elif layer.action == "factorize":
             after = _cost_planned(layer, known)
         else:  # in the format that the layer has, whatever was planned before somebody decided to keep it
             layer = layer.replace(format=known.format, rank=known.rank, algorithm=None)
         if planned.edited or after.params != layer.after.params:
             layer = layer.replace(**_SAID, reason="edited after it was planned")
         layers.append(layer.replace(before=known.cost, after=after, fingerprint=None))
-    after = _total(profile, layers)
+    units = tuple(planned_unit(unit, profile) for unit in plan.units)
+    after = _total(profile, layers, units)
     # An edit may have left the budget behind: then the plan no longer claims it.
     counted = plan.recipe.budget.without_latency().given
     missed = {
@@ -93,7 +97,7 @@ def recost(plan: Plan, profile: Profile) -> Plan:
         if any(getattr(after, k) > most for k, most in Budget(**{name: value}).allowance(profile.cost).items())
     }
     recipe = plan.recipe.replace(budget=plan.recipe.budget.replace(**missed))
-    return plan.replace(before=profile.cost, after=after, layers=tuple(layers), recipe=recipe)
+    return plan.replace(before=profile.cost, after=after, layers=tuple(layers), recipe=recipe, units=units)
 
 
 def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
@@ -114,8 +118,10 @@ def _cost_planned(layer: LayerPlan, known: LayerProfile) -> Cost:
     return Cost(params=kind.num_params(known.spec, rank), macs=macs)
 
 
-def _total(profile: Profile, layers: Sequence[LayerPlan]) -> Cost:
-    """Return what the whole model costs once the layers cost what they are planned to."""
-    saved_params = sum(layer.before.params - layer.after.params for layer in layers)
-    saved_macs = sum(layer.before.macs - layer.after.macs for layer in layers)
+def _total(profile: Profile, layers: Sequence[LayerPlan], units: Sequence[UnitPlan]) -> Cost:
+    """Return what the whole model costs once layers and units cost what they are planned to."""
+    inside = {path for unit in units if unit.size is not None for path in unit.members}
+    changed: list[LayerPlan | UnitPlan] = [*(layer for layer in layers if layer.path not in inside), *units]
+    saved_params = sum(each.before.params - each.after.params for each in changed)
+    saved_macs = sum(each.before.macs - each.after.macs for each in changed)
     return Cost(params=profile.params - saved_params, macs=profile.macs - saved_macs)

@@ -26,6 +26,7 @@ from tenfold.planning.rows import in_steps, liked_step, rows_of, without_idle_fa
 from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.target import Target
 from tenfold.planning.timing import Timing
+from tenfold.planning.unit_options import unit_options
 from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
@@ -106,6 +107,7 @@ def tabulate(
             for f in used
         },
         unrolled=separated(model),
+        units=() if scores is not None else unit_options(model, profile, recipe, moments, target),
     )
     return table if timing is None else timing.time(table)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from tenfold.formats import Rank
 from tenfold.planning.target import Target
+from tenfold.planning.unit_times import time_unit
 from tenfold.profiling import LatencyTable, compare_latency
 from tenfold.records import (
     Call,
@@ -118,13 +119,16 @@ class Timing:
             timed.get(layer.path) or layer.replace(latency_ms=self.now_ms(self.profile.layer(layer.path)))
             for layer in table.layers
         )
-        return table.replace(layers=layers, time=self.forward_time())
+        units = tuple(time_unit(own, self.profile, self.clock, self.now_ms) for own in table.units)
+        return table.replace(layers=layers, time=self.forward_time(), units=units)
 
     def share_of(self, plan: Plan) -> float:
         """Return what share of the model's time a plan should take, by all that the clock has learnt until now."""
         whole = self.forward_time().whole_ms
-        planned = ((layer, self.profile.layer(layer.path)) for layer in plan.factorized)
-        saved = sum(
+        alone = (layer for layer in plan.factorized if layer.path not in plan.narrowed_paths)
+        planned = ((layer, self.profile.layer(layer.path)) for layer in alone)
+        saved = sum((unit.latency_before_ms or 0.0) - (unit.latency_after_ms or 0.0) for unit in plan.narrowed)
+        saved += sum(
             self.now_ms(known) - self._in(str(layer.format), layer.rank or {}, known)
             for layer, known in planned
             if known.spec is not None and known.calls

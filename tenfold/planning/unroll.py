@@ -9,17 +9,25 @@ from torch import nn
 
 from tenfold.patterns import first_match
 from tenfold.records import Cost, LayerPlan, Plan, Recipe
-from tenfold.surgery import find, fused_rnns, separate, separated, stacks, unrolled_rnns
+from tenfold.surgery import find, fused_rnns, joined_projections, separate, separated, stacks, unrolled_rnns
+from tenfold.surgery.separate_attention import is_projections
 from tenfold.surgery.separate_padding import confirmed, is_padding, padded_convs
 
 _IN_THE_KERNEL = "torch multiplies states within one kernel for all steps, which has no use for factors"
 
 
-def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any) -> nn.Module:
+def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any, *, heads: bool = False) -> nn.Module:
     """Return the model with recurrent networks unrolled, experts unstacked and paddings apart, on a copy, for plans.
 
     The model itself where there are none. Those that ``recipe.keep`` names as a whole stay as they are. Experts do
-    under a budget of latency, or where a runtime is named: they would run in Python, one by one.
+    under a budget of latency, or where a runtime is named: they would run in Python, one by one. So do projections
+    that an attention computes at once, which run the faster together.
+
+    Args:
+        model: stays as it is.
+        recipe: what is wanted.
+        inputs: example inputs, as ``call_model`` takes them.
+        heads: whether the heads of attentions may be narrowed, for which their projections are to be layers.
     """
 
     def wanted(kinds: Mapping[str, str]) -> dict[str, str]:
@@ -27,6 +35,7 @@ def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any) -> nn.Module:
 
     found = confirmed(model, wanted(padded_convs(model)), inputs)
     found |= wanted(fused_rnns(model) | ({} if recipe.timed else stacks(model, inputs)))
+    found |= wanted(joined_projections(model)) if heads and not recipe.timed else {}
     return separate(model, found)
 
 
@@ -57,12 +66,12 @@ def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
         plan: made for the model with such modules taken apart.
         model: the one that was given: what is taken apart there already stays so.
     """
-    whole = separated(model)
+    whole, narrowed = separated(model), {path for unit in plan.narrowed for path in unit.members}
     for path, kind in plan.unrolled.items():
-        padding = is_padding(kind)
-        inside = tuple(f"{path}.{name}".lstrip(".") for name in ([""] if padding else _parts(kind)))
+        padding, inner = is_padding(kind), _parts(kind)
+        inside = tuple(f"{path}.{name}".lstrip(".") for name in inner)
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
-        if path in whole or any(layer.format for layer in layers):
+        if path in whole or any(layer.format or layer.path in narrowed for layer in layers):
             continue
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
         # What it holds besides, such as biases.
@@ -82,10 +91,13 @@ def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
         plan = plan.replace(
             layers=tuple(layer for layer in kept if layer not in layers and layer not in own),
             unrolled={p: k for p, k in plan.unrolled.items() if p != path},
+            units=tuple(unit for unit in plan.units if not any(m.startswith(inside) for m in unit.members)),
         )
     return plan
 
 
 def _parts(kind: str) -> list[str]:
     """Return how the paths of the matrices go on behind that of their module: see ``Plan.unrolled``."""
+    if is_padding(kind) or is_projections(kind):
+        return [""]
     return ["cells."] if kind in ("GRU", "LSTM") else [f"{name.removesuffix('.T')}." for name in kind.split(", ")]

@@ -8,8 +8,8 @@ from tenfold.records.budget import Budget
 from tenfold.records.costs import Call, Clock, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import ContractSpec, LayerSpec, Shape
 from tenfold.records.metric import Metric
-from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable
-from tenfold.records.plans import LayerPlan, Plan
+from tenfold.records.options import FormatOptions, ForwardTime, LayerOptions, OptionTable, UnitOptions
+from tenfold.records.plans import LayerPlan, Plan, UnitPlan
 from tenfold.records.recipe import DEFAULT_FORMATS, Calibration, Recipe
 from tenfold.records.runs import ExportRecord, Int8Record, Measurement, RunRecord, StageLayer, StageRecord
 from tenfold.records.sensitivity_table import (
@@ -32,6 +32,7 @@ from tenfold.records.sublayers import (
 )
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
+from tenfold.records.units import Unit
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -85,6 +86,9 @@ __all__ = [
     "TrainShape",
     "TuneConfig",
     "TuneResult",
+    "Unit",
+    "UnitOptions",
+    "UnitPlan",
     "atomic_write",
     "chain_macs",
     "chain_params",

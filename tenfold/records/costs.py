@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from tenfold.records.base import Record
 from tenfold.records.geometry import LayerSpec, Shape
+from tenfold.records.units import Unit
 
 SCHEMA_VERSION = 1
 
@@ -169,6 +170,7 @@ class Profile(Record):
     ``fused_macs`` are those, by kernel, that torch's flop counter has no formula for while it does count the same
     mathematics written without the fused kernel; they are part of ``macs``. ``uncounted`` lists operations that may do
     multiply-accumulates and that nobody has a formula for, with the number of calls; they are not in ``macs``.
+    ``units`` are groups of layers that could be narrowed together, where somebody looked for them.
     """
 
     version: int = SCHEMA_VERSION
@@ -183,6 +185,7 @@ class Profile(Record):
     uncounted: dict[str, int] = {}
     latency: Latency | None = None
     environment: Environment
+    units: tuple[Unit, ...] = ()
 
     @property
     def cost(self) -> Cost:

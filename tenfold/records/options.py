@@ -23,6 +23,7 @@ from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.parsing import seal
 from tenfold.records.recipe import Recipe
+from tenfold.records.units import Unit
 
 OPTIONS_VERSION = 2
 
@@ -190,6 +191,51 @@ class LayerOptions(_Columns):
         raise KeyError(format)
 
 
+class UnitOptions(_Columns):
+    """One unit of the model, and the sizes that it could have. An option excludes those of its layers.
+
+    Attributes:
+        unit: its layers.
+        before: what all members cost as they are, with what they compute outside of layers.
+        latency_ms: what they take as they are; None without a clock.
+        options: the sizes in place of ranks, costs of all members together and the distortion; the format is the kind
+            of unit. None where the unit is kept.
+        pivot: the format of the pivot, and its ranks (n, names), by option.
+        algorithm: that finds the factors of the pivot.
+        params: of each member by option (n,), by path.
+        macs: the same of multiply-accumulates.
+    """
+
+    unit: Unit
+    before: Cost = Cost()
+    latency_ms: NonNegativeFloat | None = None
+    options: FormatOptions | None = None
+    pivot: FormatOptions | None = None
+    algorithm: dict[str, Any] = {}
+    params: dict[str, Ints] = {}
+    macs: dict[str, Ints] = {}
+
+    def kept(self, reason: str) -> UnitOptions:
+        """Return the unit without options, with the reason."""
+        unit = self.unit.replace(keep_reason=self.unit.keep_reason or reason)
+        return self.replace(unit=unit, options=None, pivot=None, params={}, macs={})
+
+    def only(self, rows: Any) -> UnitOptions:
+        """Return some of the options; see ``kept`` for none at all."""
+        if self.options is None or self.pivot is None:
+            return self
+        return self.replace(
+            options=self.options.only(rows),
+            pivot=self.pivot.only(rows),
+            params={path: column[rows] for path, column in self.params.items()},
+            macs={path: column[rows] for path, column in self.macs.items()},
+        )
+
+    def member_cost(self, path: str, option: int) -> Cost:
+        """Return what a member costs as part of an option."""
+        return Cost(params=int(self.params[path][option]), macs=int(self.macs[path][option]))
+
+
 class ForwardTime(Record):
     """What a latency budget is converted with, in milliseconds; see ``tenfold.planning.Timing``.
 
@@ -236,6 +282,7 @@ class OptionTable(_Columns):
         algorithms: with their settings, by format.
         unrolled: paths of modules whose matrices are layers of the table: see ``Plan``.
         time: for latency budgets; None without a clock.
+        units: groups of layers that could be narrowed together; no two of those with options share a layer.
     """
 
     version: int = OPTIONS_VERSION
@@ -248,6 +295,7 @@ class OptionTable(_Columns):
     algorithms: dict[str, dict[str, Any]] = {}
     unrolled: dict[str, str] = {}
     time: ForwardTime | None = None
+    units: tuple[UnitOptions, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> OptionTable:
@@ -274,14 +322,15 @@ class OptionTable(_Columns):
         raise KeyError(path)
 
     def kept(self, reasons: dict[str, str]) -> OptionTable:
-        """Return the table with some layers kept as they are, by path, each with a reason."""
+        """Return the table with some layers kept as they are, by path, and units by key, each with a reason."""
         layers = (
             layer.replace(keep_reason=reasons[layer.path], options=())
             if layer.path in reasons and layer.keep_reason is None
             else layer
             for layer in self.layers
         )
-        return self.replace(layers=tuple(layers))
+        units = (own.kept(reasons[own.unit.key]) if own.unit.key in reasons else own for own in self.units)
+        return self.replace(layers=tuple(layers), units=tuple(units))
 
     def faster(self) -> OptionTable:
         """Return the table without options that take no less time than the layer as it is, by its latencies."""

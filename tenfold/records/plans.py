@@ -15,6 +15,7 @@ from tenfold.files import read_text, write_text
 from tenfold.records.base import Record
 from tenfold.records.costs import Cost
 from tenfold.records.recipe import Recipe
+from tenfold.records.units import Unit
 
 PLAN_VERSION = 2
 PLAN_HEADER = """\
@@ -84,6 +85,48 @@ class LayerPlan(Record):
         return self
 
 
+class UnitPlan(Unit):
+    """What happens to a unit: its sizes become ``size``, or stay where that is None, for the reason.
+
+    The plan of the pivot says how that layer is refitted. The costs are those of all members together, and of what they
+    compute outside of layers, such as attention scores; so are the milliseconds.
+    """
+
+    size: dict[str, PositiveInt] | None = None
+    reason: str
+    before: Cost
+    after: Cost
+    distortion: float | None = None
+    latency_before_ms: NonNegativeFloat | None = None
+    latency_after_ms: NonNegativeFloat | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> UnitPlan:
+        if self.size is not None and (
+            set(self.size) != set(self.full) or any(self.size[name] > self.full[name] for name in self.size)
+        ):
+            msg = f"the unit {self.kind} of {self.pivot!r} has the sizes {self.full} at most, not {self.size}"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def words(self) -> str:
+        """What happens to it.
+
+        Example:
+            >>> cost = Cost()
+            >>> full = {"width": 64}
+            >>> UnitPlan(kind="mlp_width", path="", pivot="2", full=full, reason="", before=cost, after=cost).words
+            'width 64'
+        """
+        return self.sized(self.size or self.full)
+
+    @property
+    def unit(self) -> Unit:
+        """The unit itself."""
+        return Unit(**{name: getattr(self, name) for name in Unit.model_fields})
+
+
 class Plan(Record):
     """What happens to every layer of a model. An editable YAML file; ``apply`` carries it out.
 
@@ -92,7 +135,8 @@ class Plan(Record):
     the path of that layer. ``unrolled`` are the paths of modules whose matrices are layers of the plan, which
     applying and loading take apart: recurrent networks with their kind, and modules whose parameters stack matrices,
     such as experts, with the names of these; ``.T`` marks matrices (in, out). Convolutions that pad first are put
-    behind their padding, which is their kind.
+    behind their padding, which is their kind. ``units`` are groups of layers that are narrowed together, or kept for a
+    reason; the plan of a pivot says how it is refitted, those of its feeders that they stay, narrower.
     """
 
     version: int = PLAN_VERSION
@@ -104,6 +148,7 @@ class Plan(Record):
     layers: tuple[LayerPlan, ...]
     fused: dict[str, str] = {}
     unrolled: dict[str, str] = {}
+    units: tuple[UnitPlan, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -117,12 +162,36 @@ class Plan(Record):
         if twice:
             msg = f"layers appear twice: {', '.join(sorted(twice))}"
             raise ValueError(msg)
+        self._check_units(set(paths))
         return self
+
+    def _check_units(self, paths: set[str]) -> None:
+        """Raise ValueError unless units that become smaller have their layers in the plan, and share none."""
+        taken: set[str] = set()
+        for unit in self.narrowed:
+            for path in unit.members:
+                if path not in paths:
+                    msg = f"the unit {unit.kind} of {unit.pivot!r} has a layer {path!r} that is not in the plan"
+                    raise ValueError(msg)
+                if path in taken:
+                    msg = f"layer {path!r} is in two units that become smaller: keep one of them"
+                    raise ValueError(msg)
+                taken.add(path)
 
     @property
     def seed(self) -> int:
         """Of everything that draws random numbers."""
         return self.recipe.seed
+
+    @property
+    def narrowed(self) -> tuple[UnitPlan, ...]:
+        """The units that become smaller."""
+        return tuple(unit for unit in self.units if unit.size is not None)
+
+    @property
+    def narrowed_paths(self) -> frozenset[str]:
+        """The paths of the layers of units that become smaller."""
+        return frozenset(path for unit in self.narrowed for path in unit.members)
 
     @property
     def factorized(self) -> tuple[LayerPlan, ...]:

@@ -116,6 +116,8 @@ class Recipe(Record):
         formats: what layers may turn into, the preferred first.
         algorithms: by format, the algorithm with its settings, instead of the format's default:
             ``{"tucker2": {"name": "hosvd"}}``.
+        units: groups of layers that may be narrowed together, such as ``mlp_width``, with the rule ``global`` and data.
+            None for all kinds that are meant for it; empty for none.
         keep: layers to leave alone, as paths, globs or ``re:`` expressions.
         keep_ends: leave a first and a last layer alone that cost next to nothing; by default unless the rule selects
             layers by name.
@@ -140,6 +142,7 @@ class Recipe(Record):
     rule: dict[str, Any] = Field(default={"name": "global"})
     formats: tuple[str, ...] = DEFAULT_FORMATS
     algorithms: dict[str, dict[str, Any]] = {}
+    units: tuple[str, ...] | None = None
     keep: tuple[str, ...] = ()
     keep_ends: bool | None = None
     calibration: Calibration = Calibration()
@@ -225,7 +228,7 @@ class Recipe(Record):
     def _read_rule(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("formats", "keep", mode="before")
+    @field_validator("formats", "units", "keep", mode="before")
     @classmethod
     def _read_names(cls, value: Any) -> Any:
         return as_tuple(value) if isinstance(value, str | list | tuple) else value

@@ -165,8 +165,10 @@ def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def _plain_name(record: RunRecord) -> str:
-    formats = " + ".join(sorted({str(layer.format) for layer in record.plan.factorized}))
-    parts = [formats or "nothing", record.plan.recipe.rule_name]
+    plan = record.plan
+    names = {str(layer.format) for layer in plan.factorized if layer.path not in plan.narrowed_paths}
+    names |= {unit.kind for unit in plan.narrowed}
+    parts = [" + ".join(sorted(names)) or "nothing", record.plan.recipe.rule_name]
     if record.stages:
         parts.append(plural(len(record.stages), "stage"))
     epochs = sum(len(stage.tuning) for stage in record.stages) or len(record.tuning)

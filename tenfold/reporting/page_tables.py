@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tenfold.records import Analysis, LayerPlan, RunRecord
 from tenfold.reporting.numbers import change, count, percent, ranks, three_digits
@@ -21,16 +21,24 @@ def layer_table(record: RunRecord, analysis: Analysis | None) -> tuple[list[Colu
     """Return the columns and rows of every layer; columns of what nobody measured are left out."""
     layers = shown_layers(record.plan.layers)
     drawn = {layer.path for layer in analysis.layers} if analysis is not None else set()
-    wanted = _columns(layers)
-    rows = [Row((_name(layer, drawn), *(make(layer) for _, make in wanted)), kind=layer.action) for layer in layers]
+    narrower = {path: unit.words for unit in record.plan.narrowed for path in unit.members}
+    wanted = _columns(layers, narrower)
+    rows = [
+        Row(
+            (_name(layer, drawn), *(make(layer) for _, make in wanted)),
+            kind="factorize" if layer.path in narrower else layer.action,
+        )
+        for layer in layers
+    ]
     return [Column("layer"), *(column for column, _ in wanted)], rows
 
 
 Make = Callable[[LayerPlan], Cell]
 
 
-def _columns(layers: Sequence[LayerPlan]) -> list[tuple[Column, Make]]:
-    found: list[tuple[Column, Make]] = [(Column("was", css="kind"), lambda x: Cell(x.kind)), (Column("now"), _now)]
+def _columns(layers: Sequence[LayerPlan], narrower: Mapping[str, str]) -> list[tuple[Column, Make]]:
+    found: list[tuple[Column, Make]] = [(Column("was", css="kind"), lambda x: Cell(x.kind))]
+    found.append((Column("now"), lambda x: _now(x, narrower.get(x.path))))
     if any(layer.rel_error is not None for layer in layers):
         found.append((Column("error", numeric=True), lambda x: number(x.rel_error, f"{x.rel_error or 0:.3f}")))
     if any(_stability(layer) for layer in layers):
@@ -53,7 +61,9 @@ def _name(layer: LayerPlan, drawn: set[str]) -> Cell:
     return Cell(layer.path or "(the model)", layer=layer.path if layer.path in drawn else None)
 
 
-def _now(layer: LayerPlan) -> Cell:
+def _now(layer: LayerPlan, narrower: str | None) -> Cell:
+    if narrower is not None:
+        return Cell("narrower", badge="factorize", note=narrower)
     return Cell(layer.format or "kept", badge=layer.action, note=ranks(layer.rank))
 
 

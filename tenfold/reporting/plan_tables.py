@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tenfold.records import LayerPlan, LayerSensitivity, Plan
+from tenfold.records import LayerPlan, LayerSensitivity, Plan, UnitPlan
 from tenfold.reporting.grouping import grouped, kind_name, kinds_in_short, paths_in_short
 from tenfold.reporting.numbers import change, count, factor, plural, ranks
 from tenfold.reporting.table_parts import grid
@@ -17,14 +17,22 @@ WHOLE_PATH = 28  # paths up to this length are not broken, however narrow the pa
 
 
 def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
-    """Return the totals of a plan, its layers to factorize, then its layers to keep, with reasons.
+    """Return the totals of a plan, its units to narrow, its layers to factorize, then its layers to keep, with reasons.
 
     Kept layers of one kind that share a reason take one line. Layers without parameters and MACs are left out.
     """
-    kept = [layer for layer in plan.layers if layer.action == "keep" and (layer.before.params or layer.before.macs)]
+    kept = [
+        layer
+        for layer in plan.layers
+        if layer.action == "keep" and (layer.before.params or layer.before.macs)
+        if layer.path not in plan.narrowed_paths
+    ]
+    factorized = [layer for layer in plan.factorized if layer.path not in plan.narrowed_paths]
     parts: list[RenderableType] = [_totals(plan)]
-    if plan.factorized:
-        parts.append(_factorized(plan.factorized))
+    if plan.narrowed:
+        parts.append(_narrowed(plan.narrowed))
+    if factorized:
+        parts.append(_factorized(factorized))
     if kept:
         parts.append(reasons_table("Kept", kept))
     return tuple(parts)
@@ -44,6 +52,25 @@ def _totals(plan: Plan) -> Text:
         text.append(f"{name} {count(old)} → {count(new)} ({factor(old, new)})   ", style="not bold")
     text.rstrip()
     return text
+
+
+def _narrowed(units: Sequence[UnitPlan]) -> Table:
+    reasons = {unit.reason for unit in units}
+    shared = next(iter(reasons)) if len(reasons) == 1 else ""
+    table = grid(f"Narrowed: {plural(len(units), 'unit')}" + (f" — {shared}" if shared else ""))
+    table.add_column("in", overflow="fold", no_wrap=max(len(unit.path) for unit in units) <= WHOLE_PATH)
+    table.add_column("unit")
+    table.add_column("layers", justify="right")
+    table.add_column("size", no_wrap=True)
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
+    if not shared:
+        table.add_column("why", ratio=1)
+    for unit in units:
+        row = [unit.path or "(the model)", unit.kind, str(len(unit.members)), unit.words]
+        row += [change(unit.before.params, unit.after.params), change(unit.before.macs, unit.after.macs)]
+        table.add_row(*row, *([] if shared else [unit.reason]))
+    return table
 
 
 def _factorized(layers: Sequence[LayerPlan]) -> Table:

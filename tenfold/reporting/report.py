@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.files import write_text
-from tenfold.records import LayerPlan, RunRecord
+from tenfold.records import LayerPlan, Plan, RunRecord
 from tenfold.reporting import charts
 from tenfold.reporting.charts import Chart
 from tenfold.reporting.numbers import count, factor, limits, percent, plural, ranks, seconds, size, speed
@@ -36,7 +36,8 @@ def report(run: Run) -> str:
     """Return the report of a run as HTML that needs nothing else: no network, no torch, no other file."""
     record, plan = run.record, run.record.plan
     columns, rows = layer_table(record, run.analysis)
-    kept = len(rows) - len(plan.factorized)
+    changed = [x for x in plan.layers if x.action == "factorize" or x.path in plan.narrowed_paths]
+    kept = len(rows) - len(changed)
     layers = _layers(run)
     overview, choices, training = _overview(run), _choices(run), _training(record)
     drawn = {name: chart for name, chart, _, _ in (*overview, *choices, *training) if chart is not None}
@@ -46,7 +47,7 @@ def report(run: Run) -> str:
         data={"charts": drawn, "layers": layers},
         lead=_lead(record),
         tiles=tiles(record),
-        counted=f"{len(plan.factorized)} of the {len(rows)} layers with parameters are factorized, {kept} are kept.",
+        counted=f"{len(changed)} of the {len(rows)} layers with parameters are {_changes(plan)}, {kept} are kept.",
         columns=columns,
         rows=rows,
         picked=[layer["path"] for layer in layers],
@@ -139,11 +140,17 @@ def _headline(record: RunRecord) -> str:
     return f"{factor(before.params, after.params)} fewer parameters"
 
 
+def _changes(plan: Plan) -> str:
+    return "factorized or narrower" if plan.narrowed else "factorized"
+
+
 def _lead(record: RunRecord) -> str:
     plan = record.plan
-    formats = sorted({str(layer.format) for layer in plan.factorized})
+    alone = [layer for layer in plan.factorized if layer.path not in plan.narrowed_paths]
+    formats = sorted({str(layer.format) for layer in alone})
     budget = " and ".join(limits(plan.recipe.budget, record.before))
-    parts = [f"{plan.model}, {len(plan.factorized)} layers as {', '.join(formats)}" if formats else plan.model]
+    parts = [f"{plan.model}, {plural(len(alone), 'layer')} as {', '.join(formats)}" if formats else plan.model]
+    parts += [f"{plural(len(plan.narrowed), 'unit')} narrowed"] if plan.narrowed else []
     parts.append(f"ranks by the rule {plan.recipe.rule_name}{f' for a budget of {budget}' if budget else ''}")
     if record.stages:
         parts.append(f"in {plural(len(record.stages), 'stage')}")

@@ -5,8 +5,10 @@ from tenfold.surgery.batchnorm import reestimate_batchnorm_
 from tenfold.surgery.batchnorm_pairs import FusedPairs, fusable_pairs
 from tenfold.surgery.fuse_batchnorm import FusedNorm, fuse_batchnorm, fuse_batchnorm_, fuse_pairs_, fused_pairs
 from tenfold.surgery.modules import find, paths_of, put
+from tenfold.surgery.recognise_units import recognise_units
 from tenfold.surgery.refine import RefinedBlock, Refinement, refine_blocks_
 from tenfold.surgery.separate import separate, separate_, separated
+from tenfold.surgery.separate_attention import joined_projections
 from tenfold.surgery.sequential import SequentialFit, apply_sequentially
 from tenfold.surgery.unroll_rnn import (
     fuse_rnns_,
@@ -38,8 +40,10 @@ __all__ = [
     "fuse_rnns_",
     "fused_pairs",
     "fused_rnns",
+    "joined_projections",
     "paths_of",
     "put",
+    "recognise_units",
     "reestimate_batchnorm_",
     "refine_blocks_",
     "restack_",

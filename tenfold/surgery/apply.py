@@ -15,6 +15,7 @@ from tenfold.parallel import Workers
 from tenfold.records import LayerPlan, Plan
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.narrow import absorb_, check_units, narrow_
 from tenfold.surgery.replacement import (
     check_planned,
     factorizable_spec,
@@ -79,6 +80,8 @@ def apply_(
     for layer in plan.layers:
         find(model, layer.path)
     check_pairs(model, plan.fused)
+    check_units(model, plan)
+    pivots = {unit.pivot: find(model, unit.pivot) for unit in plan.narrowed}
     jobs = [_job(model, layer, plan.seed, (moments or {}).get(layer.path)) for layer in wanted]
     refuse_tied(model, wanted)
     fits = _decompose(jobs, wanted, progress, workers)
@@ -86,7 +89,7 @@ def apply_(
         layer.path: layer_of(fit, find(model, layer.path), request.algorithm)
         for layer, fit, (request, _) in zip(wanted, fits, jobs, strict=True)
     }
-    return fuse_pairs_(put(model, new), plan.fused)
+    return fuse_pairs_(absorb_(put(model, new), plan, pivots), plan.fused)
 
 
 def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
@@ -98,10 +101,11 @@ def restructure_(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: a layer of the plan is not in the model, or has another geometry than the plan says.
     """
     new: dict[str, nn.Module] = {}
-    model = separate_(model, plan.unrolled)
+    model = narrow_(separate_(model, plan.unrolled), plan.narrowed)
     fuse_pairs_(model, plan.fused)
+    pivots = {unit.pivot for unit in plan.narrowed}
     for layer in plan.layers:
-        if layer.format is None:
+        if layer.format is None or layer.path in pivots:
             continue
         old = find(model, layer.path)
         spec, weight = geometry(old, layer.path)
@@ -126,9 +130,9 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def fits_of(model: nn.Module) -> dict[str, FitSummary]:
-    """Return by path how the factorized layers of a model met their weights, as far as that is known."""
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, FactorizedLayer)]
-    return {path: layer.fit for path, layer in layers if layer.fit is not None}
+    """Return by path how the layers of a model that replaced others met their weights, as far as that is known."""
+    fits = ((path, getattr(module, "fit", None)) for path, module in model.named_modules())
+    return {path: fit for path, fit in fits if isinstance(fit, FitSummary)}
 
 
 def with_errors(plan: Plan, model: nn.Module) -> Plan:

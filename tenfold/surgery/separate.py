@@ -1,7 +1,8 @@
 """Modules that compute with several matrices or with a padding, replaced by equal ones of plain layers for plans.
 
-Recurrent networks are unrolled, parameters that stack matrices become stacks of linear layers, and convolutions that
-pad first are put behind their padding. A plan names all of them in ``unrolled``: applying and loading do it again.
+Recurrent networks are unrolled, parameters that stack matrices become stacks of linear layers, projections that an
+attention computes at once become layers, and convolutions that pad first are put behind their padding. A plan names all
+of them in ``unrolled``: applying and loading do it again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from tenfold.layers import GRU, LSTM
+from tenfold.surgery.separate_attention import is_projections, separate_projections_, separated_projections
 from tenfold.surgery.separate_padding import is_padding, separate_padding_, separated_convs
 from tenfold.surgery.unroll_rnn import unroll_rnns_, unrolled_rnns
 from tenfold.surgery.unstack import unstack_, unstacked
@@ -21,7 +23,7 @@ _RNNS = (GRU.mode, LSTM.mode)
 
 def separated(model: nn.Module) -> dict[str, str]:
     """Return path and kind of what is so already: see ``Plan.unrolled``."""
-    return unrolled_rnns(model) | unstacked(model) | separated_convs(model)
+    return unrolled_rnns(model) | unstacked(model) | separated_convs(model) | separated_projections(model)
 
 
 def separate_(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
@@ -31,9 +33,12 @@ def separate_(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
         PlanError: no such module, or one of another kind.
     """
     padded = {path: kind for path, kind in kinds.items() if is_padding(kind)}
+    joined = {path: kind for path, kind in kinds.items() if is_projections(kind)}
     rnns = [path for path, kind in kinds.items() if kind in _RNNS]
-    stacked = {path: kind for path, kind in kinds.items() if path not in padded and kind not in _RNNS}
-    return separate_padding_(unstack_(unroll_rnns_(model, rnns), stacked), padded)
+    others = {*padded, *joined, *rnns}
+    stacked = {path: kind for path, kind in kinds.items() if path not in others}
+    model = separate_projections_(unstack_(unroll_rnns_(model, rnns), stacked), joined)
+    return separate_padding_(model, padded)
 
 
 def separate(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:

@@ -22,6 +22,7 @@ from tenfold.surgery.apply import apply, apply_
 from tenfold.surgery.batchnorm import BATCH_NORMS
 from tenfold.surgery.fuse_batchnorm import check_pairs, fuse_pairs_
 from tenfold.surgery.modules import find, put
+from tenfold.surgery.narrow import absorb_, check_units
 from tenfold.surgery.replacement import check_planned, factorizable_spec, geometry, layer_of, refuse_tied
 from tenfold.surgery.separate import separate
 from tenfold.surgery.shortcut_correction import Branch, branch_of, targets
@@ -116,7 +117,7 @@ def apply_sequentially(
     _check(model, plan)
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if target is None else separate(target, plan.unrolled)
-    new = _with_looked_up(model, plan.replace(layers=blind, fused={}), batches, output_grams or {}, config)
+    new = _with_looked_up(model, plan.replace(layers=blind, fused={}, units=()), batches, output_grams or {}, config)
     dense = Replay(original, batches, forward=config.forward, limit=config.max_cache, changing=False, seed=config.seed)
     changing = Replay(new, batches, forward=config.forward, limit=config.max_cache, like=dense)
     fitting = _Fitting(model, plan, new, dense, changing, batches, output_grams or {}, config)
@@ -132,7 +133,8 @@ def apply_sequentially(
             f"{path!r}: {why}"
         )
         warnings.warn(msg, CalibrationWarning, stacklevel=2)
-    return fuse_pairs_(fitting.new, plan.fused)
+    pivots = {unit.pivot: find(model, unit.pivot) for unit in plan.narrowed}
+    return fuse_pairs_(absorb_(fitting.new, plan, pivots), plan.fused)
 
 
 class _UnlikeError(Exception):
@@ -244,7 +246,7 @@ class _Fitting:
         specs = {path: factorizable_spec(find(dense, path), path)}
         own = _dense_moments(dense, specs, self.batches, self.config)[path]
         metric = own.replace(output_gram=self.output_grams.get(path))
-        self.new = apply_(self.new, self.plan.replace(layers=(layer,), fused={}), moments={path: metric})
+        self.new = apply_(self.new, self.plan.replace(layers=(layer,), fused={}, units=()), moments={path: metric})
         fitted: Any = find(self.new, path)
         fitted.fit = replace(fitted.fit, alone=why)
 
@@ -253,6 +255,7 @@ def _check(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         find(model, layer.path)
     check_pairs(model, plan.fused)
+    check_units(model, plan)
     refuse_tied(model, plan.factorized)
     for layer in plan.factorized:
         check_planned(layer, factorizable_spec(find(model, layer.path), layer.path))

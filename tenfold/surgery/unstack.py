@@ -7,16 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tenfold.errors import PlanError, ProfileError
 from tenfold.layers import Stack, StackedLinear, stacked_parameters
+from tenfold.surgery.model_outputs import agree, outputs_of
 from tenfold.surgery.modules import find
-from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.layers import entries
-from tenfold.tracing.randomness import Randomness
 
 _TURNED = ".T"  # marks the name of a parameter with matrices (in, out)
 
@@ -51,9 +48,9 @@ def stacks(model: nn.Module, inputs: Any) -> dict[str, str]:
         path: {name: _put(find(watched, path), name, _Watch(parameter)) for name, parameter in own.items()}
         for path, own in found.items()
     }
-    outputs = _run(model, inputs)
+    outputs = outputs_of(model, inputs)
     with suppress(ProfileError):
-        if _agree(_run(watched, inputs), outputs):
+        if agree(outputs_of(watched, inputs), outputs):
             named = {path: [n + w.suffix for n, w in own.items() if w.is_stack] for path, own in watches.items()}
             return {path: ", ".join(names) for path, names in named.items() if names}
     return {}
@@ -144,16 +141,3 @@ def _put(module: nn.Module, name: str, stack: Any) -> Any:
     delattr(module, name)
     setattr(module, name, stack)
     return stack
-
-
-def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with evaluating(model), layer_by_layer(), Randomness(model, inputs).seeded(0):
-        return [t for t in tensors_in(call_model(model, inputs)) if t.is_floating_point()]
-
-
-def _agree(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Whether outputs are equal to half of their digits."""
-    return [t.shape for t in first] == [t.shape for t in second] and all(
-        float((a - b).norm()) <= torch.finfo(a.dtype).eps ** 0.5 * float(b.norm()) + torch.finfo(a.dtype).tiny
-        for a, b in zip(first, second, strict=True)
-    )

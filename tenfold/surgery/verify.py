@@ -18,6 +18,7 @@ from tenfold.errors import PlanError, ProfileError, TenfoldWarning
 from tenfold.records import Plan, Profile, Shape
 from tenfold.surgery.apply import restructure_
 from tenfold.surgery.modules import find
+from tenfold.surgery.recognise_units import confirms
 from tenfold.tensors import plain_arithmetic, untransformed
 from tenfold.tracing import copied
 from tenfold.tracing.contexts import evaluating, layer_by_layer
@@ -67,6 +68,8 @@ def verify(model: nn.Module, plan: Plan, inputs: Any) -> None:
     the dense one makes of the same input is passed on, so that whatever depends on values (routing, thresholds) goes
     the same way in both. Layer by layer, and in what they return, the two have to agree.
 
+    Units are narrowed on a copy, with other factors of the same structure, to the outputs that these factors give.
+
     No factors are needed: this comes before they are found.
 
     Args:
@@ -77,12 +80,18 @@ def verify(model: nn.Module, plan: Plan, inputs: Any) -> None:
     Raises:
         PlanError: the first layer that runs otherwise, and why.
     """
+    if not confirms(model, plan.narrowed, inputs):
+        pivots = ", ".join(repr(unit.pivot) for unit in plan.narrowed[:4])
+        msg = (
+            f"the forward gives other outputs, or none, with the units of {pivots} narrowed: take them out of the plan"
+        )
+        raise PlanError(msg)
     paths = [entry.path for entry in entries(model) if not isinstance(entry.module, torch.jit.ScriptModule)]
     changed = {layer.path: find(model, layer.path) for layer in plan.layers if layer.format}
     before = _run(model, inputs, paths, {})
     if before.error:
         raise before.error
-    small = restructure_(copied(model), plan.replace(fused={}))
+    small = restructure_(copied(model), plan.replace(fused={}, units=()))
     after = _run(small, inputs, paths, changed)
     moved = next((path for path in changed if before.calls()[path] != after.calls()[path]), None)
     different = _difference(before, after, changed)

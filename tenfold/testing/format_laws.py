@@ -31,7 +31,7 @@ def dense_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Modu
 def check_ranks(format: Format, at: Geometry) -> None:
     """Raise LawBroken unless the family of ranks rises from small to full, and ranks outside of it are refused."""
     spec = at.spec
-    most, family = format.max_rank(spec), format.rank_family(spec)
+    most, family, largest = format.max_rank(spec), format.rank_family(spec), format.largest_rank(spec)
     with law(1, format.name(), at):
         expect(set(most) == set(format.rank_names), f"max_rank names {list(most)}, rank_names {format.rank_names}")
         expect(format.check_rank(spec, {}) == most, "a rank left out does not stand for full rank")
@@ -42,7 +42,7 @@ def check_ranks(format: Format, at: Geometry) -> None:
         for below, above in pairwise(family):
             expect(all(below[k] <= above[k] for k in most) and below != above, f"the family falls: {below} to {above}")
         for name in most:
-            for value in (0, -1, most[name] + 1, True, 1.5):
+            for value in (0, -1, largest[name] + 1, True, 1.5):
                 _expect_refused(format, spec, {name: value})  # type: ignore[dict-item]
         _expect_refused(format, spec, {"no such rank": 1})
 

@@ -46,7 +46,7 @@ def test_version(tenfold: Run) -> None:
 
 def test_list_shows_what_is_registered(tenfold: Run) -> None:
     found = tenfold("list", "--json").json
-    assert {"formats", "algorithms", "rules", "tasks", "exports", "runtimes"} == set(found)
+    assert {"formats", "algorithms", "units", "rules", "tasks", "exports", "runtimes"} == set(found)
     assert found["formats"]["tucker2"].startswith("Three convolutions")
     shown = tenfold("list", "rules").out
     assert "energy" in shown

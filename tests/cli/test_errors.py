@@ -56,6 +56,19 @@ def test_unknown_layer_to_keep(tenfold: Run, tiny: str) -> None:
     assert left() == set()
 
 
+@pytest.mark.parametrize(
+    ("given", "said", "code"),
+    [
+        (("--units", "mlp_widht"), "Did you mean mlp_width", 1),
+        (("--units", "mlp_width", "--rule", "ratio"), "the rule ratio chooses no units", 2),
+        (("--units", "mlp_width", "--calibration-method", "none"), "need data", 2),
+    ],
+)
+def test_units_that_cannot_be_chosen(tenfold: Run, tiny: str, given: tuple[str, ...], said: str, code: int) -> None:
+    assert tenfold("compress", "--task", tiny, *given, *HALF).is_error(said, code=code)
+    assert left() == set()
+
+
 def test_unknown_layer_in_a_plan(tenfold: Run, tiny: str) -> None:
     assert tenfold("plan", "--task", tiny, "--budget", "macs=0.5", "--out", "plan.yaml").code == 0
     plan = yaml.safe_load(Path("plan.yaml").read_text())

@@ -48,6 +48,11 @@ class GlobalBudget(RankRule):
         """The step of the grid."""
         return {"step": self.step}
 
+    @property
+    def uses_units(self) -> bool:
+        """It does: a unit is one more option beside those of its layers."""
+        return True
+
     def select(self, layers: Sequence[LayerOptions], limits: Limits | None = None) -> tuple[Choice, ...]:
         """Return the optimum within the limits."""
         if not limits:

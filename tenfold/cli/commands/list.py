@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 ORDER = 60
 
 
-Kind = Literal["formats", "algorithms", "rules", "tasks", "exports", "runtimes"]
+Kind = Literal["formats", "algorithms", "units", "rules", "tasks", "exports", "runtimes"]
 
 
 def run(kind: Kind | None = None, /, *, terminal: Terminal) -> None:
-    """List formats, algorithms, rank rules, tasks, export targets and runtimes, a line each; those of plugins too.
+    """List formats, algorithms, units, rank rules, tasks, export targets and runtimes, a line each; plugins too.
 
     With --json, one object: entries by kind and name.
 
@@ -42,10 +42,12 @@ def _registries() -> dict[str, Registry[Any]]:
     from tenfold.formats import FORMATS
     from tenfold.runtimes import RUNTIMES
     from tenfold.tasks import TASKS
+    from tenfold.units import UNITS
 
     return {
         "formats": FORMATS,
         "algorithms": DECOMPOSITIONS,
+        "units": UNITS,
         "rules": RULES,
         "tasks": TASKS,
         "exports": EXPORTERS,

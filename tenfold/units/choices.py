@@ -1,0 +1,67 @@
+"""Units of which some channels are chosen: the pivot on these alone, and the layers before it without the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.errors import PlanError
+from tenfold.formats import Factorization
+from tenfold.formats.tucker1 import Tucker1
+from tenfold.layers import FactorizedLayer, dense_weight, spec_of
+from tenfold.records import Unit
+from tenfold.units.narrow_layers import choice_of, kept_channels, kept_outputs, narrowed_layer
+
+
+def sampled_choice(pivot: nn.Module, size: int) -> Factorization:
+    """Return every n-th input channel of a layer, with its own weights: a choice that needs no data."""
+    spec, reason = spec_of(pivot)
+    if spec is None:
+        raise PlanError(reason)
+    weight = dense_weight(pivot).detach()
+    chosen = torch.linspace(0, spec.in_channels - 1, size).round().long()
+    choice = weight.new_zeros(1, size, spec.in_channels)
+    choice[0, torch.arange(size), chosen] = 1.0
+    return Tucker1(spec, core=weight[None][:, :, chosen.to(weight.device)], in_factor=choice)
+
+
+def narrowed_choice(model: nn.Module, unit: Unit, size: int, pivot: FactorizedLayer | None) -> dict[str, nn.Module]:
+    """Return the layers of a unit with the channels that the pivot has chosen; with the first ones for a structure.
+
+    Raises:
+        PlanError: the inner factor of the pivot chooses no channels but mixes them.
+    """
+    old: Any = model.get_submodule(unit.pivot)
+    weight = dense_weight(old).detach()
+    if pivot is None:
+        core, bias, mix = weight[:, :size], old.bias, _first(size, weight)
+    else:
+        core, bias, mix = _factors(pivot)
+        if choice_of(mix) is None:
+            msg = f"the pivot {unit.pivot!r} of {unit.kind} mixes channels where it should choose some: fit it again"
+            raise PlanError(msg)
+    layers = {path: _kept(model.get_submodule(path), mix) for path in unit.feeders}
+    return {**layers, unit.pivot: narrowed_layer(old, core, bias)}
+
+
+def _kept(layer: nn.Module, mix: Tensor) -> nn.Module:
+    """Return a layer with the chosen channels alone: its outputs, or all of it where it treats every channel alone."""
+    spec, chosen = spec_of(layer)[0], choice_of(mix)
+    alone = spec is None or spec.groups == spec.in_channels == spec.out_channels
+    return kept_channels(layer, chosen) if alone and chosen is not None else kept_outputs(layer, mix)
+
+
+def _factors(pivot: FactorizedLayer) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the weight on the chosen channels, the bias, and the choice (size, in)."""
+    value = pivot.factorization()
+    if not isinstance(value, Tucker1):
+        msg = f"the pivot of a unit is factorized as tucker1, not as {value.name()}: edit the plan of both or neither"
+        raise PlanError(msg)
+    core = value.core[0]
+    return core.reshape(*core.shape[:2], *value.spec.kernel).detach(), pivot.bias, value.in_factor[0].detach()
+
+
+def _first(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, like.shape[1], dtype=like.dtype)
