@@ -43,7 +43,7 @@ def by_divergence(
 ) -> OptionTable:
     """Return a table whose distortions are scaled, layer by layer, to measured divergences of the network's outputs.
 
-    Each layer alone takes the mildest option that removes a tenth of it; the mean KL divergence of the outputs from
+    Each layer alone takes the best option that removes a tenth of it; the mean KL divergence of the outputs from
     those of the original, or the squared relative error of outputs that are no scores of classes, is what the
     distortion of that option becomes, and all others of the layer with it. The plan's distortion is then a prediction
     in these units. Use it where gradients mislead: outputs that are far from linear in the errors (deep language
@@ -88,7 +88,7 @@ def _measured(
 
 
 def mildest(layer: LayerOptions) -> tuple[FormatOptions, int]:
-    """Return the option at which a layer is measured: the largest that is at least a tenth cheaper, else the largest.
+    """Return the option at which a layer is measured: the best that is at least a tenth cheaper, else the largest.
 
     Formats whose factors have a closed form come first: fits of others take long at large ranks.
     """
@@ -96,8 +96,8 @@ def mildest(layer: LayerOptions) -> tuple[FormatOptions, int]:
     most = _REDUCED * getattr(layer.before, what)
 
     def order(own: FormatOptions, row: int) -> tuple[bool, bool, float]:
-        cost = float(getattr(own, what)[row])
-        return FORMATS.get(own.format).svd_bounds_error, cost <= most, cost
+        cost, lost = float(getattr(own, what)[row]), float(own.columns["distortion"][row])
+        return FORMATS.get(own.format).svd_bounds_error, cost <= most, -lost if cost <= most else cost
 
     return max(((own, row) for own in layer.options for row in range(len(own))), key=lambda at: order(*at))
 
