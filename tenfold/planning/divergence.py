@@ -19,7 +19,7 @@ from tenfold.decompositions import Decomposition, Moments
 from tenfold.formats import FORMATS
 from tenfold.planning.single_layer import replaced, substitute
 from tenfold.profiling import Original
-from tenfold.records import FormatOptions, LayerOptions, OptionTable
+from tenfold.records import FormatOptions, LayerOptions, OptionTable, UnitOptions
 from tenfold.runtime import Runtime
 from tenfold.surgery import find
 from tenfold.tensors import plain_arithmetic
@@ -43,7 +43,7 @@ def by_divergence(
 ) -> OptionTable:
     """Return a table whose distortions are scaled, layer by layer, to measured divergences of the network's outputs.
 
-    Each layer alone takes the mildest option that removes a tenth of it; the mean KL divergence of the outputs from
+    Each layer alone takes the best option that removes a tenth of it; the mean KL divergence of the outputs from
     those of the original, or the squared relative error of outputs that are no scores of classes, is what the
     distortion of that option becomes, and all others of the layer with it. The plan's distortion is then a prediction
     in these units. Use it where gradients mislead: outputs that are far from linear in the errors (deep language
@@ -66,7 +66,8 @@ def by_divergence(
     factors = {path: max(found, least) / told for path, (told, found) in measured.items() if told > 0}
     usual = median(factors.values()) if factors else 1.0
     layers = tuple(_scaled(layer, factors.get(layer.path, usual)) for layer in table.layers)
-    return table.replace(layers=layers, distortion=BY_DIVERGENCE)
+    units = tuple(_unit_scaled(own, factors.get(own.unit.pivot, usual)) for own in table.units)
+    return table.replace(layers=layers, units=units, distortion=BY_DIVERGENCE)
 
 
 @plain_arithmetic()
@@ -87,7 +88,7 @@ def _measured(
 
 
 def mildest(layer: LayerOptions) -> tuple[FormatOptions, int]:
-    """Return the option at which a layer is measured: the largest that is at least a tenth cheaper, else the largest.
+    """Return the option at which a layer is measured: the best that is at least a tenth cheaper, else the largest.
 
     Formats whose factors have a closed form come first: fits of others take long at large ranks.
     """
@@ -95,14 +96,19 @@ def mildest(layer: LayerOptions) -> tuple[FormatOptions, int]:
     most = _REDUCED * getattr(layer.before, what)
 
     def order(own: FormatOptions, row: int) -> tuple[bool, bool, float]:
-        cost = float(getattr(own, what)[row])
-        return FORMATS.get(own.format).svd_bounds_error, cost <= most, cost
+        cost, lost = float(getattr(own, what)[row]), float(own.columns["distortion"][row])
+        return FORMATS.get(own.format).svd_bounds_error, cost <= most, -lost if cost <= most else cost
 
     return max(((own, row) for own in layer.options for row in range(len(own))), key=lambda at: order(*at))
 
 
 def _scaled(layer: LayerOptions, factor: float) -> LayerOptions:
     return layer.replace(options=tuple(_times(own, factor) for own in layer.options))
+
+
+def _unit_scaled(unit: UnitOptions, factor: float) -> UnitOptions:
+    """Return a unit scaled as its pivot is, by whose moments its distortions are."""
+    return unit if unit.options is None else unit.replace(options=_times(unit.options, factor))
 
 
 def _times(own: FormatOptions, factor: float) -> FormatOptions:

@@ -5,6 +5,14 @@ from tenfold.records.agreement import Agreement
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
 from tenfold.records.base import Record, Seed, explain
 from tenfold.records.budget import Budget
+from tenfold.records.chains import (
+    FoldSpec,
+    ReorderSpec,
+    SharedSliceSpec,
+    SubLayerSpec,
+    chain_macs,
+    chain_params,
+)
 from tenfold.records.costs import Call, Clock, Cost, Environment, Latency, LayerProfile, Profile, Speedup
 from tenfold.records.geometry import ContractSpec, LayerSpec, Shape
 from tenfold.records.introduced import Introduced
@@ -23,14 +31,6 @@ from tenfold.records.sensitivity_table import (
 )
 from tenfold.records.sizes import parse_size
 from tenfold.records.store import JsonCache
-from tenfold.records.sublayers import (
-    FoldSpec,
-    ReorderSpec,
-    SharedSliceSpec,
-    SubLayerSpec,
-    chain_macs,
-    chain_params,
-)
 from tenfold.records.train_shape import TrainShape, TTGatherSpec
 from tenfold.records.tuning import EpochRecord, TuneConfig, TuneResult
 from tenfold.records.units import Unit

@@ -2,7 +2,7 @@
 
 ``LayerSpec`` holds every hyper-parameter of a linear-like layer, so that nothing is lost when the layer is rebuilt. A
 sub-layer of a factorized layer is again a ``LayerSpec`` (one plain torch layer), a ``ContractSpec`` (one einsum) or one
-of those in ``tenfold/records/sublayers.py``.
+of those in ``tenfold/records/chains.py``.
 """
 
 from __future__ import annotations

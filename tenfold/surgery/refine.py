@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tenfold.calibration.block_gradients import block_roots, rows_of
 from tenfold.errors import CalibrationWarning
-from tenfold.layers import FactorizedLayer
 from tenfold.surgery.modules import find
 from tenfold.tracing.block_calls import BlockCall, call_of, output_of, repeated_blocks
 from tenfold.tracing.contexts import device_of, kept_modes, same_random_numbers
@@ -81,7 +80,7 @@ def refine_blocks_(
         progress: called with (blocks done, blocks in all).
 
     Warns:
-        CalibrationWarning: the model has no repeated blocks with factorized layers, or they are in half precision.
+        CalibrationWarning: the model has no repeated blocks with smaller layers, or they are in half precision.
 
     Example:
         >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
@@ -90,7 +89,7 @@ def refine_blocks_(
         ()
     """
     config = config or Refinement()
-    paths = _refinable(model, batches)
+    paths = _refinable(model, original, batches)
     fitting, judging = parted(original, batches, _HELD_OUT)
     results = []
     with kept_modes(model), kept_modes(original), same_random_numbers(device_of(model)):
@@ -105,15 +104,18 @@ def refine_blocks_(
     return tuple(results)
 
 
-def _refinable(model: nn.Module, batches: Sequence[Any]) -> tuple[str, ...]:
+def _refinable(model: nn.Module, original: nn.Module, batches: Sequence[Any]) -> tuple[str, ...]:
     """Return the blocks that can be refined, in the order in which they run; warn where there is none."""
-    factorized = [path for path, module in model.named_modules() if isinstance(module, FactorizedLayer)]
-    blocks = [p for p in repeated_blocks(model, batches[0]) if any(f.startswith(f"{p}.") for f in factorized)]
+    blocks = [p for p in repeated_blocks(model, batches[0]) if _shapes(find(model, p)) != _shapes(find(original, p))]
     full = [p for p in blocks if not any(t.dtype in _HALVES for t in find(model, p).parameters())]
     if not full:
-        why = "its blocks are in half precision" if blocks else "it has no repeated blocks with factorized layers"
+        why = "its blocks are in half precision" if blocks else "it has no repeated blocks with smaller layers"
         warnings.warn(f"nothing of the model is refined: {why}", CalibrationWarning, stacklevel=3)
     return tuple(full)
+
+
+def _shapes(block: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in block.named_parameters()}
 
 
 @dataclass

@@ -12,8 +12,10 @@ from tenfold.decompositions import decompose
 from tenfold.errors import DataError, TenfoldError
 from tenfold.planning import decide
 from tenfold.planning.divergence import BY_DIVERGENCE, by_divergence, mildest
+from tenfold.planning.unit_kinds import kinds_of
 from tenfold.profiling import profile
 from tenfold.records import OptionTable, Recipe
+from tenfold.surgery import recognise_units
 
 
 class Branches(nn.Module):
@@ -133,6 +135,27 @@ def test_outputs_without_classes_diverge_by_their_squared_error() -> None:
         model[0].bias += fit.bias_shift.to(model[0].bias)
     missed = (torch.cat([model(x) for x in batches[4:]]) - wanted).square().sum() / wanted.square().sum()
     assert scaled.layer("0").of("low_rank").columns["distortion"][row] == pytest.approx(missed.item(), rel=1e-3)
+
+
+def test_a_unit_is_scaled_as_its_pivot_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 24)), nn.Linear(24, 10)).eval()
+    batches = [torch.randn(64, 24) for _ in range(8)]
+    wanted = recipe("divergence", units="mlp_width")
+    cost = profile(model, batches[0])
+    cost = cost.replace(units=recognise_units(model, cost, batches[0], kinds_of(wanted)))
+    moments = calibrate(model, batches[:5])
+    plain = tabulate(model, cost, wanted, moments=moments)
+    scaled = by_divergence(plain, model, batches[5:], moments=moments)
+    (before,), (after,) = plain.units, scaled.units
+    assert before.unit.pivot == "0.2"
+    layers = [table.layer("0.2").of("low_rank").columns["distortion"] for table in (plain, scaled)]
+    factor = float(layers[1][0] / layers[0][0])
+    assert factor != pytest.approx(1.0)
+    torch.testing.assert_close(
+        torch.from_numpy(after.options.columns["distortion"]),
+        factor * torch.from_numpy(before.options.columns["distortion"]),
+    )
 
 
 def test_compress_plans_by_it() -> None:
