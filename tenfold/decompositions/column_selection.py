@@ -119,7 +119,8 @@ def _inverse(covariance: Tensor) -> Tensor:
         return torch.cholesky_inverse(lower)
     values, vectors = torch.linalg.eigh(covariance)
     raised = values.clamp_min(NEGLIGIBLE * float(values[-1].clamp_min(torch.finfo(values.dtype).tiny)))
-    return (vectors / raised) @ vectors.mT
+    inverse: Tensor = (vectors / raised) @ vectors.mT
+    return inverse
 
 
 def _scores(gram: Tensor, inverse: Tensor) -> Tensor:
