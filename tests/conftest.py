@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.diagnosis import trouble
-
 torch.set_num_threads(1)  # the tests run in one process per core
 
 
@@ -41,8 +39,6 @@ def supply_torchvision_ops() -> torch.library.Library | None:
     return library
 
 
-# What users meet here, where the tests go on with stand-ins; ``tests/test_diagnosis.py`` meets it too.
-MET = trouble(RuntimeError("operator torchvision::nms does not exist"))
 _torchvision_ops = supply_torchvision_ops()  # held for the whole run: the definitions die with it
 
 
@@ -61,6 +57,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     why = "".join(f"; {number} × {reason}" for reason, number in reasons.most_common())
     terminalreporter.write_line(f"Tests skipped: {len(skipped)}{why}")
     if _torchvision_ops is not None:
+        from tenfold.diagnosis import trouble  # not above: a process without tenfold takes the stand-ins from here too
+
+        met = trouble(RuntimeError("operator torchvision::nms does not exist"))  # what users meet here
         terminalreporter.write_line(
-            f"Stand-ins for torchvision's operators, which users of this environment lack: {MET}"
+            f"Stand-ins for torchvision's operators, which users of this environment lack: {met}"
         )

@@ -31,7 +31,9 @@ METHODS = sorted(page for page in (DOCS / "methods").glob("*.md") if page.name !
 SECTIONS = ["Formula", "Cost", "When to use it", "Measured", "Source"]
 
 # What is public in training without being a method of its own: settings, outcomes, and what methods are made of.
-PARTS = re.compile(r".*(Config|Result|Record|Progress)|Batches|TrainingFolder|log_likelihood|ranks_plan", re.DOTALL)
+PARTS = re.compile(
+    r".*(Config|Result|Record|Progress|Events)|Batches|TrainingFolder|log_likelihood|ranks_plan", re.DOTALL
+)
 
 
 def front_matter(page: Path) -> dict[str, Any]:

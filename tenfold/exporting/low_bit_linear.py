@@ -80,7 +80,7 @@ def low_bit_linear(
         True
     """
     if rank < 0:
-        msg = f"a correction of rank {rank} cannot be: give 0 for none, or how many directions of the error to keep"
+        msg = f"a correction of rank {rank} is not possible: give 0 for none, or how many directions to keep"
         raise RankError(msg)
     tied = {entry.path for entry in entries(model) if entry.tied}
     paths = [path for path, m in model.named_modules() if type(m) is nn.Linear and path not in tied]

@@ -1,12 +1,12 @@
 """How a factorized weight runs: the layer that stands in for a dense one, and layers that are trains from the start."""
 
+from tenfold.layers.attention_parts import JoinedProjections, SeparateAttention
 from tenfold.layers.dense_layers import dense_weight, is_quantized, own_layout, spec_of
 from tenfold.layers.factorized import FactorizedLayer, FitSummary, stage_specs
 from tenfold.layers.orthogonal_tt import orthogonal_init_, orthogonalize_, stiefel_params
 from tenfold.layers.padded_conv import PaddedConv, same_pads
 from tenfold.layers.padded_heads import PaddedHeads, UnpaddedHeads
 from tenfold.layers.recurrent import GRU, LSTM, Recurrent, open_recurrent
-from tenfold.layers.separate_attention import JoinedProjections, SeparateAttention
 from tenfold.layers.stacked import Stack, StackedLinear, stacked_parameters
 from tenfold.layers.sublayers import Contract, build, empty_weight, held
 from tenfold.layers.tt_embedding import TTEmbedding, TTEmbeddingBag

@@ -19,8 +19,8 @@ from tenfold.decompositions import Moments
 from tenfold.errors import DataError, PlanError, TenfoldWarning
 from tenfold.planning.divergence import by_divergence
 from tenfold.planning.eligible import changeable
+from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
-from tenfold.planning.one_head_size import with_one_head_size
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
 from tenfold.planning.tabulate import tabulate

@@ -74,7 +74,7 @@ def by_divergence(
 def _measured(
     table: OptionTable, model: nn.Module, batches: Sequence[Any], moments: Mapping[str, Moments], runtime: Runtime
 ) -> dict[str, tuple[float, float]]:
-    """Return for each layer with options what its moments told and what was found, at the same option."""
+    """Return for each layer with options what its moments predict and what was measured, at the same option."""
     original, twin = Original(model, batches, limit=_KEPT), copied(model)
     chosen = {layer.path: mildest(layer) for layer in table.layers if any(len(own) for own in layer.options)}
     found = {}

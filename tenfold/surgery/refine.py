@@ -120,7 +120,7 @@ def _shapes(block: nn.Module) -> dict[str, torch.Size]:
 
 @dataclass
 class _Block:
-    """One block of both models; what enters and leaves it is computed anew for each batch, and not held."""
+    """One block of both models; what enters and leaves it is computed again for each batch, and not held."""
 
     model: nn.Module
     original: nn.Module

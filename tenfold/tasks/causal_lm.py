@@ -65,13 +65,13 @@ class CausalLM(HuggingFace):
         return (f"{own}@{tokens}" if tokens.isdigit() else own) if (checkpoint / CONFIG).is_file() else text
 
     def opening_options(self, source: str) -> dict[str, Any]:
-        """Return what ``from_pretrained`` is told besides ``source``: of a model in GGUF its file."""
+        """Return what ``from_pretrained`` is given besides ``source``: of a model in GGUF its file."""
         file = Path(self.model_name).expanduser()
         own = file if file.suffix == ".gguf" and source == self.source else Path(source)
         return {**super().opening_options(source), **gguf_options(own)}
 
     def loading_options(self, source: str) -> dict[str, Any]:
-        """Return what ``from_pretrained`` of the model is told besides ``source``."""
+        """Return what ``from_pretrained`` of the model is given besides ``source``."""
         options = self.opening_options(source)
         return {**options, **(decoding() if "gguf_file" in options else {})}
 

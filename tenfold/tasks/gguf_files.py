@@ -10,7 +10,7 @@ from tenfold.errors import CheckpointError, require
 
 
 def gguf_options(source: Path) -> dict[str, Any]:
-    """Return what ``from_pretrained`` of transformers is told to open a file in GGUF; nothing where there is none.
+    """Return what ``from_pretrained`` of transformers is given to open a file in GGUF; nothing where there is none.
 
     Args:
         source: the file, or a folder with one and without a config of transformers.

@@ -65,12 +65,12 @@ class HuggingFace(ModelOnly):
         return self.variant or ""
 
     def opening_options(self, source: str) -> dict[str, Any]:
-        """Return what ``from_pretrained`` is told besides the folder or id ``source``."""
+        """Return what ``from_pretrained`` is given besides the folder or id ``source``."""
         del source
         return dict(OWN_CODE)
 
     def loading_options(self, source: str) -> dict[str, Any]:
-        """Return what ``from_pretrained`` of the model is told besides ``source``."""
+        """Return what ``from_pretrained`` of the model is given besides ``source``."""
         return self.opening_options(source)
 
     @classmethod

@@ -18,8 +18,8 @@ from tenfold.training.low_rank.svgd import Ensemble, log_likelihood
 from tenfold.training.low_rank.train_admm import LowRankConfig, LowRankResult, train_admm
 from tenfold.training.low_rank.train_bayesian import BayesianResult, ranks_plan, train_bayesian
 from tenfold.training.optimizer import parameter_groups
-from tenfold.training.progress import RichProgress, TuneEvents, TuneProgress
 from tenfold.training.snapshot import TrainingFolder
+from tenfold.training.tune_progress import RichProgress, TuneEvents, TuneProgress
 
 __all__ = [
     "Admm",

@@ -24,8 +24,8 @@ from tenfold.training.loop import Evaluate, Loop, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.optimizer import build_optimizer
 from tenfold.training.precision import channels_last_weights, uses_channels_last
-from tenfold.training.progress import TuneProgress
 from tenfold.training.snapshot import Snapshot, TrainingFolder
+from tenfold.training.tune_progress import TuneProgress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

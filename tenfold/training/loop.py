@@ -21,7 +21,7 @@ from tenfold.training.distributed import SingleProcess
 from tenfold.training.ema import Average
 from tenfold.training.optimizer import learning_rate
 from tenfold.training.precision import place, uses_bf16
-from tenfold.training.progress import TuneProgress
+from tenfold.training.tune_progress import TuneProgress
 
 Loss = Callable[[nn.Module, Any, Any], Tensor]
 Evaluate = Callable[[nn.Module], float | None]

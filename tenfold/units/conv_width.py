@@ -11,7 +11,7 @@ from tenfold.formats import Factorization
 from tenfold.layers import FactorizedLayer
 from tenfold.records import Cost, LayerProfile, LayerSpec, Profile, Unit
 from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
-from tenfold.units.choices import narrowed_choice, sampled_choice
+from tenfold.units.channel_choice import narrowed_choice, sampled_choice
 from tenfold.units.members import holder, narrowable, outputs
 
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import PlanError
-from tenfold.formats.low_rank import LowRank
+from tenfold.formats.matrix import MatrixFormat
 from tenfold.layers import FactorizedLayer, dense_weight, spec_of
 from tenfold.records import LayerSpec, Unit
 from tenfold.units.narrow_layers import narrowed_layer
@@ -33,7 +33,7 @@ def factors(unit: Unit, pivot: FactorizedLayer) -> tuple[Tensor, Tensor]:
         PlanError: it is factorized otherwise.
     """
     value = pivot.factorization()
-    if not isinstance(value, LowRank):
+    if not isinstance(value, MatrixFormat):
         msg = f"the pivot {unit.pivot!r} of {unit.kind} is to be factorized as low_rank, not as {value.name()}"
         raise PlanError(msg)
     left, right = (t[0].detach().double() for t in value.matrices())

@@ -10,7 +10,7 @@ from tenfold.formats import Factorization
 from tenfold.layers import FactorizedLayer
 from tenfold.records import LayerProfile, LayerSpec, Profile, Unit
 from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
-from tenfold.units.choices import narrowed_choice, sampled_choice
+from tenfold.units.channel_choice import narrowed_choice, sampled_choice
 from tenfold.units.members import holder, narrowable, outputs, parent
 
 

@@ -42,6 +42,7 @@ class QueryKey(UnitKind):
     scores are scaled as before. Not where something acts between projection and score: rotary positions, norms.
     """
 
+    default: ClassVar[bool] = False  # a trained sentence encoder keeps a little less with it than with pairs
     size_names = ("head_size",)
     of_projections: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = True

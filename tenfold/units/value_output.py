@@ -29,6 +29,7 @@ class ValueOutput(UnitKind):
     their values share B_h. Of size r both cost r/d of what they did. Serves every attention, rotary or not.
     """
 
+    default: ClassVar[bool] = False  # a trained sentence encoder keeps a little less with it than with pairs
     size_names = ("head_size",)
     of_projections: ClassVar[bool] = True
 

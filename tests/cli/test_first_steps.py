@@ -41,7 +41,7 @@ def test_each_kind_fits_on_a_screen(tenfold: Run, kind: str, monkeypatch: pytest
 def test_defaults_and_extras_are_marked(tenfold: Run) -> None:
     lines = tenfold("list").out.splitlines()
     default = {line[2:].split()[0] for line in lines if line.startswith("* ")}
-    assert {*DEFAULT_FORMATS, "global", "onnx", "torch", "svd", "whitened_svd"} <= default
+    assert {*DEFAULT_FORMATS, "global", "onnx", "torch", "svd", "whitened_svd", "mlp_width"} <= default
     assert {"energy", "block_term", "digits", "openvino"} & default == set()
     (vision,) = [line for line in lines if line.startswith("  torchvision ")]
     assert "[vision]" in vision
@@ -72,7 +72,7 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "typed", "found"),
     [
-        ("formats", "low_rank,tuck", ["low_rank,tucker2", "low_rank,tucker_cp", "low_rank,tucker"]),
+        ("formats", "low_rank,tuck", ["low_rank,tucker1", "low_rank,tucker2", "low_rank,tucker_cp", "low_rank,tucker"]),
         ("rule", "ev", ["evbmf"]),
         ("runtime", "onnx", ["onnxruntime", "onnxruntime-int8"]),
         ("task", "mn", ["mnist"]),

@@ -10,7 +10,7 @@ import tenfold
 from tenfold.errors import PlanError
 from tenfold.layers import JoinedProjections, PaddedHeads, SeparateAttention
 from tenfold.planning import decide, tabulate
-from tenfold.planning.one_head_size import with_one_head_size
+from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.plan import recost
 from tenfold.profiling import profile
 from tenfold.records import Plan

@@ -29,6 +29,7 @@ from tests.units.architectures import NETS, ids
 
 QUIET = Runtime(measure=False)
 BUDGET = {"params": 0.75}
+ALL = ["mlp_width", "query_key", "value_output"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def data() -> list[dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def decided(bert: nn.Module, data: list[Any]) -> Any:
-    return decide(bert, {"input_ids": ids()}, Recipe.of({"budget": BUDGET}), data=data, runtime=QUIET)
+    return decide(bert, {"input_ids": ids()}, Recipe.of({"budget": BUDGET, "units": ALL}), data=data, runtime=QUIET)
 
 
 def distortion(plan: Plan) -> float:
@@ -53,7 +54,7 @@ def distortion(plan: Plan) -> float:
 @pytest.mark.parametrize("method", ["sequential", "independent"])
 def test_a_tiny_bert_meets_its_budget_with_units(bert: nn.Module, data: list[Any], method: str, tmp_path: Path) -> None:
     inputs = {"input_ids": ids()}
-    recipe = {"budget": BUDGET, "calibration": {"method": method}}
+    recipe = {"budget": BUDGET, "calibration": {"method": method}, "units": ALL}
     small = tenfold.compress(bert, inputs, recipe, data=data, runtime=QUIET)
     pairs = tenfold.compress(bert, inputs, {**recipe, "units": ()}, data=data, runtime=QUIET)
     plan = small.plan
@@ -145,7 +146,7 @@ def test_layers_kept_by_name_keep_their_unit(bert: nn.Module, data: list[Any]) -
 
 
 def test_units_do_not_depend_on_the_formats_of_layers(bert: nn.Module, data: list[Any]) -> None:
-    recipe = Recipe.of({"budget": {"params": 0.92}, "formats": ["tucker2"]})
+    recipe = Recipe.of({"budget": {"params": 0.92}, "formats": ["tucker2"], "units": ALL})
     plan = decide(bert, {"input_ids": ids()}, recipe, data=data, runtime=QUIET).plan
     assert len(plan.narrowed) == 4
 

@@ -65,7 +65,7 @@ def run(a: str, b: str, /, conditions: Conditions, machine: Machine, terminal: T
         machine: where to run them.
         terminal: what to show.
     """
-    from tenfold.cli.generation import measure_generation
+    from tenfold.cli.generation_speed import measure_generation
     from tenfold.profiling import environment
     from tenfold.runtimes import runtime_named
 

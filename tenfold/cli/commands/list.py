@@ -66,12 +66,14 @@ def _defaults() -> dict[str, set[str]]:
     from tenfold.cli.commands.export import File
     from tenfold.formats import FORMATS
     from tenfold.records import Recipe
+    from tenfold.units import UNITS
 
     recipe = Recipe()
     kinds = [FORMATS.get(name) for name in recipe.formats]
     return {
         "formats": set(recipe.formats),
         "algorithms": {str(name) for kind in kinds for name in (kind.default_algorithm, kind.data_aware_algorithm)},
+        "units": {name for name, kind in UNITS.items() if kind.default},
         "rules": {recipe.rule_name},
         "tasks": set(),
         "exports": {str(File.model_fields["to"].default)},

@@ -28,8 +28,8 @@ from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.low_rank.admm import Admm, AdmmConfig, Residual
 from tenfold.training.low_rank.projection import PlanProjection, Projection
-from tenfold.training.progress import TuneProgress
 from tenfold.training.snapshot import TrainingFolder
+from tenfold.training.tune_progress import TuneProgress
 
 NORM_BATCHES = 100
 CEILING = 0.3  # of the highest penalty, in units of 1/lr: gradient steps with momentum diverge at about 1.4

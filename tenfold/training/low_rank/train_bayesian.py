@@ -21,8 +21,8 @@ from tenfold.training.loop import Evaluate, Loss
 from tenfold.training.losses import cross_entropy
 from tenfold.training.low_rank.bayesian import BayesianRanks
 from tenfold.training.low_rank.priors import BayesianConfig
-from tenfold.training.progress import TuneProgress
 from tenfold.training.snapshot import TrainingFolder
+from tenfold.training.tune_progress import TuneProgress
 
 
 @dataclass(frozen=True, eq=False)

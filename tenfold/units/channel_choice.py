@@ -56,11 +56,12 @@ def _kept(layer: nn.Module, mix: Tensor) -> nn.Module:
 def _factors(pivot: FactorizedLayer) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return the weight on the chosen channels, the bias, and the choice (size, in)."""
     value = pivot.factorization()
-    if not isinstance(value, Tucker1):
+    parts = value.tensors()
+    if parts.keys() != {"core", "in_factor"}:
         msg = f"the pivot of a unit is factorized as tucker1, not as {value.name()}: edit the plan of both or neither"
         raise PlanError(msg)
-    core = value.core[0]
-    return core.reshape(*core.shape[:2], *value.spec.kernel).detach(), pivot.bias, value.in_factor[0].detach()
+    core, choice = (parts[name][0].detach() for name in ("core", "in_factor"))
+    return core.reshape(*core.shape[:2], *value.spec.kernel), pivot.bias, choice
 
 
 def _first(size: int, like: Tensor) -> Tensor:
