@@ -18,7 +18,7 @@ from tenfold.records import DEFAULT_FORMATS, Recipe
 from tenfold.records.families import FAMILIES
 from tests.cli.conftest import Run
 
-KINDS = ("formats", "algorithms", "rules", "tasks", "exports", "runtimes")
+KINDS = ("formats", "algorithms", "units", "rules", "tasks", "exports", "runtimes")
 
 
 def test_without_a_command_help_is_shown_and_nothing_is_wrong(tenfold: Run) -> None:
