@@ -19,8 +19,8 @@ def clipped(rows: Tensor, samples: int, most: float) -> Tensor:
         most: at least 1.
 
     Example:
-        >>> rows = torch.tensor([1.0, 1.0, 1.0, 97.0])[None, None, None]
-        >>> clipped(rows, 1, 2.0).flatten().tolist()
+        >>> rows = torch.tensor([1.0, 1.0, 1.0, 97.0], dtype=torch.float64)[None, None, None]
+        >>> clipped(rows, 1, 2.0).flatten().round(decimals=4).tolist()
         [12.5, 12.5, 12.5, 50.0]
     """
     groups, width, first, _ = rows.shape

@@ -30,6 +30,7 @@ def stacks(model: nn.Module, inputs: Any) -> dict[str, str]:
         inputs: example inputs, as ``call_model`` takes them.
 
     Example:
+        >>> import torch
         >>> class Experts(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
