@@ -8,6 +8,7 @@ from functools import cached_property
 from pydantic import Field
 
 from tenfold.allocation import Accounts, Override, Pick, Selection, plan_of, select
+from tenfold.allocation.picks import unit_plan
 from tenfold.records import Budget, OptionTable, Plan, Recipe
 from tenfold.records.base import Record
 
@@ -44,6 +45,7 @@ class Explorer:
 
     def __init__(self, table: OptionTable) -> None:
         self.table = table.replace(units=())  # they would change several layers at once
+        self._units = table.units
         self.accounts = Accounts(self.table)
 
     @cached_property
@@ -68,7 +70,8 @@ class Explorer:
 
     def plan(self, query: Query) -> Plan:
         """Return the plan that carries the selection for a query out; raises what ``select`` does."""
-        return plan_of(self.table, self._recipe(query), self.select(query))
+        found = plan_of(self.table, self._recipe(query), self.select(query))
+        return found.replace(units=tuple(unit_plan(unit, None) for unit in self._units))
 
     def left(self, selection: Selection, kind: str) -> float:
         """Return what share of the parameters, MACs or time is left."""

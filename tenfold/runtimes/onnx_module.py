@@ -56,6 +56,8 @@ def session_options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
+    # Without it products of 8-bit integers overflow on processors with AVX2 and no VNNI: outputs are off by a tenth.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
