@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.errors import require
-from tenfold.runtimes.onnx_module import feeds, session_options
+from tenfold.runtimes.onnx_module import feeds, open_session, session_options
 from tenfold.tracing.inputs import batch_size_of
 
 _ELEMENTS = 2**26  # of the values held at a time, about
@@ -27,7 +27,7 @@ def values_in(model: Any, names: Sequence[str], inputs: list[Any]) -> Iterator[t
         inputs: batches, as the model takes them.
     """
     onnx: Any = require("onnx", "export")
-    ort: Any = require("onnxruntime", "export")
+    require("onnxruntime", "export")
     weights = {tensor.name for tensor in model.graph.initializer}
     given = [value.name for value in model.graph.input if value.name not in weights]
     for group in _groups(model, [name for name in names if name not in given], inputs):
@@ -36,7 +36,7 @@ def values_in(model: Any, names: Sequence[str], inputs: list[Any]) -> Iterator[t
         del watched.graph.output[:]
         watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in group)
         options = session_options(torch.get_num_threads())
-        session = ort.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_session(watched.SerializeToString(), options)
         for batch in inputs:
             for name, value in zip(group, session.run(group, feeds(given, batch)), strict=True):
                 yield name, torch.from_numpy(value)

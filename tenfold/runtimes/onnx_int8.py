@@ -46,13 +46,15 @@ def quantize_static(
     with quiet():
         shaped = target.with_suffix(".shaped.onnx")
         preprocess(source, shaped)
+        # What no layer has absorbed gains nothing in integers, and shares its factors between its inputs.
+        norms = [node.name for node in onnx.load(shaped).graph.node if node.op_type == "BatchNormalization"]
         quantization.quantize_static(
             shaped,
             target,
             _reader(OnnxModule(source).names, inputs),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=None if operators is None else list(operators),
-            nodes_to_exclude=list(keep),
+            nodes_to_exclude=[*keep, *norms],
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tenfold.errors import require
 from tenfold.tracing.inputs import arguments, tensors_in
 
+_EXACT = "session.x64quantprecision"
+
 
 class OnnxModule(nn.Module):
     """An ONNX file in ONNX Runtime on the CPU, called like the model; returns one tensor, or a tuple of several.
@@ -25,10 +27,8 @@ class OnnxModule(nn.Module):
 
     def __init__(self, file: Path | str, threads: int | None = None) -> None:
         super().__init__()
-        ort: Any = require("onnxruntime", "export")
         self.threads = threads or torch.get_num_threads()
-        options = session_options(self.threads)
-        self.session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.session = open_session(str(file), session_options(self.threads))
         self.names: list[str] = [value.name for value in self.session.get_inputs()]
 
     @property
@@ -57,8 +57,23 @@ def session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     # Without it products of 8-bit integers overflow on processors with AVX2 and no VNNI: outputs are off by a tenth.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(_EXACT, "1")
     return options
+
+
+def open_session(model: str | bytes, options: Any) -> Any:
+    """Return a session of ONNX Runtime on the CPU, for a file or its bytes.
+
+    Exact products of 8-bit integers are given up where ONNX Runtime cannot prepare them: of weights that are shared.
+    """
+    ort: Any = require("onnxruntime", "export")
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes share no other base
+        if "replace the existing tensor" not in str(error):
+            raise
+    options.add_session_config_entry(_EXACT, "0")
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def feeds(names: Sequence[str], inputs: Any) -> dict[str, Any]:

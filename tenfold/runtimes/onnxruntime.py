@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tenfold.errors import ExportError, require
+from tenfold.errors import ExportError
 from tenfold.records import Shape, SubLayerSpec
 from tenfold.runtimes.base import RUNTIMES, Block, Conditions, TargetRuntime
 from tenfold.runtimes.node_times import between_anchors, lower_quartile, runs_of
 from tenfold.runtimes.onnx_file import onnx_file_of
 from tenfold.runtimes.onnx_layers import INPUT, ChainModel
-from tenfold.runtimes.onnx_module import OnnxModule, session_options
+from tenfold.runtimes.onnx_module import OnnxModule, open_session, session_options
 
 
 @RUNTIMES.register("onnxruntime")
@@ -49,13 +49,12 @@ class OnnxRuntime(TargetRuntime):
 
 def profiled(model: bytes, feed: dict[str, Any], threads: int, runs: int) -> list[Sequence[tuple[str, float]]]:
     """Return for every run name and microseconds of its nodes, in the order in which they ran."""
-    ort: Any = require("onnxruntime", "export")
     options = session_options(threads)
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         try:
-            session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            session = open_session(model, options)
             for _ in range(runs):
                 session.run(None, feed)
         except Exception as error:
