@@ -109,18 +109,20 @@ class Reorder(nn.Module):
     def __init__(self, spec: ReorderSpec, weight: Tensor) -> None:
         super().__init__()
         self._axes, self._block = spec.axes, spec.block
-        self._steps = spec.stride if any(s > 1 for s in spec.stride) else ()
+        strided = any(s > 1 for s in spec.stride)
+        self._steps = len(spec.stride) if strided else 0  # single numbers, for torch.jit.script
+        self._first, self._second, self._third = (*spec.stride, 1, 1, 1)[:3]
         self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the channels in their order."""
         place = x.dim() - 1 - self._axes
-        if len(self._steps) == 1:
-            x = x[..., :: self._steps[0]]
-        elif len(self._steps) == 2:
-            x = x[..., :: self._steps[0], :: self._steps[1]]
-        elif len(self._steps) == 3:
-            x = x[..., :: self._steps[0], :: self._steps[1], :: self._steps[2]]
+        if self._steps == 1:
+            x = x[..., :: self._first]
+        elif self._steps == 2:
+            x = x[..., :: self._first, :: self._second]
+        elif self._steps == 3:
+            x = x[..., :: self._first, :: self._second, :: self._third]
         if self._block == 1:
             return x.index_select(place, self.weight)
         apart: Tensor = x.unflatten(place, [-1, self._block])
@@ -128,7 +130,8 @@ class Reorder(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the number of blocks, their size, and the stride where there is one."""
-        return f"{len(self.weight)} × {self._block}" + (f", stride={self._steps}" if self._steps else "")
+        stride = (self._first, self._second, self._third)[: self._steps]
+        return f"{len(self.weight)} × {self._block}" + (f", stride={stride}" if stride else "")
 
 
 class Fold(nn.Module):
