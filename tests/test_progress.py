@@ -82,7 +82,7 @@ def test_verbs_log_steps_and_layers_and_set_up_no_handler(caplog: pytest.LogCapt
         small = tenfold.compress(model, data[:1], "macs=0.5", data=data, runtime=runtime)
     said = [record.getMessage() for record in caplog.records if record.name == progress.logger.name]
     steps = [text.removesuffix(" ...") for text in said if text.endswith(" ...")]
-    assert steps[:4] == ["profile", "calibrate", "plan", "apply"]
+    assert steps[:5] == ["profile", "find units", "calibrate", "plan", "apply"]
     layers = len(small.plan.factorized)
     assert [text.split(",")[0] for text in said if text.startswith("fit layers")][
         -1
