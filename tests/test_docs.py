@@ -88,7 +88,14 @@ def without_numbers(line: str) -> str:
     return re.sub(r"[+−±-]?[\d.,:]+(e-\d+)?", "0", re.sub(r"[─━\s]+", " ", line)).strip()
 
 
-@pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)
+# Minutes of a slow processor each, most of them in trainings and exports that other tests do on less.
+LONG = {"research", "vision"}
+ASKED = pytest.mark.skipif("TENFOLD_LONG_TESTS" not in os.environ, reason="long: set TENFOLD_LONG_TESTS=1")
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=ASKED if page.stem in LONG else (), id=page.stem) for page in PATHS]
+)
 def test_a_path_runs_as_a_script_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     script = tmp_path / page.with_suffix(".py").name
