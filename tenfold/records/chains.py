@@ -65,7 +65,29 @@ class ReorderSpec(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoldSpec(Spec):
+class _AroundLayer(Spec):
+    """What runs a ``layer`` on a part of its channels, and has no weight but that of the layer."""
+
+    layer: LayerSpec
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes."""
+        return self.layer.axes
+
+    @property
+    def weight_shape(self) -> Shape:
+        """Shape of the weight of the layer."""
+        return self.layer.weight_shape
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights."""
+        return self.layer.num_params
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldSpec(_AroundLayer):
     """The last channels of each group, through a layer, added to the first ones, of which there are as many as outputs.
 
     It is the product with [I T], where T is the weight of the ``layer``.
@@ -77,13 +99,7 @@ class FoldSpec(Spec):
         (8, (7, 3), 15)
     """
 
-    layer: LayerSpec
     bias: ClassVar[bool] = False
-
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return self.layer.axes
 
     @property
     def in_channels(self) -> int:
@@ -94,16 +110,6 @@ class FoldSpec(Spec):
     def out_channels(self) -> int:
         """Number of outputs."""
         return self.layer.out_channels
-
-    @property
-    def weight_shape(self) -> Shape:
-        """Shape of T."""
-        return self.layer.weight_shape
-
-    @property
-    def num_params(self) -> int:
-        """Number of weights."""
-        return self.layer.num_params
 
     def out_shape(self, in_shape: Shape) -> Shape:
         """Return the output shape for an input of shape ``in_shape`` (batched or not)."""
@@ -119,7 +125,7 @@ class FoldSpec(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SharedSliceSpec(Spec):
+class SharedSliceSpec(_AroundLayer):
     """One layer that every slice of the channels goes through alike: ``copies`` slices, folded into the batch.
 
     Slice c of the output is what the ``layer`` makes of slice c of the input, with the same weight for all.
@@ -130,18 +136,12 @@ class SharedSliceSpec(Spec):
         (2, 64, 8, 8)
     """
 
-    layer: LayerSpec
     copies: int
 
     @property
     def bias(self) -> bool:
         """Whether there is a bias: the same for all slices, which no layer wants."""
         return self.layer.bias
-
-    @property
-    def axes(self) -> int:
-        """Number of spatial axes."""
-        return self.layer.axes
 
     @property
     def in_channels(self) -> int:
@@ -152,16 +152,6 @@ class SharedSliceSpec(Spec):
     def out_channels(self) -> int:
         """Number of output channels, of all slices."""
         return self.copies * self.layer.out_channels
-
-    @property
-    def weight_shape(self) -> Shape:
-        """Shape of the one weight."""
-        return self.layer.weight_shape
-
-    @property
-    def num_params(self) -> int:
-        """Number of weights."""
-        return self.layer.num_params
 
     def out_shape(self, in_shape: Shape) -> Shape:
         """Return the output shape for an input of shape ``in_shape`` (batched or not)."""

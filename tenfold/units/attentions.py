@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from tenfold.layers import JoinedProjections, SeparateAttention
-from tenfold.records import LayerProfile, Profile
-from tenfold.units.members import narrowable, parent
+from tenfold.records import LayerProfile, Profile, Unit
+from tenfold.units.base import UnitKind
+from tenfold.units.members import holder, narrowable, parent
 from tenfold.units.one_head_size import resizes
 
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head", "d_kv", "dim_per_head")
@@ -136,3 +137,43 @@ def _told(holders: Sequence[nn.Module]) -> list[tuple[str, int]]:
     sources: list[Any] = [*holders, *(config for m in holders if (config := getattr(m, "config", None)) is not None)]
     told = [(name, getattr(source, name, None)) for source in sources for name in (*_SIZES, *_COUNTS)]
     return [(name, number) for name, number in told if type(number) is int and number > 0]
+
+
+class HeadSizes(UnitKind):
+    """Base of the kinds that narrow heads: two projections of an attention, one for all heads, one that groups share.
+
+    Attributes:
+        wide: role of the projection with entries for every head.
+        shared: role of the one whose heads may be shared by several of the others.
+        refitted: which of the two is the pivot.
+    """
+
+    default: ClassVar[bool] = False  # a trained sentence encoder keeps a little less with it than with pairs
+    size_names = ("head_size",)
+    of_projections: ClassVar[bool] = True
+    wide: ClassVar[str]
+    shared: ClassVar[str]
+    refitted: ClassVar[str]
+
+    def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
+        """Iterate over attentions that have both projections."""
+        for found in attentions(model, profile):
+            if self.wide not in found.layers:
+                continue
+            heads, groups = found.heads(self.wide), found.heads(self.shared)
+            paths = {role: found.layers[role].path for role in (self.wide, self.shared)}
+            pivot = paths.pop(self.refitted)
+            unit = Unit(kind=self.name(), path=self.place(found), pivot=pivot, feeders=tuple(paths.values()))
+            if not groups or not heads or heads % groups:
+                yield unit.replace(keep_reason=NO_HEADS)
+                continue
+            yield unit.replace(full={"head_size": found.size}, settings=found.settings(model, heads, groups))
+
+    def place(self, found: Attention) -> str:
+        """Return the path of the module that holds both projections."""
+        return holder([found.layers[role].path for role in (self.wide, self.shared)])
+
+    def stands_out(self, unit: Unit, profile: Profile) -> bool:
+        """Whether it is worth a line in the plan: every attention is."""
+        del unit, profile
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,39 @@ from tenfold.errors import PlanError
 from tenfold.formats import Factorization
 from tenfold.formats.tucker1 import Tucker1
 from tenfold.layers import FactorizedLayer, dense_weight, spec_of
-from tenfold.records import Unit
+from tenfold.records import LayerProfile, Unit
+from tenfold.units.base import Narrowing, PivotFit, Size, UnitKind
+from tenfold.units.members import holder, inputs
 from tenfold.units.narrow_layers import choice_of, kept_channels, kept_outputs, narrowed_layer
+
+
+class ChannelChoice(UnitKind):
+    """Base of the kinds that choose channels between layers, by what the pivot makes of those that stay."""
+
+    size_names = ("width",)
+
+    def unit_of(self, feeders: Sequence[str], pivot: LayerProfile) -> Unit:
+        """Return the unit of a pivot and the layers that feed it."""
+        return Unit(
+            kind=self.name(),
+            path=holder([*feeders, pivot.path]),
+            pivot=pivot.path,
+            feeders=tuple(feeders),
+            full={"width": inputs(pivot)},
+        )
+
+    def pivot_fit(self, unit: Unit, size: Size) -> PivotFit:
+        """Return a choice of the inputs of the pivot."""
+        del unit
+        return PivotFit("tucker1", {"rank": size["width"]}, {"name": "column_selection"})
+
+    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
+        """Return some of the inputs of the pivot."""
+        return sampled_choice(model.get_submodule(unit.pivot), size["width"])
+
+    def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
+        """Return the layers with the channels that stay."""
+        return Narrowing(narrowed_choice(model, unit, size["width"], pivot))
 
 
 def sampled_choice(pivot: nn.Module, size: int) -> Factorization:

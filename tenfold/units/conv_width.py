@@ -7,18 +7,16 @@ from typing import ClassVar
 
 from torch import nn
 
-from tenfold.formats import Factorization
-from tenfold.layers import FactorizedLayer
 from tenfold.records import Cost, LayerProfile, LayerSpec, Profile, Unit
-from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
-from tenfold.units.channel_choice import narrowed_choice, sampled_choice
-from tenfold.units.members import holder, narrowable, outputs
+from tenfold.units.base import UNITS, Size
+from tenfold.units.channel_choice import ChannelChoice
+from tenfold.units.members import inputs, narrowable, outputs
 
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d")
 
 
 @UNITS.register("conv_width")
-class ConvWidth(UnitKind):
+class ConvWidth(ChannelChoice):
     """Channels between two convolutions: some stay, the second convolution is refitted to make up for the others.
 
     The pivot is the second of: convolution, batch norm, activation, convolution; a depthwise convolution with its norm
@@ -29,7 +27,6 @@ class ConvWidth(UnitKind):
     """
 
     default: ClassVar[bool] = False
-    size_names = ("width",)
 
     def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
         """Iterate over convolutions with another one before them whose outputs are as many as their inputs."""
@@ -39,13 +36,7 @@ class ConvWidth(UnitKind):
             if narrowable(pivot) and _is_conv(pivot):
                 feeders = _feeders(layers[:place], pivot)
                 if feeders:
-                    yield Unit(
-                        kind=self.name(),
-                        path=holder([*feeders, pivot.path]),
-                        pivot=pivot.path,
-                        feeders=tuple(feeders),
-                        full={"width": _width(pivot)},
-                    )
+                    yield self.unit_of(feeders, pivot)
 
     def stands_out(self, unit: Unit, profile: Profile) -> bool:
         """Whether both ends sit in one module that is not the whole model: a block."""
@@ -64,19 +55,6 @@ class ConvWidth(UnitKind):
         share = {path: layer.params * size["width"] // unit.full["width"] for path, layer in norms.items()}
         return super().costs(unit, size, profile) | {path: Cost(params=params) for path, params in share.items()}
 
-    def pivot_fit(self, unit: Unit, size: Size) -> PivotFit:
-        """Return a choice of the input channels of the second convolution."""
-        del unit
-        return PivotFit("tucker1", {"rank": size["width"]}, {"name": "column_selection"})
-
-    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
-        """Return some of the input channels of the second convolution."""
-        return sampled_choice(model.get_submodule(unit.pivot), size["width"])
-
-    def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
-        """Return the layers with the channels that stay."""
-        return Narrowing(narrowed_choice(model, unit, size["width"], pivot))
-
 
 def _feeders(before: Sequence[LayerProfile], pivot: LayerProfile) -> list[str]:
     """Return the convolution before a pivot and what lies in between; nothing where that cannot be narrowed."""
@@ -85,7 +63,7 @@ def _feeders(before: Sequence[LayerProfile], pivot: LayerProfile) -> list[str]:
         found.insert(0, layer.path)
         if _is_norm(layer) or _is_depthwise(layer):
             continue
-        fits = _is_conv(layer) and narrowable(layer) and outputs(layer) == _width(pivot)
+        fits = _is_conv(layer) and narrowable(layer) and outputs(layer) == inputs(pivot)
         return found if fits else []
     return []
 
@@ -110,7 +88,3 @@ def _narrower(spec: LayerSpec, width: int) -> LayerSpec:
         if depthwise
         else spec.replace(out_channels=width)
     )
-
-
-def _width(layer: LayerProfile) -> int:
-    return 0 if layer.spec is None else layer.spec.in_channels

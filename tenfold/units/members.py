@@ -13,6 +13,11 @@ def narrowable(layer: LayerProfile) -> bool:
     return own and layer.reached and layer.spec is not None and layer.spec.groups == 1
 
 
+def inputs(layer: LayerProfile) -> int:
+    """Return the number of input channels of a layer, or 0."""
+    return 0 if layer.spec is None else layer.spec.in_channels
+
+
 def outputs(layer: LayerProfile) -> int:
     """Return how many output channels a layer has; 0 where it has no geometry."""
     return 0 if layer.spec is None else layer.spec.out_channels

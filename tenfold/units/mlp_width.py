@@ -6,16 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from tenfold.formats import Factorization
-from tenfold.layers import FactorizedLayer
 from tenfold.records import LayerProfile, LayerSpec, Profile, Unit
-from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
-from tenfold.units.channel_choice import narrowed_choice, sampled_choice
-from tenfold.units.members import holder, narrowable, outputs, parent
+from tenfold.units.base import UNITS, Size
+from tenfold.units.channel_choice import ChannelChoice
+from tenfold.units.members import inputs, narrowable, outputs, parent
 
 
 @UNITS.register("mlp_width")
-class MLPWidth(UnitKind):
+class MLPWidth(ChannelChoice):
     """Hidden units of an MLP, plain or gated: some stay, the second matrix is refitted to make up for the others.
 
     The pivot is the second matrix W₂ of W₂ φ(W₁ x) or W₂ (φ(W₁ x) ⊙ W₃ x): W₂ ≈ A S with S a choice of hidden units, A
@@ -23,8 +21,6 @@ class MLPWidth(UnitKind):
     The layers before keep the rows S, which is exact, since nothing mixes hidden units in between. Of k units both cost
     k·(in + out) and their biases: all of it falls with k, and no matrix product is added.
     """
-
-    size_names = ("width",)
 
     def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
         """Iterate over linear layers with one or two others near them whose outputs are as many as their inputs.
@@ -36,16 +32,10 @@ class MLPWidth(UnitKind):
         linear = [layer for layer in profile.layers if layer.spec is not None and layer.spec.kind == "linear"]
         linear = [layer for layer in linear if narrowable(layer)]
         for place, pivot in enumerate(linear):
-            least = _width(pivot) - outputs(pivot)
+            least = inputs(pivot) - outputs(pivot)
             for feeders in _feeders(linear, place):
                 if least >= len(feeders) - 1:
-                    yield Unit(
-                        kind=self.name(),
-                        path=holder([*feeders, pivot.path]),
-                        pivot=pivot.path,
-                        feeders=tuple(feeders),
-                        full={"width": _width(pivot)},
-                    )
+                    yield self.unit_of(feeders, pivot)
 
     def stands_out(self, unit: Unit, profile: Profile) -> bool:
         """Whether it is wider than its outputs, and the module around it holds no other linear layers."""
@@ -59,19 +49,6 @@ class MLPWidth(UnitKind):
         width = size["width"]
         narrow = {path: specs[path].replace(out_channels=width) for path in unit.feeders}
         return narrow | {unit.pivot: specs[unit.pivot].replace(in_channels=width)}
-
-    def pivot_fit(self, unit: Unit, size: Size) -> PivotFit:
-        """Return a choice of the inputs of the second matrix."""
-        del unit
-        return PivotFit("tucker1", {"rank": size["width"]}, {"name": "column_selection"})
-
-    def sample(self, model: nn.Module, unit: Unit, size: Size) -> Factorization:
-        """Return some of the columns of the second matrix."""
-        return sampled_choice(model.get_submodule(unit.pivot), size["width"])
-
-    def narrowed(self, model: nn.Module, unit: Unit, size: Size, pivot: FactorizedLayer | None) -> Narrowing:
-        """Return the layers with the units that stay."""
-        return Narrowing(narrowed_choice(model, unit, size["width"], pivot))
 
 
 def _feeders(linear: Sequence[LayerProfile], place: int) -> list[list[str]]:
@@ -87,8 +64,4 @@ def _feeders(linear: Sequence[LayerProfile], place: int) -> list[list[str]]:
 
 
 def _feeds(layer: LayerProfile, pivot: LayerProfile) -> bool:
-    return layer is not pivot and outputs(layer) == _width(pivot)
-
-
-def _width(layer: LayerProfile) -> int:
-    return 0 if layer.spec is None else layer.spec.in_channels
+    return layer is not pivot and outputs(layer) == inputs(pivot)

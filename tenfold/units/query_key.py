@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -14,8 +14,8 @@ from tenfold.formats import Factorization
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import FactorizedLayer, PaddedHeads, dense_weight
 from tenfold.records import LayerSpec, Profile, Unit
-from tenfold.units.attentions import NO_HEADS, attentions, product_macs
-from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
+from tenfold.units.attentions import Attention, HeadSizes, product_macs
+from tenfold.units.base import UNITS, Narrowing, PivotFit, Size
 from tenfold.units.head_blocks import (
     factors,
     geometry_of,
@@ -32,7 +32,7 @@ _SCORES = 4.0  # how large scores are, about, where forwards are compared
 
 
 @UNITS.register("query_key")
-class QueryKey(UnitKind):
+class QueryKey(HeadSizes):
     """Dimensions in which queries and keys meet: both projections of a head are reduced to the same subspace.
 
     The pivot is the key projection, W_k ≈ diag(L_1 … L_groups) R by ``head_outputs``: the output Gram matrix of the
@@ -42,28 +42,14 @@ class QueryKey(UnitKind):
     scores are scaled as before. Not where something acts between projection and score: rotary positions, norms.
     """
 
-    default: ClassVar[bool] = False  # a trained sentence encoder keeps a little less with it than with pairs
-    size_names = ("head_size",)
-    of_projections: ClassVar[bool] = True
+    wide = "query"
+    shared = "key"
+    refitted = "key"
     needs_gradients: ClassVar[bool] = True
 
-    def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
-        """Iterate over attentions with a projection of queries and one of keys."""
-        for found in attentions(model, profile):
-            if "query" not in found.layers:
-                continue
-            heads, groups = found.heads("query"), found.heads("key")
-            query, key = found.layers["query"].path, found.layers["key"].path
-            unit = Unit(kind=self.name(), path=found.path, pivot=key, feeders=(query,))
-            if not groups or not heads or heads % groups:
-                yield unit.replace(keep_reason=NO_HEADS)
-                continue
-            yield unit.replace(full={"head_size": found.size}, settings=found.settings(model, heads, groups))
-
-    def stands_out(self, unit: Unit, profile: Profile) -> bool:
-        """Whether it is worth a line in the plan: every attention is."""
-        del unit, profile
-        return True
+    def place(self, found: Attention) -> str:
+        """Return the path of the attention, which shows what acts on queries and keys."""
+        return found.path
 
     def watched(self, unit: Unit) -> str:
         """Return the path of the output projection, or of the attention: keys themselves come out narrower."""

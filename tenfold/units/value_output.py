@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -11,16 +10,15 @@ from tenfold.formats import Factorization
 from tenfold.formats.low_rank import LowRank
 from tenfold.layers import FactorizedLayer, PaddedHeads, UnpaddedHeads, dense_weight
 from tenfold.records import LayerSpec, Profile, Unit
-from tenfold.units.attentions import NO_HEADS, attentions, product_macs
-from tenfold.units.base import UNITS, Narrowing, PivotFit, Size, UnitKind
+from tenfold.units.attentions import HeadSizes, product_macs
+from tenfold.units.base import UNITS, Narrowing, PivotFit, Size
 from tenfold.units.head_blocks import factors, geometry_of, random_blocks, split_blocks, spread, within_heads
-from tenfold.units.members import holder
 from tenfold.units.narrow_layers import narrowed_layer
 from tenfold.units.one_head_size import attributes
 
 
 @UNITS.register("value_output")
-class ValueOutput(UnitKind):
+class ValueOutput(HeadSizes):
     """Width of the heads that carry values: the output projection reads, and the value projection makes, fewer entries.
 
     The pivot is the output projection W_o of Σ_h W_o,h Σ_j a_hj W_v,h x_j: W_o ≈ A diag(B_1 … B_heads), by
@@ -29,27 +27,9 @@ class ValueOutput(UnitKind):
     their values share B_h. Of size r both cost r/d of what they did. Serves every attention, rotary or not.
     """
 
-    default: ClassVar[bool] = False  # a trained sentence encoder keeps a little less with it than with pairs
-    size_names = ("head_size",)
-    of_projections: ClassVar[bool] = True
-
-    def candidates(self, model: nn.Module, profile: Profile) -> Iterator[Unit]:
-        """Iterate over attentions with a projection of values and one of outputs."""
-        for found in attentions(model, profile):
-            if "output" not in found.layers:
-                continue
-            heads, groups = found.heads("output"), found.heads("value")
-            value, output = found.layers["value"].path, found.layers["output"].path
-            unit = Unit(kind=self.name(), path=holder([value, output]), pivot=output, feeders=(value,))
-            if not groups or not heads or heads % groups:
-                yield unit.replace(keep_reason=NO_HEADS)
-                continue
-            yield unit.replace(full={"head_size": found.size}, settings=found.settings(model, heads, groups))
-
-    def stands_out(self, unit: Unit, profile: Profile) -> bool:
-        """Whether it is worth a line in the plan: every attention is."""
-        del unit, profile
-        return True
+    wide = "output"
+    shared = "value"
+    refitted = "output"
 
     def geometry(self, unit: Unit, size: Size, specs: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
         """Return the geometry with narrower heads of values and of what enters the output projection."""
