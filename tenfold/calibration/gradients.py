@@ -167,10 +167,11 @@ class GradientSums:
             outputs, entered = self._run(model, part)
             mask = token_mask(part, model)
             if self._loss == "fisher":
-                outputs, gradients = [_drawn_loss(outputs[0], self._generator, mask)], None
+                logits, gradient = _by_drawn_labels(outputs[0], self._generator, mask)
+                outputs, gradients = [logits], [gradient]
             else:
                 gradients = drawn.of(outputs, mask)
-        if entered is not None and self._last is not None and gradients is not None:
+        if entered is not None and self._last is not None:
             at = next(i for i, output in enumerate(outputs) if output is entered)
             real = real_places(entered, mask)
             self._rows_at_last += entered[..., 0].numel() if real is None else int(real.sum())
@@ -323,12 +324,24 @@ def _differentiable(outputs: Iterable[Tensor]) -> list[Tensor]:
     return found
 
 
-def _drawn_loss(output: Tensor, generator: torch.Generator, mask: Tensor | None) -> Tensor:
-    """Return the cross-entropy, summed over the batch without padding, with labels drawn from the predictions."""
+ROWS_AT_A_TIME = 64  # of a vocabulary's predictions, accumulated to draw from
+
+
+def _by_drawn_labels(output: Tensor, generator: torch.Generator, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return logits without padding, and the gradient there of their cross-entropy with labels drawn from them.
+
+    Labels are drawn by the inverse of the cumulative distribution: ``torch.multinomial`` draws a number for each word
+    of the vocabulary, which took as long as the network.
+    """
     logits = real_tokens(output, mask)
-    logits = logits.reshape(-1, logits.shape[-1]).float()
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
+    logits = logits.reshape(-1, logits.shape[-1])
+    gradient = logits.detach().float().softmax(-1)
+    places = torch.rand(len(gradient), 1, generator=generator).to(gradient)
+    for own, place in zip(gradient.split(ROWS_AT_A_TIME), places.split(ROWS_AT_A_TIME), strict=True):
+        cumulated = own.cumsum(-1)
+        drawn = torch.searchsorted(cumulated, place * cumulated[:, -1:], right=True).clamp_max(own.shape[-1] - 1)
+        own.scatter_add_(-1, drawn, own.new_full(drawn.shape, -1.0))
+    return logits, gradient.to(logits)
 
 
 @contextmanager
