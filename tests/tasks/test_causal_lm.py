@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.tasks import Task, load_task
@@ -72,12 +73,30 @@ def made(kind: str) -> Any:
     return model
 
 
-def test_logits_of_a_batch_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["plain", "biased", "factorized", "hooked"])
+def test_logits_of_a_batch_never_exist_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenfold.tasks.perplexity._CHUNK", 5 * VOCABULARY)
-    model, seen = small_llama(), []
-    model.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(output.numel()))
-    perplexity(model, TokenBatches(torch.randint(VOCABULARY, (4, 16)), 4, VOCABULARY))
-    assert max(seen) <= 8 * VOCABULARY < 4 * 16 * VOCABULARY  # eight tokens to see what the head does
+    monkeypatch.setattr("tenfold.tasks.perplexity._TILE", 7)  # the last is narrower
+    model, sizes = small_llama(), []
+    head, ids = model.lm_head, torch.randint(VOCABULARY, (4, 16))
+    if kind == "biased":
+        model.lm_head = nn.Linear(head.in_features, VOCABULARY)
+    if kind == "factorized":
+        model.lm_head = nn.Sequential(nn.Linear(head.in_features, 4), nn.Linear(4, VOCABULARY))
+    if kind == "hooked":  # what it returns is not what its weight alone would give
+        head.register_forward_hook(lambda _module, _args, output: 3 * output)
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if "mm" in str(func) and found.shape[-1] == VOCABULARY:
+                sizes.append(found.numel())
+            return found
+
+    with Sizes():
+        found = perplexity(model, TokenBatches(ids, 4, VOCABULARY))
+    assert max(sizes) <= (16 if kind == "hooked" else 8) * VOCABULARY  # eight tokens to see what the head does
+    assert found == pytest.approx(exact(model, ids), rel=1e-4)
     rows = TokenBatches(torch.zeros(40, 512, dtype=torch.long), 100, 262_144).rows
     assert rows == 2
 
