@@ -155,8 +155,10 @@ class _Work:
     ) -> dict[str, Moments] | None:
         """Return moments of all samples, judged by the second part of them; None where that cannot be done."""
         widest = self.settings.max_width
-        loss = self.settings.loss  # that of predictions is known behind the last layer only
-        last = None if whole or loss == "fisher" else LastLayer.of(self.model, fitting[0], call_model)
+        loss = self.settings.loss
+        last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
+        if last is not None and loss == "fisher" and (last.place > 0 or last.path in self.specs):
+            last = None  # what is known of predictions is known behind it
         self.done, total = 0, (len(fitting) + len(judging)) * self.settings.draws
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.calibration.clipping import clipped
+from tenfold.calibration.drawn_labels import by_drawn_labels, labels_sent_back
 from tenfold.calibration.last_layer import LastLayer
 from tenfold.calibration.micro_batches import Split, parts_of, split_of
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
@@ -91,7 +92,8 @@ class GradientSums:
     """A context that sums gradients at the outputs of layers over batches: see ``collect_gradients``.
 
     With ``last``, a layer whose outputs are those of the model does not run: the second moment of the gradients there
-    is the identity for each position, and what goes back from it is drawn.
+    is the identity for each position, and what goes back from it is drawn. By the loss ``fisher``, the layer runs on a
+    few positions at a time, and is not measured itself.
 
     Attributes:
         split: how batches are differentiated.
@@ -166,12 +168,16 @@ class GradientSums:
         with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples):
             outputs, entered = self._run(model, part)
             mask = token_mask(part, model)
-            if self._loss == "fisher":
-                logits, gradient = _by_drawn_labels(outputs[0], self._generator, mask)
-                outputs, gradients = [logits], [gradient]
-            else:
+            if self._loss == "outputs":
                 gradients = drawn.of(outputs, mask)
-        if entered is not None and self._last is not None:
+            elif entered is None or self._last is None:
+                outputs = [real_tokens(outputs[0], mask)]
+                gradients = [by_drawn_labels(outputs[0].detach(), self._generator)]
+            else:
+                real = real_places(entered, mask)
+                outputs = [entered.flatten(0, -2) if real is None else entered[real]]
+                gradients = [labels_sent_back(self._last.module, outputs[0].detach(), self._generator)]
+        if entered is not None and self._last is not None and self._loss == "outputs":
             at = next(i for i, output in enumerate(outputs) if output is entered)
             real = real_places(entered, mask)
             self._rows_at_last += entered[..., 0].numel() if real is None else int(real.sum())
@@ -322,26 +328,6 @@ def _differentiable(outputs: Iterable[Tensor]) -> list[Tensor]:
         msg = "the model's outputs have no gradients: does its forward run under no_grad, or detach them?"
         raise DataError(msg)
     return found
-
-
-ROWS_AT_A_TIME = 64  # of a vocabulary's predictions, accumulated to draw from
-
-
-def _by_drawn_labels(output: Tensor, generator: torch.Generator, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return logits without padding, and the gradient there of their cross-entropy with labels drawn from them.
-
-    Labels are drawn by the inverse of the cumulative distribution: ``torch.multinomial`` draws a number for each word
-    of the vocabulary, which took as long as the network.
-    """
-    logits = real_tokens(output, mask)
-    logits = logits.reshape(-1, logits.shape[-1])
-    gradient = logits.detach().float().softmax(-1)
-    places = torch.rand(len(gradient), 1, generator=generator).to(gradient)
-    for own, place in zip(gradient.split(ROWS_AT_A_TIME), places.split(ROWS_AT_A_TIME), strict=True):
-        cumulated = own.cumsum(-1)
-        drawn = torch.searchsorted(cumulated, place * cumulated[:, -1:], right=True).clamp_max(own.shape[-1] - 1)
-        own.scatter_add_(-1, drawn, own.new_full(drawn.shape, -1.0))
-    return logits, gradient.to(logits)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tenfold.calibration.needs import statistics_bytes
 from tenfold.decompositions import Sketch, covariance
 from tenfold.errors import CalibrationWarning
 from tenfold.pipeline import compress
+from tenfold.records import Calibration
 from tenfold.runtime import Event, Runtime
 from tenfold.tracing.inputs import call_model
 
@@ -172,6 +173,36 @@ def test_a_last_layer_of_a_vocabulary_is_left_out_and_says_the_same() -> None:
     torch.testing.assert_close(
         found["run"]["head"].diagonal(dim1=1, dim2=2).mean(), torch.tensor(5.0).double(), rtol=0.01, atol=0
     )
+
+
+def noted(runs: list[int], _module: nn.Module, _args: object, output: Tensor) -> None:
+    if output.is_contiguous():  # and not what stands in for outputs that nobody computes
+        runs.append(output[..., 0].numel())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_labels_drawn_behind_a_vocabulary_are_as_good_for_a_quarter_of_the_positions(padded: bool) -> None:
+    model = Head().eval()
+    nn.init.normal_(model.head.weight)  # predictions that differ from uniform
+    batches = [{"ids": own} for own in torch.randint(0, 1500, (4, 500, 8))]
+    if padded:
+        mask = (torch.arange(8) < 5).long().expand(500, 8)
+        batches = [own | {"attention_mask": mask} for own in batches]
+    specs = {path: spec for path, spec in measurable(model).items() if path.startswith("body")}
+    last, found, runs = LastLayer.of(model, batches[0], call_model), {}, list[int]()
+    for name, own in (("left out", last), ("run", None)):
+        with GradientSums(model, specs, last=own, loss="fisher") as sums:
+            watch = model.head.register_forward_hook(partial(noted, runs))
+            for batch in batches * 4:
+                sums.add(model, batch)
+            watch.remove()
+        found[name] = dense(sums.mean()["body.2"])
+        assert sum(runs) == {"left out": 1, "run": 4}[name] * 500 * (5 if padded and own is not None else 8) * 4
+        runs.clear()
+    scale = float(found["run"].abs().max())
+    torch.testing.assert_close(found["left out"], found["run"], rtol=0.1, atol=0.05 * scale)
+    known = calibrate(model, batches, specs=specs, settings=Calibration(loss="fisher"))
+    assert known["body.2"].held_out is not None
 
 
 def test_a_layer_that_something_else_is_made_of_runs() -> None:
