@@ -1,4 +1,4 @@
-"""Gradients of the cross-entropy with labels drawn from a model's own predictions: samples of its Fisher information."""
+"""Gradients of the cross-entropy with labels drawn from a model's predictions: samples of its Fisher information."""
 
 from __future__ import annotations
 
