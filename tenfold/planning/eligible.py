@@ -90,8 +90,7 @@ def kept_reasons(
         UnknownNameError: a format or a pattern that names nothing.
     """
     rule, formats, keep = rule_of(recipe.rule), recipe.formats, recipe.keep
-    for name in formats:
-        FORMATS.get(name)
+    check_formats(recipe)
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
     for layer in profile.layers:
         find(model, layer.path)  # the profile is that of this model
@@ -118,6 +117,12 @@ def kept_reasons(
         if len(blind) < len(moments):  # where outputs depend on no layer at all, none is special
             kept |= {path: _UNJUDGED for path in blind if not kept.get(path, _UNSEEN)}
     return kept
+
+
+def check_formats(recipe: Recipe) -> None:
+    """Raise UnknownNameError where a recipe names a format that does not exist, or an algorithm for one."""
+    for name in (*recipe.formats, *recipe.algorithms):
+        FORMATS.get(name)
 
 
 def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dict[str, LayerSpec]:

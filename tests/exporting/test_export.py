@@ -271,7 +271,7 @@ def test_int8_of_a_file(tmp_path: Path) -> None:
     batches = [torch.randn(8, 3, 5, 5) for _ in range(4)]
     labelled = [(batch, torch.zeros(8).long()) for batch in batches]  # as a loader puts them out
     with pytest.warns(TenfoldWarning, match="left out, as labels"):
-        made = quantize_onnx(source, path, labelled, operators=("Conv",), seconds=0)
+        made = quantize_onnx(source, path, labelled, operators="Conv", seconds=0)
     assert made.operators["Conv"] == 2
     assert "Gemm" not in made.operators  # was not asked for
     assert made.samples == 32
