@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 _CHEAP_END = 0.02
 _UNNAMED = "no rank was given for this layer"
 _UNJUDGED = "the data cannot judge it: on no sample do the outputs depend on this layer"
-_UNSEEN = "no moments of its inputs, which a plan by data needs: none of the data reach it"
+UNSEEN = "no moments of its inputs, which a plan by data needs: none of the data reach it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,10 @@ def kept_reasons(
         check_patterns(rule.patterns, free)
         kept |= {path: _UNNAMED for path in free if first_match(rule.patterns, path) is None}
     if moments is not None:
-        kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
+        kept |= {path: UNSEEN for path in kept if not kept[path] and path not in moments}
         blind = [path for path, own in moments.items() if not own.judged]
         if len(blind) < len(moments):  # where outputs depend on no layer at all, none is special
-            kept |= {path: _UNJUDGED for path in blind if not kept.get(path, _UNSEEN)}
+            kept |= {path: _UNJUDGED for path in blind if not kept.get(path, UNSEEN)}
     return kept
 
 
