@@ -197,7 +197,7 @@ def _warn_if_few(moments: Mapping[str, Moments], specs: Mapping[str, LayerSpec])
         more = -(-worst.width // worst.count)
         if specs[path].axes:
             what = f"patches of {worst.width} numbers enter it, and {worst.count} of them were seen"
-            remedy = ", or take more positions of each (positions, in the recipe's calibration)"
+            remedy = ", or take more positions of larger maps (positions, in the recipe's calibration)"
         else:
             what = f"it has {worst.width} inputs, and {worst.count} rows of them were seen, one per sample or token"
             remedy = ""
