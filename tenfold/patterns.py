@@ -5,9 +5,24 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tenfold.errors import PlanError, UnknownNameError
-from tenfold.registry import did_you_mean
+from tenfold.registry import did_you_mean, split_texts
+
+_ONE = re.compile(r"\s*re:.*|(?:\[[^\]]*\]|[^,])+", re.DOTALL)  # commas in brackets and in expressions part nothing
+
+
+def as_patterns(given: Any) -> Any:
+    """Return patterns that were given in one text, with commas between them, or one by one; anything else unchanged.
+
+    An expression after ``re:`` reaches to the end of its text, as it may have commas of its own.
+
+    Example:
+        >>> as_patterns("stem, layer1.*"), as_patterns("head,re:layer[12].{1,3}"), as_patterns(["stem", "layer[1,2]"])
+        (('stem', 'layer1.*'), ('head', 're:layer[12].{1,3}'), ('stem', 'layer[1,2]'))
+    """
+    return split_texts(given, _ONE.findall)
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tenfold.errors import TenfoldError, UnknownNameError
 
@@ -29,14 +29,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Known: {shown or 'none'}."
 
 
-def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
-    """Return names as a tuple; one that was given alone is not taken for a sequence of letters.
+def as_names(given: Any) -> Any:
+    """Return names that were given in one text, with commas between them, or one by one; anything else unchanged.
 
     Example:
-        >>> as_tuple("tucker2"), as_tuple(["tucker2", "cp3"])
-        (('tucker2',), ('tucker2', 'cp3'))
+        >>> as_names("tucker2"), as_names("low_rank, tucker2"), as_names(["low_rank,tucker2", "cp3"])
+        (('tucker2',), ('low_rank', 'tucker2'), ('low_rank', 'tucker2', 'cp3'))
     """
-    return (names,) if isinstance(names, str) else tuple(names)
+    return split_texts(given, lambda text: text.split(","))
+
+
+def split_texts(given: Any, split: Callable[[str], Iterable[str]]) -> Any:
+    """Return the parts of a text, or of each text of a list; values that hold anything else are returned unchanged."""
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return given
+    return tuple(part.strip() for text in texts for part in split(text) if part.strip())
 
 
 class Registry(Generic[T]):

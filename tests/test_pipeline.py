@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tenfold.allocation import choose
 from tenfold.checkpoint import load
-from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TenfoldError
+from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TenfoldError, UnknownNameError
 from tenfold.pipeline import carry_out, compress
 from tenfold.planning import Score, decide
 from tenfold.planning import plan as make_plan
@@ -224,6 +224,13 @@ def test_data_may_be_ignored() -> None:
     ignored = compress(model, X, recipe, data=DATA, runtime=QUIET)
     assert ignored.plan.layers == compress(model, X, recipe, runtime=QUIET).plan.layers
     assert torch.equal(ignored.model[1].running_mean, model[1].running_mean)
+
+
+@pytest.mark.parametrize("wrong", [{"formats": "low_rank, tuker2"}, {"algorithms": {"tuker2": "hosvd"}}])
+def test_a_misspelt_format_is_refused_before_the_data_are_read(wrong: dict[str, Any]) -> None:
+    unread = (pytest.fail("data were read") for _ in range(1))
+    with pytest.raises(UnknownNameError, match="unknown format 'tuker2'"):
+        compress(network(), X, {"budget": "macs=0.5", **wrong}, data=unread, runtime=QUIET)
 
 
 def test_a_misspelt_use_of_data_is_refused() -> None:

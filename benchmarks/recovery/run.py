@@ -28,6 +28,7 @@ import tenfold
 from benchmarks.recovery.methods import WAYS, Work, compressed, one_shot
 from tenfold.errors import TuningError
 from tenfold.pipeline import measurement
+from tenfold.planning import analyse
 from tenfold.profiling import environment, profile
 from tenfold.records import Plan, Profile, RunRecord, locked, write_text
 from tenfold.tasks import load_task
@@ -118,7 +119,10 @@ class Row:
                 task=self.task.id,
                 command=f"python -m benchmarks.recovery.run --only {row} --weights-dir FOLDER",
             )
-            tenfold.save(found.model, found.plan, CHECKPOINTS / self.config["checkpoint"], record=record)
+            spectra = analyse(self.model, self.cost, found.plan, fits=True)
+            tenfold.save(
+                found.model, found.plan, CHECKPOINTS / self.config["checkpoint"], record=record, analysis=spectra
+            )
         return self.outcome(after, scores, found.epochs)
 
     @cached_property

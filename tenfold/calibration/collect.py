@@ -82,7 +82,8 @@ def collect_moments(
         DataError: no batches, activations that are not finite, or no layer that the forward reaches.
 
     Warns:
-        CalibrationWarning: fewer rows than a patch has entries, which makes the moments singular.
+        CalibrationWarning: a layer saw fewer rows than it has inputs, or fewer patches than a patch has numbers, which
+            makes the moments singular.
 
     Example:
         >>> import torch
@@ -111,7 +112,7 @@ def collect_moments(
         raise DataError(msg)
     reached = {path: own for path, own in sums.items() if own.count} or sums  # none at all is an error
     moments = {path: own.moments(path) for path, own in reached.items()}
-    _warn_if_few({path: own for path, own in moments.items() if specs[path].kind != "embedding"})
+    _warn_if_few({path: own for path, own in moments.items() if specs[path].kind != "embedding"}, specs)
     return moments
 
 
@@ -189,15 +190,20 @@ def _watching(
         yield
 
 
-def _warn_if_few(moments: Mapping[str, Moments]) -> None:
+def _warn_if_few(moments: Mapping[str, Moments], specs: Mapping[str, LayerSpec]) -> None:
     few = {path: m for path, m in moments.items() if m.count < m.width}
     if few:
         path, worst = max(few.items(), key=lambda item: item[1].width / item[1].count)
         more = -(-worst.width // worst.count)
-        layers = f"{len(few)} layer{'s' * (len(few) > 1)}"
+        if specs[path].axes:
+            what = f"patches of {worst.width} numbers enter it, and {worst.count} of them were seen"
+            remedy = ", or take more positions of larger maps (positions, in the recipe's calibration)"
+        else:
+            what = f"it has {worst.width} inputs, and {worst.count} rows of them were seen, one per sample or token"
+            remedy = ""
         msg = (
-            f"{layers} saw fewer rows than patches are wide; layer {path!r} saw {worst.count} and needs at least "
-            f"{worst.width}, better ten times that. Give {more} to {10 * more} times as many calibration samples, or "
-            "take more positions of each."
+            f"calibration data are few for {len(few)} layer{'s' * (len(few) > 1)}, most of all for {path!r}: {what}. "
+            f"At least {worst.width} are needed, better ten times that: give {more} to {10 * more} times as many "
+            f"calibration samples{remedy}."
         )
         warnings.warn(msg, CalibrationWarning, stacklevel=3)

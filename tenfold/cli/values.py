@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import Any
 
 from tenfold.cli.terminal import Misuse
+from tenfold.patterns import as_patterns
 from tenfold.records import Budget
 from tenfold.records.families import FAMILIES
+from tenfold.registry import as_names
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,6 @@ class Text:
     help: str
 
 
-def names(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return names that were given one by one or several at a time, with commas between them.
-
-    Example:
-        >>> names(["tucker2,low_rank", "cp3"])
-        ('tucker2', 'low_rank', 'cp3')
-    """
-    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
-
-
 def algorithms(texts: Sequence[str]) -> dict[str, str]:
     """Return algorithms by format from ``FORMAT=NAME``.
 
@@ -47,7 +39,7 @@ def algorithms(texts: Sequence[str]) -> dict[str, str]:
         Misuse: not of that form, or a format twice.
     """
     found: dict[str, str] = {}
-    for text in texts:
+    for text in as_names(texts):
         format, equals, name = (part.strip() for part in text.partition("="))
         if not equals or not format or not name or format in found:
             msg = f"cannot read --algorithms {text!r}: write FORMAT=NAME, such as tucker2=hosvd, each format once."
@@ -146,7 +138,7 @@ TEXTS: dict[str, dict[str, Text]] = {
         "formats": Text(
             list[str],
             "FORMAT,...",
-            names,
+            as_names,
             "What layers may turn into, the preferred first; see `tenfold list formats`. Families are "
             "understood: tucker, cp, svd, tt, tr, btd.",
         )
@@ -155,14 +147,17 @@ TEXTS: dict[str, dict[str, Text]] = {
         "units": Text(
             list[str],
             "KIND,...",
-            names,
+            as_names,
             "Groups of layers that may be narrowed together, all usual kinds by default; see `tenfold list units`.",
         )
     },
-    "algorithms": {"algorithms": Text(list[str], "FORMAT=NAME", algorithms, "The algorithm of a format. Repeatable.")},
+    "algorithms": {"algorithms": Text(list[str], "FORMAT=NAME,...", algorithms, "The algorithm of a format.")},
     "keep": {
         "keep": Text(
-            list[str], "PATTERN", list, "Leave these layers alone: a path, a glob or re:EXPRESSION. Repeatable."
+            list[str],
+            "PATTERN,...",
+            as_patterns,
+            "Leave these layers alone: paths, globs or re:EXPRESSION.",
         )
     },
     "rule": {

@@ -16,6 +16,7 @@ from tenfold.exporting.onnx_rescale import rescale_
 from tenfold.exporting.onnx_rounding import round_weights_
 from tenfold.profiling import compare_latency
 from tenfold.records import Int8Record, Speedup, atomic_write
+from tenfold.registry import as_names
 from tenfold.runtimes.onnx_int8 import Ranges, preprocess, quantize_static
 from tenfold.runtimes.onnx_module import OnnxModule
 from tenfold.runtimes.onnx_notes import write_bare
@@ -32,8 +33,8 @@ def quantize_onnx(
     path: str | Path,
     batches: Iterable[Any],
     *,
-    operators: Sequence[str] | None = None,
-    keep: Sequence[str] = (),
+    operators: str | Sequence[str] | None = None,
+    keep: str | Sequence[str] = (),
     ranges: Ranges = "minmax",
     seconds: float = 1.0,
     overwrite: bool = False,
@@ -75,7 +76,7 @@ def quantize_onnx(
         raise DataError(msg)
     with atomic_write(path) as partial:
         try:
-            rescaled, fitted = _quantize(source, partial, inputs, operators, keep, ranges)
+            rescaled, fitted = _quantize(source, partial, inputs, as_names(operators), as_names(keep), ranges)
         except TenfoldError:
             raise
         except Exception as error:

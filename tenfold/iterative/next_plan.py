@@ -13,7 +13,7 @@ from tenfold.decompositions import Moments
 from tenfold.errors import BudgetError, PlanError
 from tenfold.planning import plan_within_latency, recost, tabulate
 from tenfold.planning.decide import refuse_empty
-from tenfold.planning.eligible import changeable, cheap_ends
+from tenfold.planning.eligible import UNSEEN, changeable, cheap_ends
 from tenfold.planning.target import Target
 from tenfold.records import Budget, LayerPlan, LayerSpec, OptionTable, Plan, Profile, Recipe, StageRecord
 from tenfold.runtime import Runtime
@@ -155,7 +155,8 @@ class StagePlanner:
         # What is a cheap end of the original is one for good, though its share of the cost grows from stage to stage.
         recipe = self.recipe.replace(rule=rule.to_dict(), budget=Budget.at_most(limits), keep_ends=False)
         table = tabulate(model, now, recipe, moments=moments, target=target, runtime=self.runtime)
-        return table.kept({**self._ends(), **reasons})
+        # Data are not collected for the ends: it is not that none reach them.
+        return table.kept({**self._ends(), **reasons}, instead_of=UNSEEN)
 
     def _ends(self) -> dict[str, str]:
         """Return the layers that are left alone as cheap ends, with the reasons."""

@@ -38,6 +38,8 @@ def spec_of(module: nn.Module) -> tuple[LayerSpec | None, str]:
     if base is None:
         owns = any(True for _ in module.parameters(recurse=False))
         what = "is not a layer that tenfold factorizes" if owns else "has no weight to factorize"
+        if isinstance(module, nn.RNNCellBase):
+            what += "; nn.GRU and nn.LSTM are, which run one step too"
         if stacked_parameters(module):
             what = (
                 "holds stacks of matrices, which compress takes apart where every product uses single ones of them and "

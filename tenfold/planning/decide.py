@@ -18,7 +18,7 @@ from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
 from tenfold.errors import DataError, PlanError, TenfoldWarning
 from tenfold.planning.divergence import by_divergence
-from tenfold.planning.eligible import changeable
+from tenfold.planning.eligible import changeable, check_formats
 from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
@@ -109,6 +109,8 @@ def decide(
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
     kinds_of(wanted)  # names that do not exist, before any work
+    if given is None:
+        check_formats(wanted)
     if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
         name = "refine" if wanted.calibration.refine else "metric: divergence"
         msg = f"the recipe's calibration has {name}, which needs data: pass data="

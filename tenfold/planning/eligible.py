@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 _CHEAP_END = 0.02
 _UNNAMED = "no rank was given for this layer"
 _UNJUDGED = "the data cannot judge it: on no sample do the outputs depend on this layer"
-_UNSEEN = "no moments of its inputs, which a plan by data needs: none of the data reach it"
+UNSEEN = "no moments of its inputs, which a plan by data needs: none of the data reach it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +90,7 @@ def kept_reasons(
         UnknownNameError: a format or a pattern that names nothing.
     """
     rule, formats, keep = rule_of(recipe.rule), recipe.formats, recipe.keep
-    for name in formats:
-        FORMATS.get(name)
+    check_formats(recipe)
     check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
     for layer in profile.layers:
         find(model, layer.path)  # the profile is that of this model
@@ -113,11 +112,17 @@ def kept_reasons(
         check_patterns(rule.patterns, free)
         kept |= {path: _UNNAMED for path in free if first_match(rule.patterns, path) is None}
     if moments is not None:
-        kept |= {path: _UNSEEN for path in kept if not kept[path] and path not in moments}
+        kept |= {path: UNSEEN for path in kept if not kept[path] and path not in moments}
         blind = [path for path, own in moments.items() if not own.judged]
         if len(blind) < len(moments):  # where outputs depend on no layer at all, none is special
-            kept |= {path: _UNJUDGED for path in blind if not kept.get(path, _UNSEEN)}
+            kept |= {path: _UNJUDGED for path in blind if not kept.get(path, UNSEEN)}
     return kept
+
+
+def check_formats(recipe: Recipe) -> None:
+    """Raise UnknownNameError where a recipe names a format that does not exist, or an algorithm for one."""
+    for name in (*recipe.formats, *recipe.algorithms):
+        FORMATS.get(name)
 
 
 def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dict[str, LayerSpec]:

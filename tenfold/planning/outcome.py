@@ -29,13 +29,20 @@ def warn_if_late(fast: FastPlan, times: Comparison) -> None:
 
 
 def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
-    """Warn where a compressed model no longer does what the original does.
+    """Warn where a compressed model no longer does what the original does, or where the outputs cannot tell.
 
     Args:
         agreed: as measured.
         fitted: number of samples that it was fitted to.
         tuned: whether it has been trained since.
     """
+    if agreed.is_equal:
+        msg = (
+            f"the outputs equal the original's to the last bit on {agreed.where()}: they do not depend on what was "
+            "changed, which says nothing of its quality. Random weights do that, whose signal fades on its way, and "
+            "inputs that a model does not take apart. Load trained weights, and data of its kind."
+        )
+        warnings.warn(msg, AgreementWarning, stacklevel=4)
     if not agreed.is_low or not agreed.can_be_judged:
         return
     what = (

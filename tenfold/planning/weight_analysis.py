@@ -18,16 +18,17 @@ from tenfold.records import Analysis, CurvePoint, LayerAnalysis, LayerPlan, Plan
 VALUES, POINTS, DIGITS = 48, 24, 4  # so that 200 layers stay far below a megabyte
 
 
-def analyse(model: nn.Module, profile: Profile, plan: Plan) -> Analysis:
+def analyse(model: nn.Module, profile: Profile, plan: Plan, *, fits: bool = False) -> Analysis:
     """Return spectra and error–cost curves of the layers that a plan factorizes.
 
-    Both are of the weights alone, whatever the plan went by. Layers in formats whose error no spectrum bounds (CP) are
-    left out, and so are those that cannot be decomposed.
+    Both are of the weights alone, whatever the plan went by. Layers that cannot be decomposed are left out.
 
     Args:
         model: before the plan is carried out.
         profile: what ``profile`` said of it.
         plan: what was decided.
+        fits: whether layers in formats whose error no spectrum bounds (CP) get a curve too: that of quick fits, which
+            take a second per layer.
 
     Example:
         >>> import torch
@@ -39,19 +40,18 @@ def analyse(model: nn.Module, profile: Profile, plan: Plan) -> Analysis:
         >>> [layer.path for layer in found.layers], found.layers[0].spectra["rank"].values[0]
         (['0', '2'], 1.0)
     """
-    found = (_layer(model, profile, layer) for layer in plan.factorized)
+    found = (_layer(model, profile, layer, fits=fits) for layer in plan.factorized)
     return Analysis(tenfold=__version__, layers=tuple(layer for layer in found if layer is not None))
 
 
-def _layer(model: nn.Module, profile: Profile, layer: LayerPlan) -> LayerAnalysis | None:
+def _layer(model: nn.Module, profile: Profile, layer: LayerPlan, *, fits: bool) -> LayerAnalysis | None:
     format = str(layer.format)
-    if not FORMATS.get(format).svd_bounds_error:
-        return None
     try:
         known = eligible_layer(model, profile.layer(layer.path), [format])
         weight = known.load_weight()
         spectra = {name: _spectrum(v) for name, v in spectra_of(known, format, weight).items() if len(v)}
-        return LayerAnalysis(path=layer.path, format=format, spectra=spectra, curve=_curve(known, format, weight))
+        curve = _curve(known, format, weight) if fits or FORMATS.get(format).svd_bounds_error else ()
+        return LayerAnalysis(path=layer.path, format=format, spectra=spectra, curve=curve) if spectra else None
     except (KeyError, TenfoldError):  # a picture less is no reason to lose a run
         return None
 

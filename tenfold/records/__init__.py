@@ -3,7 +3,7 @@
 from tenfold.files import atomic_write, locked, write_text
 from tenfold.records.agreement import Agreement
 from tenfold.records.analysis import Analysis, CurvePoint, LayerAnalysis, Spectrum
-from tenfold.records.base import Record, Seed, explain
+from tenfold.records.base import Names, Patterns, Record, Seed, explain
 from tenfold.records.budget import Budget
 from tenfold.records.chains import (
     FoldSpec,
@@ -64,7 +64,9 @@ __all__ = [
     "LayerSpec",
     "Measurement",
     "Metric",
+    "Names",
     "OptionTable",
+    "Patterns",
     "Plan",
     "Profile",
     "Recipe",

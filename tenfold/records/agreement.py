@@ -41,6 +41,11 @@ class Agreement(Record):
         return self.samples >= FEW
 
     @property
+    def is_equal(self) -> bool:
+        """Whether the outputs are the same to the last bit: they do not depend on what was changed."""
+        return self.relative_error == 0
+
+    @property
     def divergence(self) -> float:
         """What the outputs diverge by, to compare and to add up: ``kl``, or the squared relative error without one."""
         return self.relative_error**2 if self.kl is None else self.kl
@@ -86,6 +91,8 @@ class Agreement(Record):
 
     def figures(self) -> str:
         """Return the figures alone."""
+        if self.is_equal:
+            return "outputs equal to the last bit"
         parts = []
         interval = self.interval()
         if self.top1 is not None and interval is not None:

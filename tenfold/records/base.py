@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tenfold.errors import DataError, FileError, TenfoldError
 from tenfold.files import read_text, write_text
+from tenfold.patterns import as_patterns
 from tenfold.records.parsing import CHANGED, parse, parse_json, seal, unseal
+from tenfold.registry import as_names
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(as_patterns)]
 
 
 class Record(BaseModel):

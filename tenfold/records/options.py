@@ -325,11 +325,14 @@ class OptionTable(_Columns, Introduced):
                 return layer
         raise KeyError(path)
 
-    def kept(self, reasons: dict[str, str]) -> OptionTable:
-        """Return the table with some layers kept as they are, by path, and units by key, each with a reason."""
+    def kept(self, reasons: dict[str, str], *, instead_of: str | None = None) -> OptionTable:
+        """Return the table with some layers kept as they are, by path, and units by key, each with a reason.
+
+        What is kept already keeps its reason, unless that is the one to replace.
+        """
         layers = (
             layer.replace(keep_reason=reasons[layer.path], options=())
-            if layer.path in reasons and layer.keep_reason is None
+            if layer.path in reasons and layer.keep_reason in (None, instead_of)
             else layer
             for layer in self.layers
         )

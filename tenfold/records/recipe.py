@@ -19,10 +19,9 @@ from pydantic import (
 
 from tenfold.errors import BudgetError, RecipeError, TenfoldError
 from tenfold.files import read_text, write_text
-from tenfold.records.base import Record, Seed, explain, refusal
+from tenfold.records.base import Names, Patterns, Record, Seed, explain, refusal
 from tenfold.records.budget import Budget
 from tenfold.records.families import expanded
-from tenfold.registry import as_tuple
 
 DEFAULT_FORMATS = ("tucker2", "low_rank", "spatial", "cp3")
 RECIPE_HEADER = "# A tenfold recipe: what is wanted of a compression. Use it with tenfold compress --recipe FILE.\n"
@@ -126,8 +125,8 @@ class Recipe(Record):
             expression of their layers: ``{"backbone.*": "macs=0.5"}``. Shares are those of the part; all other layers
             stay as they are. A layer belongs to the first part that means it.
         rule: how ranks are chosen: the name of a rank rule, with its settings: ``{"name": "evbmf", "weaken": 0.8}``.
-        formats: what layers may turn into, the preferred first. Families (tucker, cp, svd, tt, tr, btd) stand for their
-            usual formats.
+        formats: what layers may turn into, the preferred first, as a list or with commas: ``"tucker2,low_rank"``.
+            Families (tucker, cp, svd, tt, tr, btd) stand for their usual formats.
         algorithms: by format, the algorithm with its settings, instead of the format's default:
             ``{"tucker2": {"name": "hosvd"}}``.
         units: groups of layers that may be narrowed together, such as ``mlp_width``, with the rule ``global`` and data.
@@ -155,10 +154,10 @@ class Recipe(Record):
     budget: Budget = Budget()
     budget_of: dict[str, Budget] = {}
     rule: dict[str, Any] = Field(default={"name": "global"})
-    formats: tuple[str, ...] = DEFAULT_FORMATS
+    formats: Names = DEFAULT_FORMATS
     algorithms: dict[str, dict[str, Any]] = {}
-    units: tuple[str, ...] | None = None
-    keep: tuple[str, ...] = ()
+    units: Names | None = None
+    keep: Patterns = ()
     keep_ends: bool | None = None
     calibration: Calibration = Calibration()
     fuse_batchnorm: bool = False
@@ -242,11 +241,6 @@ class Recipe(Record):
     @classmethod
     def _read_rule(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("formats", "units", "keep", mode="before")
-    @classmethod
-    def _read_names(cls, value: Any) -> Any:
-        return as_tuple(value) if isinstance(value, str | list | tuple) else value
 
     @field_validator("formats")
     @classmethod

@@ -89,7 +89,7 @@ class Int8Record(Record):
     speedup: Speedup | None = None
 
 
-class ExportRecord(Record):
+class ExportRecord(Introduced):
     """One exported file.
 
     Use it to see how far a file agrees with its model, and how fast it is; ``export`` returns it, reports show it.

@@ -91,8 +91,13 @@ def spectrum(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
     )
 
 
-def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart:
-    """Return the error of a layer's weight against its cost along a family of ranks, its own ranks marked."""
+def error_curve(layer: LayerAnalysis, plan: LayerPlan) -> Chart | None:
+    """Return the error of a layer's weight against its cost along a family of ranks, its own ranks marked.
+
+    None where the analysis has no curve, as of CP, which takes fits.
+    """
+    if not layer.curve:
+        return None
     of = "macs" if plan.before.macs else "params"
     whole = getattr(plan.before, of) or 1
     points = [
@@ -124,13 +129,13 @@ def equal_error(plan: Plan, analysis: Analysis) -> Chart | None:
     """Return what is left of the model if no factorized layer had more than some error, and where the plan is.
 
     It needs nothing but the error–cost curves of the layers: at each error, every layer takes its cheapest rank that
-    is no worse, or stays dense. None where there are no curves.
+    is no worse, or stays dense; layers without a curve are as the plan has them. None where there are no curves.
     """
     known = {layer.path: layer for layer in analysis.layers if layer.curve}
     planned = [layer for layer in plan.factorized if layer.path in known]
     if not planned or not plan.before.macs:
         return None
-    fixed = plan.before.macs - sum(layer.before.macs for layer in planned)
+    fixed = plan.after.macs - sum(layer.after.macs for layer in planned)
     points = []
     for step in range(2, 20):
         allowed, used, lost = 0.05 * step, float(fixed), 0.0

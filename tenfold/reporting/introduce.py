@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-from tenfold.records import Cost, OptionTable, Plan, Profile, Record, RunRecord
+from tenfold.records import Cost, ExportRecord, OptionTable, Plan, Profile, Record, RunRecord
 from tenfold.reporting import charts
 from tenfold.reporting.cards import card as drawn
-from tenfold.reporting.numbers import QUANTITIES, change, count, factor, milliseconds, plural, size, speed
+from tenfold.reporting.numbers import QUANTITIES, change, count, factor, milliseconds, percent, plural, size, speed
 from tenfold.reporting.option_tables import least, num_options, option_tables
 from tenfold.reporting.page_tables import shown_layers
 from tenfold.reporting.report import tiles
@@ -126,6 +126,54 @@ def _(record: RunRecord) -> str:
     if record.agreement is not None:
         about += f"; agreement with the original: {record.agreement.in_words()}"
     return drawn(f"{record.task or record.plan.model}:", about, [HEAD, *rows], _bars(record.plan))
+
+
+@line.register
+def _(record: ExportRecord) -> str:
+    faster = record.int8.speedup if record.int8 is not None else record.speedup
+    parts = [f"{record.target}{', int8' if record.int8 is not None else ''}", size(record.bytes)]
+    parts.append(f"largest error {max(record.parity.values(), default=0):.1e}")
+    if faster is not None and not faster.doubt:
+        parts.append(f"{faster.ratio:.2f}× as fast as in {'floating point' if record.int8 is not None else 'torch'}")
+    return f"<ExportRecord of {record.file}: {', '.join(parts)}>"
+
+
+@text.register
+def _(record: ExportRecord) -> str:
+    return "\n".join(export_lines(record))
+
+
+@card.register
+def _(record: ExportRecord) -> str:
+    return drawn(f"{record.file}:", repr(record).partition(": ")[2].removesuffix(">"), [], None)
+
+
+def export_lines(made: ExportRecord) -> list[str]:
+    """Return what came of an export: the file, its error, how it was quantized, how fast it is."""
+    opset = f", opset {made.opset}" if made.opset else ""
+    batches = "batches of any size" if made.dynamic_batch else "one size of the batch"
+    fused = f", {made.fused} batch norms fused" if made.fused else ""
+    lines = [f"{made.file}: {made.target}{opset}, {made.bytes:,} bytes, {batches}{fused}"]
+    errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in made.parity.items())
+    lines.append(f"largest error against the model: {errors}")
+    if made.int8 is not None:
+        number = sum(made.int8.operators.values())
+        same = "" if made.int8.agreement is None else f", {percent(made.int8.agreement)} the same answer"
+        lines.append(
+            f"int8: {number} operators, {made.int8.was_bytes:,} bytes before, outputs change by "
+            f"{percent(made.int8.noise)}{same} ({made.int8.samples} samples)"
+        )
+    speedup = made.int8.speedup if made.int8 is not None else made.speedup
+    if made.latency is not None and speedup is not None:
+        than = "the file in floating point" if made.int8 is not None else "the model in torch"
+        clock = " of processor time" if made.latency.clock == "processor" else ""
+        ratio = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}] times as fast as {than}"
+        if speedup.doubt:
+            ratio = f"against {than} {speedup.in_doubt}"
+        lines.append(f"latency: {milliseconds(made.latency.median_ms)}{clock}, {ratio}")
+        if made.latency.load and not speedup.doubt:
+            lines.append(f"it was measured while {made.latency.load}")
+    return lines
 
 
 def _shapes(profile: Profile) -> str:

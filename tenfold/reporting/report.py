@@ -222,7 +222,7 @@ def _layers(run: Run) -> list[dict[str, Any]]:
 def _words(layer: LayerPlan) -> str:
     error = "" if layer.rel_error is None else f", error {layer.rel_error:.3f}"
     saved = f"{count(layer.before.macs)} → {count(layer.after.macs)} MACs"
-    return f"{layer.kind} as {layer.format} {ranks(layer.rank)}: {saved}{error}. {layer.reason}"
+    return f"{layer.kind} as {layer.format} {ranks(layer.rank)}: {saved}{error}. {_capital(layer.reason)}"
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ _PYTREE_HINT = (
     " Return a tensor, tuple or dict, or register the class that is returned before: "
     "torch.export.register_dataclass(Output, serialized_type_name='Output')."
 )
+# Torch names the line that reads a value, at the end of a long message.
+_READS = re.compile(r"The following call raised this error:\s+File \"([^\"]+)\", line (\d+), in \w+(?:\n {4}(\S.*))?")
+_PACKED_HINT = " Packed sequences cannot be exported: give the recurrent network padded ones."
 
 
 def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch: int | None = None) -> Any:
@@ -55,10 +60,12 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
             shapes = collection.dynamic_shapes(model, args, kwargs) if dynamic_batch else None
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        msg = f"{type(model).__name__} cannot be exported on inputs {describe_inputs(example)}: {first_words(error)}."
+        words, hint = first_words(error), _read_hint(str(error))
+        words = words.partition(" (unhinted")[0] if hint else words
+        msg = f"{type(model).__name__} cannot be exported on inputs {describe_inputs(example)}: {words}.{hint}"
         if "register a pytree" in str(error):
             msg += _PYTREE_HINT
-        elif dynamic_batch and "batch" in str(error):
+        elif dynamic_batch and not hint and "batch" in str(error):
             msg += _HINT
         raise ExportError(msg) from error
 
@@ -113,3 +120,15 @@ def first_words(error: BaseException, length: int = 300) -> str:
     text = " ".join(str(error).split()) or "no message"
     cut = text if len(text) <= length else text[: length - 1].rstrip() + "…"
     return f"{type(error).__name__}: {cut}".rstrip(".")
+
+
+def _read_hint(error: str) -> str:
+    """Return where a forward goes by the value of a tensor, and what to do; nothing where that is not the trouble."""
+    found = _READS.search(error)
+    if found is None or "data-dependent" not in error:
+        return ""
+    file, number, code = Path(found[1]).name, found[2], found[3]
+    if file in {"recurrent.py", "rnn.py"}:
+        return _PACKED_HINT
+    where = f"{file}:{number}{f' ({code})' if code else ''}"
+    return f" The forward goes by a value at {where}: take it as an argument, computed outside."

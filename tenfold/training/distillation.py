@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tenfold.errors import TuningError
+from tenfold.registry import as_names
 from tenfold.tracing.contexts import evaluating
 from tenfold.tracing.inputs import call_model
 from tenfold.training.losses import logits_of
@@ -59,13 +60,13 @@ class Distillation:
         *,
         share: float = 0.9,
         temperature: float = 4.0,
-        features: Iterable[str] = (),
+        features: str | Iterable[str] = (),
         feature_weight: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
         self.teachers = None if teacher is None else _tuple(teacher)
         self.share, self.temperature = share, temperature
-        self.features, self.feature_weight = tuple(features), feature_weight
+        self.features, self.feature_weight = tuple(as_names(features)), feature_weight
         self.label_smoothing = label_smoothing
         if self.teachers == ():
             msg = "there is no teacher: pass a model, or several"

@@ -85,8 +85,13 @@ def test_transformers_run_layer_by_layer_and_stay_as_they_were():
 
 
 def test_few_rows_are_warned_about_with_the_number_needed():
-    with pytest.warns(CalibrationWarning, match=r"saw 6 and needs at least 20.*4 to 40 times"):
+    """In the words of the layer: a linear one has inputs, a convolution patches."""
+    with pytest.warns(CalibrationWarning, match=r"has 20 inputs, and 6 rows .* 20 are needed.*4 to 40 times") as caught:
         collect_moments(nn.Linear(20, 3), [torch.randn(6, 20)])
+    assert "patch" not in str(caught[0].message)
+    assert "positions" not in str(caught[0].message)
+    with pytest.warns(CalibrationWarning, match=r"patches of 27 numbers enter it, and 8 of them were seen.*positions"):
+        collect_moments(nn.Conv2d(3, 4, 3), [torch.randn(2, 3, 4, 4)])
 
 
 def test_nothing_to_learn_from_is_refused():

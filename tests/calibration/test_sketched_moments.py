@@ -160,7 +160,7 @@ def test_moments_take_what_was_said_and_never_a_square_of_the_width(dense, caplo
     model, batches = wide()
     dense_model = copy.deepcopy(model) if dense else None
     caplog.set_level(logging.INFO, "tenfold")
-    with pytest.warns(CalibrationWarning, match="saw 384 and needs"), Largest() as seen:
+    with pytest.warns(CalibrationWarning, match="has 1200 inputs, and 384 rows"), Largest() as seen:
         found = collect_moments(model, batches, dense=dense_model, widest=200)
     assert "layer '0': inputs 1200 wide, of which a sketch of 33 rows is kept" in caplog.text
     assert seen.entries < 1200 * 100

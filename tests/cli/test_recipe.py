@@ -93,6 +93,13 @@ def test_all_is_checked_before_any_work(
     assert outcome.is_error(word, code=2 if misuse else 1)
 
 
+def test_names_with_commas(tenfold: Run, tiny: str, file: Path) -> None:
+    texts = ("--formats", "low_rank, tucker2", "--keep", "0,2", "--algorithms", "low_rank=svd,tucker2=hosvd")
+    made = planned(tenfold, tiny, "--recipe", file, *texts)
+    assert (made.formats, made.keep) == (("low_rank", "tucker2"), ("0", "2"))
+    assert made.algorithms == {"low_rank": {"name": "svd"}, "tucker2": {"name": "hosvd"}}
+
+
 def test_every_field_of_the_fine_tuning_is_an_option(tenfold: Run) -> None:
     shown = tenfold("tune", "--help").out
     assert [name for name in TuneConfig.model_fields if f"--{name.replace('_', '-')}" not in shown] == []

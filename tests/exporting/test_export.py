@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tenfold import Runtime, compress, export
 from tenfold.errors import ExportError, MissingExtraError, TenfoldWarning, UnknownNameError
 from tenfold.exporting import EXPORTERS, ExportConfig, int8_linear, open_exported, quantize_onnx
 from tenfold.exporting.parity import check_parity
+from tenfold.layers.recurrent import open_recurrent
 from tenfold.layers.tt_linear import COMPILED_ROWS, TTLinear
 from tenfold.runtimes.program import program_of
 
@@ -179,9 +181,35 @@ def test_what_cannot_be_is_said_in_one_line(
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+class Packed(nn.Module):
+    """Sequences of several lengths, packed for a recurrent network whose cells are linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = open_recurrent(nn.GRU(3, 4))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])[0]
+
+
+def test_packed_sequences_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="Packed sequences cannot be exported: give the recurrent network padded"):
+        export(Packed(), (torch.ones(5, 2, 3), torch.tensor([5, 3])), tmp_path / "a.pt2", to="torch-export")
+
+
+def test_an_export_introduces_itself(tmp_path: Path) -> None:
+    made = export(nn.Linear(4, 3), torch.ones(2, 4), tmp_path / "a.pt2", to="torch-export", config=UNTIMED)
+    assert re.fullmatch(r"<ExportRecord of a\.pt2: torch-export, \S+ KiB, largest error \d\.\de[-+]\d\d>", repr(made))
+    assert made.summary().startswith(f"a.pt2: torch-export, {made.bytes:,} bytes, batches of any size\nlargest error")
+    assert made._repr_html_().startswith('<div class="tenfold"')
+    assert type(made).from_text(made.to_json()) == made
+
+
 def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     x, path = torch.ones(2, 3), tmp_path / "a.pt2"
-    with pytest.raises(ExportError, match="ByValue cannot be exported"):
+    where = r"ByValue cannot be exported .* goes by a value at test_export\.py:\d+ \(return x\.sin.*computed outside"
+    with pytest.raises(ExportError, match=where):
         export(ByValue(), x, path, to="torch-export", config=UNTIMED)
     with pytest.raises(ExportError, match=r"tolerance 0\.0001: nothing was kept"):
         export(ByMode(), x, path, to="torch-export", config=UNTIMED)
@@ -271,7 +299,7 @@ def test_int8_of_a_file(tmp_path: Path) -> None:
     batches = [torch.randn(8, 3, 5, 5) for _ in range(4)]
     labelled = [(batch, torch.zeros(8).long()) for batch in batches]  # as a loader puts them out
     with pytest.warns(TenfoldWarning, match="left out, as labels"):
-        made = quantize_onnx(source, path, labelled, operators=("Conv",), seconds=0)
+        made = quantize_onnx(source, path, labelled, operators="Conv", seconds=0)
     assert made.operators["Conv"] == 2
     assert "Gemm" not in made.operators  # was not asked for
     assert made.samples == 32

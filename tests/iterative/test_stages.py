@@ -297,3 +297,27 @@ def test_data_without_a_batch_are_refused_at_the_call() -> None:
 def test_choices_that_do_not_exist_are_refused(fields: dict[str, Any], kind: Any, words: str) -> None:
     with pytest.raises(kind, match=words):
         both(**fields)
+
+
+class Sides(nn.Module):
+    """Layers and a cheap last one; single samples take a side road, which batches of data never do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.main, self.side = (nn.Linear(64, 64) for _ in range(3))
+        self.last = nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.main(self.first(x).relu()).relu()
+        return self.last(hidden + self.side(hidden) if len(x) == 1 else hidden)
+
+
+def test_layers_without_data_get_the_reason_of_one_step() -> None:
+    """That no data reach a layer is said of those alone that none reach."""
+    torch.manual_seed(0)
+    net, data = Sides(), [torch.randn(64, 64) for _ in range(3)]
+    stage = next(stages(net, torch.zeros(1, 64), "macs=0.8", Schedule(rounds=1), data=data))
+    step = tenfold.compress(net, torch.zeros(1, 64), "macs=0.8", data=data, runtime=tenfold.Runtime(measure=False))
+    for path, words in (("side", "none of the data reach it"), ("last", "too little to be worth distortion")):
+        assert words in stage.plan.layer(path).reason
+        assert stage.plan.layer(path).reason == stage.whole.layer(path).reason == step.plan.layer(path).reason

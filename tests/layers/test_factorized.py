@@ -144,6 +144,10 @@ class Quiet(nn.Module):
     ("layer", "reason"),
     [
         (nn.ReLU(), "ReLU has no weight to factorize"),
+        (
+            nn.GRUCell(3, 3),
+            "GRUCell is not a layer that tenfold factorizes; nn.GRU and nn.LSTM are, which run one step too",
+        ),
         (Quiet(), "Quiet is not a layer that tenfold factorizes"),
         (nn.BatchNorm2d(3), "BatchNorm2d is not a layer that tenfold factorizes"),
         (OwnForward(4, 4), "OwnForward is a Linear with a forward of its own"),

@@ -16,7 +16,7 @@ from tenfold.profiling import profile
 from tenfold.records import Recipe
 from tenfold.runtime import Runtime
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*saw fewer rows:tenfold.errors.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration data are few:tenfold.errors.CalibrationWarning")
 ROWS = 1_000_000
 
 

@@ -88,6 +88,29 @@ def test_a_result_that_no_longer_does_what_the_original_does_is_called_that(tmp_
     assert "no longer does what the original does" in (broken.save(tmp_path / "it") / "README.md").read_text()
 
 
+class Fading(nn.Module):
+    """A part whose signal is far below the rounding of what it is added to, as of random weights behind many layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": x + 1e-12 * self.body(x)}
+
+
+def test_outputs_that_do_not_depend_on_what_was_changed_are_called_that():
+    """An error of exactly zero is no praise."""
+    torch.manual_seed(0)
+    with pytest.warns(AgreementWarning, match="to the last bit on 20 held-out samples.*Random weights") as seen:
+        small = tenfold.compress(Fading(), torch.randn(1, 32), "macs=0.5", data=[torch.randn(60, 32)], runtime=QUIET)
+    assert len([w for w in seen if w.category is AgreementWarning]) == 1
+    assert small.plan.factorized
+    assert small.record.agreement.is_equal
+    assert "equal to the last bit" in small.summary()
+    assert "relative error" not in small.record.agreement.figures()
+
+
 def test_nothing_is_held_out_where_nobody_wants_it():
     model, x = network(), torch.randn(60, 32)
     recipe = {"budget": "macs=0.7", "calibration": {"held_out": 0}}

@@ -39,6 +39,10 @@ def test_yaml_both_ways(tmp_path: Path, recipe: Recipe) -> None:
         ({"budget": "macs=0.5,max_params=400"}, {"budget": Budget(macs=0.5, max_params=400)}),
         ({"rule": "evbmf"}, {"rule": {"name": "evbmf"}}),
         ({"formats": "low_rank", "keep": "12"}, {"formats": ("low_rank",), "keep": ("12",)}),
+        ({"formats": "low_rank, tucker2"}, {"formats": ("low_rank", "tucker2")}),
+        ({"formats": ["low_rank,svd", "cp3"]}, {"formats": ("low_rank", "spatial", "cp3")}),
+        ({"units": "mlp_width,conv_width"}, {"units": ("mlp_width", "conv_width")}),
+        ({"keep": "stem, layer[1,2].*, re:a{1,2}"}, {"keep": ("stem", "layer[1,2].*", "re:a{1,2}")}),
         ({"algorithms": {"tucker2": "hosvd"}}, {"algorithms": {"tucker2": {"name": "hosvd"}}}),
         ({"calibration": {"method": "batchnorm"}}, {"calibration": Calibration(method="batchnorm")}),
         (None, {}),
@@ -48,6 +52,13 @@ def test_yaml_both_ways(tmp_path: Path, recipe: Recipe) -> None:
 def test_short_forms_are_read(given: Any, fields: dict[str, Any]) -> None:
     assert Recipe.of(given) == Recipe(**fields)
     assert Recipe.of(Recipe.of(given)) == Recipe.of(given)
+    assert Recipe.from_text(Recipe.of(given).to_yaml()) == Recipe.of(given)
+
+
+def test_a_text_of_names_in_a_file() -> None:
+    assert Recipe.from_text("formats: low_rank, tucker2\nkeep: a,b\n") == Recipe(
+        formats=("low_rank", "tucker2"), keep=("a", "b")
+    )
 
 
 @pytest.mark.parametrize(

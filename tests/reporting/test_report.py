@@ -16,9 +16,10 @@ from tenfold.errors import DataError
 from tenfold.records import Analysis, Cost, RunRecord, TradeOff, TradeOffPoint
 from tenfold.reporting.charts import equal_error, error_curve, spectrum
 from tenfold.reporting.report import report, tiles
-from tenfold.reporting.run_files import read_run, read_runs
+from tenfold.reporting.run_files import Run, read_run, read_runs
 from tests.reporting import runs
 
+CHECKPOINTS = sorted(Path(__file__).parents[2].glob("benchmarks/checkpoints/*/record.json"))
 VOID = {"wbr", "meta", "link", "input", "br", "hr", "img", "col", "rect"}
 
 
@@ -144,6 +145,33 @@ def test_equal_error_takes_the_cheapest_rank_that_is_no_worse(run: Any) -> None:
             macs, lost = macs + cost, lost + error**2
         assert x == pytest.approx(100 * macs / plan.before.macs)
         assert y == pytest.approx((lost / len(plan.factorized)) ** 0.5)
+
+
+def test_a_layer_without_a_curve_shows_its_spectrum_alone_and_counts_as_it_is(run: Any) -> None:
+    first, *others = run.analysis.layers
+    bare = Run("bare", run.record, run.analysis.replace(layers=(first.replace(curve=()), *others)))
+    own = next(layer for layer in json.loads(Page(report(bare)).data)["layers"] if layer["path"] == first.path)
+    assert own["curve"] is None
+    assert own["spectrum"]["series"]
+    plan = run.record.plan
+    chart = equal_error(plan, bare.analysis)
+    assert chart is not None
+    assert chart["rings"][0]["x"] == pytest.approx(100 * plan.after.macs / plan.before.macs)
+
+
+@pytest.mark.parametrize("record", CHECKPOINTS, ids=lambda path: path.parent.name)
+def test_committed_checkpoints_show_real_spectra(record: Path) -> None:
+    """Of every factorized layer: descending from 1, with an error that falls as ranks grow."""
+    run = read_run(record)
+    shown = json.loads(Page(report(run)).data)["layers"]
+    assert [layer["path"] for layer in shown] == [layer.path for layer in run.record.plan.factorized]
+    for layer in shown:
+        for line in layer["spectrum"]["series"]:
+            values = [y for _, y in line["points"]]
+            assert values[0] == 1.0
+            assert values == sorted(values, reverse=True)
+        errors = [point[1] for point in layer["curve"]["series"][0]["points"]]
+        assert errors[0] > errors[len(errors) // 2] > errors[-1] == 0.0
 
 
 def test_a_bare_record_will_do(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_the_loss_is_its_formula() -> None:
 def test_features_are_compared_where_they_are_named() -> None:
     teacher, student = net(0), net(1)
     plain = Distillation(teacher, share=1.0)(copy.deepcopy(student), X, None)
-    tapped = Distillation(teacher, share=1.0, features=["0", "2"], feature_weight=2.0)(copy.deepcopy(student), X, None)
+    tapped = Distillation(teacher, share=1.0, features="0,2", feature_weight=2.0)(copy.deepcopy(student), X, None)
 
     def features(model: nn.Sequential) -> list[Tensor]:
         first = model[0](X)

@@ -80,7 +80,7 @@ def test_each_layer_takes_the_scheme_that_suits_it() -> None:
         along, across = torch.randn(2, 16, 3), torch.randn(16, 2, 3)
         model[1].weight.copy_(torch.einsum("ria,orb->oiab", along, across))
     found = profile(model, torch.zeros(1, 16, 6, 6))
-    learned = LearnedRanks(model, found, LcConfig(cost_weight=1e-3, formats=("low_rank", "spatial")))
+    learned = LearnedRanks(model, found, LcConfig(cost_weight=1e-3, formats="low_rank,spatial"))
     weights = {path: model.get_submodule(path).weight.detach() for path in learned.paths}
     images = learned(model, weights, torch.ones(2))
     layers = [learned.plan_for(model).layer(path) for path in ("0", "1")]

@@ -66,6 +66,7 @@ def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> Non
     _check(file)
     from tenfold.cli.source import open_source
     from tenfold.exporting.base import EXPORTERS, check_free
+    from tenfold.reporting.introduce import export_lines
 
     EXPORTERS.get(file.to)().check()
     check_free(file.out, overwrite=file.overwrite)  # now, and not when the model has been opened
@@ -75,7 +76,7 @@ def run(source: Source, machine: Machine, terminal: Terminal, file: File) -> Non
     made = _in_integers(opened, file) if file.int8 else _in_floats(opened, file)
     if source.checkpoint is not None:
         _keep(source.checkpoint, made)
-    for line in _lines(file.out, made):
+    for line in export_lines(made.replace(file=str(file.out))):
         terminal.say(line)
     terminal.result(made.model_dump(mode="json"))
 
@@ -141,32 +142,3 @@ def _keep(checkpoint: Path, made: ExportRecord) -> None:
         if record is not None:
             others = tuple(old for old in record.exports if old.file != made.file)
             record.replace(exports=(*others, made)).save_sealed(checkpoint / RECORD)
-
-
-def _lines(out: Path, made: ExportRecord) -> list[str]:
-    from tenfold.reporting.numbers import milliseconds, percent
-
-    opset = f", opset {made.opset}" if made.opset else ""
-    batches = "batches of any size" if made.dynamic_batch else "one size of the batch"
-    fused = f", {made.fused} batch norms fused" if made.fused else ""
-    lines = [f"{out}: {made.target}{opset}, {made.bytes:,} bytes, {batches}{fused}"]
-    errors = ", ".join(f"{error:.1e} at batch {size}" for size, error in made.parity.items())
-    lines.append(f"largest error against the model: {errors}")
-    if made.int8 is not None:
-        number = sum(made.int8.operators.values())
-        same = "" if made.int8.agreement is None else f", {percent(made.int8.agreement)} the same answer"
-        lines.append(
-            f"int8: {number} operators, {made.int8.was_bytes:,} bytes before, outputs change by "
-            f"{percent(made.int8.noise)}{same} ({made.int8.samples} samples)"
-        )
-    speedup = made.int8.speedup if made.int8 is not None else made.speedup
-    if made.latency is not None and speedup is not None:
-        than = "the file in floating point" if made.int8 is not None else "the model in torch"
-        clock = " of processor time" if made.latency.clock == "processor" else ""
-        ratio = f"{speedup.ratio:.3g} [{speedup.low:.3g}–{speedup.high:.3g}] times as fast as {than}"
-        if speedup.doubt:
-            ratio = f"against {than} {speedup.in_doubt}"
-        lines.append(f"latency: {milliseconds(made.latency.median_ms)}{clock}, {ratio}")
-        if made.latency.load and not speedup.doubt:
-            lines.append(f"it was measured while {made.latency.load}")
-    return lines

@@ -28,7 +28,8 @@
       const found = data.layers.find((layer) => layer.path === path) || data.layers[0];
       choice.value = found.path;
       Charts.place(spectrum, found.spectrum);
-      Charts.place(curve, found.curve);
+      curve.closest("figure").hidden = !found.curve;
+      if (found.curve) Charts.place(curve, found.curve);
       host.querySelector(".which").textContent = found.words;
     }
     function step(by) {

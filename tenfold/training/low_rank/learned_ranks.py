@@ -15,7 +15,19 @@ from tenfold.errors import BudgetError, PlanError
 from tenfold.formats import FORMATS
 from tenfold.formats.matrix import MatrixFormat
 from tenfold.planning import tabulate
-from tenfold.records import Budget, LayerOptions, LayerPlan, OptionTable, Plan, Profile, Recipe, Record, Seed
+from tenfold.records import (
+    Budget,
+    LayerOptions,
+    LayerPlan,
+    Names,
+    OptionTable,
+    Patterns,
+    Plan,
+    Profile,
+    Recipe,
+    Record,
+    Seed,
+)
 from tenfold.surgery import find
 from tenfold.tracing.contexts import device_of
 from tenfold.training.low_rank.admm import plugged
@@ -43,8 +55,8 @@ class LcConfig(Record):
     budget: Budget = Budget()
     cost_weight: PositiveFloat | None = None
     cost: CostName = "macs"
-    formats: tuple[str, ...] = ("low_rank",)
-    keep: tuple[str, ...] = ()
+    formats: Names = ("low_rank",)
+    keep: Patterns = ()
     keep_ends: bool = True
     seed: Seed = 0
 
