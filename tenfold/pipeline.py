@@ -186,7 +186,7 @@ def carry_out(
     # Batch norms are fused at the end: what is fused cannot be tuned.
     fuse, plan = decision.recipe.fuse_batchnorm or bool(decision.plan.fused), decision.plan.replace(fused={})
     with runtime.step("apply", seconds):
-        small, plan = apply_decision(decision, plan, runtime)
+        small, plan = apply_decision(decision, plan, runtime, folder=runtime.folder)
     stale = bool(decision.batches) and decision.moments is None  # layers fitted to data leave the statistics right
     tuning = recovery.run(small, tune, decision.batches if stale else [])
     if fuse:
@@ -222,7 +222,12 @@ def carry_out(
 
 
 def apply_decision(
-    decision: Decision, plan: Plan, runtime: Runtime, *, target: nn.Module | None = None
+    decision: Decision,
+    plan: Plan,
+    runtime: Runtime,
+    *,
+    target: nn.Module | None = None,
+    folder: str | Path | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Return a model in which a plan is carried out as the data are to be used, and the plan with its errors.
 
@@ -231,6 +236,7 @@ def apply_decision(
         plan: what to do with its layers.
         runtime: who decomposes layers that do not wait for others.
         target: whose outputs sequential fits are to meet; those of the model itself if None.
+        folder: where refined blocks are kept until the model is.
     """
     moments, source = decision.moments, decision.source
     verify(source, plan, decision.inputs)
@@ -257,15 +263,19 @@ def apply_decision(
         count = runtime.counter(FIT_LAYERS)
         small = apply(source, plan, moments=moments, progress=count, workers=runtime.workers)
     if decision.recipe.calibration.refine and decision.batches:
-        _refine(small, source if target is None else separate(target, plan.unrolled), decision, runtime)
+        original = source if target is None else separate(target, plan.unrolled)
+        _refine(small, original, decision, runtime, folder)
     return small, with_errors(plan, small)
 
 
-def _refine(small: nn.Module, original: nn.Module, decision: Decision, runtime: Runtime) -> None:
+def _refine(
+    small: nn.Module, original: nn.Module, decision: Decision, runtime: Runtime, folder: str | Path | None
+) -> None:
     """Refine the blocks of a compressed model, and log what came of it."""
-    config = Refinement(steps=decision.recipe.calibration.refine, seed=decision.recipe.seed)
+    steps, room = decision.recipe.calibration.refine, parse_size(runtime.max_cache)
+    config = Refinement(steps=steps, seed=decision.recipe.seed, max_cache=room)
     counted = runtime.counter("refine blocks")
-    blocks = refine_blocks_(small, original, decision.batches, config, progress=counted)
+    blocks = refine_blocks_(small, original, decision.batches, config, folder=folder, progress=counted)
     if blocks:
         better = [block for block in blocks if block.kept]
         errors = (sum(b.before for b in blocks) / len(blocks), sum(b.after for b in blocks) / len(blocks))

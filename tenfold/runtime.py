@@ -36,7 +36,8 @@ class Runtime:
         measure: measure original and result, interleaved, at the end.
         latency_inputs: what latencies are measured on, such as a larger batch; the example inputs if None.
         cache: file in which errors of trial fits are kept from run to run, for rules that search (``error``).
-        folder: where a run in stages is kept; the same call then goes on where it was killed.
+        folder: where a run in stages is kept, and the blocks that ``calibration.refine`` has refined; the same call
+            then goes on where it was killed.
         identity: whatever else the outcome of such a run depends on, such as the loss, in any words; a folder of
             another one is refused.
         max_cache: bytes of activations that sequential fits hold of each of the two models, as a number or such as

@@ -11,8 +11,8 @@ from tenfold.errors import BudgetError
 from tenfold.records import Budget, Cost, ForwardTime, LayerOptions, OptionTable
 from tenfold.records.budget import LIMITED
 
-WORDS = {"params": "parameters", "macs": "MACs", "latency": "time"}
-_ORDER = ("latency", "params", "macs")  # of the columns that the knapsack weighs
+WORDS = {"params": "parameters", "macs": "MACs", "bytes": "bytes", "latency": "time"}
+_ORDER = ("latency", "params", "macs", "bytes")  # of the columns that the knapsack weighs
 
 
 class Accounts:
@@ -33,13 +33,13 @@ class Accounts:
 
     def rest(self, kind: str) -> float:
         """Return what no choice changes: layers that are kept for other reasons, and what is no layer at all."""
-        whole = self._clock().whole_ms if kind == "latency" else float(getattr(self.before, kind))
+        whole = self._clock().whole_ms if kind == "latency" else self._whole(kind)
         return whole - sum(_now(layer, kind) for layer in self.layers)
 
     def share(self, kind: str, used: float) -> float:
         """Return what share of the model's cost it is if the layers that there is a choice for use so much."""
         total = self.rest(kind) + used
-        return self._clock().share(total) if kind == "latency" else total / (float(getattr(self.before, kind)) or 1.0)
+        return self._clock().share(total) if kind == "latency" else total / (self._whole(kind) or 1.0)
 
     def least(self, kind: str, fixed: Mapping[str, int] | None = None) -> float:
         """Return the least that the layers can use, with some of them fixed to a row."""
@@ -59,7 +59,7 @@ class Accounts:
             BudgetError: layers that are fixed leave too little, or a latency is asked for without a clock.
         """
         fixed = fixed or {}
-        allowed = budget.allowance(self.before, None if self.time is None else self.time.dense_ms)
+        allowed = budget.allowance(self.before, self._dense_ms(), self.table.bytes)
         found: dict[str, float] = {}
         for name in sorted(allowed, key=_ORDER.index):
             limit, rest = self._limit(name, allowed[name]), self.rest(name)
@@ -110,7 +110,7 @@ class Accounts:
 
     def _what_stays(self, kind: str, least: float) -> str:
         """Return why layers stay, by reason, with their share of a cost, and what the others need."""
-        whole = self._clock().allowed(1.0) if kind == "latency" else float(getattr(self.before, kind))
+        whole = self._clock().allowed(1.0) if kind == "latency" else self._whole(kind)
         kept = [(layer.keep_reason, _now(layer, kind)) for layer in self.table.layers if layer.keep_reason]
         fixed = grouped_reasons(kept)
         stuck = [layer for layer in self.layers if layer.column(kind).min() >= _now(layer, kind)]
@@ -153,9 +153,9 @@ class Accounts:
         return None if self.time is None else self.share("latency", sum(ms or 0.0 for ms in after_ms))
 
     def met(self, budget: Budget, cost: Cost, latency_share: float | None) -> dict[str, float]:
-        """Return those fields of a budget that a model of this cost meets."""
+        """Return those fields of a budget that a model of this cost meets; whether bytes are met it does not say."""
         kept: dict[str, float] = {}
-        for field, value in budget.given.items():
+        for field, value in budget.replace(bytes=None, max_bytes=None).given.items():
             (name, limit), *_ = Budget(**{field: value}).allowance(self.before, self._dense_ms()).items()
             now = (latency_share or 0.0) * (self._dense_ms() or 0.0) if name == "latency" else getattr(cost, name)
             if now <= limit:
@@ -169,6 +169,15 @@ class Accounts:
         time = self._clock()
         return time.allowed(allowed / time.dense_ms)
 
+    def _whole(self, kind: str) -> float:
+        """Return what the whole model has of what can be counted, as it is."""
+        if kind != "bytes":
+            return float(getattr(self.before, kind))
+        if self.table.bytes is None:
+            msg = "nobody counted the bytes of this model: make the plan from the model, not from this table"
+            raise BudgetError(msg)
+        return float(self.table.bytes)
+
     def _dense_ms(self) -> float | None:
         return None if self.time is None else self.time.dense_ms
 
@@ -180,6 +189,8 @@ class Accounts:
 
 
 def _now(layer: LayerOptions, kind: str) -> float:
+    if kind == "bytes":
+        return float(layer.itemsize * layer.before.params)
     return (layer.latency_ms or 0.0) if kind == "latency" else float(getattr(layer.before, kind))
 
 

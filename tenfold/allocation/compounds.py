@@ -45,21 +45,26 @@ class Compound:
         """Return the compound, with the combinations that matter for limits of these names."""
         timed = unit.latency_ms is not None
         names = [name for name in _COLUMNS if timed or name != "latency"]
+        names += [name for name in limited if name == "bytes"]
         rows = _combinations(members, [name for name in limited if name in names])
         columns = {name: _sums(members, rows, name) for name in names}
         options = unit.options
         assert options is not None  # noqa: S101 - a unit without options makes no compound
-        outside = {"params": unit.before.params, "macs": unit.before.macs}
-        outside = {name: whole - columns[name][0] for name, whole in outside.items()}
+        item = min(layer.itemsize for layer in members)  # of mixed ones, rather less is said to be saved
+        outside = {"params": unit.before.params, "macs": unit.before.macs, "bytes": item * unit.before.params}
+        outside = {name: whole - columns[name][0] for name, whole in outside.items() if name in names}
         own = {"params": options.params, "macs": options.macs, "latency": options.latency_ms}
+        own["bytes"] = item * options.params
         own["distortion"] = options.columns["distortion"]
         joined = {
             name: np.concatenate([columns[name][1:] + outside.get(name, 0), np.asarray(own[name])]) for name in names
         }
         count = len(joined["params"])
+        buffers = {"buffer_bytes": joined["bytes"] - item * joined["params"]} if "bytes" in names else {}
         layer = LayerOptions(
             path=unit.unit.pivot,
             before=unit.before,
+            itemsize=item,
             latency_ms=unit.latency_ms,
             options=(
                 FormatOptions(
@@ -69,7 +74,7 @@ class Compound:
                     params=joined["params"].astype(np.int64),
                     macs=joined["macs"].astype(np.int64),
                     latency_ms=joined.get("latency"),
-                    columns={"distortion": joined["distortion"]},
+                    columns={"distortion": joined["distortion"], **buffers},
                 ),
             ),
         )
@@ -101,7 +106,7 @@ class Compounds:
 
         Args:
             table: with units.
-            limited: what the budget limits: ``params``, ``macs``, ``latency``.
+            limited: what the budget limits: ``params``, ``macs``, ``bytes``, ``latency``.
             apart: layers that are set by hand: their units stay as they are.
         """
         units = [u for u in table.units if u.options is not None and not set(u.unit.members) & set(apart)]
@@ -161,4 +166,5 @@ def _column(layer: LayerOptions, name: str) -> Array:
     if layer.keep_reason is None:
         return layer.column(name)
     now = {"params": layer.before.params, "macs": layer.before.macs, "latency": layer.latency_ms or 0.0}
+    now["bytes"] = layer.itemsize * layer.before.params
     return np.array([now.get(name, 0.0)], dtype=np.float64)

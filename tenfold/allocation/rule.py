@@ -12,7 +12,7 @@ from tenfold.errors import BudgetError, TenfoldError
 from tenfold.records import Cost, LayerOptions
 from tenfold.registry import Registry
 
-Limits = Mapping[str, float]  # by name: params, macs, and latency in milliseconds
+Limits = Mapping[str, float]  # by name: params, macs, bytes, and latency in milliseconds
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,23 @@ class Total:
     params: int = 0
     macs: int = 0
     latency: float = 0.0
+    bytes: int = 0
 
 
 def total_cost(layers: Sequence[LayerOptions], choices: Sequence[Choice]) -> Total:
     """Return what all the layers cost after these choices."""
     params = macs = 0
-    latency = 0.0
+    latency = size = 0.0
     for layer, choice in zip(layers, choices, strict=True):
         if isinstance(choice, Keep):
             params, macs = params + layer.before.params, macs + layer.before.macs
-            latency += layer.latency_ms or 0.0
+            latency, size = latency + (layer.latency_ms or 0.0), size + layer.itemsize * layer.before.params
             continue
         options, option = layer.place(choice.row)
+        size += float(layer.column("bytes")[choice.row])
         params, macs = params + int(options.params[option]), macs + int(options.macs[option])
         latency += 0.0 if options.latency_ms is None else float(options.latency_ms[option])
-    return Total(params, macs, latency)
+    return Total(params, macs, latency, int(size))
 
 
 def beyond(cost: Total | Cost, limits: Limits) -> list[tuple[str, float, float]]:

@@ -91,6 +91,9 @@ class Schedule(Record):
         if recipe.budget_of:
             msg = "stages approach a budget of the whole model: give budget in place of budget_of"
             raise TuningError(msg)
+        if "bytes" in recipe.budget.limited:
+            msg = "stages do not count bytes: give params, of which bytes are a multiple, in place of bytes"
+            raise TuningError(msg)
         if recipe.budget.max_latency_ms is not None:
             msg = "stages aim at a share of the original model's latency: give latency=, up to 1, not max_latency_ms="
             raise TuningError(msg)

@@ -122,7 +122,7 @@ def draw_tradeoff(
     if table is None or recipe.rule != decision.recipe.rule:
         made = None if scores is None else scores(decision.source, decision.profile)
         table = tabulate(decision.source, decision.profile, recipe, moments=decision.moments, scores=made)
-    budget = next((name for name in recipe.budget.limited if name != "latency"), "macs")
+    budget = next((name for name in recipe.budget.limited if name in ("params", "macs")), "macs")
     options = table
     curve = tradeoff(
         decision.source,

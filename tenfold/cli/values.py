@@ -121,8 +121,8 @@ TEXTS: dict[str, dict[str, Text]] = {
             str,
             "macs=0.5",
             str,
-            "What the whole model may cost: shares of params, macs, latency up to 1; or max_params, max_macs, "
-            "max_latency_ms. Several with commas between them.",
+            "What the whole model may cost: shares of params, macs, bytes, latency up to 1; or max_params, max_macs, "
+            "max_bytes, max_latency_ms. Several with commas between them.",
         )
     },
     "budget_of": {

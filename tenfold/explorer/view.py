@@ -89,7 +89,8 @@ def _budget(explorer: Explorer, kind: str) -> Values:
     table, time = explorer.table, explorer.table.time
     whole = time.dense_ms if kind == "latency" and time is not None else getattr(table.before, kind, 0)
     budget = table.recipe.budget
-    allowed = budget.allowance(table.before, None if time is None else time.dense_ms) if kind in budget.limited else {}
+    dense_ms = None if time is None else time.dense_ms
+    allowed = budget.allowance(table.before, dense_ms, table.bytes) if kind in budget.limited else {}
     return {
         "kind": kind,
         "limit": LIMITED[kind],

@@ -7,7 +7,7 @@ from tenfold.exporting.base import EXPORTERS, ExportConfig, Exporter
 from tenfold.exporting.export import export
 from tenfold.exporting.int8_linear import int8_linear
 from tenfold.exporting.int8_onnx import quantize_onnx
-from tenfold.exporting.low_bit_linear import low_bit_linear, stored_bytes
+from tenfold.exporting.low_bit_linear import low_bit_bytes, low_bit_linear, stored_bytes
 from tenfold.exporting.open_file import open_exported
 
 for _module in iter_modules(__path__):
@@ -19,6 +19,7 @@ __all__ = [
     "Exporter",
     "export",
     "int8_linear",
+    "low_bit_bytes",
     "low_bit_linear",
     "open_exported",
     "quantize_onnx",

@@ -79,6 +79,57 @@ def low_bit_linear(
         >>> stored_bytes(small) < 0.4 * stored_bytes(dense)
         True
     """
+    paths, wide = _rounded_and_corrected(model, bits, rank, group_size)
+    made = copied(model)
+    _round_(made, set(paths), bits, group_size)
+    specs = {path: spec for path in wide if (spec := spec_of(model.get_submodule(path))[0]) is not None}
+    moments = collect_moments(model, batches, specs) if batches is not None and specs else {}
+    for path in wide:
+        base: Any = made.get_submodule(path)
+        layer = correction(dense_of(model, path), rounded(base), rank, moments.get(path))
+        parent, _, name = path.rpartition(".")
+        setattr(made.get_submodule(parent), name, CorrectedLinear(base, layer).train(base.training))
+    return made
+
+
+def low_bit_bytes(model: nn.Module, *, bits: Bits = 8, rank: int = 0, group_size: int = 32) -> int:
+    """Return the bytes that ``low_bit_linear`` would leave of a model, without rounding anything: its ``stored_bytes``.
+
+    Use it to find bits and rank that fit into a file or a memory, before data are looked at.
+
+    Args:
+        model: see ``low_bit_linear``, as for the others. The values of its weights do not matter.
+        bits: 8 or 4.
+        rank: of the corrections.
+        group_size: inputs that share a scale, of four bits.
+
+    Raises:
+        ExportError: the model has no linear layer that can be rounded.
+        RankError: a rank below 0.
+        MissingExtraError: torchao is not installed.
+
+    Example:
+        >>> dense = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+        >>> low_bit_bytes(dense, bits=4, rank=4) == stored_bytes(low_bit_linear(dense, bits=4, rank=4))
+        True
+    """
+    paths, wide = _rounded_and_corrected(model, bits, rank, group_size)
+    total, scales = stored_bytes(model), dict[torch.dtype, int]()
+    for path in paths:
+        weight = dense_of(model, path)
+        rows, width = weight.shape
+        if weight.dtype not in scales:  # what torchao keeps beside the integers of a group, seen on one
+            probe = nn.Sequential(nn.Linear(group_size, 1, bias=False, dtype=weight.dtype))
+            _round_(probe, {"0"}, bits, group_size)
+            scales[weight.dtype] = _bytes(probe[0].weight) - group_size * bits // 8
+        groups = rows * (1 if bits == 8 else width // group_size)
+        total += rows * width * bits // 8 + groups * scales[weight.dtype] - _bytes(weight)
+        total += rank * (rows + width) * weight.element_size() if path in wide else 0
+    return total
+
+
+def _rounded_and_corrected(model: nn.Module, bits: Bits, rank: int, group_size: int) -> tuple[list[str], list[str]]:
+    """Return which layers are rounded, and which of them get a correction."""
     if rank < 0:
         msg = f"a correction of rank {rank} is not possible: give 0 for none, or how many directions to keep"
         raise RankError(msg)
@@ -88,17 +139,7 @@ def low_bit_linear(
     if not paths:
         msg = f"the model has no linear layer whose weight could be rounded to {bits} bits"
         raise ExportError(msg)
-    made = copied(model)
-    _round_(made, set(paths), bits, group_size)
-    wide = [path for path in paths if rank and min(dense_of(model, path).shape) > 2 * rank]
-    specs = {path: spec for path in wide if (spec := spec_of(model.get_submodule(path))[0]) is not None}
-    moments = collect_moments(model, batches, specs) if batches is not None and specs else {}
-    for path in wide:
-        base: Any = made.get_submodule(path)
-        layer = correction(dense_of(model, path), rounded(base), rank, moments.get(path))
-        parent, _, name = path.rpartition(".")
-        setattr(made.get_submodule(parent), name, CorrectedLinear(base, layer).train(base.training))
-    return made
+    return paths, [path for path in paths if rank and min(dense_of(model, path).shape) > 2 * rank]
 
 
 def correction(weight: Tensor, rounded: Tensor, rank: int, moments: Moments | None = None) -> FactorizedLayer:

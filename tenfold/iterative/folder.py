@@ -23,6 +23,7 @@ from tenfold.files import check_writable, in_use, read_text, reason, write_text
 from tenfold.records import Plan, Recipe, Record, RunRecord
 
 RUN, LATEST, RECORD, PLAN, START, TRAINING = "run.json", "latest", "record.json", "plan.json", "start", "training"
+BLOCKS = "blocks"
 LOCK = ".lock"
 _STAGE = re.compile(r"stage-(\d{4,})")
 VERSION = 3  # 2 kept the plan of a stage without a digest
@@ -116,6 +117,10 @@ class RunFolder:
     def training(self, index: int) -> Path:
         """Return where the training of a stage may keep what it wants."""
         return self._work(index) / TRAINING
+
+    def blocks(self, index: int) -> Path:
+        """Return where the blocks of a stage are kept that are refined before it starts."""
+        return self._work(index) / BLOCKS
 
     def _work(self, index: int) -> Path:
         return self.path / f".stage-{index:04}"

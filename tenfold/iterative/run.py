@@ -243,7 +243,8 @@ class _Run:
         )
         with self.watch("compress"):
             target = self.original if self.schedule.fit_to == "original" else None
-            small, plan = apply_decision(decision, step.plan, self.planner.runtime, target=target)
+            blocks = None if self.folder is None else self.folder.blocks(index)
+            small, plan = apply_decision(decision, step.plan, self.planner.runtime, target=target, folder=blocks)
         if moments is None and self.batches:
             with self.watch("re-estimate batch norm"):
                 reestimate_batchnorm_(small, self.batches)

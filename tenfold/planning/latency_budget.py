@@ -122,7 +122,7 @@ def plan_within_latency(
             return found
         state = state.in_format(better)
         return state.attempt(state.timing(), 2)[0]
-    wanted = table.recipe.budget.allowance(table.before, timing.dense_ms)["latency"] / timing.dense_ms
+    wanted = table.recipe.budget.allowance(table.before, timing.dense_ms, table.bytes)["latency"] / timing.dense_ms
     tried: list[FastPlan] = []
     reached = timing.tighten  # the last factor on the allowance at which there was a plan
     for number in range(1, search.rounds + 1):
@@ -294,7 +294,7 @@ class _State:
     def _met(self, speedup: Speedup, timing: Timing) -> bool:
         if not limits_latency(self.table.recipe):
             return True
-        allowed = self.budget.allowance(self.table.before, timing.dense_ms)["latency"]
+        allowed = self.budget.allowance(self.table.before, timing.dense_ms, self.table.bytes)["latency"]
         return timing.dense_ms / speedup.ratio <= allowed
 
 

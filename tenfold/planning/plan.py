@@ -93,12 +93,14 @@ def recost(plan: Plan, profile: Profile) -> Plan:
     units = tuple(planned_unit(unit, profile) for unit in plan.units)
     after = _total(profile, layers, units)
     # An edit may have left the budget behind: then the plan no longer claims it.
-    counted = plan.recipe.budget.without_latency().given
+    counted = plan.recipe.budget.of_cost().given
     missed = {
         name: None
         for name, value in counted.items()
         if any(getattr(after, k) > most for k, most in Budget(**{name: value}).allowance(profile.cost).items())
     }
+    if after.params > plan.after.params:
+        missed |= {"bytes": None, "max_bytes": None}
     over = missed_parts(layers, plan.recipe)
     parts = {pattern: own for pattern, own in plan.recipe.budget_of.items() if pattern not in over}
     recipe = plan.recipe.replace(budget=plan.recipe.budget.replace(**missed), budget_of=parts)

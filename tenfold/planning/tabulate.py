@@ -16,7 +16,7 @@ from tenfold.allocation.rules.threshold import ErrorBound
 from tenfold.decompositions import Moments, algorithm_for
 from tenfold.errors import DataError, PlanError
 from tenfold.files import check_writable
-from tenfold.formats import FORMATS
+from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import is_quantized
 from tenfold.planning.eligible import EligibleLayer, costs_of, eligible_layer, kept_reasons
 from tenfold.planning.error_curves import BY_DATA, Curve
@@ -27,7 +27,15 @@ from tenfold.planning.rule_columns import BY_WEIGHT, Scores, score_columns
 from tenfold.planning.target import Target
 from tenfold.planning.timing import Timing
 from tenfold.planning.unit_options import unit_options
-from tenfold.records import FormatOptions, LayerOptions, LayerProfile, OptionTable, Profile, Recipe
+from tenfold.records import (
+    FormatOptions,
+    LayerOptions,
+    LayerProfile,
+    OptionTable,
+    Profile,
+    Recipe,
+    chain_buffer_bytes,
+)
 from tenfold.records.store import JsonCache
 from tenfold.runtime import Runtime
 from tenfold.surgery import find, separated
@@ -96,8 +104,9 @@ def tabulate(
         model=profile.model,
         recipe=recipe,
         before=profile.cost,
+        bytes=profile.bytes,
         layers=tuple(
-            _layer(layer, kept[layer.path], options.get(layer.path, ()))
+            _layer(model, layer, kept[layer.path], options.get(layer.path, ()))
             for layer in profile.layers
             if layer.spec is not None or layer.params or layer.macs or is_quantized(find(model, layer.path))
         ),
@@ -112,12 +121,14 @@ def tabulate(
     return table if timing is None else timing.time(table)
 
 
-def _layer(layer: LayerProfile, reason: str, options: Sequence[FormatOptions]) -> LayerOptions:
+def _layer(model: nn.Module, layer: LayerProfile, reason: str, options: Sequence[FormatOptions]) -> LayerOptions:
+    weights = (p.element_size() for p in find(model, layer.path).parameters() if p.is_floating_point())
     return LayerOptions(
         path=layer.path,
         aliases=layer.aliases,
         kind=str(layer.spec) if layer.spec is not None else layer.kind,
         before=layer.cost,
+        itemsize=next(weights, 4),
         format=layer.format,
         rank=layer.rank,
         keep_reason=reason or None,
@@ -174,8 +185,23 @@ def _with_fuller(layer: EligibleLayer, own: FormatOptions, curves: Mapping[str, 
 
 def _costed(layer: EligibleLayer, format: str, ranks: Any, columns: Mapping[str, Any]) -> FormatOptions:
     params, macs = costs_of(layer, format, ranks)
-    names = FORMATS.get(format).rank_names
-    return FormatOptions(format=format, names=names, ranks=ranks, params=params, macs=macs, columns=dict(columns))
+    kind = FORMATS.get(format)
+    columns = dict(columns)
+    buffers = _buffer_bytes(layer, kind, ranks)
+    if any(buffers):
+        columns["buffer_bytes"] = np.array(buffers, dtype=np.float64)
+    return FormatOptions(format=format, names=kind.rank_names, ranks=ranks, params=params, macs=macs, columns=columns)
+
+
+def _buffer_bytes(layer: EligibleLayer, kind: type[Factorization], ranks: Any) -> list[int]:
+    """Return what options store beside their parameters; nothing, if the coarsest has nothing."""
+    found: list[int] = []
+    for rank in ranks.tolist():
+        chain = kind.structure(layer.spec, dict(zip(kind.rank_names, rank, strict=True)))
+        found.append(chain_buffer_bytes(chain))
+        if not any(found):
+            break
+    return found
 
 
 def _known_errors(cache: JsonCache) -> dict[str, Errors]:

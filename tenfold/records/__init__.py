@@ -10,6 +10,7 @@ from tenfold.records.chains import (
     ReorderSpec,
     SharedSliceSpec,
     SubLayerSpec,
+    chain_buffer_bytes,
     chain_macs,
     chain_params,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "UnitOptions",
     "UnitPlan",
     "atomic_write",
+    "chain_buffer_bytes",
     "chain_macs",
     "chain_params",
     "explain",

@@ -7,12 +7,13 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from tenfold.errors import BudgetError
+from tenfold.errors import BudgetError, RecipeError
 from tenfold.records.base import Record, explain, refusal
 from tenfold.records.costs import Cost
+from tenfold.records.sizes import parse_size
 from tenfold.registry import did_you_mean
 
-LIMITED = {"params": "max_params", "macs": "max_macs", "latency": "max_latency_ms"}
+LIMITED = {"params": "max_params", "macs": "max_macs", "bytes": "max_bytes", "latency": "max_latency_ms"}
 
 
 class Budget(Record):
@@ -23,9 +24,11 @@ class Budget(Record):
     Attributes:
         params: share of the parameters that may stay, in (0, 1].
         macs: share of the multiply-accumulates of one forward, in (0, 1].
+        bytes: share of the bytes of all parameters and buffers, each in its dtype, in (0, 1].
         latency: share of the measured time of the model in the memory format that is best for it, in (0, 1].
         max_params: number of parameters.
         max_macs: number of multiply-accumulates.
+        max_bytes: number of bytes, or such as ``"20MB"``.
         max_latency_ms: milliseconds of one forward.
 
     Example:
@@ -35,9 +38,11 @@ class Budget(Record):
 
     params: float | None = Field(default=None, gt=0, le=1)
     macs: float | None = Field(default=None, gt=0, le=1)
+    bytes: float | None = Field(default=None, gt=0, le=1)
     latency: float | None = Field(default=None, gt=0, le=1)
     max_params: float | None = Field(default=None, gt=0)
     max_macs: float | None = Field(default=None, gt=0)
+    max_bytes: float | None = Field(default=None, gt=0)
     max_latency_ms: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="before")
@@ -49,14 +54,17 @@ class Budget(Record):
         values = _split(value) if isinstance(value, str) else value
         if values is not None and not isinstance(values, Mapping):
             raise BudgetError(_unnamed(values))
-        for name, number in (values or {}).items():
+        values = dict(values or {})
+        if isinstance(values.get("max_bytes"), str):
+            values["max_bytes"] = _size(values["max_bytes"])
+        for name, number in values.items():
             if name not in cls.model_fields:
                 known = cls.model_fields
                 msg = f"a budget names {', '.join(known)}, not {name}. {did_you_mean(str(name).lower(), known)}"
                 raise BudgetError(msg)
             if number is not None:
                 _check(name, number)
-        return values or {}
+        return values
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -81,7 +89,7 @@ class Budget(Record):
 
     @classmethod
     def at_most(cls, limits: Mapping[str, float]) -> Self:
-        """Return the budget of absolute limits on ``params`` and ``macs``, and of a share of the ``latency``."""
+        """Return the budget of absolute limits, and of a share of the ``latency``."""
         return cls(**{k if k == "latency" else LIMITED[k]: v for k, v in limits.items()})
 
     @property
@@ -91,20 +99,20 @@ class Budget(Record):
 
     @property
     def limited(self) -> tuple[str, ...]:
-        """Which of ``params``, ``macs`` and ``latency`` are limited."""
+        """Which of ``params``, ``macs``, ``bytes`` and ``latency`` are limited."""
         return tuple(
             k for k, most in LIMITED.items() if getattr(self, k) is not None or getattr(self, most) is not None
         )
 
-    def without_latency(self) -> Self:
-        """Return the budget of what can be counted."""
-        return self.replace(latency=None, max_latency_ms=None)
+    def of_cost(self) -> Self:
+        """Return the budget of parameters and multiply-accumulates."""
+        return self.replace(latency=None, max_latency_ms=None, bytes=None, max_bytes=None)
 
-    def allowance(self, cost: Cost, latency_ms: float | None = None) -> dict[str, float]:
-        """Return the absolute limits, by name, for a model that costs ``cost`` and takes ``latency_ms`` now.
+    def allowance(self, cost: Cost, latency_ms: float | None = None, size: int | None = None) -> dict[str, float]:
+        """Return the absolute limits, by name, for a model of so many bytes that costs ``cost`` and takes that time.
 
         Raises:
-            BudgetError: a share of the latency is asked for and no latency was measured.
+            BudgetError: a share is asked for of a latency that was not measured, or of bytes that nobody counted.
 
         Example:
             >>> Budget(macs=0.5, max_latency_ms=3.0).allowance(Cost(macs=100), latency_ms=8.0)
@@ -113,11 +121,14 @@ class Budget(Record):
         limits: dict[str, float] = {}
         for name in self.limited:
             share, most = getattr(self, name), getattr(self, LIMITED[name])
-            whole = latency_ms if name == "latency" else getattr(cost, name)
+            whole = latency_ms if name == "latency" else size if name == "bytes" else getattr(cost, name)
             if share is not None and whole is None:
-                msg = (
-                    f"latency={share:g} is a share of a latency that was not measured: pass a clock, or max_latency_ms"
+                unknown = (
+                    "a latency that was not measured: pass a clock"
+                    if name == "latency"
+                    else "bytes that were not counted: make the plan from the model"
                 )
+                msg = f"{name}={share:g} is a share of {unknown}, or {LIMITED[name]}"
                 raise BudgetError(msg)
             limits[name] = min(
                 *(v for v in (None if share is None else share * whole, most) if v is not None), float("inf")
@@ -141,12 +152,23 @@ def _split(text: str) -> dict[str, Any]:
         read = _number(number)
         if not equals and _number(part) is not None:
             raise BudgetError(_unnamed(part))
+        if name == "max_bytes" and name not in values:
+            values[name] = number
+            continue
         if read is None or name in values:
             hint = ". For a recipe in a file: Recipe.load(path)" if text.endswith((".yaml", ".yml", ".json")) else ""
             msg = f"cannot read the budget {text!r}: write it as macs=0.5,params=0.4, each name once{hint}"
             raise BudgetError(msg)
         values[name] = number if number.endswith("%") else read
     return values
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except RecipeError as error:
+        msg = f"the budget max_bytes={text!r}: {error}"
+        raise BudgetError(msg) from error
 
 
 def _number(text: str) -> float | None:

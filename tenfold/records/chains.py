@@ -178,6 +178,11 @@ def chain_params(stages: tuple[SubLayerSpec, ...]) -> int:
     return sum(s.num_params for s in stages)
 
 
+def chain_buffer_bytes(stages: tuple[SubLayerSpec, ...]) -> int:
+    """Return the bytes that stages store beside their parameters: the orders of channels, eight for each block."""
+    return sum(8 * s.channels // s.block for s in stages if isinstance(s, ReorderSpec))
+
+
 def chain_macs(stages: tuple[SubLayerSpec, ...], in_shape: Shape) -> int:
     """Return the multiply-accumulates of stages run one after another on an input of shape ``in_shape``."""
     total, shape = 0, in_shape

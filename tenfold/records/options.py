@@ -148,6 +148,7 @@ class LayerOptions(_Columns):
         aliases: further paths of the same module.
         kind: the layer in words.
         before: what it costs as it is.
+        itemsize: bytes of a parameter.
         format, rank: those that it has as it is, where it is factorized already.
         latency_ms: what it takes as it is; None without a clock.
         keep_reason: why it has no options; None where there is a choice.
@@ -158,6 +159,7 @@ class LayerOptions(_Columns):
     aliases: tuple[str, ...] = ()
     kind: str = ""
     before: Cost
+    itemsize: PositiveInt = 4
     format: str | None = None
     rank: dict[str, PositiveInt] | None = None
     latency_ms: NonNegativeFloat | None = None
@@ -165,7 +167,12 @@ class LayerOptions(_Columns):
     options: tuple[FormatOptions, ...] = ()
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """Return a column over all rows (1 + n,): first the layer as it is, then its options in order."""
+        """Return a column over all rows (1 + n,): first the layer as it is, then its options in order.
+
+        ``bytes`` are those of the parameters, and of buffers that an option adds.
+        """
+        now: float | None
+        parts: list[Any]
         if name == "latency":
             now, parts = self.latency_ms, [options.latency_ms for options in self.options]
             if now is None or any(part is None for part in parts):
@@ -173,6 +180,9 @@ class LayerOptions(_Columns):
                 raise DataError(msg)
         elif name in {"params", "macs"}:
             now, parts = getattr(self.before, name), [getattr(options, name) for options in self.options]
+        elif name == "bytes":
+            now = self.itemsize * self.before.params
+            parts = [self.itemsize * own.params + own.columns.get("buffer_bytes", 0) for own in self.options]
         else:
             now, parts = 0.0, [options.columns[name] for options in self.options]
         return np.concatenate([np.array([now], dtype=np.float64), *parts])
@@ -281,6 +291,7 @@ class OptionTable(_Columns, Introduced):
         model: name of the class of the model.
         recipe: that the table was made for: its rows are those of the recipe's rule.
         before: cost of the whole model as it is.
+        bytes: of all its parameters and buffers; None where nobody counted them.
         layers: every layer of the model, in order; those that are kept as they are with the reason.
         distortion: says in words what the column ``distortion`` measures.
         algorithms: with their settings, by format.
@@ -294,6 +305,7 @@ class OptionTable(_Columns, Introduced):
     model: str
     recipe: Recipe
     before: Cost
+    bytes: PositiveInt | None = None
     layers: tuple[LayerOptions, ...]
     distortion: str = ""
     algorithms: dict[str, dict[str, Any]] = {}

@@ -263,8 +263,9 @@ class Recipe(Record):
             msg = "budget limits the whole model and budget_of parts of it: give one of them"
             raise ValueError(msg)
         for pattern, own in self.budget_of.items():
-            if not own or "latency" in own.limited:
-                msg = f"a budget of a part, {pattern!r}, limits params or macs: a time is one of the whole model"
+            if not own or {"latency", "bytes"} & {*own.limited}:
+                msg = f"a budget of a part, {pattern!r}, limits params or macs: "
+                msg += "a time is one of the whole model, as bytes are"
                 raise ValueError(msg)
         if not self.formats:
             msg = "formats is empty: name at least one, such as low_rank"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tenfold.records import Budget, Measurement
 from tenfold.records.budget import LIMITED
 
-QUANTITIES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
+QUANTITIES = {"macs": "MACs", "params": "parameters", "bytes": "bytes", "latency": "latency"}
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tenfold.errors import RankError
 from tenfold.formats import Factorization, Rank, split_groups
 from tenfold.layers import FactorizedLayer, build, spec_of
-from tenfold.records import LayerSpec, chain_macs, chain_params
+from tenfold.records import LayerSpec, chain_buffer_bytes, chain_macs, chain_params
 from tenfold.testing.geometries import GEOMETRIES, Geometry, served
 from tenfold.testing.laws import LawBroken, expect, expect_close, law
 from tenfold.testing.weights import DTYPES, lowest_error, random_bias, random_factors, random_weight, some_ranks
@@ -144,7 +144,7 @@ def check_round_trips(format: Format, at: Geometry) -> None:
 
 
 def check_params(format: Format, at: Geometry) -> None:
-    """Raise LawBroken unless ``num_params`` is what the built layer holds, filled or empty."""
+    """Raise LawBroken unless parameters, and bytes beside them, are what the built layer holds, filled or empty."""
     for rank in some_ranks(format, at.spec):
         with law(3, format.name(), at, rank):
             value = random_factors(format, at.spec, rank)
@@ -154,6 +154,9 @@ def check_params(format: Format, at: Geometry) -> None:
             for layer in (filled, empty):
                 counted = sum(p.numel() for p in layer.parameters())
                 expect(counted == wanted, f"num_params says {wanted}, the layer has {counted}")
+            stored = sum(b.numel() * b.element_size() for n, b in empty.named_buffers() if n in empty.state_dict())
+            beside = chain_buffer_bytes(format.structure(at.spec, rank))
+            expect(beside == stored, f"the structure says {beside} bytes of buffers, the layer has {stored}")
             shapes = {k: v.shape for k, v in filled.state_dict().items()}
             expect(shapes == {k: v.shape for k, v in empty.state_dict().items()}, "an empty layer has other tensors")
 

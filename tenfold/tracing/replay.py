@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tenfold.errors import DataError
 from tenfold.tensors import untransformed, version_of
-from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.block_calls import BlockCall
+from tenfold.tracing.inputs import map_tensors, tensors_in
 from tenfold.tracing.randomness import State
 from tenfold.tracing.repeated_runs import Forward, Runs
 from tenfold.tracing.trace import Tracer
@@ -38,6 +39,7 @@ class _Stop:
 
     def __init__(self, calls: int = 1, *, ending: bool = True) -> None:
         self.seen: list[Tensor] = []
+        self.calls: list[BlockCall] = []
         self._calls, self._ending = calls, ending
 
     @property
@@ -55,6 +57,10 @@ class _Stop:
 
     def at_input(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self(next(tensors_in((args, kwargs))))
+
+    def at_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.calls.append(BlockCall(*map_tensors((args, kwargs), Tensor.detach if self._ending else Tensor.clone)))
+        self.at_input(module, args, kwargs)
 
     def at_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self(next(tensors_in(output)))
@@ -128,16 +134,24 @@ class Replay(Runs):
             self._run(path, number, stop, module.register_forward_pre_hook(stop.at_input, with_kwargs=True))
             yield from stop.seen
 
-    def outputs(self, path: str) -> Iterator[Tensor]:
-        """Iterate over the output of the module at ``path``, batch by batch, call by call."""
-        for number in self._reaching(path):
+    def calls(self, path: str, number: int | None = None) -> Iterator[BlockCall]:
+        """Iterate over how the module at ``path`` is called, which is once a forward; on one of the batches or all."""
+        for each in self._reaching(path, number):
+            stop = self._stop(path, each)
+            hook = self.model.get_submodule(path).register_forward_pre_hook(stop.at_call, with_kwargs=True)
+            self._run(path, each, stop, hook)
+            yield stop.calls[0]
+
+    def outputs(self, path: str, only: int | None = None) -> Iterator[Tensor]:
+        """Iterate over the output of the module at ``path``, batch by batch, call by call; on one batch or all."""
+        for number in self._reaching(path, only):
             module, stop = self.model.get_submodule(path), self._stop(path, number)
             self._run(path, number, stop, module.register_forward_hook(stop.at_output, prepend=True))
             self._keep_read(path, number, stop.seen[0])
             yield from stop.seen
 
-    def _reaching(self, path: str) -> Iterator[int]:
-        yield from dict.fromkeys(self.places(path))
+    def _reaching(self, path: str, only: int | None = None) -> Iterator[int]:
+        yield from dict.fromkeys(self.places(path)) if only is None else (only,)
         self._rooms.clear()
 
     def _stop(self, path: str, number: int) -> _Stop:

@@ -204,6 +204,22 @@ def test_a_killed_run_is_resumed_to_the_same_end(tenfold: Run, tiny: str) -> Non
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
+def test_a_run_killed_between_blocks_is_resumed_to_the_same_end(tenfold: Run, tiny: str) -> None:
+    task = tiny.replace(":Tiny", ":TinyBlocks")
+    args = ["compress", "--task", task, "--rank", "1.?.0=6", "--calibration-refine", "8", *QUICK, "--threads", "1"]
+    Path("armed").touch()
+    died = subprocess.run([sys.executable, "-m", "tenfold", *args], capture_output=True, text=True, check=False)
+    assert died.returncode == -9, died.stderr
+    assert {p.name for p in Path().iterdir()} == {"armed", ".out.tuning"}
+    Path("armed").unlink()
+    assert "resuming after block 1 of 2" in tenfold(*args).err
+    assert {p.name for p in Path().iterdir()} == {"out"}
+    ends = [Path("out/model.safetensors").read_bytes()]
+    assert "resuming" not in tenfold(*args).err
+    ends.append(Path("out/model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
 def test_warnings_are_one_line_each_and_once(tenfold: Run, capsys: pytest.CaptureFixture[str]) -> None:
     import warnings
 

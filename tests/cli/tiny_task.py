@@ -56,6 +56,25 @@ class Tiny(InMemoryTask):
                 raise ZeroDivisionError(msg)
 
 
+class TinyBlocks(Tiny):
+    """The same in two equal blocks; the second ends the process once the first is refined, while there is ``armed``."""
+
+    name: ClassVar[str] = "tiny-blocks"
+    variants: ClassVar[tuple[str, ...]] = ("killed",)
+
+    def architecture(self) -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(24, 24), nn.ReLU(), Deadly(24, 24)) for _ in range(2)]
+        return nn.Sequential(nn.Linear(8, 24), nn.Sequential(*blocks), nn.Linear(24, 3))
+
+
+class Deadly(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if Path("armed").exists() and any(Path(".out.tuning").glob("*/block-*-001.safetensors")):
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(10)
+        return super().forward(x)
+
+
 class TinyLoss(Tiny):
     """The same, scored by its perplexity, of which less is better."""
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from tenfold.decompositions import Moments
 from tenfold.errors import ExportError, RankError
-from tenfold.exporting.low_bit_linear import CorrectedLinear, correction, low_bit_linear, rounded, stored_bytes
+from tenfold.exporting.low_bit_linear import (
+    CorrectedLinear,
+    correction,
+    low_bit_bytes,
+    low_bit_linear,
+    rounded,
+    stored_bytes,
+)
 
 pytest.importorskip("torchao")
 
@@ -99,3 +106,20 @@ def test_layers_that_cannot_be_rounded_stay_and_nonsense_is_refused() -> None:
         low_bit_linear(nn.Sequential(nn.Conv2d(3, 4, 1)))
     with pytest.raises(RankError, match="rank -1"):
         low_bit_linear(odd, rank=-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "rank", "group_size"), [(8, 0, 32), (8, 8, 32), (4, 0, 32), (4, 8, 16), (4, 33, 64)])
+def test_bytes_are_known_before_anything_is_rounded(bits: Any, rank: int, group_size: int, dtype: torch.dtype) -> None:
+    model = nn.Sequential(network(), nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.Linear(100, 7)).to(dtype).eval()
+    model[3].bias.data = model[3].bias.data.float()
+    how = {"bits": bits, "rank": rank, "group_size": group_size}
+    assert low_bit_bytes(model, **how) == stored_bytes(low_bit_linear(model, **how))
+    assert low_bit_bytes(model, **how) < stored_bytes(model)
+
+
+def test_bytes_of_what_cannot_be_rounded_are_refused() -> None:
+    with pytest.raises(ExportError, match="no linear layer"):
+        low_bit_bytes(nn.Conv1d(4, 4, 1))
+    with pytest.raises(RankError, match="rank -1"):
+        low_bit_bytes(network(), rank=-1)

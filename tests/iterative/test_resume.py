@@ -17,6 +17,7 @@ from tenfold import checkpoint
 from tenfold.errors import CheckpointError
 from tenfold.iterative import Stage, Training, compress_iteratively, folder, stages
 from tenfold.pipeline import Compressed
+from tenfold.progress import Event
 from tenfold.records import Record
 from tenfold.runtime import Runtime
 from tenfold.training import TuneConfig
@@ -236,3 +237,28 @@ def test_stages_know_where_their_training_may_write(tmp_path: Path) -> None:
         seen.append(stage)
     assert len({stage.folder for stage in seen}) == len({stage.identity for stage in seen}) == 3
     assert not any(stage.folder.exists() for stage in seen if stage.folder)
+
+
+def test_a_stage_that_is_killed_between_blocks_goes_on_after_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2)))
+    model, data = nn.Sequential(nn.Linear(8, 16), blocks, nn.Linear(16, 3)).eval(), [torch.randn(64, 8)] * 4
+    recipe = {"budget": "params=0.7", "formats": "low_rank", "calibration": {"refine": 4}}
+
+    def first(**how: Any) -> nn.Module:
+        return next(stages(model, data[0][:1], recipe, {"rounds": 1}, data=data, runtime=Runtime(**how))).model
+
+    def crash(event: Event) -> None:
+        if event.step == "refine blocks" and event.done == 1:
+            raise Crash
+
+    with pytest.raises(Crash):
+        first(folder=tmp_path / "run", on_event=crash)
+    with caplog.at_level("INFO"):
+        ended = first(folder=tmp_path / "run")
+    assert "resuming after block 1 of 2" in caplog.text
+    whole = first()
+    assert all(torch.equal(a, b) for a, b in zip(ended.parameters(), whole.parameters(), strict=True))
+    assert not (tmp_path / "run" / ".stage-0001" / "blocks").exists()

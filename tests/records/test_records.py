@@ -126,7 +126,7 @@ def test_budgets_are_shares_and_absolutes():
     with pytest.raises(BudgetError, match="a latency that was not measured"):
         Budget(latency=0.5).allowance(cost)
     assert Budget.at_most({"macs": 40, "latency": 0.5}) == Budget(max_macs=40, latency=0.5)
-    assert Budget(macs=0.5, latency=0.5, max_latency_ms=3).without_latency() == Budget(macs=0.5)
+    assert Budget(macs=0.5, bytes=0.5, max_bytes=9, latency=0.5, max_latency_ms=3).of_cost() == Budget(macs=0.5)
     assert not Budget()
     assert Budget(macs=0.5)
     assert repr(Budget(macs=0.5)) == "Budget(macs=0.5)"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tenfold import Runtime, compress
-from tenfold.errors import CalibrationWarning, DataError, TenfoldError
+from tenfold.errors import CalibrationWarning, CheckpointError, DataError, TenfoldError
 from tenfold.records import Recipe
 from tenfold.surgery import Refinement, refine_blocks_
 from tenfold.tensors import digest
 from tenfold.tracing import copied
-from tenfold.tracing.block_calls import call_of, output_of, repeated_blocks
+from tenfold.tracing.block_calls import repeated_blocks
+from tenfold.tracing.replay import Replay
 
 Made = tuple["Net", nn.Module, list[Tensor]]
 RECIPE = {"budget": "params=0.5", "formats": "low_rank", "keep": ["stem", "head"]}
@@ -115,6 +121,120 @@ def test_the_same_seed_gives_the_same_bits(made: Made) -> None:
     assert first == again != other
 
 
+class Killed(BaseException):
+    """As a signal would end it."""
+
+
+def test_a_killed_refinement_goes_on_after_the_last_block_to_the_same_bits(made: Made, tmp_path: Path) -> None:
+    model, small, batches = made
+    whole, first, again = (copied(small) for _ in range(3))
+    config = Refinement(steps=6, rate=1e-3)
+    expected = refine_blocks_(whole, model, batches, config)
+
+    def die(done: int, _total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        refine_blocks_(first, model, batches, config, folder=tmp_path, progress=die)
+    assert len(list(tmp_path.iterdir())) == 2
+    steps = trained_blocks(again)
+    assert refine_blocks_(again, model, batches, config, folder=tmp_path) == expected
+    assert steps == {"blocks.2"}
+    assert digest(again.state_dict()) == digest(whole.state_dict())
+    other = copied(small)
+    refine_blocks_(other, model, batches, Refinement(steps=5, rate=1e-3), folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6  # another call begins on its own
+
+
+def trained_blocks(model: nn.Module) -> set[str]:
+    """Return a set that fills with the blocks whose parameters get gradients."""
+    found: set[str] = set()
+    for name, parameter in model.named_parameters():
+        path = ".".join(name.split(".")[:2])
+        parameter.register_post_accumulate_grad_hook(lambda _, path=path: found.add(path))
+    return found
+
+
+def test_a_damaged_block_is_refused(made: Made, tmp_path: Path) -> None:
+    model, small, batches = made
+    refine_blocks_(copied(small), model, batches, Refinement(steps=1), folder=tmp_path)
+    file = min(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match=r"changed after it was written.*its block is refined again"):
+        refine_blocks_(small, model, batches, Refinement(steps=1), folder=tmp_path)
+
+
+def test_the_dense_model_runs_once_for_all_steps(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, small, batches = made
+    dense = {id(block) for block in model.blocks}
+    forward, runs = Block.forward, Counter[bool]()
+
+    def counted(self: Block, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor]:
+        runs[id(self) in dense] += 1
+        return forward(self, x, scale)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    seen = []
+    for steps in (8, 80):  # all of eight batches once, and ten times
+        runs.clear()
+        refine_blocks_(copied(small), model, batches, Refinement(steps=steps))
+        seen.append((runs[True], runs[False]))
+    (dense_once, few), (dense_often, many) = seen
+    assert dense_once == dense_often
+    assert many - few == 3 * (80 - 8)  # a forward for each step, none to find out what enters
+
+
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Leave what is there already out of ``gc.get_objects``."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
+def test_what_is_held_is_of_one_block_however_many_there_are(made: Made) -> None:
+    _, _, batches = made
+    torch.manual_seed(0)
+    peaks = []
+    for count in (3, 9):
+        model = nn.Sequential(nn.Linear(10, 16), nn.Sequential(*(Plain() for _ in range(count))), nn.Linear(16, 5))
+        recipe = {**RECIPE, "keep": ["0", "2"]}
+        small = compress(model.eval(), batches[0], recipe, runtime=Runtime(measure=False)).model
+        alive = [held()]
+        refine_blocks_(small, model, batches, Refinement(steps=8), progress=lambda *_, a=alive: a.append(held()))
+        assert len(alive) == 1 + count
+        peaks.append(max(alive) - alive[0])
+    one = 10 * 128 * 16 * 4  # what enters a block, of all batches
+    assert peaks[0] <= 5 * one
+    assert peaks[1] <= peaks[0]
+
+
+class Plain(Block):
+    """The same, with a tensor for an output."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = super().forward(x)
+        return x
+
+
+def held() -> int:
+    """Return the bytes of all activations that are alive."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.dim() == 2 and len(t) == 128]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_what_there_is_no_room_for_is_computed_again_with_the_same_bits(made: Made) -> None:
+    model, small, batches = made
+    twins = [copied(small) for _ in range(3)]
+    for twin, room in zip(twins, (4 << 30, 0, 3 * 128 * 16 * 4), strict=True):
+        refine_blocks_(twin, model, batches, Refinement(steps=12, rate=1e-3, max_cache=room))
+    assert len({digest(twin.state_dict()) for twin in twins}) == 1
+
+
 def test_flags_of_parameters_and_modes_stay(made: Made) -> None:
     model, small, batches = made
     small.requires_grad_(requires_grad=False)
@@ -163,9 +283,11 @@ def test_blocks_are_in_the_order_of_the_forward_and_run_once() -> None:
 
 def test_a_call_is_what_the_block_was_given() -> None:
     torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(4, 10)
-    call = call_of(model, "blocks.1", x)
-    assert list(call.kwargs) == ["scale"]
+    model, batches = Net().eval(), [torch.randn(4, 10), torch.randn(4, 10)]
+    replay = Replay(model, batches)
+    calls = [*replay.calls("blocks.1"), *replay.calls("blocks.1", 0)]
     with torch.no_grad():
-        torch.testing.assert_close(call.run(model.blocks[1]), output_of(model, "blocks.1", x))
-        torch.testing.assert_close(call.args[0], model.blocks[0](model.stem(x), **call.kwargs)[0])
+        for call, x in zip(calls, [*batches, batches[0]], strict=True):
+            assert list(call.kwargs) == ["scale"]
+            torch.testing.assert_close(call.args[0], model.blocks[0](model.stem(x), **call.kwargs)[0])
+        torch.testing.assert_close(calls[2].run(model.blocks[1]), next(replay.outputs("blocks.1", 0)))

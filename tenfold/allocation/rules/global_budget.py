@@ -62,7 +62,8 @@ class GlobalBudget(RankRule):
         costs = [np.stack([layer.column(name) for name in names], axis=1) for layer in layers]
         least = {name: sum(float(c[:, k].min()) for c in costs) for k, name in enumerate(names)}
         if any(low > limits[name] * (1 + 1e-9) for name, low in least.items()):
-            total = Total(int(least.get("params", 0)), int(least.get("macs", 0)), least.get("latency", 0.0))
+            counted = {name: int(low) for name, low in least.items() if name != "latency"}
+            total = Total(latency=least.get("latency", 0.0), **counted)
             raise UnreachableError(total, limits)
         best = solve(
             [layer.column("distortion") for layer in layers],

@@ -49,8 +49,8 @@ def run(
     tenfold compress --task cifar10:resnet56 --weights resnet56.safetensors --budget macs=0.5 --out half
 
     Writes model.safetensors, plan.yaml, record.json and README.md to the folder --out. A run that was killed while
-    tuning goes on where it was when the same command is given again. Under `accelerate launch -m tenfold compress ...`
-    all processes tune together, each with batches of its own.
+    refining blocks or tuning goes on where it was when the same command is given again. Under `accelerate launch -m
+    tenfold compress ...` all processes tune together, each with batches of its own.
 
     With --json, one object: `before` and `after`, each with `params`, `macs`, `bytes`, `latency_ms`, `latency` and
     `score`; `metric`: what scores are, a fraction unless the task says otherwise; `speedup`; `scores` by step; `plan`;
@@ -59,7 +59,7 @@ def run(
     """
     from tenfold.cli.choices import plan_or_recipe
     from tenfold.cli.launch import launched
-    from tenfold.cli.recovery import Tuner, claim, forget_epochs, identity_of
+    from tenfold.cli.recovery import Tuner, claim, forget_epochs, identity_of, tuning_folder
     from tenfold.cli.show import show_decision, show_outcome
     from tenfold.cli.source import open_source
     from tenfold.pipeline import carry_out
@@ -87,6 +87,7 @@ def run(
         workers=machine.workers(opened),
         measure=work.latency,
         latency_inputs=opened.inputs(work.latency_batch_size),
+        folder=tuning_folder(out, identity),
         max_cache=recover.max_cache,
         on_event=terminal.on_event,
     )

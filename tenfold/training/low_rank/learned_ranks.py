@@ -97,7 +97,7 @@ class LearnedRanks(Projection):
     def __init__(self, model: nn.Module, profile: Profile, config: LcConfig) -> None:
         super().__init__()
         limited = config.budget.limited
-        if bool(config.budget) == (config.cost_weight is not None) or "latency" in limited:
+        if bool(config.budget) == (config.cost_weight is not None) or {"latency", "bytes"} & {*limited}:
             msg = "learned ranks need one of a budget of params or macs, such as macs=0.5, and a cost_weight"
             raise BudgetError(msg)
         odd = [name for name in config.formats if not issubclass(FORMATS.get(name), MatrixFormat)]
