@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,33 @@ def supply_torchvision_ops() -> torch.library.Library | None:
 
 
 _torchvision_ops = supply_torchvision_ops()  # held for the whole run: the definitions die with it
+
+
+@pytest.fixture(scope="session")
+def trained_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the weights of the trained network of the task ``digits``: a run trains it once, for all processes."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'tenfold[demo]'")
+    from safetensors.torch import save_file
+
+    from tenfold.tasks import load_task
+
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digits.safetensors"
+    if not file.exists():
+        save_file(load_task("digits").dense().state_dict(), folder / "trained.safetensors")
+        (folder / "trained.safetensors").replace(file)
+    return file
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _brief_timing() -> None:
+    """Time for half a second what is timed along the way, and not for four; who tests timing says how long."""
+    from tenfold.planning import latency_budget
+    from tenfold.profiling import compare_latency
+
+    assert compare_latency.__kwdefaults__["seconds"] == latency_budget.LatencySearch().seconds == 4.0
+    compare_latency.__kwdefaults__["seconds"] = 0.5
+    latency_budget.LatencySearch = partial(latency_budget.LatencySearch, seconds=0.5, layer_seconds=0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,12 @@ from tests.notebook import Outputs, cells
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# Is run, and its output compared, as the page that it is, block by block: tests/test_docs.py, tests/test_doc_pages.py.
+ELSEWHERE = ROOT / "examples" / "newcomer.py"
 LIMIT_SECONDS = 60  # an example is read and tried, not waited for
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [s for s in EXAMPLES if s != ELSEWHERE], ids=lambda script: script.name)
 def test_example_runs(script: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run(

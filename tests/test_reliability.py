@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from benchmarks.reliability.fuzz import Target, fuzz, quietly, targets
-from benchmarks.reliability.kills import kill
+from benchmarks.reliability.kills import compressed, kill
 
 STAGES = [
     "run.json",
@@ -32,9 +33,16 @@ def test_a_damaged_file_is_refused_or_the_same(kind: str, files: dict[str, Targe
     assert sum(counts.values()) == 8
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the compressed model that the commands begin with."""
+    return compressed(tmp_path_factory.mktemp("begin"))
+
+
 @pytest.mark.parametrize("command", ["tune", "export"])
-def test_a_killed_command_ends_with_the_same_bytes(command: str, tmp_path: Path) -> None:
+def test_a_killed_command_ends_with_the_same_bytes(command: str, half: Path, tmp_path: Path) -> None:
     if command == "export":
         pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'tenfold[export]'")
+    shutil.copytree(half, tmp_path / half.name)
     (found,) = kill(command, 1, tmp_path, seed=3)
     assert found["faults"] == []

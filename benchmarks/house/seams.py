@@ -24,7 +24,7 @@ def widest_verbs(files: Sequence[File]) -> list[tuple[int, str]]:
     public |= {name for stub in PACKAGE.rglob("*.pyi") for name in _exported(ast.parse(stub.read_text("utf-8")))}
     found = []
     for file in files:
-        for name, function, owner in file.functions():
+        for name, function, owner in file.functions:
             if name in public or (owner is not None and owner.name in public and name == f"{owner.name}.__init__"):
                 found.append((_arguments(function, method=owner is not None), f"{name.removesuffix('.__init__')}"))
     return sorted(found, reverse=True)
@@ -67,8 +67,8 @@ def passed_through(files: Sequence[File]) -> list[str]:
     for file in files:
         if file.room not in ORCHESTRATION:
             continue
-        wrappers = {id(f) for _, f, _ in file.functions() if any("wraps(" in ast.unparse(d) for d in f.decorator_list)}
-        for name, function, _ in file.functions():
+        wrappers = {id(f) for _, f, _ in file.functions if any("wraps(" in ast.unparse(d) for d in f.decorator_list)}
+        for name, function, _ in file.functions:
             kwarg = function.args.kwarg
             untyped = kwarg is not None and kwarg.annotation is not None and ast.unparse(kwarg.annotation) == "Any"
             untyped = untyped and kwarg.arg != "unknown"  # transformers wants its configurations to take any keyword
@@ -98,7 +98,7 @@ def smuggled(files: Sequence[File]) -> list[str]:
     found = []
     for file in files:
         decides = file.room in ORCHESTRATION | {"allocation"}
-        for node in ast.walk(file.tree):
+        for node in file.nodes:
             if isinstance(node, ast.Attribute) and node.attr == "_cache":
                 hit = not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
             elif isinstance(node, ast.keyword | ast.arg):
@@ -115,7 +115,7 @@ def data_flow_modes(files: Sequence[File]) -> list[str]:
     return [
         f"{file.name}:{node.lineno} {node.name}"
         for file in files
-        for node in ast.walk(file.tree)
+        for node in file.nodes
         if isinstance(node, ast.ClassDef)
         and any(ast.unparse(base).rpartition(".")[2] in MODES for base in node.bases)
         and file.path.stem != "counting"
@@ -132,7 +132,7 @@ def concrete_formats(files: Sequence[File]) -> list[str]:
         node.name
         for file in files
         if file.room == "formats"
-        for node in ast.walk(file.tree)
+        for node in file.nodes
         if isinstance(node, ast.ClassDef) and any("FORMATS.register" in ast.unparse(d) for d in node.decorator_list)
     }
     found = []
@@ -141,12 +141,12 @@ def concrete_formats(files: Sequence[File]) -> list[str]:
             continue
         allowed = {
             id(node)
-            for name, function, _ in file.functions()
+            for name, function, _ in file.functions
             if name.rpartition(".")[2] in {"serves", "supports"}
             for node in ast.walk(function)
         }
-        allowed |= {id(node.value) for node in ast.walk(file.tree) if isinstance(node, ast.Assign) and _declares(node)}
-        hits = [node for node in ast.walk(file.tree) if id(node) not in allowed and _asks(node, formats)]
+        allowed |= {id(node.value) for node in file.nodes if isinstance(node, ast.Assign) and _declares(node)}
+        hits = [node for node in file.nodes if id(node) not in allowed and _asks(node, formats)]
         found += [file.where(node) for node in hits]
     return found
 

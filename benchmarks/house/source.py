@@ -29,6 +29,11 @@ class File:
         """The parsed file."""
         return ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the parsed file, walked once: every account asks for them."""
+        return list(ast.walk(self.tree))
+
     @property
     def name(self) -> str:
         """The path below the package."""
@@ -49,7 +54,7 @@ class File:
         """Lines without docstrings, blank lines, imports, and comments that have a line of their own."""
         tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
         code = {n for t in tokens if t.type not in _NOTHING for n in range(t.start[0], t.end[0] + 1)}
-        imports = (node for node in ast.walk(self.tree) if isinstance(node, ast.Import | ast.ImportFrom))
+        imports = (node for node in self.nodes if isinstance(node, ast.Import | ast.ImportFrom))
         return len(code.difference(*map(_span, [*imports, *self._docstrings])))
 
     @property
@@ -58,13 +63,14 @@ class File:
         lines = self.text.splitlines()
         return sum(not lines[n - 1].strip() for node in self._docstrings for n in _span(node))
 
-    @property
+    @cached_property
     def _docstrings(self) -> list[ast.stmt]:
-        return [node for node in ast.walk(self.tree) if isinstance(node, ast.Expr) and _is_text(node.value)]
+        return [node for node in self.nodes if isinstance(node, ast.Expr) and _is_text(node.value)]
 
-    def functions(self) -> Iterator[tuple[str, Function, ast.ClassDef | None]]:
-        """Yield all functions and methods with their dotted names and the class around them."""
-        yield from _functions(self.tree, "", None)
+    @cached_property
+    def functions(self) -> list[tuple[str, Function, ast.ClassDef | None]]:
+        """All functions and methods with their dotted names and the class around them."""
+        return list(_functions(self.tree, "", None))
 
     def where(self, node: ast.AST) -> str:
         """Return file and line of a node."""

@@ -126,13 +126,20 @@ def _alive(group: int) -> int:
 
 def _folder(work: Path, name: str) -> Path:
     """Return a folder with the compressed model that some commands begin with, and one for temporary files."""
-    folder, half = work / name, work / "half"
+    folder = work / name
     (folder / "tmp").mkdir(parents=True)
-    if not half.exists():
-        first = ["compress", *TASK, *BUDGET, "--no-tune", "--no-latency", "--no-eval", "--out", str(half)]
-        _run(first, folder).check()
-    shutil.copytree(half, folder / "half")
+    shutil.copytree(compressed(work), folder / "half")
     return folder
+
+
+def compressed(work: Path) -> Path:
+    """Return the folder ``half`` with the compressed model, made unless it is there."""
+    half = work / "half"
+    if not half.exists():
+        (work / "first" / "tmp").mkdir(parents=True)
+        first = ["compress", *TASK, *BUDGET, "--no-tune", "--no-latency", "--no-eval", "--out", str(half)]
+        _run(first, work / "first").check()
+    return half
 
 
 def _listing(folder: Path) -> set[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
 from tenfold.decompositions import Decomposition, Fit, decompose
 from tenfold.formats import Factorization, Rank
 from tenfold.testing.geometries import Geometry
+from tenfold.testing.weights import random_weight
 
 # What an iterative algorithm may miss because it stops, as a share of the error.
 SLACK = 2e-3
@@ -29,5 +31,14 @@ class Trial:
         """Return what the algorithm finds at this rank."""
         return decompose(weight, self.format.name(), rank, self.algorithm, spec=self.at.spec)
 
+    def random_fit(self, seed: int, rank: Rank) -> Fit:
+        """Return what the algorithm finds for the random weight of a seed: once for all laws that ask."""
+        return _random_fit(self, seed, tuple(rank.items()))
+
     def __str__(self) -> str:
         return f"{self.algorithm.name()} for {self.format.name()}, {self.at}"
+
+
+@lru_cache(maxsize=512)
+def _random_fit(trial: Trial, seed: int, rank: tuple[tuple[str, int], ...]) -> Fit:
+    return trial.fit(random_weight(trial.at.spec, seed=seed), dict(rank))

@@ -6,22 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tenfold.checkpoint import load
 from tenfold.tasks import load_task
 
 Run = Callable[..., Any]
 
 
-def test_compress_digits(tenfold: Run) -> None:
+def test_compress_digits(tenfold: Run, trained_digits: Path) -> None:
     task = load_task("digits")
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    dense = task.dense()
-    save_file(dense.state_dict(), "dense.safetensors")
-    args = ("--task", "digits", "--weights", "dense.safetensors", "--budget", "macs=0.4", "--formats", "low_rank")
+    args = ("--task", "digits", "--weights", trained_digits, "--budget", "macs=0.4", "--formats", "low_rank")
     found = tenfold("compress", *args, "--epochs", "1", "--no-latency", "--json", "--out", "small").json
     assert found["after"]["macs"] <= 0.4 * found["before"]["macs"]
     assert found["after"]["score"] > found["before"]["score"] - 0.03

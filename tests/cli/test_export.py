@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tenfold.checkpoint import load, read_record
+from tenfold.cli import main
 from tenfold.exporting import open_exported
 from tenfold.profiling import Comparison
 from tenfold.records import Latency, Speedup
 from tenfold.tasks import load_task
+from tests.cli.conftest import TINY
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of the tiny network at 0.6 of its MACs, made once."""
+    folder = tmp_path_factory.mktemp("made") / "small"
+    arguments = ("compress", "--task", TINY, "--budget", "macs=0.6", "--no-tune", "--quiet", "--out", str(folder))
+    assert main(list(arguments)) == 0
+    return folder
+
+
 @pytest.fixture
-def small(tenfold, tiny: str, tmp_path: Path) -> Path:
-    """Return a checkpoint of the tiny network at half its MACs."""
-    done = tenfold("compress", "--task", tiny, "--budget", "macs=0.6", "--no-tune", "--out", "small", "--json")
-    assert done.code == 0, done.err
-    return tmp_path / "small"
+def small(made: Path, tmp_path: Path) -> Path:
+    """Return a copy of the checkpoint, to write to."""
+    return shutil.copytree(made, tmp_path / "small")
 
 
 def test_a_checkpoint_becomes_a_file_that_computes_the_same(tenfold, tiny: str, small: Path) -> None:

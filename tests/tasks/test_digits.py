@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,9 +26,9 @@ def test_normalisation_is_that_of_the_data() -> None:
     assert abs(float(inputs.std()) - 1) < 0.02
 
 
-def test_network_is_trained_to_97_percent() -> None:
+def test_network_is_trained_to_97_percent(trained_digits: Path) -> None:
     task = load_task("digits")
-    model = task.dense()
+    model = task.dense(trained_digits)
     assert not model.training
     assert task.evaluate(model) >= 0.97
     assert task.evaluate(task.build()) < 0.3
