@@ -3,8 +3,8 @@
     python -m benchmarks.language.run --model FOLDER --texts FOLDER [--sst FILE] [--only METHOD] [--threads N]
 
 FOLDER of the texts holds ``train.txt`` and ``test.txt``, a text a line; FILE is ``stsa.fine.test`` of the Stanford
-Sentiment Treebank. Every row is kept in the folder of ``--runs`` when it is done, and not made again; ``--report``
-writes the table of what there is.
+Sentiment Treebank. Every row is kept in the folder of ``--runs`` when it is done, and not made again, and so are those of
+``--out`` that were made by the same protocol; ``--report`` writes the table of what there is.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     task = CausalLM(f"{options.model}@{config['sequence']}", data=options.texts)
     rows = Rows(Protocol(task, config, options.sst, options.runs), options.runs)
+    rows.take(options.out / "language.json")
     if not options.report:
         rows.make(options.only or list(config["methods"]), options.share or config["shares"])
     write(rows.finished(), config, options.out)
@@ -76,6 +77,13 @@ class Rows:
         self.protocol, self.runs, self.config = protocol, runs, protocol.config
         names = ("seed", "sequence", "calibration", "kl", "test", "elsewhere")
         self.key = {name: self.config[name] for name in names} | {"sst": protocol.sst is not None}
+
+    def take(self, results: Path) -> None:
+        """Take rows from an earlier result, where there are none yet; others than of this protocol are left alone."""
+        for row in json.loads(results.read_text())["runs"] if results.is_file() else []:
+            file = self._file(row["method"], row["share"])
+            if row["key"] == self.key and not file.is_file():
+                write_text(file, json.dumps(row) + "\n")
 
     def make(self, methods: list[str], shares: list[float]) -> None:
         """Make what is missing; the dense model first, which tells how long a row takes."""
