@@ -227,8 +227,8 @@ def test_tested_versions_cover_what_the_make_targets_install() -> None:
 def required_extras() -> list[tuple[str, str, str]]:
     """Return (file, module, extra) of every ``require("module", "extra")`` in the package."""
     found = []
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, text in ((path, path.read_text(encoding="utf-8")) for path in SOURCES):
+        for node in ast.walk(ast.parse(text)) if "require" in text else ():
             match node:
                 case ast.Call(
                     func=ast.Name("require") | ast.Attribute(attr="require"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from tenfold.errors import PlanError, RankError, TenfoldError, WorkerError
 from tenfold.iterative import stages
 from tenfold.parallel import Workers
-from tenfold.pipeline import compress
+from tenfold.pipeline import Compressed, compress
 from tenfold.planning import Sensitivity
 from tenfold.profiling import profile
+from tenfold.records import SensitivityTable
 from tenfold.runtime import Runtime
 from tenfold.surgery import apply
 
@@ -119,51 +121,67 @@ def test_one_job_stays_here() -> None:
     assert [pid for _, pid, _ in Workers().map(shifted, torch.ones(1), [1, 2])] == [os.getpid()] * 2
 
 
+@cache
+def compressed_here() -> Compressed:
+    """Return what one process gives, by the weights alone."""
+    return compress(net(), images(1), "macs=0.5", runtime=Runtime(measure=False))
+
+
 def test_factors_are_the_same_to_the_last_bit(workers: Workers) -> None:
-    result = compress(net(), images(1), "macs=0.5", runtime=Runtime(measure=False))
+    result = compressed_here()
     assert len(result.plan.factorized) >= 2
     assert bits(apply(net(), result.plan, workers=workers)) == bits(result.model)
 
 
-def test_a_planned_run_gives_the_same_plan_and_model(workers: Workers) -> None:
+@cache
+def planned(workers: Workers) -> Compressed:
     recipe = {"budget": {"macs": 0.5}, "calibration": {"method": "independent"}}
-    expected, found = (
-        compress(net(), images(1), recipe, data=[images()], runtime=Runtime(workers=who, measure=False))
-        for who in (Workers(), workers)
-    )
+    return compress(net(), images(1), recipe, data=[images()], runtime=Runtime(workers=workers, measure=False))
+
+
+def test_a_planned_run_gives_the_same_plan_and_model(workers: Workers) -> None:
+    expected, found = planned(Workers()), planned(workers)
     assert found.plan.to_yaml() == expected.plan.to_yaml()
     assert bits(found.model) == bits(expected.model)
 
 
-def test_a_staged_run_gives_the_same_plans_and_model(workers: Workers) -> None:
-    def run(workers: Workers) -> tuple[list[str], dict[str, bytes]]:
-        plans, model = [], net()
-        how = Runtime(workers=workers)
-        for stage in stages(model, images(1), "macs=0.5", {"rounds": 2}, data=[images()], runtime=how):
-            plans.append(stage.plan.to_yaml())
-            model = stage.model
-        return plans, bits(model)
+@cache
+def staged(workers: Workers) -> tuple[list[str], dict[str, bytes]]:
+    plans, model = [], net()
+    how = Runtime(workers=workers)
+    for stage in stages(model, images(1), "macs=0.5", {"rounds": 2}, data=[images()], runtime=how):
+        plans.append(stage.plan.to_yaml())
+        model = stage.model
+    return plans, bits(model)
 
-    expected = run(Workers())
+
+def test_a_staged_run_gives_the_same_plans_and_model(workers: Workers) -> None:
+    expected = staged(Workers())
     assert len(expected[0]) == 2
-    assert run(workers) == expected
+    assert staged(workers) == expected
+
+
+def table(workers: Workers | None, path: Path | None = None) -> Sensitivity:
+    x = images(16)
+    return Sensitivity(
+        net(),
+        profile(net(), x[:1]),
+        {"calibration": {"method": "batchnorm"}},
+        evaluate=lambda model: float(model(x).detach().abs().mean()),
+        batches=[x],
+        path=path,
+        workers=workers,
+    )
+
+
+@cache
+def table_here() -> SensitivityTable:
+    return table(None).measure(3, scores=True)
 
 
 def test_a_sensitivity_table_is_the_same_and_kept_as_it_grows(workers: Workers, tmp_path: Path) -> None:
-    def table(workers: Workers | None, path: Path | None = None) -> Sensitivity:
-        x = images(16)
-        return Sensitivity(
-            net(),
-            profile(net(), x[:1]),
-            {"calibration": {"method": "batchnorm"}},
-            evaluate=lambda model: float(model(x).detach().abs().mean()),
-            batches=[x],
-            path=path,
-            workers=workers,
-        )
-
     seen: list[tuple[int, int]] = []
-    expected = table(None).measure(3, scores=True)
+    expected = table_here()
     found = table(workers, tmp_path / "table.json").measure(3, scores=True, progress=lambda *now: seen.append(now))
     assert found == expected
     assert seen[-1][0] == seen[-1][1] == sum(len(layer.points) for layer in found.layers) * 2
@@ -173,7 +191,7 @@ def test_a_sensitivity_table_is_the_same_and_kept_as_it_grows(workers: Workers, 
 
 def test_an_error_names_its_layer(workers: Workers) -> None:
     model = net()
-    plan = compress(model, images(1), "macs=0.5", runtime=Runtime(measure=False)).plan
+    plan = compressed_here().plan
     path = plan.factorized[0].path
     with torch.no_grad():
         model.get_submodule(path).weight[0] = float("nan")

@@ -101,8 +101,8 @@ def halved(model: nn.Module, example: Tensor) -> Plan:
 @pytest.mark.parametrize("name", MODELS)
 def test_fits_in_order_are_no_worse_than_each_on_its_own(name):
     model, data, held = build(name), batches(8), batches(4, seed=2)
-    todo = halved(model, data[0])
-    specs = {layer.path: profile(model, data[0]).layer(layer.path).spec for layer in todo.factorized}
+    todo, costs = halved(model, data[0]), profile(model, data[0])
+    specs = {layer.path: costs.layer(layer.path).spec for layer in todo.factorized}
     alone = apply(model, todo, moments=collect_moments(model, data, specs))
     ordered = apply_sequentially(model, todo, data)
     assert lost(name, model, ordered, held) < 1.1 * lost(name, model, alone, held)

@@ -31,15 +31,20 @@ def found(model: nn.Module, inputs: Any) -> tuple[Unit, ...]:
     return recognise_units(model, profile(model, inputs), inputs, ["mlp_width"])
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, int]:
+Case = tuple[nn.Module, Any, tuple[Unit, ...], int]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Return a model, its inputs, its units, and how many there are; no test changes the model."""
     build, inputs, count = CASES[request.param]
-    return build(), inputs, count
+    torch.manual_seed(0)
+    model = build()
+    return model, inputs, found(model, inputs), count
 
 
-def test_the_mlps_are_found_and_nothing_else(case: tuple[nn.Module, Any, int]) -> None:
-    model, inputs, count = case
-    units = found(model, inputs)
+def test_the_mlps_are_found_and_nothing_else(case: Case) -> None:
+    _, _, units, count = case
     assert len(units) == count
     assert all(unit.keep_reason is None and unit.full == {"width": HIDDEN} for unit in units)
     assert all(1 <= len(unit.feeders) <= 2 for unit in units)
@@ -63,9 +68,8 @@ def with_pivots(model: nn.Module, units: tuple[Unit, ...], width: int) -> tuple[
 
 
 @pytest.mark.parametrize("width", [HIDDEN, 9])
-def test_absorbing_changes_no_output_and_full_width_is_the_model(case: tuple[nn.Module, Any, int], width: int) -> None:
-    model, inputs, _ = case
-    units = found(model, inputs)
+def test_absorbing_changes_no_output_and_full_width_is_the_model(case: Case, width: int) -> None:
+    model, inputs, units, _ = case
     wide, narrow = with_pivots(model, units, width)
     wanted = outputs_of(model if width == HIDDEN else wide, inputs)
     for seen, known in zip(outputs_of(narrow, inputs), wanted, strict=True):
@@ -79,12 +83,9 @@ def test_absorbing_changes_no_output_and_full_width_is_the_model(case: tuple[nn.
     assert profile(narrow, inputs).macs < profile(wide, inputs).macs
 
 
-def test_the_structure_is_made_on_the_meta_device_as_well(case: tuple[nn.Module, Any, int]) -> None:
-    model, inputs, _ = case
-    units = [
-        UnitPlan(**unit.model_dump(), size={"width": 9}, reason="", before=Cost(), after=Cost())
-        for unit in found(model, inputs)
-    ]
+def test_the_structure_is_made_on_the_meta_device_as_well(case: Case) -> None:
+    model, _, own, _ = case
+    units = [UnitPlan(**unit.model_dump(), size={"width": 9}, reason="", before=Cost(), after=Cost()) for unit in own]
     with torch.device("meta"):
         empty = narrow_(copied(model).to("meta"), units)
     _, narrow = with_pivots(model, tuple(unit.unit for unit in units), 9)
