@@ -11,7 +11,7 @@ from benchmarks.house.__main__ import Line, lines
 # into units of transformers, language models, folders that open anywhere, and objects that introduce themselves; 130
 # into blocks whose refinement goes on after a kill, and bytes.
 # The file that such folders carry cannot import the one place where a private name of torch is used.
-REACHED = {"lines of code": 29_600, "files": 422, "noqa: SLF001": 6}
+REACHED = {"lines of code": 29_610, "files": 422, "noqa: SLF001": 6}
 
 LINES = lines(watch_budget=False)
 

@@ -259,6 +259,34 @@ def test_a_head_of_very_many_outputs_does_not_run_for_what_errors_cost() -> None
         assert torch.linalg.norm(one - other) < 0.1 * torch.linalg.norm(other)
 
 
+class Looking(Net):
+    """Its forward looks at its inputs, so that each batch may go another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if bool((x < 100).all()) else x / 100)
+
+
+def test_a_head_of_very_many_outputs_runs_no_oftener_for_more_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, runs, forward = Looking(), [], nn.Linear.forward
+    model.head = nn.Linear(16, 4000)
+    batches = [torch.randn(64, 10) for _ in range(20)]
+    recipe = {"rule": {"name": "ratio", "share": 0.5}, "formats": "low_rank", "keep": ["stem", "head"]}
+    small = compress(model.eval(), batches[0], recipe, runtime=Runtime(measure=False)).model
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        runs.append(self.out_features == 4000)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    seen = []
+    for count in (10, 20):
+        runs.clear()
+        assert len(refine_blocks_(copied(small), model, batches[:count], Refinement(steps=20))) == 3
+        seen.append(sum(runs))
+    assert seen[0] == seen[1]
+
+
 def test_flags_of_parameters_and_modes_stay(made: Made) -> None:
     model, small, batches = made
     small.requires_grad_(requires_grad=False)
