@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 
+from tenfold.allocation.picks import Pick
 from tenfold.allocation.reasons import CHEAP_END, grouped_reasons, in_words, listed, share, ways_to_be_faster
 from tenfold.allocation.rule import UnreachableError
 from tenfold.errors import BudgetError
@@ -27,14 +28,23 @@ class Accounts:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What a budget can be of: of what the model has any, and of latency where there is a clock."""
+        """What a budget can be of: what the model has any of, bytes where they are limited, latency with a clock."""
         counted = [kind for kind in ("params", "macs") if getattr(self.before, kind)]
+        counted += ["bytes"] if "bytes" in self.table.recipe.budget.limited else []
         return (*counted, "latency") if self.time is not None else tuple(counted)
 
     def rest(self, kind: str) -> float:
         """Return what no choice changes: layers that are kept for other reasons, and what is no layer at all."""
         whole = self._clock().whole_ms if kind == "latency" else self._whole(kind)
         return whole - sum(_now(layer, kind) for layer in self.layers)
+
+    def bytes(self, picks: Sequence[Pick]) -> float:
+        """Return the bytes that the layers that there is a choice for use as picked."""
+        total = 0.0
+        for layer, pick in zip(self.layers, picks, strict=True):
+            buffers = None if pick.format is None else layer.of(pick.format).columns.get("buffer_bytes")
+            total += layer.itemsize * pick.cost.params + (0.0 if buffers is None else float(buffers[pick.option]))
+        return total
 
     def share(self, kind: str, used: float) -> float:
         """Return what share of the model's cost it is if the layers that there is a choice for use so much."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.calibration.gradients import Projection
+from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.decompositions.covariance import add_ridge, shrunk
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import batch_size_of, call_model, map_tensors, tensors_in
@@ -24,11 +25,12 @@ def rows_of(output: Tensor) -> Tensor:
     return output.flatten(0, -2) if output.dim() < 4 else output.movedim(1, -1).flatten(0, -2)
 
 
-def block_roots(model: nn.Module, paths: Sequence[str], batches: Iterable[Any], *, seed: int = 0) -> dict[str, Tensor]:
+def block_roots(model: nn.Module, paths: Sequence[str], batches: Sequence[Any], *, seed: int = 0) -> dict[str, Tensor]:
     """Return R (channels, channels) by path with R Rᵀ ∝ Σ g gᵀ, g the gradient of the outputs at a block's own output.
 
     An error e of a block costs the network about ‖e R‖²; see ``collect_gradients``, which has this of layers. Blocks
-    that no gradient reaches are left out.
+    that no gradient reaches are left out. A last layer of very many outputs, such as the head of a language model, does
+    not run where it need not: see ``LastLayer``.
 
     Args:
         model: unchanged afterwards.
@@ -36,19 +38,33 @@ def block_roots(model: nn.Module, paths: Sequence[str], batches: Iterable[Any], 
         batches: inputs as ``call_model`` takes them, on the device of the model.
         seed: of the random projections of the outputs.
     """
+    last = LastLayer.of(model, batches[0], call_model)
+    try:
+        sums, samples = _summed(model, paths, batches, seed, last)
+    except UnlikeOutputsError:
+        sums, samples = _summed(model, paths, batches, seed, None)
+    return {path: _root(square, samples) for path, square in sums.items() if bool(square.isfinite().all())}
+
+
+def _summed(
+    model: nn.Module, paths: Sequence[str], batches: Sequence[Any], seed: int, last: LastLayer | None
+) -> tuple[dict[str, Tensor], int]:
+    """Return Σ g gᵀ by path, and the number of samples."""
     sums: dict[str, Tensor] = {}
     generator, samples = torch.Generator().manual_seed(seed), 0
     with evaluating(model), layer_by_layer(), torch.enable_grad():
         for batch in batches:
             samples += batch_size_of(batch) or 1
-            for path, gradient in _gradients(model, paths, batch, generator).items():
+            for path, gradient in _gradients(model, paths, batch, generator, last).items():
                 rows = rows_of(gradient).double()
                 square = rows.mT @ rows
                 sums[path] = sums[path] + square if path in sums else square
-    return {path: _root(square, samples) for path, square in sums.items() if bool(square.isfinite().all())}
+    return sums, samples
 
 
-def _gradients(model: nn.Module, paths: Sequence[str], batch: Any, generator: torch.Generator) -> dict[str, Tensor]:
+def _gradients(
+    model: nn.Module, paths: Sequence[str], batch: Any, generator: torch.Generator, last: LastLayer | None
+) -> dict[str, Tensor]:
     """Return the gradients of one random projection of the outputs at what the blocks put out."""
     seen: dict[str, Tensor] = {}
 
@@ -65,11 +81,15 @@ def _gradients(model: nn.Module, paths: Sequence[str], batch: Any, generator: to
         for path in paths:
             stack.enter_context(model.get_submodule(path).register_forward_hook(leaving(path)))
         with Randomness(model, batch).seeded(0):
-            outputs = [t for t in tensors_in(call_model(model, batch)) if t.is_floating_point() and t.requires_grad]
+            every = [*tensors_in(call_model(model, batch))] if last is None else last.run(model, batch, call_model)
+    entered = None if last is None else every[last.place]
+    outputs = [t for t in every if t.is_floating_point() and t.requires_grad]
     if not outputs or not seen:
         return {}
     mask = token_mask(batch, model)
     drawn = Projection(generator, batch, mask).of(outputs, mask)
+    if last is not None:
+        drawn = [last.sent_back(g) if output is entered else g for g, output in zip(drawn, outputs, strict=True)]
     found = torch.autograd.grad(outputs, list(seen.values()), drawn, allow_unused=True)
     return {path: gradient for path, gradient in zip(seen, found, strict=True) if gradient is not None}
 

@@ -21,7 +21,7 @@ from tenfold.decompositions.weighted_als import gram_through
 from tenfold.errors import TenfoldError
 from tenfold.tensors import squarable
 from tenfold.tracing.contexts import evaluating
-from tenfold.tracing.inputs import tensors_in
+from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.memory import Memory
 from tenfold.tracing.randomness import Randomness
 from tenfold.tracing.replay import stand_in
@@ -109,6 +109,15 @@ class LastLayer:
         found[self.place] = self._entered[0]
         self._entered.clear()
         return found
+
+    def leave_out(self, model: nn.Module, batch: Any) -> Any:
+        """Return what a model of this structure returns for a batch, the outputs of the layer hollow."""
+
+        def forward(x: Tensor) -> Tensor:
+            return x.new_full((1,), torch.nan).expand(*x.shape[:-1], self.module.out_features)
+
+        with stand_in(model.get_submodule(self.path), forward):
+            return call_model(model, batch)
 
     @contextmanager
     def _standing_in(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from tenfold.allocation.picks import unit_plan
 from tenfold.records import Budget, OptionTable, Plan, Recipe
 from tenfold.records.base import Record
 
+ALONE = "the explorer plans layers one by one"
 UNASKED = "no budget asks for less of it"
 
 
@@ -71,12 +72,21 @@ class Explorer:
     def plan(self, query: Query) -> Plan:
         """Return the plan that carries the selection for a query out; raises what ``select`` does."""
         found = plan_of(self.table, self._recipe(query), self.select(query))
-        return found.replace(units=tuple(unit_plan(unit, None) for unit in self._units))
+        return found.replace(units=tuple(unit_plan(unit.kept(ALONE), None) for unit in self._units))
+
+    @property
+    def left_out(self) -> str:
+        """What to say of units that the run could have narrowed; empty where there were none."""
+        count = sum(unit.options is not None for unit in self._units)
+        units = f"{count} unit{'' if count == 1 else 's'} of layers that could become narrower together"
+        return f"{units}: {ALONE}." if count else ""
 
     def left(self, selection: Selection, kind: str) -> float:
-        """Return what share of the parameters, MACs or time is left."""
+        """Return what share of the parameters, MACs, bytes or time is left."""
         if kind == "latency":
             return selection.latency_share or 0.0
+        if kind == "bytes":
+            return self.accounts.share(kind, self.accounts.bytes(selection.picks))
         return float(getattr(selection.cost, kind) / (getattr(self.table.before, kind) or 1))
 
     def least(self, kind: str) -> float:

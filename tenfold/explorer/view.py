@@ -10,7 +10,7 @@ from tenfold.records import FormatOptions, LayerOptions
 from tenfold.records.budget import LIMITED
 from tenfold.reporting.numbers import change, count, factor, milliseconds, percent, ranks, speed, three_digits
 
-NAMES = {"params": "Parameters", "macs": "MACs", "latency": "Latency"}
+NAMES = {"params": "Parameters", "macs": "MACs", "bytes": "Bytes", "latency": "Latency"}
 KEPT = "kept"
 
 Values = dict[str, Any]
@@ -25,6 +25,7 @@ def initial_view(explorer: Explorer) -> Values:
         "budgets": [_budget(explorer, kind) for kind in explorer.accounts.kinds],
         "layers": [_layer(layer, pick) for layer, pick in zip(explorer.table.eligible, planned, strict=True)],
         "distortion": explorer.table.distortion,
+        "left_out": explorer.left_out,
         "selection": selection_view(explorer, explorer.start, start),
     }
 
@@ -87,7 +88,8 @@ def _tile(kind: str, change: str, values: str, note: str, share: float | None) -
 def _budget(explorer: Explorer, kind: str) -> Values:
     """Return a kind of budget; ``asked`` is what the plan was made for, absolute limits as shares."""
     table, time = explorer.table, explorer.table.time
-    whole = time.dense_ms if kind == "latency" and time is not None else getattr(table.before, kind, 0)
+    known = {"latency": 0.0 if time is None else time.dense_ms, "bytes": float(table.bytes or 0)}
+    whole = known[kind] if kind in known else float(getattr(table.before, kind))
     budget = table.recipe.budget
     dense_ms = None if time is None else time.dense_ms
     allowed = budget.allowance(table.before, dense_ms, table.bytes) if kind in budget.limited else {}

@@ -17,13 +17,14 @@ from tenfold.allocation.schedule import Schedule
 from tenfold.calibration import calibrate
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
-from tenfold.errors import AgreementWarning, DataError, RecipeError
+from tenfold.errors import AgreementWarning, DataError, RecipeError, TenfoldWarning
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.stage import Stage
 from tenfold.pipeline import Compressed, apply_decision, measurement
 from tenfold.planning import Decision, Score, analyse
 from tenfold.planning.outcome import warn_if_low
+from tenfold.planning.unit_kinds import kinds_of, wants_units
 from tenfold.profiling import agreement, environment, profile
 from tenfold.records import Agreement, Analysis, Cost, Plan, Profile, Recipe, RunRecord, StageLayer, StageRecord
 from tenfold.records.metric import FRACTION
@@ -83,6 +84,7 @@ def stages(
         PlanError: there is nothing to compress.
         CheckpointError: a folder that is not writable, or holds something else, or another run.
         FileError: another process works in the folder.
+        UnknownNameError: a kind of unit that does not exist.
         WeightError: a parameter or buffer has NaN or infinity.
 
     Example:
@@ -95,6 +97,11 @@ def stages(
     """
     recipe, schedule, runtime = Recipe.of(recipe), Schedule.of(schedule), runtime or Runtime()
     schedule.check(recipe)
+    if data is not None and wants_units(recipe) and not recipe.units:
+        logger.info("units (%s) stay as they are: stages plan layers one by one", ", ".join(kinds_of(recipe)))
+    elif recipe.units:
+        msg = f"units ({', '.join(kinds_of(recipe))}) are not narrowed: stages plan layers one by one"
+        warnings.warn(msg, TenfoldWarning, stacklevel=2)
     if recipe.calibration.measures:
         msg = "stages plan by gradients: leave metric: divergence out of the recipe's calibration"
         raise RecipeError(msg)

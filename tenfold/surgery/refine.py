@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.calibration.block_gradients import block_roots, rows_of
+from tenfold.calibration.last_layer import LastLayer
 from tenfold.errors import CalibrationWarning, CheckpointError
 from tenfold.files import atomic_write, check_writable
 from tenfold.surgery.modules import find
@@ -21,7 +22,7 @@ from tenfold.tensors.digests import digest
 from tenfold.tensors.tensor_file import check_digest, read_tensors, write_tensors
 from tenfold.tracing.block_calls import BlockCall, repeated_blocks, without_cache
 from tenfold.tracing.contexts import device_of, kept_modes, same_random_numbers
-from tenfold.tracing.inputs import digest_batches, tensors_in
+from tenfold.tracing.inputs import call_model, digest_batches, tensors_in
 from tenfold.tracing.masks import real_tokens, token_mask
 from tenfold.tracing.replay import Replay
 from tenfold.tracing.samples import parted
@@ -149,8 +150,10 @@ def _refined(
     rows = [*(fitting[i] for i in used), *judging[:_JUDGES]]
     steps = [used.index(i) for i in order]
     judges = range(len(used), len(rows)) if judging else range(len(used))[:_JUDGES]
-    dense = Replay(original, rows, limit=config.max_cache, changing=False, seed=config.seed)
-    changing = Replay(model, rows, limit=config.max_cache, like=dense)
+    last = LastLayer.of(original, rows[0], call_model)
+    forward = None if last is None else last.leave_out  # nothing is asked of what comes after the blocks
+    dense = Replay(original, rows, forward=forward, limit=config.max_cache, changing=False, seed=config.seed)
+    changing = Replay(model, rows, forward=forward, limit=config.max_cache, like=dense)
     every = [*range(len(rows))]
     paths = tuple(path for path in paths if dense.places(path) == changing.places(path) == every)
     kept = None if folder is None else _Kept.of(Path(folder), model, original, batches, config)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tenfold
-from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TuningError
+from tenfold.errors import BudgetError, DataError, PlanError, RecipeError, TenfoldWarning, TuningError, UnknownNameError
 from tenfold.iterative import Schedule, Stage, Training, compress_iteratively, musco, stages
 from tenfold.layers import FactorizedLayer
 from tenfold.pipeline import Compressed
@@ -321,3 +321,17 @@ def test_layers_without_data_get_the_reason_of_one_step() -> None:
     for path, words in (("side", "none of the data reach it"), ("last", "too little to be worth distortion")):
         assert words in stage.plan.layer(path).reason
         assert stage.plan.layer(path).reason == stage.whole.layer(path).reason == step.plan.layer(path).reason
+
+
+def test_that_units_stay_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        stages(cnn(), ONE, "macs=0.5", data=unlabeled())
+    assert "units (mlp_width) stay as they are: stages plan layers one by one" in caplog.text
+    with pytest.warns(TenfoldWarning, match=r"units \(conv_width\) are not narrowed"):
+        stages(cnn(), ONE, {"budget": "macs=0.5", "units": "conv_width"}, data=unlabeled())
+    with pytest.raises(UnknownNameError):
+        stages(cnn(), ONE, {"budget": "macs=0.5", "units": "width"}, data=unlabeled())
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        stages(cnn(), ONE, {"budget": "macs=0.5", "units": []}, data=unlabeled())
+    assert "units" not in caplog.text

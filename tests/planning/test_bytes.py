@@ -12,6 +12,9 @@ from torch import nn
 import tenfold
 from tenfold.allocation import choose
 from tenfold.errors import BudgetError, TenfoldError, TuningError
+from tenfold.explorer import Explorer
+from tenfold.explorer.explorer import Query
+from tenfold.explorer.view import initial_view
 from tenfold.iterative import stages
 from tenfold.planning import tabulate
 from tenfold.profiling import profile
@@ -150,3 +153,17 @@ def test_a_plan_that_was_edited_upwards_claims_no_bytes(mixed: nn.Module) -> Non
         )
     )
     assert not tenfold.compress(mixed, example, edited, runtime=QUIET).plan.recipe.budget
+
+
+@pytest.mark.parametrize("formats", ["low_rank", "interpolative"])
+def test_the_explorer_has_bytes_where_the_plan_was_made_for_them(mixed: nn.Module, formats: str) -> None:
+    recipe = {"budget": "max_bytes=9kB", "formats": formats, "keep": ["head"]}
+    result = tenfold.compress(mixed, torch.zeros(1, 48), recipe, runtime=QUIET)
+    assert result.table is not None
+    explorer = Explorer(result.table)
+    view = initial_view(explorer)
+    (asked,) = (budget for budget in view["budgets"] if budget["kind"] == "bytes")
+    assert asked["asked"] == pytest.approx(9000 / stored(mixed))
+    assert explorer.left(explorer.start, "bytes") == pytest.approx(stored(result.model) / stored(mixed))
+    lower = explorer.plan(Query(budget={"bytes": 0.4}))
+    assert stored(tenfold.compress(mixed, torch.zeros(1, 48), lower, runtime=QUIET).model) <= 0.4 * stored(mixed)

@@ -15,6 +15,8 @@ from tenfold.allocation import choose, pruned
 from tenfold.errors import PlanError, TenfoldWarning, UnknownNameError
 from tenfold.explorer import Explorer
 from tenfold.explorer.explorer import Query
+from tenfold.explorer.server import Service
+from tenfold.explorer.view import initial_view
 from tenfold.layers import FactorizedLayer
 from tenfold.planning import decide, tabulate
 from tenfold.planning.plan import recost
@@ -175,6 +177,10 @@ def test_the_explorer_leaves_units_out(decided: Any) -> None:
         assert plan.narrowed == ()
         assert [unit.pivot for unit in plan.units] == [own.unit.pivot for own in decided.table.units]
         assert plan.after.params <= share * plan.before.params
+        assert any(unit.reason == "the explorer plans layers one by one" for unit in plan.units)
+    words = f"{sum(own.options is not None for own in decided.table.units)} units of layers that could become narrower"
+    assert words in initial_view(explorer)["left_out"]
+    assert words in Service(explorer, name="bert", out=Path("explored.yaml")).page()
 
 
 def test_a_clock_drops_sizes_that_are_not_faster(bert: nn.Module, data: list[Any], decided: Any) -> None:

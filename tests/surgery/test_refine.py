@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold import Runtime, compress
+from tenfold.calibration.block_gradients import block_roots
 from tenfold.errors import CalibrationWarning, CheckpointError, DataError, TenfoldError
 from tenfold.records import Recipe
 from tenfold.surgery import Refinement, refine_blocks_
@@ -233,6 +234,57 @@ def test_what_there_is_no_room_for_is_computed_again_with_the_same_bits(made: Ma
     for twin, room in zip(twins, (4 << 30, 0, 3 * 128 * 16 * 4), strict=True):
         refine_blocks_(twin, model, batches, Refinement(steps=12, rate=1e-3, max_cache=room))
     assert len({digest(twin.state_dict()) for twin in twins}) == 1
+
+
+def test_a_head_of_very_many_outputs_does_not_run_for_what_errors_cost() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    model.head = nn.Linear(16, 4000)
+    with torch.no_grad():
+        model.head.weight.mul_(torch.logspace(0, -2, 16))  # outputs feel some directions far more
+    batches, paths = [torch.randn(512, 10) for _ in range(8)], ["blocks.0", "blocks.2"]
+    runs: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(len(x))
+            return super().forward(x)
+
+    fast = block_roots(model.eval(), paths, batches)
+    model.head.__class__ = Counted  # of another forward, nobody can be sure what it does
+    whole = block_roots(model, paths, batches)
+    assert len(runs) == 8
+    for path in paths:
+        one, other = (root[path] @ root[path].mT for root in (fast, whole))
+        assert torch.linalg.norm(one - other) < 0.1 * torch.linalg.norm(other)
+
+
+class Looking(Net):
+    """Its forward looks at its inputs, so that each batch may go another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if bool((x < 100).all()) else x / 100)
+
+
+def test_a_head_of_very_many_outputs_runs_no_oftener_for_more_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, runs, forward = Looking(), [], nn.Linear.forward
+    model.head = nn.Linear(16, 4000)
+    batches = [torch.randn(64, 10) for _ in range(20)]
+    recipe = {"rule": {"name": "ratio", "share": 0.5}, "formats": "low_rank", "keep": ["stem", "head"]}
+    small = compress(model.eval(), batches[0], recipe, runtime=Runtime(measure=False)).model
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        runs.append(self.out_features == 4000)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    seen = []
+    for count in (10, 20):
+        runs.clear()
+        assert len(refine_blocks_(copied(small), model, batches[:count], Refinement(steps=20))) == 3
+        seen.append(sum(runs))
+    assert seen[0] == seen[1]
 
 
 def test_flags_of_parameters_and_modes_stay(made: Made) -> None:
