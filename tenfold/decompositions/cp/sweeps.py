@@ -268,21 +268,20 @@ def solve(gram: Tensor, right: Tensor, centre: Tensor, ridge: Tensor, hold: floa
     """Return F (batch, n, S, R) with F·(Γ + ridge·diag Γ) = right, near ``centre`` where that determines nothing.
 
     Γ (batch, S, R, R) gets the ridge (batch, S) and ``hold`` on its diagonal, in shares of it, or as much more of that
-    as Cholesky needs of this matrix, whose error does not depend on the scale of the terms; all in the precision of Γ.
-    The hold is a proximal term, which moves no solution, and nothing where it is below the rounding.
+    as Cholesky needs, whose error does not depend on the scale of the terms; all in the precision of Γ. The hold is a
+    proximal term, which moves no solution, and nothing where it is below the rounding.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0)
-    held, holds = gram.clone(), torch.full_like(ridge, hold)
+    held = gram.clone()
     for _ in range(12):
-        held.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(diagonal, scale, (ridge + holds).to(scale)[..., None]))
+        held.diagonal(dim1=-2, dim2=-1).copy_(torch.addcmul(diagonal, scale, (ridge + hold).to(scale)[..., None]))
         upper, failed = torch.linalg.cholesky_ex(held, upper=True)
         if not bool(failed.any()):
             break
-        holds = torch.where(failed > 0, 10 * holds, holds)
-    felt = torch.where(holds > _EPSILON[gram.dtype], holds, 0.0).to(scale)
-    if bool(felt.any()):
-        right = torch.addcmul(right, centre, (felt[..., None] * scale).unsqueeze(1))
+        hold *= 10
+    if hold > _EPSILON[gram.dtype]:
+        right = torch.addcmul(right, centre, scale.unsqueeze(1), value=hold)
     right = right.movedim(2, 1)
     if right.shape[-2] >= right.shape[-1]:  # for many rows the inverse pays
         solution: Tensor = right @ torch.cholesky_inverse(upper, upper=True)
