@@ -3,8 +3,8 @@
     python -m benchmarks.language.run --model FOLDER --texts FOLDER [--sst FILE] [--only METHOD] [--threads N]
 
 FOLDER of the texts holds ``train.txt`` and ``test.txt``, a text a line; FILE is ``stsa.fine.test`` of the Stanford
-Sentiment Treebank. Every row is kept in the folder of ``--runs`` when it is done, and not made again; nor are rows of ``--out``
-that were made by the same protocol. ``--report`` writes the table of what there is.
+Sentiment Treebank. Every row is kept in the folder of ``--runs`` when it is done, and not made again; nor are rows of
+``--out`` that were made by the same protocol. ``--report`` writes the table of what there is.
 """
 
 from __future__ import annotations
