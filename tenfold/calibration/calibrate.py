@@ -32,6 +32,7 @@ from tenfold.tracing.samples import count_samples, parted
 
 # Samples that judge what is fitted to the others. Of more, both parts would profit, and neither can spare them.
 HELD_OUT = 0.25
+JUDGED = 64  # draws of labels at least, over the samples that judge: each says one number of each layer
 FEWEST = 4  # fewer cannot judge: then all samples both fit and judge, which at least knows how errors add up
 
 
@@ -159,19 +160,20 @@ class _Work:
         last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
         if last is not None and loss == "fisher" and (last.place > 0 or last.path in self.specs):
             last = None  # what is known of predictions is known behind it
-        self.done, total = 0, (len(fitting) + len(judging)) * self.settings.draws
+        draws = self._judging_draws(judging)
+        self.done, total = 0, len(fitting) * self.settings.draws + len(judging) * draws
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
                 sums.split_like(fitting[0])
                 sums.clip = self.settings.clip
                 self._say(sums)
-                moments = self._with_grams(fitting, sums, total)
+                moments = self._with_grams(fitting, sums, total, self.settings.draws)
             give_back()
             judge = Judge(self.model, self.specs, moments, loss=loss, seed=self.seed + 1, widest=widest, last=last)
             judge.split, judge.clip = sums.split, sums.clip
             with judge, warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # of few rows, said already
-                others = self._with_grams(judging, judge, total)
+                others = self._with_grams(judging, judge, total, draws)
         except UnlikeOutputsError:
             return self.judged(fitting, judging, whole=True)
         except DataError as error:
@@ -191,7 +193,15 @@ class _Work:
             self.before(needs)
             self.before = None
 
-    def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int) -> dict[str, Moments]:
+    def _judging_draws(self, batches: Sequence[Any]) -> int:
+        """Return how often labels are drawn for the samples that judge.
+
+        A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
+        """
+        enough = -(-JUDGED // max(1, count_samples(batches))) if self.settings.loss == "fisher" else 1
+        return max(self.settings.draws, enough)
+
+    def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int, draws: int) -> dict[str, Moments]:
         def add(model: nn.Module, batch: Any) -> None:
             sums.add(model, batch)
             self.done += 1
@@ -199,7 +209,7 @@ class _Work:
                 self.progress(self.done, total)
 
         moments = self.collect(batches, add)
-        for batch in (batch for _ in range(self.settings.draws - 1) for batch in batches):
+        for batch in (batch for _ in range(draws - 1) for batch in batches):
             add(self.model, batch)
         grams = {path: shrunk(gram, sums.samples) for path, gram in sums.mean().items()}
         return {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}

@@ -126,3 +126,12 @@ def test_the_divergence_of_predictions_is_what_a_fit_costs():
         other = model(x[6000:]).log_softmax(1)
     divergence = float(nn.functional.kl_div(other, own, log_target=True, reduction="batchmean"))
     assert float(error) / 2 == pytest.approx(divergence, rel=0.35)
+
+
+@pytest.mark.parametrize(("samples", "draws", "judged"), [(40, 1, 70), (40, 9, 90), (400, 1, 100)])
+def test_few_long_samples_are_judged_by_more_draws_of_labels(samples: int, draws: int, judged: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 9)).eval(), torch.randn(samples, 20, 6)
+    known = calibrate(model, [x], settings=Calibration(loss="fisher", draws=draws))
+    assert known["0"].held_out is not None
+    assert known["0"].held_out.samples == judged
