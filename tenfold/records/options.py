@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import (
     ConfigDict,
     NonNegativeFloat,
+    NonNegativeInt,
     PlainSerializer,
     PlainValidator,
     PositiveFloat,
@@ -305,7 +306,7 @@ class OptionTable(_Columns, Introduced):
     model: str
     recipe: Recipe
     before: Cost
-    bytes: PositiveInt | None = None
+    bytes: NonNegativeInt | None = None
     layers: tuple[LayerOptions, ...]
     distortion: str = ""
     algorithms: dict[str, dict[str, Any]] = {}
