@@ -66,6 +66,7 @@ def _bert(variant: str, batch: int, size: int | None, options: dict[str, Any]) -
     if variant != "bert-base":
         msg = f"unknown network transformers:{variant}. Known: transformers:bert-base."
         raise ValueError(msg)
+    supply_torchvision_ops()  # which transformers imports
     transformers: Any = require("transformers", "hf")
     config = transformers.BertConfig(**options)
     length = size or 128
