@@ -17,7 +17,6 @@ from tenfold.decompositions.fitting import decompose
 from tenfold.decompositions.input_moments import Moments
 from tenfold.formats import Factorization, join_groups
 from tenfold.records import LayerSpec
-from tenfold.tensors import digest
 
 Floats = NDArray[np.float64]
 Ranks = NDArray[np.int64]
@@ -27,10 +26,6 @@ _RIDGE = 1e-6
 
 # Fits on each line of ranks.
 _FITS = 3
-
-# Errors of fits in this process, so many at most: who tries another budget on a model fits none of its layers again.
-_KNOWN: dict[object, float] = {}
-_MOST = 100_000
 
 
 def error_curve(
@@ -88,22 +83,8 @@ class CurveProblem:
             return torch.eye(self.kernel[0, 0].numel()).to(self.kernel).expand(len(self.kernel), -1, -1)
         return add_ridge(self.moments.covariance(), _RIDGE).to(self.weight.device)
 
-    @cached_property
-    def _key(self) -> str:
-        """What errors depend on, besides format, ranks and algorithm."""
-        known = "" if self.moments is None else self.moments.digest()
-        return digest({"weight": self.weight}, f"{self.spec!r} {known} {self.weight.device} {torch.get_num_threads()}")
-
     def fitted(self, algorithm: Decomposition, rank: list[int]) -> float:
         """Return the error of a fit by this algorithm at these ranks, in the order of the format's ``rank_names``."""
-        key = (self._key, self.format, algorithm, *rank)
-        if key not in _KNOWN:
-            if len(_KNOWN) >= _MOST:
-                _KNOWN.clear()
-            _KNOWN[key] = self._fitted(algorithm, rank)
-        return _KNOWN[key]
-
-    def _fitted(self, algorithm: Decomposition, rank: list[int]) -> float:
         named, blind = dict(zip(self.format.rank_names, rank, strict=True)), self.moments is None
         dense = join_groups(self.weight.float() if blind else self.weight, self.spec)
         fit = decompose(dense, self.format.name(), named, algorithm, spec=self.spec, moments=self.moments)

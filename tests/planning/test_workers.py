@@ -54,7 +54,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     for module in (curves, error_search):
         monkeypatch.setattr(module, "decompose", watched(module.decompose))
-    monkeypatch.setattr(curves, "_KNOWN", {})
     return made
 
 
@@ -79,7 +78,6 @@ def test_workers_give_the_same_table(calls: list[bool], rule: dict[str, Any], *,
     alone = tabulate(model, cost, recipe, moments=moments)
     assert set(calls) == {False}
     calls.clear()
-    curves._KNOWN.clear()
     runtime = Runtime(workers=Elsewhere(), on_event=steps.append)
     table = tabulate(model, cost, recipe, moments=moments, runtime=runtime)
     for ours, theirs in zip(table.eligible, alone.eligible, strict=True):
