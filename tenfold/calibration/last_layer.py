@@ -112,26 +112,26 @@ class LastLayer:
 
     def leave_out(self, model: nn.Module, batch: Any) -> Any:
         """Return what a model of this structure returns for a batch, the outputs of the layer hollow."""
-
-        def forward(x: Tensor) -> Tensor:
-            return x.new_full((1,), torch.nan).expand(*x.shape[:-1], self.module.out_features)
-
-        with stand_in(model.get_submodule(self.path), forward):
+        with stand_in(model.get_submodule(self.path), self._nothing):
             return call_model(model, batch)
 
     @contextmanager
     def _standing_in(self) -> Iterator[None]:
-        """Let the layer return a tensor of the right shape that takes the memory of one element."""
+        """Let the layer return nothing, and take note of what entered it and of what it returned."""
         self._entered.clear()
         self._hollow.clear()
 
         def forward(x: Tensor) -> Tensor:
             self._entered.append(x)
-            self._hollow.append(x.new_full((1,), torch.nan).expand(*x.shape[:-1], self.module.out_features))
+            self._hollow.append(self._nothing(x))
             return self._hollow[-1]
 
         with stand_in(self.module, forward):
             yield
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        """Return a tensor of the shape of the outputs that takes the memory of one element."""
+        return x.new_full((1,), torch.nan).expand(*x.shape[:-1], self.module.out_features)
 
     def sent_back(self, drawn: Tensor) -> Tensor:
         """Return gradients Wᵀg at the inputs (..., in), of standard normal numbers (..., in)."""

@@ -99,11 +99,14 @@ def _lone_head(model: nn.Module, ids: Tensor) -> nn.Module | None:
     if head is None:
         return None
     few = ids[:1, :_PROBE]
-    whole, entered = _logits(model, few)[0, :-1], _entering(model, head, few)[0, :-1]
-    if len(entered) == 0 or head(entered[:1]).shape[-1] != whole.shape[-1]:
+    whole, entered = _logits(model, few)[0], _entering(model, head, few)[0]
+    alone = head(entered).float()
+    if whole.shape != alone.shape or not torch.allclose(whole, alone, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
         return None
-    wanted, alone = (F.cross_entropy(whole, few[0, 1:], reduction="none"), _losses_behind(head, entered, few[0, 1:]))
-    return head if torch.allclose(wanted, alone, rtol=1e-3, atol=1e-3) else None
+    # Hooks on the head are in its outputs, and not in what its weight makes of tiles.
+    wanted = F.cross_entropy(alone[:-1], few[0, 1:], reduction="none")
+    tiled = _losses_behind(head, entered[:-1], few[0, 1:])
+    return head if torch.allclose(wanted, tiled, rtol=1e-3, atol=1e-3) else None
 
 
 def _entering(model: nn.Module, head: nn.Module, ids: Tensor) -> Tensor:
