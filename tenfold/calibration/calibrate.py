@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from tenfold.tracing.input_batches import input_batches
 from tenfold.tracing.inputs import call_model
 from tenfold.tracing.references import trainable_copy
 from tenfold.tracing.samples import count_samples, parted
+
+# Adds one batch to sums of gradients: called with these, the model, the batch, its number and the number of the draw.
+Feed = Callable[[GradientSums, nn.Module, Any, int, int], None]
 
 # Samples that judge what is fitted to the others. Of more, both parts would profit, and neither can spare them.
 HELD_OUT = 0.25
@@ -85,8 +89,8 @@ def calibrate(
     if not specs:
         return {}
     with same_random_numbers(device_of(model)):
-        count = progress or counter("look at data")
-        work = _Work(model, specs, settings, seed, count_samples(batches), before, count)
+        told = progress or counter("look at data")
+        work = _Work(model, specs, settings, seed, count_samples(batches), before, told)
         fitted, held = parted(model, batches, HELD_OUT)
         found = work.judged(fitted, held) if count_samples(held) >= FEWEST else None
         if found is None:  # too few samples, or a layer is reached by some of them only, or there is no gradient at all
@@ -131,6 +135,77 @@ def _power(model: nn.Module, path: str, spec: LayerSpec, moments: Moments) -> fl
     return moments.distortion(weight, torch.zeros_like(weight))
 
 
+def calibrate_part(
+    part: nn.Module,
+    specs: Mapping[str, LayerSpec],
+    fitting: Sequence[Any],
+    judging: Sequence[Any],
+    feed: Feed,
+    settings: Calibration | None = None,
+    *,
+    seed: int = 0,
+    ends: bool = False,
+) -> dict[str, Moments]:
+    """Collect the moments of a part of a network, whose gradients the parts behind it send back.
+
+    Use it where a network does not fit into memory: what ``calibrate`` finds in one pass over the whole, this finds
+    part by part, the last one first.
+
+    Args:
+        part: a block of the network, or what comes before or after its blocks.
+        specs: the layers of the part, with their dense geometry.
+        fitting: inputs of the part, of samples that are fitted to.
+        judging: of samples that judge what is fitted to the others; the same object where all samples do both.
+        feed: adds one batch to the sums, by the gradient at the output of the part.
+        settings: see ``calibrate``.
+        seed: that of the whole.
+        ends: whether the part is the end of the network, whose outputs are its own.
+
+    Raises:
+        DataError: no gradient reaches the layers.
+    """
+    samples = count_samples(fitting) + (0 if judging is fitting else count_samples(judging))
+    work = _Work(part, specs, settings or Calibration(), seed, samples, feed=feed)
+    found = work.judged(fitting, judging, whole=not ends)
+    if found is None:
+        raise work.refusal or DataError
+    return found
+
+
+def judged_apart(batches: Sequence[Any], settings: Calibration) -> tuple[list[int], list[int], int]:
+    """Return which of many batches are fitted to, which of them judge, and how often labels are drawn for the latter.
+
+    The same as ``calibrate`` does to batches of which there are enough for whole ones to judge.
+
+    Raises:
+        DataError: there are too few.
+
+    Example:
+        >>> judged_apart([torch.zeros(1, 4)] * 8, Calibration())
+        ([0, 2, 3, 4, 6, 7], [1, 5], 1)
+    """
+    numbers = list(range(len(batches)))
+    fitted, held = parted(nn.Identity(), numbers, HELD_OUT) if HELD_OUT * len(numbers) >= 2 else (numbers, [])
+    if count_samples([batches[i] for i in held]) < FEWEST:
+        msg = f"there are {len(batches)} calibration batches, of which a quarter is to judge: pass 16 or more"
+        raise DataError(msg)
+    return fitted, held, _judging_draws([batches[i] for i in held], settings)
+
+
+def _judging_draws(batches: Sequence[Any], settings: Calibration) -> int:
+    """Return how often labels are drawn for the samples that judge.
+
+    A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
+    """
+    enough = -(-JUDGED // max(1, count_samples(batches))) if settings.loss == "fisher" else 1
+    return max(settings.draws, enough)
+
+
+def _add(sums: GradientSums, model: nn.Module, batch: Any, number: int, draw: int) -> None:
+    del number, draw
+    sums.add(model, batch)
+
+
 @dataclass
 class _Work:
     """What is measured, and why gradients could not be."""
@@ -144,6 +219,7 @@ class _Work:
     progress: Callable[[int, int], None] | None = None
     refusal: DataError | None = None
     done: int = 0  # batches that gradients were taken of
+    feed: Feed = _add
 
     def collect(self, batches: Sequence[Any], forward: Forward | None = None) -> dict[str, Moments]:
         positions, widest = self.settings.positions, self.settings.max_width
@@ -160,11 +236,12 @@ class _Work:
         last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
         if last is not None and loss == "fisher" and (last.place > 0 or last.path in self.specs):
             last = None  # what is known of predictions is known behind it
-        draws = self._judging_draws(judging)
+        draws = _judging_draws(judging, self.settings)
         self.done, total = 0, len(fitting) * self.settings.draws + len(judging) * draws
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
-                sums.split_like(fitting[0])
+                if self.feed is _add:
+                    sums.split_like(fitting[0])
                 sums.clip = self.settings.clip
                 self._say(sums)
                 moments = self._with_grams(fitting, sums, total, self.settings.draws)
@@ -193,24 +270,19 @@ class _Work:
             self.before(needs)
             self.before = None
 
-    def _judging_draws(self, batches: Sequence[Any]) -> int:
-        """Return how often labels are drawn for the samples that judge.
-
-        A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
-        """
-        enough = -(-JUDGED // max(1, count_samples(batches))) if self.settings.loss == "fisher" else 1
-        return max(self.settings.draws, enough)
-
     def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int, draws: int) -> dict[str, Moments]:
-        def add(model: nn.Module, batch: Any) -> None:
-            sums.add(model, batch)
+        numbers = count()
+
+        def add(model: nn.Module, batch: Any, draw: int = 0) -> None:
+            self.feed(sums, model, batch, next(numbers) % len(batches), draw)
             self.done += 1
             if self.progress is not None:
                 self.progress(self.done, total)
 
         moments = self.collect(batches, add)
-        for batch in (batch for _ in range(draws - 1) for batch in batches):
-            add(self.model, batch)
+        for draw in range(1, draws):
+            for batch in batches:
+                add(self.model, batch, draw)
         grams = {path: shrunk(gram, sums.samples) for path, gram in sums.mean().items()}
         return {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
 

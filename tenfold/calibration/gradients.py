@@ -98,6 +98,7 @@ class GradientSums:
     Attributes:
         split: how batches are differentiated.
         clip: norms at the positions of a sample are kept within their mean times and divided by this; see ``clipped``.
+        entered: leaves among the inputs of the next batch whose gradients are wanted too: a hook on each is called.
         differentiating: whether the backward pass of the outputs runs, and not one that the forward takes itself.
     """
 
@@ -122,6 +123,7 @@ class GradientSums:
         self._samples = 0
         self.differentiating = False
         self.clip: float | None = None
+        self.entered: Sequence[Tensor] = ()
         self._size = 1
         self._open = ExitStack()
         self.split = Split()
@@ -161,14 +163,25 @@ class GradientSums:
             self.add_part(model, part, drawn)
             self._samples += batch_size_of(part) or 1
 
-    def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
+    def add_sent_back(self, model: nn.Module, batch: Any, gradient: Tensor) -> None:
+        """Run one batch forward, and backward from the gradient at its output, by whatever loss that is.
+
+        Use it for a part of a network, once the parts behind it have said what their inputs cost.
+
+        Raises:
+            DataError: the output has no gradient, or none can be taken.
+        """
+        self.add_part(model, batch, SentBack(gradient))
+        self._samples += batch_size_of(batch) or 1
+
+    def add_part(self, model: nn.Module, part: Any, drawn: Projection | SentBack) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
-        self._starts.clear()
+        self._starts[:] = self.entered
         self._size = batch_size_of(part) or 1
         with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples):
             outputs, entered = self._run(model, part)
             mask = token_mask(part, model)
-            if self._loss == "outputs":
+            if isinstance(drawn, SentBack) or self._loss == "outputs":
                 gradients = drawn.of(outputs, mask)
             elif entered is None or self._last is None:
                 outputs = [real_tokens(outputs[0], mask)]
@@ -287,6 +300,21 @@ def channels_first(values: Tensor, spec: LayerSpec) -> Tensor:
     """Return outputs of a layer, or gradients there, as (groups, out/groups, first axis, all other positions)."""
     moved = values.movedim(-1 - spec.axes, 0)
     return moved.reshape(spec.groups, spec.out_channels // spec.groups, moved.shape[1] if moved.dim() > 1 else 1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class SentBack:
+    """The gradient at the one output of a part of a network, as the parts behind it send it back."""
+
+    gradient: Tensor
+
+    def of(self, outputs: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+        """Return what the output is multiplied with."""
+        del mask  # padding has no gradient already
+        if len(outputs) != 1 or outputs[0].shape != self.gradient.shape:
+            msg = "a part of a network does not put out the one tensor that the part behind it takes"
+            raise DataError(msg)
+        return [self.gradient.to(outputs[0])]
 
 
 @dataclass

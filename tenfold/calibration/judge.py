@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.calibration.gradients import GradientSums, Loss, Projection, channels_first
+from tenfold.calibration.gradients import GradientSums, Loss, Projection, SentBack, channels_first
 from tenfold.calibration.last_layer import LastLayer
 from tenfold.decompositions import HeldOutCurve, Moments
 from tenfold.decompositions.covariance import Covariance, blocks, is_tall
@@ -146,7 +146,7 @@ class Judge(GradientSums):
         before = self._now.get(path)
         self._now[path] = lost if before is None or before.shape != lost.shape else before + lost
 
-    def add_part(self, model: nn.Module, part: Any, drawn: Projection) -> None:
+    def add_part(self, model: nn.Module, part: Any, drawn: Projection | SentBack) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
         self._now.clear()
         super().add_part(model, part, drawn)

@@ -54,6 +54,7 @@ class SequentialFit:
         max_width: inputs wider than this are sketched, see ``moment_bytes``; 8192 by default.
         max_cache: bytes of activations that are held of each of the two models; beyond that they are computed again.
         forward: runs the model on one batch; ``call_model`` by default.
+        before: how many layers of the network were fitted before, where the model is one block of it.
     """
 
     positions: int | None = 64
@@ -63,6 +64,7 @@ class SequentialFit:
     max_width: int | None = None
     max_cache: int = 4 << 30
     forward: Forward | None = None
+    before: int = 0
 
 
 @normal_tensors()
@@ -72,6 +74,7 @@ def apply_sequentially(
     batches: Sequence[Any],
     *,
     target: nn.Module | None = None,
+    entered: Sequence[Any] | None = None,
     output_grams: Mapping[str, Covariance] | None = None,
     config: SequentialFit | None = None,
     progress: Progress | None = None,
@@ -99,6 +102,8 @@ def apply_sequentially(
             times: a list, not an iterator.
         target: whose outputs are to be met, where ``model`` was compressed from it before: a model with layers of the
             same shapes at the same paths. ``model`` itself if None.
+        entered: what enters the target in place of ``batches``, as in the original of a network of which ``model`` is
+            one block, behind others that are compressed already; the same batches if None.
         output_grams: output Gram matrices by path, which weigh the errors of a layer's outputs: see
             ``Moments.output_gram``.
         config: how layers are fitted.
@@ -120,12 +125,13 @@ def apply_sequentially(
     blind = tuple(layer for layer in plan.factorized if _looks_up(find(model, layer.path)))
     original = model if target is None else separate(target, plan.unrolled)
     new = _with_looked_up(model, plan.replace(layers=blind, fused={}, units=()), batches, output_grams or {}, config)
-    dense = Replay(original, batches, forward=config.forward, limit=config.max_cache, changing=False, seed=config.seed)
-    changing = Replay(new, batches, forward=config.forward, limit=config.max_cache, like=dense)
-    fitting = _Fitting(model, plan, new, dense, changing, batches, output_grams or {}, config)
+    forward, limit, entered = config.forward, config.max_cache, batches if entered is None else entered
+    dense = Replay(original, entered, forward=forward, limit=limit, changing=False, seed=config.seed)
+    changing = Replay(new, batches, forward=forward, limit=limit, like=dense)
+    fitting = _Fitting(model, plan, new, dense, changing, batches, entered, output_grams or {}, config)
     wanted = [layer for layer in plan.factorized if layer not in blind]
     for done, layer in enumerate(sorted(wanted, key=lambda layer: changing.start(layer.path))):
-        fitting.fit(layer, done)
+        fitting.fit(layer, config.before + done)
         progress(done + 1, len(wanted))
     if fitting.alone:
         path, why = next(iter(fitting.alone.items()))
@@ -155,6 +161,7 @@ class _Fitting:
     dense: Replay
     changing: Replay
     batches: Sequence[Any]
+    entered: Sequence[Any]
     output_grams: Mapping[str, Covariance]
     config: SequentialFit
     alone: dict[str, str] = field(default_factory=dict)
@@ -245,7 +252,7 @@ class _Fitting:
     def _fit_alone(self, layer: LayerPlan, why: str) -> None:
         path, dense = layer.path, self.dense.model
         specs = {path: factorizable_spec(find(dense, path), path)}
-        own = _dense_moments(dense, specs, self.batches, self.config)[path]
+        own = _dense_moments(dense, specs, self.entered, self.config)[path]
         metric = own.replace(output_gram=self.output_grams.get(path))
         self.new = apply_(self.new, self.plan.replace(layers=(layer,), fused={}, units=()), moments={path: metric})
         fitted: Any = find(self.new, path)

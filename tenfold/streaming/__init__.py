@@ -1,0 +1,1 @@
+"""Compress networks that do not fit into memory: one block at a time, from weights on the disk to weights on the disk."""

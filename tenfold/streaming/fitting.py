@@ -1,0 +1,266 @@
+"""The second pass over a network: the plan carried out front to back, block by block, from disk to disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tenfold.decompositions.covariance import Covariance
+from tenfold.files import atomic_write, write_text
+from tenfold.profiling import agreement
+from tenfold.records import Agreement, Plan, parse_size
+from tenfold.runtime import Runtime
+from tenfold.streaming.activations import Activations
+from tenfold.streaming.network import Network
+from tenfold.streaming.parts import BlockInputs, Lead, StoredCalls, Tail, block_calls, run_block, tail_calls
+from tenfold.streaming.rows import LEAD, TAIL, into, moved, out_of
+from tenfold.streaming.statistics import Statistics
+from tenfold.surgery import SequentialFit, apply_, apply_sequentially, restructure_, with_errors
+from tenfold.tensors.free_memory import give_back
+from tenfold.tensors.tensor_file import read_tensors, write_tensors
+from tenfold.tracing import copied
+from tenfold.tracing.inputs import arguments
+
+FIT = "fit blocks"
+
+
+@dataclass(eq=False)
+class Fitting:
+    """The second pass, in a folder: parts that are there are not fitted again.
+
+    Args:
+        network: whose layers are replaced.
+        plan: for the whole.
+        statistics: of the first pass; None where weights alone decide.
+        folder: for files of the run.
+        runtime: workers and progress.
+    """
+
+    network: Network
+    plan: Plan
+    statistics: Statistics | None
+    folder: Path
+    runtime: Runtime = field(default_factory=Runtime)
+
+    def run(self) -> tuple[Plan, Agreement | None]:
+        """Fit all parts; return the plan with the errors of its layers, and how far the outcome agrees."""
+        parts, count = (LEAD, *self.network.chain.blocks, TAIL), self.runtime.counter(FIT)
+        for done, part in enumerate(parts):
+            if not self._told(part).is_file():
+                self._fit(part)
+            count(done + 1, len(parts))
+        told = {part: Plan.from_json_file(self._told(part), "a plan") for part in parts}
+        fitted = {out_of(part, layer.path): layer for part, own in told.items() for layer in own.layers}
+        layers = tuple(
+            layer if layer.path not in fitted else fitted[layer.path].replace(path=layer.path, aliases=layer.aliases)
+            for layer in self.plan.layers
+        )
+        return self.plan.replace(layers=layers), self._agreement()
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """The files of the new weights: those outside of the blocks, and those of each block."""
+        return tuple(self._weights(part) for part in (TAIL, *self.network.chain.blocks))
+
+    def _fit(self, part: str) -> None:
+        """Fit a part: the files behind it first, then its weights, then what was done."""
+        net, number = self.network, self._number(part)
+        if part == LEAD:
+            with net.outer() as outer:
+                new, told = self._applied(part, Lead(outer, net.chain), net.batches, net.batches)
+                self._enter(new, changed=bool(told.factorized))
+                self._write(part, {name.removeprefix("outer."): t for name, t in new.state_dict().items()})
+        elif part == TAIL:
+            with net.outer() as outer:
+                dense, small = self._at(number)
+                filled = self._with_lead(outer)
+                new, told = self._applied(part, Tail(filled, net.chain), small, dense, Tail(outer, net.chain))
+                self._write(part, {name.removeprefix("outer."): t for name, t in new.state_dict().items()})
+        else:
+            with net.block(number) as block:
+                dense, small = self._at(number)
+                new, told = self._applied(part, block, small, dense)
+                self._advance(number, block, new, dense, small)
+                self._write(part, {f"{part}.{name}": t for name, t in new.state_dict().items()})
+        write_text(self._told(part), told.to_json())
+        if part != TAIL:
+            for kind in ("d", "c"):
+                if part != LEAD:
+                    self._states(kind, number).unlink(missing_ok=True)
+        give_back()
+
+    def _applied(
+        self, part: str, module: nn.Module, batches: Sequence[Any], entered: Sequence[Any], target: nn.Module | None = None
+    ) -> tuple[nn.Module, Plan]:
+        """Return the part with its layers replaced, and its plan with their errors."""
+        net, own = self.network, plan_of_part(self.plan, part, self.network.parts[part])
+        if not own.factorized and not own.narrowed:
+            return module, own
+        if self.statistics is None:
+            new = apply_(module, own, workers=self.runtime.workers)
+            return new, with_errors(own, new)
+        calibration, measured = net.recipe.calibration, net.measured
+        config = SequentialFit(
+            positions=calibration.positions,
+            seed=net.recipe.seed,
+            max_width=calibration.max_width,
+            max_cache=parse_size(self.runtime.max_cache),
+            before=self._before(part),
+        )
+        new = apply_sequentially(
+            module,
+            own,
+            StoredCalls(measured, batches.__getitem__),
+            target=target,
+            entered=StoredCalls(measured, entered.__getitem__),
+            output_grams=self._grams(part),
+            config=config,
+            progress=lambda _done, _all: None,
+        )
+        return new, with_errors(own, new)
+
+    def _grams(self, part: str) -> Mapping[str, Covariance]:
+        return {} if self.statistics is None else self.statistics.output_grams(part)
+
+    def _before(self, part: str) -> int:
+        """Return how many layers are fitted in order before those of a part."""
+        count = 0
+        for other in (LEAD, *self.network.chain.blocks, TAIL):
+            if other == part:
+                break
+            own = plan_of_part(self.plan, other, self.network.parts[other])
+            count += sum(not layer.kind.startswith("embedding") for layer in own.factorized)
+        return count
+
+    def _enter(self, lead: nn.Module, *, changed: bool) -> None:
+        """Write what enters the first block, in the original and now."""
+        net = self.network
+        if self.statistics is None:
+            return
+        self.statistics.calls  # noqa: B018 - writes what enters the first block where it is not there
+        first = self.statistics.entering(0)
+        with atomic_write(self._states("d", 0)) as partial:
+            shutil.copyfile(first, partial)
+        if changed:
+            with Activations.writing(self._states("c", 0)) as write:
+                BlockInputs.of(lead.outer, net.chain, net.batches, write)  # type: ignore[arg-type]
+        else:
+            with atomic_write(self._states("c", 0)) as partial:
+                shutil.copyfile(first, partial)
+
+    def _at(self, number: int) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Return the batches of a block, or of what comes after the last: in the original, and now."""
+        net = self.network
+        if self.statistics is None:
+            return [], []
+        every = range(len(net.batches))
+        found = []
+        for kind in ("d", "c"):
+            stored = Activations.of(self._states(kind, number))
+            if number == len(net.chain.blocks):
+                found.append(tail_calls(net.batches, stored, every))
+            else:
+                found.append(block_calls(self.statistics.calls, number, stored, every))
+        return found[0], found[1]
+
+    def _advance(
+        self, number: int, dense: nn.Module, new: nn.Module, entered: Sequence[Any], batches: Sequence[Any]
+    ) -> None:
+        """Write what the next block takes, in the original and now."""
+        if self.statistics is None:
+            return
+        for kind, module, calls in (("d", dense, entered), ("c", new, batches)):
+            with Activations.writing(self._states(kind, number + 1)) as write:
+                for batch in calls:
+                    write(run_block(module, batch))
+
+    def _with_lead(self, outer: nn.Module) -> nn.Module:
+        """Return what lies outside of the blocks with the layers before them as they were fitted."""
+        twin, told = copied(outer), Plan.from_json_file(self._told(LEAD), "a plan")
+        if not told.factorized:
+            return twin
+        lead = restructure_(Lead(twin, self.network.chain), told)
+        tensors, _ = read_tensors(self._weights(LEAD))
+        lead.outer.load_state_dict(tensors, strict=False)  # type: ignore[union-attr]
+        return lead.outer  # type: ignore[return-value]
+
+    def _agreement(self) -> Agreement | None:
+        """Return how near the outputs are to those of the original, on batches that decided nothing."""
+        net = self.network
+        if self.statistics is None:
+            return None
+        held = [i for i in range(len(net.batches)) if i not in net.measured] or list(net.measured)
+        dense, small = self._at(len(net.chain.blocks))
+
+        def both(number: int) -> Any:
+            args, kwargs = arguments(dense[number])
+            return (args[0], arguments(small[number])[0][0], *args[1:]), kwargs
+
+        with net.outer() as outer:
+            new = restructure_(Tail(copied(outer), net.chain), plan_of_part(self.plan, TAIL, [*net.parts[LEAD], *net.parts[TAIL]]))
+            tensors, _ = read_tensors(self._weights(TAIL))
+            new.outer.load_state_dict(tensors, strict=False)  # type: ignore[union-attr]
+            calls = StoredCalls(held, both)
+            first, second = _Either(Tail(outer, net.chain), 0), _Either(new, 1)
+            return agreement(first, second, calls, held_out=len(held) < len(net.batches))
+
+    def _write(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        real = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        with atomic_write(self._weights(part)) as partial:
+            write_tensors(partial, _apart(real), {"format": "pt"}, ())
+
+    def _number(self, part: str) -> int:
+        blocks = self.network.chain.blocks
+        return 0 if part == LEAD else len(blocks) if part == TAIL else blocks.index(part)
+
+    def _name(self, part: str) -> str:
+        return part if part in (LEAD, TAIL) else f"{self._number(part):04d}"
+
+    def _states(self, kind: str, number: int) -> Path:
+        return self.folder / f"{kind}-{number:04d}"
+
+    def _weights(self, part: str) -> Path:
+        return self.folder / f"new-{self._name(part)}.safetensors"
+
+    def _told(self, part: str) -> Path:
+        return self.folder / f"done-{self._name(part)}.json"
+
+
+class _Either(nn.Module):
+    """What comes after the blocks, on one of two hidden states."""
+
+    def __init__(self, tail: nn.Module, which: int) -> None:
+        super().__init__()
+        self.tail, self.which = tail, which
+
+    def forward(self, dense: Tensor, small: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of the network."""
+        return self.tail((dense, small)[self.which], *args, **kwargs)
+
+
+def plan_of_part(plan: Plan, part: str, paths: Sequence[str]) -> Plan:
+    """Return what a plan says of a part of the network, with the paths that layers have in its module."""
+    wanted = set(paths)
+    layers = tuple(
+        layer.replace(path=into(part, layer.path), aliases=()) for layer in plan.layers if layer.path in wanted
+    )
+    units = tuple(moved(unit, lambda path: into(part, path)) for unit in plan.units if unit.pivot in wanted)
+    return plan.replace(layers=layers, units=units, fused={}, unrolled={})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without those that share memory with one before; a reader ties them again."""
+    first: set[tuple[int, ...]] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), *tensor.shape)
+        if tensor.numel() and key in first:
+            continue
+        first.add(key)
+        found[name] = tensor
+    return found

@@ -1,0 +1,251 @@
+"""compress_streamed(): a model that does not fit into memory, from a folder of weights to a folder of weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tenfold import __version__
+from tenfold.allocation import choose, rule_of
+from tenfold.checkpoint.pretrained import CONFIG, write_config
+from tenfold.errors import CheckpointError, DataError, FileError, RecipeError
+from tenfold.files import in_use, read_text, write_text
+from tenfold.planning import tabulate
+from tenfold.planning.decide import refuse_empty
+from tenfold.planning.eligible import check_formats
+from tenfold.planning.equal_heads import with_one_head_size
+from tenfold.planning.unit_kinds import kinds_of
+from tenfold.profiling import environment
+from tenfold.records import Measurement, OptionTable, Plan, Profile, Recipe, RunRecord
+from tenfold.runtime import Runtime
+from tenfold.streaming.fitting import Fitting
+from tenfold.streaming.network import Network
+from tenfold.streaming.output import write_folder
+from tenfold.streaming.parts import Lead, Tail
+from tenfold.streaming.rows import LEAD, TAIL, inside, joined, recipe_of_part
+from tenfold.streaming.skeletons import empty_pretrained
+from tenfold.streaming.statistics import Statistics
+from tenfold.streaming.weight_files import WeightFiles
+from tenfold.surgery import note_in_config_, restructure_
+from tenfold.tensors import normal_tensors
+from tenfold.tracing import copied
+from tenfold.tracing.input_batches import gathered
+from tenfold.tracing.inputs import digest_batches
+
+IDENTITY = "run.txt"
+SCORED = {"expected_drop", "measured_drop"}  # columns that whole models are scored for
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What ``compress_streamed`` returns: where the model is, the plan behind it, and the record of both.
+
+    Attributes:
+        path: of the folder that was written.
+        plan: carried out.
+        record: of the run.
+        table: what the plan was chosen from.
+    """
+
+    path: Path
+    plan: Plan
+    record: RunRecord
+    table: OptionTable
+
+
+@normal_tensors()
+def compress_streamed(
+    weights: str | Path,
+    out: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str,
+    *,
+    data: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    skeleton: nn.Module | None = None,
+    blocks: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    tokenizer: Any = None,
+    runtime: Runtime | None = None,
+) -> Streamed:
+    """Compress a model that is larger than the memory: one block at a time, from the disk to the disk.
+
+    Use it where ``compress`` would not fit; the plan is the same, and so are the factors, up to rounding. The model has
+    to be a chain of blocks, such as the layers of a transformer or the stages of a residual network. What is in memory
+    at a time is one block with its statistics, whatever the depth and the number of samples; what lies between blocks
+    is on the disk.
+
+    Two passes. The first finds what each layer could become: forward through the blocks, and back with the gradients.
+    The plan is chosen from all of that at once, under one budget. The second carries it out, front to back. A run that
+    was killed goes on where it was, to the same bytes.
+
+    Args:
+        weights: a folder of safetensors files, in one piece or in shards with an index. With a ``config.json`` of
+            transformers, that says what the model is.
+        out: the folder to write: weights in shards, index, plan, record and card; for a model of transformers config
+            and tokenizer too. ``tenfold.load`` and ``load_pretrained`` open it, and so does transformers.
+        recipe: what is wanted, as for ``compress``; budgets of parameters, MACs or bytes.
+        data: batches of inputs, 24 or more; small ones, since one at a time goes through a block. Without, weights
+            alone decide.
+        example_inputs: that costs are counted for; the first sample of the data if None.
+        skeleton: the model with its parameters on the meta device, where the folder has no config.
+        blocks: paths or patterns of the blocks; rows of modules of one class if None.
+        folder: for files of the run, on a disk with room for ``RunNeeds.disk``; a hidden one beside ``out`` if None,
+            which is removed in the end.
+        tokenizer: written to ``out``.
+        runtime: workers and progress; ``max_cache`` are bytes of activations held within one block.
+
+    Raises:
+        CheckpointError: weights are missing, damaged, or not those of the model; ``out`` is there already.
+        RecipeError: the recipe wants what needs the whole model at once: latencies, scores, divergences, refinement.
+        PlanError: the model is no chain of blocks; or nothing would be factorized.
+        DataError: too few batches.
+        FileError: the folder belongs to another run, or another process works there.
+    """
+    runtime, wanted = runtime or Runtime(max_cache="256MiB"), Recipe.of(recipe)
+    _check_recipe(wanted)
+    out = Path(out)
+    if out.exists():
+        msg = f"{out} is there already: choose a new folder, or remove it"
+        raise CheckpointError(msg)
+    files = WeightFiles.of(weights)
+    model = _skeleton(weights, skeleton)
+    batches = [] if data is None else list(gathered(data, model, example_inputs, torch.device("cpu")))
+    example = example_inputs if example_inputs is not None else batches[0] if batches else None
+    if example is None:
+        msg = "without data, example_inputs= says what costs are counted for"
+        raise DataError(msg)
+    network = Network.of(model, files, wanted, example, batches, blocks)
+    seconds: dict[str, float] = {}
+    work = Path(folder) if folder is not None else out.with_name(f".{out.name}.streaming")
+    with in_use(_made(work) / ".lock", work):
+        _claim(work, _identity(network, blocks))
+        statistics = Statistics(network, work, runtime=runtime) if batches else None
+        with runtime.step("weigh blocks", seconds):
+            table = _table(network, statistics, runtime)
+        units = tuple(own.unit for own in table.units)
+        cost = network.profile.replace(units=units)
+        plan = with_one_head_size(choose(table), cost)
+        refuse_empty(plan, cost)
+        fitting = Fitting(network, plan, statistics, work, runtime)
+        with runtime.step("fit blocks", seconds):
+            plan, agreed = fitting.run()
+        small = note_in_config_(restructure_(copied(model), plan))
+        record = RunRecord(
+            before=_measured(cost),
+            after=Measurement(params=plan.after.params, macs=plan.after.macs, bytes=_bytes(small)),
+            agreement=agreed,
+            plan=plan,
+            seconds=seconds,
+            settings={"calibration_samples": len(batches)} if batches else {},
+            environment=environment(),
+        )
+        beside = partial(write_config, small, tokenizer=tokenizer) if (Path(weights) / CONFIG).is_file() else None
+        write_folder(out, fitting.shards, plan, record, table, beside)
+    if folder is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return Streamed(out, plan, record, table)
+
+
+def _table(network: Network, statistics: Statistics | None, runtime: Runtime) -> OptionTable:
+    """Return the option table of the whole."""
+    itemsizes = {
+        path: next((p.element_size() for p in network.skeleton.get_submodule(path).parameters()), 4)
+        for path in (layer.path for layer in network.profile.layers)
+    }
+    tables = _by_weight(network, runtime) if statistics is None else statistics.run()
+    return joined(network.profile, network.recipe, tables, network.kept, itemsizes)
+
+
+def _by_weight(network: Network, runtime: Runtime) -> dict[str, OptionTable]:
+    """Return the tables of all parts as the weights alone have it."""
+    found: dict[str, OptionTable] = {}
+    with network.outer() as outer:
+        for part, module in ((LEAD, Lead(outer, network.chain)), (TAIL, Tail(outer, network.chain))):
+            found[part] = _blind(network, part, module, runtime)
+    for number, path in enumerate(network.chain.blocks):
+        with network.block(number) as block:
+            found[path] = _blind(network, path, block, runtime)
+    return found
+
+
+def _blind(network: Network, part: str, module: nn.Module, runtime: Runtime) -> OptionTable:
+    paths = network.parts[part]
+    recipe = recipe_of_part(network.recipe, part, paths, network.kept)
+    return tabulate(module, inside(network.profile, part, paths), recipe, runtime=Runtime(workers=runtime.workers))
+
+
+def _skeleton(weights: str | Path, skeleton: nn.Module | None) -> nn.Module:
+    if skeleton is not None:
+        return skeleton.eval()
+    folder = Path(weights).expanduser()
+    if not (folder / CONFIG).is_file():
+        msg = f"{folder} has no {CONFIG} that says what the model is: pass skeleton=, the model on the meta device"
+        raise CheckpointError(msg)
+    return empty_pretrained(folder)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Raise RecipeError for what needs the whole model at once."""
+    calibration, rule = recipe.calibration, rule_of(recipe.rule)
+    check_formats(recipe)
+    kinds_of(recipe)
+    wrong = {
+        "a latency, or a runtime": recipe.timed,
+        "calibration.metric: divergence": calibration.measures,
+        "calibration.refine": bool(calibration.refine),
+        f"calibration.method: {calibration.method}": calibration.method not in ("sequential", "none"),
+        "fuse_batchnorm": recipe.fuse_batchnorm,
+        f"the rule {recipe.rule['name']}": bool(rule.patterns) or bool(SCORED & {*rule.columns}),
+    }
+    for what, asked in wrong.items():
+        if asked:
+            msg = f"{what} needs the whole model at once, and a streamed run has one block of it: leave it out"
+            raise RecipeError(msg)
+
+
+def _measured(cost: Profile) -> Measurement:
+    return Measurement(params=cost.params, macs=cost.macs, bytes=cost.bytes)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make the folder {folder}: {error.strerror}. Choose another one."
+        raise FileError(msg) from error
+    return folder
+
+
+def _identity(network: Network, blocks: Sequence[str] | None) -> str:
+    """Return in words what the outcome of a run depends on."""
+    files = {stored.file for stored in network.files.tensors.values()}
+    known = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return (
+        f"tenfold {__version__}\nmodel {network.profile.model}\nweights {known}\nblocks {blocks}\n"
+        f"data {digest_batches(network.batches)}\nrecipe {network.recipe.to_yaml()}"
+    )
+
+
+def _claim(folder: Path, identity: str) -> None:
+    """Mark a folder as that of this run; raise FileError where it is that of another."""
+    mark = folder / IDENTITY
+    if mark.is_file():
+        if read_text(mark, "the mark of a run") != identity:
+            msg = f"{folder} holds another run: other weights, data or recipe. Choose another folder, or remove it."
+            raise FileError(msg)
+        return
+    if any(path.name != ".lock" and not path.name.startswith(f".{IDENTITY}") for path in folder.iterdir()):
+        msg = f"{folder} holds other files: choose a new folder"
+        raise FileError(msg)
+    write_text(mark, identity)
