@@ -12,6 +12,7 @@ from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.checkpoint.remote_code import FILE as MODELING
 from tenfold.checkpoint.sentence_files import MODULES
+from tenfold.checkpoint.shards import is_sharded, read_shards
 from tenfold.checkpoint.weights_file import is_checkpoint, read_weights, write_weights
 from tenfold.errors import CheckpointError, TenfoldError
 from tenfold.files import locked, read_text, reason, replace, staged, write_text
@@ -98,14 +99,17 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
 
     Args:
         skeleton: left unchanged.
-        path: a folder written by ``save``, or the weights file in it.
+        path: a folder written by ``save`` or ``compress_streamed``, or the one weights file in it.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, foreign, of another version, modified, or for another
             model.
     """
     path = Path(path)
-    state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
+    if path.is_dir() and is_sharded(path):
+        state, plan = read_shards(path)
+    else:
+        state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
     model = copied(skeleton)
     try:
         model = restructure_(model, plan)  # another module where the model is one layer itself

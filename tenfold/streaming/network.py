@@ -18,7 +18,7 @@ from tenfold.records import Profile, Recipe
 from tenfold.streaming.chain import Chain, find_chain, meta_inputs
 from tenfold.streaming.rows import kept_of_whole, parts_of
 from tenfold.streaming.skeletons import fill_, on_meta, stored_names
-from tenfold.streaming.weight_files import WeightFiles
+from tenfold.checkpoint.shards import WeightFiles
 from tenfold.tracing import copied
 from tenfold.tracing.samples import count_samples, parted
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
-
-from tenfold import __version__
 from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.checkpoint.model_folder import CARD, OPTIONS, PLAN, RECIPE, RECORD
 from tenfold.errors import CheckpointError
 from tenfold.files import reason, replace, staged, write_text
 from tenfold.records import OptionTable, Plan, RunRecord
-from tenfold.streaming.weight_files import INDEX, WeightFiles, index_text
+from tenfold.checkpoint.shards import INDEX, index_text
 
 
 def write_folder(
@@ -35,14 +32,11 @@ def write_folder(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged(path) as partial:
-            held: dict[str, list[str]] = {}
+            placed = []
             for number, shard in enumerate(shards, 1):
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                os.link(shard, partial / name)
-                held[name] = list(WeightFiles.of_file(shard))
-            total = sum(shard.stat().st_size for shard in shards)
-            about = {"format": "pt", "tenfold": __version__, "plan": plan.to_json()}
-            write_text(partial / INDEX, index_text(held, total, about))
+                placed.append(partial / f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+                _linked(shard, placed[-1])
+            write_text(partial / INDEX, index_text(placed, plan))
             write_text(partial / PLAN, plan.to_yaml())
             record.save_sealed(partial / RECORD)
             plan.recipe.save(partial / RECIPE)
@@ -54,3 +48,12 @@ def write_folder(
         msg = f"cannot write {path}: {reason(error)}"
         raise CheckpointError(msg) from error
     return path
+
+
+def _linked(file: Path, new: Path) -> None:
+    """Give a file a second name, or a copy on another file system."""
+    try:
+        os.link(file, new)
+    except OSError:
+        shutil.copyfile(file, new)
+    new.chmod(0o644)

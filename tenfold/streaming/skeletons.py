@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.checkpoint.pretrained import architecture, build_dense, opening, read_config
 from tenfold.errors import CheckpointError, require
-from tenfold.streaming.weight_files import WeightFiles
+from tenfold.checkpoint.shards import WeightFiles
 from tenfold.tracing import copied
 
 

@@ -32,7 +32,7 @@ from tenfold.streaming.parts import Lead, Tail
 from tenfold.streaming.rows import LEAD, TAIL, inside, joined, recipe_of_part
 from tenfold.streaming.skeletons import empty_pretrained
 from tenfold.streaming.statistics import Statistics
-from tenfold.streaming.weight_files import WeightFiles
+from tenfold.checkpoint.shards import WeightFiles
 from tenfold.surgery import note_in_config_, restructure_
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied

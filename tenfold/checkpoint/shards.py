@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,9 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tenfold.errors import CheckpointError, first_line
+from tenfold import __version__
+from tenfold.errors import CheckpointError, FileError, TenfoldError, first_line
 from tenfold.files import read_text
+from tenfold.records import Plan
 from tenfold.records.parsing import parse_json
+from tenfold.tensors import digest
+from tenfold.tensors.tensor_file import DIGEST, check_digest, read_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -66,11 +70,6 @@ class WeightFiles:
                 msg = f"{INDEX} in {folder} says that {where} holds {name!r}, and it does not: fetch both again"
                 raise CheckpointError(msg)
         return cls(folder, found)
-
-    @staticmethod
-    def of_file(path: Path) -> Mapping[str, Stored]:
-        """Return what one file holds."""
-        return _header(path)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return some tensors, each in memory of its own, as they are stored."""
@@ -155,8 +154,73 @@ def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
     return _DTYPES[name]
 
 
-def index_text(files: Mapping[str, Iterable[str]], total: int, extra: Mapping[str, str]) -> str:
-    """Return the text of an index: names of tensors by file, the bytes in all, further entries of its metadata."""
-    placed = {name: file for file, names in files.items() for name in names}
-    found = {"metadata": {"total_size": total, **extra}, "weight_map": dict(sorted(placed.items()))}
-    return json.dumps(found, indent=1) + "\n"
+def index_text(shards: Sequence[Path], plan: Plan) -> str:
+    """Return the text of the index of a compressed model: what each file holds, and the plan of the whole.
+
+    Args:
+        shards: files that ``write_tensors`` wrote, under the names that they are to have.
+        plan: carried out on the model.
+    """
+    placed, seals = {}, []
+    for shard in shards:
+        placed |= dict.fromkeys(_header(shard), shard.name)
+        seals.append(_seal(shard))
+    text = plan.to_json()
+    about = {
+        "total_size": sum(shard.stat().st_size for shard in shards),
+        "format": "pt",
+        "tenfold": __version__,
+        "plan": text,
+        DIGEST: digest({}, "".join((text, *seals))),
+    }
+    return json.dumps({"metadata": about, "weight_map": dict(sorted(placed.items()))}, indent=1) + "\n"
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a folder holds a compressed model in several files."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return False
+    try:
+        return "plan" in parse_json(read_text(folder / INDEX, "an index of weights"))["metadata"]
+    except (ValueError, KeyError, TypeError, FileError):
+        return False
+
+
+def plan_of_shards(folder: Path) -> Plan:
+    """Return the plan of a compressed model in several files, whose weights are not looked at.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        about = parse_json(read_text(folder / INDEX, "an index of weights"))["metadata"]
+        return Plan.from_text(about["plan"], source=f"the plan in {folder / INDEX}")
+    except (TenfoldError, ValueError, KeyError, TypeError) as error:
+        msg = f"{folder / INDEX} does not say how the model was compressed: {first_line(error)}"
+        raise CheckpointError(msg) from error
+
+
+def read_shards(folder: Path) -> tuple[dict[str, Tensor], Plan]:
+    """Return the tensors and the plan of a compressed model in several files, each tensor exactly as it was written.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or was changed.
+    """
+    files = WeightFiles.of(folder)
+    about = parse_json(read_text(folder / INDEX, "an index of weights"))["metadata"]
+    state: dict[str, Tensor] = {}
+    seals = []
+    for shard in sorted({stored.file for stored in files.tensors.values()}):
+        tensors, header = read_tensors(shard)
+        check_digest(shard, tensors, header, ())
+        seals.append(header[DIGEST])
+        state |= tensors
+    if about.get(DIGEST) != digest({}, "".join((about["plan"], *seals))):
+        msg = f"{folder} was changed after it was written: its index does not match its weights"
+        raise CheckpointError(msg)
+    return state, plan_of_shards(folder)
+
+
+def _seal(shard: Path) -> str:
+    with _opened(shard) as file:
+        return str((file.metadata() or {}).get(DIGEST))
