@@ -143,7 +143,8 @@ def compress(
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model: a fraction, the larger the better; a ``tenfold.Score`` for any other,
-            which says its name, unit and direction. Called on the original, and after each step of recovery.
+            which says its name, unit and direction. Called on the original, before the work begins, and after each
+            step of recovery.
         runtime: how it is done: workers, clock, what to measure on, progress. The result does not depend on it.
 
     Raises:
@@ -153,7 +154,7 @@ def compress(
         TenfoldError: see ``profile``, ``plan`` and ``apply``; the model is untouched in every case.
     """
     wanted = recipe if isinstance(recipe, Plan) else Recipe.of(recipe)
-    decision = decide(model, example_inputs, wanted, data=data, runtime=runtime)
+    decision = decide(model, example_inputs, wanted, data=data, evaluate=evaluate, runtime=runtime)
     return carry_out(model, decision, tune=tune, evaluate=evaluate, runtime=runtime)
 
 
@@ -182,7 +183,7 @@ def carry_out(
     runtime, seconds = runtime or Runtime(), decision.seconds
     refuse_empty(decision.plan, decision.profile)
     recovery = _Recovery(runtime, seconds, None if evaluate is None else Score.of(evaluate))
-    recovery.score_original(model)
+    recovery.score_original(model, decision.score)
     # Batch norms are fused at the end: what is fused cannot be tuned.
     fuse, plan = decision.recipe.fuse_batchnorm or bool(decision.plan.fused), decision.plan.replace(fused={})
     with runtime.step("apply", seconds):
@@ -316,9 +317,11 @@ class _Recovery:
         """What the scores are."""
         return FRACTION if self.evaluate is None else self.evaluate.metric
 
-    def score_original(self, model: nn.Module) -> None:
-        """Score the model as it is, before any work that a score without sense would lose."""
-        if self.evaluate is not None:
+    def score_original(self, model: nn.Module, known: float | None) -> None:
+        """Score the model as it is, where its score is not ``known``."""
+        if known is not None:
+            self.scores["original"] = known
+        elif self.evaluate is not None:
             with self.runtime.step("evaluate", self.seconds):
                 self.scores["original"] = self.evaluate.of_original(model)
 

@@ -23,6 +23,7 @@ from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
+from tenfold.planning.score import Score
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.target import Target
 from tenfold.planning.unit_kinds import kinds_of, wants_projections, wants_units
@@ -59,6 +60,7 @@ class Decision:
         seconds: time taken, by step.
         held_out: calibration data that are left alone, on which the result is compared with the original.
         judged: those of the batches that the moments do not know, where divergences are measured on them; else none.
+        score: of the model as it was given; None if it was not asked for.
     """
 
     recipe: Recipe
@@ -75,6 +77,7 @@ class Decision:
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
     held_out: list[Any] = field(default_factory=list, repr=False)
     judged: list[Any] = field(default_factory=list, repr=False)
+    score: float | None = None
 
 
 @normal_tensors()
@@ -85,6 +88,7 @@ def decide(
     *,
     data: Iterable[Any] | None = None,
     scores: Callable[[nn.Module, Profile], Scores] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     runtime: Runtime | None = None,
 ) -> Decision:
     """Return what is to be done to a model, decided but not carried out.
@@ -98,10 +102,12 @@ def decide(
         data: unlabeled batches, as the forward takes them; what they are used for is in the recipe.
         scores: called with the model to plan for and its profile, returns what measures it with one layer replaced, for
             rules that weigh scores.
+        evaluate: what ``carry_out`` is to score by, see ``compress``; called here, before the work begins, on the model
+            that was given, so that nothing is lost by a score without sense. That score is not asked for again.
         runtime: workers, clock and progress.
 
     Raises:
-        DataError: no calibration batches.
+        DataError: no calibration batches, or a score of the model that is none.
         WeightError: a parameter or buffer has NaN or infinity.
         TenfoldError: see ``profile`` and ``plan``; the model is untouched in every case.
     """
@@ -116,7 +122,7 @@ def decide(
         msg = f"the recipe's calibration has {name}, which needs data: pass data="
         raise DataError(msg)
     check_finite(model)
-    model = trainable_copy(model)
+    original, model = model, trainable_copy(model)
     if given is None:
         heads = data is not None and wants_projections(wanted)
         source = unroll_for_plan(model, wanted, example_inputs, heads=heads)
@@ -125,8 +131,13 @@ def decide(
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
+    score = None
+    if evaluate is not None:
+        with runtime.step("evaluate", seconds):
+            score = Score.of(evaluate).of_original(original)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
     decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
+    decision = replace(decision, score=score)
     if given is None and data is None and wanted.units:
         msg = f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed"
         warnings.warn(msg, TenfoldWarning, stacklevel=2)
