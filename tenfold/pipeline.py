@@ -6,7 +6,6 @@ Ranks are chosen in ``tenfold.planning.decide``, by the rule of the recipe; the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.allocation import explorable, limits_latency, pruned
 from tenfold.checkpoint.hub_facts import HubFacts
-from tenfold.errors import AgreementWarning, DataError
+from tenfold.errors import AgreementWarning, DataError, warn
 from tenfold.planning import Decision, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
 from tenfold.planning.outcome import warn_if_late, warn_if_low, warn_if_slower, warn_without_data
@@ -297,7 +296,7 @@ def _agreement(
         try:
             agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
         except DataError as error:
-            warnings.warn(f"{error}.", AgreementWarning, stacklevel=3)
+            warn(f"{error}.", AgreementWarning)
             return None
     warn_if_low(agreed, count_samples(decision.batches), tuned=tuned)
     return agreed

@@ -17,7 +17,7 @@ from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.calibration.needs import Needs
 from tenfold.decompositions import Moments, Sketch
 from tenfold.decompositions.covariance import shrunk
-from tenfold.errors import CalibrationWarning, DataError
+from tenfold.errors import CalibrationWarning, DataError, warn
 from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
 from tenfold.progress import counter
@@ -94,7 +94,7 @@ def calibrate(
         if found is None:
             found = work.collect(batches)
             msg = f"{work.refusal}. All layers count as equally important."
-            warnings.warn(msg, CalibrationWarning, stacklevel=2)
+            warn(msg, CalibrationWarning)
             return found
     return found | _unreached(model, specs, found)
 
@@ -114,7 +114,7 @@ def _unreached(model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[
         f"{', ...' if len(unreached) > 3 else ''}): they run under no_grad, are detached or not used. Each counts as "
         "much as the most important of the others."
     )
-    warnings.warn(msg, CalibrationWarning, stacklevel=3)
+    warn(msg, CalibrationWarning)
     changed = {}
     for path in unreached:
         spec, own = specs[path], found[path]

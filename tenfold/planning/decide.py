@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,7 @@ from tenfold.allocation import choose, limits_latency
 from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
-from tenfold.errors import DataError, PlanError, TenfoldWarning
+from tenfold.errors import DataError, PlanError, warn
 from tenfold.planning.divergence import by_divergence
 from tenfold.planning.eligible import changeable, check_formats
 from tenfold.planning.equal_heads import with_one_head_size
@@ -114,13 +113,7 @@ def decide(
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    kinds_of(wanted)  # names that do not exist, before any work
-    if given is None:
-        check_formats(wanted)
-    if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
-        name = "refine" if wanted.calibration.refine else "metric: divergence"
-        msg = f"the recipe's calibration has {name}, which needs data: pass data="
-        raise DataError(msg)
+    _check_recipe(wanted, planned=given is None, data=data is not None)
     check_finite(model)
     original, model = model, trainable_copy(model)
     if given is None:
@@ -131,16 +124,10 @@ def decide(
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
-    score = None
-    if evaluate is not None:
-        with runtime.step("evaluate", seconds):
-            score = Score.of(evaluate).of_original(original)
+    score = None if evaluate is None else _scored(original, evaluate, runtime, seconds)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
-    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
-    decision = replace(decision, score=score)
-    if given is None and data is None and wanted.units:
-        msg = f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed"
-        warnings.warn(msg, TenfoldWarning, stacklevel=2)
+    known: dict[str, Any] = {"target": target, "seconds": seconds, "score": score}
+    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, **known)
     if given is None and data is not None and wants_units(wanted):
         with runtime.step("find units", seconds):
             cost = cost.replace(units=recognise_units(source, cost, example_inputs, kinds_of(wanted)))
@@ -164,6 +151,27 @@ def decide(
             source = separate(model, plan.unrolled)
             cost = profile(source, example_inputs)
     return replace(decision, plan=plan, source=source, profile=cost)
+
+
+def _check_recipe(wanted: Recipe, *, planned: bool, data: bool) -> None:
+    """Say before any work what is wrong with a recipe; and what of it needs data, where there are none."""
+    kinds_of(wanted)  # names that do not exist
+    if planned:
+        check_formats(wanted)
+    if not data and (wanted.calibration.refine or (wanted.calibration.measures and planned)):
+        name = "refine" if wanted.calibration.refine else "metric: divergence"
+        msg = f"the recipe's calibration has {name}, which needs data: pass data="
+        raise DataError(msg)
+    if not data and wanted.units and planned:
+        warn(f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed")
+
+
+def _scored(
+    model: nn.Module, evaluate: Callable[[nn.Module], float], runtime: Runtime, seconds: dict[str, float]
+) -> float:
+    """Return the score of a model as it is."""
+    with runtime.step("evaluate", seconds):
+        return Score.of(evaluate).of_original(model)
 
 
 def refuse_empty(plan: Plan, profile: Profile) -> None:
