@@ -19,9 +19,7 @@ BLOCK = re.compile(
 )
 # `tenfold` is that of the interpreter at work, whichever is on the path; what pages install is there already.
 COMMANDS = 'tenfold() { "$PYTHON" -m tests.page_script "$@"; }\npip() { :; }\n'
-DIGITS = (
-    "TENFOLD_TRAINED_DIGITS"  # names weights of the task ``digits``: the same as if each command trained them again
-)
+DIGITS = "TENFOLD_TRAINED_DIGITS"  # names trained weights of the task ``digits``
 
 
 def supply_trained_digits() -> None:
