@@ -6,7 +6,6 @@ Ranks are chosen in ``tenfold.planning.decide``, by the rule of the recipe; the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from torch import nn
 from tenfold import checkpoint
 from tenfold.allocation import explorable, limits_latency, pruned
 from tenfold.checkpoint.hub_facts import HubFacts
-from tenfold.errors import AgreementWarning, DataError
+from tenfold.errors import AgreementWarning, DataError, warn
 from tenfold.planning import Decision, Score, analyse, decide
 from tenfold.planning.decide import fused_copy, refuse_empty
 from tenfold.planning.outcome import warn_if_late, warn_if_low, warn_if_slower, warn_without_data
@@ -143,7 +142,8 @@ def compress(
         tune: called with the compressed model, to train it in place by any loop; the history of a ``TuneResult`` that
             it returns goes into the record.
         evaluate: returns the score of a model: a fraction, the larger the better; a ``tenfold.Score`` for any other,
-            which says its name, unit and direction. Called on the original, and after each step of recovery.
+            which says its name, unit and direction. Called on the original, before the work begins, and after each
+            step of recovery.
         runtime: how it is done: workers, clock, what to measure on, progress. The result does not depend on it.
 
     Raises:
@@ -153,7 +153,7 @@ def compress(
         TenfoldError: see ``profile``, ``plan`` and ``apply``; the model is untouched in every case.
     """
     wanted = recipe if isinstance(recipe, Plan) else Recipe.of(recipe)
-    decision = decide(model, example_inputs, wanted, data=data, runtime=runtime)
+    decision = decide(model, example_inputs, wanted, data=data, evaluate=evaluate, runtime=runtime)
     return carry_out(model, decision, tune=tune, evaluate=evaluate, runtime=runtime)
 
 
@@ -182,7 +182,7 @@ def carry_out(
     runtime, seconds = runtime or Runtime(), decision.seconds
     refuse_empty(decision.plan, decision.profile)
     recovery = _Recovery(runtime, seconds, None if evaluate is None else Score.of(evaluate))
-    recovery.score_original(model)
+    recovery.score_original(model, decision.score)
     # Batch norms are fused at the end: what is fused cannot be tuned.
     fuse, plan = decision.recipe.fuse_batchnorm or bool(decision.plan.fused), decision.plan.replace(fused={})
     with runtime.step("apply", seconds):
@@ -296,7 +296,7 @@ def _agreement(
         try:
             agreed = agreement(model, small, decision.held_out or decision.batches, held_out=held_out)
         except DataError as error:
-            warnings.warn(f"{error}.", AgreementWarning, stacklevel=3)
+            warn(f"{error}.", AgreementWarning)
             return None
     warn_if_low(agreed, count_samples(decision.batches), tuned=tuned)
     return agreed
@@ -316,9 +316,11 @@ class _Recovery:
         """What the scores are."""
         return FRACTION if self.evaluate is None else self.evaluate.metric
 
-    def score_original(self, model: nn.Module) -> None:
-        """Score the model as it is, before any work that a score without sense would lose."""
-        if self.evaluate is not None:
+    def score_original(self, model: nn.Module, known: float | None) -> None:
+        """Score the model as it is, where its score is not ``known``."""
+        if known is not None:
+            self.scores["original"] = known
+        elif self.evaluate is not None:
             with self.runtime.step("evaluate", self.seconds):
                 self.scores["original"] = self.evaluate.of_original(model)
 

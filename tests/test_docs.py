@@ -20,7 +20,7 @@ from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.tasks import TASKS
 from tenfold.tasks.digits import Digits
-from tests.page_script import as_script
+from tests.page_script import DIGITS, as_script
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -95,21 +95,20 @@ def without_numbers(line: str) -> str:
     return re.sub(r"[+−±-]?[\d.,:]+(e-\d+)?", "0", re.sub(r"[─━\s]+", " ", line)).strip()
 
 
-# Minutes of a slow processor each, most of them in trainings and exports that other tests do on less.
-LONG = {"research", "vision"}
-ASKED = pytest.mark.skipif("TENFOLD_LONG_TESTS" not in os.environ, reason="long: set TENFOLD_LONG_TESTS=1")
-
-
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=ASKED if page.stem in LONG else (), id=page.stem) for page in PATHS]
-)
-def test_a_path_runs_as_a_script_and_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)
+def test_a_path_runs_as_a_script_and_prints_what_it_shows(page: Path, tmp_path: Path, trained_digits: Path) -> None:
     text = page.read_text(encoding="utf-8")
     script = tmp_path / page.with_suffix(".py").name
     script.write_text(as_script(text), encoding="utf-8")
     folder = tmp_path / "empty"
     folder.mkdir()
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"}
+    own = {
+        DIGITS: str(trained_digits),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+        "PYTHONIOENCODING": "utf-8",
+    }
     done = subprocess.run(
         [sys.executable, "-u", str(script)],
         cwd=folder,

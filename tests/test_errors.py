@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 
@@ -26,6 +27,22 @@ def test_every_error_is_tenfolds_and_a_builtins_and_says_what_it_means(error):
 def test_warnings_can_be_filtered_together(warning):
     assert issubclass(warning, errors.TenfoldWarning)
     assert issubclass(warning, UserWarning)
+
+
+def test_a_warning_points_at_the_line_of_the_caller_through_decorators():
+    from torch import nn, zeros
+
+    import tenfold
+
+    net = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.Linear(32, 32))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", errors.TenfoldWarning)
+        line = inspect.currentframe().f_lineno + 1
+        tenfold.compress(net, zeros(2, 32), "macs=0.5", runtime=tenfold.Runtime(measure=False))
+        tenfold.calibrate(net, [zeros(2, 32)])
+    lines = {warning.lineno for warning in said if warning.filename == __file__}
+    assert lines == {line, line + 1}
+    assert {warning.filename for warning in said} == {__file__}
 
 
 def test_require_returns_the_module_or_names_the_extra():

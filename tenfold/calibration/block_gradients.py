@@ -13,9 +13,10 @@ from tenfold.calibration.gradients import Projection
 from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.decompositions.covariance import add_ridge, shrunk
 from tenfold.tracing.contexts import evaluating, layer_by_layer
-from tenfold.tracing.inputs import batch_size_of, call_model, map_tensors, tensors_in
+from tenfold.tracing.inputs import call_model, map_tensors, tensors_in
 from tenfold.tracing.masks import token_mask
 from tenfold.tracing.randomness import Randomness
+from tenfold.tracing.samples import samples_in
 
 _RIDGE = 1e-3  # directions that no gradient has seen count a little
 
@@ -54,7 +55,7 @@ def _summed(
     generator, samples = torch.Generator().manual_seed(seed), 0
     with evaluating(model), layer_by_layer(), torch.enable_grad():
         for batch in batches:
-            samples += batch_size_of(batch) or 1
+            samples += samples_in(batch)
             for path, gradient in _gradients(model, paths, batch, generator, last).items():
                 rows = rows_of(gradient).double()
                 square = rows.mT @ rows

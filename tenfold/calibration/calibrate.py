@@ -16,9 +16,11 @@ from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.judge import Judge
 from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.calibration.needs import Needs
+from tenfold.calibration.unused import unused_layers
 from tenfold.decompositions import Moments, Sketch
 from tenfold.decompositions.covariance import shrunk
-from tenfold.errors import CalibrationWarning, DataError
+from tenfold.decompositions.held_out import HeldOutCurve
+from tenfold.errors import CalibrationWarning, DataError, warn
 from tenfold.formats import split_groups
 from tenfold.layers import dense_weight
 from tenfold.progress import counter
@@ -75,7 +77,8 @@ def calibrate(
 
     Warns:
         CalibrationWarning: too few batches for the width of a layer; outputs without gradients, where all layers count
-            as equally important; layers that no gradient reaches, which count as much as the most important other.
+            as equally important; layers that no gradient reaches, which count as much as the most important other, or
+            are not used and stay as they are.
 
     Example:
         >>> import torch
@@ -98,34 +101,50 @@ def calibrate(
         if found is None:
             found = work.collect(batches)
             msg = f"{work.refusal}. All layers count as equally important."
-            warnings.warn(msg, CalibrationWarning, stacklevel=2)
+            warn(msg, CalibrationWarning)
             return found
-    return found | _unreached(model, specs, found)
+    return found | _unreached(model, specs, found, batches)
 
 
-def _unreached(model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[str, Moments]) -> dict[str, Moments]:
-    """Return the moments of layers that no gradient reaches, as important as the most important of the others.
+def _unreached(
+    model: nn.Module, specs: Mapping[str, LayerSpec], found: Mapping[str, Moments], batches: Sequence[Any]
+) -> dict[str, Moments]:
+    """Return the moments of layers that no gradient reaches: judged by nothing, or as important as any other.
 
-    What such a layer costs the network where all of its output is lost is taken to be the most that it is anywhere:
-    so they are changed last.
+    Where the outputs do not depend on what a layer puts out, data cannot judge it, and it stays as it is. Else, what it
+    costs the network where all of its output is lost is taken to be the most that it is anywhere: so such layers are
+    changed last.
     """
     unreached = [path for path, own in found.items() if own.output_gram is None]
     if not unreached:
         return {}
+    unused = unused_layers(model, unreached, batches)
+    blind = [path for path in unreached if path not in unused]
+    if unused:
+        msg = (
+            f"{_some([p for p in unreached if p in unused], len(found))} run and are not used: no output depends on "
+            "them. They stay as they are; where they are dead weight, leave them out of the model."
+        )
+        warn(msg, CalibrationWarning)
+    if blind:
+        msg = (
+            f"no gradient of the outputs reaches {_some(blind, len(found))}: they run under no_grad or are detached. "
+            "Each counts as much as the most important of the others."
+        )
+        warn(msg, CalibrationWarning)
     most = max(float(_power(model, path, specs[path], own)) for path, own in found.items() if path not in unreached)
-    msg = (
-        f"no gradient of the outputs reaches {len(unreached)} of {len(found)} layers ({', '.join(unreached[:3])}"
-        f"{', ...' if len(unreached) > 3 else ''}): they run under no_grad, are detached or not used. Each counts as "
-        "much as the most important of the others."
-    )
-    warnings.warn(msg, CalibrationWarning, stacklevel=3)
     changed = {}
     for path in unreached:
         spec, own = specs[path], found[path]
-        each = most / (_power(model, path, spec, own) or 1.0)
+        each = 0.0 if path in unused else most / (_power(model, path, spec, own) or 1.0)
         level = own.mean.new_full((spec.groups, spec.out_channels // spec.groups), each)
-        changed[path] = own.replace(output_gram=Sketch.diagonal_of(level))
+        held_out = HeldOutCurve.of([], [], 0) if path in unused else own.held_out
+        changed[path] = own.replace(output_gram=Sketch.diagonal_of(level), held_out=held_out)
     return changed
+
+
+def _some(paths: Sequence[str], total: int) -> str:
+    return f"{len(paths)} of {total} layers ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
 
 
 def _power(model: nn.Module, path: str, spec: LayerSpec, moments: Moments) -> float:

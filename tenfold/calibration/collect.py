@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.moment_sums import MomentSums, sketch_rows
 from tenfold.decompositions import Moments
-from tenfold.errors import CalibrationWarning, DataError, TenfoldError, first_line
+from tenfold.errors import CalibrationWarning, DataError, TenfoldError, first_line, warn
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, untransformed
@@ -206,4 +205,4 @@ def _warn_if_few(moments: Mapping[str, Moments], specs: Mapping[str, LayerSpec])
             f"At least {worst.width} are needed, better ten times that: give {more} to {10 * more} times as many "
             f"calibration samples{remedy}."
         )
-        warnings.warn(msg, CalibrationWarning, stacklevel=3)
+        warn(msg, CalibrationWarning)

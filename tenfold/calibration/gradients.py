@@ -24,6 +24,7 @@ from tenfold.tracing.held_tensors import drop_graphs
 from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
 from tenfold.tracing.masks import real_places, real_tokens, token_mask
 from tenfold.tracing.randomness import Randomness
+from tenfold.tracing.samples import samples_in
 
 Loss = Literal["outputs", "fisher"]
 
@@ -161,7 +162,7 @@ class GradientSums:
         drawn = Projection(self._generator, batch, token_mask(batch, model))
         for part in parts_of(batch, self.split.rows):
             self.add_part(model, part, drawn)
-            self._samples += batch_size_of(part) or 1
+            self._samples += samples_in(part)
 
     def add_sent_back(self, model: nn.Module, batch: Any, gradient: Tensor) -> None:
         """Run one batch forward, and backward from the gradient at its output, by whatever loss that is.
@@ -172,12 +173,12 @@ class GradientSums:
             DataError: the output has no gradient, or none can be taken.
         """
         self.add_part(model, batch, SentBack(gradient))
-        self._samples += batch_size_of(batch) or 1
+        self._samples += samples_in(batch)
 
     def add_part(self, model: nn.Module, part: Any, drawn: Projection | SentBack) -> None:
         """Run some samples of a batch forward, and backward from their share of its projection."""
         self._starts[:] = self.entered
-        self._size = batch_size_of(part) or 1
+        self._size = samples_in(part)
         with torch.enable_grad(), Randomness(self._model, part).seeded(self._seed + self._samples):
             outputs, entered = self._run(model, part)
             mask = token_mask(part, model)

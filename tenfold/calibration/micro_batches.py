@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tenfold.errors import TenfoldError
 from tenfold.tracing.inputs import batch_size_of, map_tensors, tensors_in
 from tenfold.tracing.randomness import Randomness
-from tenfold.tracing.samples import common_axis
+from tenfold.tracing.samples import common_axis, samples_in
 from tenfold.tracing.trace import storage_of
 
 logger = logging.getLogger("tenfold")
@@ -65,7 +65,7 @@ def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
             held, made = memory_of(model, batch, forward)
         except TenfoldError:  # what it holds cannot be seen, as within transforms of torch.func
             return Split()
-        return Split(None, held, made // (batch_size_of(batch) or 1))
+        return Split(None, held, made // samples_in(batch))
 
 
 def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:

@@ -16,13 +16,23 @@ if TYPE_CHECKING:
 _OVERRIDES = """--hf-overrides '{"quantization_config": null}'"""
 
 
-def model_card(plan: Plan, record: RunRecord | None = None, hub: HubFacts | None = None) -> str:
+# What is said of a model of transformers whose folder has nothing by which transformers would know it.
+_NO_CONFIG = (
+    "The folder has no `config.json`: `from_pretrained` of transformers calls it an unrecognized model. "
+    "`tenfold.checkpoint.save_pretrained(model, plan, FOLDER)` writes one that it opens."
+)
+
+
+def model_card(
+    plan: Plan, record: RunRecord | None = None, hub: HubFacts | None = None, *, of_transformers: bool = False
+) -> str:
     """Return Markdown with the model, its costs before and after, its layers, and how to load it.
 
     Args:
         plan: carried out.
         record: of the run.
         hub: of a model of transformers: metadata at the head of the card, and how the folder is opened.
+        of_transformers: whether it is one, though nothing of it is in the folder but the weights.
     """
     lines = [] if hub is None else ["---", *yaml.safe_dump(hub.metadata, allow_unicode=True).splitlines(), "---", ""]
     lines += [f"# {plan.model}, compressed with tenfold {plan.tenfold}", ""]
@@ -40,6 +50,7 @@ def model_card(plan: Plan, record: RunRecord | None = None, hub: HubFacts | None
         error = "" if layer.rel_error is None else f"{layer.rel_error:.3f}"
         lines.append(f"| `{layer.path}` | {layer.kind} | {layer.format} | {ranks} | {error} |")
     lines += ["", "## Loading", "", *(_loading() if hub is None else _loading_from_hub(hub)), ""]
+    lines += [_NO_CONFIG, ""] if of_transformers and hub is None else []
     lines += ["## How it was made", "", f"{_asked(plan)} `plan.yaml` says what was done to each layer and why."]
     if record is not None:
         samples = record.settings.get("calibration_samples")

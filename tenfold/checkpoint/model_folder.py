@@ -78,7 +78,9 @@ def save(
             plan.recipe.save(partial / RECIPE)
             if table is not None:
                 table.save(partial / OPTIONS)
-            write_text(partial / CARD, model_card(plan, record, None if beside is None else beside(partial)))
+            hub = None if beside is None else beside(partial)
+            known = hasattr(getattr(model, "config", None), "model_type")
+            write_text(partial / CARD, model_card(plan, record, hub, of_transformers=known))
             partial.chmod(0o755)
             with locked(Path(os.path.abspath(path))):  # noqa: PTH100 - links stay; two that save at the same time do not mix their files
                 _swap(partial, path)

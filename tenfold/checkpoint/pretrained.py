@@ -165,6 +165,11 @@ def skeleton(path: str | Path, model_class: Any = None) -> nn.Module:
     path = Path(path)
     if not (path / CONFIG).is_file():
         msg = f"{path} has no {CONFIG}: was it written by save_pretrained?"
+        if (path / WEIGHTS).is_file() and is_checkpoint(path / WEIGHTS):
+            msg = (
+                f"{path} has no {CONFIG}: it was written by save. Open it with tenfold.load(skeleton, {str(path)!r}), "
+                "the skeleton being the dense model, or write it with save_pretrained"
+            )
         raise CheckpointError(msg)
     transformers: Any = require("transformers", "hf")
     known = read_config(path)

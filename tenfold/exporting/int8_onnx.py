@@ -23,7 +23,8 @@ from tenfold.runtimes.onnx_notes import write_bare
 from tenfold.runtimes.program import first_words
 from tenfold.runtimes.quiet import quiet
 from tenfold.tracing.input_batches import InputBatches
-from tenfold.tracing.inputs import arguments, batch_size_of, call_model, tensors_in
+from tenfold.tracing.inputs import arguments, call_model, tensors_in
+from tenfold.tracing.samples import count_samples
 
 _QUANTIZE, _DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -70,7 +71,7 @@ def quantize_onnx(
     for package in ("onnx", "onnxruntime"):
         require(package, "export")
     inputs = _inputs(source, batches)
-    samples = sum(batch_size_of(batch) or 1 for batch in inputs)
+    samples = count_samples(inputs)
     if not samples:
         msg = "there are no calibration inputs: static quantization needs some, a few hundred are plenty"
         raise DataError(msg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from tenfold.allocation.schedule import Schedule
 from tenfold.calibration import calibrate
 from tenfold.checkpoint import digest
 from tenfold.decompositions import Moments
-from tenfold.errors import AgreementWarning, DataError, RecipeError, TenfoldWarning
+from tenfold.errors import AgreementWarning, DataError, RecipeError, warn
 from tenfold.iterative.folder import Run, RunFolder
 from tenfold.iterative.next_plan import StagePlanner, Step, unchanged_plan, whole_plan
 from tenfold.iterative.stage import Stage
@@ -101,7 +100,7 @@ def stages(
         logger.info("units (%s) stay as they are: stages plan layers one by one", ", ".join(kinds_of(recipe)))
     elif recipe.units:
         msg = f"units ({', '.join(kinds_of(recipe))}) are not narrowed: stages plan layers one by one"
-        warnings.warn(msg, TenfoldWarning, stacklevel=2)
+        warn(msg)
     if recipe.calibration.measures:
         msg = "stages plan by gradients: leave metric: divergence out of the recipe's calibration"
         raise RecipeError(msg)
@@ -338,7 +337,7 @@ class _Run:
                 looked_at = self.held_out or self.batches
                 return agreement(self.original, model, looked_at, held_out=bool(self.held_out))
             except DataError as error:
-                warnings.warn(f"{error}.", AgreementWarning, stacklevel=2)
+                warn(f"{error}.", AgreementWarning)
                 return None
 
     def _score(self, model: nn.Module) -> float:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +15,14 @@ from tenfold.allocation import choose, limits_latency
 from tenfold.allocation.reasons import grouped_reasons, in_words
 from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
-from tenfold.errors import DataError, PlanError, TenfoldWarning
+from tenfold.errors import DataError, PlanError, warn
 from tenfold.planning.divergence import by_divergence
 from tenfold.planning.eligible import changeable, check_formats
 from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
 from tenfold.planning.rule_columns import Scores
+from tenfold.planning.score import Score
 from tenfold.planning.tabulate import tabulate
 from tenfold.planning.target import Target
 from tenfold.planning.unit_kinds import kinds_of, wants_projections, wants_units
@@ -59,6 +59,7 @@ class Decision:
         seconds: time taken, by step.
         held_out: calibration data that are left alone, on which the result is compared with the original.
         judged: those of the batches that the moments do not know, where divergences are measured on them; else none.
+        score: of the model as it was given; None if it was not asked for.
     """
 
     recipe: Recipe
@@ -75,6 +76,7 @@ class Decision:
     seconds: dict[str, float] = field(default_factory=dict, repr=False)
     held_out: list[Any] = field(default_factory=list, repr=False)
     judged: list[Any] = field(default_factory=list, repr=False)
+    score: float | None = None
 
 
 @normal_tensors()
@@ -85,6 +87,7 @@ def decide(
     *,
     data: Iterable[Any] | None = None,
     scores: Callable[[nn.Module, Profile], Scores] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     runtime: Runtime | None = None,
 ) -> Decision:
     """Return what is to be done to a model, decided but not carried out.
@@ -98,25 +101,21 @@ def decide(
         data: unlabeled batches, as the forward takes them; what they are used for is in the recipe.
         scores: called with the model to plan for and its profile, returns what measures it with one layer replaced, for
             rules that weigh scores.
+        evaluate: what ``carry_out`` is to score by, see ``compress``; called here, before the work begins, on the model
+            that was given, so that nothing is lost by a score without sense. That score is not asked for again.
         runtime: workers, clock and progress.
 
     Raises:
-        DataError: no calibration batches.
+        DataError: no calibration batches, or a score of the model that is none.
         WeightError: a parameter or buffer has NaN or infinity.
         TenfoldError: see ``profile`` and ``plan``; the model is untouched in every case.
     """
     runtime, seconds = runtime or Runtime(), dict[str, float]()
     given = recipe if isinstance(recipe, Plan) else None
     wanted = recipe.recipe if isinstance(recipe, Plan) else recipe
-    kinds_of(wanted)  # names that do not exist, before any work
-    if given is None:
-        check_formats(wanted)
-    if data is None and (wanted.calibration.refine or (wanted.calibration.measures and given is None)):
-        name = "refine" if wanted.calibration.refine else "metric: divergence"
-        msg = f"the recipe's calibration has {name}, which needs data: pass data="
-        raise DataError(msg)
+    _check_recipe(wanted, planned=given is None, data=data is not None)
     check_finite(model)
-    model = trainable_copy(model)
+    original, model = model, trainable_copy(model)
     if given is None:
         heads = data is not None and wants_projections(wanted)
         source = unroll_for_plan(model, wanted, example_inputs, heads=heads)
@@ -125,11 +124,10 @@ def decide(
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
+    score = None if evaluate is None else _scored(original, evaluate, runtime, seconds)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
-    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, target=target, seconds=seconds)
-    if given is None and data is None and wanted.units:
-        msg = f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed"
-        warnings.warn(msg, TenfoldWarning, stacklevel=2)
+    known: dict[str, Any] = {"target": target, "seconds": seconds, "score": score}
+    decision = Decision(wanted, _nothing(cost), source, cost, example_inputs, inputs, **known)
     if given is None and data is not None and wants_units(wanted):
         with runtime.step("find units", seconds):
             cost = cost.replace(units=recognise_units(source, cost, example_inputs, kinds_of(wanted)))
@@ -153,6 +151,27 @@ def decide(
             source = separate(model, plan.unrolled)
             cost = profile(source, example_inputs)
     return replace(decision, plan=plan, source=source, profile=cost)
+
+
+def _check_recipe(wanted: Recipe, *, planned: bool, data: bool) -> None:
+    """Say before any work what is wrong with a recipe; and what of it needs data, where there are none."""
+    kinds_of(wanted)  # names that do not exist
+    if planned:
+        check_formats(wanted)
+    if not data and (wanted.calibration.refine or (wanted.calibration.measures and planned)):
+        name = "refine" if wanted.calibration.refine else "metric: divergence"
+        msg = f"the recipe's calibration has {name}, which needs data: pass data="
+        raise DataError(msg)
+    if not data and wanted.units and planned:
+        warn(f"units ({', '.join(wanted.units)}) are chosen by what the data say: without data= none is narrowed")
+
+
+def _scored(
+    model: nn.Module, evaluate: Callable[[nn.Module], float], runtime: Runtime, seconds: dict[str, float]
+) -> float:
+    """Return the score of a model as it is."""
+    with runtime.step("evaluate", seconds):
+        return Score.of(evaluate).of_original(model)
 
 
 def refuse_empty(plan: Plan, profile: Profile) -> None:

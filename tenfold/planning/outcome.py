@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
-from tenfold.errors import AgreementWarning, TenfoldWarning
+from tenfold.errors import AgreementWarning, warn
 from tenfold.planning.latency_budget import FastPlan
 from tenfold.profiling import Comparison
 from tenfold.records import Agreement, Recipe
@@ -18,14 +16,14 @@ def warn_if_late(fast: FastPlan, times: Comparison) -> None:
     found, planned = times.speedups["after"], fast.speedup
     if doubt := found.in_doubt or planned.in_doubt:
         msg = f"whether the latency budget is met is in doubt: the speed-up is {doubt}. Measure again."
-        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+        warn(msg)
     elif not fast.met or found.high < planned.low:
         msg = (
             f"the model measures {found.ratio:.2f} times faster ({found.low:.2f} to {found.high:.2f}), planned were "
             f"{planned.ratio:.2f}: the latency budget is {'missed' if not fast.met else 'in doubt'}. Measure again on "
             "a quiet machine, or lower the budget."
         )
-        warnings.warn(msg, TenfoldWarning, stacklevel=3)
+        warn(msg)
 
 
 def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
@@ -42,7 +40,7 @@ def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
             "changed, which says nothing of its quality. Random weights do that, whose signal fades on its way, and "
             "inputs that a model does not take apart. Load trained weights, and data of its kind."
         )
-        warnings.warn(msg, AgreementWarning, stacklevel=4)
+        warn(msg, AgreementWarning)
     if not agreed.is_low or not agreed.can_be_judged:
         return
     what = (
@@ -53,7 +51,7 @@ def warn_if_low(agreed: Agreement, fitted: int, *, tuned: bool) -> None:
     ways = [f"more data ({fitted} samples were fitted to)", "a higher budget"]
     ways.append("longer training" if tuned else "training it: tune=")
     msg = f"the compressed model {what} on {agreed.where()}. What helps: {', '.join(ways[:-1])}, or {ways[-1]}."
-    warnings.warn(msg, AgreementWarning, stacklevel=4)
+    warn(msg, AgreementWarning)
 
 
 def warn_without_data(model: nn.Module) -> None:
@@ -67,7 +65,7 @@ def warn_without_data(model: nn.Module) -> None:
             f"compressed by the weights alone: a network with {' and '.join(found)} loses far less when it is fitted "
             "to data, a few hundred unlabeled samples: pass data=."
         )
-        warnings.warn(msg, TenfoldWarning, stacklevel=4)
+        warn(msg)
 
 
 def warn_if_slower(times: Comparison, recipe: Recipe) -> None:
@@ -82,7 +80,7 @@ def warn_if_slower(times: Comparison, recipe: Recipe) -> None:
         f"the compressed model takes {factor} times as long as the original in {recipe.target}{interval}: it is "
         f"smaller, not faster. Plan by the clock: {ways}."
     )
-    warnings.warn(msg, TenfoldWarning, stacklevel=4)
+    warn(msg)
 
 
 def _counted(number: int, word: str) -> str:

@@ -22,8 +22,9 @@ from tenfold.surgery import find, put, reestimate_batchnorm_
 from tenfold.surgery.replacement import factorizable_spec, geometry, layer_of, metric_for
 from tenfold.tensors import digest, plain_arithmetic, untransformed
 from tenfold.tracing.contexts import device_of, evaluating, layer_by_layer, same_random_numbers
-from tenfold.tracing.inputs import batch_size_of, call_model, digest_batches, tensors_in
+from tenfold.tracing.inputs import call_model, digest_batches, tensors_in
 from tenfold.tracing.masks import real_tokens, token_mask
+from tenfold.tracing.samples import count_samples
 
 Place = tuple[str, str]  # path, format
 
@@ -277,7 +278,7 @@ def _samples(batches: Iterable[Any] | None) -> int:
     if batches is None:
         return 0
     known = getattr(batches, "samples", None)
-    return int(known) if known is not None else sum(batch_size_of(batch) or 0 for batch in batches)
+    return int(known) if known is not None else count_samples(batches)
 
 
 def _digest_moments(moments: Mapping[str, Moments]) -> str:

@@ -13,9 +13,10 @@ from tenfold.errors import DataError
 from tenfold.records import Agreement
 from tenfold.tensors.free_memory import give_back
 from tenfold.tracing.contexts import evaluating
-from tenfold.tracing.inputs import batch_size_of, call_model, tensors_in
+from tenfold.tracing.inputs import call_model, tensors_in
 from tenfold.tracing.masks import real_tokens, token_mask
 from tenfold.tracing.randomness import Randomness
+from tenfold.tracing.samples import samples_in
 
 _UNIT = 1e-3  # rows as near to length 1 as this are embeddings
 _BLOCK = 1 << 20  # numbers that are compared at a time
@@ -67,7 +68,7 @@ class Original:
         with evaluating(self._model), evaluating(other):
             for number, batch in enumerate(self._batches):
                 own, found = self._own(number, batch), _outputs(other, batch, seed=number)
-                sums.add(own, found, token_mask(batch, self._model), batch_size_of(batch) or 1)
+                sums.add(own, found, token_mask(batch, self._model), samples_in(batch))
         return sums.result(held_out=held_out)
 
     def _own(self, number: int, batch: Any) -> list[Tensor]:

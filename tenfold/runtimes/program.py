@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from tenfold.errors import ExportError
+from tenfold.errors import ExportError, TenfoldError
 from tenfold.runtimes.quiet import quiet
-from tenfold.tracing.inputs import arguments, batch_size_of, describe_inputs, map_tensors, tensors_in
+from tenfold.tracing.contexts import evaluating
+from tenfold.tracing.inputs import arguments, batch_size_of, call_model, describe_inputs, map_tensors, tensors_in
 
 _HINT = " With a fixed batch size (dynamic_batch=False, --fixed-batch) it may go."
 _PYTREE_HINT = (
@@ -24,7 +27,11 @@ _PYTREE_HINT = (
 )
 # Torch names the line that reads a value, at the end of a long message.
 _READS = re.compile(r"The following call raised this error:\s+File \"([^\"]+)\", line (\d+), in \w+(?:\n {4}(\S.*))?")
-_PACKED_HINT = " Packed sequences cannot be exported: give the recurrent network padded ones."
+_PACKED_HINT = (
+    " Packed sequences cannot be exported: give the recurrent network padded ones, and leave out of its outputs what "
+    "is past each length. A second direction begins, and the last state ends, in the padding: give sequences of one "
+    "length, or take the state at each length."
+)
 
 
 def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch: int | None = None) -> Any:
@@ -60,6 +67,11 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
             shapes = collection.dynamic_shapes(model, args, kwargs) if dynamic_batch else None
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
+        packed = _packed_into(model, example)
+        if packed is not None:
+            where = f"layer {packed!r} runs" if packed else "it runs"
+            msg = f"{type(model).__name__} cannot be exported: {where} on packed sequences.{_PACKED_HINT}"
+            raise ExportError(msg) from error
         words, hint = first_words(error), _read_hint(str(error))
         words = words.partition(" (unhinted")[0] if hint else words
         msg = f"{type(model).__name__} cannot be exported on inputs {describe_inputs(example)}: {words}.{hint}"
@@ -68,6 +80,25 @@ def program_of(model: nn.Module, inputs: Any, *, dynamic_batch: bool, max_batch:
         elif dynamic_batch and not hint and "batch" in str(error):
             msg += _HINT
         raise ExportError(msg) from error
+
+
+def _packed_into(model: nn.Module, inputs: Any) -> str | None:
+    """Return the path of the innermost module that is given packed sequences; None where there is none."""
+    found: list[str] = []
+
+    def look(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+            found.append(path)
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hook = partial(lambda path, _, args, kwargs: look(path, args, kwargs), path)
+                stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        stack.enter_context(evaluating(model))
+        with suppress(TenfoldError):  # the trouble is another
+            call_model(model, inputs)
+    return found[-1] if found else None
 
 
 @contextmanager
@@ -127,8 +158,5 @@ def _read_hint(error: str) -> str:
     found = _READS.search(error)
     if found is None or "data-dependent" not in error:
         return ""
-    file, number, code = Path(found[1]).name, found[2], found[3]
-    if file in {"recurrent.py", "rnn.py"}:
-        return _PACKED_HINT
-    where = f"{file}:{number}{f' ({code})' if code else ''}"
+    where = f"{Path(found[1]).name}:{found[2]}{f' ({found[3]})' if found[3] else ''}"
     return f" The forward goes by a value at {where}: take it as an argument, computed outside."

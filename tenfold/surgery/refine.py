@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.block_gradients import block_roots, rows_of
 from tenfold.calibration.last_layer import LastLayer
-from tenfold.errors import CalibrationWarning, CheckpointError
+from tenfold.errors import CalibrationWarning, CheckpointError, warn
 from tenfold.files import atomic_write, check_writable
 from tenfold.surgery.modules import find
 from tenfold.tensors.digests import digest
@@ -177,7 +176,7 @@ def _refinable(model: nn.Module, original: nn.Module, batches: Sequence[Any]) ->
     full = [p for p in blocks if not any(t.dtype in _HALVES for t in find(model, p).parameters())]
     if not full:
         why = "its blocks are in half precision" if blocks else "it has no repeated blocks with smaller layers"
-        warnings.warn(f"nothing of the model is refined: {why}", CalibrationWarning, stacklevel=3)
+        warn(f"nothing of the model is refined: {why}", CalibrationWarning)
     return tuple(full)
 
 

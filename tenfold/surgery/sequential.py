@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,7 @@ from tenfold.calibration.moment_sums import MomentSums, sketch_rows
 from tenfold.decompositions import Decomposition, Moments, Sketch, algorithm_for, default_algorithm, fit_layer
 from tenfold.decompositions.covariance import Covariance, is_tall
 from tenfold.decompositions.dense_inputs import DenseInputs
-from tenfold.errors import CalibrationWarning, DataError, naming_layer
+from tenfold.errors import CalibrationWarning, DataError, naming_layer, warn
 from tenfold.formats import split_groups
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.progress import counter
@@ -139,7 +138,7 @@ def apply_sequentially(
             f"{len(fitting.alone)} of {len(wanted)} layers are fitted each on its own, not in order, for instance "
             f"{path!r}: {why}"
         )
-        warnings.warn(msg, CalibrationWarning, stacklevel=2)
+        warn(msg, CalibrationWarning)
     pivots = {unit.pivot: find(model, unit.pivot) for unit in plan.narrowed}
     return note_in_config_(fuse_pairs_(absorb_(fitting.new, plan, pivots), plan.fused))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_flatten
 
-from tenfold.errors import PlanError, ProfileError, TenfoldWarning
+from tenfold.errors import PlanError, ProfileError, warn
 from tenfold.records import Plan, Profile, Shape
 from tenfold.surgery.apply import restructure_
 from tenfold.surgery.modules import find
@@ -123,7 +122,7 @@ def warn_of_costs(plan: Plan, before: Profile, after: Profile) -> None:
     msg = f"the model takes {after.macs:,} MACs, and its plan says {plan.after.macs:,}"
     if moved:
         msg += f": {moved[0]!r} runs on other shapes than before, since the forward depends on values"
-    warnings.warn(msg, TenfoldWarning, stacklevel=4)
+    warn(msg)
 
 
 def _run(model: nn.Module, inputs: Any, paths: Sequence[str], stand_ins: Mapping[str, nn.Module]) -> _Run:

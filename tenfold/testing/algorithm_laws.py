@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def check_recovery(trial: Trial) -> None:
         return
     ranks = some_ranks(trial.format, spec)
     planted = ranks[len(ranks) // 2 - 1] if len(ranks) > 1 else ranks[0]
-    for dtype in _dtypes(trial):
+    for dtype in trial.dtypes:
         weight = random_factors(trial.format, spec, planted).to_dense().to(dtype)
         for rank in (r for r in ranks if all(r[k] >= planted[k] for k in planted)):
             with law(6, trial, rank, f"a {dtype} weight of rank {planted}"):
@@ -175,7 +176,7 @@ def check_odd_weights(trial: Trial) -> None:
     """Raise LawBroken unless zero, constant, tiny, huge and spiked weights come out right, or are refused clearly."""
     spec = trial.at.spec
     ranks = some_ranks(trial.format, spec)
-    for dtype in _dtypes(trial):
+    for dtype in trial.dtypes:
         for name, weight in odd_weights(spec, dtype).items():
             for rank in (ranks[len(ranks) // 2], ranks[-1]):
                 with law(14, trial, rank, f"a {name} weight in {dtype}"):
@@ -185,11 +186,6 @@ def check_odd_weights(trial: Trial) -> None:
         before = weight.clone()
         trial.fit(weight, ranks[0])
         expect(torch.equal(weight, before), "the weight was written to")
-
-
-def _dtypes(trial: Trial) -> tuple[torch.dtype, ...]:
-    """Return all dtypes, or the widest and the one of the smallest range for algorithms that take long."""
-    return (torch.float64, torch.float16) if trial.algorithm.slow else DTYPES
 
 
 def _expect_right(trial: Trial, weight: Tensor, rank: Rank, *, may_overflow: bool) -> None:
@@ -249,14 +245,17 @@ def check_algorithm_laws(
     Stride, padding and the like do not matter here: of geometries whose weights are alike only the first is tried. Of
     formats that take many sweeps each time (not ``svd_bounds_error``), only full rank is tried everywhere, and all
     else at one geometry of each kind, number of axes, and grouping, as are the laws with data of all formats;
-    algorithms that say they are ``slow`` one of each kind and grouping.
+    algorithms that say they are ``slow`` one of each kind and grouping, in the widest dtype and the one of the smallest
+    range. There all dtypes are tried at the first geometry, and one of them in turn at each of the others.
     """
-    seen = set()
+    seen: set[Any] = set()
+    dtypes = (torch.float64, torch.float16) if algorithm.slow else DTYPES
     few = name in COVARIANCE_LAWS or (name != "exact" and not format.svd_bounds_error)
     for at in served(format, geometries):
         kind = at.spec.groups > 1
         shape = kind if algorithm.slow else (at.spec.axes, kind) if few else at.spec.group_shape
         key = (at.spec.kind == "embedding", at.spec.kind == "conv_transpose", shape)
         if key not in seen:
+            tried = (dtypes[len(seen) % len(dtypes)],) if few and seen else dtypes
+            ALGORITHM_LAWS[name](Trial(algorithm, format, at, tried))
             seen.add(key)
-            ALGORITHM_LAWS[name](Trial(algorithm, format, at))

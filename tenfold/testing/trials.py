@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from tenfold.decompositions import Decomposition, Fit, decompose
 from tenfold.formats import Factorization, Rank
 from tenfold.testing.geometries import Geometry
-from tenfold.testing.weights import random_weight
+from tenfold.testing.weights import DTYPES, random_weight
 
 # What an iterative algorithm may miss because it stops, as a share of the error.
 SLACK = 2e-3
@@ -21,11 +22,12 @@ LOCAL_SLACK = 0.1
 
 @dataclass(frozen=True)
 class Trial:
-    """An algorithm, a format that it serves and a geometry that the format serves."""
+    """An algorithm, a format that it serves, a geometry that the format serves, and dtypes to try there."""
 
     algorithm: Decomposition
     format: type[Factorization]
     at: Geometry
+    dtypes: tuple[torch.dtype, ...] = field(default=DTYPES, compare=False)
 
     def fit(self, weight: Tensor, rank: Rank) -> Fit:
         """Return what the algorithm finds at this rank."""

@@ -60,6 +60,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
                 " (a list is passed as one argument; give a tuple to pass its elements one by one, or its first alone "
                 "if the rest are labels)"
             )
+        if kwargs and "unexpected keyword argument" in reason:
+            msg += " (a dict is passed as keyword arguments; to pass it as one, put an empty one behind it: (d, {}))"
+        own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        given = {t.dtype for t in tensors_in((args, kwargs)) if t.is_floating_point()}
+        if len(own) == 1 and given and not given & own and "type" in reason.lower():
+            msg += f" (the model is in {next(iter(own))}: give inputs in that type)"
         raise ProfileError(msg) from error
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tenfold.errors import DataError, TenfoldWarning
+from tenfold.errors import DataError, warn
 from tenfold.tracing.inputs import arguments, describe_inputs, tensors_in
 
 _NAMES = frozenset({"label", "labels", "target", "targets", "y", "label_ids", "start_positions", "end_positions"})
@@ -72,7 +71,7 @@ class BatchReader:
                 msg = (
                     f"in each batch of the data {note}. Give the inputs alone, as the forward takes them, to decide it"
                 )
-                warnings.warn(msg, TenfoldWarning, stacklevel=2)
+                warn(msg)
         return inputs
 
     def inputs_of(self, batch: Any) -> Any:

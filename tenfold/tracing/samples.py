@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,40 @@ def parted(model: nn.Module, batches: Sequence[Any], share: float) -> tuple[list
     return kept, out
 
 
-def count_samples(batches: Sequence[Any]) -> int:
-    """Return the number of samples; a batch without a first axis is one."""
-    return sum(batch_size_of(batch) or 1 for batch in batches)
+def count_samples(batches: Iterable[Any]) -> int:
+    """Return the number of samples in all batches: see ``samples_in``."""
+    return sum(map(samples_in, batches))
+
+
+def samples_in(batch: Any) -> int:
+    """Return the number of samples of a batch: its graphs, or else its size; a batch without a first axis is one.
+
+    Graphs are not counted by their nodes: a batch of them says ``num_graphs``, as those of PyTorch Geometric do, or is
+    their features (nodes, ...), edges (2, edges) and, in rising order from 0, the graph of each node.
+
+    Example:
+        >>> nodes, edges = torch.zeros(5, 3), torch.zeros(2, 7, dtype=torch.long)
+        >>> samples_in((nodes, edges, torch.tensor([0, 0, 0, 1, 1]))), samples_in(nodes)
+        (2, 5)
+    """
+    args, kwargs = arguments(batch)
+    for value in (*args, *kwargs.values()):
+        graphs = getattr(value, "num_graphs", None)
+        if isinstance(graphs, int) and graphs > 0:
+            return graphs
+    nodes = next(tensors_in((args, kwargs)), None)
+    whole = [t for t in tensors_in((args, kwargs)) if t.dtype == torch.long]
+    if nodes is not None and nodes.is_floating_point() and any(t.dim() == 2 and len(t) == 2 for t in whole):
+        for graph_of in whole:
+            if graph_of.shape == nodes.shape[:1] and _counts_up(graph_of):
+                return int(graph_of[-1]) + 1
+    return batch_size_of(batch) or 1
+
+
+def _counts_up(values: Tensor) -> bool:
+    """Whether numbers (n,) begin with 0 and rise by 0 or 1."""
+    steps = values.diff(prepend=values.new_zeros(1))
+    return len(values) > 0 and not values[0] and bool(((steps == 0) | (steps == 1)).all())
 
 
 def _places(count: int, share: float) -> list[int]:

@@ -14,6 +14,7 @@ from tenfold.calibration.collect import measurable
 from tenfold.calibration.gradients import GradientSums, collect_gradients
 from tenfold.calibration.last_layer import LastLayer
 from tenfold.calibration.needs import statistics_bytes
+from tenfold.calibration.unused import unused_layers
 from tenfold.decompositions import Sketch, covariance
 from tenfold.errors import CalibrationWarning
 from tenfold.pipeline import compress
@@ -89,7 +90,10 @@ class Branches(nn.Module):
 def test_layers_that_no_gradient_reaches_leave_the_others_as_they_are() -> None:
     model, batches = Branches().eval(), [torch.randn(100, 6) for _ in range(3)]
     specs = measurable(model)
-    with pytest.warns(CalibrationWarning, match=r"no gradient .* 2 of 4 layers \(blind, idle\)"):
+    with (
+        pytest.warns(CalibrationWarning, match=r"no gradient .* 1 of 4 layers \(blind\)"),
+        pytest.warns(CalibrationWarning, match=r"1 of 4 layers \(idle\) run and are not used"),
+    ):
         known = calibrate(model, batches, specs)
     alone = calibrate(model, batches, {path: specs[path] for path in ("a", "b")})
     for path in ("a", "b"):
@@ -99,7 +103,24 @@ def test_layers_that_no_gradient_reaches_leave_the_others_as_they_are() -> None:
         weight = model.get_submodule(path).weight.detach().double()[None]
         cost[path] = own.distortion(weight, torch.zeros_like(weight))
     assert cost["blind"] == pytest.approx(max(cost["a"], cost["b"]))
-    assert cost["idle"] == pytest.approx(cost["blind"])
+    assert cost["idle"] == 0
+    assert [path for path, own in known.items() if not own.judged] == ["idle"]
+
+
+def test_a_layer_that_is_not_used_stays_and_says_so() -> None:
+    model, data = Branches().eval(), [torch.randn(100, 6) for _ in range(3)]
+    recipe = {"budget": "macs=0.75", "keep_ends": False}
+    with pytest.warns(CalibrationWarning, match="They stay as they are"):
+        plan = compress(model, data[0][:1], recipe, data=data, runtime=Runtime(measure=False)).plan
+    assert plan.layer("idle").format is None
+    assert "on no sample do the outputs depend on this layer" in str(plan.layer("idle").reason)
+
+
+def test_layers_are_used_where_the_outputs_are_others_without_what_they_say() -> None:
+    model = Branches().eval()
+    assert unused_layers(model, ["a", "b", "blind", "idle"], [torch.randn(4, 6)]) == {"idle"}
+    assert unused_layers(model, ["idle"], [torch.randn(4, 6)]) == {"idle"}
+    assert unused_layers(model, ["a"], []) == set()
 
 
 def test_a_model_without_trainable_parameters_is_measured_like_any_other() -> None:

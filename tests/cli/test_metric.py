@@ -63,3 +63,5 @@ def test_a_percentage_that_does_not_say_so_is_refused(tenfold: Run, tiny: str) -
     for command in (("eval",), ("compress", *FAST)):
         outcome = tenfold(*command, "--task", f"{tiny}Percent")
         assert outcome.is_error("a score is a fraction from 0 to 1", "metric=tenfold.Metric")
+        assert "calibrate" not in outcome.err
+        assert "plan ..." not in outcome.err

@@ -182,20 +182,42 @@ def test_what_cannot_be_is_said_in_one_line(
 
 
 class Packed(nn.Module):
-    """Sequences of several lengths, packed for a recurrent network whose cells are linear layers."""
+    """Sequences of several lengths, packed for a recurrent network."""
 
-    def __init__(self) -> None:
+    def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
-        self.rnn = open_recurrent(nn.GRU(3, 4))
+        self.rnn = rnn
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0])[0]
 
 
-def test_packed_sequences_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="Packed sequences cannot be exported: give the recurrent network padded"):
-        export(Packed(), (torch.ones(5, 2, 3), torch.tensor([5, 3])), tmp_path / "a.pt2", to="torch-export")
+class OnPacked(nn.Module):
+    """A network that is given sequences packed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.LSTM(3, 4)
+
+    def forward(self, packed: nn.utils.rnn.PackedSequence) -> Tensor:
+        return self.net(packed)[0].data
+
+
+@pytest.mark.parametrize("rnn", [nn.LSTM(3, 4), nn.GRU(3, 4, bidirectional=True), open_recurrent(nn.GRU(3, 4))])
+def test_packed_sequences_are_named(rnn: nn.Module, tmp_path: Path) -> None:
+    words = r"layer 'rnn\S*' runs on packed sequences\. .*give the recurrent network padded ones"
+    with pytest.raises(ExportError, match=words) as caught:
+        export(Packed(rnn), (torch.ones(5, 2, 3), torch.tensor([5, 3])), tmp_path / "a.pt2", to="torch-export")
+    assert "zeros()" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_inputs_that_are_packed_are_named(tmp_path: Path, *, dynamic_batch: bool) -> None:
+    inputs = nn.utils.rnn.pack_padded_sequence(torch.ones(5, 2, 3), torch.tensor([5, 3]))
+    config = ExportConfig(seconds=0, dynamic_batch=dynamic_batch)
+    with pytest.raises(ExportError, match="layer 'net' runs on packed sequences"):
+        export(OnPacked(), inputs, tmp_path / "a.pt2", to="torch-export", config=config)
 
 
 def test_an_export_introduces_itself(tmp_path: Path) -> None:

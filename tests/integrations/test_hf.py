@@ -177,6 +177,17 @@ def test_another_class_is_refused_and_the_config_is_marked(tmp_path: Path) -> No
         save_pretrained(nn.Linear(2, 2), made.plan, tmp_path / "z")
 
 
+def test_a_folder_of_save_says_what_opens_it(tmp_path: Path) -> None:
+    model, inputs = bert()
+    made = small(model, inputs)
+    made.save(tmp_path / "x")
+    assert "`tenfold.checkpoint.save_pretrained(model, plan, FOLDER)`" in (tmp_path / "x" / "README.md").read_text()
+    with pytest.raises(CheckpointError, match=r"written by save\. Open it with tenfold\.load\(skeleton, '.*x'\)"):
+        load_pretrained(tmp_path / "x")
+    save_pretrained(made.model, made.plan, tmp_path / "y")
+    assert "`tenfold.checkpoint.save_pretrained(model, plan, FOLDER)`" not in (tmp_path / "y" / "README.md").read_text()
+
+
 def test_saving_again_replaces_the_folder_whole(tmp_path: Path) -> None:
     model, inputs = bert()
     made = small(model, inputs)

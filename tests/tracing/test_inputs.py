@@ -130,3 +130,26 @@ def test_gradients_pass_to_the_inputs() -> None:
         assert torch.equal(gradient, model.weight.detach().expand(2, 3))
     with torch.no_grad():
         assert call_model(Echo().eval(), x)[0][0].requires_grad
+
+
+class OneDict(nn.Linear):
+    """Takes a dict as its one argument."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().forward(batch["x"])
+
+
+def test_a_dict_that_was_meant_as_one_argument_is_told_how_to_pass_it() -> None:
+    model = OneDict(3, 2)
+    for inputs in ({"x": X}, ({"x": X},)):
+        with pytest.raises(ProfileError, match=r"put an empty one behind it: \(d, \{\}\)"):
+            call_model(model, inputs)
+    assert torch.equal(call_model(model, ({"x": X}, {})), model({"x": X}))
+
+
+def test_inputs_of_another_type_than_the_model_are_told_which() -> None:
+    with pytest.raises(ProfileError, match=r"the model is in torch\.bfloat16: give inputs in that type"):
+        call_model(nn.Linear(3, 2).bfloat16(), X)
+    with pytest.raises(ProfileError) as caught:
+        call_model(nn.Linear(4, 2), X)
+    assert "in that type" not in str(caught.value)

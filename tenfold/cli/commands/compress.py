@@ -91,12 +91,13 @@ def run(
         max_cache=recover.max_cache,
         on_event=terminal.on_event,
     )
-    decision = decide(opened.model, opened.inputs(), wanted, data=data, runtime=runtime)
+    evaluate = None if work.dry_run else recover.evaluator(opened)
+    decision = decide(opened.model, opened.inputs(), wanted, data=data, evaluate=evaluate, runtime=runtime)
     if work.dry_run:
         show_decision(decision.plan, opened, terminal)
         return
     recovery = tuner if config.epochs else None
-    result = carry_out(opened.model, decision, tune=recovery, evaluate=recover.evaluator(opened), runtime=runtime)
+    result = carry_out(opened.model, decision, tune=recovery, evaluate=evaluate, runtime=runtime)
     settings = {
         "calibration_samples": recover.calibration_samples,
         **tuner.settings,
