@@ -64,7 +64,7 @@ def one_network(name: str, config: Row, options: argparse.Namespace) -> None:
     specs = {layer.path: layer.spec for layer in cost.layers if layer.spec is not None and layer.path in own}
     print(json.dumps(finished(options.runs / name, lambda: scored(task, dense, "dense", name))), flush=True)
     moments: dict[str, Any] = {}
-    for share in config["shares"]:
+    for share in config["networks"][name]:
         for variant, how in config["variants"].items():
             if "bank" in how and not moments:
                 moments |= tenfold.calibrate(dense, batches, specs, seed=config["seed"])
@@ -117,7 +117,7 @@ def table(result: Row) -> str:
     whole = {run["network"]: run for run in runs if run["variant"] == "dense"}
     for name, dense in whole.items():
         lines += ["", f"## {name}", "", f"{dense['params']:,} parameters, top-1 {100 * dense['test']:.2f}.", "", ROWS]
-        for share in config["shares"]:
+        for share in config["networks"][name]:
             own = {run["variant"]: run for run in runs if run["network"] == name and run.get("share") == share}
             for variant in config["variants"]:
                 if variant in own:

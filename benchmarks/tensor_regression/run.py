@@ -183,11 +183,6 @@ def table(result: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def alike(row: Row, other: Row) -> bool:
-    """Whether two rows are of the same choice at the same share."""
-    return bool((row["choice"], row["share"]) == (other["choice"], other["share"]))
-
-
 def spread(values: list[float]) -> str:
     """Return the mean in percent, and the standard deviation where there are several."""
     mean = f"{100 * statistics.mean(values):.2f}"

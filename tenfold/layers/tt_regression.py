@@ -77,8 +77,10 @@ class TTRegression(TensorRegression):
     def macs(self, rows: int) -> int:
         """Return the multiply-accumulates for so many maps."""
         *inner, last = self.cores
-        steps = (core.numel() * prod(self.in_modes[at + 1 :]) for at, core in enumerate(inner))
-        return rows * (sum(steps) + last.numel())
+        total: int = last.numel()
+        for at, core in enumerate(inner):
+            total += core.numel() * prod(self.in_modes[at + 1 :])
+        return rows * total
 
     @classmethod
     def from_linear(

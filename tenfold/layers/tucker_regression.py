@@ -72,7 +72,7 @@ class TuckerRegression(TensorRegression):
     def weight(self) -> Tensor:
         """The weight (C, D₀·...·D_N)."""
         found = self.core if self.outer is None else self.outer @ self.core
-        tensor = found.unflatten(1, self.contraction.out_modes)
+        tensor: Tensor = found.unflatten(1, self.contraction.out_modes)
         for at, factor in self.contraction.factors.items():
             tensor = mode_product(tensor, factor.mT, int(at) + 1)
         return tensor.flatten(1)

@@ -129,7 +129,8 @@ def fit_bank_(bank: KernelBank, problem: BankProblem, *, steps: int = 100) -> fl
         raise WeightError(msg)
     white = problem.whitened()
     kind = type(bank)
-    wide = kind(*bank.full_shape[:3], bank.full_shape[3:], ranks=bank.ranks, dtype=torch.float64)
+    layers, out, inner, *kernel = bank.full_shape
+    wide = kind(layers, out, inner, kernel, bank.ranks, dtype=torch.float64)
     wide.fill_(white.weights)
     start = {name: value.clone() for name, value in wide.state_dict().items()}
     least = float(white.error(wide.weights()).detach())
@@ -153,11 +154,11 @@ def _descended(bank: KernelBank, problem: BankProblem, steps: int) -> float:
     def closure() -> Tensor:
         search.zero_grad()
         loss = problem.error(bank.weights())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        search.step(closure)  # type: ignore[no-untyped-call]
+        search.step(closure)
     search.zero_grad()
     return float(problem.error(bank.weights()).detach())
 

@@ -68,7 +68,8 @@ class TrainBank(KernelBank):
 
     def core(self, index: int) -> Tensor:
         """Return the core of one of the kernels."""
-        return (self.mixes[:, index] @ self.taps.flatten(1)).unflatten(1, self.taps.shape[1:])
+        core: Tensor = (self.mixes[:, index] @ self.taps.flatten(1)).unflatten(1, self.taps.shape[1:])
+        return core
 
     def cores(self) -> Tensor:
         """Return the cores of all kernels."""

@@ -106,8 +106,8 @@ def share_kernels(
         if name not in ranks:
             continue
         first = find(model, groups[name][0]).get_parameter("weight")
-        shape = problem.weights.shape
-        bank = kind(*shape[:3], shape[3:], ranks=ranks[name], device=first.device, dtype=first.dtype)
+        layers, out, inner, *kernel = problem.weights.shape
+        bank = kind(layers, out, inner, kernel, ranks[name], device=first.device, dtype=first.dtype)
         fit_bank_(bank, problem, steps=steps)
         for index, path in enumerate(groups[name]):
             bias = find(model, path)._parameters.get("bias")
