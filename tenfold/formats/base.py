@@ -332,10 +332,7 @@ def distinct(rows: Ints) -> Ints:
 
 
 def total_cost(spec: LayerSpec, steps: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Return parameters and multiply-accumulates of steps given as (weights, how often each is used), and the bias.
-
-    The numbers may be arrays, one entry for each rank.
-    """
+    """Return parameters and MACs of steps (weights, how often each is used) and the bias; or arrays, one for a rank."""
     params, macs = (spec.out_channels if spec.bias else 0), 0
     for weights, uses in steps:
         params, macs = params + weights, macs + weights * uses

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from tenfold.decompositions import Moments, decompose
 from tenfold.errors import WeightError
-from tenfold.formats.tensor_regression import MapTucker
 from tenfold.layers.tensor_contraction import TensorContraction
 from tenfold.layers.tensor_regression import TensorRegression, check_map, options_of, pooled_pair
 from tenfold.records import LayerSpec
@@ -112,18 +111,18 @@ class TuckerRegression(TensorRegression):
         sizes = (*modes, 1)[:3]
         spec = LayerSpec(kind="linear", in_channels=dense.in_features, out_channels=dense.out_features, in_modes=sizes)
         fit = decompose(dense.weight.detach(), "tensor_regression", dict(ranks), spec=spec, moments=moments)
-        found = fit.value
-        assert isinstance(found, MapTucker)  # noqa: S101 - the format that was asked for
-        factors = (found.in_factor, found.height_factor, found.width_factor)[: len(modes)]
-        sides = [None if factor is None else factor.shape[-1] for factor in (*factors, found.out_factor)]
+        found = {name: tensor[0] for name, tensor in fit.value.tensors().items()}  # without the axis of groups
+        factors = [found.get(f"{name}_factor") for name in ("in", "height", "width")[: len(modes)]]
+        outer = found.get("out_factor")
+        sides = [None if factor is None else factor.shape[-1] for factor in (*factors, outer)]
         made = cls(modes, dense.out_features, sides, **options_of(dense))
         with torch.no_grad():
-            made.core.copy_(found.core.flatten(2)[0])
+            made.core.copy_(found["core"].flatten(1))
             for at, factor in enumerate(factors):
                 if factor is not None:
-                    made.contraction.factors[str(at)].copy_(factor[0].mT)
-            if made.outer is not None and found.out_factor is not None:
-                made.outer.copy_(found.out_factor[0])
+                    made.contraction.factors[str(at)].copy_(factor.mT)
+            if made.outer is not None and outer is not None:
+                made.outer.copy_(outer)
         return made.like_(dense)
 
     @classmethod

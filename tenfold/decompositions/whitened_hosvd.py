@@ -15,7 +15,7 @@ from tenfold.decompositions.base import DECOMPOSITIONS, CovarianceDecomposition,
 from tenfold.decompositions.covariance import Covariance, Sketch, marginal
 from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo, Ranks, tails
 from tenfold.decompositions.roots import Whitening, preconditioner, solve_spd
-from tenfold.formats.tensor_regression import MapTucker
+from tenfold.formats.map_tucker import MapTucker
 from tenfold.records import Shape
 from tenfold.tensors import gram
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
