@@ -53,7 +53,7 @@ def main() -> None:
 def rewritten(task: Task, dense: nn.Module, format: str, config: Row) -> Row:
     """Return what the blocks of one architecture cost, and how far their class scores are from the factorized ones."""
     data = list(task.calibration_batches(config["calibration"], batch_size=125, seed=config["seed"]))
-    recipe = {"budget": config["budget"], "formats": format, "units": [], "seed": config["seed"]}
+    recipe = {"rule": config["rule"], "budget": config["budget"], "formats": format, "seed": config["seed"]}
     x = task.example_inputs(1)
     small = tenfold.compress(dense, x, recipe, data=data, runtime=tenfold.Runtime(measure=False)).model
     blind, settled = as_blocks(small), as_blocks(small, data)
@@ -109,9 +109,10 @@ HEAD = """\
 # Factorized convolutions as blocks of architectures
 
 `python -m benchmarks.architectures.run --weights FOLDER`, torch {torch}, one thread, seed {seed}. {network} compressed
-to {budget} by each format, {calibration:,} calibration pictures, nothing trained; then batch norms and PReLUs between
-the stages, as identities. *Distance* of the class scores of {test:,} test pictures, relative; *in training mode* with
-statistics of the norms at their defaults, and of the calibration pictures. Top-1 on all 10,000, in percent.
+to {budget} by each format, all layers at one rate, {calibration:,} calibration pictures, nothing trained; then batch
+norms and PReLUs between the stages, as identities. *Distance* of the class scores of {test:,} test pictures, relative;
+*in training mode* with statistics of the norms at their defaults, and of the calibration pictures. Top-1 on all 10,000,
+in percent.
 
 | architecture | blocks | parameters | as blocks | MACs | distance | in training mode | with data | top-1 | as blocks |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""

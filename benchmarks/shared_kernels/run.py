@@ -80,7 +80,9 @@ def one_network(name: str, config: Row, options: argparse.Namespace) -> None:
 
 def one_by_one(dense: nn.Module, task: Task, how: Row, limit: int, batches: list[Any]) -> nn.Module:
     """Return what ``compress`` makes of the network."""
-    recipe = {"budget": f"max_params={limit}", "formats": how["formats"], "units": [], "seed": task.seed}
+    recipe: Row = {"budget": f"max_params={limit}", "formats": how["formats"], "units": [], "seed": task.seed}
+    if "method" in how:
+        recipe["calibration"] = {"method": how["method"]}
     quiet = tenfold.Runtime(measure=False)
     return tenfold.compress(dense, task.example_inputs(1), recipe, data=batches, runtime=quiet).model
 
@@ -140,9 +142,10 @@ HEAD = """\
 
 `python -m benchmarks.shared_kernels.run --weights FOLDER`, torch {torch}, one thread, seed {seed}. Trained ResNets of
 CIFAR-10 at equal numbers of parameters, all of the network counted, shared factors once. *tucker2* and *cp3*: layers
-one by one, by `compress` at its defaults. *shared*: kernels of one shape as one tensor, ranks by `choose_ranks`, fitted
-together by {steps} steps at most. The same {calibration:,} training pictures calibrate all. Nothing is trained; top-1
-on all 10,000 test pictures, in percent. MACs as a share of the dense network's, cores multiplied out once."""
+one by one, by `compress` at its defaults, which fit each to what the compressed layers before it pass on; *alone*: each
+to its inputs in the dense network, as banks are. *shared*: kernels of one shape as one tensor, ranks by `choose_ranks`,
+fitted together by {steps} steps at most. The same {calibration:,} training pictures calibrate all. Nothing is trained;
+top-1 on all 10,000 test pictures, in percent. MACs as a share of the dense network's, cores multiplied out once."""
 ROWS = """\
 | parameters | kernels | counted | MACs | top-1 | ranks of the banks: layers, out, in |
 |---:|---|---:|---:|---:|---|"""
