@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tenfold
-from tenfold.decompositions import Moments, decompose, error_curve
 from tenfold.errors import PlanError
-from tenfold.formats import FORMATS
 from tenfold.layers import FactorizedLayer, MapLinear
-from tenfold.records import LayerSpec
 from tenfold.surgery.separate_map import flattened_maps, mapped, separate_map_
 
 
@@ -87,21 +84,6 @@ def test_where_it_is_not_chosen_the_model_stays_as_it_is() -> None:
     plan = tenfold.plan(net, tenfold.profile(net, data[:1]), recipe)
     assert plan.unrolled == {}
     assert all(type(m) is not MapLinear for m in tenfold.apply(net, plan).modules())
-
-
-def test_the_curve_is_met_or_undercut_by_fits() -> None:
-    torch.manual_seed(0)
-    spec = LayerSpec(kind="linear", in_channels=96, out_channels=10, in_modes=(6, 4, 4))
-    rows = torch.randn(700, 96) @ torch.randn(96, 96)
-    format, weight, moments = FORMATS.get("tensor_regression"), torch.randn(10, 96), Moments.of(rows.double())
-    curve = error_curve(weight[None], spec, format, moments)
-    grid = format.rank_grid(spec, lambda n: range(2, n + 1, 2))
-    claimed = curve(grid)
-    for rank, most in zip(grid[::9].tolist(), claimed[::9], strict=True):
-        named = dict(zip(format.rank_names, rank, strict=True))
-        fit = decompose(weight, "tensor_regression", named, spec=spec, moments=moments)
-        lost = moments.distortion(weight.double()[None], fit.value.to(torch.float64).to_grouped())
-        assert lost <= 1.01 * most + 1e-6 * float(claimed.max())
 
 
 def test_a_plan_for_another_model_is_refused() -> None:
