@@ -39,6 +39,7 @@ class Trials:
         parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--config", type=Path, default=here / f"{name}.yaml")
         parser.add_argument("--data", type=Path)
+        parser.add_argument("--weights", type=Path, help="a file or folder of trained weights, where it needs one")
         parser.add_argument("--runs", type=Path, default=Path("runs") / name)
         parser.add_argument("--only", action="append", help="a variant; may be repeated")
         parser.add_argument("--seed", type=int, action="append")

@@ -84,6 +84,7 @@ class Factorization(abc.ABC):
         svd_bounds_error: whether any rank can be met with an error of at most the tails of the unfoldings' spectra, as
             truncated SVDs do. Otherwise (sums of rank-one tensors, of which a best one need not exist) the tails are a
             lower bound only, and what an algorithm finds depends on its start.
+        reads_map: whether it needs to know the feature map whose flattened form a linear layer takes.
     """
 
     spec: LayerSpec
@@ -92,6 +93,7 @@ class Factorization(abc.ABC):
     default_algorithm: ClassVar[str]
     data_aware_algorithm: ClassVar[str | None] = None
     svd_bounds_error: ClassVar[bool] = True
+    reads_map: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -330,10 +332,7 @@ def distinct(rows: Ints) -> Ints:
 
 
 def total_cost(spec: LayerSpec, steps: Iterable[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Return parameters and multiply-accumulates of steps given as (weights, how often each is used), and the bias.
-
-    The numbers may be arrays, one entry for each rank.
-    """
+    """Return parameters and MACs of steps (weights, how often each is used) and the bias; or arrays, one for a rank."""
     params, macs = (spec.out_channels if spec.bias else 0), 0
     for weights, uses in steps:
         params, macs = params + weights, macs + weights * uses

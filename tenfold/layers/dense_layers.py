@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tenfold.layers.map_linear import MapLinear
 from tenfold.layers.stacked import stacked_parameters
 from tenfold.records import LayerSpec
 from tenfold.records.geometry import LayerKind
@@ -55,6 +56,7 @@ def spec_of(module: nn.Module) -> tuple[LayerSpec | None, str]:
             in_channels=module.in_features,
             out_channels=module.out_features,
             bias=module.bias is not None,
+            in_modes=module.in_modes if isinstance(module, MapLinear) else (),
         ), ""
     if isinstance(module, nn.Embedding):
         return _embedding(module)

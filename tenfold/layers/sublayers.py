@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tenfold.layers.map_linear import MapLinear
 from tenfold.layers.tt_gather import Gather
 from tenfold.records import (
     ContractSpec,
@@ -218,7 +219,7 @@ def build(spec: SubLayerSpec, weight: Tensor, bias: nn.Parameter | None = None) 
     layer.register_parameter("weight", weight)
     if spec.bias:
         layer.register_parameter("bias", bias)
-    return layer
+    return MapLinear.of(layer, spec.in_modes) if spec.in_modes and isinstance(layer, nn.Linear) else layer
 
 
 def _build_convolution(spec: LayerSpec) -> nn.Module:

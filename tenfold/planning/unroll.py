@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from tenfold.formats import FORMATS
 from tenfold.patterns import first_match
 from tenfold.records import Cost, LayerPlan, Plan, Recipe
 from tenfold.surgery import find, fused_rnns, joined_projections, separate, separated, stacks, unrolled_rnns
 from tenfold.surgery.separate_attention import is_projections
+from tenfold.surgery.separate_map import flattened_maps, is_map
 from tenfold.surgery.separate_padding import confirmed, is_padding, padded_convs
 
 _IN_THE_KERNEL = "torch multiplies states within one kernel for all steps, which has no use for factors"
@@ -21,7 +23,8 @@ def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any, *, heads: boo
 
     The model itself where there are none. Those that ``recipe.keep`` names as a whole stay as they are. Experts do
     under a budget of latency, or where a runtime is named: they would run in Python, one by one. So do projections
-    that an attention computes at once, which run the faster together.
+    that an attention computes at once, which run the faster together. Linear layers know the maps that they take flat
+    where a format reads them.
 
     Args:
         model: stays as it is.
@@ -36,6 +39,8 @@ def unroll_for_plan(model: nn.Module, recipe: Recipe, inputs: Any, *, heads: boo
     found = confirmed(model, wanted(padded_convs(model)), inputs)
     found |= wanted(fused_rnns(model) | ({} if recipe.timed else stacks(model, inputs)))
     found |= wanted(joined_projections(model)) if heads and not recipe.timed else {}
+    if any(FORMATS.get(name).reads_map for name in recipe.formats):
+        found |= wanted(flattened_maps(model, inputs))
     return separate(model, found)
 
 
@@ -68,6 +73,11 @@ def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
     """
     whole, narrowed = separated(model), {path for unit in plan.narrowed for path in unit.members}
     for path, kind in plan.unrolled.items():
+        if is_map(kind):  # the layer itself, whose line stays as it is
+            used = any(layer.path == path and _reads_map(layer) for layer in plan.layers)
+            if path not in whole and not used:
+                plan = plan.replace(unrolled={p: k for p, k in plan.unrolled.items() if p != path})
+            continue
         padding, inner = is_padding(kind), _parts(kind)
         inside = tuple(f"{path}.{name}".lstrip(".") for name in inner)
         layers = [layer for layer in plan.layers if layer.path.startswith(inside)]
@@ -94,6 +104,10 @@ def refuse_unused(plan: Plan, model: nn.Module) -> Plan:
             units=tuple(unit for unit in plan.units if not any(m.startswith(inside) for m in unit.members)),
         )
     return plan
+
+
+def _reads_map(layer: LayerPlan) -> bool:
+    return layer.format is not None and FORMATS.get(layer.format).reads_map
 
 
 def _parts(kind: str) -> list[str]:

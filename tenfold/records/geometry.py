@@ -30,7 +30,8 @@ class LayerSpec(Spec):
 
     ``kernel`` has one entry per spatial axis and is empty for linear and embedding layers, whose ``in_channels`` are
     the input features or the number of rows. ``padding`` is one int per spatial axis, ``"same"`` or ``"valid"``.
-    Options per axis that are left out take their neutral value.
+    Options per axis that are left out take their neutral value. ``in_modes`` is the shape (channels, *size) of the
+    feature map whose flattened form a linear layer takes, where that is known: nothing that runs depends on it.
 
     Raises:
         ValueError: options that do not fit together, such as a linear layer with a kernel.
@@ -54,9 +55,13 @@ class LayerSpec(Spec):
     bias: bool = False
     padding_idx: int | None = None
     sparse: bool = False
+    in_modes: tuple[PositiveInt, ...] = ()
 
     def __post_init__(self) -> None:
         axes = len(self.kernel)
+        if self.in_modes and (self.kind != "linear" or prod(self.in_modes) != self.in_channels):
+            msg = f"in_modes={self.in_modes} are for a linear layer with as many inputs as their product"
+            raise ValueError(msg)
         if (axes > 0) != (self.kind in ("conv", "conv_transpose")):
             msg = f"a {self.kind} layer cannot have the kernel {self.kernel}"
             raise ValueError(msg)
@@ -131,7 +136,7 @@ class LayerSpec(Spec):
 
     def core(self, in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
         """Return the same layer between other numbers of channels: it keeps kernel, stride, padding and groups."""
-        return self.replace(in_channels=in_channels, out_channels=out_channels, bias=bias)
+        return self.replace(in_channels=in_channels, out_channels=out_channels, bias=bias, in_modes=())
 
     def mix(self, in_channels: int, out_channels: int, *, bias: bool = False) -> LayerSpec:
         """Return the layer that only mixes channels at each position: linear, or a convolution with kernel 1."""

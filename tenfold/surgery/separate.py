@@ -1,8 +1,8 @@
 """Modules that compute with several matrices or with a padding, replaced by equal ones of plain layers for plans.
 
 Recurrent networks are unrolled, parameters that stack matrices become stacks of linear layers, projections that an
-attention computes at once become layers, and convolutions that pad first are put behind their padding. A plan names all
-of them in ``unrolled``: applying and loading do it again.
+attention computes at once become layers, convolutions that pad first are put behind their padding, and linear layers
+learn of the maps that they take flat. A plan names all of them in ``unrolled``: applying and loading do it again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 
 from tenfold.layers import GRU, LSTM
 from tenfold.surgery.separate_attention import is_projections, separate_projections_, separated_projections
+from tenfold.surgery.separate_map import is_map, mapped, separate_map_
 from tenfold.surgery.separate_padding import is_padding, separate_padding_, separated_convs
 from tenfold.surgery.unroll_rnn import unroll_rnns_, unrolled_rnns
 from tenfold.surgery.unstack import unstack_, unstacked
@@ -23,7 +24,8 @@ _RNNS = (GRU.mode, LSTM.mode)
 
 def separated(model: nn.Module) -> dict[str, str]:
     """Return path and kind of what is so already: see ``Plan.unrolled``."""
-    return unrolled_rnns(model) | unstacked(model) | separated_convs(model) | separated_projections(model)
+    found = unrolled_rnns(model) | unstacked(model) | separated_convs(model) | separated_projections(model)
+    return found | mapped(model)
 
 
 def separate_(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
@@ -34,11 +36,12 @@ def separate_(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:
     """
     padded = {path: kind for path, kind in kinds.items() if is_padding(kind)}
     joined = {path: kind for path, kind in kinds.items() if is_projections(kind)}
+    maps = {path: kind for path, kind in kinds.items() if is_map(kind)}
     rnns = [path for path, kind in kinds.items() if kind in _RNNS]
-    others = {*padded, *joined, *rnns}
+    others = {*padded, *joined, *maps, *rnns}
     stacked = {path: kind for path, kind in kinds.items() if path not in others}
     model = separate_projections_(unstack_(unroll_rnns_(model, rnns), stacked), joined)
-    return separate_padding_(model, padded)
+    return separate_map_(separate_padding_(model, padded), maps)
 
 
 def separate(model: nn.Module, kinds: Mapping[str, str]) -> nn.Module:

@@ -50,6 +50,7 @@ GEOMETRIES: tuple[Geometry, ...] = (
     _case("linear of a sequence", "linear", (6, 9), (2, 5, 6), bias=True),
     _case("linear of one vector", "linear", (10, 4), (10,), bias=True),
     _case("linear with one output", "linear", (10, 1), (3, 10), bias=True),
+    _case("linear behind a flattened map", "linear", (36, 7), (3, 36), bias=True, in_modes=(4, 3, 3)),
     _case("embedding", "embedding", (11, 6), (2, 5)),
     _case("embedding of twelve rows", "embedding", (12, 6), (7,)),
     _case("embedding with padding", "embedding", (7, 8), (3, 4), padding_idx=2),
