@@ -1,0 +1,28 @@
+"""Networks whose weights are tensors from the start: trained as they are, or regressed on tensors directly."""
+
+from tenfold.networks.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
+from tenfold.networks.forecaster import Forecaster, taught_steps
+from tenfold.networks.generalized_tt import OPERATIONS, GeneralizedTTNetwork
+from tenfold.networks.higher_order_rnn import HigherOrderCell, HigherOrderLSTM, HigherOrderRNN
+from tenfold.networks.mps_classifier import MPSClassifier, snake
+from tenfold.networks.mps_sweeps import SweepConfig, SweepRecord, train_by_sweeps
+from tenfold.networks.polynomial_fusion import PolynomialFusion
+
+__all__ = [
+    "FEATURE_MAPS",
+    "OPERATIONS",
+    "FeatureMap",
+    "Forecaster",
+    "GeneralizedTTNetwork",
+    "HigherOrderCell",
+    "HigherOrderLSTM",
+    "HigherOrderRNN",
+    "MPSClassifier",
+    "PolynomialFusion",
+    "SweepConfig",
+    "SweepRecord",
+    "feature_map",
+    "snake",
+    "taught_steps",
+    "train_by_sweeps",
+]
