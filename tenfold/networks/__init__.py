@@ -4,6 +4,7 @@ from tenfold.networks.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
 from tenfold.networks.forecaster import Forecaster, taught_steps
 from tenfold.networks.generalized_tt import OPERATIONS, GeneralizedTTNetwork
 from tenfold.networks.higher_order_rnn import HigherOrderCell, HigherOrderLSTM, HigherOrderRNN
+from tenfold.networks.learnet import OneShotSiamese, PredictedConv2d, PredictedLinear, WholeConv2d
 from tenfold.networks.mps_classifier import MPSClassifier, snake
 from tenfold.networks.mps_sweeps import SweepConfig, SweepRecord, train_by_sweeps
 from tenfold.networks.polynomial_fusion import PolynomialFusion
@@ -18,9 +19,13 @@ __all__ = [
     "HigherOrderLSTM",
     "HigherOrderRNN",
     "MPSClassifier",
+    "OneShotSiamese",
     "PolynomialFusion",
+    "PredictedConv2d",
+    "PredictedLinear",
     "SweepConfig",
     "SweepRecord",
+    "WholeConv2d",
     "feature_map",
     "snake",
     "taught_steps",
