@@ -1,5 +1,6 @@
 """Networks whose weights are tensors from the start: trained as they are, or regressed on tensors directly."""
 
+from tenfold.networks.domain_folder import load_domains, save_domains, stored_domains
 from tenfold.networks.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
 from tenfold.networks.forecaster import Forecaster, taught_steps
 from tenfold.networks.generalized_tt import OPERATIONS, GeneralizedTTNetwork
@@ -7,11 +8,13 @@ from tenfold.networks.higher_order_rnn import HigherOrderCell, HigherOrderLSTM, 
 from tenfold.networks.learnet import OneShotSiamese, PredictedConv2d, PredictedLinear, WholeConv2d
 from tenfold.networks.mps_classifier import MPSClassifier, snake
 from tenfold.networks.mps_sweeps import SweepConfig, SweepRecord, train_by_sweeps
+from tenfold.networks.multi_domain import DomainConvStack, MultiDomainNet
 from tenfold.networks.polynomial_fusion import PolynomialFusion
 
 __all__ = [
     "FEATURE_MAPS",
     "OPERATIONS",
+    "DomainConvStack",
     "FeatureMap",
     "Forecaster",
     "GeneralizedTTNetwork",
@@ -19,6 +22,7 @@ __all__ = [
     "HigherOrderLSTM",
     "HigherOrderRNN",
     "MPSClassifier",
+    "MultiDomainNet",
     "OneShotSiamese",
     "PolynomialFusion",
     "PredictedConv2d",
@@ -27,7 +31,10 @@ __all__ = [
     "SweepRecord",
     "WholeConv2d",
     "feature_map",
+    "load_domains",
+    "save_domains",
     "snake",
+    "stored_domains",
     "taught_steps",
     "train_by_sweeps",
 ]
