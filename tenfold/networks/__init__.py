@@ -1,5 +1,6 @@
 """Networks whose weights are tensors from the start: trained as they are, or regressed on tensors directly."""
 
+from tenfold.networks.binary import BinaryConv2d, BinaryNet, Latent, NetworkLatent, PackedConv2d, pack
 from tenfold.networks.domain_folder import load_domains, save_domains, stored_domains
 from tenfold.networks.feature_maps import FEATURE_MAPS, FeatureMap, feature_map
 from tenfold.networks.forecaster import Forecaster, taught_steps
@@ -14,6 +15,8 @@ from tenfold.networks.polynomial_fusion import PolynomialFusion
 __all__ = [
     "FEATURE_MAPS",
     "OPERATIONS",
+    "BinaryConv2d",
+    "BinaryNet",
     "DomainConvStack",
     "FeatureMap",
     "Forecaster",
@@ -21,9 +24,12 @@ __all__ = [
     "HigherOrderCell",
     "HigherOrderLSTM",
     "HigherOrderRNN",
+    "Latent",
     "MPSClassifier",
     "MultiDomainNet",
+    "NetworkLatent",
     "OneShotSiamese",
+    "PackedConv2d",
     "PolynomialFusion",
     "PredictedConv2d",
     "PredictedLinear",
@@ -32,6 +38,7 @@ __all__ = [
     "WholeConv2d",
     "feature_map",
     "load_domains",
+    "pack",
     "save_domains",
     "snake",
     "stored_domains",
