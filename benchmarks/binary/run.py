@@ -2,8 +2,9 @@
 
     python -m benchmarks.binary.run [--data FOLDER] [--runs FOLDER] [--only VARIANT] [--seed N] [--report]
 
-Data: CIFAR-10's Parquet files, see tenfold/tasks/cifar10_binary.py. Every epoch is kept in the folder of the runs, so that a
-run that was killed goes on; what is finished is not trained again. Weights after the last epoch are tested, once.
+Data: CIFAR-10's Parquet files, see tenfold/tasks/cifar10_binary.py. Every epoch is kept in the
+folder of the runs, so that a run that was killed goes on; what is finished is not trained again. Weights after the last
+epoch are tested, once.
 """
 
 from __future__ import annotations
@@ -89,13 +90,14 @@ def _spread(values: list[float]) -> str:
 HEAD = """\
 # One bit a weight on CIFAR-10
 
-`python -m benchmarks.binary.run`, on {device}, torch {torch}, one thread. A residual network of six binary 3×3 convolutions
-with 24 channels, inputs of which are signs too; the first convolution and the head are real. 8,000 training images,
-crops and flips, {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine, no weight decay; the same for all,
-the same initial bits, weights after the last epoch; the whole test set. The source (Bulat et al. 2019) reports up to 5 points more
-than independent bits on ImageNet, and more than 4 on human poses, after long training of large networks.
+`python -m benchmarks.binary.run`, on {device}, torch {torch}, one thread. A residual network of six binary 3×3
+convolutions with 24 channels, inputs of which are signs too; the first convolution and the head are real. 8,000
+training images, crops and flips, {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine, no weight decay;
+the same for all, the same initial bits, weights after the last epoch; the whole test set. The source (Bulat et al.
+2019) reports up to 5 points more than independent bits on ImageNet, and more than 4 on human poses, after long
+training of large networks.
 
-| latent weights | parameters in training | binary weights | bytes of bits | bytes of the file | packed scores the same | test accuracy | last loss | seeds |
+| latent | parameters in training | bits | their bytes | bytes of the file | packed equal | test | last loss | seeds |
 |---|---:|---:|---:|---:|---|---:|---:|---|"""
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.domains.run --data FOLDER [--runs FOLDER] [--seed N] [--report]
 
-Data: Omniglot's archives in FOLDER, MNIST's and CIFAR-10's Parquet files in ~/.cache/tenfold/datasets. Every epoch is kept
-in the folder of the runs, so that a run that was killed goes on; what is finished is not trained again. Weights after
-the last epoch are tested, once.
+Data: Omniglot's archives in FOLDER, MNIST's and CIFAR-10's Parquet files in ~/.cache/tenfold/datasets. Every epoch is
+kept in the folder of the runs, so that a run that was killed goes on; what is finished is not trained again. Weights
+after the last epoch are tested, once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks.trials import Row, Trials, finished
 from tenfold.networks import MultiDomainNet, save_domains
 from tenfold.tasks import TensorSet, accuracy, load_task, seeded
-from tenfold.tasks.in_memory import LabelledBatches
 from tenfold.tasks.images import ImageTransform
+from tenfold.tasks.in_memory import LabelledBatches
 from tenfold.tasks.omniglot_files import background
 from tenfold.training import TrainingFolder, TuneConfig, finetune
 
@@ -126,7 +126,11 @@ def outputs(net: MultiDomainNet, name: str, test: TensorSet) -> Tensor:
 def table(result: Row) -> str:
     """Return the Markdown page."""
     config, runs, env = result["config"], result["runs"], result["environment"]
-    lines = [HEAD.format(**config["training"], torch=env["torch"], device=env["device_name"] or "the CPU", core=runs[0]["core"])]
+    lines = [
+        HEAD.format(
+            **config["training"], torch=env["torch"], device=env["device_name"] or "the CPU", core=runs[0]["core"]
+        )
+    ]
     for k, name in enumerate(config["domains"]):
         rows = [run["domains"][k] for run in runs]
         first = rows[0]
@@ -136,7 +140,10 @@ def table(result: Row) -> str:
         cells += ["-" if not k else "yes" if equal else "NO"]
         lines.append(f"| {' | '.join(cells)} |")
     sizes = ", ".join(f"`{name}` {size:,}" for name, size in runs[0]["bytes"].items())
-    return "\n".join([*lines, "", f"Bytes of the folder: {sizes}. Seeds: {', '.join(str(r['seed']) for r in runs)}."]) + "\n"
+    return (
+        "\n".join([*lines, "", f"Bytes of the folder: {sizes}. Seeds: {', '.join(str(r['seed']) for r in runs)}."])
+        + "\n"
+    )
 
 
 def _spread(values: list[float]) -> str:
@@ -147,15 +154,15 @@ def _spread(values: list[float]) -> str:
 HEAD = """\
 # Three domains on one core
 
-`python -m benchmarks.domains.run`, on {device}, torch {torch}, one thread. A residual network of six 3×3 convolutions with 24
-channels whose kernels are one Tucker tensor of full rank, a core of {core:,} numbers: trained with MNIST (6,000 images),
-then frozen; Omniglot (which of eight alphabets, 16 drawers for training and 4 for the test) and CIFAR-10 (8,000 images)
-have factors, first layer, norms and head of their own. *Alone*: the same network trained for one domain, core
-included. Whole test sets; {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine, no augmentation; weights
-after the last epoch. The source (Bulat et al. 2020) begins with ImageNet, adds ten domains and needs 7.5 times fewer
-parameters for each.
+`python -m benchmarks.domains.run`, on {device}, torch {torch}, one thread. A residual network of six 3×3 convolutions
+with 24 channels whose kernels are one Tucker tensor of full rank, a core of {core:,} numbers: trained with MNIST
+(6,000 images), then frozen; Omniglot (which of eight alphabets, 16 drawers for training and 4 for the test) and
+CIFAR-10 (8,000 images) have factors, first layer, norms and head of their own. *Alone*: the same network trained for
+one domain, core included. Whole test sets; {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine, no
+augmentation; weights after the last epoch. The source (Bulat et al. 2020) begins with ImageNet, adds ten domains and
+needs 7.5 times fewer parameters for each.
 
-| domain | classes | accuracy on the core | alone | parameters added | of a network | share | old domains equal to the last bit |
+| domain | classes | accuracy on the core | alone | parameters added | of a network | share | old domains equal |
 |---|---:|---:|---:|---:|---:|---:|---|"""
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.forecast.run [--runs FOLDER] [--only VARIANT] [--seed N] [--report]
 
-The series are generated with a seed, see tenfold/tasks/forecast.py. Every epoch is kept in the folder of the runs, so that
-a run that was killed goes on; what is finished is not trained again. Weights after the last epoch are tested, once.
+The series are generated with a seed, see tenfold/tasks/forecast.py. Every epoch is kept in the
+folder of the runs, so that a run that was killed goes on; what is finished is not trained again. Weights after the last
+epoch are tested, once.
 """
 
 from __future__ import annotations
@@ -65,13 +66,20 @@ def table(result: Row) -> str:
         own = {k: [r for r in runs if r["variant"] == f"{system}-{k}"] for k in ("hot-lstm", "lstm")}
         if not all(own.values()):
             continue
-        lines += ["", f"## {title}", "", f"| network | parameters | {' | '.join(f'up to step {h}' for h in horizons)} | seeds |"]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            f"| network | parameters | {' | '.join(f'up to step {h}' for h in horizons)} | seeds |",
+        ]
         lines.append(f"|---|---:|{'---:|' * len(horizons)}---|")
         for kind, rows in own.items():
             cells = [kind, f"{rows[0]['params']:,}", *(_spread([r["upto"][h] for r in rows]) for h in horizons)]
             lines.append(f"| {' | '.join([*cells, ', '.join(str(r['seed']) for r in rows)])} |")
         gains = [
-            1 - statistics.mean(r["upto"][h] for r in own["hot-lstm"]) / statistics.mean(r["upto"][h] for r in own["lstm"])
+            1
+            - statistics.mean(r["upto"][h] for r in own["hot-lstm"])
+            / statistics.mean(r["upto"][h] for r in own["lstm"])
             for h in horizons
         ]
         lines.append(f"| lower by | | {' | '.join(f'{100 * gain:.1f} %' for gain in gains)} | |")
@@ -86,12 +94,12 @@ def _spread(values: list[float]) -> str:
 HEAD = """\
 # Forecasts of many steps: recurrence of higher order
 
-`python -m benchmarks.forecast.run`, on {device}, torch {torch}, one thread. Twenty steps are given; root of the mean squared
-error over all steps up to the horizon, of series of about unit size. 3,600 series for training, 400 for validation,
-1,000 for the test, all generated. Encoder and decoder with one layer each; the higher-order LSTM has 16 units, lags,
-order and rank 2. {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine, scheduled sampling; the same for
-both, nothing was tuned, weights after the last epoch. The source (Yu et al. 2017) reports errors 5 to 12 % lower than
-those of LSTMs for long horizons, with larger networks and 5,000 steps of training."""
+`python -m benchmarks.forecast.run`, on {device}, torch {torch}, one thread. Twenty steps are given; root of the mean
+squared error over all steps up to the horizon, of series of about unit size. 3,600 series for training, 400 for
+validation, 1,000 for the test, all generated. Encoder and decoder with one layer each; the higher-order LSTM has 16
+units, lags, order and rank 2. {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine, scheduled sampling;
+the same for both, nothing was tuned, weights after the last epoch. The source (Yu et al. 2017) reports errors 5 to 12
+% lower than those of LSTMs for long horizons, with larger networks and 5,000 steps of training."""
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m benchmarks.fusion.run [--data FOLDER] [--runs FOLDER] [--only VARIANT] [--seed N] [--report]
 
-Data: MNIST's Parquet files, see tenfold/tasks/digit_products.py. Every epoch is kept in the folder of the runs, so that a
-run that was killed goes on; what is finished is not trained again. Weights after the last epoch are tested, once.
+Data: MNIST's Parquet files, see tenfold/tasks/digit_products.py. Every epoch is kept in the
+folder of the runs, so that a run that was killed goes on; what is finished is not trained again. Weights after the last
+epoch are tested, once.
 """
 
 from __future__ import annotations
@@ -81,10 +82,11 @@ WHAT = {
 HEAD = """\
 # Two digits and the last figure of their product
 
-`python -m benchmarks.fusion.run`, on {device}, torch {torch}, one thread. 54,000 pairs of MNIST's training images, 6,000 for
-validation, 10,000 of its test images. The same encoder for both digits (784 → 128 → 32, tanh), then one of four ways to
-join them, all of rank or width 48; {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine; the same for all,
-weights after the last epoch. The source (Kefalas et al. 2020) measures videos of faces and has no such figures.
+`python -m benchmarks.fusion.run`, on {device}, torch {torch}, one thread. 54,000 pairs of MNIST's training images,
+6,000 for validation, 10,000 of its test images. The same encoder for both digits (784 → 128 → 32, tanh), then one of
+four ways to join them, all of rank or width 48; {epochs} epochs, batches of {batch_size}, AdamW at {lr}, cosine; the
+same for all, weights after the last epoch. The source (Kefalas et al. 2020) measures videos of faces and has no such
+figures.
 
 | joined by | its parameters | all parameters | test accuracy | validation | after one epoch | seeds |
 |---|---:|---:|---:|---:|---:|---|"""

@@ -2,8 +2,9 @@
 
     python -m benchmarks.mps_mnist.run [--data FOLDER] [--runs FOLDER] [--only VARIANT] [--seed N] [--report]
 
-Data: MNIST's Parquet files, see tenfold/tasks/mnist14.py. Every epoch and every sweep is kept in the folder of the runs,
-so that a run that was killed goes on; what is finished is not trained again. Weights after the last one are tested, once.
+Data: MNIST's Parquet files, see tenfold/tasks/mnist14.py. Every epoch and every sweep is kept in the folder of the
+runs, so that a run that was killed goes on; what is finished is not trained again. Weights after the last one are
+tested, once.
 """
 
 from __future__ import annotations
@@ -101,7 +102,15 @@ def table(result: Row) -> str:
         cells += [f"{statistics.mean(run['seconds'] for run in own) / 60:.1f}", SOURCE.get(most, "")]
         cells += [", ".join(str(run["seed"]) for run in own)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Learning curves", "", CURVES, "", "| training | bonds | seed | by epoch or sweep |", "|---|---:|---:|---|"]
+    lines += [
+        "",
+        "## Learning curves",
+        "",
+        CURVES,
+        "",
+        "| training | bonds | seed | by epoch or sweep |",
+        "|---|---:|---:|---|",
+    ]
     for run in runs:
         steps = ", ".join(f"{e['loss']:.3f} / {100 - 100 * e['score']:.2f}" for e in run["curve"])
         lines.append(f"| {run['method']} | {max(run['bonds'])} | {run['seed']} | {steps} |")
@@ -117,13 +126,13 @@ def percent(values: list[float]) -> str:
 HEAD = """\
 # A matrix product state over MNIST at 14×14 pixels
 
-`python -m benchmarks.mps_mnist.run`, on {device}, torch {torch}, one thread of a shared machine. 54,000 images for training,
-6,000 for validation, the whole test set. *Gradients*: features 1 − x and x, AdamW on distorted images, cross-entropy,
-{gradients}. *Sweeps*: cosine and sine, pairs of sites in turn, each solved by conjugate gradients and split again by
-an SVD, images as they are, {sweeps}. Weights after the last epoch or sweep; nothing was chosen on the test set. The
-source (Stoudenmire & Schwab 2016) has sweeps, squared cost and cosine and sine.
+`python -m benchmarks.mps_mnist.run`, on {device}, torch {torch}, one thread of a shared machine. 54,000 images for
+training, 6,000 for validation, the whole test set. *Gradients*: features 1 − x and x, AdamW on distorted images,
+cross-entropy, {gradients}. *Sweeps*: cosine and sine, pairs of sites in turn, each solved by conjugate gradients and
+split again by an SVD, images as they are, {sweeps}. Weights after the last epoch or sweep; nothing was chosen on the
+test set. The source (Stoudenmire & Schwab 2016) has sweeps, squared cost and cosine and sine.
 
-| training | largest bond (mean) | parameters | multiply-accumulates | test error | validation | minutes | source at this bond | seeds |
+| training | largest bond (mean) | parameters | MACs | test error | validation | minutes | source, same bond | seeds |
 |---|---:|---:|---:|---:|---:|---:|---:|---|"""
 CURVES = "Mean cost in training / error on the validation part in per cent."
 

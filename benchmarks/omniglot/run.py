@@ -2,8 +2,9 @@
 
     python -m benchmarks.omniglot.run --data FOLDER [--runs FOLDER] [--only VARIANT] [--seed N] [--report]
 
-Data: Omniglot's archives, see tenfold/tasks/omniglot.py. Every epoch is kept in the folder of the runs, so that a run that
-was killed goes on; what is finished is not trained again. Weights after the last epoch are tested, once.
+Data: Omniglot's archives, see tenfold/tasks/omniglot.py. Every epoch is kept in the
+folder of the runs, so that a run that was killed goes on; what is finished is not trained again. Weights after the last
+epoch are tested, once.
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ WHAT = {
 HEAD = """\
 # Twenty characters, each seen once
 
-`python -m benchmarks.omniglot.run`, on {device}, torch {torch}, one thread. Siamese networks of three convolutions with 16, 16
-and 32 channels, trained on pairs of Omniglot's two small background sets (six of eight alphabets; the other two are the
-validation part, 20 episodes), tested on the 20 official one-shot runs, 400 decisions among twenty. {epochs} epochs of
-3,200 exemplars with four pictures each, batches of {batch_size}, AdamW at {lr}, cosine; the same for all, weights after
-the last epoch. The source (Bertinetto et al. 2016) has all background alphabets, larger networks and longer training:
-28.6 % for the learnet, 33 to 42 % for siamese networks.
+`python -m benchmarks.omniglot.run`, on {device}, torch {torch}, one thread. Siamese networks of three convolutions
+with 16, 16 and 32 channels, trained on pairs of Omniglot's two small background sets (six of eight alphabets; the
+other two are the validation part, 20 episodes), tested on the 20 official one-shot runs, 400 decisions among twenty.
+{epochs} epochs of 3,200 exemplars with four pictures each, batches of {batch_size}, AdamW at {lr}, cosine; the same
+for all, weights after the last epoch. The source (Bertinetto et al. 2016) has all background alphabets, larger
+networks and longer training: 28.6 % for the learnet, 33 to 42 % for siamese networks.
 
-| predicted from the example | numbers predicted | parameters | error, official runs | error, validation episodes | seeds |
+| predicted from the example | numbers predicted | parameters | error, official runs | error, episodes | seeds |
 |---|---:|---:|---:|---:|---|"""
 
 

@@ -79,12 +79,12 @@ class NetworkLatent(nn.Module):
 
 
 class BinaryConv2d(nn.Module):
-    """A convolution of the signs of its inputs with the signs of latent weights, times a learned scale for each channel.
+    """A convolution of signs of inputs with signs of latent weights, times a learned scale for each channel.
 
     y = α ∘ (sign(W) * sign(x)); gradients pass through signs where the argument is within ±1 (straight through). With
-    ``matrix`` or ``tucker`` W is a product of real factors, of full rank, which couples the bits of a layer in training;
-    so does a ``NetworkLatent`` for all layers (Bulat et al. 2019, arXiv 1904.07852). Use it with ``pack`` where a file
-    of one bit a weight counts; torch computes with ±1 in floating point and is no faster for it. Train without weight
+    ``matrix`` or ``tucker`` W is a product of real factors, of full rank, which couples the bits of a layer; so does a
+    ``NetworkLatent`` for all layers (Bulat et al. 2019, arXiv 1904.07852). Use it with ``pack`` where a file of one bit
+    a weight counts; torch computes with ±1 in floating point and is no faster for it. Train without weight
     decay: only the signs of latent weights matter, which are scaled to a common size first.
 
     Args:
@@ -137,7 +137,7 @@ class BinaryConv2d(nn.Module):
 class PackedConv2d(nn.Module):
     """A binary convolution as it is stored: eight weights in a byte, and a scale for each channel.
 
-    It computes what the ``BinaryConv2d`` that it was made from does, to the last bit, and has no latent weights. The bits
+    It computes what the ``BinaryConv2d`` that it was made from does, to the last bit, and has no latent weights. Bits
     are unpacked in each forward.
 
     Args:
@@ -169,8 +169,8 @@ class PackedConv2d(nn.Module):
 
     def bits(self) -> Tensor:
         """Return the weights (out, in, k, k), ±1 in the dtype of the scale."""
-        places = torch.arange(8, device=self.packed.device)
-        flat = (self.packed[:, None].int() >> places & 1).flatten()[: torch.Size(self.shape).numel()]
+        halves = 0.5 ** torch.arange(8.0, device=self.packed.device)  # shifts by arithmetic, which exporters know
+        flat = ((self.packed[:, None].float() * halves).floor() % 2).flatten()[: torch.Size(self.shape).numel()]
         return (2 * flat - 1).to(self.scale.dtype).view(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def pack(model: nn.Module) -> nn.Module:
         {'0.scale': (32,), '0.packed': (576,)}
     """
     made = deepcopy(model)
-    return _replaced(made, lambda layer: PackedConv2d.of(layer))
+    return _replaced(made, PackedConv2d.of)
 
 
 def _replaced(module: nn.Module, make: Callable[[BinaryConv2d], nn.Module]) -> nn.Module:

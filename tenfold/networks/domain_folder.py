@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from tenfold.errors import CheckpointError, UnknownNameError
 from tenfold.files import atomic_write
 from tenfold.networks.multi_domain import MultiDomainNet

@@ -193,7 +193,7 @@ class OneShotSiamese(nn.Module):
         return found
 
     def forward(self, exemplars: Tensor, pictures: Tensor) -> Tensor:
-        """Return a score (batch, group) for every picture (batch, group, 1, side, side) of its exemplar (batch, 1, ...).
+        """Return a score (batch, group) of pictures (batch, group, 1, side, side) and exemplars (batch, 1, side, side).
 
         Scores above 0 say that both show the same.
         """

@@ -82,7 +82,10 @@ class Chain:
         head, tail = u[:, :rank], s[:rank, None] * vh[:rank]
         if not rightwards:
             head, tail = u[:, :rank] * s[:rank], vh[:rank]
-        head, tail = head.unflatten(0, (len(before), -1)), tail.unflatten(1, (-1, len(behind)))  # (a·s, l, r), (r, l, t·c)
+        head, tail = (
+            head.unflatten(0, (len(before), -1)),
+            tail.unflatten(1, (-1, len(behind))),
+        )  # (a·s, l, r), (r, l, t·c)
         head = torch.linalg.solve_triangular(before.mT, head.flatten(1), upper=True).view_as(head)
         tail = torch.linalg.solve_triangular(behind, tail, upper=False, left=False)
         if rightwards:

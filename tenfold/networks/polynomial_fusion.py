@@ -61,10 +61,12 @@ class PolynomialFusion(nn.Module):
         self.order = len(self.in_features) if order is None else order
         self.repeats, self.shared = repeats, shared
         if len(self.in_features) < 2 or min(self.in_features) < 1 or out_features < 1:
-            msg = f"in_features={self.in_features}, out_features={out_features}: two inputs or more, of 1 number or more"
+            msg = (
+                f"in_features={self.in_features}, out_features={out_features}: two inputs or more, of 1 number or more"
+            )
             raise WeightError(msg)
         most = len(self.in_features)
-        if not 1 <= self.order or (self.order > most and not repeats):
+        if self.order < 1 or (self.order > most and not repeats):
             msg = f"order={order}: products of {most} different inputs have order 1 to {most}; repeats=True allows more"
             raise WeightError(msg)
         if rank < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,9 +34,9 @@ class Omniglot(Task):
 
     ``learnet``: the depthwise core of a layer is predicted; ``whole``: the whole layer; ``shared``: a plain siamese
     network. Training is on pairs of the two small background sets (eight alphabets, turned by quarters as further
-    characters), the test is Omniglot's 20 official runs (other alphabets and drawers), the validation part episodes of two
-    background alphabets that are held out. The archives of github.com/brendenlake/omniglot are looked for in ``data``,
-    else in $TENFOLD_DATA, else in ~/.cache/tenfold/datasets: there, or in a folder ``omniglot`` within.
+    characters), the test is Omniglot's 20 official runs (other alphabets and drawers), the validation part episodes of
+    two background alphabets that are held out. The archives of github.com/brendenlake/omniglot are looked for in
+    ``data``, else in $TENFOLD_DATA, else in ~/.cache/tenfold/datasets: there, or in a folder ``omniglot`` within.
     """
 
     name: ClassVar[str] = "omniglot"
@@ -143,7 +144,7 @@ class Pairs:
     seeds: tuple[int, ...]
 
     def __len__(self) -> int:
-        return -(-self.samples // self.batch_size)
+        return math.ceil(self.samples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         generator = seeded(*self.seeds)
@@ -158,7 +159,9 @@ class Pairs:
             within = starts[owner[own]][:, None] + (places * (sizes - 1)).long()
             within = within + (within >= own[:, None]).long()  # never the character itself
             anywhere = torch.randint(1, len(every), (count, PICTURES - 1), generator=generator)
-            others = torch.where(torch.rand(within.shape, generator=generator) < 0.5, within, (own[:, None] + anywhere) % len(every))
+            others = torch.where(
+                torch.rand(within.shape, generator=generator) < 0.5, within, (own[:, None] + anywhere) % len(every)
+            )
             characters = torch.cat([own[:, None], own[:, None], others], 1)
             drawers = torch.rand(count, 20, generator=generator).argsort(1)[:, : PICTURES + 1]
             chosen = _floats(every[characters, drawers])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,4 @@ def test_snakes_visit_every_pixel_once() -> None:
     path = snake(image)
     assert sorted(path.tolist()) == list(range(12))
     places = [divmod(int(p), 4) for p in path]
-    assert all(
-        abs(a - c) + abs(b - d) == 1 for (a, b), (c, d) in zip(places, places[1:], strict=False)
-    )  # one step at a time
+    assert all(abs(a - c) + abs(b - d) == 1 for (a, b), (c, d) in pairwise(places))  # one step at a time

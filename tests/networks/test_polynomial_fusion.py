@@ -74,9 +74,7 @@ def test_from_a_trained_layer_is_exact_and_products_can_grow() -> None:
     short = PolynomialFusion.from_linear(dense, SIZES, rank=2, order=2)
     best = torch.linalg.svdvals(dense.weight.detach())[2:].norm()
     found = torch.cat([short.weight(k).detach() for k in range(3)], 1) - dense.weight.detach()
-    assert float(found.norm()) == pytest.approx(
-        float(best)
-    )
+    assert float(found.norm()) == pytest.approx(float(best))
 
 
 def test_leading_axes_are_kept() -> None:

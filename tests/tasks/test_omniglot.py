@@ -89,5 +89,5 @@ def test_pairs_are_what_they_say_and_are_seeded(archives: Path) -> None:
 
 
 def test_missing_archives_say_where_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="github.com/brendenlake/omniglot"):
+    with pytest.raises(DataError, match=r"github\.com/brendenlake/omniglot"):
         load_task("omniglot", data=tmp_path).evaluate(Nearest())

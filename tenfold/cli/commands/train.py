@@ -89,7 +89,8 @@ def run(
         raise Misuse(msg)
     claim(out, terminal)
     if low_rank.method == "plain":
-        return _plain(source, recipe, low_rank, tune, distill, machine, terminal)
+        _plain(source, recipe, low_rank, tune, distill, machine, terminal)
+        return
     opened = open_source(source, machine, recipe.seed)
     wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
