@@ -126,7 +126,7 @@ class BinaryConv2d(nn.Module):
     def bits(self) -> Tensor:
         """Return the weights (out, in, k, k), ±1, through which gradients reach the latent ones."""
         latent = self.latent()
-        rms = latent.detach().square().mean().sqrt().clamp_min(torch.finfo(latent.dtype).tiny)
+        rms = latent.detach().square().mean().sqrt() + torch.finfo(latent.dtype).tiny
         return sign(latent * (_WINDOW / rms))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class BondProblem:
 
     def _scores(self, tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
         partly = (left @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
-        return (partly @ right[..., None]).squeeze(-1)
+        scores: Tensor = (partly @ right[..., None]).squeeze(-1)
+        return scores
 
     def _line_search(self, scores: Tensor, change: Tensor, tensor: Tensor, direction: Tensor) -> float:
         """Return how far to go: Newton's method on the convex cost along the line, never uphill; 0 for not at all."""

@@ -105,7 +105,8 @@ class GeneralizedTTNetwork(nn.Module):
         """Return the state (batch, R) after features (batch, d)."""
         if self._operation is torch.mul and self.rank > 1:
             met = (features @ self.core.transpose(0, 1).flatten(1)).unflatten(1, (self.rank, self.rank))
-            return (state[:, None] @ met)[:, 0]
+            after: Tensor = (state[:, None] @ met)[:, 0]
+            return after
         pairs = self._operation(features[:, None, :], state[:, :, None])
         return pairs.flatten(1) @ self.core.flatten(0, 1)
 

@@ -85,7 +85,7 @@ class HigherOrderCell(nn.Module):
         ones = history.new_ones(history.shape[0], 1)
         s = torch.cat([ones, history], 1)
         first, *others = self.cores
-        v = s @ first[0]
+        v: Tensor = s @ first[0]
         for core in others:
             v = (v[:, :, None] * s[:, None, :]).flatten(1) @ core.flatten(0, 1)
         return projected + v
@@ -93,15 +93,16 @@ class HigherOrderCell(nn.Module):
     def weight(self) -> Tensor:
         """Return all coefficients (gates · H, L·H + 1, ..., L·H + 1), multiplied out."""
         first, *others = self.cores
-        found = first[0]
+        found: Tensor = first[0]
         for core in others:
             found = torch.tensordot(found, core, 1)
         return found.movedim(-1, 0)
 
     def macs(self) -> int:
         """Return the multiply-accumulates of a step of one sequence, products with s included."""
-        outer = sum(core.shape[0] * core.shape[1] for core in list(self.cores)[1:])
-        return self.ih.weight.numel() + sum(core.numel() for core in self.cores) + outer
+        outer: int = sum(core.shape[0] * core.shape[1] for core in list(self.cores)[1:])
+        every: int = sum(core.numel() for core in self.cores)
+        return self.ih.weight.numel() + every + outer
 
 
 class _HigherOrder(nn.Module):
@@ -149,7 +150,8 @@ class _HigherOrder(nn.Module):
         like: Any = dense.weight_hh_l0
         place = {"device": like.device, "dtype": like.dtype, "batch_first": dense.batch_first}
         made = cls(dense.input_size, dense.hidden_size, dense.num_layers, **place, **options)
-        for k, cell in enumerate(made.cells):
+        for k, layer in enumerate(made.cells):
+            cell: Any = layer
             ih, hh = (dense.get_parameter(f"weight_{side}_l{k}").detach() for side in ("ih", "hh"))
             zero = ih.new_zeros(len(ih))
             bias = sum((dense.get_parameter(f"bias_{s}_l{k}").detach() for s in ("ih", "hh") if dense.bias), zero)
@@ -164,7 +166,8 @@ class _HigherOrder(nn.Module):
     def step(self, x: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Return the output (batch, H) of one step (batch, input_size), and the states after it."""
         found = []
-        for cell, state in zip(self.cells, states, strict=True):
+        for layer, state in zip(self.cells, states, strict=True):
+            cell: Any = layer
             after = self._step(cell(cell.ih(x), state[0]), state)
             found.append((torch.cat([after[0], state[0]], 1)[:, : state[0].shape[1]], *after[1:]))
             x = after[0]

@@ -109,7 +109,8 @@ class WholeConv2d(nn.Module):
         batch, out = x.shape[0], self.sides[0]
         weight = weight.view(batch * out, self.sides[1], self.kernel_size, self.kernel_size)
         wide = F.conv2d(x.transpose(0, 1).flatten(1, 2), weight, padding=self.kernel_size // 2, groups=batch)
-        return wide.unflatten(1, (batch, out)).transpose(0, 1) + self.bias[:, None, None]
+        found: Tensor = wide.unflatten(1, (batch, out)).transpose(0, 1) + self.bias[:, None, None]
+        return found
 
 
 def convolved(x: Tensor, filters: Tensor, width: int, size: int) -> Tensor:
@@ -120,7 +121,8 @@ def convolved(x: Tensor, filters: Tensor, width: int, size: int) -> Tensor:
     batch = x.shape[0]
     weight = filters.reshape(batch * width, 1, size, size)
     wide = F.conv2d(x.transpose(0, 1).flatten(1, 2), weight, padding=size // 2, groups=batch * width)
-    return wide.unflatten(1, (batch, width)).transpose(0, 1)
+    found: Tensor = wide.unflatten(1, (batch, width)).transpose(0, 1)
+    return found
 
 
 def _check_predicted(given: Tensor, wanted: tuple[int, int]) -> None:

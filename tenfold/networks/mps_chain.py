@@ -60,8 +60,9 @@ class Chain:
     def pair(self, site: int, *, rightwards: bool) -> Tensor:
         """Return the tensor (r·d, classes, d·r') of the pair."""
         if rightwards:  # (a, s, l, b) and (b, t, c)
-            return torch.tensordot(self.cores[site], self.cores[site + 1], 1).flatten(-2).flatten(0, 1)
-        joined = torch.tensordot(self.cores[site - 1], self.cores[site], 1)  # (a, s, t, l, c)
+            pair: Tensor = torch.tensordot(self.cores[site], self.cores[site + 1], 1)
+            return pair.flatten(-2).flatten(0, 1)
+        joined: Tensor = torch.tensordot(self.cores[site - 1], self.cores[site], 1)  # (a, s, t, l, c)
         return joined.transpose(2, 3).flatten(-2).flatten(0, 1)
 
     def split(

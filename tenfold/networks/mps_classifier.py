@@ -71,9 +71,9 @@ class MPSClassifier(nn.Module):
         self._features, self.local = feature_map(features)
         chosen = each_rank(bonds, sites)
         self.std = 0.2 / max(chosen) if std is None else std
-        shapes = [(a, self.local, b) for a, b in pairwise((1, *chosen, 1))]
-        a, d, b = shapes[self.label_site]
-        shapes[self.label_site] = (a, d, classes, b)  # type: ignore[call-overload] # one axis more
+        sides = list(pairwise((1, *chosen, 1)))
+        own = [(self.local, classes) if k == self.label_site else (self.local,) for k in range(sites)]
+        shapes = [(a, *middle, b) for (a, b), middle in zip(sides, own, strict=True)]
         self.cores = nn.ParameterList(torch.empty(shape, **place) for shape in shapes)
         self.reset_parameters()
 
@@ -85,7 +85,7 @@ class MPSClassifier(nn.Module):
     def macs(self) -> int:
         """Return the multiply-accumulates for one sample: those with the cores, and the products with features."""
         sides = (1, *self.bonds, 1)
-        every = sum(core.numel() for core in self.cores)
+        every: int = sum(core.numel() for core in self.cores)
         left = sum(sides[k] * self.local for k in range(self.label_site + 1))
         right = sum(sides[k + 1] * self.local for k in range(self.label_site + 1, self.sites))
         return every + left + right + self.classes * sides[self.label_site + 1]
@@ -131,8 +131,9 @@ class MPSClassifier(nn.Module):
         for phi, core in zip(reversed(sites[middle + 1 :]), reversed(cores[middle + 1 :]), strict=True):
             right = step_left(right, phi, core)
         core = cores[middle]
-        scores = times(left, sites[middle]) @ core.flatten(0, 1).flatten(1)
-        return (scores.unflatten(1, core.shape[2:]) @ right[..., None]).squeeze(-1)
+        partly = times(left, sites[middle]) @ core.flatten(0, 1).flatten(1)
+        scores: Tensor = (partly.unflatten(1, core.shape[2:]) @ right[..., None]).squeeze(-1)
+        return scores
 
     def features_of(self, x: Tensor) -> Tensor:
         """Return the features (batch, sites, d) of inputs (batch, sites)."""

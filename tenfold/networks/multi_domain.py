@@ -63,7 +63,8 @@ class DomainConvStack(nn.Module):
         found = self.core
         for factor in self.factors[name]:  # type: ignore[attr-defined] # each contracts the first axis, which goes last
             found = torch.tensordot(found, factor, ([0], [1]))
-        return found.permute(3, 0, 1, 2).unflatten(3, (self.kernel_size, self.kernel_size))
+        kernels: Tensor = found.permute(3, 0, 1, 2).unflatten(3, (self.kernel_size, self.kernel_size))
+        return kernels
 
 
 class Domain(nn.Module):
