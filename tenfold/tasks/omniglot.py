@@ -1,4 +1,4 @@
-"""Omniglot: characters of unknown alphabets, told apart after one example of each."""
+"""Omniglot: characters of unknown alphabets, recognised after one example of each."""
 
 from __future__ import annotations
 
