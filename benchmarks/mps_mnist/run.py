@@ -128,9 +128,11 @@ HEAD = """\
 
 `python -m benchmarks.mps_mnist.run`, on {device}, torch {torch}, one thread of a shared machine. 54,000 images for
 training, 6,000 for validation, the whole test set. *Gradients*: features 1 − x and x, AdamW on distorted images,
-cross-entropy, {gradients}. *Sweeps*: cosine and sine, pairs of sites in turn, each solved by conjugate gradients and
-split again by an SVD, images as they are, {sweeps}. Weights after the last epoch or sweep; nothing was chosen on the
-test set. The source (Stoudenmire & Schwab 2016) has sweeps, squared cost and cosine and sine.
+cross-entropy, {gradients[epochs]} epochs, batches of {gradients[batch_size]}, learning rate {gradients[lr]}.
+*Sweeps*: cosine and sine, pairs of sites in turn, each solved by conjugate gradients and split again by an SVD,
+images as they are, {sweeps[sweeps]} sweeps on {sweeps[samples]:,} images each, cost {sweeps[cost]}. Weights after the
+last epoch or sweep; nothing was chosen on the test set. The source (Stoudenmire & Schwab 2016) has sweeps, squared
+cost and cosine and sine.
 
 | training | largest bond (mean) | parameters | MACs | test error | validation | minutes | source, same bond | seeds |
 |---|---:|---:|---:|---:|---:|---:|---:|---|"""

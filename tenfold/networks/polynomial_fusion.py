@@ -105,7 +105,11 @@ class PolynomialFusion(nn.Module):
         if sum(in_features) != dense.in_features:
             msg = f"in_features={tuple(in_features)} are to add up to {dense.in_features}, those of the trained layer"
             raise WeightError(msg)
-        like: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype, "bias": dense.bias is not None}
+        like: dict[str, Any] = {
+            "device": dense.weight.device,
+            "dtype": dense.weight.dtype,
+            "bias": dense.bias is not None,
+        }
         made = cls(in_features, dense.out_features, rank, shared=False, **like, **options)
         u, s, vh = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
         own = min(rank, len(s))
