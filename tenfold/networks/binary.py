@@ -34,6 +34,8 @@ def sign(x: Tensor) -> Tensor:
 class Latent(nn.Module):
     """The real tensor behind the bits of a convolution: independent numbers, or a product that couples them.
 
+    Use it by name in ``BinaryConv2d``.
+
     Args:
         shape: (out, in, k, k).
         kind: ``independent``; ``matrix``, U·V of (out, rank) and (rank, in·k²); ``tucker``, a core with a factor for
@@ -63,6 +65,8 @@ class Latent(nn.Module):
 
 class NetworkLatent(nn.Module):
     """The part of one layer in a Tucker tensor over all equally shaped layers of a network.
+
+    Use it as the ``latent`` of binary convolutions whose bits are to depend on each other.
 
     Args:
         stack: shared by the layers, with a domain ``bits``.
@@ -138,7 +142,7 @@ class PackedConv2d(nn.Module):
     """A binary convolution as it is stored: eight weights in a byte, and a scale for each channel.
 
     It computes what the ``BinaryConv2d`` that it was made from does, to the last bit, and has no latent weights. Bits
-    are unpacked in each forward.
+    are unpacked in each forward. Use ``pack`` to make it.
 
     Args:
         shape: (out, in, k, k).

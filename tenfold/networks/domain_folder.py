@@ -45,7 +45,10 @@ def save_domains(net: MultiDomainNet, folder: Path | str) -> None:
 
 
 def stored_domains(folder: Path | str) -> tuple[str, ...]:
-    """Return the names of the domains in a folder, in order."""
+    """Return the names of the domains in a folder, in order.
+
+    Use it to see what ``load_domains`` can load.
+    """
     return tuple(sorted(file.name.removesuffix(SUFFIX) for file in Path(folder).glob(f"*{SUFFIX}")))
 
 

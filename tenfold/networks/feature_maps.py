@@ -56,6 +56,8 @@ FEATURE_MAPS: dict[str, FeatureMap] = {"affine": affine, "quadratic": quadratic,
 def feature_map(named: str | FeatureMap) -> tuple[FeatureMap, int]:
     """Return a feature map, known by name or given as a function from (...) to (..., d), and its d.
 
+    Use it to check a feature map of your own.
+
     Raises:
         UnknownNameError: an unknown name.
         WeightError: a function that does not append one axis.

@@ -22,7 +22,8 @@ class HigherOrderCell(nn.Module):
     the cores (r, L·H + 1, r') meet s one after the other. The last core carries the gates.
 
     It begins as a recurrence of order one on the last state, drawn as torch draws its own, with small terms of higher
-    orders: polynomials of states that are not small yet would blow up.
+    orders: polynomials of states that are not small yet would blow up. Use it in loops of your own; ``HigherOrderLSTM``
+    is the whole layer.
 
     Args:
         input_size: of a step.
@@ -243,7 +244,7 @@ class HigherOrderRNN(_HigherOrder):
 class HigherOrderLSTM(_HigherOrder):
     """An LSTM whose four gates are polynomials in the last few hidden states (HOT-LSTM).
 
-    As ``HigherOrderRNN``, with torch's order of gates: input, forget, cell, output.
+    Use it as ``HigherOrderRNN``, with torch's order of gates: input, forget, cell, output.
 
     Example:
         >>> net = HigherOrderLSTM(3, 16, lags=2, order=2, ranks=2)

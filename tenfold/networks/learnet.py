@@ -45,8 +45,9 @@ class PredictedLinear(nn.Module):
 class PredictedConv2d(nn.Module):
     """A 1×1 convolution, a depthwise one whose filters are given for each sample, and a 1×1 convolution.
 
-    Bertinetto et al. 2016, arXiv 1606.05233, equation 8: f²·width numbers are predicted where the whole convolution
-    has f²·in·out. Filters are scaled to norm 1, so that the size of what is predicted does not matter.
+    Bertinetto et al. 2016, arXiv 1606.05233, equation 8: f²·width numbers are predicted where the whole convolution has
+    f²·in·out. Use it to condition a convolution on another input. Filters are scaled to norm 1, so that the size of
+    what is predicted does not matter.
 
     Args:
         in_channels: of the input.
@@ -88,7 +89,9 @@ class PredictedConv2d(nn.Module):
 
 
 class WholeConv2d(nn.Module):
-    """A convolution all of whose weights are given for each sample: f²·in·out numbers; for comparison.
+    """A convolution all of whose weights are given for each sample: f²·in·out numbers.
+
+    Use it for comparison with ``PredictedConv2d``.
 
     Args:
         in_channels: of the input.
@@ -137,10 +140,10 @@ SiameseKind = Literal["learnet", "shared", "whole"]
 class OneShotSiamese(nn.Module):
     """Whether a picture shows what an exemplar shows: a siamese network whose middle layer the exemplar decides.
 
-    Features φ of both pictures are compared by a weighted distance, Σ aᵢ·|φᵢ(z) − φᵢ(x)| + c, whose logistic loss is
-    trained on pairs. Three convolutions; the filters of the second are predicted from the exemplar z by a network of
-    the same kind (``learnet``: a depthwise core of Bertinetto et al. 2016), are all predicted (``whole``), or are its
-    own (``shared``: Koch et al. 2015).
+    Use it for one-shot decisions. Features φ of both pictures are compared by a weighted distance, Σ aᵢ·|φᵢ(z) − φᵢ(x)|
+    + c, whose logistic loss is trained on pairs. Three convolutions; the filters of the second are predicted from the
+    exemplar z by a network of the same kind (``learnet``: a depthwise core of Bertinetto et al. 2016), are all
+    predicted (``whole``), or are its own (``shared``: Koch et al. 2015).
 
     Args:
         channels: of the first two convolutions; the third has twice as many.

@@ -60,6 +60,8 @@ class SweepConfig:
 class SweepRecord:
     """What a sweep did.
 
+    Use it to see whether another one pays.
+
     Attributes:
         sweep: counted from 1.
         cost: mean over the pairs of sites, before each was split, on the samples of the sweep.

@@ -16,8 +16,8 @@ from tenfold.registry import did_you_mean
 class DomainConvStack(nn.Module):
     """The kernels of equally shaped convolutions as one Tucker tensor, whose core domains share: W = G ×ₖ U⁽ᵏ⁾.
 
-    Bulat et al. 2020, arXiv 1904.06345, equation 3. A domain adds Σ dimₖ·rankₖ numbers, where the kernels have
-    out·in·k²·layers.
+    Bulat et al. 2020, arXiv 1904.06345, equation 3. Use it in networks of your own as ``MultiDomainNet`` does. A domain
+    adds Σ dimₖ·rankₖ numbers, where the kernels have out·in·k²·layers.
 
     Args:
         channels: in and out, of every layer.
