@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tenfold.records import Recipe, TuneResult
     from tenfold.runtime import OnEvent
     from tenfold.training import Distillation
+    from tenfold.training.loop import Loss
 
 TuneOptions: TypeAlias = Annotated[TuneConfig, Fields("Fine-tuning; by default as the task recommends")]
 DEFAULT_CALIBRATION = 2000
@@ -217,10 +218,10 @@ class Tuner:
         return partial(task.unlabeled_batches, samples=samples, batch_size=size, seed=seed)
 
     @property
-    def loss(self) -> Distillation | None:
-        """The loss with the dense model as the teacher; None for that of the labels."""
+    def loss(self) -> Loss | None:
+        """The loss with the dense model as the teacher, or that of the task; None for cross-entropy."""
         if self.teaching is None:
-            return None
+            return self.opened.task.loss()
         return self.teaching.loss(self.opened.model if self.teacher is None else self.teacher, self.config)
 
     @property

@@ -129,6 +129,10 @@ class Task(abc.ABC):
         All training samples, unless ``hold_out`` leaves the validation part out.
         """
 
+    def loss(self) -> Callable[[nn.Module, Any, Any], Tensor] | None:
+        """Return what training minimises, of (model, inputs, labels); None, the default, is cross-entropy."""
+        return None
+
     @abc.abstractmethod
     def calibration_batches(self, samples: int, *, batch_size: int, seed: int) -> SizedBatches[Any]:
         """Return inputs sampled by ``seed`` from the training set without its validation part, not augmented."""

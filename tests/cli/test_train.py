@@ -73,3 +73,37 @@ def test_misuse(tenfold: Run, tiny: str, dense: Path) -> None:
     assert tenfold(*args, "--method", "lc", "--rank", "0=2", "--out", "o").is_error("leave --rank out", code=2)
     assert tenfold(*args, "--cost-weight", "1", "--budget", "macs=0.5", "--out", "o").is_error("--method lc", code=2)
     assert tenfold(*args, "--method", "lc", "--out", "o").is_error("a budget of params or macs")
+
+
+def test_plain_training_writes_weights_for_later(tenfold: Run, tiny: str) -> None:
+    found = tenfold("train", "--task", tiny, "--method", "plain", "--epochs", "4", "--out", "own", "--json").json
+    assert found["tuning"][-1]["loss"] < found["tuning"][0]["loss"]
+    assert not Path(".own.tuning").exists()
+    scored = tenfold("eval", "--task", tiny, "--weights", "own/model.safetensors", "--json").json
+    assert found["score"] in scored.values() or found["score"] == scored.get("score")
+
+
+def test_plain_training_that_was_cut_off_ends_the_same(tenfold: Run, tiny: str) -> None:
+    args = ("train", "--task", f"{tiny}:interrupted", "--method", "plain", "--epochs", "3")
+    whole = tenfold(*args, "--out", "whole", "--json").json
+    Path("armed").touch()
+    assert tenfold(*args, "--out", "cut").code != 0
+    assert list(Path(".cut.tuning").rglob("*.safetensors"))
+    Path("armed").unlink()
+    cut = tenfold(*args, "--out", "cut", "--json").json
+    assert cut["score"] == whole["score"]
+    assert Path("cut/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--weights", "x.safetensors"), "--weights"),
+        (("--budget", "macs=0.5"), "--budget"),
+        (("--rho", "0.2"), "--rho"),
+        (("--distill", "0.5"), "--distill"),
+    ],
+)
+def test_plain_training_refuses_what_it_does_not_use(tenfold: Run, tiny: str, more: Any, word: str) -> None:
+    shown = tenfold("train", "--task", tiny, "--method", "plain", "--out", "own", *more)
+    assert shown.is_error("--method plain", word, code=2)

@@ -27,7 +27,8 @@ class LowRank(Options):
     """Training to low rank.
 
     Attributes:
-        method: admm, to the ranks of the plan; lc, ranks are learned too.
+        method: admm, to the ranks of the plan; lc, ranks are learned too; plain, not to low rank: the network of the
+            task as it is, from its initial weights.
         plan: train to the ranks of this plan, edited or not, instead of making one.
         rho: strength of the penalty at the start; it rises a hundredfold.
         cost_weight: for lc, instead of a budget: what all MACs of the model are worth, in units of the loss.
@@ -35,7 +36,7 @@ class LowRank(Options):
         out: where to write the compressed model.
     """
 
-    method: Literal["admm", "lc"] = "admm"
+    method: Literal["admm", "lc", "plain"] = "admm"
     plan: Path | None = None
     rho: PositiveFloat = 0.1
     cost_weight: PositiveFloat | None = None
@@ -70,7 +71,8 @@ def run(
 
     The weights are drawn to the ranks of a plan (ADMM), or to ranks that are learned on the way (LC), until hardly
     anything is lost when factors take their place. A run that was killed goes on after its last complete epoch when
-    the same command is given again.
+    the same command is given again. With --method plain the network of the task is trained as it is, such as those that
+    are tensors from the start, and its weights are written for --weights.
 
     With --json, one object like that of `tenfold compress`; `scores` has `original`, `trained` (the dense model at the
     end) and `tuned` or `compressed`; `settings.towards` has by epoch how far weights were from low rank, and the score
@@ -86,6 +88,9 @@ def run(
         msg = "say where to write the compressed model: --out FOLDER."
         raise Misuse(msg)
     claim(out, terminal)
+    if low_rank.method == "plain":
+        _plain(source, recipe, low_rank, tune, distill, machine, terminal)
+        return
     opened = open_source(source, machine, recipe.seed)
     wanted = _wanted(recipe, low_rank)
     config, start = low_rank.config(opened, tune, recipe.seed), time.perf_counter()
@@ -101,6 +106,24 @@ def run(
     save(result.model, result.plan, out, record=record)
     forget_epochs(out)
     show_outcome(record, out, terminal)
+
+
+def _plain(
+    source: Source,
+    recipe: Recipe,
+    low_rank: LowRank,
+    tune: TuneConfig,
+    distill: Distill,
+    machine: Machine,
+    terminal: Terminal,
+) -> None:
+    from tenfold.cli.plain_training import train_plain
+
+    given = sorted((low_rank.model_fields_set - {"method", "out"}) | (distill.model_fields_set))
+    if given:
+        msg = f"--method plain trains on labels, without a plan or a teacher; leave --{given[0].replace('_', '-')} out."
+        raise Misuse(msg)
+    train_plain(source, recipe, tune, low_rank.out or Path(), machine, terminal)
 
 
 def _wanted(recipe: Recipe, low_rank: LowRank) -> Plan | Recipe:
@@ -139,7 +162,7 @@ def _train(
         projection,
         partial(task.train_batches, batch_size=config.train.batch_size, seed=config.train.seed),
         config,
-        loss=None if teaching is None else teaching.loss(opened.model, config.train),
+        loss=task.loss() if teaching is None else teaching.loss(opened.model, config.train),
         evaluate=partial(task.evaluate, split="validation"),
         folder=TrainingFolder(tuning_folder(out, identity), identity),
         progress=TuneEvents(terminal.on_event, "train towards low rank"),
