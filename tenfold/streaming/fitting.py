@@ -95,7 +95,12 @@ class Fitting:
         give_back()
 
     def _applied(
-        self, part: str, module: nn.Module, batches: Sequence[Any], entered: Sequence[Any], target: nn.Module | None = None
+        self,
+        part: str,
+        module: nn.Module,
+        batches: Sequence[Any],
+        entered: Sequence[Any],
+        target: nn.Module | None = None,
     ) -> tuple[nn.Module, Plan]:
         """Return the part with its layers replaced, and its plan with their errors."""
         net, own = self.network, plan_of_part(self.plan, part, self.network.parts[part])
@@ -202,7 +207,9 @@ class Fitting:
             return (args[0], arguments(small[number])[0][0], *args[1:]), kwargs
 
         with net.outer() as outer:
-            new = restructure_(Tail(copied(outer), net.chain), plan_of_part(self.plan, TAIL, [*net.parts[LEAD], *net.parts[TAIL]]))
+            new = restructure_(
+                Tail(copied(outer), net.chain), plan_of_part(self.plan, TAIL, [*net.parts[LEAD], *net.parts[TAIL]])
+            )
             tensors, _ = read_tensors(self._weights(TAIL))
             new.outer.load_state_dict(tensors, strict=False)  # type: ignore[union-attr]
             calls = StoredCalls(held, both)

@@ -12,13 +12,13 @@ from torch import nn
 from tenfold.calibration import judged_apart
 from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.judge import Judge
+from tenfold.checkpoint.shards import WeightFiles
 from tenfold.errors import DataError
 from tenfold.profiling import environment, profile
 from tenfold.records import Profile, Recipe
 from tenfold.streaming.chain import Chain, find_chain, meta_inputs
 from tenfold.streaming.rows import kept_of_whole, parts_of
 from tenfold.streaming.skeletons import fill_, on_meta, stored_names
-from tenfold.checkpoint.shards import WeightFiles
 from tenfold.tracing import copied
 from tenfold.tracing.samples import count_samples, parted
 

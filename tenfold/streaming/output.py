@@ -10,10 +10,10 @@ from pathlib import Path
 from tenfold.checkpoint.card import model_card
 from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.checkpoint.model_folder import CARD, OPTIONS, PLAN, RECIPE, RECORD
+from tenfold.checkpoint.shards import INDEX, index_text
 from tenfold.errors import CheckpointError
 from tenfold.files import reason, replace, staged, write_text
 from tenfold.records import OptionTable, Plan, RunRecord
-from tenfold.checkpoint.shards import INDEX, index_text
 
 
 def write_folder(

@@ -101,7 +101,9 @@ class BlockInputs:
     _known: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, outer: nn.Module, chain: Chain, batches: Sequence[Any], entered: Callable[[Tensor], None]) -> BlockInputs:
+    def of(
+        cls, outer: nn.Module, chain: Chain, batches: Sequence[Any], entered: Callable[[Tensor], None]
+    ) -> BlockInputs:
         """Run what comes before the blocks on each batch.
 
         Args:

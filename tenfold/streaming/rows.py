@@ -36,7 +36,9 @@ def parts_of(model: nn.Module, inputs: Any, chain: Chain, profile: Profile) -> d
     outside = [layer.path for layer in profile.layers if not layer.path.startswith(chain.prefixes)]
     before = _called_before(model, inputs, chain.blocks[0], [p for p in outside if p and p not in chain.blocks])
     for layer in profile.layers:
-        block = next((b for b, own in zip(chain.blocks, chain.prefixes, strict=True) if layer.path.startswith(own)), None)
+        block = next(
+            (b for b, own in zip(chain.blocks, chain.prefixes, strict=True) if layer.path.startswith(own)), None
+        )
         part = block or next((b for b in chain.blocks if b == layer.path), None)
         found[part or (LEAD if layer.path in before else TAIL)].append(layer.path)
     return {part: tuple(paths) for part, paths in found.items()}
@@ -142,7 +144,9 @@ def joined(
             params = {out_of(part, path): column for path, column in unit.params.items()}
             macs = {out_of(part, path): column for path, column in unit.macs.items()}
             units.append(
-                unit.replace(unit=moved(unit.unit, lambda path, part=part: out_of(part, path)), params=params, macs=macs)
+                unit.replace(
+                    unit=moved(unit.unit, lambda path, part=part: out_of(part, path)), params=params, macs=macs
+                )
             )
         algorithms |= table.algorithms
     layers = []

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.checkpoint.pretrained import architecture, build_dense, opening, read_config
-from tenfold.errors import CheckpointError, require
 from tenfold.checkpoint.shards import WeightFiles
+from tenfold.errors import CheckpointError, require
 from tenfold.tracing import copied
 
 

@@ -171,7 +171,9 @@ class Statistics:
     def _keep(self, part: str, table: OptionTable, grams: Mapping[str, Covariance]) -> None:
         tensors: dict[str, Tensor] = {}
         for path, gram in grams.items():
-            tensors |= {f"{path}|rows": gram.rows, f"{path}|rest": gram.rest} if isinstance(gram, Sketch) else {path: gram}
+            tensors |= (
+                {f"{path}|rows": gram.rows, f"{path}|rest": gram.rest} if isinstance(gram, Sketch) else {path: gram}
+            )
         with atomic_write(self._grams(part)) as partial:
             write_tensors(partial, {name: t.clone() for name, t in tensors.items()}, {}, ())
         table.save(self._rows(part))

@@ -15,6 +15,7 @@ from torch import nn
 from tenfold import __version__
 from tenfold.allocation import choose, rule_of
 from tenfold.checkpoint.pretrained import CONFIG, write_config
+from tenfold.checkpoint.shards import WeightFiles
 from tenfold.errors import CheckpointError, DataError, FileError, RecipeError
 from tenfold.files import in_use, read_text, write_text
 from tenfold.planning import tabulate
@@ -32,7 +33,6 @@ from tenfold.streaming.parts import Lead, Tail
 from tenfold.streaming.rows import LEAD, TAIL, inside, joined, recipe_of_part
 from tenfold.streaming.skeletons import empty_pretrained
 from tenfold.streaming.statistics import Statistics
-from tenfold.checkpoint.shards import WeightFiles
 from tenfold.surgery import note_in_config_, restructure_
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied
