@@ -161,7 +161,8 @@ def index_text(shards: Sequence[Path], plan: Plan) -> str:
         shards: files that ``write_tensors`` wrote, under the names that they are to have.
         plan: carried out on the model.
     """
-    placed, seals = {}, []
+    placed: dict[str, str] = {}
+    seals = []
     for shard in shards:
         placed |= dict.fromkeys(_header(shard), shard.name)
         seals.append(_seal(shard))

@@ -1,1 +1,6 @@
-"""Compress networks that do not fit into memory: one block at a time, from weights on the disk to weights on the disk."""
+"""Networks that do not fit into memory, one block at a time: from weights on the disk to weights on the disk."""
+
+from tenfold.streaming.offloaded import Offloaded, open_offloaded
+from tenfold.streaming.stream import Streamed, compress_streamed
+
+__all__ = ["Offloaded", "Streamed", "compress_streamed", "open_offloaded"]

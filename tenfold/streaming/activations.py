@@ -86,5 +86,5 @@ class Activations:
         found = torch.empty(shape, dtype=dtype)
         with self.path.open("rb") as file:
             file.seek(entry["at"])
-            file.readinto(found.reshape(-1).view(torch.uint8).numpy().data)  # type: ignore[arg-type]
+            file.readinto(found.reshape(-1).view(torch.uint8).numpy().data)
         return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,49 +97,61 @@ class _Call:
     length: int
 
 
-def _calls(model: nn.Module, inputs: Any, wanted: Sequence[str]) -> list[_Call]:
-    """Return how the blocks are called, in order."""
-    made: dict[int, tuple[Tensor, _Call]] = {}  # tensors are held, or another one could get the same id
-    calls: list[_Call] = []
+@dataclass(eq=False)
+class _Seen:
+    """The calls of blocks in one forward, and which tensors these made."""
 
-    def enter(path: str) -> Any:
+    calls: list[_Call] = field(default_factory=list)
+    made: dict[int, tuple[Tensor, _Call]] = field(default_factory=dict)  # held, or another could get the same id
+
+    def entering(self, path: str) -> Any:
+        """Return a hook that notes what enters a block."""
+
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
             found = _Call(path, None, None, 0)
             for place, tensor in enumerate(tensors_in((args, kwargs))):
-                if id(tensor) in made:
-                    found.after, found.place = made[id(tensor)][1], place
+                if id(tensor) in self.made:
+                    found.after, found.place = self.made[id(tensor)][1], place
                     break
-            calls.append(found)
+            self.calls.append(found)
 
         return hook
 
-    def leave(path: str) -> Any:
+    def leaving(self, path: str) -> Any:
+        """Return a hook that notes what a block puts out."""
+
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            call = next(call for call in reversed(calls) if call.path == path)
+            call = next(call for call in reversed(self.calls) if call.path == path)
             tensors = list(tensors_in(output))
             if len(tensors) != 1 or not (isinstance(output, Tensor) or output[0] is tensors[0]):
                 return  # nothing that could be handed on alone
             call.length = 0 if isinstance(output, Tensor) else len(output)
-            made[id(tensors[0])] = tensors[0], call
+            self.made[id(tensors[0])] = tensors[0], call
 
         return hook
 
+
+def _calls(model: nn.Module, inputs: Any, wanted: Sequence[str]) -> list[_Call]:
+    """Return how the blocks are called, in order."""
+    seen = _Seen()
     with ExitStack() as stack:
         for context in (evaluating(model), layer_by_layer()):
             stack.enter_context(context)
         for path in wanted:
             module = model.get_submodule(path)
-            stack.enter_context(module.register_forward_pre_hook(enter(path), with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(leave(path)))
+            stack.enter_context(module.register_forward_pre_hook(seen.entering(path), with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(seen.leaving(path)))
         try:
             call_model(model, map_tensors(inputs, lambda t: t.to("meta")))
         except TenfoldError as error:
             msg = f"the forward cannot be followed without weights: {error}. Try this: {_WAY_OUT}"
             raise PlanError(msg) from error
-    paths = [call.path for call in calls]
-    return [call for call in calls if paths.count(call.path) == 1]
+    paths = [call.path for call in seen.calls]
+    return [call for call in seen.calls if paths.count(call.path) == 1]
 
 
 def meta_inputs(inputs: Any) -> Any:
-    """Return inputs of the same shapes without values."""
+    """Return inputs of the same shapes without values, and without masks, of which a forward would ask the values."""
+    if isinstance(inputs, Mapping):
+        inputs = {name: value for name, value in inputs.items() if not str(name).endswith("mask")}
     return map_tensors(inputs, lambda t: torch.empty_like(t, device="meta"))

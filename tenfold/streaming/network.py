@@ -17,7 +17,7 @@ from tenfold.errors import DataError
 from tenfold.profiling import environment, profile
 from tenfold.records import Profile, Recipe
 from tenfold.streaming.chain import Chain, find_chain, meta_inputs
-from tenfold.streaming.rows import kept_of_whole, parts_of
+from tenfold.streaming.part_tables import kept_of_whole, parts_of
 from tenfold.streaming.skeletons import fill_, on_meta, stored_names
 from tenfold.tracing import copied
 from tenfold.tracing.samples import count_samples, parted
@@ -80,13 +80,13 @@ class Network:
         chain = find_chain(hollow, inputs, blocks)
         names = stored_names(skeleton, files)
         cost = profile(hollow, inputs).replace(environment=environment())
-        share = recipe.calibration.held_out_of(count_samples(batches))
+        share = recipe.calibration.held_out_of(count_samples(batches)) if batches else 0.0
         if share and share * len(batches) < 2:
             msg = f"there are {len(batches)} calibration batches, too few to hold some out: pass 20 or more"
             raise DataError(msg)
         rest, held = parted(skeleton, list(range(len(batches))), share) if share else (range(len(batches)), [])
         ordered = [batches[i] for i in (*rest, *held)]
-        fitting, judging, draws = judged_apart(ordered[: len(rest)], recipe.calibration)
+        fitting, judging, draws = judged_apart(ordered[: len(rest)], recipe.calibration) if batches else ([], [], 0)
         return cls(
             skeleton=skeleton,
             files=files,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tenfold.checkpoint.pretrained import CONFIG
+from tenfold.checkpoint.model_folder import CONFIG
 from tenfold.checkpoint.shards import WeightFiles, is_sharded, plan_of_shards
 from tenfold.errors import CheckpointError
 from tenfold.streaming.chain import Chain, find_chain, meta_inputs

@@ -31,10 +31,13 @@ def empty_pretrained(folder: str | Path, model_class: Any = None) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         found = model_class or architecture(known, folder)
         with accelerate.init_empty_weights(include_buffers=False):
-            model = build_dense(config, found)
-        model.to(getattr(config, "dtype", None) or torch.float32)
+            model: Any = build_dense(config, found)
+        dtype = getattr(config, "dtype", None) or torch.float32
+        for parameter in model.parameters():  # and not buffers, some of which are in float32 in any case
+            parameter.data = parameter.data.to(dtype)
         model.tie_weights()
-    return model.eval()
+    empty: nn.Module = model.eval()
+    return empty
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -66,7 +69,8 @@ def stored_names(model: nn.Module, files: WeightFiles, inside: Iterable[str] | N
     for name, tensor in _tensors(model):
         if tensor.is_meta:
             groups.setdefault(id(tensor), []).append(name)
-    held, found = dict(_tensors(model)), {}
+    held: dict[str, Tensor] = dict(_tensors(model))
+    found: dict[str, str] = {}
     for names in groups.values():
         if wanted is not None and not any(name.startswith(wanted) for name in names):
             continue

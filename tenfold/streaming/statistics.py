@@ -30,14 +30,15 @@ from tenfold.records import OptionTable
 from tenfold.runtime import Runtime
 from tenfold.streaming.activations import Activations
 from tenfold.streaming.network import Network
-from tenfold.streaming.parts import BlockInputs, Lead, StoredCalls, Tail, block_calls, run_block, tail_calls
-from tenfold.streaming.rows import LEAD, TAIL, inside, recipe_of_part
+from tenfold.streaming.network_parts import BlockInputs, Lead, StoredCalls, Tail, block_calls, run_block, tail_calls
+from tenfold.streaming.part_tables import LEAD, TAIL, inside, recipe_of_part
 from tenfold.surgery import recognise_units
 from tenfold.tensors.free_memory import give_back
 from tenfold.tensors.tensor_file import read_tensors, write_tensors
 from tenfold.tracing.inputs import arguments, tensors_in
 
 FORWARD, BACK = "run blocks", "weigh blocks"
+_SKETCH = ("rows", "rest", "constant")  # of a Gram matrix, which has no targets
 
 
 @dataclass(eq=False)
@@ -75,7 +76,7 @@ class Statistics:
         tensors, _ = read_tensors(self._grams(part))
         found: dict[str, Covariance] = {name: t for name, t in tensors.items() if "|" not in name}
         for path in {name.partition("|")[0] for name in tensors if "|" in name}:
-            found[path] = Sketch(tensors[f"{path}|rows"], tensors[f"{path}|rest"])
+            found[path] = Sketch(*(tensors[f"{path}|{name}"] for name in _SKETCH))
         return found
 
     @property
@@ -93,7 +94,7 @@ class Statistics:
 
     def _forward(self) -> None:
         """Write what enters each block, and what the last one puts out."""
-        net, depth = self.network, len(self.network.chain.blocks)
+        depth = len(self.network.chain.blocks)
         calls, count = self.calls, self.runtime.counter(FORWARD)
         start = max((k for k in range(depth + 1) if self.entering(k).is_file()), default=0)
         if any(self._gradient(k).is_file() for k in range(depth + 1)):
@@ -171,9 +172,10 @@ class Statistics:
     def _keep(self, part: str, table: OptionTable, grams: Mapping[str, Covariance]) -> None:
         tensors: dict[str, Tensor] = {}
         for path, gram in grams.items():
-            tensors |= (
-                {f"{path}|rows": gram.rows, f"{path}|rest": gram.rest} if isinstance(gram, Sketch) else {path: gram}
-            )
+            if isinstance(gram, Sketch):
+                tensors |= {f"{path}|{name}": getattr(gram, name) for name in _SKETCH}
+            else:
+                tensors[path] = gram
         with atomic_write(self._grams(part)) as partial:
             write_tensors(partial, {name: t.clone() for name, t in tensors.items()}, {}, ())
         table.save(self._rows(part))

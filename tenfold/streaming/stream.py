@@ -14,7 +14,9 @@ from torch import nn
 
 from tenfold import __version__
 from tenfold.allocation import choose, rule_of
-from tenfold.checkpoint.pretrained import CONFIG, write_config
+from tenfold.checkpoint.hub_facts import HubFacts
+from tenfold.checkpoint.model_folder import CONFIG
+from tenfold.checkpoint.pretrained import write_config
 from tenfold.checkpoint.shards import WeightFiles
 from tenfold.errors import CheckpointError, DataError, FileError, RecipeError
 from tenfold.files import in_use, read_text, write_text
@@ -26,11 +28,11 @@ from tenfold.planning.unit_kinds import kinds_of
 from tenfold.profiling import environment
 from tenfold.records import Measurement, OptionTable, Plan, Profile, Recipe, RunRecord
 from tenfold.runtime import Runtime
-from tenfold.streaming.fitting import Fitting
+from tenfold.streaming.block_fits import Fitting
 from tenfold.streaming.network import Network
+from tenfold.streaming.network_parts import Lead, Tail
 from tenfold.streaming.output import write_folder
-from tenfold.streaming.parts import Lead, Tail
-from tenfold.streaming.rows import LEAD, TAIL, inside, joined, recipe_of_part
+from tenfold.streaming.part_tables import LEAD, TAIL, inside, joined, recipe_of_part
 from tenfold.streaming.skeletons import empty_pretrained
 from tenfold.streaming.statistics import Statistics
 from tenfold.surgery import note_in_config_, restructure_
@@ -40,6 +42,7 @@ from tenfold.tracing.input_batches import gathered
 from tenfold.tracing.inputs import digest_batches
 
 IDENTITY = "run.txt"
+_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
 SCORED = {"expected_drop", "measured_drop"}  # columns that whole models are scored for
 
 
@@ -70,8 +73,6 @@ def compress_streamed(
     example_inputs: Any = None,
     skeleton: nn.Module | None = None,
     blocks: Sequence[str] | None = None,
-    folder: str | Path | None = None,
-    tokenizer: Any = None,
     runtime: Runtime | None = None,
 ) -> Streamed:
     """Compress a model that is larger than the memory: one block at a time, from the disk to the disk.
@@ -96,10 +97,10 @@ def compress_streamed(
         example_inputs: that costs are counted for; the first sample of the data if None.
         skeleton: the model with its parameters on the meta device, where the folder has no config.
         blocks: paths or patterns of the blocks; rows of modules of one class if None.
-        folder: for files of the run, on a disk with room for ``RunNeeds.disk``; a hidden one beside ``out`` if None,
-            which is removed in the end.
-        tokenizer: written to ``out``.
-        runtime: workers and progress; ``max_cache`` are bytes of activations held within one block.
+        runtime: workers and progress; ``max_cache`` are bytes of activations held within one block, 256 MiB if no
+            runtime is given; ``folder`` is for files of the run, a hidden one beside ``out`` if None, which is removed
+            in the end. It holds what lies between blocks: for each token and block as many numbers as the model is
+            wide.
 
     Raises:
         CheckpointError: weights are missing, damaged, or not those of the model; ``out`` is there already.
@@ -123,7 +124,7 @@ def compress_streamed(
         raise DataError(msg)
     network = Network.of(model, files, wanted, example, batches, blocks)
     seconds: dict[str, float] = {}
-    work = Path(folder) if folder is not None else out.with_name(f".{out.name}.streaming")
+    work = Path(runtime.folder) if runtime.folder is not None else out.with_name(f".{out.name}.streaming")
     with in_use(_made(work) / ".lock", work):
         _claim(work, _identity(network, blocks))
         statistics = Statistics(network, work, runtime=runtime) if batches else None
@@ -146,9 +147,9 @@ def compress_streamed(
             settings={"calibration_samples": len(batches)} if batches else {},
             environment=environment(),
         )
-        beside = partial(write_config, small, tokenizer=tokenizer) if (Path(weights) / CONFIG).is_file() else None
+        beside = partial(_beside, small, Path(weights)) if (Path(weights) / CONFIG).is_file() else None
         write_folder(out, fitting.shards, plan, record, table, beside)
-    if folder is None:
+    if runtime.folder is None:
         shutil.rmtree(work, ignore_errors=True)
     return Streamed(out, plan, record, table)
 
@@ -208,6 +209,14 @@ def _check_recipe(recipe: Recipe) -> None:
         if asked:
             msg = f"{what} needs the whole model at once, and a streamed run has one block of it: leave it out"
             raise RecipeError(msg)
+
+
+def _beside(model: nn.Module, source: Path, folder: Path) -> HubFacts:
+    """Write what opens a model of transformers, and the files of its tokenizer, which are those of the original."""
+    for file in source.iterdir():
+        if file.is_file() and file.name.startswith(_TOKENIZER) and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    return write_config(model, folder)
 
 
 def _measured(cost: Profile) -> Measurement:

@@ -17,8 +17,8 @@ from tenfold.records import Agreement, Plan, parse_size
 from tenfold.runtime import Runtime
 from tenfold.streaming.activations import Activations
 from tenfold.streaming.network import Network
-from tenfold.streaming.parts import BlockInputs, Lead, StoredCalls, Tail, block_calls, run_block, tail_calls
-from tenfold.streaming.rows import LEAD, TAIL, into, moved, out_of
+from tenfold.streaming.network_parts import BlockInputs, Lead, StoredCalls, Tail, block_calls, run_block, tail_calls
+from tenfold.streaming.part_tables import LEAD, TAIL, into, moved, out_of
 from tenfold.streaming.statistics import Statistics
 from tenfold.surgery import SequentialFit, apply_, apply_sequentially, restructure_, with_errors
 from tenfold.tensors.free_memory import give_back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,7 +15,7 @@ from tenfold.patterns import check_patterns, first_match
 from tenfold.planning.eligible import cheap_ends
 from tenfold.records import LayerOptions, OptionTable, Profile, Recipe, Unit
 from tenfold.streaming.chain import Chain
-from tenfold.streaming.parts import OUTER
+from tenfold.streaming.network_parts import OUTER
 from tenfold.tracing.contexts import evaluating, layer_by_layer
 from tenfold.tracing.inputs import call_model
 
@@ -143,11 +144,7 @@ def joined(
         for unit in table.units:
             params = {out_of(part, path): column for path, column in unit.params.items()}
             macs = {out_of(part, path): column for path, column in unit.macs.items()}
-            units.append(
-                unit.replace(
-                    unit=moved(unit.unit, lambda path, part=part: out_of(part, path)), params=params, macs=macs
-                )
-            )
+            units.append(unit.replace(unit=moved(unit.unit, partial(out_of, part)), params=params, macs=macs))
         algorithms |= table.algorithms
     layers = []
     for layer in profile.layers:
@@ -187,7 +184,7 @@ def _called_before(model: nn.Module, inputs: Any, block: str, paths: Sequence[st
     reached: list[bool] = []
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(
-            lambda *_, path=path: None if reached else found.append(path)  # type: ignore[misc]
+            lambda *_, path=path: None if reached else found.append(path)
         )
         for path in paths
     ]
