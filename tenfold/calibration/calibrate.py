@@ -200,8 +200,8 @@ def judged_apart(batches: Sequence[Any], settings: Calibration) -> tuple[list[in
         DataError: there are too few.
 
     Example:
-        >>> judged_apart([torch.zeros(1, 4)] * 8, Calibration())
-        ([0, 2, 3, 4, 6, 7], [1, 5], 1)
+        >>> judged_apart([torch.zeros(2, 4)] * 8, Calibration())
+        ([0, 1, 3, 4, 5, 7], [2, 6], 1)
     """
     numbers = list(range(len(batches)))
     fitted, held = parted(nn.Identity(), numbers, HELD_OUT) if HELD_OUT * len(numbers) >= 2 else (numbers, [])

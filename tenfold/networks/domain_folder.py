@@ -65,6 +65,7 @@ def load_domains(folder: Path | str, domain: str | None = None) -> MultiDomainNe
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> net = MultiDomainNet(8, 2)
         >>> net.add_domain("digits", inputs=1, classes=10)
         >>> with tempfile.TemporaryDirectory() as folder:

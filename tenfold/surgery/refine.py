@@ -113,6 +113,7 @@ def refine_blocks_(
         CalibrationWarning: the model has no repeated blocks with smaller layers, or they are in half precision.
 
     Example:
+        >>> import warnings
         >>> blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
         >>> with warnings.catch_warnings(record=True):
         ...     refine_blocks_(nn.Sequential(*blocks), nn.Sequential(*blocks), [torch.ones(8, 4)])
