@@ -313,7 +313,7 @@ def test_an_interrupted_write_leaves_the_old_one(saved: Path, monkeypatch: pytes
     old, _ = load(dense(), saved)
     made, plan = small(dense(), torch.randn(3, 16))
 
-    def interrupt(*_: Any) -> str:
+    def interrupt(*_: Any, **_named: Any) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model_folder, "model_card", interrupt)  # the weights are on disk by then
