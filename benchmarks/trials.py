@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 import yaml
 
 from tenfold.profiling import environment
-from tenfold.records import write_text
+from tenfold.records import TuneConfig, TuneResult, write_text
+from tenfold.tasks import Task, load_task
+from tenfold.training import TrainingFolder, finetune
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -58,6 +62,13 @@ class Trials:
             for variant in self.options.only or self.config.get("variants", ["seed"]):
                 yield variant, seed
 
+    def train(self, task: str, trained: Callable[[Task, Row, Path], Row]) -> None:
+        """Show the row of each run of TASK:VARIANT that is wanted, trained now where it is not finished."""
+        for variant, seed in self.wanted():
+            found = load_task(f"{task}:{variant}", data=self.options.data, seed=seed)
+            folder = self.folder(variant, seed)
+            print(json.dumps(finished(folder, partial(trained, found, self.config, folder))), flush=True)
+
     def folder(self, variant: str, seed: int) -> Path:
         """Return where a run is kept."""
         runs: Path = self.options.runs
@@ -74,6 +85,46 @@ class Trials:
         page = table(result)
         write_text(self.options.out / f"{self.name}.md", page)
         print(page)
+
+
+def tuned(
+    task: Task, config: TuneConfig, folder: Path, identity: str, *, scored: bool = True
+) -> tuple[Any, TuneResult]:
+    """Return the network of a task, trained from its initial weights without the validation part, and its history.
+
+    Args:
+        task: with its data.
+        config: of the training.
+        folder: of the run, in which every epoch is kept.
+        identity: what the outcome depends on besides.
+        scored: whether each epoch is scored on the validation part.
+    """
+    model = task.build()
+    result = finetune(
+        model,
+        partial(task.train_batches, batch_size=config.batch_size, seed=task.seed, hold_out=True),
+        config,
+        loss=task.loss(),
+        evaluate=partial(task.evaluate, split="validation") if scored else None,
+        folder=TrainingFolder(folder / "epochs", identity),
+    )
+    return model, result
+
+
+def curve_of(result: TuneResult) -> list[Row]:
+    """Return the epochs of a training: number, loss, score and seconds."""
+    return [epoch.model_dump(include={"epoch", "loss", "score", "seconds"}) for epoch in result.history]
+
+
+def spread(values: Sequence[float], digits: int = 4, unit: str = "") -> str:
+    """Return mean and standard deviation over seeds, for a table.
+
+    Example:
+        >>> spread([0.5, 0.7], 2), spread([66.6], 1, " %")
+        ('0.60 ± 0.14', '66.6 %')
+    """
+    mean = f"{statistics.mean(values):.{digits}f}{unit}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def finished(folder: Path, train: Callable[[], Row]) -> Row:

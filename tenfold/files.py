@@ -99,6 +99,14 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def link(file: Path, new: Path) -> None:
+    """Give a file a second name, or make a copy where the file system has no second names."""
+    try:
+        os.link(file, new)
+    except OSError:
+        shutil.copyfile(file, new)
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yield a new folder beside ``path``, to be filled and moved there; what is left in it is removed.

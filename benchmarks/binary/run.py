@@ -9,19 +9,16 @@ epoch are tested, once.
 
 from __future__ import annotations
 
-import json
-import statistics
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.trials import Row, Trials, finished
+from benchmarks.trials import Row, Trials, spread
 from tenfold.checkpoint.state_dicts import write_state_dict
 from tenfold.networks import BinaryConv2d, pack
-from tenfold.tasks import load_task, seeded
+from tenfold.tasks import seeded
 from tenfold.tasks.in_memory import LabelledBatches
 from tenfold.training import TrainingFolder, TuneConfig, finetune
 
@@ -31,10 +28,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Train what is not trained yet, and write JSON and Markdown."""
     trials = Trials.read("binary", __doc__, HERE)
-    for variant, seed in trials.wanted():
-        task = load_task(f"cifar10_binary:{variant}", data=trials.options.data, seed=seed)
-        folder = trials.folder(variant, seed)
-        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.train("cifar10_binary", trained)
     trials.write(table)
 
 
@@ -77,14 +71,9 @@ def table(result: Row) -> str:
             tests, losses = [run["test"] for run in own], [run["curve"][-1]["loss"] for run in own]
             cells = [variant, f"{first['params']:,}", f"{first['binary_weights']:,}", f"{first['bits_bytes']:,}"]
             cells += [f"{first['file_bytes']:,}", "yes" if all(run["packed_equal"] for run in own) else "NO"]
-            cells += [_spread(tests), _spread(losses), ", ".join(str(run["seed"]) for run in own)]
+            cells += [spread(tests), spread(losses), ", ".join(str(run["seed"]) for run in own)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 HEAD = """\

@@ -10,7 +10,6 @@ after the last epoch are tested, once.
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.trials import Row, Trials, finished
+from benchmarks.trials import Row, Trials, finished, spread
 from tenfold.networks import MultiDomainNet, save_domains
 from tenfold.tasks import TensorSet, accuracy, load_task, seeded
 from tenfold.tasks.images import ImageTransform
@@ -135,7 +134,7 @@ def table(result: Row) -> str:
         rows = [run["domains"][k] for run in runs]
         first = rows[0]
         equal = all(all(row["old_domains_equal"].values()) for row in rows)
-        cells = [name, str(first["classes"]), _spread([r["shared"] for r in rows]), _spread([r["alone"] for r in rows])]
+        cells = [name, str(first["classes"]), spread([r["shared"] for r in rows]), spread([r["alone"] for r in rows])]
         cells += [f"{first['added']:,}", f"{first['network']:,}", f"1/{first['network'] / first['added']:.1f}"]
         cells += ["-" if not k else "yes" if equal else "NO"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -144,11 +143,6 @@ def table(result: Row) -> str:
         "\n".join([*lines, "", f"Bytes of the folder: {sizes}. Seeds: {', '.join(str(r['seed']) for r in runs)}."])
         + "\n"
     )
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 HEAD = """\

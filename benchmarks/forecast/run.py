@@ -9,15 +9,12 @@ epoch are tested, once.
 
 from __future__ import annotations
 
-import json
 import statistics
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trials import Row, Trials, finished
-from tenfold.tasks import load_task
-from tenfold.training import TrainingFolder, TuneConfig, finetune
+from benchmarks.trials import Row, Trials, curve_of, spread, tuned
+from tenfold.training import TuneConfig
 
 HERE = Path(__file__).parent
 
@@ -25,25 +22,14 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Train what is not trained yet, and write JSON and Markdown."""
     trials = Trials.read("forecast", __doc__, HERE)
-    for variant, seed in trials.wanted():
-        task = load_task(f"forecast:{variant}", seed=seed)
-        folder = trials.folder(variant, seed)
-        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.train("forecast", trained)
     trials.write(table)
 
 
 def trained(task: Any, config: Row, folder: Path) -> Row:
     """Return curve and errors of one run."""
     tuning = TuneConfig(**config["training"], optimizer="adamw", autocast="off", seed=task.seed)
-    model = task.build()
-    result = finetune(
-        model,
-        partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
-        tuning,
-        loss=task.loss(),
-        evaluate=partial(task.evaluate, split="validation"),
-        folder=TrainingFolder(folder / "epochs", f"{task.id} {config}"),
-    )
+    model, result = tuned(task, tuning, folder, f"{task.id} {config}")
     by_step = task.errors(model)
     return {
         "variant": task.variant,
@@ -53,7 +39,7 @@ def trained(task: Any, config: Row, folder: Path) -> Row:
         "test": task.evaluate(model),
         "upto": {str(h): float(by_step[:h].square().mean().sqrt()) for h in config["horizons"][task.system]},
         "by_step": by_step.tolist(),
-        "curve": [epoch.model_dump(include={"epoch", "loss", "score", "seconds"}) for epoch in result.history],
+        "curve": curve_of(result),
     }
 
 
@@ -74,7 +60,7 @@ def table(result: Row) -> str:
         ]
         lines.append(f"|---|---:|{'---:|' * len(horizons)}---|")
         for kind, rows in own.items():
-            cells = [kind, f"{rows[0]['params']:,}", *(_spread([r["upto"][h] for r in rows]) for h in horizons)]
+            cells = [kind, f"{rows[0]['params']:,}", *(spread([r["upto"][h] for r in rows]) for h in horizons)]
             lines.append(f"| {' | '.join([*cells, ', '.join(str(r['seed']) for r in rows)])} |")
         gains = [
             1
@@ -84,11 +70,6 @@ def table(result: Row) -> str:
         ]
         lines.append(f"| lower by | | {' | '.join(f'{100 * gain:.1f} %' for gain in gains)} | |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 HEAD = """\

@@ -9,14 +9,12 @@ epoch are tested, once.
 
 from __future__ import annotations
 
-import json
 import statistics
-from functools import partial
 from pathlib import Path
 
-from benchmarks.trials import Row, Trials, finished
-from tenfold.tasks import Task, load_task
-from tenfold.training import TrainingFolder, TuneConfig, finetune
+from benchmarks.trials import Row, Trials, curve_of, spread, tuned
+from tenfold.tasks import Task
+from tenfold.training import TuneConfig
 
 HERE = Path(__file__).parent
 
@@ -24,24 +22,14 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Train what is not trained yet, and write JSON and Markdown."""
     trials = Trials.read("fusion", __doc__, HERE)
-    for variant, seed in trials.wanted():
-        task = load_task(f"digit_products:{variant}", data=trials.options.data, seed=seed)
-        folder = trials.folder(variant, seed)
-        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.train("digit_products", trained)
     trials.write(table)
 
 
 def trained(task: Task, config: Row, folder: Path) -> Row:
     """Return curve and scores of one run."""
     tuning = TuneConfig(**config["training"], optimizer="adamw", autocast="off", seed=task.seed)
-    model = task.build()
-    result = finetune(
-        model,
-        partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
-        tuning,
-        evaluate=partial(task.evaluate, split="validation"),
-        folder=TrainingFolder(folder / "epochs", f"{task.id} {config}"),
-    )
+    model, result = tuned(task, tuning, folder, f"{task.id} {config}")
     return {
         "variant": task.variant,
         "seed": task.seed,
@@ -49,7 +37,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
         "params": sum(p.numel() for p in model.parameters()),
         "validation": result.score,
         "test": task.evaluate(model),
-        "curve": [epoch.model_dump(include={"epoch", "loss", "score", "seconds"}) for epoch in result.history],
+        "curve": curve_of(result),
     }
 
 
@@ -61,16 +49,11 @@ def table(result: Row) -> str:
         own = [run for run in runs if run["variant"] == variant]
         if own:
             cells = [WHAT[variant], f"{own[0]['fusion_params']:,}", f"{own[0]['params']:,}"]
-            cells += [_spread([run[key] for run in own]) for key in ("test", "validation")]
+            cells += [spread([run[key] for run in own]) for key in ("test", "validation")]
             cells += [f"{statistics.mean(run['curve'][0]['score'] for run in own):.4f}"]
             cells += [", ".join(str(run["seed"]) for run in own)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 WHAT = {

@@ -8,20 +8,18 @@ run that was killed goes on; what is finished is not trained again. Weights afte
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.trials import Row, Trials, finished
+from benchmarks.trials import Row, Trials, spread, tuned
 from tenfold.tasks import Task, load_task
-from tenfold.training import TrainingFolder, TuneConfig, finetune
+from tenfold.training import TuneConfig
 
 HERE = Path(__file__).parent
 
@@ -29,10 +27,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Train what is not trained yet, time steps of training in turns, and write JSON and Markdown."""
     trials = Trials.read("moving_mnist", __doc__, HERE)
-    for variant, seed in trials.wanted():
-        task = load_task(f"moving_mnist:{variant}", data=trials.options.data, seed=seed)
-        folder = trials.folder(variant, seed)
-        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.train("moving_mnist", trained)
     trials.write(table, times=timed(trials.config, trials.options.data))
 
 
@@ -40,14 +35,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
     """Return curve and scores of one run."""
     chosen = {name: config[name] for name in ("epochs", "batch_size", "lr", "weight_decay", "warmup")}
     tuning = TuneConfig(**chosen, optimizer="adamw", autocast="off", seed=task.seed)
-    model = task.build()
-    result = finetune(
-        model,
-        partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
-        tuning,
-        evaluate=partial(task.evaluate, split="validation"),
-        folder=TrainingFolder(folder / "epochs", f"{task.id} {config}"),
-    )
+    model, result = tuned(task, tuning, folder, f"{task.id} {config}")
     return {
         "variant": task.variant,
         "seed": task.seed,
@@ -109,7 +97,7 @@ def table(result: Row) -> str:
         if own:
             count = own[0]["input_params"]
             cells = [variant, f"{count:,}", f"{dense / count:,.0f}×", f"{own[0]['params']:,}"]
-            cells += [_spread([run[key] for run in own]) for key in ("test", "validation")]
+            cells += [spread([run[key] for run in own], 3) for key in ("test", "validation")]
             cells += [", ".join(str(run["seed"]) for run in own)]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Learning curves", "", "Mean loss in training / accuracy on the validation part, by epoch.", ""]
@@ -125,11 +113,6 @@ def table(result: Row) -> str:
         cells = [str(row["batch"]), row["pass"], *(f"{ms:.1f}" for ms in medians), f"{statistics.median(ratios):.2f}×"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 HEAD = """\

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.trials import Row, Trials, finished
+from benchmarks.trials import Row, Trials, curve_of, finished, tuned
 from tenfold.networks import MPSClassifier, SweepConfig, train_by_sweeps
 from tenfold.tasks import Task, load_task
-from tenfold.training import TrainingFolder, TuneConfig, finetune
+from tenfold.training import TuneConfig
 
 HERE = Path(__file__).parent
 SOURCE = {10: "about 5 %", 20: "about 2 %", 120: "0.97 %"}
@@ -41,16 +41,8 @@ def main() -> None:
 def by_gradients(task: Task, config: Row, folder: Path) -> Row:
     """Return curve and scores of a run of AdamW on distorted images."""
     tuning = TuneConfig(**config["gradients"], optimizer="adamw", autocast="off", seed=task.seed)
-    model: Any = task.build()
-    result = finetune(
-        model,
-        partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
-        tuning,
-        evaluate=partial(task.evaluate, split="validation"),
-        folder=TrainingFolder(folder / "epochs", f"{task.id} {config['gradients']}"),
-    )
-    curve = [epoch.model_dump(include={"epoch", "loss", "score", "seconds"}) for epoch in result.history]
-    return {"method": "gradients", **row(task, model, curve)}
+    model, result = tuned(task, tuning, folder, f"{task.id} {config['gradients']}")
+    return {"method": "gradients", **row(task, model, curve_of(result))}
 
 
 def by_sweeps(task: Any, config: Row, folder: Path) -> Row:

@@ -9,14 +9,11 @@ epoch are tested, once.
 
 from __future__ import annotations
 
-import json
-import statistics
-from functools import partial
 from pathlib import Path
 
-from benchmarks.trials import Row, Trials, finished
-from tenfold.tasks import Task, load_task
-from tenfold.training import TrainingFolder, TuneConfig, finetune
+from benchmarks.trials import Row, Trials, curve_of, spread, tuned
+from tenfold.tasks import Task
+from tenfold.training import TuneConfig
 
 HERE = Path(__file__).parent
 
@@ -24,10 +21,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Train what is not trained yet, and write JSON and Markdown."""
     trials = Trials.read("omniglot", __doc__, HERE)
-    for variant, seed in trials.wanted():
-        task = load_task(f"omniglot:{variant}", data=trials.options.data, seed=seed)
-        folder = trials.folder(variant, seed)
-        print(json.dumps(finished(folder, partial(trained, task, trials.config, folder))), flush=True)
+    trials.train("omniglot", trained)
     trials.write(table)
 
 
@@ -35,14 +29,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
     """Return curve and scores of one run."""
     settings = {**task.tune_settings, **config["training"]}
     tuning = TuneConfig(**settings, seed=task.seed)
-    model = task.build()
-    result = finetune(
-        model,
-        partial(task.train_batches, batch_size=tuning.batch_size, seed=task.seed, hold_out=True),
-        tuning,
-        loss=task.loss(),
-        folder=TrainingFolder(folder / "epochs", f"{task.id} {config}"),
-    )
+    model, result = tuned(task, tuning, folder, f"{task.id} {config}", scored=False)
     middle = model.get_submodule("middle")
     return {
         "variant": task.variant,
@@ -51,7 +38,7 @@ def trained(task: Task, config: Row, folder: Path) -> Row:
         "predicted": int(getattr(middle, "predicted", 0)),
         "validation": task.evaluate(model, split="validation"),
         "test": task.evaluate(model),
-        "curve": [epoch.model_dump(include={"epoch", "loss", "seconds"}) for epoch in result.history],
+        "curve": curve_of(result),
     }
 
 
@@ -63,15 +50,10 @@ def table(result: Row) -> str:
         own = [run for run in runs if run["variant"] == variant]
         if own:
             cells = [WHAT[variant], f"{own[0]['predicted']:,}", f"{own[0]['params']:,}"]
-            cells += [_spread([100 - 100 * run[key] for run in own]) for key in ("test", "validation")]
+            cells += [spread([100 - 100 * run[key] for run in own], 1, " %") for key in ("test", "validation")]
             cells += [", ".join(str(run["seed"]) for run in own)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f} %"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 WHAT = {

@@ -183,16 +183,15 @@ def calibrate_part(
     Raises:
         DataError: no gradient reaches the layers.
     """
-    samples = count_samples(fitting) + (0 if judging is fitting else count_samples(judging))
-    work = _Work(part, specs, settings or Calibration(), seed, samples, feed=feed)
+    work = _Work(part, specs, settings or Calibration(), seed, feed=feed)
     found = work.judged(fitting, judging, whole=not ends)
     if found is None:
         raise work.refusal or DataError
     return found
 
 
-def judged_apart(batches: Sequence[Any], settings: Calibration) -> tuple[list[int], list[int], int]:
-    """Return which of many batches are fitted to, which of them judge, and how often labels are drawn for the latter.
+def judged_apart(batches: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """Return the numbers of those of many batches that are fitted to, and of those that judge.
 
     The same as ``calibrate`` does to batches of which there are enough for whole ones to judge.
 
@@ -200,29 +199,15 @@ def judged_apart(batches: Sequence[Any], settings: Calibration) -> tuple[list[in
         DataError: there are too few.
 
     Example:
-        >>> judged_apart([torch.zeros(2, 4)] * 8, Calibration())
-        ([0, 1, 3, 4, 5, 7], [2, 6], 1)
+        >>> judged_apart([torch.zeros(2, 4)] * 8)
+        ([0, 1, 3, 4, 5, 7], [2, 6])
     """
     numbers = list(range(len(batches)))
     fitted, held = parted(nn.Identity(), numbers, HELD_OUT) if HELD_OUT * len(numbers) >= 2 else (numbers, [])
     if count_samples([batches[i] for i in held]) < FEWEST:
         msg = f"there are {len(batches)} calibration batches, of which a quarter is to judge: pass 16 or more"
         raise DataError(msg)
-    return fitted, held, _judging_draws([batches[i] for i in held], settings)
-
-
-def _judging_draws(batches: Sequence[Any], settings: Calibration) -> int:
-    """Return how often labels are drawn for the samples that judge.
-
-    A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
-    """
-    enough = -(-JUDGED // max(1, count_samples(batches))) if settings.loss == "fisher" else 1
-    return max(settings.draws, enough)
-
-
-def _add(sums: GradientSums, model: nn.Module, batch: Any, number: int, draw: int) -> None:
-    del number, draw
-    sums.add(model, batch)
+    return fitted, held
 
 
 @dataclass
@@ -233,12 +218,12 @@ class _Work:
     specs: Mapping[str, LayerSpec]
     settings: Calibration
     seed: int
-    samples: int
+    samples: int = 0  # that a forward runs on, for who asks ``before``
     before: Callable[[Needs], None] | None = None
     progress: Callable[[int, int], None] | None = None
     refusal: DataError | None = None
     done: int = 0  # batches that gradients were taken of
-    feed: Feed = _add
+    feed: Feed | None = None  # None: each batch runs through to the outputs of the model
 
     def collect(self, batches: Sequence[Any], forward: Forward | None = None) -> dict[str, Moments]:
         positions, widest = self.settings.positions, self.settings.max_width
@@ -255,11 +240,11 @@ class _Work:
         last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
         if last is not None and loss == "fisher" and (last.place > 0 or last.path in self.specs):
             last = None  # what is known of predictions is known behind it
-        draws = _judging_draws(judging, self.settings)
+        draws = self._judging_draws(judging)
         self.done, total = 0, len(fitting) * self.settings.draws + len(judging) * draws
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
-                if self.feed is _add:
+                if self.feed is None:
                     sums.split_like(fitting[0])
                 sums.clip = self.settings.clip
                 self._say(sums)
@@ -289,11 +274,22 @@ class _Work:
             self.before(needs)
             self.before = None
 
+    def _judging_draws(self, batches: Sequence[Any]) -> int:
+        """Return how often labels are drawn for the samples that judge.
+
+        A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
+        """
+        enough = -(-JUDGED // max(1, count_samples(batches))) if self.settings.loss == "fisher" else 1
+        return max(self.settings.draws, enough)
+
     def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int, draws: int) -> dict[str, Moments]:
         numbers = count()
 
         def add(model: nn.Module, batch: Any, draw: int = 0) -> None:
-            self.feed(sums, model, batch, next(numbers) % len(batches), draw)
+            if self.feed is None:
+                sums.add(model, batch)
+            else:
+                self.feed(sums, model, batch, next(numbers) % len(batches), draw)
             self.done += 1
             if self.progress is not None:
                 self.progress(self.done, total)

@@ -108,10 +108,8 @@ def load(skeleton: nn.Module, path: str | Path) -> tuple[nn.Module, Plan]:
             model.
     """
     path = Path(path)
-    if path.is_dir() and is_sharded(path):
-        state, plan = read_shards(path)
-    else:
-        state, plan = read_weights(path / WEIGHTS if path.is_dir() else path)
+    single = path / WEIGHTS if path.is_dir() else path
+    state, plan = read_shards(path) if is_sharded(path) else read_weights(single)
     model = copied(skeleton)
     try:
         model = restructure_(model, plan)  # another module where the model is one layer itself

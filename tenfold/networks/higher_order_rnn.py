@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -106,7 +107,7 @@ class HigherOrderCell(nn.Module):
         return self.ih.weight.numel() + every + outer
 
 
-class _HigherOrder(nn.Module):
+class _HigherOrder(nn.Module, abc.ABC):
     """The common part of ``HigherOrderRNN`` and ``HigherOrderLSTM``; everything is said there."""
 
     gates: ClassVar[int]
@@ -160,9 +161,9 @@ class _HigherOrder(nn.Module):
             cell.fill_(hh, bias)
         return made.train(dense.training)
 
+    @abc.abstractmethod
     def start(self, x: Tensor) -> list[State]:
         """Return the first state of every layer, for an input (..., batch, input_size) of any dtype and device."""
-        raise NotImplementedError
 
     def step(self, x: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Return the output (batch, H) of one step (batch, input_size), and the states after it."""
@@ -174,9 +175,9 @@ class _HigherOrder(nn.Module):
             x = after[0]
         return x, found
 
+    @abc.abstractmethod
     def _step(self, gates: Tensor, state: State) -> State:
         """Return the new hidden state, and what else is carried."""
-        raise NotImplementedError
 
     def forward(self, input: Tensor, states: list[State] | None = None) -> tuple[Tensor, list[State]]:  # noqa: A002
         """Return (outputs, last states) of a batch of sequences, (steps, batch, input_size) or batch first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from tenfold.decompositions.covariance import Covariance
-from tenfold.files import atomic_write, write_text
+from tenfold.files import atomic_write, link, write_text
 from tenfold.profiling import agreement
 from tenfold.records import Agreement, Plan, parse_size
 from tenfold.runtime import Runtime
 from tenfold.streaming.activations import Activations
 from tenfold.streaming.network import Network
-from tenfold.streaming.network_parts import BlockInputs, Lead, StoredCalls, Tail, block_calls, run_block, tail_calls
+from tenfold.streaming.network_parts import (
+    OUTER,
+    BlockInputs,
+    Lead,
+    StoredCalls,
+    Tail,
+    block_calls,
+    run_block,
+    tail_calls,
+)
 from tenfold.streaming.part_tables import LEAD, TAIL, into, moved, out_of
 from tenfold.streaming.statistics import Statistics
 from tenfold.surgery import SequentialFit, apply_, apply_sequentially, restructure_, with_errors
@@ -74,13 +82,14 @@ class Fitting:
             with net.outer() as outer:
                 new, told = self._applied(part, Lead(outer, net.chain), net.batches, net.batches)
                 self._enter(new, changed=bool(told.factorized))
-                self._write(part, {name.removeprefix("outer."): t for name, t in new.state_dict().items()})
+                if told.factorized:  # else what comes after the blocks has all that lies outside of them
+                    self._write(part, _outer_state(new))
         elif part == TAIL:
             with net.outer() as outer:
                 dense, small = self._at(number)
                 filled = self._with_lead(outer)
                 new, told = self._applied(part, Tail(filled, net.chain), small, dense, Tail(outer, net.chain))
-                self._write(part, {name.removeprefix("outer."): t for name, t in new.state_dict().items()})
+                self._write(part, _outer_state(new))
         else:
             with net.block(number) as block:
                 dense, small = self._at(number)
@@ -88,10 +97,9 @@ class Fitting:
                 self._advance(number, block, new, dense, small)
                 self._write(part, {f"{part}.{name}": t for name, t in new.state_dict().items()})
         write_text(self._told(part), told.to_json())
-        if part != TAIL:
+        if part not in (LEAD, TAIL):
             for kind in ("d", "c"):
-                if part != LEAD:
-                    self._states(kind, number).unlink(missing_ok=True)
+                self._states(kind, number).unlink(missing_ok=True)
         give_back()
 
     def _applied(
@@ -147,16 +155,15 @@ class Fitting:
         net = self.network
         if self.statistics is None:
             return
-        self.statistics.calls  # noqa: B018 - writes what enters the first block where it is not there
         first = self.statistics.entering(0)
         with atomic_write(self._states("d", 0)) as partial:
-            shutil.copyfile(first, partial)
+            link(first, partial)
         if changed:
             with Activations.writing(self._states("c", 0)) as write:
                 BlockInputs.of(lead.outer, net.chain, net.batches, write)  # type: ignore[arg-type]
         else:
             with atomic_write(self._states("c", 0)) as partial:
-                shutil.copyfile(first, partial)
+                link(first, partial)
 
     def _at(self, number: int) -> tuple[Sequence[Any], Sequence[Any]]:
         """Return the batches of a block, or of what comes after the last: in the original, and now."""
@@ -258,6 +265,11 @@ def plan_of_part(plan: Plan, part: str, paths: Sequence[str]) -> Plan:
     )
     units = tuple(moved(unit, lambda path: into(part, path)) for unit in plan.units if unit.pivot in wanted)
     return plan.replace(layers=layers, units=units, fused={}, unrolled={})
+
+
+def _outer_state(part: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the network in ``Lead`` or ``Tail``, by their names in the network."""
+    return {name.removeprefix(f"{OUTER}."): tensor for name, tensor in part.state_dict().items()}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.errors import PlanError, TenfoldError
+from tenfold.errors import PlanError, ProfileError
 from tenfold.patterns import check_patterns, first_match
 from tenfold.tracing.block_calls import repeated_blocks
 from tenfold.tracing.contexts import evaluating, layer_by_layer
@@ -57,19 +57,24 @@ def find_chain(model: nn.Module, inputs: Any, blocks: Sequence[str] | None = Non
     Args:
         model: on the meta device, where a forward costs nothing.
         inputs: there too.
-        blocks: paths or patterns of modules that follow each other; rows of modules of one class if None.
+        blocks: paths or patterns of modules that follow each other, of which the outermost count; rows of modules of
+            one class if None.
 
     Raises:
         PlanError: there is no chain of two blocks, or it is not that of ``blocks``.
         UnknownNameError: a pattern that names nothing.
     """
     every = dict(model.named_modules())
-    if blocks is None:
-        wanted = repeated_blocks(model, inputs)
-    else:
-        check_patterns(blocks, [path for path in every if path])
-        wanted = tuple(path for path in every if path and first_match(blocks, path) is not None)
-    calls = _calls(model, inputs, wanted)
+    try:
+        if blocks is None:
+            wanted = repeated_blocks(model, inputs)
+        else:
+            check_patterns(blocks, [path for path in every if path])
+            wanted = _outermost(path for path in every if path and first_match(blocks, path) is not None)
+        calls = _calls(model, inputs, wanted)
+    except ProfileError as error:
+        msg = f"the forward asks for values that a model without weights does not have: {error}. Compress it in memory"
+        raise PlanError(msg) from error
     chains: list[list[_Call]] = []
     for call in calls:
         if chains and call.place is not None and call.after is chains[-1][-1]:
@@ -87,6 +92,15 @@ def find_chain(model: nn.Module, inputs: Any, blocks: Sequence[str] | None = Non
     first = best[1].place or 0
     places = (first, *(call.place or 0 for call in best[1:]))
     return Chain(tuple(call.path for call in best), places, tuple(call.length for call in best))
+
+
+def _outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return those of some paths, parents before children, that lie in no other."""
+    found: list[str] = []
+    for path in paths:
+        if not path.startswith(tuple(f"{outer}." for outer in found)):
+            found.append(path)
+    return tuple(found)
 
 
 @dataclass(eq=False)
@@ -141,11 +155,7 @@ def _calls(model: nn.Module, inputs: Any, wanted: Sequence[str]) -> list[_Call]:
             module = model.get_submodule(path)
             stack.enter_context(module.register_forward_pre_hook(seen.entering(path), with_kwargs=True))
             stack.enter_context(module.register_forward_hook(seen.leaving(path)))
-        try:
-            call_model(model, map_tensors(inputs, lambda t: t.to("meta")))
-        except TenfoldError as error:
-            msg = f"the forward cannot be followed without weights: {error}. Try this: {_WAY_OUT}"
-            raise PlanError(msg) from error
+        call_model(model, inputs)
     paths = [call.path for call in seen.calls]
     return [call for call in seen.calls if paths.count(call.path) == 1]
 

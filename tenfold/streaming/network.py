@@ -36,11 +36,11 @@ class Network:
         parts: paths of the layers by part.
         kept: layers that stay whatever the data say, with the reason.
         names: under which name each tensor is stored.
+        example: inputs that costs are counted for.
         batches: inputs; first those that decide, then those on which the result is compared with the original.
         decisive: how many of the batches decide.
         fitting: numbers of those that are fitted to.
         judging: numbers of those that judge.
-        draws: of gradients, for each batch that judges.
     """
 
     skeleton: nn.Module
@@ -51,11 +51,11 @@ class Network:
     parts: Mapping[str, tuple[str, ...]]
     kept: Mapping[str, str]
     names: dict[str, str] = field(repr=False)
+    example: Any = field(repr=False)
     batches: Sequence[Any] = field(repr=False)
     decisive: int
     fitting: Sequence[int] = field(repr=False)
     judging: Sequence[int] = field(repr=False)
-    draws: int
 
     @classmethod
     def of(
@@ -86,7 +86,7 @@ class Network:
             raise DataError(msg)
         rest, held = parted(skeleton, list(range(len(batches))), share) if share else (range(len(batches)), [])
         ordered = [batches[i] for i in (*rest, *held)]
-        fitting, judging, draws = judged_apart(ordered[: len(rest)], recipe.calibration) if batches else ([], [], 0)
+        fitting, judging = judged_apart(ordered[: len(rest)]) if batches else ([], [])
         return cls(
             skeleton=skeleton,
             files=files,
@@ -96,11 +96,11 @@ class Network:
             parts=parts_of(hollow, inputs, chain, cost),
             kept=kept_of_whole(cost, recipe),
             names=names,
+            example=example,
             batches=ordered,
             decisive=len(rest),
             fitting=fitting,
             judging=judging,
-            draws=draws,
         )
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from tenfold.checkpoint.hub_facts import HubFacts
 from tenfold.checkpoint.model_folder import CARD, OPTIONS, PLAN, RECIPE, RECORD
 from tenfold.checkpoint.shards import INDEX, index_text
 from tenfold.errors import CheckpointError
-from tenfold.files import reason, replace, staged, write_text
+from tenfold.files import link, reason, replace, staged, write_text
 from tenfold.records import OptionTable, Plan, RunRecord
 
 
@@ -35,7 +33,8 @@ def write_folder(
             placed = []
             for number, shard in enumerate(shards, 1):
                 placed.append(partial / f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-                _linked(shard, placed[-1])
+                link(shard, placed[-1])
+                placed[-1].chmod(0o644)
             write_text(partial / INDEX, index_text(placed, plan))
             write_text(partial / PLAN, plan.to_yaml())
             record.save_sealed(partial / RECORD)
@@ -48,12 +47,3 @@ def write_folder(
         msg = f"cannot write {path}: {reason(error)}"
         raise CheckpointError(msg) from error
     return path
-
-
-def _linked(file: Path, new: Path) -> None:
-    """Give a file a second name, or a copy on another file system."""
-    try:
-        os.link(file, new)
-    except OSError:
-        shutil.copyfile(file, new)
-    new.chmod(0o644)

@@ -130,14 +130,13 @@ def joined(
     Args:
         profile: of the whole.
         recipe: that was given.
-        tables: those of the parts, by part.
+        tables: those of the parts, in order.
         kept: see ``kept_of_whole``.
         itemsizes: bytes of a parameter, by path of the layer.
     """
     known: dict[str, LayerOptions] = {}
     units, algorithms = [], dict[str, dict[str, Any]]()
-    order = [part for part in (LEAD, *(p for p in tables if p not in (LEAD, TAIL)), TAIL) if part in tables]
-    for part, table in ((part, tables[part]) for part in order):
+    for part, table in tables.items():
         for own in table.layers:
             path = out_of(part, own.path)
             known[path] = own.replace(path=path)

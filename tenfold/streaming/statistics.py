@@ -48,13 +48,11 @@ class Statistics:
     Args:
         network: whose layers are weighed.
         folder: for files of the run.
-        stride: what enters every so many blocks stays on the disk on the way forward; the rest is computed again.
         runtime: workers and progress.
     """
 
     network: Network
     folder: Path
-    stride: int = 1
     runtime: Runtime = field(default_factory=Runtime)
     _calls: BlockInputs | None = field(default=None, repr=False)
 
@@ -98,11 +96,9 @@ class Statistics:
         calls, count = self.calls, self.runtime.counter(FORWARD)
         start = max((k for k in range(depth + 1) if self.entering(k).is_file()), default=0)
         if any(self._gradient(k).is_file() for k in range(depth + 1)):
-            return  # it came to the end before
+            return  # it came to its end before
         for block in range(start, depth):
             self._step(calls, block)
-            if block % self.stride and self.entering(block).is_file():
-                self.entering(block).unlink()
             count(block + 1, depth)
 
     def _step(self, calls: BlockInputs, block: int) -> None:
@@ -113,14 +109,6 @@ class Statistics:
             for batch in block_calls(calls, block, stored, net.measured):
                 write(run_block(module, batch))
         give_back()
-
-    def _stored(self, block: int) -> Activations:
-        """Return what enters a block, computed again where it was not kept."""
-        if not self.entering(block).is_file():
-            start = max(k for k in range(block) if self.entering(k).is_file())
-            for number in range(start, block):
-                self._step(self.calls, number)
-        return Activations.of(self.entering(block))
 
     def _weigh(self, part: str) -> None:
         """Find the rows of a part, and the gradients that it sends back; the rows are there last."""
@@ -134,7 +122,7 @@ class Statistics:
             self._gradient(0).unlink()
             return
         number = depth if part == TAIL else net.chain.blocks.index(part)
-        stored = self._stored(number)
+        stored = Activations.of(self.entering(number))
         with Activations.writing(self._gradient(number)) as write:
             if part == TAIL:
                 with net.outer() as outer:
@@ -165,7 +153,9 @@ class Statistics:
         if specs or part != LEAD:
             fitting, judging = (StoredCalls(numbers, calls.__getitem__) for numbers in (net.fitting, net.judging))
             settings, seed, ends = net.recipe.calibration, net.recipe.seed, part == TAIL
-            moments = calibrate_part(module, specs, fitting, judging, feed, settings, seed=seed, ends=ends)
+            found = calibrate_part(module, specs, fitting, judging, feed, settings, seed=seed, ends=ends)
+            # A layer that no gradient reaches cannot be weighed against those of other parts, and stays as it is.
+            moments = {path: own for path, own in found.items() if own.output_gram is not None}
         table = tabulate(module, cost, recipe, moments=moments, runtime=Runtime(workers=self.runtime.workers))
         return table, {path: own.output_gram for path, own in moments.items() if own.output_gram is not None}
 

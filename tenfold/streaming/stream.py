@@ -20,26 +20,29 @@ from tenfold.checkpoint.pretrained import write_config
 from tenfold.checkpoint.shards import WeightFiles
 from tenfold.errors import CheckpointError, DataError, FileError, RecipeError
 from tenfold.files import in_use, read_text, write_text
+from tenfold.pipeline import measurement
 from tenfold.planning import tabulate
 from tenfold.planning.decide import refuse_empty
 from tenfold.planning.eligible import check_formats
 from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.unit_kinds import kinds_of
-from tenfold.profiling import environment
-from tenfold.records import Measurement, OptionTable, Plan, Profile, Recipe, RunRecord
+from tenfold.profiling import environment, profile
+from tenfold.records import OptionTable, Plan, Recipe, RunRecord
 from tenfold.runtime import Runtime
 from tenfold.streaming.block_fits import Fitting
+from tenfold.streaming.chain import meta_inputs
 from tenfold.streaming.network import Network
 from tenfold.streaming.network_parts import Lead, Tail
 from tenfold.streaming.output import write_folder
 from tenfold.streaming.part_tables import LEAD, TAIL, inside, joined, recipe_of_part
-from tenfold.streaming.skeletons import empty_pretrained
+from tenfold.streaming.skeletons import empty_pretrained, on_meta
 from tenfold.streaming.statistics import Statistics
 from tenfold.surgery import note_in_config_, restructure_
 from tenfold.tensors import normal_tensors
 from tenfold.tracing import copied
 from tenfold.tracing.input_batches import gathered
 from tenfold.tracing.inputs import digest_batches
+from tenfold.tracing.samples import count_samples
 
 IDENTITY = "run.txt"
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
@@ -115,43 +118,55 @@ def compress_streamed(
     if out.exists():
         msg = f"{out} is there already: choose a new folder, or remove it"
         raise CheckpointError(msg)
-    files = WeightFiles.of(weights)
-    model = _skeleton(weights, skeleton)
-    batches = [] if data is None else list(gathered(data, model, example_inputs, torch.device("cpu")))
-    example = example_inputs if example_inputs is not None else batches[0] if batches else None
-    if example is None:
-        msg = "without data, example_inputs= says what costs are counted for"
-        raise DataError(msg)
-    network = Network.of(model, files, wanted, example, batches, blocks)
+    network = _looked_at(Path(weights).expanduser(), wanted, skeleton, data, example_inputs, blocks)
     seconds: dict[str, float] = {}
     work = Path(runtime.folder) if runtime.folder is not None else out.with_name(f".{out.name}.streaming")
     with in_use(_made(work) / ".lock", work):
         _claim(work, _identity(network, blocks))
-        statistics = Statistics(network, work, runtime=runtime) if batches else None
+        statistics = Statistics(network, work, runtime=runtime) if network.batches else None
         with runtime.step("weigh blocks", seconds):
             table = _table(network, statistics, runtime)
-        units = tuple(own.unit for own in table.units)
-        cost = network.profile.replace(units=units)
+        cost = network.profile.replace(units=tuple(own.unit for own in table.units))
         plan = with_one_head_size(choose(table), cost)
         refuse_empty(plan, cost)
         fitting = Fitting(network, plan, statistics, work, runtime)
         with runtime.step("fit blocks", seconds):
             plan, agreed = fitting.run()
-        small = note_in_config_(restructure_(copied(model), plan))
+        small = note_in_config_(restructure_(copied(network.skeleton), plan))
         record = RunRecord(
-            before=_measured(cost),
-            after=Measurement(params=plan.after.params, macs=plan.after.macs, bytes=_bytes(small)),
+            before=measurement(cost),
+            after=measurement(profile(on_meta(small), meta_inputs(network.example))),
             agreement=agreed,
             plan=plan,
             seconds=seconds,
-            settings={"calibration_samples": len(batches)} if batches else {},
+            settings={"calibration_samples": count_samples(network.batches)} if network.batches else {},
             environment=environment(),
         )
-        beside = partial(_beside, small, Path(weights)) if (Path(weights) / CONFIG).is_file() else None
+        source = network.files.folder
+        beside = partial(_beside, small, source) if (source / CONFIG).is_file() else None
         write_folder(out, fitting.shards, plan, record, table, beside)
     if runtime.folder is None:
         shutil.rmtree(work, ignore_errors=True)
     return Streamed(out, plan, record, table)
+
+
+def _looked_at(
+    folder: Path,
+    recipe: Recipe,
+    skeleton: nn.Module | None,
+    data: Iterable[Any] | None,
+    example: Any,
+    blocks: Sequence[str] | None,
+) -> Network:
+    """Look at weights, model and data before any work begins."""
+    files = WeightFiles.of(folder)
+    model = _skeleton(folder, skeleton)
+    batches = [] if data is None else list(gathered(data, model, example, torch.device("cpu")))
+    if example is None and not batches:
+        msg = "without data, example_inputs= says what costs are counted for"
+        raise DataError(msg)
+    deciding = batches if recipe.calibration.plans else []
+    return Network.of(model, files, recipe, batches[0] if example is None else example, deciding, blocks)
 
 
 def _table(network: Network, statistics: Statistics | None, runtime: Runtime) -> OptionTable:
@@ -168,11 +183,12 @@ def _by_weight(network: Network, runtime: Runtime) -> dict[str, OptionTable]:
     """Return the tables of all parts as the weights alone have it."""
     found: dict[str, OptionTable] = {}
     with network.outer() as outer:
-        for part, module in ((LEAD, Lead(outer, network.chain)), (TAIL, Tail(outer, network.chain))):
-            found[part] = _blind(network, part, module, runtime)
+        found[LEAD] = _blind(network, LEAD, Lead(outer, network.chain), runtime)
     for number, path in enumerate(network.chain.blocks):
         with network.block(number) as block:
             found[path] = _blind(network, path, block, runtime)
+    with network.outer() as outer:
+        found[TAIL] = _blind(network, TAIL, Tail(outer, network.chain), runtime)
     return found
 
 
@@ -182,10 +198,9 @@ def _blind(network: Network, part: str, module: nn.Module, runtime: Runtime) -> 
     return tabulate(module, inside(network.profile, part, paths), recipe, runtime=Runtime(workers=runtime.workers))
 
 
-def _skeleton(weights: str | Path, skeleton: nn.Module | None) -> nn.Module:
+def _skeleton(folder: Path, skeleton: nn.Module | None) -> nn.Module:
     if skeleton is not None:
         return skeleton.eval()
-    folder = Path(weights).expanduser()
     if not (folder / CONFIG).is_file():
         msg = f"{folder} has no {CONFIG} that says what the model is: pass skeleton=, the model on the meta device"
         raise CheckpointError(msg)
@@ -217,14 +232,6 @@ def _beside(model: nn.Module, source: Path, folder: Path) -> HubFacts:
         if file.is_file() and file.name.startswith(_TOKENIZER) and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
     return write_config(model, folder)
-
-
-def _measured(cost: Profile) -> Measurement:
-    return Measurement(params=cost.params, macs=cost.macs, bytes=cost.bytes)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
 
 def _made(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -165,6 +166,11 @@ class _Fitting:
     config: SequentialFit
     alone: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def _samples(self) -> int:
+        """How many samples the batches hold, which may lie on the disk."""
+        return count_samples(self.batches)
+
     def fit(self, layer: LayerPlan, number: int) -> None:
         """Fit a layer to the rows of the new model, or of the dense one where these are others."""
         try:
@@ -192,7 +198,7 @@ class _Fitting:
         metric = metric.replace(output_gram=gram)
         give_back()
         with naming_layer(path):
-            few = _ridge_of_few(metric, count_samples(self.batches))
+            few = _ridge_of_few(metric, self._samples)
             algorithm = _algorithm(layer, self.config.ridge, few, self.plan.seed)
             fit = fit_layer(weight, str(layer.format), layer.rank or {}, algorithm, spec=spec, moments=metric)
         if bias is None and fit.bias_shift is not None and _takes_mean(norm):

@@ -75,7 +75,7 @@ def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path) -> None:
         ("formats", "low_rank,tuck", ["low_rank,tucker1", "low_rank,tucker2", "low_rank,tucker_cp", "low_rank,tucker"]),
         ("rule", "ev", ["evbmf"]),
         ("runtime", "onnx", ["onnxruntime", "onnxruntime-int8"]),
-        ("task", "mn", ["mnist"]),
+        ("task", "mn", ["mnist", "mnist14"]),
         ("to", "on", ["onnx"]),
         ("algorithms", "tucker2=ho", ["tucker2=hooi", "tucker2=hosvd"]),
         ("set", "rel", ["rel_error="]),

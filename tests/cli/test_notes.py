@@ -22,7 +22,7 @@ QUICK = ("--budget", "macs=0.6", "--no-latency", "--no-tune", "--out", "out")
 def test_each_step_is_a_line_where_nobody_sees_a_bar(tenfold: Run, tiny: str) -> None:
     outcome = tenfold("compress", "--task", tiny, *QUICK)
     steps = [line for line in outcome.err.splitlines() if line.endswith(" ...")]
-    wanted = ["open the model", "profile", "find units", "calibrate", "plan", "evaluate", "apply"]
+    wanted = ["open the model", "profile", "evaluate", "find units", "calibrate", "plan", "apply"]
     assert steps[:7] == [f"tenfold: {name} ..." for name in wanted]
 
 

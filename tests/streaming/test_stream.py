@@ -96,9 +96,30 @@ def test_equal_to_the_whole(tmp_path: Path, calibration: dict[str, Any]) -> None
 def test_without_data(tmp_path: Path) -> None:
     model, weights, data, empty = given(tmp_path)
     whole = tenfold.compress(model, data[0], "params=0.6", runtime=QUIET)
-    found = compress_streamed(weights, tmp_path / "out", "params=0.6", skeleton=empty, example_inputs=data[0])
+    recipe = {"budget": "params=0.6", "calibration": {"method": "none"}}
+    found = compress_streamed(weights, tmp_path / "out", recipe, data=data, skeleton=empty, example_inputs=data[0])
     assert [layer.rank for layer in found.plan.layers] == [layer.rank for layer in whole.plan.layers]
+    assert found.record.after.bytes == sum(t.numel() * t.element_size() for t in whole.model.state_dict().values())
     assert torch.equal(tenfold.load(Net(), found.path)[0](data[0]), whole.model(data[0]))
+
+
+def test_a_layer_that_is_not_used_stays(tmp_path: Path) -> None:
+    class Wasteful(Block):
+        def forward(self, x: Tensor, *, scale: Tensor) -> tuple[Tensor]:
+            self.up(x.detach())  # thrown away
+            return (x + scale * self.down(torch.cat([x, x], -1)),)
+
+    def wasteful() -> Net:
+        net = Net()
+        net.blocks[1] = Wasteful()
+        return net
+
+    torch.manual_seed(0)
+    model, data = wasteful().eval(), list(torch.randint(0, 40, (24, 2, 12)))
+    weights, empty = stored(tmp_path / "dense", model), wasteful().to("meta")
+    found = compress_streamed(weights, tmp_path / "out", "params=0.6", data=data, skeleton=empty, blocks=["blocks.*"])
+    assert found.plan.layer("blocks.1.up").action == "keep"
+    assert found.plan.layer("blocks.2.up").action == "factorize" or found.plan.narrowed
 
 
 def test_killed_anywhere_and_given_again(tmp_path: Path) -> None:
