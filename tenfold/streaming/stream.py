@@ -45,6 +45,7 @@ from tenfold.tracing.inputs import digest_batches
 from tenfold.tracing.samples import count_samples
 
 IDENTITY = "run.txt"
+MAX_CACHE = "16MiB"  # more saves no time: within a block there is little to compute again
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
 SCORED = {"expected_drop", "measured_drop"}  # columns that whole models are scored for
 
@@ -100,10 +101,10 @@ def compress_streamed(
         example_inputs: that costs are counted for; the first sample of the data if None.
         skeleton: the model with its parameters on the meta device, where the folder has no config.
         blocks: paths or patterns of the blocks; rows of modules of one class if None.
-        runtime: workers and progress; ``max_cache`` are bytes of activations held within one block, 256 MiB if no
-            runtime is given; ``folder`` is for files of the run, a hidden one beside ``out`` if None, which is removed
-            in the end. It holds what lies between blocks: for each token and block as many numbers as the model is
-            wide.
+        runtime: workers and progress. ``max_cache`` are bytes of activations of all samples that are held within one
+            block, of the original and of the new one; 16 MiB if no runtime is given. ``folder`` is for files of the
+            run, a hidden one beside ``out`` if None, which is removed in the end. It holds what lies between blocks:
+            for each token and block as many numbers as the model is wide.
 
     Raises:
         CheckpointError: weights are missing, damaged, or not those of the model; ``out`` is there already.
@@ -112,7 +113,7 @@ def compress_streamed(
         DataError: too few batches.
         FileError: the folder belongs to another run, or another process works there.
     """
-    runtime, wanted = runtime or Runtime(max_cache="256MiB"), Recipe.of(recipe)
+    runtime, wanted = runtime or Runtime(max_cache=MAX_CACHE), Recipe.of(recipe)
     _check_recipe(wanted)
     out = Path(out)
     if out.exists():
