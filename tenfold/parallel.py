@@ -103,12 +103,12 @@ class Workers:
         joblib: Any = require("joblib", "scale")
         with scratch() as folder:
             file = folder / "shared"
-            file.write_bytes(_dump((function, shared)))
-            calls = (joblib.delayed(_from_file)(str(file), _dump(item), self.threads) for item in items)
+            file.write_bytes(packed((function, shared)))
+            calls = (joblib.delayed(_from_file)(str(file), packed(item), self.threads) for item in items)
             watched: dict[str, Any] = {"initializer": _end_with, "initargs": (os.getpid(),)}
             parallel = joblib.Parallel(self.jobs, backend="loky", return_as="generator", batch_size=1, **watched)
             try:
-                yield from map(_opened, parallel(calls))
+                yield from map(opened, parallel(calls))
             except BrokenExecutor as error:
                 raise WorkerError(_DIED) from error
 
@@ -118,8 +118,8 @@ class Workers:
         ray: Any = require("ray", "ray")
         connect_to_ray(self.jobs * self.threads)
         work = ray.remote(num_cpus=self.threads)(_from_store)
-        common = [ray.put(_dump((function, shared)))]  # in a list, Ray hands out the reference instead of the value
-        calls = (work.remote(common, _dump(item), self.threads) for item in items)
+        common = [ray.put(packed((function, shared)))]  # in a list, Ray hands out the reference instead of the value
+        calls = (work.remote(common, packed(item), self.threads) for item in items)
         waiting = deque(islice(calls, self.jobs))
         while waiting:
             try:
@@ -127,7 +127,7 @@ class Workers:
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
                 raise WorkerError(_DIED) from error
             waiting.extend(islice(calls, 1))
-            yield _opened(found)
+            yield opened(found)
 
 
 def connect_to_ray(cpus: int) -> None:
@@ -176,13 +176,13 @@ def _from_store(common: list[Any], item: bytes, threads: int) -> bytes:
 
 @lru_cache(maxsize=1)  # a worker serves many items: what they share is read once
 def _read(file: str) -> Any:
-    return _load(Path(file).read_bytes())
+    return unpacked(Path(file).read_bytes())
 
 
 @lru_cache(maxsize=1)
 def _fetch(reference: Any) -> Any:
     ray: Any = require("ray", "ray")
-    return _load(ray.get(reference))
+    return unpacked(ray.get(reference))
 
 
 def _done(common: Callable[[], tuple[Callable[[Any, Any], Any], Any]], item: bytes, threads: int) -> bytes:
@@ -190,30 +190,42 @@ def _done(common: Callable[[], tuple[Callable[[Any, Any], Any], Any]], item: byt
     import torch
 
     torch.set_num_threads(threads)
-    try:
+
+    def work() -> Any:
         function, shared = common()
-        return _dump((True, function(shared, _load(item))))
+        return function(shared, unpacked(item))
+
+    return outcome_of(work)
+
+
+def outcome_of(work: Callable[[], Any]) -> bytes:
+    """Return what work returns, or the error that it raises and users are to see, for ``opened`` elsewhere."""
+    try:
+        return packed((True, work()))
     except TenfoldError as error:
-        return _dump((False, error))
+        return packed((False, error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         msg = f"a worker has no memory left ({first_line(error)}): try again with fewer jobs"
-        return _dump((False, WorkerError(msg)))
+        return packed((False, WorkerError(msg)))
 
 
-def _opened(content: bytes) -> Any:
-    well, value = _load(content)
+def opened(content: bytes) -> Any:
+    """Return what ``outcome_of`` holds, or raise it."""
+    well, value = unpacked(content)
     if not well:
         raise value
     return value
 
 
-def _dump(value: Any) -> bytes:
+def packed(value: Any) -> bytes:
+    """Return a value as bytes for another process of this run."""
     return _pickler().dumps(value)  # type: ignore[no-any-return]
 
 
-def _load(content: bytes) -> Any:
+def unpacked(content: bytes) -> Any:
+    """Return the value that another process of this run has packed."""
     return _pickler().loads(content)
 
 

@@ -16,6 +16,8 @@ from tenfold.progress import logger as progress_log
 from tenfold.records import parse_size
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from tenfold.profiling import LatencyTable
 
 
@@ -45,6 +47,7 @@ class Runtime:
         progress: show a bar on standard error, on terminals and in notebooks. Steps, layers and the time left are in
             the log as well: ``logging.getLogger("tenfold")`` at INFO, at least every half a minute; at DEBUG, each.
         on_event: called with every ``Event``.
+        accelerator: an ``accelerate.Accelerator()``, whose processes share the samples of ``compress_streamed``.
 
     Example:
         >>> steps = []
@@ -64,6 +67,7 @@ class Runtime:
     max_cache: int | str = "4GiB"
     progress: bool = False
     on_event: OnEvent | None = None
+    accelerator: Accelerator | None = None
     _bar: ProgressBar = field(default_factory=ProgressBar, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -16,9 +16,10 @@ from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.judge import Judge
 from tenfold.calibration.last_layer import LastLayer, UnlikeOutputsError
 from tenfold.calibration.needs import Needs
+from tenfold.calibration.shares import over_all, together_of
 from tenfold.calibration.unused import unused_layers
 from tenfold.decompositions import Moments, Sketch
-from tenfold.decompositions.covariance import shrunk
+from tenfold.decompositions.covariance import Covariance, shrunk
 from tenfold.decompositions.held_out import HeldOutCurve
 from tenfold.errors import CalibrationWarning, DataError, warn
 from tenfold.formats import split_groups
@@ -262,8 +263,7 @@ class _Work:
             return None
         curves = judge.curves()
         if judging is not fitting:
-            both = {path: own.pooled(others[path]) for path, own in moments.items() if path in others}
-            moments = others | moments | both
+            moments = others | moments | _of_both(moments, others)
         give_back()
         return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
 
@@ -279,8 +279,10 @@ class _Work:
 
         A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
         """
-        enough = -(-JUDGED // max(1, count_samples(batches))) if self.settings.loss == "fisher" else 1
-        return max(self.settings.draws, enough)
+        if self.settings.loss != "fisher":
+            return self.settings.draws
+        samples = over_all(batches, count_samples(batches))
+        return max(self.settings.draws, -(-JUDGED // max(1, samples)))
 
     def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int, draws: int) -> dict[str, Moments]:
         numbers = count()
@@ -298,8 +300,23 @@ class _Work:
         for draw in range(1, draws):
             for batch in batches:
                 add(self.model, batch, draw)
+        together = together_of(batches)
+        if together is not None:
+            sums.gather(together)
         grams = {path: shrunk(gram, sums.samples) for path, gram in sums.mean().items()}
         return {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
+
+
+def _of_both(moments: Mapping[str, Moments], others: Mapping[str, Moments]) -> dict[str, Moments]:
+    """Return the moments of all samples of layers that both parts of these reach; what layers share stays shared."""
+    known: dict[tuple[int, int], Covariance] = {}
+    found = {}
+    for path, own in moments.items():
+        if path in others:
+            key = id(own.input_second_moment), id(others[path].input_second_moment)
+            found[path] = own.pooled(others[path], known.get(key))
+            known[key] = found[path].input_second_moment
+    return found
 
 
 def called_layers(profile: Profile) -> dict[str, LayerSpec]:

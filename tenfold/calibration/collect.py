@@ -6,14 +6,17 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
 from tenfold.calibration.moment_sums import MomentSums, sketch_rows
+from tenfold.calibration.shared_inputs import SharedSums, explaining
+from tenfold.calibration.shares import Share, together_of
 from tenfold.decompositions import Moments
-from tenfold.errors import CalibrationWarning, DataError, TenfoldError, first_line, warn
+from tenfold.errors import CalibrationWarning, DataError, warn
 from tenfold.layers import FactorizedLayer, spec_of
 from tenfold.records import LayerSpec
 from tenfold.tensors import plain_arithmetic, untransformed
@@ -67,7 +70,8 @@ def collect_moments(
 
     Args:
         model: whose inputs are measured.
-        batches: inputs as ``call_model`` takes them, on the device of the model.
+        batches: inputs as ``call_model`` takes them, on the device of the model; a ``Share`` of them where other
+            processes see the others.
         specs: the layers, with their dense geometry; all that ``measurable`` finds if None.
         dense: the dense model, if ``model`` is a compressed copy of it: the moments then also hold the outputs of the
             same layers of the dense model on the same batches, so that each layer can correct errors of those before.
@@ -93,24 +97,27 @@ def collect_moments(
     """
     specs = dict(specs) if specs is not None else measurable(model)
     _announce(specs, widest)
-    sums = {path: MomentSums(widest, seed) for path in specs}
+    sums = SharedSums({path: MomentSums(widest, seed) for path in specs})
     draw = _Draw(positions, seed)
+    steps = batches.places if isinstance(batches, Share) else count()
     run = forward or call_model
     seen = 0
     with evaluating(model), layer_by_layer(), _watching(model, dense, specs, sums, draw):
-        for seen, batch in enumerate(batches, start=1):  # noqa: B007
+        for seen, (batch, draw.step) in enumerate(zip(batches, steps, strict=False), start=1):  # noqa: B007
             draw.mask = token_mask(batch, model)
             if dense is not None:
                 with evaluating(dense), Randomness(dense, batch).seeded(seed + draw.step):
                     run(dense, batch)
             with Randomness(model, batch).seeded(seed + draw.step):
                 run(model, batch)
-            draw.step += 1
+            sums.close()
     if seen == 0:
         msg = "there are no calibration batches. Pass an iterable with at least one."
         raise DataError(msg)
-    reached = {path: own for path, own in sums.items() if own.count} or sums  # none at all is an error
-    moments = {path: own.moments(path) for path, own in reached.items()}
+    together = together_of(batches)
+    if together is not None:
+        sums.gather(together, specs)
+    moments = sums.moments()
     _warn_if_few({path: own for path, own in moments.items() if specs[path].kind != "embedding"}, specs)
     return moments
 
@@ -137,20 +144,8 @@ class _Draw:
 
 
 @contextmanager
-def _explaining(path: str) -> Iterator[None]:
-    """Raise what goes wrong with a layer's input as a DataError that names the layer."""
-    try:
-        yield
-    except TenfoldError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        msg = f"the input of layer {path!r} cannot be measured: {first_line(error)}"
-        raise DataError(msg) from error
-
-
-@contextmanager
 def _watching(
-    model: nn.Module, dense: nn.Module | None, specs: Mapping[str, LayerSpec], sums: dict[str, MomentSums], draw: _Draw
+    model: nn.Module, dense: nn.Module | None, specs: Mapping[str, LayerSpec], sums: SharedSums, draw: _Draw
 ) -> Iterator[None]:
     """Add the inputs of the layers, and the outputs of the dense model's layers, to the sums."""
     waiting: dict[str, list[Tensor]] = {path: [] for path in specs}  # outputs of the dense model, which runs first
@@ -158,9 +153,8 @@ def _watching(
     def entering(path: str) -> Callable[..., None]:
         def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             y = waiting[path].pop(0) if waiting[path] else None
-            with _explaining(path):
-                x = untransformed(next(tensors_in((args, kwargs)))).detach()
-                sums[path].add(x, specs[path], y, **draw.options())
+            with explaining(path):
+                sums.add(path, next(tensors_in((args, kwargs))), specs[path], y, **draw.options())
 
         return enter
 

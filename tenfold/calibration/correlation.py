@@ -33,8 +33,8 @@ class PatchGram:
         tensor([[4., 6., 4., 6., 9., 6., 4., 6., 4.]], dtype=torch.float64)
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, sums: dict[str, Tensor] | None = None) -> None:
+        self.sums: dict[str, Tensor] = sums or {}
 
     def add(self, x: Tensor) -> None:
         """Add maps (batch, in, height, width)."""
@@ -48,21 +48,21 @@ class PatchGram:
                 self._sum(f"corner {line} {end}", corner.mT @ corner)
 
     def _sum(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value.double()
 
     def value(self) -> Tensor:
         """Return the matrix of all maps so far, in float64."""
-        half = self._sums["map"]
+        half = self.sums["map"]
         products = torch.cat([half[:, :, 1:].flip(2, 3).transpose(0, 1), half], dim=2)  # shifts −2..2 along both axes
         channels = len(half)
         taps = torch.arange(3, device=half.device)
         apart = taps - taps[:, None] + 2  # how far tap t' lies from tap t
         blocks = products[:, :, apart[:, None, :, None], apart[None, :, None, :]]  # (in, in, t, u, t', u')
         for tap, line in ((0, -1), (2, 0)):  # what the first tap along an axis never sees is the last line, and back
-            blocks[:, :, tap, :, tap] -= self._sums[f"row {line}"][:, :, apart]
-            blocks[:, :, :, tap, :, tap] -= self._sums[f"column {line}"][:, :, apart]
+            blocks[:, :, tap, :, tap] -= self.sums[f"row {line}"][:, :, apart]
+            blocks[:, :, :, tap, :, tap] -= self.sums[f"column {line}"][:, :, apart]
             for other, end in ((0, -1), (2, 0)):
-                blocks[:, :, tap, other, tap, other] += self._sums[f"corner {line} {end}"]
+                blocks[:, :, tap, other, tap, other] += self.sums[f"corner {line} {end}"]
         return blocks.permute(0, 2, 3, 1, 4, 5).reshape(1, 9 * channels, 9 * channels)
 
 

@@ -14,6 +14,7 @@ from tenfold.calibration.clipping import clipped
 from tenfold.calibration.drawn_labels import by_drawn_labels, labels_sent_back
 from tenfold.calibration.last_layer import LastLayer
 from tenfold.calibration.micro_batches import Split, parts_of, split_of
+from tenfold.calibration.shares import Together
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions.covariance import WIDE_OUTPUTS, Covariance, Sketch
 from tenfold.errors import DataError, first_line
@@ -221,6 +222,18 @@ class GradientSums:
 
     def at_last(self, last: LastLayer, entered: Tensor, gradient: Tensor) -> None:
         """Take note of what entered the layer that is left out, and of the gradient there."""
+
+    def gather(self, together: Together) -> None:
+        """Make these the sums of all processes, each of which calls this."""
+        self._samples = sum(together.everyones(self._samples))
+        self._squares = together.summed(self._squares)
+        for path, spec in self._specs.items():
+            rows = output_sketch_rows(spec, self._widest)
+            if rows is not None:
+                sketch = self._sketches.pop(path, None) or SketchSums(rows, self._seed)
+                sketch.gather(together)
+                if sketch.count:
+                    self._sketches[path] = sketch
 
     @property
     def samples(self) -> int:

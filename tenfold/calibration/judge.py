@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.gradients import GradientSums, Loss, Projection, SentBack, channels_first
 from tenfold.calibration.last_layer import LastLayer
+from tenfold.calibration.shares import Together
 from tenfold.decompositions import HeldOutCurve, Moments
 from tenfold.decompositions.covariance import Covariance, blocks, is_tall
 from tenfold.decompositions.curves import CurveProblem, Floats, tails
@@ -154,6 +155,11 @@ class Judge(GradientSums):
             square = lost.square().sum(0)
             self._lost[path] = self._lost[path] + square if path in self._lost else square
         self._now.clear()
+
+    def gather(self, together: Together) -> None:
+        """Make these the sums of all processes, each of which calls this."""
+        super().gather(together)
+        self._lost = together.summed(self._lost)
 
     def curves(self) -> dict[str, HeldOutCurve]:
         """Return the curve of each layer that a gradient reached."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tenfold.calibration.correlation import PatchGram, covers, patch_cross, patch_sum
 from tenfold.calibration.im2col import drawn_patches, input_patches, output_rows
+from tenfold.calibration.shares import Together
 from tenfold.calibration.sketched_moments import SketchSums, sketch_size
 from tenfold.decompositions import Moments, Sketch
 from tenfold.decompositions.covariance import blocks
@@ -164,6 +165,20 @@ class MomentSums:
             self._sums[name].add_(value)
         else:
             self._sums[name] = value.double()
+
+    def gather(self, together: Together, spec: LayerSpec) -> None:
+        """Make these the sums of all processes, each of which calls this."""
+        self.count = sum(together.everyones(self.count))
+        size = sketch_rows(spec, self._widest)
+        if size is not None:
+            self._sketch = self._sketch or SketchSums(size, self._seed)
+            self._sketch.gather(together)
+            return
+        maps = {} if self._maps is None else self._maps.sums
+        counts = {} if self._counts is None else {"": self._counts}
+        self._sums, maps, counts = (together.summed(own) for own in (self._sums, maps, counts))
+        self._maps = PatchGram(maps) if maps else None
+        self._counts = counts.get("")
 
     @plain_arithmetic()
     def moments(self, path: str) -> Moments:

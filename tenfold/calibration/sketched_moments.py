@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tenfold.calibration.shares import Together
 from tenfold.decompositions import Moments, Sketch
 
 # A sketch, the mean, and where there are targets their means and mean squares.
@@ -60,10 +61,8 @@ class SketchSums:
         self._project(x, y)
 
     def _project(self, x: Tensor, y: Tensor | None) -> None:
-        if self._probe is None:
-            generator = torch.Generator().manual_seed(self._seed)
-            self._probe = torch.randn(x.shape[1], self.size, generator=generator).to(x.device)
-        z = torch.cat([x.new_ones(len(x), 1, x.shape[-1]), self._probe.to(x.dtype).mT @ x], dim=1)
+        probe = self._draw(x.shape[1], x.device)
+        z = torch.cat([x.new_ones(len(x), 1, x.shape[-1]), probe.to(x.dtype).mT @ x], dim=1)
         if "rows" not in self._sums:
             self._sums["rows"] = x.new_zeros(*z.shape[:2], x.shape[1], dtype=torch.float64)
         for part in _parts(x.shape[1], self.size):
@@ -73,11 +72,30 @@ class SketchSums:
             self._sum("targets", z @ y.mT)
             self._sum("target_power", y.square().sum(-1))
 
+    def _draw(self, width: int, device: torch.device) -> Tensor:
+        """Return Ω (n, k), drawn at the first call."""
+        if self._probe is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            self._probe = torch.randn(width, self.size, generator=generator).to(device)
+        return self._probe
+
     def _sum(self, name: str, value: Tensor) -> None:
         if name in self._sums:
             self._sums[name].add_(value)
         else:
             self._sums[name] = value.double()
+
+    def gather(self, together: Together) -> None:
+        """Make these the sums of all processes, each of which calls this."""
+        counts, eps = zip(*together.everyones((self.count, self._eps)), strict=True)
+        self.count, self._eps = sum(counts), max(eps)
+        if self.count <= self.size:
+            self._held = [rows for held in together.everyones(self._held) for rows in held]
+            return
+        while self._held:
+            self._project(*self._held.pop(0))
+        self._sums = together.summed(self._sums)
+        self._draw(self._sums["rows"].shape[-1], self._sums["rows"].device)
 
     def finite(self) -> bool:
         """Return whether all inputs that were added are finite, and so are their products."""

@@ -92,10 +92,14 @@ class Moments:
         """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
-    def pooled(self, other: Moments) -> Self:
-        """Return the moments of the rows of both, which are of one layer and without targets."""
-        own = self.count / (self.count + other.count)
-        square, gram = pooled(self.input_second_moment, other.input_second_moment, own), self.output_gram
+    def pooled(self, other: Moments, square: Covariance | None = None) -> Self:
+        """Return the moments of the rows of both, which are of one layer and without targets.
+
+        ``square`` is the second moment of both, where it is known from another layer with these inputs.
+        """
+        own, gram = self.count / (self.count + other.count), self.output_gram
+        if square is None:
+            square = pooled(self.input_second_moment, other.input_second_moment, own)
         if gram is not None and other.output_gram is not None:
             gram = pooled(gram, other.output_gram, own)
         mean = own * self.mean + (1 - own) * other.mean

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ class Activations:
             text = json.dumps(entries).encode()
             file.write(text + len(text).to_bytes(_LENGTH, "little"))
 
+    @staticmethod
+    @contextmanager
+    def writing_all(paths: Sequence[Path]) -> Iterator[list[Callable[[Tensor], None]]]:
+        """Yield what adds a tensor to each of several files."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(Activations.writing(path)) for path in paths]
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -88,3 +96,21 @@ class Activations:
             file.seek(entry["at"])
             file.readinto(found.reshape(-1).view(torch.uint8).numpy().data)
         return found
+
+
+class ByBatch:
+    """Tensors by the numbers of the batches of a network, in a file of each process that has some of them.
+
+    Args:
+        paths: of the files, in the order of the processes; opened when they are asked for.
+        spots: for each batch the process that has it, and its place there.
+    """
+
+    def __init__(self, paths: Sequence[Path], spots: Sequence[tuple[int, int]]) -> None:
+        self.paths, self.spots = paths, spots
+        self._opened = cache(Activations.of)
+
+    def read(self, number: int) -> Tensor:
+        """Return the tensor of a batch."""
+        owner, place = self.spots[number]
+        return self._opened(self.paths[owner]).read(place)

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tenfold.calibration.shares import Share
 from tenfold.decompositions.covariance import Covariance
 from tenfold.files import atomic_write, link, write_text
+from tenfold.parallel import Workers
 from tenfold.profiling import agreement
 from tenfold.records import Agreement, Plan, parse_size
 from tenfold.runtime import Runtime
-from tenfold.streaming.activations import Activations
+from tenfold.streaming.activations import Activations, ByBatch
 from tenfold.streaming.network import Network
 from tenfold.streaming.network_parts import (
     OUTER,
@@ -27,6 +29,7 @@ from tenfold.streaming.network_parts import (
     tail_calls,
 )
 from tenfold.streaming.part_tables import LEAD, TAIL, into, moved, out_of
+from tenfold.streaming.ranks import Ranks
 from tenfold.streaming.statistics import Statistics
 from tenfold.surgery import SequentialFit, apply_, apply_sequentially, restructure_, with_errors
 from tenfold.tensors.free_memory import give_back
@@ -45,8 +48,9 @@ class Fitting:
         network: whose layers are replaced.
         plan: for the whole.
         statistics: of the first pass; None where weights alone decide.
-        folder: for files of the run.
+        folder: for files of the run, which all processes see.
         runtime: workers and progress.
+        ranks: the processes of the run.
     """
 
     network: Network
@@ -54,12 +58,14 @@ class Fitting:
     statistics: Statistics | None
     folder: Path
     runtime: Runtime = field(default_factory=Runtime)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def run(self) -> tuple[Plan, Agreement | None]:
         """Fit all parts; return the plan with the errors of its layers, and how far the outcome agrees."""
         parts, count = (LEAD, *self.network.chain.blocks, TAIL), self.runtime.counter(FIT)
+        missing = self.ranks.from_main([part for part in parts if not self._told(part).is_file()])
         for done, part in enumerate(parts):
-            if not self._told(part).is_file():
+            if part in missing:
                 self._fit(part)
             count(done + 1, len(parts))
         told = {part: Plan.from_json_file(self._told(part), "a plan") for part in parts}
@@ -68,7 +74,7 @@ class Fitting:
             layer if layer.path not in fitted else fitted[layer.path].replace(path=layer.path, aliases=layer.aliases)
             for layer in self.plan.layers
         )
-        return self.plan.replace(layers=layers), self._agreement()
+        return self.plan.replace(layers=layers), self.ranks.from_main(self._agreement() if self.ranks.main else None)
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -77,30 +83,48 @@ class Fitting:
 
     def _fit(self, part: str) -> None:
         """Fit a part: the files behind it first, then its weights, then what was done."""
-        net, number = self.network, self._number(part)
+        ranks, number = self.ranks, self._number(part)
+        inside = part not in (LEAD, TAIL)
+        if inside:
+            told = self._fit_block(part, number)
+        else:
+            told = ranks.from_main(self._fit_outside(part, number) if ranks.main else self.plan)
         if part == LEAD:
-            with net.outer() as outer:
+            self._enter(told)
+        ranks.wait()
+        if ranks.main:
+            write_text(self._told(part), told.to_json())
+        ranks.wait()
+        if inside:
+            for kind in ("d", "c"):
+                ranks.file(self._states(kind, number)).unlink(missing_ok=True)
+        give_back()
+
+    def _fit_block(self, part: str, number: int) -> Plan:
+        """Fit a block, in all processes alike, and write what the next one takes."""
+        net = self.network
+        with net.block(number) as block:
+            dense, small = self._at(number)
+            new, told = self._applied(part, block, small, dense)
+            self._advance(number, block, new, dense, small)
+            if self.ranks.main:
+                self._write(part, {f"{part}.{name}": t for name, t in new.state_dict().items()})
+        return told
+
+    def _fit_outside(self, part: str, number: int) -> Plan:
+        """Fit what lies before or after the blocks."""
+        net = self.network
+        with net.outer() as outer:
+            if part == LEAD:
                 new, told = self._applied(part, Lead(outer, net.chain), net.batches, net.batches)
-                self._enter(new, changed=bool(told.factorized))
                 if told.factorized:  # else what comes after the blocks has all that lies outside of them
                     self._write(part, _outer_state(new))
-        elif part == TAIL:
-            with net.outer() as outer:
+            else:
                 dense, small = self._at(number)
-                filled = self._with_lead(outer)
+                filled = self._with_lead(outer, Plan.from_json_file(self._told(LEAD), "a plan"))
                 new, told = self._applied(part, Tail(filled, net.chain), small, dense, Tail(outer, net.chain))
                 self._write(part, _outer_state(new))
-        else:
-            with net.block(number) as block:
-                dense, small = self._at(number)
-                new, told = self._applied(part, block, small, dense)
-                self._advance(number, block, new, dense, small)
-                self._write(part, {f"{part}.{name}": t for name, t in new.state_dict().items()})
-        write_text(self._told(part), told.to_json())
-        if part not in (LEAD, TAIL):
-            for kind in ("d", "c"):
-                self._states(kind, number).unlink(missing_ok=True)
-        give_back()
+        return told
 
     def _applied(
         self,
@@ -115,9 +139,9 @@ class Fitting:
         if not own.factorized and not own.narrowed:
             return module, own
         if self.statistics is None:
-            new = apply_(module, own, workers=self.runtime.workers)
+            new = apply_(module, own, workers=self._workers(part))
             return new, with_errors(own, new)
-        calibration, measured = net.recipe.calibration, net.measured
+        calibration = net.recipe.calibration
         config = SequentialFit(
             positions=calibration.positions,
             seed=net.recipe.seed,
@@ -128,14 +152,25 @@ class Fitting:
         new = apply_sequentially(
             module,
             own,
-            StoredCalls(measured, batches.__getitem__),
+            self._measured(part, batches),
             target=target,
-            entered=StoredCalls(measured, entered.__getitem__),
+            entered=self._measured(part, entered),
             output_grams=self._grams(part),
             config=config,
             progress=lambda _done, _all: None,
         )
         return new, with_errors(own, new)
+
+    def _measured(self, part: str, batches: Sequence[Any]) -> Sequence[Any]:
+        """Return the batches that a part is fitted to: all, or of a block those of this process."""
+        every = self.network.measured
+        if part in (LEAD, TAIL) or self.ranks.count == 1:
+            return StoredCalls(every, batches.__getitem__)
+        own = self.ranks.own(every)
+        return Share(StoredCalls(own, batches.__getitem__), own, self.ranks)
+
+    def _workers(self, part: str) -> Workers:
+        return self.runtime.workers if part in (LEAD, TAIL) else self.ranks.workers(self.runtime.workers)
 
     def _grams(self, part: str) -> Mapping[str, Covariance]:
         return {} if self.statistics is None else self.statistics.output_grams(part)
@@ -150,20 +185,19 @@ class Fitting:
             count += sum(not layer.kind.startswith("embedding") for layer in own.factorized)
         return count
 
-    def _enter(self, lead: nn.Module, *, changed: bool) -> None:
+    def _enter(self, told: Plan) -> None:
         """Write what enters the first block, in the original and now."""
-        net = self.network
+        net, ranks = self.network, self.ranks
         if self.statistics is None:
             return
-        first = self.statistics.entering(0)
-        with atomic_write(self._states("d", 0)) as partial:
-            link(first, partial)
-        if changed:
-            with Activations.writing(self._states("c", 0)) as write:
-                BlockInputs.of(lead.outer, net.chain, net.batches, write)  # type: ignore[arg-type]
-        else:
-            with atomic_write(self._states("c", 0)) as partial:
-                link(first, partial)
+        dense, small = (ranks.file(self._states(kind, 0)) for kind in ("d", "c"))
+        for path in (dense, small):
+            with atomic_write(path) as partial:
+                link(self.statistics.entering(0), partial)
+        if told.factorized:
+            batches = {number: net.batches[number] for number in ranks.own(range(len(net.batches)))}
+            with net.outer() as outer, Activations.writing(small) as write:
+                BlockInputs.of(self._with_lead(outer, told), net.chain, batches, write)
 
     def _at(self, number: int) -> tuple[Sequence[Any], Sequence[Any]]:
         """Return the batches of a block, or of what comes after the last: in the original, and now."""
@@ -173,7 +207,7 @@ class Fitting:
         every = range(len(net.batches))
         found = []
         for kind in ("d", "c"):
-            stored = Activations.of(self._states(kind, number))
+            stored = ByBatch(self.ranks.files(self._states(kind, number)), self.ranks.spots)
             if number == len(net.chain.blocks):
                 found.append(tail_calls(net.batches, stored, every))
             else:
@@ -187,13 +221,13 @@ class Fitting:
         if self.statistics is None:
             return
         for kind, module, calls in (("d", dense, entered), ("c", new, batches)):
-            with Activations.writing(self._states(kind, number + 1)) as write:
-                for batch in calls:
-                    write(run_block(module, batch))
+            with Activations.writing(self.ranks.file(self._states(kind, number + 1))) as write:
+                for batch in self.ranks.own(range(len(calls))):
+                    write(run_block(module, calls[batch]))
 
-    def _with_lead(self, outer: nn.Module) -> nn.Module:
+    def _with_lead(self, outer: nn.Module, told: Plan) -> nn.Module:
         """Return what lies outside of the blocks with the layers before them as they were fitted."""
-        twin, told = copied(outer), Plan.from_json_file(self._told(LEAD), "a plan")
+        twin = copied(outer)
         if not told.factorized:
             return twin
         lead = restructure_(Lead(twin, self.network.chain), told)

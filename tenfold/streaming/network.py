@@ -10,8 +10,6 @@ from typing import Any
 from torch import nn
 
 from tenfold.calibration import judged_apart
-from tenfold.calibration.gradients import GradientSums
-from tenfold.calibration.judge import Judge
 from tenfold.checkpoint.shards import WeightFiles
 from tenfold.errors import DataError
 from tenfold.profiling import environment, profile
@@ -107,12 +105,6 @@ class Network:
     def measured(self) -> range:
         """Numbers of the batches that decide."""
         return range(self.decisive)
-
-    def index(self, sums: GradientSums, number: int, draw: int) -> int:
-        """Return the place of the gradients of a batch among those of all batches and draws."""
-        if isinstance(sums, Judge):
-            return self.recipe.calibration.draws * len(self.fitting) + draw * len(self.judging) + number
-        return draw * len(self.fitting) + number
 
     @contextmanager
     def block(self, number: int) -> Iterator[nn.Module]:

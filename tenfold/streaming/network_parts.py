@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.streaming.activations import Activations
+from tenfold.streaming.activations import ByBatch
 from tenfold.streaming.chain import Chain
 from tenfold.tensors import digest
 from tenfold.tracing.block_calls import without_cache
@@ -97,24 +97,24 @@ class BlockInputs:
         calls: by batch and block the arguments, with ``HIDDEN`` in its place.
     """
 
-    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
+    calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
     _known: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
-        cls, outer: nn.Module, chain: Chain, batches: Sequence[Any], entered: Callable[[Tensor], None]
+        cls, outer: nn.Module, chain: Chain, batches: Mapping[int, Any], entered: Callable[[Tensor], None]
     ) -> BlockInputs:
         """Run what comes before the blocks on each batch.
 
         Args:
             outer: the network, with the weights that lie outside of its blocks.
             chain: of its blocks.
-            batches: inputs of the network.
+            batches: inputs of the network, by number.
             entered: called with what enters the first block, batch by batch.
         """
         found = cls()
         with evaluating(outer), layer_by_layer(), without_cache(outer):
-            for batch in batches:
+            for place, batch in batches.items():
                 seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
                 def enter(number: int, args: Any, kwargs: Any, seen: Any = seen) -> Any:
@@ -130,7 +130,7 @@ class BlockInputs:
                     try:
                         call_model(outer, batch)
                     except _ReachedError:
-                        found.calls.append(seen)
+                        found.calls[place] = seen
         return found
 
     def call(self, batch: int, block: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -177,12 +177,12 @@ class StoredCalls(Sequence[Any]):
         return self._call(self._numbers[place])
 
 
-def block_calls(known: BlockInputs, block: int, stored: Activations, numbers: Sequence[int]) -> StoredCalls:
+def block_calls(known: BlockInputs, block: int, stored: ByBatch, numbers: Sequence[int]) -> StoredCalls:
     """Return the batches of a block, of which the hidden states are stored."""
     return StoredCalls(numbers, lambda number: known.call(number, block, stored.read(number)))
 
 
-def tail_calls(batches: Sequence[Any], stored: Activations, numbers: Sequence[int]) -> StoredCalls:
+def tail_calls(batches: Sequence[Any], stored: ByBatch, numbers: Sequence[int]) -> StoredCalls:
     """Return the batches of ``Tail``."""
 
     def call(number: int) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from tenfold.streaming.block_fits import Fitting
 from tenfold.streaming.chain import meta_inputs
 from tenfold.streaming.network import Network
 from tenfold.streaming.network_parts import Lead, Tail
+from tenfold.streaming.on_ray import run_on_ray
 from tenfold.streaming.output import write_folder
 from tenfold.streaming.part_tables import LEAD, TAIL, inside, joined, recipe_of_part
+from tenfold.streaming.ranks import Ranks
 from tenfold.streaming.skeletons import empty_pretrained, on_meta
 from tenfold.streaming.statistics import Statistics
 from tenfold.surgery import note_in_config_, restructure_
@@ -113,24 +116,49 @@ def compress_streamed(
         DataError: too few batches.
         FileError: the folder belongs to another run, or another process works there.
     """
-    runtime, wanted = runtime or Runtime(max_cache=MAX_CACHE), Recipe.of(recipe)
-    _check_recipe(wanted)
-    out = Path(out)
+    wanted = _Wanted(Path(weights).expanduser(), Path(out), Recipe.of(recipe), data, example_inputs, skeleton, blocks)
+    runtime = runtime or Runtime(max_cache=MAX_CACHE)
+    if runtime.workers.backend == "ray":
+        wanted = replace(wanted, data=None if data is None else list(data))
+        return run_on_ray(partial(_streamed, wanted), runtime)
+    return _streamed(wanted, runtime, Ranks.of(runtime.accelerator))
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The arguments of ``compress_streamed``."""
+
+    weights: Path
+    out: Path
+    recipe: Recipe
+    data: Iterable[Any] | None
+    example_inputs: Any
+    skeleton: nn.Module | None
+    blocks: Sequence[str] | None
+
+
+def _streamed(wanted: _Wanted, runtime: Runtime, ranks: Ranks) -> Streamed:
+    """Do what this process does of a run."""
+    _check_recipe(wanted.recipe)
+    out = wanted.out
     if out.exists():
         msg = f"{out} is there already: choose a new folder, or remove it"
         raise CheckpointError(msg)
-    network = _looked_at(Path(weights).expanduser(), wanted, skeleton, data, example_inputs, blocks)
+    network = _looked_at(wanted)
+    ranks = ranks.dealt(network.fitting, network.judging, len(network.batches))
     seconds: dict[str, float] = {}
     work = Path(runtime.folder) if runtime.folder is not None else out.with_name(f".{out.name}.streaming")
-    with in_use(_made(work) / ".lock", work):
-        _claim(work, _identity(network, blocks))
-        statistics = Statistics(network, work, runtime=runtime) if network.batches else None
+    with in_use(_made(work) / ".lock", work) if ranks.main else nullcontext():
+        if ranks.main:
+            _claim(work, _identity(network, wanted.blocks, ranks.count))
+        ranks.wait()
+        statistics = Statistics(network, work, runtime, ranks) if network.batches else None
         with runtime.step("weigh blocks", seconds):
-            table = _table(network, statistics, runtime)
+            table = _table(network, statistics, runtime, ranks)
         cost = network.profile.replace(units=tuple(own.unit for own in table.units))
-        plan = with_one_head_size(choose(table), cost)
+        plan = with_one_head_size(ranks.from_main(choose(table)), cost)
         refuse_empty(plan, cost)
-        fitting = Fitting(network, plan, statistics, work, runtime)
+        fitting = Fitting(network, plan, statistics, work, runtime, ranks)
         with runtime.step("fit blocks", seconds):
             plan, agreed = fitting.run()
         small = note_in_config_(restructure_(copied(network.skeleton), plan))
@@ -145,52 +173,50 @@ def compress_streamed(
         )
         source = network.files.folder
         beside = partial(_beside, small, source) if (source / CONFIG).is_file() else None
-        write_folder(out, fitting.shards, plan, record, table, beside)
-    if runtime.folder is None:
+        if ranks.main:
+            write_folder(out, fitting.shards, plan, record, table, beside)
+        ranks.wait()
+    if runtime.folder is None and ranks.main:
         shutil.rmtree(work, ignore_errors=True)
     return Streamed(out, plan, record, table)
 
 
-def _looked_at(
-    folder: Path,
-    recipe: Recipe,
-    skeleton: nn.Module | None,
-    data: Iterable[Any] | None,
-    example: Any,
-    blocks: Sequence[str] | None,
-) -> Network:
+def _looked_at(wanted: _Wanted) -> Network:
     """Look at weights, model and data before any work begins."""
-    files = WeightFiles.of(folder)
-    model = _skeleton(folder, skeleton)
+    files, recipe, data, example = WeightFiles.of(wanted.weights), wanted.recipe, wanted.data, wanted.example_inputs
+    model = _skeleton(wanted.weights, wanted.skeleton)
     batches = [] if data is None else list(gathered(data, model, example, torch.device("cpu")))
     if example is None and not batches:
         msg = "without data, example_inputs= says what costs are counted for"
         raise DataError(msg)
     deciding = batches if recipe.calibration.plans else []
-    return Network.of(model, files, recipe, batches[0] if example is None else example, deciding, blocks)
+    return Network.of(model, files, recipe, batches[0] if example is None else example, deciding, wanted.blocks)
 
 
-def _table(network: Network, statistics: Statistics | None, runtime: Runtime) -> OptionTable:
+def _table(network: Network, statistics: Statistics | None, runtime: Runtime, ranks: Ranks) -> OptionTable:
     """Return the option table of the whole."""
     itemsizes = {
         path: next((p.element_size() for p in network.skeleton.get_submodule(path).parameters()), 4)
         for path in (layer.path for layer in network.profile.layers)
     }
-    tables = _by_weight(network, runtime) if statistics is None else statistics.run()
+    tables = _by_weight(network, runtime, ranks) if statistics is None else statistics.run()
     return joined(network.profile, network.recipe, tables, network.kept, itemsizes)
 
 
-def _by_weight(network: Network, runtime: Runtime) -> dict[str, OptionTable]:
-    """Return the tables of all parts as the weights alone have it."""
+def _by_weight(network: Network, runtime: Runtime, ranks: Ranks) -> dict[str, OptionTable]:
+    """Return the tables of all parts as the weights alone have it; each process looks at some of the blocks."""
     found: dict[str, OptionTable] = {}
-    with network.outer() as outer:
-        found[LEAD] = _blind(network, LEAD, Lead(outer, network.chain), runtime)
-    for number, path in enumerate(network.chain.blocks):
-        with network.block(number) as block:
-            found[path] = _blind(network, path, block, runtime)
-    with network.outer() as outer:
-        found[TAIL] = _blind(network, TAIL, Tail(outer, network.chain), runtime)
-    return found
+    parts = (LEAD, *network.chain.blocks, TAIL)
+    for number in range(ranks.index, len(parts), ranks.count):
+        part = parts[number]
+        if part in (LEAD, TAIL):
+            with network.outer() as outer:
+                found[part] = _blind(network, part, (Lead if part == LEAD else Tail)(outer, network.chain), runtime)
+        else:
+            with network.block(number - 1) as block:
+                found[part] = _blind(network, part, block, runtime)
+    known = {part: table for own in ranks.everyones(found) for part, table in own.items()}
+    return {part: known[part] for part in parts}
 
 
 def _blind(network: Network, part: str, module: nn.Module, runtime: Runtime) -> OptionTable:
@@ -244,12 +270,13 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _identity(network: Network, blocks: Sequence[str] | None) -> str:
+def _identity(network: Network, blocks: Sequence[str] | None, processes: int) -> str:
     """Return in words what the outcome of a run depends on."""
     files = {stored.file for stored in network.files.tensors.values()}
     known = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return (
         f"tenfold {__version__}\nmodel {network.profile.model}\nweights {known}\nblocks {blocks}\n"
+        f"processes {processes}\n"
         f"data {digest_batches(network.batches)}\nrecipe {network.recipe.to_yaml()}"
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.moment_sums import MomentSums, sketch_rows
+from tenfold.calibration.shares import Share, over_all, together_of
 from tenfold.decompositions import Decomposition, Moments, Sketch, algorithm_for, default_algorithm, fit_layer
 from tenfold.decompositions.covariance import Covariance, is_tall
 from tenfold.decompositions.dense_inputs import DenseInputs
@@ -168,8 +169,8 @@ class _Fitting:
 
     @cached_property
     def _samples(self) -> int:
-        """How many samples the batches hold, which may lie on the disk."""
-        return count_samples(self.batches)
+        """How many samples the batches of all processes hold, which may lie on the disk."""
+        return over_all(self.batches, count_samples(self.batches))
 
     def fit(self, layer: LayerPlan, number: int) -> None:
         """Fit a layer to the rows of the new model, or of the dense one where these are others."""
@@ -209,15 +210,19 @@ class _Fitting:
         """Return the moments of what enters the layer now, beside its outputs in the dense model."""
         config = self.config
         sums = MomentSums(config.max_width, config.seed)
-        pairs = targets(self.dense, self.changing, path, branch)
-        for i, (place, (x, y)) in enumerate(zip(self._places(path), pairs, strict=True)):
-            if spec.out_shape(tuple(x.shape)) != tuple(y.shape):
-                raise _UnlikeError(_OTHER_ROWS)
-            wanted = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
-            drawn = config.seed * 1_000_003 + number * 1009 + i
-            mask = token_mask(self.batches[place], self.source)
-            sums.add(x, spec, wanted, positions=config.positions, seed=drawn, mask=mask)
-        del x, y, wanted  # as large as all that the layer takes and puts out
+
+        def add() -> None:
+            pairs = targets(self.dense, self.changing, path, branch)
+            for i, (place, (x, y)) in enumerate(zip(self._places(path), pairs, strict=True)):
+                if spec.out_shape(tuple(x.shape)) != tuple(y.shape):
+                    raise _UnlikeError(_OTHER_ROWS)
+                wanted = y if bias is None else y - bias.detach().view(-1, *[1] * spec.axes)
+                step = self.batches.places[place] if isinstance(self.batches, Share) else i
+                drawn = config.seed * 1_000_003 + number * 1009 + step
+                mask = token_mask(self.batches[place], self.source)
+                sums.add(x, spec, wanted, positions=config.positions, seed=drawn, mask=mask)
+
+        self._summed(add, {sums: spec})
         return sums.moments(path)
 
     def _follows_from_inputs(self, spec: LayerSpec, weight: Tensor) -> bool:
@@ -229,19 +234,40 @@ class _Fitting:
         """Return the moments of what enters the layer now, beside what enters it in the dense model."""
         sums, before = (MomentSums(self.config.max_width, self.config.seed) for _ in range(2))
         square = spec.replace(out_channels=spec.in_channels)
-        pairs = zip(self.changing.inputs(path), self.dense.inputs(path), strict=True)
-        for place, (x, other) in zip(self._places(path), pairs, strict=True):
-            if x.shape != other.shape:
-                raise _UnlikeError(_OTHER_ROWS)
-            mask = token_mask(self.batches[place], self.source)
-            sums.add(x, square, other, mask=mask)
-            before.add(other, square, mask=mask)
+
+        def add() -> None:
+            pairs = zip(self.changing.inputs(path), self.dense.inputs(path), strict=True)
+            for place, (x, other) in zip(self._places(path), pairs, strict=True):
+                if x.shape != other.shape:
+                    raise _UnlikeError(_OTHER_ROWS)
+                mask = token_mask(self.batches[place], self.source)
+                sums.add(x, square, other, mask=mask)
+                before.add(other, square, mask=mask)
+
+        self._summed(add, {sums: square, before: square})
         found, own = sums.moments(path), before.moments(path)
         if found.cross is None or isinstance(own.input_second_moment, Sketch):
             msg = "inputs that are sketched have no cross moments"
             raise DataError(msg)
         known = DenseInputs(own.input_second_moment, own.mean, found.cross)
         return found.replace(cross=None, target_mean=None, target_power=None, before=known)
+
+    def _summed(self, add: Callable[[], None], sums: Mapping[MomentSums, LayerSpec]) -> None:
+        """Add the rows of this process to the sums, and those of the others; raise what any of them raises."""
+        together = together_of(self.batches)
+        if together is None:
+            add()
+            return
+        try:
+            add()
+            failed = None
+        except (_UnlikeError, DataError) as error:
+            failed = str(error)
+        for why in together.everyones(failed):
+            if why is not None:
+                raise _UnlikeError(why)
+        for own, spec in sums.items():
+            own.gather(together, spec)
 
     def _places(self, path: str) -> list[int]:
         """Return the batches that reach a layer, in both models alike."""
