@@ -57,12 +57,15 @@ class ColumnSelection(CovarianceDecomposition):
 
 
 class _Sweep:
-    """Removal of inputs of one weight (out, in, *kernel) under a covariance (in·taps, in·taps), not singular."""
+    """Removal of inputs of one weight (out, in, *kernel) under a covariance (in·taps, in·taps), not singular.
+
+    What is removed changes places with what stays at the end, so that the others lie together and nothing is copied.
+    """
 
     def __init__(self, weight: Tensor, covariance: Tensor) -> None:
         self.taps = weight[0, 0].numel()
         self.left = torch.arange(weight.shape[1], device=weight.device)
-        self.weight = weight.flatten(1)
+        self.weight = weight.flatten(1).clone()
         self.inverse = _inverse(covariance)
         self.lost = [0.0]  # by number of inputs that are gone
 
@@ -70,7 +73,7 @@ class _Sweep:
         """Return which inputs stay when there are no more than ``size``, in their order."""
         while len(self.left) > size:
             self._remove(min(_BLOCK, len(self.left) - size))
-        return self.left
+        return self.left.sort().values
 
     def curve(self) -> Floats:
         """Return the error (in + 1,) at every number of inputs that stay, from 0 on."""
@@ -79,19 +82,31 @@ class _Sweep:
 
     def _remove(self, count: int) -> None:
         """Remove some inputs, and make up for them in the others."""
-        apart = self.weight.unflatten(1, (-1, self.taps))
-        scores = _scores(torch.einsum("ois,oit->ist", apart, apart), _blocks(self.inverse, self.taps))
-        near = scores.argsort(stable=True)[: _AMONG * count]
+        scores = _scores(_own_grams(self.weight, self.taps), _blocks(self.inverse, self.taps))
+        order = self.left.argsort()
+        near = order[scores[order].argsort(stable=True)][: _AMONG * count]
         places = _places(near, self.taps)
-        gone = near[self._order(self.weight[:, places], self.inverse[places][:, places], count)]
-        stay = torch.ones(len(self.left), dtype=torch.bool, device=gone.device)
-        stay[gone] = False
-        out, rest = _places(gone, self.taps), _places(stay.nonzero().flatten(), self.taps)
-        across = self.inverse[out][:, rest]
-        turned = solve_spd(self.inverse[out][:, out], across)
-        self.weight = self.weight[:, rest] - self.weight[:, out] @ turned
-        self.inverse = self.inverse[rest][:, rest].addmm_(across.mT, turned, alpha=-1)
-        self.left = self.left[stay]
+        self._to_the_end(near[self._order(self.weight[:, places], self.inverse[places][:, places], count)])
+        kept = len(self.left) - count
+        rest, out = slice(kept * self.taps), slice(kept * self.taps, None)
+        across = self.inverse[out, rest]
+        turned = solve_spd(self.inverse[out, out], across)
+        weight, inverse = self.weight[:, rest], self.inverse[rest, rest]
+        self.weight = weight.addmm_(self.weight[:, out], turned, alpha=-1)
+        self.inverse = inverse.addmm_(across.mT, turned, alpha=-1)
+        self.left = self.left[:kept]
+
+    def _to_the_end(self, gone: Tensor) -> None:
+        """Exchange inputs with those of the last that are not among them."""
+        kept = len(self.left) - len(gone)
+        last = torch.arange(kept, len(self.left), device=gone.device)
+        first, second = gone[gone < kept], last[~torch.isin(last, gone)]
+        here, there = torch.cat([first, second]), torch.cat([second, first])
+        self.left[here] = self.left[there]
+        here, there = _places(here, self.taps), _places(there, self.taps)
+        self.weight[:, here] = self.weight[:, there]
+        self.inverse[here] = self.inverse[there]
+        self.inverse[:, here] = self.inverse[:, there]
 
     def _order(self, weight: Tensor, inverse: Tensor, count: int) -> Tensor:
         """Return which of some inputs to remove, one after the other, from what is known of these alone."""
@@ -129,6 +144,15 @@ def _scores(gram: Tensor, inverse: Tensor) -> Tensor:
         return (gram / inverse).flatten()
     scores: Tensor = solve_spd(inverse, gram).diagonal(dim1=-2, dim2=-1).sum(-1)
     return scores
+
+
+def _own_grams(weight: Tensor, taps: int) -> Tensor:
+    """Return the Gram matrices (n, taps, taps) of the columns (out, n·taps) of each input."""
+    if taps == 1:  # products of many single columns would copy each of them first
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=0)
+        return norms.square()[:, None, None]
+    apart = weight.unflatten(1, (-1, taps))
+    return torch.einsum("ois,oit->ist", apart, apart)
 
 
 def _blocks(square: Tensor, taps: int) -> Tensor:
