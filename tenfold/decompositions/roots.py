@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tenfold.decompositions.covariance import NEGLIGIBLE, Covariance, Sketch, add_ridge, marginal
-from tenfold.errors import WeightError
 from tenfold.records import Shape
 
 # The covariance of one mode is kept this far from singular, as a share of its mean variance.
@@ -39,14 +38,15 @@ def sqrt_and_inverse_sqrt(square: Tensor) -> tuple[Tensor, Tensor]:
 class Root:
     """A square root S of a matrix A (groups, n, n): SᵀS = A, so that ‖S x‖² = xᵀA x. ``root @ x`` is S x.
 
-    Of a dense matrix it is the symmetric one, as a matrix. Of a sketch D + RᵀR it is (I + V diag(stretch) Vᵀ)·√D with
+    Of a dense matrix it is the transposed Cholesky factor, or where the matrix is near to singular the symmetric root,
+    whose eigenvectors take ten times as long. Of a sketch D + RᵀR it is (I + V diag(stretch) Vᵀ)·√D with
     V the right singular vectors of R·D^-½, and is never formed: it takes k·n numbers and k equations.
 
     Attributes:
         scale: √D (groups, n, 1), or None of a dense matrix.
         vectors: V (groups, n, k), or S itself of a dense matrix.
         stretch: by how much S lengthens what lies along V (groups, k, 1).
-        inverse: pseudo-inverse of S of a dense matrix.
+        inverse: pseudo-inverse of S of a dense matrix; None of a Cholesky factor.
     """
 
     vectors: Tensor
@@ -58,6 +58,9 @@ class Root:
     def of(cls, square: Covariance) -> Root:
         """Return a root of a positive semidefinite matrix; the diagonal of a sketch must be positive."""
         if not isinstance(square, Sketch):
+            lower, failed = torch.linalg.cholesky_ex(square)
+            if not bool(failed.any()) and bool(_well_posed(lower)):
+                return cls(lower.mT)
             root, inverse = sqrt_and_inverse_sqrt(square)
             return cls(root, inverse=inverse)
         scale = square.rest.sqrt().unsqueeze(-1)
@@ -81,7 +84,8 @@ class Root:
     def transposed(self, right: Tensor) -> Tensor:
         """Return Sᵀ x for columns x (groups, n, m)."""
         if self.scale is None or self.stretch is None:
-            return self.vectors.to(right.dtype) @ right  # the root of a dense matrix is symmetric
+            transposed: Tensor = self.vectors.mT.to(right.dtype) @ right
+            return transposed
         return _stretched(right.clone(), self.vectors, self.stretch).mul_(self.scale.to(right.dtype))
 
     def solve(self, right: Tensor) -> Tensor:
@@ -89,8 +93,8 @@ class Root:
         if self.inverse is not None:
             return self.inverse.to(right.dtype) @ right
         if self.scale is None or self.stretch is None:
-            msg = "a root of a sketch needs its scale and stretch"
-            raise WeightError(msg)
+            solved: Tensor = torch.linalg.solve_triangular(self.vectors.to(right.dtype), right, upper=True)
+            return solved
         return _stretched(right.clone(), self.vectors, 1 / (1 + self.stretch) - 1).div_(self.scale.to(right.dtype))
 
 

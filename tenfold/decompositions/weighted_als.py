@@ -217,7 +217,8 @@ def _leading_outputs(matrix: Tensor, covariance: Covariance, rank: int, seed: in
         left = truncated_svd((Root.of(covariance) @ matrix.mT).mT, rank, seed=seed).u
     else:
         root = Root.of(covariance.double())
-        left = matrix @ (root @ leading_eigenvectors(gram_of_inputs(matrix, covariance), rank)).to(matrix.dtype)
+        leading = leading_eigenvectors(seen_from_inputs(gram_through(matrix), root), rank)
+        left = matrix @ root.transposed(leading).to(matrix)
     # Orthonormal, also where outputs without power have left directions that are rounding.
     basis: Tensor = torch.linalg.qr(left).Q
     return basis
