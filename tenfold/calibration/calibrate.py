@@ -262,8 +262,9 @@ class _Work:
             self.refusal = error
             return None
         curves = judge.curves()
+        del judge  # with its fits, before there are statistics of all samples too
         if judging is not fitting:
-            moments = others | moments | _of_both(moments, others)
+            moments = _of_both(moments, others)
         give_back()
         return {path: own.replace(held_out=curves.get(path)) for path, own in moments.items()}
 
@@ -303,19 +304,21 @@ class _Work:
         together = together_of(batches)
         if together is not None:
             sums.gather(together)
-        grams = {path: shrunk(gram, sums.samples) for path, gram in sums.mean().items()}
+        means = sums.mean()
+        grams = {path: shrunk(means.pop(path), sums.samples) for path in list(means)}
         return {path: own.replace(output_gram=grams.get(path)) for path, own in moments.items()}
 
 
-def _of_both(moments: Mapping[str, Moments], others: Mapping[str, Moments]) -> dict[str, Moments]:
-    """Return the moments of all samples of layers that both parts of these reach; what layers share stays shared."""
+def _of_both(moments: dict[str, Moments], others: dict[str, Moments]) -> dict[str, Moments]:
+    """Return the moments of all samples, and use up those of both parts; what layers share stays shared."""
+    found = others | moments
+    moments.clear()
+    both = [path for path in found if path in others and found[path] is not others[path]]
+    shared = {path: (id(found[path].input_second_moment), id(others[path].input_second_moment)) for path in both}
     known: dict[tuple[int, int], Covariance] = {}
-    found = {}
-    for path, own in moments.items():
-        if path in others:
-            key = id(own.input_second_moment), id(others[path].input_second_moment)
-            found[path] = own.pooled(others[path], known.get(key))
-            known[key] = found[path].input_second_moment
+    for path in both:
+        found[path] = found[path].pooled(others.pop(path), known.get(shared[path]))
+        known[shared[path]] = found[path].input_second_moment
     return found
 
 

@@ -241,7 +241,7 @@ class GradientSums:
         return self._samples
 
     def mean(self) -> dict[str, Covariance]:
-        """Return the sums divided by the number of samples, of the layers that a gradient reached.
+        """Return the sums divided by the number of samples, of the layers that a gradient reached. Frees the sums.
 
         Raises:
             DataError: no batches, no gradient anywhere, or gradients that are not finite.
@@ -259,8 +259,11 @@ class GradientSums:
         if odd:
             msg = f"cannot estimate how errors of layers affect the outputs: gradients at {odd[0]} are not finite"
             raise DataError(msg)
-        found: dict[str, Covariance] = {path: own / self._samples for path, own in self._squares.items()}
-        for path, own in self._sketches.items():
+        found: dict[str, Covariance] = {
+            path: self._squares.pop(path).div_(self._samples) for path in list(self._squares)
+        }
+        for path in list(self._sketches):
+            own = self._sketches.pop(path)
             sketch = own.sketch()
             found[path] = sketch.scaled(sketch.rest.new_full((len(sketch.rest),), own.count / self._samples))
         if even in reached:

@@ -73,13 +73,10 @@ class WeightFiles:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return some tensors, each in memory of its own, as they are stored."""
-        wanted: dict[Path, list[str]] = {}
-        for name in names:
-            wanted.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, Tensor] = {}
-        for path, inside in wanted.items():
-            with _opened(path) as file:
-                found |= {name: file.get_tensor(name).clone() for name in inside}  # else the whole file stays mapped
+        for name in sorted(names, key=lambda name: (self.tensors[name].file, name)):
+            with _opened(self.tensors[name].file) as file:  # what was read stays mapped for as long as a file is open
+                found[name] = file.get_tensor(name).clone()
         return found
 
     @property

@@ -95,6 +95,8 @@ class Fitting:
         if ranks.main:
             write_text(self._told(part), told.to_json())
         ranks.wait()
+        if self.statistics is not None and ranks.main:
+            self.statistics.forget(part)
         if inside:
             for kind in ("d", "c"):
                 ranks.file(self._states(kind, number)).unlink(missing_ok=True)
@@ -227,10 +229,9 @@ class Fitting:
 
     def _with_lead(self, outer: nn.Module, told: Plan) -> nn.Module:
         """Return what lies outside of the blocks with the layers before them as they were fitted."""
-        twin = copied(outer)
         if not told.factorized:
-            return twin
-        lead = restructure_(Lead(twin, self.network.chain), told)
+            return outer
+        lead = restructure_(Lead(copied(outer), self.network.chain), told)
         tensors, _ = read_tensors(self._weights(LEAD))
         lead.outer.load_state_dict(tensors, strict=False)  # type: ignore[union-attr]
         return lead.outer  # type: ignore[return-value]
@@ -248,11 +249,13 @@ class Fitting:
             return (args[0], arguments(small[number])[0][0], *args[1:]), kwargs
 
         with net.outer() as outer:
+            twin = copied(net.skeleton)
+            twin.load_state_dict(outer.state_dict(), strict=False, assign=True)  # no second copy of what is large
             new = restructure_(
-                Tail(copied(outer), net.chain), plan_of_part(self.plan, TAIL, [*net.parts[LEAD], *net.parts[TAIL]])
+                Tail(twin, net.chain), plan_of_part(self.plan, TAIL, [*net.parts[LEAD], *net.parts[TAIL]])
             )
             tensors, _ = read_tensors(self._weights(TAIL))
-            new.outer.load_state_dict(tensors, strict=False)  # type: ignore[union-attr]
+            new.outer.load_state_dict(tensors, strict=False, assign=True)  # type: ignore[union-attr]
             calls = StoredCalls(held, both)
             first, second = _Either(Tail(outer, net.chain), 0), _Either(new, 1)
             return agreement(first, second, calls, held_out=len(held) < len(net.batches))

@@ -89,6 +89,10 @@ class Statistics:
             found[path] = Sketch(*(tensors[f"{path}|{name}"] for name in _SKETCH))
         return found
 
+    def forget(self, part: str) -> None:
+        """Remove what ``output_grams`` reads, once a part is fitted."""
+        self._grams(part).unlink(missing_ok=True)
+
     @property
     def calls(self) -> BlockInputs:
         """What each block is called with besides hidden states."""
