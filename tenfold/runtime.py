@@ -28,7 +28,7 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """How the machine does what a ``Recipe`` asks for. The defaults suit one process; the result is always the same.
+    """How the machine does what a ``Recipe`` asks for. The defaults suit one process; the result is the same.
 
     Use one for a progress bar, several processes, no measurements, or a folder for runs that may be killed.
 
@@ -44,6 +44,9 @@ class Runtime:
             another one is refused.
         max_cache: bytes of activations that sequential fits hold of each of the two models, as a number or such as
             ``"512MiB"``; beyond that they are computed again.
+        max_memory: bytes that this process may take at most in ``compress_streamed``, such as ``"8GB"``; others leave
+            it aside. ``max_cache`` is lowered for it, and where that is not enough wide inputs are sketched, which
+            changes the result.
         progress: show a bar on standard error, on terminals and in notebooks. Steps, layers and the time left are in
             the log as well: ``logging.getLogger("tenfold")`` at INFO, at least every half a minute; at DEBUG, each.
         on_event: called with every ``Event``.
@@ -65,6 +68,7 @@ class Runtime:
     folder: str | Path | None = None
     identity: str = ""
     max_cache: int | str = "4GiB"
+    max_memory: int | str | None = None
     progress: bool = False
     on_event: OnEvent | None = None
     accelerator: Accelerator | None = None
@@ -73,6 +77,8 @@ class Runtime:
     def __post_init__(self) -> None:
         """Raise RecipeError for a size that cannot be read."""
         parse_size(self.max_cache)
+        if self.max_memory is not None:
+            parse_size(self.max_memory)
 
     def replace(self, **changes: Any) -> Runtime:
         """Return the same runtime with some fields changed."""

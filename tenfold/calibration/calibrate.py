@@ -211,6 +211,15 @@ def judged_apart(batches: Sequence[Any]) -> tuple[list[int], list[int]]:
     return fitted, held
 
 
+def judging_draws(settings: Calibration, samples: int) -> int:
+    """Return how often labels are drawn for so many samples that judge.
+
+    A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
+    """
+    enough = -(-JUDGED // max(1, samples)) if settings.loss == "fisher" else 1
+    return max(settings.draws, enough)
+
+
 @dataclass
 class _Work:
     """What is measured, and why gradients could not be."""
@@ -241,7 +250,7 @@ class _Work:
         last = None if whole else LastLayer.of(self.model, fitting[0], call_model)
         if last is not None and loss == "fisher" and (last.place > 0 or last.path in self.specs):
             last = None  # what is known of predictions is known behind it
-        draws = self._judging_draws(judging)
+        draws = judging_draws(self.settings, over_all(judging, count_samples(judging)))
         self.done, total = 0, len(fitting) * self.settings.draws + len(judging) * draws
         try:
             with GradientSums(self.model, self.specs, loss=loss, seed=self.seed, widest=widest, last=last) as sums:
@@ -263,6 +272,7 @@ class _Work:
             return None
         curves = judge.curves()
         del judge  # with its fits, before there are statistics of all samples too
+        give_back()
         if judging is not fitting:
             moments = _of_both(moments, others)
         give_back()
@@ -274,16 +284,6 @@ class _Work:
             needs = Needs.of(self.specs, self.settings.max_width, sums.split.held, made)
             self.before(needs)
             self.before = None
-
-    def _judging_draws(self, batches: Sequence[Any]) -> int:
-        """Return how often labels are drawn for the samples that judge.
-
-        A sequence of tokens is one sample: of eight sequences, drawn once, how much a layer matters is known to a half.
-        """
-        if self.settings.loss != "fisher":
-            return self.settings.draws
-        samples = over_all(batches, count_samples(batches))
-        return max(self.settings.draws, -(-JUDGED // max(1, samples)))
 
     def _with_grams(self, batches: Sequence[Any], sums: GradientSums, total: int, draws: int) -> dict[str, Moments]:
         numbers = count()

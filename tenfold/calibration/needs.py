@@ -9,6 +9,7 @@ from math import prod
 from tenfold.calibration.gradients import output_sketch_rows
 from tenfold.calibration.moment_sums import moment_bytes
 from tenfold.records import LayerSpec
+from tenfold.records.sizes import size_in_words
 
 # While a product is added to a sum, or a covariance is made of one, there are so many more matrices of its size.
 _AT_WORK = 3
@@ -43,20 +44,16 @@ class Needs:
     def in_words(self, cache: int) -> str:
         """Return it as one line, with ``cache`` bytes of activations that fits may hold of each of two models."""
         largest = sorted(self.statistics, key=lambda path: -self.statistics[path])[:_SHOWN]
-        shown = ", ".join(f"{path} {_size(self.statistics[path])}" for path in largest)
+        shown = ", ".join(f"{path} {size_in_words(self.statistics[path])}" for path in largest)
         held, cached = sum(self.statistics.values()), 2 * min(cache, self.activations)
         most = held + max(self.gradients, self.work + cached)
         parts = [
-            f"statistics of {len(self.statistics)} layers {_size(held)} ({shown})",
-            f"the backward pass {_size(self.gradients)}",
-            f"fits {_size(self.work)}",
-            f"activations {_size(cached)}",
+            f"statistics of {len(self.statistics)} layers {size_in_words(held)} ({shown})",
+            f"the backward pass {size_in_words(self.gradients)}",
+            f"fits {size_in_words(self.work)}",
+            f"activations {size_in_words(cached)}",
         ]
-        return f"calibration takes up to {_size(most)} beside the model: {', '.join(parts)}"
-
-
-def _size(number: float) -> str:
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+        return f"calibration takes up to {size_in_words(most)} beside the model: {', '.join(parts)}"
 
 
 def statistics_bytes(spec: LayerSpec, widest: int | None = None) -> int:

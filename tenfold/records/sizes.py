@@ -24,3 +24,13 @@ def parse_size(size: int | str) -> int:
         msg = f"cannot read the size {size!r}: write a number of bytes, or one with its unit such as 512MiB or 8GB"
         raise RecipeError(msg)
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def size_in_words(number: float) -> str:
+    """Return a number of bytes as people read it.
+
+    Example:
+        >>> size_in_words(3 << 29), size_in_words(12 << 20)
+        ('1.5 GiB', '12.0 MiB')
+    """
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

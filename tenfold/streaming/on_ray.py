@@ -21,6 +21,7 @@ logger = logging.getLogger("tenfold")
 R = TypeVar("R")
 TRIES = 4  # a run that loses actors more often than that has another fault
 LOOK = 0.5  # seconds between two looks at how far they are
+_KEPT = ("max_cache", "max_memory", "folder", "measure")  # of the runtime, in the actors
 GRACE = 30.0  # seconds after one fails, for the death of another to be known as the reason
 
 
@@ -43,7 +44,7 @@ def run_on_ray(work: Callable[[Runtime, Ranks], R], runtime: Runtime) -> R:
     connect_to_ray(workers.jobs * workers.threads)
     actor = ray.remote(num_cpus=workers.threads, max_concurrency=2, max_restarts=0)(_Actor)
     sent = ray.put(packed(work))
-    plain = {"max_cache": runtime.max_cache, "folder": runtime.folder, "measure": runtime.measure}
+    plain = {name: getattr(runtime, name) for name in _KEPT}
     for _ in range(TRIES):
         actors = [actor.remote(index, workers.jobs, workers.threads) for index in range(workers.jobs)]
         try:

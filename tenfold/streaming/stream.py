@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ from tenfold.planning.eligible import check_formats
 from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.unit_kinds import kinds_of
 from tenfold.profiling import environment, profile
-from tenfold.records import OptionTable, Plan, Recipe, RunRecord
+from tenfold.records import OptionTable, Plan, Recipe, RunRecord, parse_size
 from tenfold.runtime import Runtime
 from tenfold.streaming.block_fits import Fitting
+from tenfold.streaming.bounds import check_disk, with_width, within
 from tenfold.streaming.chain import meta_inputs
+from tenfold.streaming.estimate import Needs
 from tenfold.streaming.network import Network
 from tenfold.streaming.network_parts import Lead, Tail
 from tenfold.streaming.on_ray import run_on_ray
@@ -47,9 +51,10 @@ from tenfold.tracing.input_batches import gathered
 from tenfold.tracing.inputs import digest_batches
 from tenfold.tracing.samples import count_samples
 
-IDENTITY = "run.txt"
+IDENTITY, WIDTH = "run.txt", "width.json"
 MAX_CACHE = "16MiB"  # more saves no time: within a block there is little to compute again
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
+logger = logging.getLogger("tenfold")
 SCORED = {"expected_drop", "measured_drop"}  # columns that whole models are scored for
 
 
@@ -62,12 +67,14 @@ class Streamed:
         plan: carried out.
         record: of the run.
         table: what the plan was chosen from.
+        needs: what it was to take of memory and of disk at most, as told before it began.
     """
 
     path: Path
     plan: Plan
     record: RunRecord
     table: OptionTable
+    needs: Needs
 
 
 @normal_tensors()
@@ -105,53 +112,68 @@ def compress_streamed(
         skeleton: the model with its parameters on the meta device, where the folder has no config.
         blocks: paths or patterns of the blocks; rows of modules of one class if None.
         runtime: workers and progress. ``max_cache`` are bytes of activations of all samples that are held within one
-            block, of the original and of the new one; 16 MiB if no runtime is given. ``folder`` is for files of the
-            run, a hidden one beside ``out`` if None, which is removed in the end. It holds what lies between blocks:
-            for each token and block as many numbers as the model is wide.
+            block, of the original and of the new one; 16 MiB if no runtime is given. ``max_memory`` bounds what this
+            process takes. ``folder`` is for files of the run, a hidden one beside ``out`` if None, which is removed in
+            the end. It holds what lies between blocks: for each token and block as many numbers as the model is wide.
 
     Raises:
         CheckpointError: weights are missing, damaged, or not those of the model; ``out`` is there already.
-        RecipeError: the recipe wants what needs the whole model at once: latencies, scores, divergences, refinement.
+        RecipeError: the recipe wants what needs the whole model at once: latencies, scores, divergences, refinement;
+            or the least memory that it takes is more than ``max_memory``.
         PlanError: the model is no chain of blocks; or nothing would be factorized.
         DataError: too few batches.
-        FileError: the folder belongs to another run, or another process works there.
+        FileError: the folder belongs to another run, another process works there, or the disk is too small.
     """
-    wanted = _Wanted(Path(weights).expanduser(), Path(out), Recipe.of(recipe), data, example_inputs, skeleton, blocks)
-    runtime = runtime or Runtime(max_cache=MAX_CACHE)
+    wanted = Recipe.of(recipe)
+    network = looked_at(weights, out, wanted, skeleton=skeleton, data=data, example=example_inputs, blocks=blocks)
+    return carried_out(network, Path(out), blocks, runtime or Runtime(max_cache=MAX_CACHE))
+
+
+@normal_tensors()
+def carried_out(
+    network: Network,
+    out: Path,
+    blocks: Sequence[str] | None,
+    runtime: Runtime,
+    about: Mapping[str, Any] | None = None,
+) -> Streamed:
+    """Do the work of ``compress_streamed``, once all is looked at.
+
+    Args:
+        network: what ``looked_at`` returned.
+        out: the folder to write.
+        blocks: as they were given.
+        runtime: workers, progress, folder and bounds.
+        about: what the record is to say besides, such as the task and the command.
+    """
     if runtime.workers.backend == "ray":
-        wanted = replace(wanted, data=None if data is None else list(data))
-        return run_on_ray(partial(_streamed, wanted), runtime)
-    return _streamed(wanted, runtime, Ranks.of(runtime.accelerator))
+        return run_on_ray(partial(_carried_out, network, out, blocks, about), runtime)
+    return _carried_out(network, out, blocks, about, runtime, Ranks.of(runtime.accelerator))
 
 
-@dataclass(frozen=True, eq=False)
-class _Wanted:
-    """The arguments of ``compress_streamed``."""
-
-    weights: Path
-    out: Path
-    recipe: Recipe
-    data: Iterable[Any] | None
-    example_inputs: Any
-    skeleton: nn.Module | None
-    blocks: Sequence[str] | None
-
-
-def _streamed(wanted: _Wanted, runtime: Runtime, ranks: Ranks) -> Streamed:
+def _carried_out(
+    network: Network,
+    out: Path,
+    blocks: Sequence[str] | None,
+    about: Mapping[str, Any] | None,
+    runtime: Runtime,
+    ranks: Ranks,
+) -> Streamed:
     """Do what this process does of a run."""
-    _check_recipe(wanted.recipe)
-    out = wanted.out
-    if out.exists():
-        msg = f"{out} is there already: choose a new folder, or remove it"
-        raise CheckpointError(msg)
-    network = _looked_at(wanted)
     ranks = ranks.dealt(network.fitting, network.judging, len(network.batches))
     seconds: dict[str, float] = {}
     work = Path(runtime.folder) if runtime.folder is not None else out.with_name(f".{out.name}.streaming")
+    identity, cache = _identity(network, blocks, runtime, ranks.count), parse_size(runtime.max_cache)
+    needs = ranks.from_main(within(network, cache, _limit(runtime)))
+    runtime = runtime.replace(max_cache=needs.max_cache)
+    if ranks.main:
+        logger.info(needs.in_words())
+        check_disk(needs, work, out)
     with in_use(_made(work) / ".lock", work) if ranks.main else nullcontext():
         if ranks.main:
-            _claim(work, _identity(network, wanted.blocks, ranks.count))
+            _claim(work, identity)
         ranks.wait()
+        network = with_width(network, ranks.from_main(_kept_width(work, needs.max_width) if ranks.main else None))
         statistics = Statistics(network, work, runtime, ranks) if network.batches else None
         with runtime.step("weigh blocks", seconds):
             table = _table(network, statistics, runtime, ranks)
@@ -168,9 +190,9 @@ def _streamed(wanted: _Wanted, runtime: Runtime, ranks: Ranks) -> Streamed:
             agreement=agreed,
             plan=plan,
             seconds=seconds,
-            settings={"calibration_samples": count_samples(network.batches)} if network.batches else {},
+            settings=_settings(network, needs),
             environment=environment(),
-        )
+        ).replace(**(about or {}))
         source = network.files.folder
         beside = partial(_beside, small, source) if (source / CONFIG).is_file() else None
         if ranks.main:
@@ -178,19 +200,33 @@ def _streamed(wanted: _Wanted, runtime: Runtime, ranks: Ranks) -> Streamed:
         ranks.wait()
     if runtime.folder is None and ranks.main:
         shutil.rmtree(work, ignore_errors=True)
-    return Streamed(out, plan, record, table)
+    return Streamed(out, plan, record, table, needs)
 
 
-def _looked_at(wanted: _Wanted) -> Network:
-    """Look at weights, model and data before any work begins."""
-    files, recipe, data, example = WeightFiles.of(wanted.weights), wanted.recipe, wanted.data, wanted.example_inputs
-    model = _skeleton(wanted.weights, wanted.skeleton)
+def looked_at(
+    weights: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    skeleton: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    example: Any = None,
+    blocks: Sequence[str] | None = None,
+) -> Network:
+    """Look at recipe, weights, model and data before any work begins; the errors are those of ``compress_streamed``."""
+    _check_recipe(recipe)
+    if Path(out).exists():
+        msg = f"{out} is there already: choose a new folder, or remove it"
+        raise CheckpointError(msg)
+    folder = Path(weights).expanduser()
+    files = WeightFiles.of(folder)
+    model = _skeleton(folder, skeleton)
     batches = [] if data is None else list(gathered(data, model, example, torch.device("cpu")))
     if example is None and not batches:
         msg = "without data, example_inputs= says what costs are counted for"
         raise DataError(msg)
     deciding = batches if recipe.calibration.plans else []
-    return Network.of(model, files, recipe, batches[0] if example is None else example, deciding, wanted.blocks)
+    return Network.of(model, files, recipe, batches[0] if example is None else example, deciding, blocks)
 
 
 def _table(network: Network, statistics: Statistics | None, runtime: Runtime, ranks: Ranks) -> OptionTable:
@@ -270,14 +306,33 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _identity(network: Network, blocks: Sequence[str] | None, processes: int) -> str:
+def _settings(network: Network, needs: Needs) -> dict[str, Any]:
+    """Return what the record says of the run besides its recipe."""
+    samples = {"calibration_samples": count_samples(network.batches)} if network.batches else {}
+    return {**samples, "memory_bytes": needs.memory, "disk_bytes": needs.disk}
+
+
+def _limit(runtime: Runtime) -> int | None:
+    return None if runtime.max_memory is None else parse_size(runtime.max_memory)
+
+
+def _kept_width(folder: Path, width: int | None) -> int | None:
+    """Return beyond which width inputs are sketched: what a run began with, it goes on with."""
+    file = folder / WIDTH
+    if not file.is_file():
+        write_text(file, json.dumps(width))
+    kept: int | None = json.loads(read_text(file, "a width"))
+    return kept
+
+
+def _identity(network: Network, blocks: Sequence[str] | None, runtime: Runtime, processes: int) -> str:
     """Return in words what the outcome of a run depends on."""
     files = {stored.file for stored in network.files.tensors.values()}
     known = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return (
         f"tenfold {__version__}\nmodel {network.profile.model}\nweights {known}\nblocks {blocks}\n"
         f"processes {processes}\n"
-        f"data {digest_batches(network.batches)}\nrecipe {network.recipe.to_yaml()}"
+        f"data {digest_batches(network.batches)}\nmemory {_limit(runtime)}\nrecipe {network.recipe.to_yaml()}"
     )
 
 
@@ -288,6 +343,7 @@ def _claim(folder: Path, identity: str) -> None:
         if read_text(mark, "the mark of a run") != identity:
             msg = f"{folder} holds another run: other weights, data or recipe. Choose another folder, or remove it."
             raise FileError(msg)
+        logger.info("going on with the run in %s", folder)
         return
     if any(path.name != ".lock" and not path.name.startswith(f".{IDENTITY}") for path in folder.iterdir()):
         msg = f"{folder} holds other files: choose a new folder"

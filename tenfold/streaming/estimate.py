@@ -1,0 +1,326 @@
+"""What a streamed run takes at most, of memory and of disk, told before it begins.
+
+Memory is that of the part of the network that takes the most, in the step that takes the most: while statistics of its
+layers are gathered and judged, while what each layer could become is looked at, while its layers are fitted. None of it
+depends on how many parts or how many batches there are. Of the disk, what lies there at once is followed step by step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenfold.calibration.calibrate import judging_draws
+from tenfold.calibration.gradients import output_sketch_rows
+from tenfold.calibration.moment_sums import moment_bytes
+from tenfold.calibration.needs import statistics_bytes
+from tenfold.decompositions.covariance import is_tall
+from tenfold.records import LayerSpec
+from tenfold.records.sizes import size_in_words
+from tenfold.streaming.chain import meta_inputs
+from tenfold.streaming.network import Network
+from tenfold.streaming.part_tables import LEAD, TAIL
+from tenfold.streaming.skeletons import on_meta
+from tenfold.tracing.contexts import evaluating, layer_by_layer
+from tenfold.tracing.inputs import call_model, tensors_in
+from tenfold.tracing.samples import count_samples
+from tenfold.tracing.trace import storage_of
+
+# Of the statistics of one layer, while these are decomposed: covariance, eigenvectors, roots, and what LAPACK works in.
+_AT_WORK = 9
+_LIBRARIES = 128 << 20  # code and buffers of libraries that are loaded once they compute, and holes in the heap
+_ROWS = 256 << 10  # bytes of a layer's rows in the option table, as text
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a streamed run takes at most, in bytes; ``Streamed.needs``.
+
+    Use it to choose a machine, or what else to run beside.
+
+    Attributes:
+        memory: of the whole process at once.
+        disk: of files between blocks and of the new weights, in the folder of the run.
+        weights: those of the new weights, which are in ``out`` too where that is another disk.
+        start: what the process had taken before.
+        widest: the part that takes the most memory.
+        terms: what that part takes it for.
+        max_cache: bytes of activations that are held while layers are fitted, of the original and of the new block.
+        max_width: inputs wider than this are sketched; None for as wide as the recipe says.
+    """
+
+    memory: int
+    disk: int
+    weights: int
+    start: int
+    widest: str
+    terms: Mapping[str, int]
+    max_cache: int
+    max_width: int | None = None
+
+    def in_words(self) -> str:
+        """Return it as one line."""
+        shown = ", ".join(f"{name} {size_in_words(size)}" for name, size in self.terms.items())
+        return (
+            f"streaming takes up to {size_in_words(self.memory)} of memory ({self.widest}: {shown}), and "
+            f"{size_in_words(self.disk)} of disk"
+        )
+
+
+def needs_of(network: Network, cache: int, start: int | None = None) -> Needs:
+    """Return what a run over a network takes at most.
+
+    Args:
+        network: looked at, with its recipe and its data.
+        cache: bytes of activations that are held within one block, of the original and of the new one.
+        start: bytes that the process takes already; measured if None.
+    """
+    return Estimate.of(network).needs(cache, network.recipe.calibration.max_width, start)
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What is known of a network and its data before a run: of each part what it holds, of each depth what passes it.
+
+    Attributes:
+        network: that is to be compressed.
+        specs: layers by part that may be factorized.
+        weights: bytes of the weights of each part.
+        passing: what a forward of the largest batch makes.
+    """
+
+    network: Network
+    specs: Mapping[str, Mapping[str, LayerSpec]]
+    weights: Mapping[str, int]
+    passing: Passing = field(repr=False)
+
+    @classmethod
+    def of(cls, network: Network) -> Estimate:
+        """Look at a network; nothing is computed."""
+        spec_of = {layer.path: layer.spec for layer in network.profile.layers if layer.spec is not None}
+        specs = {
+            part: {path: spec_of[path] for path in paths if path in spec_of and path not in network.kept}
+            for part, paths in network.parts.items()
+        }
+        sizes = dict.fromkeys(network.parts, 0)
+        for name, tensor in network.skeleton.state_dict().items():
+            path = next((path for path in network.chain.blocks if name.startswith(f"{path}.")), TAIL)
+            sizes[path] += tensor.nbytes
+        sizes[LEAD] = sizes[TAIL]  # both are the network without its blocks
+        return cls(network, specs, sizes, Passing.of(network))
+
+    def needs(self, cache: int, widest: int | None, start: int | None = None) -> Needs:
+        """Return what a run takes with so large a cache, inputs wider than ``widest`` being sketched."""
+        start = resident() if start is None else start
+        masks = self.passing.masks
+        parts = {part: self._most(part, cache, widest) for part in self.specs}
+        part = max(parts, key=lambda part: sum(parts[part].values()))
+        terms = parts[part] | ({"masks": masks} if masks else {}) | {"the process": start + _LIBRARIES}
+        stored = self._stored(widest)
+        weights = sum(self.weights.values()) - (0 if self.specs[LEAD] else self.weights[LEAD])
+        disk = self._disk(stored, weights)
+        return Needs(sum(terms.values()), disk, weights, start, part, terms, cache, widest)
+
+    def _most(self, part: str, cache: int, widest: int | None) -> dict[str, int]:
+        """Return what a part takes in the step in which it takes the most."""
+        weights, made = self.weights[part], self.passing.made[part]
+        read = {"weights": 2 * weights}  # and what is read, or written
+        if not self.network.batches:
+            work = max((24 * prod(spec.group_shape) for spec in self.specs[part].values()), default=0)
+            return read | {"one layer": work}
+        held = {path: statistics_bytes(spec, widest) for path, spec in self.specs[part].items()}
+        if not held:
+            return read | {"activations": made}
+        each = [_work_bytes(spec, widest) for spec in self.specs[part].values()]
+        fits = sum(map(_nested_bytes, self.specs[part].values()))
+        targets = max(moment_bytes({"": spec}, targets=True, widest=widest) for spec in self.specs[part].values())
+        grams = sum(_gram_bytes(spec, widest) for spec in self.specs[part].values())
+        total, work = sum(held.values()), max(each)
+        one = {"weights": weights}
+        steps: list[dict[str, int]] = [
+            one | {"statistics": 2 * total, "judged fits": fits, "activations": made},
+            one | {"statistics": total, "judged fits": fits, "one layer": work},
+            read | {"statistics": grams + targets, "one layer": work, "activations": made, "cache": 2 * cache},
+            {"weights": 3 * weights},
+        ]
+        return max(steps, key=lambda step: sum(step.values()))
+
+    def _stored(self, widest: int | None) -> dict[str, int]:
+        """Return what the first pass leaves of each part for the second, in bytes."""
+        data = bool(self.network.batches)
+        return {
+            part: sum(_ROWS + (_gram_bytes(spec, widest) if data else 0) for spec in specs.values())
+            for part, specs in self.specs.items()
+        }
+
+    def _disk(self, stored: Mapping[str, int], weights: int) -> int:
+        """Return what lies on the disk at most, step by step."""
+        net = self.network
+        if not net.batches:
+            return sum(stored.values()) + weights
+        blocks, depth, changed = net.chain.blocks, len(net.chain.blocks), bool(self.specs[LEAD])
+        every, deciding, sent = self.passing.shares(net)
+        x, calibration = self.passing.hidden, [size * deciding for size in self.passing.hidden]
+        first = x[0] * every
+        most = first + sum(calibration[1:]) + x[depth] * sent
+        left = stored[TAIL]
+        for number in reversed(range(depth)):
+            left += stored[blocks[number]]
+            most = max(most, first + sum(calibration[1 : number + 1]) + (x[number] + x[number + 1]) * sent + left)
+        left = sum(stored.values())
+        new = self.weights[LEAD] if changed else 0
+        for number, path in enumerate(blocks):
+            new += self.weights[path]
+            entered = (2 if number else int(changed)) * x[number] * every  # at first it is what entered already
+            most = max(most, first + entered + 2 * x[number + 1] * every + left + new)
+            left -= stored[path]
+        return int(max(most, first + 2 * x[depth] * every + left + weights)) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """What a forward of the largest batch makes, as one on the meta device shows.
+
+    Attributes:
+        made: by part the bytes that a forward and a backward pass hold.
+        hidden: bytes of what enters each block, and of what the last one puts out.
+        numbers: entries of the inputs of that batch.
+        masks: bytes of the masks of all batches, which are held.
+    """
+
+    made: Mapping[str, int]
+    hidden: tuple[int, ...]
+    numbers: int
+    masks: int
+
+    @classmethod
+    def of(cls, network: Network) -> Passing:
+        """Run the model on the meta device."""
+        batch = max(network.batches, key=_numbers, default=network.example)
+        seen, model = _Seen(network), on_meta(network.skeleton)
+        with ExitStack() as stack:
+            for context in (evaluating(model), layer_by_layer(), _watching(model, seen)):
+                stack.enter_context(context)
+            call_model(model, meta_inputs(batch))
+        whole = dict(seen.held)
+        whole[TAIL] += 2 * seen.returned  # of the original and of the new network, when these are compared
+        masks = sum(_mask_bytes(own) for own in network.batches)
+        return cls(whole, tuple(seen.hidden), max(1, _numbers(batch)), masks)
+
+    def shares(self, network: Network) -> tuple[float, float, float]:
+        """Return how much larger than that batch are: all of them, those that decide, those that gradients are of."""
+        sizes, settings = [_numbers(batch) / self.numbers for batch in network.batches], network.recipe.calibration
+        judges = [network.batches[i] for i in network.judging]
+        draws = judging_draws(settings, count_samples(judges) if judges else 0)
+        sent = settings.draws * sum(sizes[i] for i in network.fitting) + draws * sum(sizes[i] for i in network.judging)
+        return sum(sizes), sum(sizes[i] for i in network.measured), sent
+
+
+class _Seen:
+    """What a forward makes, by the part of the network that it is in."""
+
+    def __init__(self, network: Network) -> None:
+        self.part, self.blocks, self.places = LEAD, network.chain.blocks, network.chain.places
+        self.held = dict.fromkeys((LEAD, *self.blocks, TAIL), 0)
+        self.hidden: list[int] = []
+        self.returned = 0
+        self._known: dict[tuple[str, int | None], Tensor] = {}  # held, or another could get the same memory
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Take note of a tensor that the backward pass needs."""
+        key = self.part, storage_of(tensor)
+        if key not in self._known and not isinstance(tensor, nn.Parameter):
+            self._known[key] = tensor
+            self.held[self.part] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def enter(self, number: int, args: Any, kwargs: Any) -> None:
+        """Take note that a block begins."""
+        self.part = self.blocks[number]
+        self.hidden.append(list(tensors_in((args, kwargs)))[self.places[number]].nbytes)
+
+    def leave(self, number: int, output: Any) -> None:
+        """Take note that a block ends."""
+        self.part = TAIL
+        if number + 1 == len(self.blocks):
+            self.hidden.append(next(tensors_in(output)).nbytes)
+
+
+@contextmanager
+def _watching(model: nn.Module, seen: _Seen) -> Iterator[None]:
+    """Let a model on the meta device say what its forward makes."""
+
+    def made(_module: nn.Module, _args: Any, output: Any) -> None:  # copies that judging holds, and gradients
+        seen.held[seen.part] += sum(2 * max(tensor.nbytes, 4 * tensor.numel()) for tensor in tensors_in(output))
+
+    with ExitStack() as stack:
+        for number, path in enumerate(seen.blocks):
+            block = model.get_submodule(path)
+            stack.enter_context(
+                block.register_forward_pre_hook(
+                    lambda _module, args, kwargs, number=number: seen.enter(number, args, kwargs), with_kwargs=True
+                )
+            )
+            stack.enter_context(block.register_forward_hook(lambda _m, _a, out, number=number: seen.leave(number, out)))
+        for module in model.modules():
+            if not any(True for _ in module.children()):
+                stack.enter_context(module.register_forward_hook(made))
+        stack.enter_context(
+            model.register_forward_hook(
+                lambda _m, _a, out: setattr(seen, "returned", sum(t.nbytes for t in tensors_in(out)))
+            )
+        )
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(seen.save, lambda tensor: tensor))
+        yield
+
+
+def _gram_bytes(spec: LayerSpec, widest: int | None) -> int:
+    return statistics_bytes(spec, widest) - moment_bytes({"": spec}, widest=widest)
+
+
+def _work_bytes(spec: LayerSpec, widest: int | None) -> int:
+    """Return what work on one layer takes beside its statistics: these decomposed, and its weights in float64."""
+    exact = output_sketch_rows(spec, widest) is None
+    gram = (_AT_WORK if exact else 2) * _gram_bytes(spec, widest)  # a sketch is multiplied with, and not decomposed
+    return _AT_WORK * moment_bytes({"": spec}, widest=widest) + gram + 24 * prod(spec.group_shape)
+
+
+def _nested_bytes(spec: LayerSpec) -> int:
+    """Return what the nested fits of a layer take that judges them: coordinates of errors and of gradients."""
+    groups, outputs, *rest = spec.group_shape
+    inputs = prod(rest)
+    wide = is_tall(torch.empty(groups, outputs, inputs, device="meta"))
+    return 8 * groups * (inputs * inputs if wide and spec.kind == "linear" else outputs * min(outputs, inputs) * 2)
+
+
+def _numbers(batch: Any) -> int:
+    """Return how many numbers the largest tensor of a batch has."""
+    return max((tensor.numel() for tensor in tensors_in(batch)), default=0)
+
+
+def _mask_bytes(batch: Any) -> int:
+    """Return what blocks may be given for the mask of a batch, a number for each pair of tokens."""
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    padded = (t for name, t in named if str(name).endswith("mask") and isinstance(t, Tensor) and not bool(t.all()))
+    return sum(4 * t.numel() * t.shape[-1] for t in padded)
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process takes now; where the system does not say, those it ever took."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - no file
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
