@@ -36,26 +36,31 @@ class Offloaded(nn.Module):
         names = stored_names(skeleton, files)
         outside = {name: stored for name, stored in names.items() if not name.startswith(chain.prefixes)}
         self.outer = fill_(copied(skeleton), files, outside).eval()
-        self._files, self._names, self._chain = files, names, chain
+        self.chain = chain
+        self._files, self._names = files, names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns."""
         with ExitStack() as stack:
-            for path in self._chain.blocks:
-                block = self.outer.get_submodule(path)
-                stack.enter_context(stand_in(block, self._running(path, block)))
+            for number, path in enumerate(self.chain.blocks):
+                stack.enter_context(stand_in(self.outer.get_submodule(path), self._running(number)))
             return self.outer(*args, **kwargs)
+
+    def block(self, number: int) -> nn.Module:
+        """Return a block with its weights, in memory of its own."""
+        path = self.chain.blocks[number]
+        twin = copied(self.outer.get_submodule(path))
+        vars(twin).pop("forward", None)  # what stands in for it reads it here
+        return fill_(twin, self._files, self._names, f"{path}.").eval()
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the head, as models of transformers do."""
         find: Callable[[], nn.Module] | None = getattr(self.outer, "get_output_embeddings", None)
         return None if find is None else find()
 
-    def _running(self, path: str, block: nn.Module) -> Callable[..., Any]:
+    def _running(self, number: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            twin = copied(block)
-            vars(twin).pop("forward", None)  # what stands in for it is this function
-            return fill_(twin, self._files, self._names, f"{path}.").eval()(*args, **kwargs)
+            return self.block(number)(*args, **kwargs)
 
         return run
 
@@ -74,12 +79,16 @@ def open_offloaded(folder: str | Path, example_inputs: Any, *, skeleton: nn.Modu
         CheckpointError: weights are missing, or not those of the model.
         PlanError: the model is no chain of blocks.
     """
+    model = open_skeleton(folder, skeleton)
+    return Offloaded(model, WeightFiles.of(folder), find_chain(on_meta(model), meta_inputs(example_inputs)))
+
+
+def open_skeleton(folder: str | Path, skeleton: nn.Module | None = None) -> nn.Module:
+    """Return the model in a folder without its weights, dense or compressed; see ``open_offloaded``."""
     path = Path(folder).expanduser()
-    files = WeightFiles.of(path)
+    WeightFiles.of(path)  # says what is wrong with them first
     if skeleton is None and not (path / CONFIG).is_file():
         msg = f"{path} has no {CONFIG} that says what the model is: pass skeleton=, the model on the meta device"
         raise CheckpointError(msg)
     model = empty_pretrained(path) if skeleton is None else skeleton.eval()
-    if is_sharded(path):
-        model = restructure_(copied(model), plan_of_shards(path))
-    return Offloaded(model, files, find_chain(on_meta(model), meta_inputs(example_inputs)))
+    return restructure_(copied(model), plan_of_shards(path)) if is_sharded(path) else model

@@ -175,16 +175,28 @@ class CausalLM(HuggingFace):
             DataError: an unknown split, or no texts.
             ProfileError: the model does not run on the inputs.
         """
+        return perplexity(model, self.scored_batches(split, limit, batch_size), progress)
+
+    def scored_batches(self, split: str, limit: int | None, batch_size: int) -> TokenBatches:
+        """Return the sequences that a model is scored on; see ``evaluate``.
+
+        Raises:
+            DataError: an unknown split, or no texts.
+        """
         if split not in SPLITS:
             msg = f"unknown split {split!r}. Known: {', '.join(SPLITS)}."
             raise DataError(msg)
-        return perplexity(model, self._batches(split, limit, batch_size), progress)
+        return self._batches(split, limit, batch_size)
 
     def scores_elsewhere(
         self, model: nn.Module, *, limit: int | None = None, batch_size: int = 125
     ) -> Mapping[str, float]:
         """Return the perplexity of every further file of texts, by its name without ``.txt``."""
-        return {name: perplexity(model, self._batches(name, limit, batch_size)) for name in self._files.elsewhere}
+        return {name: perplexity(model, own) for name, own in self.batches_elsewhere(limit, batch_size).items()}
+
+    def batches_elsewhere(self, limit: int | None, batch_size: int) -> dict[str, TokenBatches]:
+        """Return the sequences of every further file of texts, by its name without ``.txt``."""
+        return {name: self._batches(name, limit, batch_size) for name in self._files.elsewhere}
 
     # --- texts ---
 

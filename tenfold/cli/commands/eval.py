@@ -29,6 +29,7 @@ def run(
     split: Literal["test", "validation"] = "test",
     limit: PositiveInt | None = None,
     batch_size: PositiveInt = 125,
+    streamed: bool = False,
     seed: Seed = 0,
 ) -> None:
     """Score a model, dense (--weights) or compressed (--checkpoint), on its test set.
@@ -50,9 +51,12 @@ def run(
         split: the test set, or the part held out of the training set.
         limit: at most so many samples, a fixed choice; of inputs in --data without labels 500 by default.
         batch_size: samples per forward.
+        streamed: hold one block of the model at a time: for language models in a folder (lm:) that do not fit into
+            memory.
         seed: of the task.
     """
     from tenfold.cli.source import open_source
+    from tenfold.cli.streamed_source import StreamedScores
     from tenfold.planning import Score
     from tenfold.profiling import profile
     from tenfold.records.metric import FRACTION
@@ -61,13 +65,18 @@ def run(
 
     terminal.step("open the model")
     opened = open_source(source, machine, seed)
-    cost = profile(opened.model, opened.inputs())
+    scored = StreamedScores(opened, source) if streamed else None
+    cost = profile(opened.model, opened.inputs()) if scored is None else scored.profile()
     terminal.step("evaluate")
     start = time.perf_counter()
     progress = Runtime(on_event=terminal.on_event).counter("evaluate")
     task, score, agreed = opened.task, None, None
     elsewhere: Mapping[str, float] = {}
-    if task.scored or source.checkpoint is None:
+    if scored is not None:
+        score = scored.score(split, limit, batch_size, progress)
+        elsewhere = scored.elsewhere(limit, batch_size) if split == "test" else {}
+        shown = f"{split} set: {task.metric.name} {task.metric.text(score)}"
+    elif task.scored or source.checkpoint is None:
         evaluate = partial(task.evaluate, split=split, limit=limit, batch_size=batch_size, progress=progress)
         score = Score(evaluate, metric=task.metric).of_original(opened.model)
         shown = task.metric.text(score) if task.metric == FRACTION else f"{task.metric.name} {task.metric.text(score)}"

@@ -1,0 +1,108 @@
+"""What a streamed run takes is told by arithmetic, which has laws; and what is not there is not begun."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold import Recipe, Runtime
+from tenfold.errors import FileError, RecipeError
+from tenfold.streaming import Needs, compress_streamed
+from tenfold.streaming.bounds import within
+from tenfold.streaming.estimate import Estimate
+from tenfold.streaming.stream import looked_at
+from tests.streaming.test_stream import Net, given, stored
+
+START = 300 << 20
+
+
+def estimated(folder: Path, *, depth: int = 3, samples: int = 24, rows: int = 2) -> Estimate:
+    torch.manual_seed(0)
+    dense = folder / f"dense-{depth}"
+    if not dense.exists():
+        stored(dense, Net(depth))
+    data: list[Tensor] = list(torch.randint(0, 40, (samples, rows, 12)))
+    recipe = Recipe.of({"budget": "params=0.6", "keep_ends": False})
+    return Estimate.of(looked_at(dense, folder / "out", recipe, data=data, skeleton=Net(depth).to("meta")))
+
+
+def test_memory_depends_neither_on_depth_nor_on_samples(tmp_path: Path) -> None:
+    wanted = estimated(tmp_path).needs(1 << 20, None, START)
+    for case in ({"depth": 6}, {"samples": 96}):
+        assert estimated(tmp_path, **case).needs(1 << 20, None, START).memory == wanted.memory
+    larger = estimated(tmp_path, rows=8)
+    assert larger.needs(1 << 20, None, START).memory > wanted.memory
+    made, more = estimated(tmp_path).passing.made["blocks.1"], larger.passing.made["blocks.1"]
+    assert 3.3 * made < more <= 4 * made  # norms hold something for each of their weights besides
+
+
+def test_disk_grows_in_proportion_to_depth_and_samples(tmp_path: Path) -> None:
+    def disk(**case: int) -> int:
+        return estimated(tmp_path, **case).needs(1 << 20, None, START).disk
+
+    assert disk(samples=96) - disk(samples=48) == pytest.approx(2 * (disk(samples=48) - disk(samples=24)), rel=0.01)
+    assert disk(depth=9) - disk(depth=6) == pytest.approx(disk(depth=6) - disk(depth=3), rel=0.01)
+
+
+def test_what_is_allowed_is_kept_by_a_smaller_cache_then_by_sketches(tmp_path: Path) -> None:
+    estimate = estimated(tmp_path)
+    network, cache = estimate.network, 64 << 20
+    free = within(network, cache, None)
+    assert (free.max_cache, free.max_width) == (cache, None)
+    less = within(network, cache, free.memory - (48 << 20))
+    assert less.max_cache < cache
+    assert less.max_width is None
+    assert less.memory <= free.memory - (48 << 20) + (8 << 20)  # the process itself may have grown meanwhile
+    with pytest.raises(RecipeError, match="the least that this takes is"):
+        within(network, cache, 100 << 20)
+
+
+def test_wide_inputs_are_sketched_for_it_and_a_run_goes_on_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, weights, data, empty = given(tmp_path)
+    monkeypatch.setattr("tenfold.streaming.bounds.NARROWEST", 8)
+    monkeypatch.setattr("tenfold.streaming.bounds.resident", lambda: START)
+    limit = estimated(tmp_path).needs(0, 24, START).memory
+    assert limit < estimated(tmp_path).needs(0, None, START).memory
+    runtime = Runtime(max_memory=limit, folder=tmp_path / "work")
+    with caplog.at_level(logging.INFO, logger="tenfold"):
+        found = compress_streamed(weights, tmp_path / "out", "params=0.6", data=data, skeleton=empty, runtime=runtime)
+    assert isinstance(found.needs, Needs)
+    assert found.needs.max_width == found.plan.recipe.calibration.max_width == 24
+    assert found.needs.memory <= limit
+    assert found.record.settings["memory_bytes"] == found.needs.memory
+    text = caplog.text
+    assert "streaming takes up to" in text
+    assert "are sketched, to stay within the memory that is allowed" in text
+    assert "blocks." in found.needs.in_words()
+    monkeypatch.setattr("tenfold.streaming.bounds.resident", lambda: START - (1 << 30))  # more would fit now
+    again = compress_streamed(weights, tmp_path / "again", "params=0.6", data=data, skeleton=empty, runtime=runtime)
+    for file in found.path.glob("model*"):
+        assert file.read_bytes() == (again.path / file.name).read_bytes()
+
+
+def test_too_little_memory_or_disk_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, weights, data, empty = given(tmp_path)
+
+    def left() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()}
+
+    before = left()
+    with pytest.raises(RecipeError, match=r"max_memory is 1\.0 MiB, and the least"):
+        compress_streamed(
+            weights, tmp_path / "o", "params=0.6", data=data, skeleton=empty, runtime=Runtime(max_memory="1MiB")
+        )
+    with pytest.raises(RecipeError, match="cannot read the size"):
+        Runtime(max_memory="plenty")
+    usage = namedtuple("usage", "free")  # noqa: PYI024 - what shutil returns has no types either
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 10))
+    with pytest.raises(FileError, match=r"take up to .* MiB, and 0.0 MiB are free there"):
+        compress_streamed(weights, tmp_path / "o", "params=0.6", data=data, skeleton=empty)
+    assert left() == before
