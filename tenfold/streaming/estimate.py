@@ -1,4 +1,4 @@
-"""What a streamed run takes at most, of memory and of disk, told before it begins.
+"""What a streamed run takes at most, of memory and of disk, said before it begins.
 
 Memory is that of the part of the network that takes the most, in the step that takes the most: while statistics of its
 layers are gathered and judged, while what each layer could become is looked at, while its layers are fitted. None of it

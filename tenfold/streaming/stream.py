@@ -67,7 +67,7 @@ class Streamed:
         plan: carried out.
         record: of the run.
         table: what the plan was chosen from.
-        needs: what it was to take of memory and of disk at most, as told before it began.
+        needs: what it was to take of memory and of disk at most, as was said before.
     """
 
     path: Path

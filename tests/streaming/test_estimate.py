@@ -1,4 +1,4 @@
-"""What a streamed run takes is told by arithmetic, which has laws; and what is not there is not begun."""
+"""What a streamed run takes is arithmetic, which has laws; and what is not there is not started."""
 
 from __future__ import annotations
 
