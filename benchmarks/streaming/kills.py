@@ -47,7 +47,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        written(config, {"blocks": config["blocks"]}, folder / "dense")
+        written(config, folder / "dense")
         words = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming.kills", "--config", str(options.config)]
         words += ["--here", place]
         whole = finished(words, folder)

@@ -3,7 +3,8 @@
     python -m benchmarks.streaming.run [--config FILE] [--out FILE] [--only CASE]
 
 Weights are random and in bfloat16; they are written to a temporary folder by another process. Memory is the peak of the
-resident set of the whole process, and what it was before, with all packages imported.
+resident set of the whole process, and what it was before, with all packages imported; beside it stands what the run
+said that it takes. A case may change the shape; ``estimates.yaml`` has such cases.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ def main() -> None:
     config = yaml.safe_load(options.config.read_text())
     torch.set_num_threads(config["threads"])
     if options.write:
-        written(config, config["cases"][options.here], options.write)
+        written(config | config["cases"][options.here], options.write)
         return
     if options.here:
         print(json.dumps(run(config, options.here, options.config)))
@@ -56,7 +60,7 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def written(config: dict[str, Any], case: dict[str, int], folder: Path) -> None:
+def written(config: dict[str, Any], folder: Path) -> None:
     """Write a model with random weights in shards."""
     supply_torchvision_ops()
     transformers: Any = require("transformers", "hf")
@@ -64,7 +68,7 @@ def written(config: dict[str, Any], case: dict[str, int], folder: Path) -> None:
         vocab_size=config["words"],
         hidden_size=config["width"],
         intermediate_size=config["hidden"],
-        num_hidden_layers=case["blocks"],
+        num_hidden_layers=config["blocks"],
         num_attention_heads=config["heads"],
         num_key_value_heads=config["key_value_heads"],
         dtype=torch.bfloat16,
@@ -76,26 +80,53 @@ def written(config: dict[str, Any], case: dict[str, int], folder: Path) -> None:
 
 def run(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
     """Return what one case takes: MiB, seconds, and the parameters before and after."""
-    case, drawn = config["cases"][name], torch.Generator().manual_seed(config["seed"])
-    size = (1, config["tokens"])
-    data = [{"input_ids": torch.randint(config["words"], size, generator=drawn)} for _ in range(case["sequences"])]
+    config, drawn = config | config["cases"][name], torch.Generator().manual_seed(config["seed"])
+    size = (config.get("rows", 1), config["tokens"])
+    data = [{"input_ids": torch.randint(config["words"], size, generator=drawn)} for _ in range(config["sequences"])]
     with tempfile.TemporaryDirectory() as there:
         dense = Path(there) / "dense"
         subprocess.run([*_words(source, name), "--write", str(dense)], check=True)
         supply_torchvision_ops()
         require("transformers", "hf").LlamaForCausalLM  # noqa: B018 - imported when it is asked for
         before, start = _peak(), time.perf_counter()
-        found = compress_streamed(dense, Path(there) / "small", config["budget"], data=data)
+        with _watched(Path(there) / ".small.streaming") as largest:
+            found = compress_streamed(dense, Path(there) / "small", config["budget"], data=data)
         seconds = time.perf_counter() - start
         spent = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "before_mib": before,
         "peak_mib": _peak(),
+        "estimated_mib": found.needs.memory / 2**20,
+        "disk_mib": largest[0] / 2**20,
+        "estimated_disk_mib": found.needs.disk / 2**20,
         "seconds": seconds,
         "processor_seconds": spent.ru_utime + spent.ru_stime,
         "by_step": found.record.seconds,
         "params": [found.record.before.params, found.record.after.params],
     }
+
+
+@contextmanager
+def _watched(folder: Path) -> Iterator[list[int]]:
+    """Yield the largest number of bytes that the files in a folder have taken so far, one file of two names once."""
+    found, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            sizes: dict[int, int] = {}
+            for file in folder.rglob("*"):
+                with suppress(OSError):  # it is gone already
+                    seen = file.lstat()
+                    sizes |= {seen.st_ino: seen.st_size} if file.is_file() else {}
+            found[0] = max(found[0], sum(sizes.values()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _words(config: Path, name: str) -> list[str]:

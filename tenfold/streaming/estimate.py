@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tenfold.calibration.calibrate import judging_draws
 from tenfold.calibration.gradients import output_sketch_rows
-from tenfold.calibration.moment_sums import moment_bytes
+from tenfold.calibration.moment_sums import moment_bytes, sketch_rows
 from tenfold.calibration.needs import statistics_bytes
 from tenfold.decompositions.covariance import is_tall
 from tenfold.records import LayerSpec
@@ -125,7 +125,7 @@ class Estimate:
         part = max(parts, key=lambda part: sum(parts[part].values()))
         terms = parts[part] | ({"masks": masks} if masks else {}) | {"the process": start + _LIBRARIES}
         stored = self._stored(widest)
-        weights = sum(self.weights.values()) - (0 if self.specs[LEAD] else self.weights[LEAD])
+        weights = int(self._share() * (sum(self.weights.values()) - self.weights[LEAD]))
         disk = self._disk(stored, weights)
         return Needs(sum(terms.values()), disk, weights, start, part, terms, cache, widest)
 
@@ -134,32 +134,39 @@ class Estimate:
         weights, made = self.weights[part], self.passing.made[part]
         read = {"weights": 2 * weights}  # and what is read, or written
         if not self.network.batches:
-            work = max((24 * prod(spec.group_shape) for spec in self.specs[part].values()), default=0)
+            work = max((_AT_WORK * 8 * prod(spec.group_shape) for spec in self.specs[part].values()), default=0)
             return read | {"one layer": work}
-        held = {path: statistics_bytes(spec, widest) for path, spec in self.specs[part].items()}
-        if not held:
+        layers = self._layers(part, widest)
+        if not layers:
             return read | {"activations": made}
-        each = [_work_bytes(spec, widest) for spec in self.specs[part].values()]
-        fits = sum(map(_nested_bytes, self.specs[part].values()))
-        targets = max(moment_bytes({"": spec}, targets=True, widest=widest) for spec in self.specs[part].values())
-        grams = sum(_gram_bytes(spec, widest) for spec in self.specs[part].values())
-        total, work = sum(held.values()), max(each)
+        summed, fits = sum(own.summed for own in layers), sum(own.fits for own in layers)
+        kept, grams = sum(own.moments + own.gram for own in layers), sum(own.gram for own in layers)
+        work, targets = max(own.work for own in layers), max(own.targets for own in layers)
         one = {"weights": weights}
         steps: list[dict[str, int]] = [
-            one | {"statistics": 2 * total, "judged fits": fits, "activations": made},
-            one | {"statistics": total, "judged fits": fits, "one layer": work},
-            read | {"statistics": grams + targets, "one layer": work, "activations": made, "cache": 2 * cache},
+            one | {"statistics": 2 * summed, "judged fits": fits, "activations": made},
+            one | {"statistics": summed, "judged fits": fits, "one layer": work},
+            one | {"statistics": kept, "one layer": work},
+            read | {"statistics": grams + targets, "one layer": work, "activations": made // 2, "cache": 2 * cache},
             {"weights": 3 * weights},
         ]
         return max(steps, key=lambda step: sum(step.values()))
 
+    def _layers(self, part: str, widest: int | None) -> list[_Layer]:
+        """Return what each layer of a part takes; of a head whose inputs alone are looked at hardly anything."""
+        plain = self.passing.last if self.network.recipe.calibration.loss == "outputs" else ""
+        return [_Layer(spec, widest, even=path == plain) for path, spec in self.specs[part].items()]
+
     def _stored(self, widest: int | None) -> dict[str, int]:
         """Return what the first pass leaves of each part for the second, in bytes."""
         data = bool(self.network.batches)
-        return {
-            part: sum(_ROWS + (_gram_bytes(spec, widest) if data else 0) for spec in specs.values())
-            for part, specs in self.specs.items()
-        }
+        return {part: sum(_ROWS + data * own.gram for own in self._layers(part, widest)) for part in self.specs}
+
+    def _share(self) -> float:
+        """Return what share of the weights a budget leaves at most, where that is known."""
+        budget = self.network.recipe.budget
+        one_type = len({tensor.dtype for tensor in self.network.skeleton.parameters()}) == 1
+        return min(budget.bytes or 1.0, (budget.params or 1.0) if one_type else 1.0)
 
     def _disk(self, stored: Mapping[str, int], weights: int) -> int:
         """Return what lies on the disk at most, step by step."""
@@ -176,13 +183,13 @@ class Estimate:
             left += stored[blocks[number]]
             most = max(most, first + sum(calibration[1 : number + 1]) + (x[number] + x[number + 1]) * sent + left)
         left = sum(stored.values())
-        new = self.weights[LEAD] if changed else 0
+        lead = new = self.weights[LEAD] if changed else 0
         for number, path in enumerate(blocks):
             new += self.weights[path]
             entered = (2 if number else int(changed)) * x[number] * every  # at first it is what entered already
-            most = max(most, first + entered + 2 * x[number + 1] * every + left + new)
+            most = max(most, first + entered + 2 * x[number + 1] * every + left + min(new, lead + weights))
             left -= stored[path]
-        return int(max(most, first + 2 * x[depth] * every + left + weights)) + 1
+        return int(max(most, first + 2 * x[depth] * every + left + lead + weights)) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +201,14 @@ class Passing:
         hidden: bytes of what enters each block, and of what the last one puts out.
         numbers: entries of the inputs of that batch.
         masks: bytes of the masks of all batches, which are held.
+        last: path of the layer that puts out what the network does; empty if there is none.
     """
 
     made: Mapping[str, int]
     hidden: tuple[int, ...]
     numbers: int
     masks: int
+    last: str
 
     @classmethod
     def of(cls, network: Network) -> Passing:
@@ -213,7 +222,7 @@ class Passing:
         whole = dict(seen.held)
         whole[TAIL] += 2 * seen.returned  # of the original and of the new network, when these are compared
         masks = sum(_mask_bytes(own) for own in network.batches)
-        return cls(whole, tuple(seen.hidden), max(1, _numbers(batch)), masks)
+        return cls(whole, tuple(seen.hidden), max(1, _numbers(batch)), masks, seen.last)
 
     def shares(self, network: Network) -> tuple[float, float, float]:
         """Return how much larger than that batch are: all of them, those that decide, those that gradients are of."""
@@ -231,7 +240,8 @@ class _Seen:
         self.part, self.blocks, self.places = LEAD, network.chain.blocks, network.chain.places
         self.held = dict.fromkeys((LEAD, *self.blocks, TAIL), 0)
         self.hidden: list[int] = []
-        self.returned = 0
+        self.returned, self.last = 0, ""
+        self.outputs: dict[str, Tensor] = {}
         self._known: dict[tuple[str, int | None], Tensor] = {}  # held, or another could get the same memory
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -247,6 +257,19 @@ class _Seen:
         self.part = self.blocks[number]
         self.hidden.append(list(tensors_in((args, kwargs)))[self.places[number]].nbytes)
 
+    def made(self, path: str, output: Any) -> None:
+        """Take note of what a module without children puts out: judging holds a copy, and there are gradients."""
+        tensors = list(tensors_in(output))
+        self.held[self.part] += sum(2 * max(tensor.nbytes, 4 * tensor.numel()) for tensor in tensors)
+        if len(tensors) == 1:
+            self.outputs[path] = tensors[0]
+
+    def end(self, output: Any) -> None:
+        """Take note of what the network puts out."""
+        tensors = list(tensors_in(output))
+        self.returned = sum(tensor.nbytes for tensor in tensors)
+        self.last = next((path for path, own in self.outputs.items() if any(own is t for t in tensors)), "")
+
     def leave(self, number: int, output: Any) -> None:
         """Take note that a block ends."""
         self.part = TAIL
@@ -257,10 +280,6 @@ class _Seen:
 @contextmanager
 def _watching(model: nn.Module, seen: _Seen) -> Iterator[None]:
     """Let a model on the meta device say what its forward makes."""
-
-    def made(_module: nn.Module, _args: Any, output: Any) -> None:  # copies that judging holds, and gradients
-        seen.held[seen.part] += sum(2 * max(tensor.nbytes, 4 * tensor.numel()) for tensor in tensors_in(output))
-
     with ExitStack() as stack:
         for number, path in enumerate(seen.blocks):
             block = model.get_submodule(path)
@@ -270,36 +289,37 @@ def _watching(model: nn.Module, seen: _Seen) -> Iterator[None]:
                 )
             )
             stack.enter_context(block.register_forward_hook(lambda _m, _a, out, number=number: seen.leave(number, out)))
-        for module in model.modules():
+        for path, module in model.named_modules():
             if not any(True for _ in module.children()):
-                stack.enter_context(module.register_forward_hook(made))
-        stack.enter_context(
-            model.register_forward_hook(
-                lambda _m, _a, out: setattr(seen, "returned", sum(t.nbytes for t in tensors_in(out)))
-            )
-        )
+                stack.enter_context(module.register_forward_hook(lambda _m, _a, out, path=path: seen.made(path, out)))
+        stack.enter_context(model.register_forward_hook(lambda _m, _a, out: seen.end(out)))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(seen.save, lambda tensor: tensor))
         yield
 
 
-def _gram_bytes(spec: LayerSpec, widest: int | None) -> int:
-    return statistics_bytes(spec, widest) - moment_bytes({"": spec}, widest=widest)
+class _Layer:
+    """What a layer takes, in bytes.
 
+    Args:
+        spec: of the layer.
+        widest: inputs and outputs wider than this are sketched.
+        even: whether all its outputs matter alike, as those of a head that nothing follows.
+    """
 
-def _work_bytes(spec: LayerSpec, widest: int | None) -> int:
-    """Return what work on one layer takes beside its statistics: these decomposed, and its weights in float64."""
-    exact = output_sketch_rows(spec, widest) is None
-    gram = (_AT_WORK if exact else 2) * _gram_bytes(spec, widest)  # a sketch is multiplied with, and not decomposed
-    return _AT_WORK * moment_bytes({"": spec}, widest=widest) + gram + 24 * prod(spec.group_shape)
-
-
-def _nested_bytes(spec: LayerSpec) -> int:
-    """Return what the nested fits of a layer take that judges them: coordinates of errors and of gradients."""
-    groups, outputs, *rest = spec.group_shape
-    inputs = prod(rest)
-    wide = is_tall(torch.empty(groups, outputs, inputs, device="meta"))
-    return 8 * groups * (inputs * inputs if wide and spec.kind == "linear" else outputs * min(outputs, inputs) * 2)
+    def __init__(self, spec: LayerSpec, widest: int | None, *, even: bool = False) -> None:
+        groups, outputs, *rest = spec.group_shape
+        inputs, rows, sketched = prod(rest), output_sketch_rows(spec, widest), sketch_rows(spec, widest) is not None
+        own = moment_bytes({"": spec}, widest=widest)
+        gram = 8 * groups * outputs if even else statistics_bytes(spec, widest) - own
+        self.summed = own + gram  # of the samples that are fitted to, or of those that judge
+        self.moments = (1 + sketched) * own  # of both: rows of sketches are one beside the other
+        self.gram = gram if even or rows is None else 16 * groups * (rows + 2) * outputs
+        self.targets = moment_bytes({"": spec}, targets=True, widest=widest)
+        decomposed = own + (gram if rows is None else 0)
+        self.work = _AT_WORK * decomposed + 2 * (gram if rows is not None else 0) + 24 * groups * outputs * inputs
+        tall = spec.kind == "linear" and is_tall(torch.empty(groups, outputs, inputs, device="meta"))
+        self.fits = 8 * groups * (inputs * inputs if tall else 2 * outputs * min(outputs, inputs))
 
 
 def _numbers(batch: Any) -> int:
