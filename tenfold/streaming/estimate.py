@@ -134,8 +134,7 @@ class Estimate:
         weights, made = self.weights[part], self.passing.made[part]
         read = {"weights": 2 * weights}  # and what is read, or written
         if not self.network.batches:
-            work = max((_AT_WORK * 8 * prod(spec.group_shape) for spec in self.specs[part].values()), default=0)
-            return read | {"one layer": work}
+            return read | {"one layer": max((own.alone for own in self._layers(part, widest)), default=0)}
         layers = self._layers(part, widest)
         if not layers:
             return read | {"activations": made}
@@ -171,9 +170,9 @@ class Estimate:
     def _disk(self, stored: Mapping[str, int], weights: int) -> int:
         """Return what lies on the disk at most, step by step."""
         net = self.network
-        if not net.batches:
-            return sum(stored.values()) + weights
         blocks, depth, changed = net.chain.blocks, len(net.chain.blocks), bool(self.specs[LEAD])
+        if not net.batches:
+            return sum(stored.values()) + weights + (self.weights[LEAD] if changed else 0)
         every, deciding, sent = self.passing.shares(net)
         x, calibration = self.passing.hidden, [size * deciding for size in self.passing.hidden]
         first = x[0] * every
@@ -318,6 +317,7 @@ class _Layer:
         self.targets = moment_bytes({"": spec}, targets=True, widest=widest)
         decomposed = own + (gram if rows is None else 0)
         self.work = _AT_WORK * decomposed + 2 * (gram if rows is not None else 0) + 24 * groups * outputs * inputs
+        self.alone = 24 * groups * outputs * inputs + _AT_WORK * 8 * groups * min(outputs, inputs) ** 2  # no statistics
         tall = spec.kind == "linear" and is_tall(torch.empty(groups, outputs, inputs, device="meta"))
         self.fits = 8 * groups * (inputs * inputs if tall else 2 * outputs * min(outputs, inputs))
 
