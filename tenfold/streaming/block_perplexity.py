@@ -61,7 +61,7 @@ def _behind_blocks(model: Offloaded, ids: Sequence[Tensor], place: Path, progres
     """Return what the last block puts out, for each batch."""
     depth, file = len(model.chain.blocks), place / "0"
     with Activations.writing(file) as write:
-        known = BlockInputs.of(model.outer, model.chain, [{"input_ids": own} for own in ids], write)
+        known = BlockInputs.of(model.outer, model.chain, dict(enumerate({"input_ids": own} for own in ids)), write)
     for number in range(depth):
         entering, file = Activations.of(file), place / str(number + 1)
         block = model.block(number)

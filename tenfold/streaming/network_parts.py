@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tenfold.errors import DataError
-from tenfold.streaming.activations import ByBatch
+from tenfold.streaming.activations import Activations, ByBatch
 from tenfold.streaming.chain import Chain
 from tenfold.tensors import digest
 from tenfold.tracing.block_calls import without_cache
@@ -177,12 +177,12 @@ class StoredCalls(Sequence[Any]):
         return self._call(self._numbers[place])
 
 
-def block_calls(known: BlockInputs, block: int, stored: ByBatch, numbers: Sequence[int]) -> StoredCalls:
+def block_calls(known: BlockInputs, block: int, stored: Activations | ByBatch, numbers: Sequence[int]) -> StoredCalls:
     """Return the batches of a block, of which the hidden states are stored."""
     return StoredCalls(numbers, lambda number: known.call(number, block, stored.read(number)))
 
 
-def tail_calls(batches: Sequence[Any], stored: ByBatch, numbers: Sequence[int]) -> StoredCalls:
+def tail_calls(batches: Sequence[Any], stored: Activations | ByBatch, numbers: Sequence[int]) -> StoredCalls:
     """Return the batches of ``Tail``."""
 
     def call(number: int) -> Any:
