@@ -119,8 +119,9 @@ class Fitting:
         with net.outer() as outer:
             if part == LEAD:
                 new, told = self._applied(part, Lead(outer, net.chain), net.batches, net.batches)
-                if told.factorized:  # else what comes after the blocks has all that lies outside of them
-                    self._write(part, _outer_state(new))
+                if told.factorized:  # what comes after the blocks has all else that lies outside of them
+                    own = tuple(f"{out_of(part, layer.path)}." for layer in told.factorized)
+                    self._write(part, {name: t for name, t in _outer_state(new).items() if name.startswith(own)})
             else:
                 dense, small = self._at(number)
                 filled = self._with_lead(outer, Plan.from_json_file(self._told(LEAD), "a plan"))

@@ -167,12 +167,18 @@ class Estimate:
         one_type = len({tensor.dtype for tensor in self.network.skeleton.parameters()}) == 1
         return min(budget.bytes or 1.0, (budget.params or 1.0) if one_type else 1.0)
 
+    @property
+    def _lead(self) -> int:
+        """Bytes of the layers before the blocks that may change, of which there is a file of their own."""
+        layers = (self.network.skeleton.get_submodule(path) for path in self.specs[LEAD])
+        return sum(tensor.nbytes for layer in layers for tensor in layer.parameters())
+
     def _disk(self, stored: Mapping[str, int], weights: int) -> int:
         """Return what lies on the disk at most, step by step."""
         net = self.network
         blocks, depth, changed = net.chain.blocks, len(net.chain.blocks), bool(self.specs[LEAD])
         if not net.batches:
-            return sum(stored.values()) + weights + (self.weights[LEAD] if changed else 0)
+            return sum(stored.values()) + weights + self._lead
         every, deciding, sent = self.passing.shares(net)
         x, calibration = self.passing.hidden, [size * deciding for size in self.passing.hidden]
         first = x[0] * every
@@ -182,7 +188,7 @@ class Estimate:
             left += stored[blocks[number]]
             most = max(most, first + sum(calibration[1 : number + 1]) + (x[number] + x[number + 1]) * sent + left)
         left = sum(stored.values())
-        lead = new = self.weights[LEAD] if changed else 0
+        lead = new = self._lead
         for number, path in enumerate(blocks):
             new += self.weights[path]
             entered = (2 if number else int(changed)) * x[number] * every  # at first it is what entered already

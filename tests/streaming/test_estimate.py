@@ -32,22 +32,17 @@ def estimated(folder: Path, *, depth: int = 3, samples: int = 24, rows: int = 2)
     return Estimate.of(looked_at(dense, folder / "out", recipe, data=data, skeleton=Net(depth).to("meta")))
 
 
-def test_memory_depends_neither_on_depth_nor_on_samples(tmp_path: Path) -> None:
-    wanted = estimated(tmp_path).needs(1 << 20, None, START)
-    for case in ({"depth": 6}, {"samples": 96}):
-        assert estimated(tmp_path, **case).needs(1 << 20, None, START).memory == wanted.memory
-    larger = estimated(tmp_path, rows=8)
-    assert larger.needs(1 << 20, None, START).memory > wanted.memory
-    made, more = estimated(tmp_path).passing.made["blocks.1"], larger.passing.made["blocks.1"]
+def test_memory_depends_on_batches_and_blocks_and_the_disk_on_all_of_them(tmp_path: Path) -> None:
+    cases: list[dict[str, int]] = [{}, {"depth": 6}, {"depth": 9}, {"samples": 48}, {"samples": 96}, {"rows": 8}]
+    estimates = [estimated(tmp_path, **case) for case in cases]
+    base, *deeper_or_more, larger = (own.needs(1 << 20, None, START) for own in estimates)
+    assert {own.memory for own in deeper_or_more} == {base.memory}
+    assert larger.memory > base.memory
+    made, more = (estimates[i].passing.made["blocks.1"] for i in (0, -1))
     assert 3.3 * made < more <= 4 * made  # norms hold something for each of their weights besides
-
-
-def test_disk_grows_in_proportion_to_depth_and_samples(tmp_path: Path) -> None:
-    def disk(**case: int) -> int:
-        return estimated(tmp_path, **case).needs(1 << 20, None, START).disk
-
-    assert disk(samples=96) - disk(samples=48) == pytest.approx(2 * (disk(samples=48) - disk(samples=24)), rel=0.01)
-    assert disk(depth=9) - disk(depth=6) == pytest.approx(disk(depth=6) - disk(depth=3), rel=0.01)
+    six, nine, twice, four_times = (own.disk for own in deeper_or_more)
+    assert nine - six == pytest.approx(six - base.disk, rel=0.01)
+    assert four_times - twice == pytest.approx(2 * (twice - base.disk), rel=0.01)
 
 
 def test_what_is_allowed_is_kept_by_a_smaller_cache_then_by_sketches(tmp_path: Path) -> None:
