@@ -1,9 +1,9 @@
-"""Kill a streamed compression by SIGKILL at moments spread over its time, go on with it, and compare the bytes.
+"""Kill a streamed compression by SIGKILL at moments spread over its work, go on with it, and compare the bytes.
 
     python -m benchmarks.streaming.kills [--config FILE] [--out FILE]
 
-Each run is a process of its own. A moment is a share of the time that a run takes which nobody kills, from when its
-work begins.
+Each run is a process of its own. A moment is a share of the files that a run makes which nobody kills, and up to a
+tenth of a second more: so that it lies within the step after.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def main() -> None:
         words = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming.kills", "--config", str(options.config)]
         words += ["--here", place]
         whole = finished(words, folder)
-        seconds, wanted = whole["seconds"], whole["digests"]
+        drawn = torch.Generator().manual_seed(config["seed"])
         moments = []
         for number in range(config["moments"]):
-            share = (number + 0.5) / config["moments"]
-            found = killed(words, folder, share * seconds) | {"share": share}
+            files = int((number + 0.5) / config["moments"] * whole["files"])
+            found = killed(words, folder, files, 0.1 * float(torch.rand((), generator=drawn)))
             again = finished(words, folder)
-            found |= {"seconds_to_go_on": again["seconds"], "same_bytes": again["digests"] == wanted}
+            found |= {"files_after": again["files"], "same_bytes": again["digests"] == whole["digests"]}
             moments.append(found)
             print(json.dumps(found), flush=True)
-    result = {"benchmark": "streaming_kills", "config": config, "seconds": seconds, "moments": moments}
+    result = {"benchmark": "streaming_kills", "config": config, "files": whole["files"], "moments": moments}
     result["environment"] = json.loads(environment().to_json())
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -75,38 +75,38 @@ def compress(config: dict[str, Any], folder: Path) -> None:
     compress_streamed(folder / "dense", folder / "small", config["budget"], data=data, runtime=runtime)
 
 
-def killed(words: list[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """Kill a run so long after its work began; return how many files it had finished by then."""
+def killed(words: list[str], folder: Path, files: int, delay: float) -> dict[str, Any]:
+    """Kill a run as soon as it has made so many files, or a little later; return what it had made by then."""
+    made: set[str] = set()
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
-        _begin(process, folder)
-        time.sleep(seconds)
+        while len(made) < files and process.poll() is None:
+            made |= _files(folder)
+            time.sleep(POLL)
+        time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         ended = process.wait() != -signal.SIGKILL
-    files = [file.name for file in (folder / "work").glob("*") if not file.name.endswith(".partial")]
-    return {"seconds": seconds, "ended_before": ended, "files": len(files), "wrote": (folder / "small").exists()}
+    last = max((folder / "work").glob("*"), key=lambda file: file.stat().st_mtime_ns, default=folder).name
+    return {"files": len(made), "last": last, "ended_before": ended, "wrote": (folder / "small").exists()}
 
 
 def finished(words: list[str], folder: Path) -> dict[str, Any]:
-    """Run to the end; return how long the work took and the digests of the new weights, and remove both."""
+    """Run to the end; return how many files that made and the digests of the new weights, and remove both."""
+    made: set[str] = set()
+    before = _files(folder)
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
-        if not (folder / "small").exists():
-            _begin(process, folder)
-        start = time.perf_counter()
-        process.wait()
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (folder / "small").glob("model*")}
-    seconds = time.perf_counter() - start
+        while process.poll() is None:
+            made |= _files(folder)
+            time.sleep(POLL)
+    weights = (folder / "small").glob("model*")
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
     for name in ("small", "work"):
         shutil.rmtree(folder / name)
-    return {"seconds": seconds, "digests": digests}
+    return {"files": len(made - before), "digests": digests}
 
 
-def _begin(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Wait until the work of a process begins."""
-    while not (folder / "work" / ".lock").exists():
-        if process.poll() is not None:
-            msg = f"the run ended with {process.returncode} before its work began"
-            raise RuntimeError(msg)
-        time.sleep(POLL)
+def _files(folder: Path) -> set[str]:
+    """Return the names of the files that a run has made whole."""
+    return {file.name for file in (folder / "work").glob("[!.]*")}
 
 
 if __name__ == "__main__":
