@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import torch
 import yaml
 
 from benchmarks.streaming.run import written
-from benchmarks.zoo import supply_torchvision_ops
 from tenfold import Runtime
 from tenfold.profiling import environment
 from tenfold.streaming import compress_streamed
@@ -38,25 +38,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "kills.yaml")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "streaming_kills.json")
-    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = yaml.safe_load(options.config.read_text())
     torch.set_num_threads(config["threads"])
-    if options.here:
-        compress(config, options.here)
-        return
+    # A fork of this process could take no gradients; one of a server that has only imported can.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.streaming.prepared"])
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         written(config, folder / "dense")
-        words = [sys.executable, "-W", "ignore", "-m", "benchmarks.streaming.kills", "--config", str(options.config)]
-        words += ["--here", place]
-        whole = finished(words, folder)
+        start = partial(context.Process, target=compress, args=(config, folder))
+        whole = finished(start(), folder)
         drawn = torch.Generator().manual_seed(config["seed"])
         moments = []
         for number in range(config["moments"]):
             files = int((number + 0.5) / config["moments"] * whole["files"])
-            found = killed(words, folder, files, 0.1 * float(torch.rand((), generator=drawn)))
-            again = finished(words, folder)
+            found = killed(start(), folder, files, 0.1 * float(torch.rand((), generator=drawn)))
+            again = finished(start(), folder)
             found |= {"files_after": again["files"], "same_bytes": again["digests"] == whole["digests"]}
             moments.append(found)
             print(json.dumps(found), flush=True)
@@ -67,7 +65,7 @@ def main() -> None:
 
 def compress(config: dict[str, Any], folder: Path) -> None:
     """Compress what lies in ``dense``, or go on with that."""
-    supply_torchvision_ops()
+    torch.set_num_threads(config["threads"])
     drawn = torch.Generator().manual_seed(config["seed"])
     size = (1, config["tokens"])
     data = [{"input_ids": torch.randint(config["words"], size, generator=drawn)} for _ in range(config["sequences"])]
@@ -75,28 +73,29 @@ def compress(config: dict[str, Any], folder: Path) -> None:
     compress_streamed(folder / "dense", folder / "small", config["budget"], data=data, runtime=runtime)
 
 
-def killed(words: list[str], folder: Path, files: int, delay: float) -> dict[str, Any]:
+def killed(process: BaseProcess, folder: Path, files: int, delay: float) -> dict[str, Any]:
     """Kill a run as soon as it has made so many files, or a little later; return what it had made by then."""
     made: set[str] = set()
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
-        while len(made) < files and process.poll() is None:
-            made |= _files(folder)
-            time.sleep(POLL)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        ended = process.wait() != -signal.SIGKILL
+    process.start()
+    while len(made) < files and process.is_alive():
+        made |= _files(folder)
+        time.sleep(POLL)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    ended = process.exitcode != -signal.SIGKILL
     last = max((folder / "work").glob("*"), key=lambda file: file.stat().st_mtime_ns, default=folder).name
     return {"files": len(made), "last": last, "ended_before": ended, "wrote": (folder / "small").exists()}
 
 
-def finished(words: list[str], folder: Path) -> dict[str, Any]:
+def finished(process: BaseProcess, folder: Path) -> dict[str, Any]:
     """Run to the end; return how many files that made and the digests of the new weights, and remove both."""
     made: set[str] = set()
     before = _files(folder)
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            made |= _files(folder)
-            time.sleep(POLL)
+    process.start()
+    while process.is_alive():
+        made |= _files(folder)
+        time.sleep(POLL)
     weights = (folder / "small").glob("model*")
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
     for name in ("small", "work"):
