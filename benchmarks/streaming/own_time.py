@@ -52,7 +52,7 @@ def main() -> None:
     size = (1, config["tokens"])
     data = [{"input_ids": torch.randint(config["words"], size, generator=drawn)} for _ in range(config["sequences"])]
     with tempfile.TemporaryDirectory() as there:
-        written(config, config, Path(there) / "dense")
+        written(config, Path(there) / "dense")
         counter = Counted()
         start = time.process_time()
         with counter:
