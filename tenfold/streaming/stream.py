@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,10 @@ def carried_out(
         about: what the record is to say besides, such as the task and the command.
     """
     if runtime.workers.backend == "ray":
-        return run_on_ray(partial(_carried_out, network, out, blocks, about), runtime)
+        folder = None if runtime.folder is None else Path(runtime.folder).absolute()  # actors start elsewhere
+        files = WeightFiles.of(network.files.folder.absolute())
+        work = partial(_carried_out, replace(network, files=files), out.absolute(), blocks, about)
+        return replace(run_on_ray(work, runtime.replace(folder=folder)), path=out)
     return _carried_out(network, out, blocks, about, runtime, Ranks.of(runtime.accelerator))
 
 
