@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import os
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def _brief_timing() -> None:
     assert compare_latency.__kwdefaults__["seconds"] == latency_budget.LatencySearch().seconds == 4.0
     compare_latency.__kwdefaults__["seconds"] = 0.5
     latency_budget.LatencySearch = partial(latency_budget.LatencySearch, seconds=0.5, layer_seconds=0.1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _translations_read_once() -> None:
+    """Read once in a process how ONNX says torch's operators: torch parses the sources of 500 functions per export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = cache(ONNXRegistry.from_torchlib)
+
+    def copied(**opset: int) -> ONNXRegistry:
+        registry = copy.copy(read(**opset))
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    ONNXRegistry.from_torchlib = staticmethod(copied)
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,12 @@
 """Every Python snippet of the documentation runs: those of one page in order, in one namespace, in an empty folder.
 
-Pages of paths are run whole: their Python and their commands become one script, which a fresh interpreter runs as a
-reader would, and whatever output they show has to be what it prints, numbers aside.
+Pages of paths are run whole: their Python and their commands become one script, and whatever output they show has to be
+what it prints, numbers aside.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.tasks import TASKS
 from tenfold.tasks.digits import Digits
-from tests.page_script import DIGITS, as_script
+from tests.page_script import as_script, shell
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -95,30 +92,21 @@ def without_numbers(line: str) -> str:
     return re.sub(r"[+−±-]?[\d.,:]+(e-\d+)?", "0", re.sub(r"[─━\s]+", " ", line)).strip()
 
 
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)
-def test_a_path_runs_as_a_script_and_prints_what_it_shows(page: Path, tmp_path: Path, trained_digits: Path) -> None:
+def test_a_path_runs_as_a_script_and_prints_what_it_shows(
+    page: Path,
+    tmp_path: Path,
+    trained_digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = page.read_text(encoding="utf-8")
-    script = tmp_path / page.with_suffix(".py").name
-    script.write_text(as_script(text), encoding="utf-8")
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    own = {
-        DIGITS: str(trained_digits),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "120",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    done = subprocess.run(
-        [sys.executable, "-u", str(script)],
-        cwd=folder,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    printed = {without_numbers(line) for line in done.stdout.splitlines()}
+    monkeypatch.setattr(Digits, "pretrained", lambda task: task.dense(trained_digits))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(as_script(text), str(page), "exec"), {"__name__": "__main__"})  # noqa: S102
+    printed = {without_numbers(line) for line in capsys.readouterr().out.splitlines()}
     shown = [line for block in SHOWN.findall(text) for line in block.splitlines() if line.strip() not in {"", "..."}]
     assert [line for line in shown if without_numbers(line) not in printed] == []
 
@@ -181,6 +169,12 @@ def test_a_script_keeps_the_lines_of_its_page() -> None:
     assert lines[text.index("tenfold --version")] == "tenfold --version"
     assert lines[text.index("tenfold --version") - 1] == '_shell(r"""'
     assert "curl x" not in lines
+
+
+@pytest.mark.parametrize("line", ["curl x", "tenfold list | head", "tenfold compare runs/*"])
+def test_a_command_that_needs_a_shell_is_no_command_of_a_path(line: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(line)):
+        shell(line)
 
 
 def test_output_is_compared_without_its_numbers() -> None:
