@@ -17,6 +17,7 @@ from tenfold.testing import (
     check_algorithm_laws,
     check_format_laws,
     check_model_laws,
+    rule_laws,
 )
 from tenfold.testing.model_laws import check_replanned
 
@@ -49,6 +50,16 @@ def test_algorithm(algorithm: str, format: str, law: str) -> None:
 @pytest.mark.parametrize("rule", RULES.names())
 def test_rule(rule: str, law: str) -> None:
     RULE_LAWS[law](RULES.get(rule)())
+
+
+@pytest.mark.parametrize("rule", RULES.names())
+def test_what_a_layer_becomes_in_one_format_does_not_depend_on_the_others(rule: str) -> None:
+    """Which the laws of rules take for granted."""
+    asked = RULES.get(rule)()
+    known = rule_laws._layers(asked, ("tucker2",))
+    if known is not None:
+        alone = rule_laws.small_layers().table(asked, ("tucker2",)).eligible
+        assert [layer.model_dump_json() for layer in known] == [layer.model_dump_json() for layer in alone]
 
 
 @pytest.mark.parametrize("rule", RULES.names())

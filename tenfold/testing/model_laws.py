@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenfold.allocation import RankRule
+from tenfold.allocation import RankRule, choose
 from tenfold.checkpoint import load, save
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS, Factorization
 from tenfold.layers import FactorizedLayer
-from tenfold.planning import plan
+from tenfold.planning import plan, tabulate
 from tenfold.profiling import profile
 from tenfold.records import Budget, Plan, Profile, Recipe
 from tenfold.surgery import apply, densify
@@ -193,21 +193,22 @@ def check_replanned(rule: RankRule) -> None:
     x = torch.zeros(1, 6, 6, 6)
     recipe = Recipe(rule=aiming(rule).to_dict(), formats=FORMATS.names())
 
-    def made(model: nn.Module, **budget: float) -> Plan:
-        return plan(model, profile(model, x), recipe.replace(budget=Budget(**budget)))
+    def aimed(**budget: float) -> Recipe:
+        return recipe.replace(budget=Budget(**budget))
 
     with law(12, rule), torch.no_grad():
         model = small_network()
         try:
-            first = made(model, macs=0.6)
+            first = plan(model, profile(model, x), aimed(macs=0.6))
         except BudgetError:
             return  # the rule cannot aim at a budget
         small = apply(model, first)
         _expect_cost(profile(small, x), first)
-        same = made(small, max_macs=first.after.macs)
+        table = tabulate(small, profile(small, x), recipe)
+        same = choose(table, aimed(max_macs=first.after.macs))
         expect(not same.factorized, f"layers are planned again: {[layer.path for layer in same.factorized]}")
         expect(same.after == same.before == first.after, "the costs differ though nothing happens")
-        further = made(small, max_macs=0.7 * first.after.macs)
+        further = choose(table, aimed(max_macs=0.7 * first.after.macs))
         expect(bool(further.factorized), "nothing more is compressed")
         smaller = apply(small, further)
         _expect_cost(profile(smaller, x), further)

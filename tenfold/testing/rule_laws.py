@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -10,7 +12,7 @@ from tenfold.allocation import Choice, Keep, Limits, RankRule, ThresholdRule, to
 from tenfold.errors import BudgetError
 from tenfold.formats import FORMATS
 from tenfold.planning.eligible import EligibleLayer
-from tenfold.records import Cost, LayerOptions, LayerSpec, OptionTable
+from tenfold.records import Cost, LayerOptions, LayerSpec
 from tenfold.testing.format_laws import dense_layer
 from tenfold.testing.laws import expect, law
 from tenfold.testing.tables import SideBySide
@@ -59,10 +61,9 @@ def check_choices(rule: RankRule) -> None:
     model = small_layers()
     for formats in (None, *((name,) for name in FORMATS.names())):
         with law(9, rule, formats or "all formats"):
-            table = _table(rule, model, formats)
-        if table is None:
+            layers = _layers(rule, formats)
+        if layers is None:
             return  # the rule needs more than layers
-        layers = table.eligible
         every = _all_limits(layers)
         for limits in (None, *(every if formats is None else every[3:4])):
             with law(9, rule, formats or "all formats", limits or "no budget"):
@@ -105,10 +106,9 @@ def check_budget(rule: RankRule) -> None:
     """
     model, rule = small_layers(), aiming(rule)
     with law(10, rule):
-        table = _table(rule, model, None)
-    if table is None:
+        layers = _layers(rule)
+    if layers is None:
         return  # the rule needs more than layers
-    layers = table.eligible
     for limits in _all_limits(layers):
         with law(10, rule, limits):
             choices = _select(rule, layers, limits)
@@ -157,13 +157,29 @@ def _all_limits(layers: Sequence[LayerOptions]) -> list[Limits]:
     return limits
 
 
-def _table(rule: RankRule, model: SideBySide, formats: Sequence[str] | None) -> OptionTable | None:
-    """Return the options of the layers; None for a rule that needs scores, which layers alone have none of."""
+def _layers(rule: RankRule, formats: tuple[str, ...] | None = None) -> tuple[LayerOptions, ...] | None:
+    """Return what the small layers could become; None for a rule that needs scores, which layers alone have none of.
+
+    In one format that is what it is among all formats, unless a rule has them searched one after the other.
+    """
     try:
-        return model.table(rule, formats)
+        if formats is not None and "fitted_error" in rule.columns:
+            return small_layers().table(rule, formats).eligible
+        layers = _in_all(type(rule), json.dumps(rule.to_dict(), sort_keys=True), tuple(FORMATS.names()))
     except BudgetError as error:
         expect(len(str(error)) > 20, "a BudgetError does not tell what to do")
         return None
+    if formats is None:
+        return layers
+    own = (layer.replace(options=tuple(o for o in layer.options if o.format in formats)) for layer in layers)
+    return tuple(layer for layer in own if layer.options)
+
+
+@lru_cache(maxsize=16)
+def _in_all(kind: type[RankRule], settings: str, formats: tuple[str, ...]) -> tuple[LayerOptions, ...]:
+    """Return the options of the small layers in all formats: once for all laws that ask."""
+    given = {name: value for name, value in json.loads(settings).items() if name != "name"}
+    return small_layers().table(kind(**given), formats).eligible
 
 
 def _select(rule: RankRule, layers: Sequence[LayerOptions], limits: Limits | None) -> tuple[Choice, ...] | None:
