@@ -1,8 +1,8 @@
 """Notebooks, run without a kernel: their cells in one namespace, with what each shows.
 
-    python -m tests.notebook FILE [--write]
+    python -m tests.notebook FILE --write
 
-Writes what the cells show as JSON to its output, or into the file.
+Writes what the cells show into the file.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ def write(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    if "--write" in sys.argv:
-        write(source)
-    else:
-        sys.stdout.write(json.dumps(run(source)))
+    if sys.argv[2:] != ["--write"]:
+        raise SystemExit(__doc__)
+    write(Path(sys.argv[1]))

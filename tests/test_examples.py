@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.notebook import Outputs, cells
+from tests.notebook import Outputs, cells, run
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -50,20 +49,11 @@ def words(outputs: Outputs, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
-def test_notebook_shows_what_is_stored_in_it(notebook: Path, tmp_path: Path) -> None:
+def test_notebook_shows_what_is_stored_in_it(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a network is faster, a busy machine may not say: words may differ a little."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.notebook", str(notebook)],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=2 * LIMIT_SECONDS,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
     kinds = set()
-    for cell, shown in zip(cells(notebook), json.loads(done.stdout), strict=True):
+    for cell, shown in zip(cells(notebook), run(notebook), strict=True):
         for kind in ("stdout", "text/plain", "text/html"):
             stored, now = words(cell["outputs"], kind), words(shown, kind)
             assert difflib.SequenceMatcher(None, stored, now).ratio() > 0.75, (stored, now)

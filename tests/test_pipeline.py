@@ -26,7 +26,7 @@ from tenfold.surgery import apply
 from tenfold.training import TuneConfig, finetune
 
 QUIET = Runtime(measure=False)
-RECIPE_OF_DATA = {"budget": "macs=0.5", "keep_ends": False}
+RECIPE_OF_DATA = {"budget": "macs=0.5", "keep_ends": False, "formats": "low_rank,tucker2"}
 
 
 def network() -> nn.Module:

@@ -90,7 +90,7 @@ def test_rules_with_a_threshold_spend_budgets_of_parts_too(net: nn.Module, costs
 
 
 def test_compress_meets_it_saves_and_says_it(net: nn.Module, tmp_path):
-    recipe = {"budget_of": {"re:backbone.*|neck": "macs=0.5"}}
+    recipe = {"budget_of": {"re:backbone.*|neck": "macs=0.5"}, "formats": "low_rank,tucker2"}
     made = tenfold.compress(net, X, recipe, data=torch.randn(32, 3, 8, 8), runtime=tenfold.Runtime(measure=False))
     assert {layer.path for layer in made.plan.factorized} <= {"backbone.0", "backbone.2", "neck"}
     assert profile(made.model, X).macs == made.plan.after.macs

@@ -46,7 +46,7 @@ def test_killed_and_given_again(tenfold: Run, tiny: str) -> None:
     assert tenfold(*args, "--out", "whole").code == 0
     Path("armed").touch()
     done = subprocess.run([sys.executable, "-m", "tenfold", *args, "--out", "out"], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not Path("out").exists()
     Path("armed").unlink()
     assert tenfold(*args, "--out", "out").code == 0

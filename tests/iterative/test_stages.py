@@ -21,7 +21,7 @@ from tests.iterative.small import accuracy, batches, both, cnn, images, unlabele
 
 X = images()[0]
 ONE = X[:1]
-SHALLOW = both(rounds=3, budget={"macs": 0.4}, epochs=1)
+SHALLOW = both(rounds=3, budget={"macs": 0.4}, epochs=1, formats=["low_rank", "tucker2"])
 RECIPE, SCHEDULE = SHALLOW
 CONFIG = TuneConfig(lr=0.02)
 
