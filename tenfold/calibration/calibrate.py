@@ -280,8 +280,8 @@ class _Work:
 
     def _say(self, sums: GradientSums) -> None:
         if self.before is not None:
-            made = sums.split.made * self.samples
-            needs = Needs.of(self.specs, self.settings.max_width, sums.split.held, made)
+            alive = sums.split.alive * self.samples
+            needs = Needs.of(self.specs, self.settings.max_width, sums.split.held, alive)
             self.before(needs)
             self.before = None
 

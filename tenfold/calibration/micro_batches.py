@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tenfold.errors import TenfoldError
 from tenfold.tracing.inputs import batch_size_of, map_tensors, tensors_in
@@ -33,12 +34,12 @@ class Split:
     Attributes:
         rows: samples at a time; None for whole batches.
         held: bytes that these hold between forward and backward.
-        made: bytes of what the modules without children put out for a sample.
+        alive: the most bytes of what modules without children put out that something still reads, for a sample.
     """
 
     rows: int | None = None
     held: int = 0
-    made: int = 0
+    alive: int = 0
 
 
 def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
@@ -55,17 +56,18 @@ def split_of(model: nn.Module, batch: Any, forward: Forward) -> Split:
     size = common_axis(batch)
     with Randomness(model, batch).seeded(0):
         try:
-            each, made = memory_of(model, next(parts_of(batch, 1)), forward)
+            one = next(parts_of(batch, 1))
+            each, alive = memory_of(model, one, forward), alive_in(model, one, forward) // samples_in(one)
             rows = max(1, PART_BYTES // max(each, 1))
             if size and (rows >= size or _independent(model, batch, forward, rows)):
-                return Split(None, size * each, made) if rows >= size else Split(rows, rows * each, made)
+                return Split(rows if rows < size else None, min(rows, size) * each, alive)
         except Exception:
             logger.debug("batches are differentiated whole", exc_info=True)
         try:
-            held, made = memory_of(model, batch, forward)
+            held, alive = memory_of(model, batch, forward), alive_in(model, batch, forward)
         except TenfoldError:  # what it holds cannot be seen, as within transforms of torch.func
             return Split()
-        return Split(None, held, made // samples_in(batch))
+    return Split(None, held, alive // samples_in(batch))
 
 
 def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
@@ -83,14 +85,10 @@ def parts_of(batch: Any, rows: int | None) -> Iterator[Any]:
         yield _part(batch, slice(start, start + rows))
 
 
-def memory_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[int, int]:
-    """Return the bytes that a forward holds for its backward pass, and those that all modules without children return.
-
-    Parameters and buffers are not counted.
-    """
+def memory_of(model: nn.Module, batch: Any, forward: Forward) -> int:
+    """Return the bytes that a forward holds for its backward pass; parameters and buffers are not counted."""
     own = {storage_of(t) for t in chain(model.parameters(), model.buffers())}
     held: dict[int, int] = {}
-    made: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = storage_of(tensor)
@@ -98,19 +96,30 @@ def memory_of(model: nn.Module, batch: Any, forward: Forward) -> tuple[int, int]
             held[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward(model, batch)
+    for tensor in tensors_in(outputs):
+        pack(tensor)
+    return sum(held.values())
+
+
+def alive_in(model: nn.Module, batch: Any, forward: Forward) -> int:
+    """Return the most bytes that outputs of modules without children take at a time in a forward without gradients."""
+    alive: dict[StorageWeakRef, int] = {}
+    most = 0
+
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        made.extend(tensor.nbytes for tensor in tensors_in(output))
+        nonlocal most
+        alive.update((StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()) for t in tensors_in(output))
+        most = max(most, sum(size for storage, size in alive.items() if not storage.expired()))
 
     with ExitStack() as stack:
         for module in model.modules():
             if not any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule):
                 stack.enter_context(module.register_forward_hook(leave))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        outputs = forward(model, batch)
-    for tensor in tensors_in(outputs):
-        pack(tensor)
-    return sum(held.values()), sum(made)
+        stack.enter_context(torch.no_grad())
+        forward(model, batch)
+    return most
 
 
 def _independent(model: nn.Module, batch: Any, forward: Forward, rows: int) -> bool:

@@ -25,7 +25,7 @@ class Needs:
         work: of the layer that takes the most while it is fitted: its statistics in several forms, its weights in
             float64.
         gradients: activations that one forward holds for its backward pass.
-        activations: of all batches in one model, if none were computed again.
+        activations: of all batches in one model, as far as at some layer something still reads them.
     """
 
     statistics: Mapping[str, int] = field(repr=False)

@@ -192,23 +192,19 @@ def check_replanned(rule: RankRule) -> None:
     """Raise LawBroken unless a factorized model can be compressed further, and stays as it is where that is enough."""
     x = torch.zeros(1, 6, 6, 6)
     recipe = Recipe(rule=aiming(rule).to_dict(), formats=FORMATS.names())
-
-    def aimed(**budget: float) -> Recipe:
-        return recipe.replace(budget=Budget(**budget))
-
     with law(12, rule), torch.no_grad():
         model = small_network()
         try:
-            first = plan(model, profile(model, x), aimed(macs=0.6))
+            first = plan(model, profile(model, x), recipe.replace(budget=Budget(macs=0.6)))
         except BudgetError:
             return  # the rule cannot aim at a budget
         small = apply(model, first)
         _expect_cost(profile(small, x), first)
         table = tabulate(small, profile(small, x), recipe)
-        same = choose(table, aimed(max_macs=first.after.macs))
+        same = choose(table, recipe.replace(budget=Budget(max_macs=first.after.macs)))
         expect(not same.factorized, f"layers are planned again: {[layer.path for layer in same.factorized]}")
         expect(same.after == same.before == first.after, "the costs differ though nothing happens")
-        further = choose(table, aimed(max_macs=0.7 * first.after.macs))
+        further = choose(table, recipe.replace(budget=Budget(max_macs=0.7 * first.after.macs)))
         expect(bool(further.factorized), "nothing more is compressed")
         smaller = apply(small, further)
         _expect_cost(profile(smaller, x), further)

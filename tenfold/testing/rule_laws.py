@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 
@@ -18,7 +19,7 @@ from tenfold.testing.laws import expect, law
 from tenfold.testing.tables import SideBySide
 from tenfold.testing.weights import random_bias, random_weight
 
-SHARES = (0.9, 0.6, 0.35)
+Found = TypeVar("Found")
 
 
 def small_layers() -> SideBySide:
@@ -67,14 +68,13 @@ def check_choices(rule: RankRule) -> None:
         every = _all_limits(layers)
         for limits in (None, *(every if formats is None else every[3:4])):
             with law(9, rule, formats or "all formats", limits or "no budget"):
-                choices = _select(rule, layers, limits)
+                choices = _asked(partial(rule.select, layers, limits))
                 if choices is None:
                     continue
                 expect(len(choices) == len(layers), f"{len(choices)} choices for {len(layers)} layers")
                 for layer, choice in zip(layers, choices, strict=True):
                     _expect_saving(model.eligible(layer.path, formats), layer, choice)
-                again = rule.select(layers, limits)
-                expect(again == choices, "the rule decides otherwise when asked again")
+                expect(rule.select(layers, limits) == choices, "the rule decides otherwise when asked again")
 
 
 def _expect_saving(known: EligibleLayer, layer: LayerOptions, choice: Choice) -> None:
@@ -111,23 +111,18 @@ def check_budget(rule: RankRule) -> None:
         return  # the rule needs more than layers
     for limits in _all_limits(layers):
         with law(10, rule, limits):
-            choices = _select(rule, layers, limits)
+            choices = _asked(partial(rule.select, layers, limits))
             if choices is None:
                 continue
             cost = total_cost(layers, choices)
             for name, limit in limits.items():
                 expect(getattr(cost, name) <= limit, f"{name} is {getattr(cost, name)} over the limit {limit:.6g}")
-            steps = zip(layers, choices, strict=True)
-            more = sum((_one_step_up(model.eligible(own.path), own, c) for own, c in steps), Cost())
+            more = sum(map(_one_step_up, [model.eligible(own.path) for own in layers], layers, choices), Cost())
             seen = ", ".join(f"{name} could be {getattr(more, name)} of {limit:.6g}" for name, limit in limits.items())
             expect(any(getattr(more, name) > limit for name, limit in limits.items()), f"too much is dropped: {seen}")
     with law(10, rule, "a budget that nothing can meet"):
-        try:
-            rule.select(layers, {"macs": 10.0})
-        except BudgetError:
-            pass
-        else:
-            expect(kept=False, seen="10 MACs for all layers were promised")
+        promised = _asked(partial(rule.select, layers, {"macs": 10.0}))
+        expect(promised is None, "10 MACs for all layers were promised")
     with law(10, rule, "a budget that is met already"):
         whole = sum(layer.before.macs for layer in layers)
         choices = rule.select(layers, {"macs": float(whole)})
@@ -150,11 +145,8 @@ def _one_step_up(known: EligibleLayer, layer: LayerOptions, choice: Choice) -> C
 
 def _all_limits(layers: Sequence[LayerOptions]) -> list[Limits]:
     total = sum((layer.before for layer in layers), Cost())
-    limits: list[Limits] = []
-    for share in SHARES:
-        limits += [{"macs": share * total.macs}, {"params": share * total.params}]
-        limits.append({"macs": share * total.macs, "params": share * total.params})
-    return limits
+    kinds = (("macs",), ("params",), ("macs", "params"))
+    return [{name: share * getattr(total, name) for name in names} for share in (0.9, 0.6, 0.35) for names in kinds]
 
 
 def _layers(rule: RankRule, formats: tuple[str, ...] | None = None) -> tuple[LayerOptions, ...] | None:
@@ -162,14 +154,10 @@ def _layers(rule: RankRule, formats: tuple[str, ...] | None = None) -> tuple[Lay
 
     In one format that is what it is among all formats, unless a rule has them searched one after the other.
     """
-    try:
-        if formats is not None and "fitted_error" in rule.columns:
-            return small_layers().table(rule, formats).eligible
-        layers = _in_all(type(rule), json.dumps(rule.to_dict(), sort_keys=True), tuple(FORMATS.names()))
-    except BudgetError as error:
-        expect(len(str(error)) > 20, "a BudgetError does not tell what to do")
-        return None
-    if formats is None:
+    if formats is not None and "fitted_error" in rule.columns:
+        return _asked(lambda: small_layers().table(rule, formats).eligible)
+    layers = _asked(lambda: _in_all(type(rule), json.dumps(vars(rule), sort_keys=True), tuple(FORMATS.names())))
+    if formats is None or layers is None:
         return layers
     own = (layer.replace(options=tuple(o for o in layer.options if o.format in formats)) for layer in layers)
     return tuple(layer for layer in own if layer.options)
@@ -178,14 +166,13 @@ def _layers(rule: RankRule, formats: tuple[str, ...] | None = None) -> tuple[Lay
 @lru_cache(maxsize=16)
 def _in_all(kind: type[RankRule], settings: str, formats: tuple[str, ...]) -> tuple[LayerOptions, ...]:
     """Return the options of the small layers in all formats: once for all laws that ask."""
-    given = {name: value for name, value in json.loads(settings).items() if name != "name"}
-    return small_layers().table(kind(**given), formats).eligible
+    return small_layers().table(kind(**json.loads(settings)), formats).eligible
 
 
-def _select(rule: RankRule, layers: Sequence[LayerOptions], limits: Limits | None) -> tuple[Choice, ...] | None:
-    """Return what the rule chooses; None where it cannot aim at a budget, or needs one."""
+def _asked(question: Callable[[], Found]) -> Found | None:
+    """Return the answer; None where the rule needs scores or a budget, or cannot aim at one."""
     try:
-        return rule.select(layers, limits)
+        return question()
     except BudgetError as error:
         expect(len(str(error)) > 20, "a BudgetError does not tell what to do")
         return None

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tenfold.calibration import calibrate, micro_batches
 from tenfold.calibration.collect import measurable
 from tenfold.calibration.gradients import GradientSums
-from tenfold.calibration.micro_batches import Split, parts_of
-from tenfold.tracing.inputs import tensors_in
+from tenfold.calibration.micro_batches import Split, alive_in, parts_of
+from tenfold.tracing.inputs import call_model, tensors_in
+from tenfold.tracing.replay import Replay
 
 
 class Masked(nn.Module):
@@ -90,7 +91,7 @@ def test_batches_whose_rows_depend_on_each_other_stay_whole(model: nn.Module, mo
     monkeypatch.setattr(micro_batches, "PART_BYTES", 1)
     found = split(model.eval(), torch.randn(12, 3, 4))
     assert found.rows is None
-    assert found.held > found.made > 0
+    assert found.held > 0 < found.alive
 
 
 def test_batches_without_a_common_axis_stay_whole() -> None:
@@ -100,3 +101,34 @@ def test_batches_without_a_common_axis_stay_whole() -> None:
         [torch.ones(4)],
     ):
         assert list(parts_of(batch, 2)) == [batch]
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+def test_what_something_still_reads_does_not_grow_with_depth_and_is_what_a_replay_holds(depth: int) -> None:
+    convolutions = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth)]
+    chain = nn.Sequential(*(layer for own in convolutions for layer in (own, nn.ReLU()))).eval()
+    one = 4 * 4 * 64  # bytes of an output
+    batches = [torch.randn(5, 4, 8, 8) for _ in range(8)]
+    alive = alive_in(chain, batches[0][:1], call_model)
+    assert alive == 2 * one  # what a layer reads, and what it puts out
+    replay, most = Replay(chain, batches, changing=False), 0
+    for path in replay.order:
+        for _ in (*replay.inputs(path), *replay.outputs(path)):
+            most = max(most, replay._bytes)
+    assert one * 40 <= most <= 40 * alive
+
+
+def test_a_shortcut_is_alive_until_it_is_added() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.inner, self.last = (nn.Linear(6, 6) for _ in range(3))
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.start(x)
+            return x + self.last(self.relu(self.inner(x)))
+
+    assert (
+        alive_in(Residual(), torch.randn(1, 6), call_model) == 3 * 24
+    )  # with what a layer reads, and what it puts out
