@@ -48,7 +48,7 @@ class Needs:
         held, cached = sum(self.statistics.values()), 2 * min(cache, self.activations)
         most = held + max(self.gradients, self.work + cached)
         parts = [
-            f"statistics of {len(self.statistics)} layers {size_in_words(held)} ({shown})",
+            f"statistics of {len(self.statistics)} layer{'s' * (len(self.statistics) > 1)} {size_in_words(held)} ({shown})",
             f"the backward pass {size_in_words(self.gradients)}",
             f"fits {size_in_words(self.work)}",
             f"activations {size_in_words(cached)}",

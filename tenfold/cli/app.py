@@ -68,7 +68,7 @@ def run(args: list[str]) -> int:
     except UsageProblem as problem:
         message = getattr(problem, "format_message", problem.__str__)()
         context = getattr(problem, "ctx", None)
-        help_of = context.command_path if context is not None else "tenfold"
+        help_of = context.command_path if context is not None else " ".join(("tenfold", *filter(str.isalpha, args[:1])))
         complain(f"{(message or 'a command is missing').rstrip('.')}. See {help_of} --help.")
         return 2
     return code if isinstance(code, int) else 0

@@ -60,7 +60,7 @@ class Budget(Record):
         for name, number in values.items():
             if name not in cls.model_fields:
                 known = cls.model_fields
-                msg = f"a budget names {', '.join(known)}, not {name}. {did_you_mean(str(name).lower(), known)}"
+                msg = f"a budget does not name {name}. {did_you_mean(str(name).lower(), known)}"
                 raise BudgetError(msg)
             if number is not None:
                 _check(name, number)

@@ -94,7 +94,7 @@ def _load(file: Path) -> Any:
     except FileError as error:
         raise DataError(str(error)) from error
     except ValueError as error:
-        msg = f"{file} is not JSON: {error}"
+        msg = f"{file} is not JSON: {error}. Give a folder that tenfold wrote, or its {RECORD}."
         raise DataError(msg) from error
     if not intact:
         msg = f"{file} {CHANGED}"

@@ -69,6 +69,20 @@ def test_units_that_cannot_be_chosen(tenfold: Run, tiny: str, given: tuple[str, 
     assert left() == set()
 
 
+@pytest.mark.parametrize(
+    ("given", "said", "code"),
+    [
+        (("plan", "--budget"), "See tenfold plan --help", 2),
+        (("--budget",), "See tenfold --help", 2),
+        (("report", "plan.yaml"), "is not JSON: Expecting value: line 1 column 1 (char 0). Give a folder", 1),
+        (("plan", "--task", "digits", "--budget", "flops=0.5"), "does not name flops. Known: params, macs", 1),
+    ],
+)
+def test_the_remedy_is_named_once(tenfold: Run, given: tuple[str, ...], said: str, code: int) -> None:
+    Path("plan.yaml").write_text("layers: []\n")
+    assert tenfold(*given).is_error(said, code=code)
+
+
 def test_unknown_layer_in_a_plan(tenfold: Run, tiny: str) -> None:
     assert tenfold("plan", "--task", tiny, "--budget", "macs=0.5", "--out", "plan.yaml").code == 0
     plan = yaml.safe_load(Path("plan.yaml").read_text())

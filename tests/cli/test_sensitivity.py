@@ -103,6 +103,7 @@ def test_plan_draws_other_budgets(tenfold: Run, tiny: str) -> None:
     args = ("plan", "--task", tiny, "--formats", "low_rank", "--budget", "macs=0.6", "--plot", "budgets.png")
     outcome = tenfold(*args, "--out", "plan.yaml")
     assert outcome.code == 0
+    assert "tenfold: drawn in budgets.png, budgets.csv, budgets.json\n" in outcome.err
     assert Path("budgets.png").read_bytes().startswith(b"\x89PNG")
     curve = TradeOff.from_text(Path("budgets.json").read_text(encoding="utf-8"))
     assert curve.budget == "macs"

@@ -129,7 +129,7 @@ def test_a_budget_of_the_whole_model_is_met(zoo):
             {"macs": 0.001},
             "lowest that the rule ratio can reach is macs=.*What stays of the MACs: .*keep_ends=False",
         ),
-        ({"flops": 0.5}, "a budget names params, macs"),
+        ({"flops": 0.5}, "a budget does not name flops. Known: params, macs"),
         ({"macs": 4e6}, "write max_macs=4e\\+06"),
         ({"macs": -1}, "must be a positive number"),
         ({"macs": float("nan")}, "must be a positive number"),

@@ -96,8 +96,7 @@ def run(
     if work.plot is not None:
         terminal.step("other budgets")
         files = draw_tradeoff(decision, work.plot, terminal, scores)
-        if out is not None:
-            terminal.say(f"Drawn in {', '.join(map(str, files))}")
+        runtime.report("other budgets", note=f"drawn in {', '.join(map(str, files))}")  # stdout may be the plan
 
 
 def _save_options(table: OptionTable | None, out: Path) -> bool:
