@@ -124,7 +124,8 @@ def _table(groups: Sequence[Group]) -> tuple[list[Column], list[Row]]:
         cells += [_cell(group, name, 1.0 if name == "speedup" else 100.0) for name in shown]
         for name in ("score",) * scored + ("change",) * changed:
             spread = group.values.get(name)
-            cells.append(Cell("—") if spread is None else Cell(score_text(group, name), spread.mean))
+            shown_as = score_text(group, name).replace("-", "−")
+            cells.append(Cell("—") if spread is None else Cell(shown_as, spread.mean))
         if group in front:
             cells[1] = Cell(group.method, badge="", note="★ best at its cost")
         rows.append(Row(tuple(cells)))

@@ -86,6 +86,12 @@ def test_csv_and_latex() -> None:
     assert table.count("\\begin") == table.count("\\end") == 1
 
 
+def test_a_loss_has_a_minus_as_wide_as_the_digits() -> None:
+    page = comparison(compare([run(0, 0.90), run(1, 0.92)]))
+    assert "−1.00" in page
+    assert "-1.00" not in page
+
+
 def test_page() -> None:
     page = Page(comparison(compare([run(0, 0.90), run(1, 0.92), run(0, stages=())])))
     assert all(address.startswith("#") for address in page.addresses)
