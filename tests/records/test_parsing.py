@@ -35,7 +35,7 @@ ODD = {
     "tag": ("seed: !!bool x", "tag"),
     "no index": ("seed: !!int ''", "tag"),
     "key": ("? [1]\n: 2", "unhashable"),
-    "number as a key": ("budget: {5: 0.5}", "not 5"),
+    "number as a key": ("budget: {5: 0.5}", "does not name 5"),
     "control": ("seed: \x01", "unacceptable"),
 }
 
