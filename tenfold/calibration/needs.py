@@ -47,8 +47,9 @@ class Needs:
         shown = ", ".join(f"{path} {size_in_words(self.statistics[path])}" for path in largest)
         held, cached = sum(self.statistics.values()), 2 * min(cache, self.activations)
         most = held + max(self.gradients, self.work + cached)
+        layers = f"{len(self.statistics)} layer{'s' * (len(self.statistics) > 1)}"
         parts = [
-            f"statistics of {len(self.statistics)} layer{'s' * (len(self.statistics) > 1)} {size_in_words(held)} ({shown})",
+            f"statistics of {layers} {size_in_words(held)} ({shown})",
             f"the backward pass {size_in_words(self.gradients)}",
             f"fits {size_in_words(self.work)}",
             f"activations {size_in_words(cached)}",
