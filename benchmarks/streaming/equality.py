@@ -73,9 +73,9 @@ def compared(case: dict[str, Any], config: dict[str, Any], models: Path) -> dict
             words = model.get_input_embeddings().num_embeddings
             size = (1, case["tokens"])
             data = [{"input_ids": torch.randint(words, size, generator=drawn)} for _ in range(case["batches"])]
-        quiet = Runtime(measure=False)
-        whole = tenfold.compress(model, data[0], config["budget"], data=data, runtime=quiet)
-        found = compress_streamed(weights, Path(there) / "small", config["budget"], data=data, skeleton=skeleton)
+        quiet, recipe = Runtime(measure=False), {"budget": config["budget"], "formats": config["formats"]}
+        whole = tenfold.compress(model, data[0], recipe, data=data, runtime=quiet)
+        found = compress_streamed(weights, Path(there) / "small", recipe, data=data, skeleton=skeleton)
         hub = skeleton is None
         loaded = load_pretrained(found.path) if hub else tenfold.load(copy.deepcopy(model), found.path)[0]
         loaded.eval()

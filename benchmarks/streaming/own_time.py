@@ -36,7 +36,7 @@ OTHERS = {ATEN._linalg_svd.default, ATEN.linalg_qr.default, ATEN._linalg_solve_e
 OTHERS |= {ATEN.cholesky_solve.default, ATEN.linalg_solve_triangular.default}
 LEAST = 0.1  # seconds that a shape is timed for at least
 
-Key = tuple[Any, tuple[Any, ...]]
+Key = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]
 
 
 def main() -> None:
@@ -83,23 +83,23 @@ class Counted(TorchDispatchMode):
         self.counts: Counter[Key] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count it."""
-        if func in PRODUCTS | SQUARES | OTHERS:
+        """Run an operation, and count it unless it fails."""
+        result = func(*args, **(kwargs or {}))
+        if func in PRODUCTS | SQUARES | OTHERS and not any(isinstance(t, Tensor) and t.is_meta for t in args):
             tensors = tuple((tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in args)
-            if not any(isinstance(t, Tensor) and t.is_meta for t in args):
-                self.counts[func, tensors] += 1
-        return func(*args, **(kwargs or {}))
+            self.counts[func, tensors, tuple((kwargs or {}).items())] += 1
+        return result
 
 
 def alone(key: Key) -> float:
     """Return the processor time of one operation on random numbers of these shapes."""
-    operation, arguments = key
+    operation, arguments, named = key
     drawn = torch.Generator().manual_seed(0)
     made = [_made(argument, operation in SQUARES, drawn) for argument in arguments]
-    operation(*made)
+    operation(*made, **dict(named))
     start, runs = time.process_time(), 0
     while time.process_time() - start < LEAST:
-        operation(*made)
+        operation(*made, **dict(named))
         runs += 1
     return (time.process_time() - start) / runs
 

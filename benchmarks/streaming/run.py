@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "streaming.yaml")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "streaming.json")
-    parser.add_argument("--only", help="run this case alone")
+    parser.add_argument("--only", help="run this case alone, and keep the others of --out")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--here", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -51,13 +51,15 @@ def main() -> None:
         print(json.dumps(run(config, options.here, options.config)))
         return
     found: dict[str, Any] = {}
+    if options.only and options.out.exists():
+        found = json.loads(options.out.read_text())["cases"]
     for name in config["cases"] if options.only is None else [options.only]:
         lines = subprocess.run(_words(options.config, name), check=True, stdout=subprocess.PIPE, text=True).stdout
         found[name] = json.loads(lines.splitlines()[-1])
         print(name, json.dumps(found[name]), flush=True)
-    result = {"benchmark": "streaming", "config": config, "cases": found}
-    result["environment"] = json.loads(environment().to_json())
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"benchmark": "streaming", "config": config, "cases": found}
+        result["environment"] = json.loads(environment().to_json())
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def written(config: dict[str, Any], folder: Path) -> None:

@@ -69,8 +69,8 @@ def refuse_launch(command: str) -> None:
     """Raise a usage error if several processes were launched for a command that is for one."""
     if _processes() > 1:
         msg = (
-            f"tenfold {command} runs in one process, and {_processes()} were launched. Only compress and tune train in "
-            "several; --jobs spreads other work."
+            f"tenfold {command} runs in one process, and {_processes()} were launched. Only compress, stream and tune "
+            "work in several; --jobs spreads other work."
         )
         raise Misuse(msg if os.environ.get("RANK", "0") == "0" else "see the main process")
 

@@ -20,11 +20,14 @@ from tenfold import Runtime, Workers
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.gradients import GradientSums
 from tenfold.calibration.shares import Share
+from tenfold.checkpoint import load_pretrained
+from tenfold.cli import app as cli
 from tenfold.decompositions import Sketch
 from tenfold.errors import DataError
 from tenfold.records import LayerSpec
 from tenfold.streaming import Streamed, compress_streamed
 from tenfold.streaming.ranks import Ranks
+from tests.language import folder, small_llama, texts
 from tests.streaming.test_stream import Net, given
 
 
@@ -78,6 +81,20 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, changes: dict[str, An
     assert other.after == alone.plan.after
     torch.testing.assert_close(second(data[0]), first(data[0]), rtol=1e-4, atol=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "dense", "together"]
+
+
+def test_the_command_in_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "model", small_llama(hidden_size=48, intermediate_size=96))
+    (tmp_path / "texts.txt").write_text(texts(100, 1))
+    monkeypatch.chdir(tmp_path)
+    asked = ["stream", "model", "--data", "texts.txt", "--budget", "params=0.8", "--calibration-samples", "32"]
+
+    def command(_: Any) -> None:
+        assert cli.run([*asked, "--tokens", "16", "--out", "small", "-q"]) == 0
+
+    in_two_processes(command, tmp_path)
+    assert load_pretrained(tmp_path / "small").config.hidden_size == 48
+    assert not list(tmp_path.glob(".small*"))
 
 
 class Threads:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tenfold.records import Recipe
 
 ORDER = 35
+LAUNCHABLE = True  # by accelerate: the processes share the samples
 
 
 class Texts(Options):
@@ -93,19 +94,23 @@ def run(
         terminal: what to show.
     """
     from tenfold.cli.choices import plan_or_recipe
+    from tenfold.cli.launch import launched
     from tenfold.cli.show import show_outcome
     from tenfold.cli.streamed_source import open_folder
     from tenfold.runtime import Runtime
     from tenfold.streaming.stream import carried_out, looked_at
 
     plan_or_recipe(recipe, None)
+    launch = launched(machine)
     runtime = Runtime(
         folder=work.work,
         max_cache=work.max_cache,
         max_memory=work.max_memory,
-        on_event=terminal.on_event,
+        on_event=terminal.on_event if launch.main else None,
+        accelerator=launch.accelerator,
     )
-    terminal.step("look at the model")
+    if launch.main:
+        terminal.step("look at the model")
     opened = open_folder(weights, texts.data, texts.tokens, machine, recipe.seed)
     data, blocks = texts.batches(opened, recipe), work.blocks or None
     example = opened.task.example_inputs(1)
@@ -117,4 +122,5 @@ def run(
     except KeyboardInterrupt:
         msg = "interrupted; the same command goes on after the last complete block"
         raise KeyboardInterrupt(msg) from None
-    show_outcome(found.record, found.path, terminal)
+    if launch.main:
+        show_outcome(found.record, found.path, terminal)
