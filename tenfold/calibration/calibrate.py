@@ -174,7 +174,7 @@ def calibrate_part(
     Args:
         part: a block of the network, or what comes before or after its blocks.
         specs: the layers of the part, with their dense geometry.
-        fitting: inputs of the part, of samples that are fitted to.
+        fitting: inputs of the part, of samples that are fitted to; a ``Share`` where other processes have the others.
         judging: of samples that judge what is fitted to the others; the same object where all samples do both.
         feed: adds one batch to the sums, by the gradient at the output of the part.
         settings: see ``calibrate``.
