@@ -161,6 +161,9 @@ def open_source(source: Source, machine: Machine, seed: int) -> Opened:
     if source.checkpoint is not None and not source.checkpoint.is_dir():
         msg = f"there is no checkpoint at {source.checkpoint}: name a folder that `tenfold compress` wrote"
         raise CheckpointError(msg)
+    if source.weights is not None and not source.weights.expanduser().exists():
+        msg = f"there is no weights file {source.weights}"  # said before the data are read
+        raise CheckpointError(msg)
     from tenfold.checkpoint import read_record
     from tenfold.tasks import load_task
 

@@ -301,3 +301,5 @@ def test_convert(tenfold: Run, tiny: str) -> None:
         assert tenfold("profile", "--task", tiny, "--weights", weights).code == 0
     assert tenfold("convert", "net.pth", "net.safetensors").is_error("net.safetensors exists", "--overwrite")
     assert tenfold("convert", "nowhere.pth", "other.safetensors").is_error("no weights file nowhere.pth")
+    missing = ("profile", "--task", "digits", "--weights", "nowhere.safetensors")
+    assert tenfold(*missing).is_error("no weights file nowhere.safetensors")
