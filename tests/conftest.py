@@ -45,6 +45,13 @@ def supply_torchvision_ops() -> torch.library.Library | None:
 _torchvision_ops = supply_torchvision_ops()  # held for the whole run: the definitions die with it
 
 
+@pytest.fixture(autouse=True)
+def one_thread_again() -> None:
+    """Begin each test with one thread, whatever the one before has left: sums in another order are other numbers."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def trained_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the weights of the trained network of the task ``digits``: a run trains it once, for all processes."""

@@ -51,6 +51,9 @@ def in_two_processes(work: Callable[[Any], Any], folder: Path) -> None:
                 }  # fmt: skip
                 torch.set_num_threads(1)
                 from accelerate import Accelerator
+                from accelerate.state import AcceleratorState
+
+                AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - what tests before have left
 
                 work(Accelerator(cpu=True))
                 torch.distributed.destroy_process_group()
