@@ -53,7 +53,7 @@ def in_two_processes(work: Callable[[Any], Any], folder: Path) -> None:
                 from accelerate import Accelerator
                 from accelerate.state import AcceleratorState
 
-                AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - what tests before have left
+                AcceleratorState._reset_state(reset_partial_state=True)
 
                 work(Accelerator(cpu=True))
                 torch.distributed.destroy_process_group()
