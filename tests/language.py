@@ -44,6 +44,14 @@ def texts(lines: int, seed: int = 0) -> str:
     return "\n".join(" ".join(WORDS[i] for i in line) for line in draw)
 
 
+def text_folder(path: Path) -> Path:
+    """Write texts to learn from, to score on, and of another kind; return the folder."""
+    path.mkdir()
+    for name, lines, seed in (("train", 100, 1), ("test", 20, 2), ("elsewhere", 30, 3)):
+        (path / f"{name}.txt").write_text(texts(lines, seed))
+    return path
+
+
 def folder(path: Path, model: Any = None, *, start: bool = True) -> Path:
     """Write a model and its tokenizer as transformers does; return the folder."""
     (small_llama() if model is None else model).save_pretrained(path)

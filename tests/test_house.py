@@ -10,7 +10,7 @@ from benchmarks.house.__main__ import lines
 # into blocks whose refinement goes on after a kill, and bytes; 100 into labels drawn behind a vocabulary, and spectra;
 # 2,600 into networks whose weights are tensors, 2,000 into models larger than the memory, on one machine and several.
 # The file that such folders carry cannot import the one place where a private name of torch is used.
-REACHED = {"lines of code": 34_550, "files": 485, "noqa: SLF001": 6}
+REACHED = {"lines of code": 34_571, "files": 485, "noqa: SLF001": 6}
 
 
 def test_every_line_is_as_good_as_it_was() -> None:

@@ -57,9 +57,10 @@ def test_what_a_layer_becomes_in_one_format_does_not_depend_on_the_others(rule: 
     """Which the laws of rules take for granted."""
     asked = RULES.get(rule)()
     known = rule_laws._layers(asked, ("tucker2",))
-    if known is not None:
-        alone = rule_laws.small_layers().table(asked, ("tucker2",)).eligible
-        assert [layer.model_dump_json() for layer in known] == [layer.model_dump_json() for layer in alone]
+    if known is None:
+        pytest.skip("the rule needs more than layers")
+    alone = rule_laws.small_layers().table(asked, ("tucker2",)).eligible
+    assert [layer.model_dump_json() for layer in known] == [layer.model_dump_json() for layer in alone]
 
 
 @pytest.mark.parametrize("rule", RULES.names())

@@ -154,7 +154,13 @@ class Estimate:
     def _layers(self, part: str, widest: int | None) -> list[_Layer]:
         """Return what each layer of a part takes; of a head whose inputs alone are looked at hardly anything."""
         plain = self.passing.last if self.network.recipe.calibration.loss == "outputs" else ""
-        return [_Layer(spec, widest, even=path == plain) for path, spec in self.specs[part].items()]
+        linear = {
+            path for path, spec in self.specs[part].items() if spec.kind == "linear"
+        }  # convolutions share nothing
+        shared = {path for path in linear if self.passing.shared.get(path) in linear}
+        return [
+            _Layer(spec, widest, even=path == plain, shared=path in shared) for path, spec in self.specs[part].items()
+        ]
 
     def _stored(self, widest: int | None) -> dict[str, int]:
         """Return what the first pass leaves of each part for the second, in bytes."""
@@ -207,6 +213,7 @@ class Passing:
         numbers: entries of the inputs of that batch.
         masks: bytes of the masks of all batches, which are held.
         last: path of the layer that puts out what the network does; empty if there is none.
+        shared: by path of a layer, the first of those before it that take the very same tensor.
     """
 
     made: Mapping[str, int]
@@ -214,6 +221,7 @@ class Passing:
     numbers: int
     masks: int
     last: str
+    shared: Mapping[str, str]
 
     @classmethod
     def of(cls, network: Network) -> Passing:
@@ -227,7 +235,7 @@ class Passing:
         whole = dict(seen.held)
         whole[TAIL] += 2 * seen.returned  # of the original and of the new network, when these are compared
         masks = sum(_mask_bytes(own) for own in network.batches)
-        return cls(whole, tuple(seen.hidden), max(1, _numbers(batch)), masks, seen.last)
+        return cls(whole, tuple(seen.hidden), max(1, _numbers(batch)), masks, seen.last, seen.shared)
 
     def shares(self, network: Network) -> tuple[float, float, float]:
         """Return how much larger than that batch are: all of them, those that decide, those that gradients are of."""
@@ -247,6 +255,9 @@ class _Seen:
         self.hidden: list[int] = []
         self.returned, self.last = 0, ""
         self.outputs: dict[str, Tensor] = {}
+        self.layers = {layer.path for layer in network.profile.layers if layer.spec is not None}
+        self.shared: dict[str, str] = {}
+        self._taken: tuple[Any, str] = (None, "")  # by the layer before, and the first that took it
         self._known: dict[tuple[str, int | None], Tensor] = {}  # held, or another could get the same memory
 
     def save(self, tensor: Tensor) -> Tensor:
@@ -256,6 +267,17 @@ class _Seen:
             self._known[key] = tensor
             self.held[self.part] += tensor.untyped_storage().nbytes()
         return tensor
+
+    def take(self, path: str, given: Any) -> None:
+        """Take note of what enters a layer: those with one input have one second moment of it."""
+        if path not in self.layers:
+            return
+        tensor = next(tensors_in(given), None)
+        before, first = self._taken
+        if tensor is not None and tensor is before:
+            self.shared[path] = first
+        else:
+            self._taken = tensor, path
 
     def enter(self, number: int, args: Any, kwargs: Any) -> None:
         """Take note that a block begins."""
@@ -296,6 +318,11 @@ def _watching(model: nn.Module, seen: _Seen) -> Iterator[None]:
             stack.enter_context(block.register_forward_hook(lambda _m, _a, out, number=number: seen.leave(number, out)))
         for path, module in model.named_modules():
             if not any(True for _ in module.children()):
+                stack.enter_context(
+                    module.register_forward_pre_hook(
+                        lambda _module, args, kwargs, path=path: seen.take(path, (args, kwargs)), with_kwargs=True
+                    )
+                )
                 stack.enter_context(module.register_forward_hook(lambda _m, _a, out, path=path: seen.made(path, out)))
         stack.enter_context(model.register_forward_hook(lambda _m, _a, out: seen.end(out)))
         stack.enter_context(torch.enable_grad())
@@ -310,15 +337,17 @@ class _Layer:
         spec: of the layer.
         widest: inputs and outputs wider than this are sketched.
         even: whether all its outputs matter alike, as those of a head that nothing follows.
+        shared: whether the second moment of its inputs is that of another layer.
     """
 
-    def __init__(self, spec: LayerSpec, widest: int | None, *, even: bool = False) -> None:
+    def __init__(self, spec: LayerSpec, widest: int | None, *, even: bool = False, shared: bool = False) -> None:
         groups, outputs, *rest = spec.group_shape
         inputs, rows, sketched = prod(rest), output_sketch_rows(spec, widest), sketch_rows(spec, widest) is not None
         own = moment_bytes({"": spec}, widest=widest)
         gram = 8 * groups * outputs if even else statistics_bytes(spec, widest) - own
-        self.summed = own + gram  # of the samples that are fitted to, or of those that judge
-        self.moments = (1 + sketched) * own  # of both: rows of sketches are one beside the other
+        held = 0 if shared else own
+        self.summed = held + gram  # of the samples that are fitted to, or of those that judge
+        self.moments = (1 + sketched) * held  # of both: rows of sketches are one beside the other
         self.gram = gram if even or rows is None else 16 * groups * (rows + 2) * outputs
         self.targets = moment_bytes({"": spec}, targets=True, widest=widest)
         decomposed = own + (gram if rows is None else 0)

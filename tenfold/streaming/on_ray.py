@@ -21,7 +21,7 @@ logger = logging.getLogger("tenfold")
 R = TypeVar("R")
 TRIES = 4  # a run that loses actors more often than that has another fault
 LOOK = 0.5  # seconds between two looks at how far they are
-_KEPT = ("max_cache", "max_memory", "folder", "measure")  # of the runtime, in the actors
+_KEPT = ("max_cache", "max_memory", "folder")  # of the runtime, in the actors
 GRACE = 30.0  # seconds after one fails, for the death of another to be known as the reason
 
 

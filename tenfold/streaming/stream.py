@@ -54,8 +54,9 @@ from tenfold.tracing.samples import count_samples
 IDENTITY, WIDTH = "run.txt", "width.json"
 MAX_CACHE = "16MiB"  # more saves no time: within a block there is little to compute again
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "chat_template")
-logger = logging.getLogger("tenfold")
 SCORED = {"expected_drop", "measured_drop"}  # columns that whole models are scored for
+
+logger = logging.getLogger("tenfold")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tenfold.checkpoint import load_pretrained, read_record
-from tests.language import folder, small_llama, texts
+from tests.language import folder, small_llama, text_folder
 
 Run = Callable[..., Any]
 FAST = ("--budget", "params=0.8", "--calibration-samples", "24", "--no-latency")
@@ -24,10 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    (tmp_path / "texts").mkdir()
-    for name, lines, seed in (("train", 100, 1), ("test", 20, 2), ("elsewhere", 30, 3)):
-        (tmp_path / "texts" / f"{name}.txt").write_text(texts(lines, seed))
-    return tmp_path / "texts"
+    return text_folder(tmp_path / "texts")
 
 
 def test_compress_then_eval_then_generate(model: Path, data: Path, tenfold: Run) -> None:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load, save_file
 
 from tenfold.checkpoint import load_pretrained
-from tests.language import folder, small_llama, texts
+from tests.language import folder, small_llama, text_folder
 
 Run = Callable[..., Any]
 ASKED = ("--budget", "params=0.8", "--calibration-samples", "24", "--tokens", "16", "--out", "small")
@@ -29,10 +29,7 @@ def model(stored: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    (tmp_path / "texts").mkdir()
-    for name, lines, seed in (("train", 100, 1), ("test", 20, 2), ("elsewhere", 30, 3)):
-        (tmp_path / "texts" / f"{name}.txt").write_text(texts(lines, seed))
-    return tmp_path / "texts"
+    return text_folder(tmp_path / "texts")
 
 
 def test_stream_then_eval_then_report_then_explore(

@@ -17,6 +17,7 @@ from tenfold.streaming import Needs, compress_streamed
 from tenfold.streaming.bounds import within
 from tenfold.streaming.estimate import Estimate
 from tenfold.streaming.stream import looked_at
+from tests.language import folder, small_llama
 from tests.streaming.test_stream import Net, given, stored
 
 START = 300 << 20
@@ -43,6 +44,18 @@ def test_memory_depends_on_batches_and_blocks_and_the_disk_on_all_of_them(tmp_pa
     six, nine, twice, four_times = (own.disk for own in deeper_or_more)
     assert nine - six == pytest.approx(six - base.disk, rel=0.01)
     assert four_times - twice == pytest.approx(2 * (twice - base.disk), rel=0.01)
+
+
+def test_layers_with_one_input_have_one_second_moment_of_it(tmp_path: Path) -> None:
+    folder(tmp_path / "model", small_llama())
+    data = [{"input_ids": ids} for ids in torch.randint(0, 40, (24, 1, 12))]
+    estimate = Estimate.of(looked_at(tmp_path / "model", tmp_path / "out", Recipe.of("params=0.6"), data=data))
+    own = "model.layers.1"
+    assert {path: first for path, first in estimate.passing.shared.items() if path.startswith(own)} == {
+        f"{own}.self_attn.k_proj": f"{own}.self_attn.q_proj",
+        f"{own}.self_attn.v_proj": f"{own}.self_attn.q_proj",
+        f"{own}.mlp.up_proj": f"{own}.mlp.gate_proj",
+    }
 
 
 def test_what_is_allowed_is_kept_by_a_smaller_cache_then_by_sketches(tmp_path: Path) -> None:

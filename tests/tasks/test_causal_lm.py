@@ -17,7 +17,7 @@ from tenfold.errors import CheckpointError, DataError, UnknownNameError
 from tenfold.tasks import Task, load_task
 from tenfold.tasks.perplexity import perplexity
 from tenfold.tasks.text_files import TokenBatches, packed
-from tests.language import VOCABULARY, folder, small_llama, texts, tokenizer
+from tests.language import VOCABULARY, folder, small_llama, text_folder, texts, tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,10 +29,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    (tmp_path / "texts").mkdir()
-    for name, lines, seed in (("train", 100, 1), ("test", 20, 2), ("elsewhere", 30, 3)):
-        (tmp_path / "texts" / f"{name}.txt").write_text(texts(lines, seed))
-    return tmp_path / "texts"
+    return text_folder(tmp_path / "texts")
 
 
 def exact(model: nn.Module, ids: Tensor) -> float:
