@@ -17,13 +17,13 @@ from tenfold.decompositions import DECOMPOSITIONS
 from tenfold.formats import FORMATS
 from tenfold.tasks import TASKS
 from tenfold.tasks.digits import Digits
-from tests.page_script import as_script, shell
+from tests.page_script import as_script, shell, without_numbers
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PATHS = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("vision", "research", "transformer", "own_model")]
-# Runs from the built wheel, in tests/test_package.py.
+# These run from the built wheel, in tests/test_package.py.
 ELSEWHERE = [README, *PATHS]
 
 FENCE = re.compile(
@@ -85,30 +85,6 @@ def test_snippets_run(
     assert [block.line for block in blocks if block.reason == ""] == [], "no-run needs a reason"
     monkeypatch.chdir(tmp_path)
     run(page, blocks)
-
-
-def without_numbers(line: str) -> str:
-    """Return a line of output such that other figures, and columns as wide as they make them, are no difference."""
-    return re.sub(r"[+−±-]?[\d.,:]+(e-\d+)?", "0", re.sub(r"[─━\s]+", " ", line)).strip()
-
-
-@pytest.mark.usefixtures("registries")
-@pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)
-def test_a_path_runs_as_a_script_and_prints_what_it_shows(
-    page: Path,
-    tmp_path: Path,
-    trained_digits: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    text = page.read_text(encoding="utf-8")
-    monkeypatch.setattr(Digits, "pretrained", lambda task: task.dense(trained_digits))
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(as_script(text), str(page), "exec"), {"__name__": "__main__"})  # noqa: S102
-    printed = {without_numbers(line) for line in capsys.readouterr().out.splitlines()}
-    shown = [line for block in SHOWN.findall(text) for line in block.splitlines() if line.strip() not in {"", "..."}]
-    assert [line for line in shown if without_numbers(line) not in printed] == []
 
 
 @pytest.mark.parametrize("page", PATHS, ids=lambda page: page.stem)

@@ -23,7 +23,8 @@ import pytest
 import yaml
 
 import tenfold
-from tests.test_docs import snippets
+from tests.page_script import STARTS, without_numbers
+from tests.test_docs import PATHS, SHOWN, snippets
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tenfold"
@@ -167,27 +168,53 @@ def description(wheel: Path) -> str:
         return email.message_from_bytes(opened.read(name), policy=email.policy.default).get_content()
 
 
-def test_the_wheel_alone_runs_the_quick_start(built: Path, tmp_path: Path) -> None:
-    """As in a fresh environment: installed into a folder of its own, and run from an empty one."""
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the wheel alone is installed into, as in a fresh environment."""
     (wheel,) = built.glob("*.whl")
-    site, empty = tmp_path / "site", tmp_path / "empty"
-    empty.mkdir()
+    site = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+    return site
+
+
+def run_installed(site: Path, empty: Path, *arguments: str, also: str = "") -> str:
+    """Return what a fresh interpreter prints in an empty folder, with the package from the wheel."""
+    environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{also}", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    run = partial(subprocess.run, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+    done = run([sys.executable, *arguments])
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_wheel_alone_runs_the_quick_start(built: Path, installed: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
     quick_start = [block.code for block in snippets(description(wheel)) if block.reason is None]
     assert any("tenfold.compress(" in code for code in quick_start)
-    script = "\n".join([*quick_start, "print(tenfold.__file__)"])
-    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    run = partial(subprocess.run, cwd=empty, env=environment, capture_output=True, text=True, check=True)
-    shown = run([sys.executable, "-c", script]).stdout
-    assert shown.splitlines()[-1] == str(site / "tenfold" / "__init__.py")
+    shown = run_installed(installed, tmp_path, "-c", "\n".join([*quick_start, "print(tenfold.__file__)"]))
+    assert shown.splitlines()[-1] == str(installed / "tenfold" / "__init__.py")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.search(r"```text\n +before .*?```", readme, re.DOTALL)
     assert table is not None
     for name in ("parameters", "MACs", "size"):  # counts, which every machine prints alike
         (line,) = re.findall(rf"^ {name} .*$", table[0], re.MULTILINE)
         assert line.split() in [row.split() for row in shown.splitlines()]
-    assert run([sys.executable, "-m", "tenfold", "--version"]).stdout.split()[-1] == tenfold.__version__
+    assert run_installed(installed, tmp_path, "-m", "tenfold", "--version").split()[-1] == tenfold.__version__
+
+
+def test_the_wheel_alone_runs_the_four_paths(installed: Path, trained_digits: Path, tmp_path: Path) -> None:
+    """One fresh interpreter for the four pages, which prints what they show."""
+    pages = [str(page) for page in PATHS]
+    module = str(ROOT / "tests" / "page_script.py")
+    printed = run_installed(installed, tmp_path, module, str(trained_digits), *pages, also=str(ROOT))
+    parts = re.split(rf"^{STARTS} (\w+)$", printed, flags=re.MULTILINE)
+    assert parts[1::2] == [page.stem for page in PATHS]
+    missing = []
+    for page, part in zip(PATHS, parts[2::2], strict=True):
+        lines = {without_numbers(line) for line in part.splitlines()}
+        shown = [line for block in SHOWN.findall(page.read_text(encoding="utf-8")) for line in block.splitlines()]
+        missing += [line for line in shown if line.strip() not in {"", "..."} and without_numbers(line) not in lines]
+    assert missing == []
 
 
 def test_the_long_description_leads_nowhere_but_out(built: Path) -> None:
