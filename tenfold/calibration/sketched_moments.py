@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tenfold.calibration.shares import Together
 from tenfold.decompositions import Moments, Sketch
+from tenfold.tensors import symmetrize_
 
 # A sketch, the mean, and where there are targets their means and mean squares.
 _Parts = tuple[Sketch, Tensor, Tensor | None, Tensor | None]
@@ -147,7 +148,7 @@ class SketchSums:
             targets[:, 1:].addcmul_(shift, targets[:, :1], value=-1)
         for part, probe in self._probes():
             square += rows[:, 1:, part] @ probe
-        values, vectors = torch.linalg.eigh((square + square.mT) / 2)
+        values, vectors = torch.linalg.eigh(symmetrize_(square))
         # Smaller eigenvalues are rounding errors of the products that were summed.
         kept = values > 10 * self._eps * values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny)
         inverse = torch.where(kept, values, torch.ones_like(values)).rsqrt() * kept

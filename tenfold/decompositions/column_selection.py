@@ -20,6 +20,9 @@ from tenfold.formats.tucker1 import Tucker1
 _BLOCK = 64
 _AMONG = 4
 
+# Rows of a weight whose squares are summed at once.
+_ROWS = 64
+
 
 @DECOMPOSITIONS.register("column_selection")
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class _Sweep:
         order = self.left.argsort()
         near = order[scores[order].argsort(stable=True)][: _AMONG * count]
         places = _places(near, self.taps)
-        self._to_the_end(near[self._order(self.weight[:, places], self.inverse[places][:, places], count)])
+        self._to_the_end(near[self._order(self.weight[:, places], self.inverse[places[:, None], places], count)])
         kept = len(self.left) - count
         rest, out = slice(kept * self.taps), slice(kept * self.taps, None)
         across = self.inverse[out, rest]
@@ -149,8 +152,10 @@ def _scores(gram: Tensor, inverse: Tensor) -> Tensor:
 def _own_grams(weight: Tensor, taps: int) -> Tensor:
     """Return the Gram matrices (n, taps, taps) of the columns (out, n·taps) of each input."""
     if taps == 1:  # products of many single columns would copy each of them first
-        norms: Tensor = torch.linalg.vector_norm(weight, dim=0)
-        return norms.square()[:, None, None]
+        norms = weight.new_zeros(weight.shape[1])
+        for rows in weight.split(_ROWS):  # which then stay in the cache
+            norms += rows.square().sum(0)
+        return norms[:, None, None]
     apart = weight.unflatten(1, (-1, taps))
     return torch.einsum("ois,oit->ist", apart, apart)
 

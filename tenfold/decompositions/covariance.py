@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tenfold.records import Shape
+from tenfold.tensors import symmetrize_
 
 # Directions with less than this share of the largest eigenvalue carry no data, only rounding.
 NEGLIGIBLE = 1e-10
@@ -155,7 +156,7 @@ class Sketch:
         scaled = self.rows / rest.unsqueeze(-2)
         inner = scaled @ self.rows.mT
         inner.diagonal(dim1=-2, dim2=-1).add_(1)
-        solved: Tensor = torch.linalg.solve((inner + inner.mT) / 2, self.targets - self.rows @ weight.mT)
+        solved: Tensor = torch.linalg.solve(symmetrize_(inner), self.targets - self.rows @ weight.mT)
         return weight + solved.mT @ scaled
 
     def missed(self, weight: Tensor, approximation: Tensor) -> Tensor:
@@ -198,8 +199,7 @@ def add_ridge(square: CovarianceT, ridge: float) -> CovarianceT:
 
 def centred_square(square: Tensor, mean: Tensor) -> Tensor:
     """Return E[x xᵀ] − x̄ x̄ᵀ (groups, n, n), exactly symmetric; of wide inputs every copy counts."""
-    centred = torch.baddbmm(square, mean.unsqueeze(-1), mean.unsqueeze(-2), alpha=-1)
-    return (centred + centred.mT).div_(2)
+    return symmetrize_(torch.addcmul(square, mean.unsqueeze(-1), mean.unsqueeze(-2), value=-1))
 
 
 def sandwich(matrix: Tensor, square: Covariance) -> Tensor:

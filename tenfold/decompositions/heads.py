@@ -19,6 +19,7 @@ from tenfold.decompositions.curves import CurveProblem, ErrorCurve
 from tenfold.decompositions.roots import solve_spd, sqrt_and_inverse_sqrt
 from tenfold.errors import RankError
 from tenfold.formats.low_rank import LowRank
+from tenfold.tensors import symmetrize_
 
 # Moments that were summed in single precision know no smaller eigenvalues than this share of the largest.
 _LEAST = 1e-6
@@ -50,8 +51,8 @@ class _ByHead(CovarianceDecomposition):
             raise RankError(msg)
         blocks = self._directions(matrix, inner, outer)[..., : rank // self.heads]
         chosen = _block_diagonal(blocks).mT
-        seen, wanted = sandwich(chosen, inner), (matrix @ inner) @ chosen.mT
-        return solve_spd((seen + seen.mT) / 2, wanted.mT).mT, chosen
+        seen, wanted = symmetrize_(sandwich(chosen, inner)), (matrix @ inner) @ chosen.mT
+        return solve_spd(seen, wanted.mT).mT, chosen
 
     def _missed(self, matrix: Tensor, inner: Covariance, outer: Covariance) -> Tensor:
         """Return the error (d + 1,) of ``_split`` at every size of the heads, from 0 to d.
@@ -62,8 +63,7 @@ class _ByHead(CovarianceDecomposition):
         blocks = self._directions(matrix, inner, outer)
         order = torch.arange(matrix.shape[2]).view(self.heads, -1).T.flatten()
         basis = _block_diagonal(blocks).mT[:, order]
-        square = sandwich(basis, inner)
-        lower = _cholesky((square + square.mT) / 2)
+        lower = _cholesky(symmetrize_(sandwich(basis, inner)))
         solved = torch.linalg.solve_triangular(lower, basis @ (matrix @ inner).mT, upper=False)
         explained = quadratic(solved, outer).sum(0).view(-1, self.heads).sum(-1)
         power = ((matrix @ inner) * (matrix.mT @ outer).mT).sum()
@@ -75,8 +75,7 @@ class _ByHead(CovarianceDecomposition):
         own = _blocks(inner, self.heads, size).unflatten(1, (-1, self.shared)).mean(2)
         seen = _blocks(sandwich(matrix.mT, outer), self.heads, size).unflatten(1, (-1, self.shared)).mean(2)
         root, inverse = sqrt_and_inverse_sqrt(own)
-        square = root @ seen @ root
-        vectors = torch.linalg.eigh((square + square.mT) / 2).eigenvectors.flip(-1)
+        vectors = torch.linalg.eigh(symmetrize_(root @ seen @ root)).eigenvectors.flip(-1)
         basis: Tensor = torch.linalg.qr(inverse @ vectors).Q
         return basis.repeat_interleave(self.shared, dim=1)
 

@@ -26,7 +26,7 @@ from tenfold.formats.interpolative import Interpolative
 from tenfold.formats.low_rank import LowRank
 from tenfold.formats.spatial import Spatial
 from tenfold.records import LayerSpec
-from tenfold.tensors import gram, leading_eigenvectors, truncated_svd
+from tenfold.tensors import gram, leading_eigenvectors, symmetrize_, truncated_svd
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 # For curves few sweeps do: they rank the candidates, and the chosen one is decomposed with care.
@@ -178,7 +178,7 @@ def _unframed(frame: Tensor, u: Tensor | None, core: Tensor, r_out: int | None) 
 def gram_under(matrix: Tensor, covariance: Covariance) -> Tensor:
     """Return A C Aᵀ (batch, m, m), exactly symmetric."""
     square = sandwich(matrix, covariance)
-    return (square + square.mT) / 2
+    return symmetrize_(square)
 
 
 def gram_of_inputs(matrix: Tensor, covariance: Covariance) -> Tensor:
@@ -208,7 +208,7 @@ def gram_through(matrix: Tensor, outputs: Covariance | None = None) -> Tensor:
 def seen_from_inputs(square: Tensor, root: Root) -> Tensor:
     """Return S K Sᵀ (batch, n, n) of K = Aᵀ A (batch, n, n), exactly symmetric: SᵀS is the covariance of the inputs."""
     square = root @ (root @ square).mT
-    return (square + square.mT) / 2
+    return symmetrize_(square)
 
 
 def _leading_outputs(matrix: Tensor, covariance: Covariance, rank: int, seed: int) -> Tensor:
@@ -284,7 +284,7 @@ class Weighted:
             return self.covariance.through(v), product
         half = self.blocks @ v[:, None, None]  # (batch, k, k', c, s)
         square = (v.mT[:, None, None] @ half).permute(0, 3, 1, 4, 2).flatten(3).flatten(1, 2)
-        return (square + square.mT) / 2, product
+        return symmetrize_(square), product
 
     def outputs(self, v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the best unconstrained core (batch, out, m) through V, and the output covariance that it explains."""
@@ -294,7 +294,7 @@ class Weighted:
             square, right = self.explained(v)
             core = solve_spd(square, right.mT).mT
         explained = core @ right.mT
-        return core, (explained + explained.mT) / 2
+        return core, symmetrize_(explained)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tenfold.decompositions.curves import CurveProblem, ErrorCurve, Floats, Memo
 from tenfold.decompositions.roots import Whitening, preconditioner, solve_spd
 from tenfold.formats.map_tucker import MapTucker
 from tenfold.records import Shape
-from tenfold.tensors import gram
+from tenfold.tensors import gram, symmetrize_
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 Frames = tuple[Tensor, Tensor, Tensor]
@@ -124,7 +124,7 @@ def _curve(problem: CurveProblem) -> ErrorCurve:
         right = product[..., inside]
         core = right if square is None else solve_spd(square[:, inside][..., inside], right.mT).mT
         found = core @ right.mT
-        return tails(torch.linalg.eigvalsh((found + found.mT) / 2), power)
+        return tails(torch.linalg.eigvalsh(symmetrize_(found)), power)
 
     known = Memo(errors)
 
@@ -188,7 +188,7 @@ class _Regression:
         explained = core @ right.mT
         if rank == self.weight.shape[1]:
             return _Fit(frames, core, None, explained.diagonal(dim1=-2, dim2=-1).sum(-1))
-        values, vectors = torch.linalg.eigh((explained + explained.mT) / 2)
+        values, vectors = torch.linalg.eigh(symmetrize_(explained))
         outer = vectors[..., -rank:].flip(-1)
         return _Fit(frames, outer.mT @ core, outer, values[..., -rank:].sum(-1))
 
@@ -242,7 +242,7 @@ def _sandwiched(covariance: Covariance, frames: Frames, modes: Shape) -> Tensor:
         return rows @ rows.mT + diagonal
     half = _through(covariance, frames, modes)
     square = _through(half.mT, frames, modes)
-    return (square + square.mT) / 2
+    return symmetrize_(square)
 
 
 def _inside(modes: Shape, kept: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from tenfold.tensors.algebra import (
     mode_product,
     rel_error,
     singular_values,
+    symmetrize_,
     truncated_svd,
     unfold,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "rings",
     "singular_values",
     "squarable",
+    "symmetrize_",
     "trains",
     "truncated_svd",
     "unfold",

@@ -93,3 +93,12 @@ def test_svd_of_zero_is_zero_and_finite():
         assert torch.isfinite(u).all()
         assert torch.isfinite(vh).all()
         assert not s.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (1, 1), (2, 128, 128), (3, 129, 129), (2, 2, 300, 300)])
+def test_symmetrize_is_the_mean_with_the_transpose_to_the_last_bit(shape: tuple[int, ...]) -> None:
+    square = torch.randn(shape, dtype=torch.float64)
+    expected = (square + square.mT) / 2
+    assert tensors.symmetrize_(square) is square
+    assert torch.equal(square, expected)
+    assert torch.equal(square, square.mT)

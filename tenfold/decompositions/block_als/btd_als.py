@@ -13,7 +13,7 @@ from tenfold.decompositions.block_als.descent import DIRECT, Blocks, Descent, so
 from tenfold.decompositions.block_als.weighted_descent import Layout
 from tenfold.formats import Rank
 from tenfold.formats.block_term import BlockTerm
-from tenfold.tensors import gram, leading_eigenvectors
+from tenfold.tensors import gram, leading_eigenvectors, symmetrize_
 from tenfold.tensors.conjugate_gradients import dot, each
 
 
@@ -175,7 +175,7 @@ def _gram_of_factors(core: Tensor, other: Tensor) -> Tensor:
     moved = (rows @ _overlap(other).flatten(3)).reshape(-1, blocks, p, taps, blocks, q)
     moved = moved.permute(0, 4, 1, 2, 3, 5).flatten(4).flatten(2, 3)  # (c', cp, Kq')
     square = (moved @ _columns(core)).transpose(1, 2).flatten(2)
-    return (square + square.mT) / 2
+    return symmetrize_(square)
 
 
 def _gram_of_cores(outer: Tensor, inner: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tenfold.decompositions.covariance import Covariance, add_ridge, channel_blo
 from tenfold.decompositions.cp.als import CPALS, fit_cp
 from tenfold.decompositions.roots import preconditioner, solve_spd, sqrt_and_inverse_sqrt
 from tenfold.formats import Kruskal
-from tenfold.tensors import khatri_rao, kruskal
+from tenfold.tensors import khatri_rao, kruskal, symmetrize_
 from tenfold.tensors.conjugate_gradients import conjugate_gradients
 
 
@@ -107,8 +107,7 @@ class _Weighted:
         """Set A to (W C Z)(Zᵀ C Z + ridge·diag)⁻¹ and the errors tr(Δ C Δᵀ) to what is left then."""
         columns = self._columns()
         right = self._product @ columns  # (batch, out, R)
-        inner = sandwich(columns.mT, self._square)
-        inner = (inner + inner.mT) / 2
+        inner = symmetrize_(sandwich(columns.mT, self._square))
         held = inner + torch.diag_embed(inner.diagonal(dim1=1, dim2=2) * (self._ridge[:, None] + _HOLD))
         outer = solve_spd(held, right.mT).mT
         self.factors[0] = outer
