@@ -328,3 +328,14 @@ def test_the_original_is_scored_once_whoever_decides() -> None:
     again = carry_out(model, decision, evaluate=score, runtime=QUIET)
     assert scored == [model, found.model, model, again.model]
     assert again.record.scores == found.record.scores == {"original": 0.5, "compressed": 0.5}
+
+
+@pytest.mark.parametrize("field", [{"budget": "macs=0.5", "keep": ["nosuch"]}, {"budget_of": {"nosuch.*": "macs=0.5"}}])
+def test_a_layer_that_is_not_there_is_said_before_the_model_is_scored(field: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def never(_: nn.Module) -> float:
+        raise AssertionError
+
+    with pytest.raises(UnknownNameError, match="no layer matches 'nosuch"):
+        compress(model, torch.zeros(1, 16), field, evaluate=never)

@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 Picks = NDArray[np.intp]
 
 _ROUND = 1e-12  # what sums of costs may exceed a limit by, as a share of it: rounding of the sums
+_PROVEN = 5e-5  # a gap that would be shown as none
 _SOLVER_LIMIT = 1e4  # limits as the solver sees them, whose tolerance is an absolute 1e-6
 
 
@@ -45,7 +46,9 @@ class Allocation:
     @property
     def proof(self) -> str:
         """What a plan says of the options that were chosen."""
-        return f"best for the whole model (gap {self.gap:.2%})"
+        if self.gap < _PROVEN:
+            return "best for the whole model, proven"
+        return f"best for the whole model, proven to {self.gap:.2%} of the distortion"
 
     @property
     def stays(self) -> str:

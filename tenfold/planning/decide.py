@@ -17,7 +17,7 @@ from tenfold.calibration import Needs, calibrate
 from tenfold.decompositions import Moments
 from tenfold.errors import DataError, PlanError, warn
 from tenfold.planning.divergence import by_divergence
-from tenfold.planning.eligible import changeable, check_formats
+from tenfold.planning.eligible import changeable, check_formats, check_layers
 from tenfold.planning.equal_heads import with_one_head_size
 from tenfold.planning.latency_budget import FastPlan, plan_within_latency
 from tenfold.planning.plan import recost
@@ -124,6 +124,8 @@ def decide(
     inputs = example_inputs if runtime.latency_inputs is None else runtime.latency_inputs
     with runtime.step("profile", seconds):
         cost = profile(source, example_inputs)
+    if given is None:
+        check_layers(cost, wanted)  # before what takes long
     score = None if evaluate is None else _scored(original, evaluate, runtime, seconds)
     target = Target.of(wanted, source, inputs, runtime) if wanted.timed else None
     known: dict[str, Any] = {"target": target, "seconds": seconds, "score": score}

@@ -91,7 +91,7 @@ def kept_reasons(
     """
     rule, formats, keep = rule_of(recipe.rule), recipe.formats, recipe.keep
     check_formats(recipe)
-    check_patterns(keep, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
+    check_layers(profile, recipe)
     for layer in profile.layers:
         find(model, layer.path)  # the profile is that of this model
     keep_ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
@@ -104,7 +104,6 @@ def kept_reasons(
     kept |= {path: why for path, why in kept_states(model, recipe).items() if not kept.get(path)}
     if recipe.budget_of:
         parts = tuple(recipe.budget_of)
-        check_patterns(parts, [p for layer in profile.layers for p in (layer.path, *layer.aliases)])
         aliases = {layer.path: layer.aliases for layer in profile.layers}
         kept |= {p: OUTSIDE for p in kept if not kept[p] and first_match(parts, p, aliases.get(p, ())) is None}
     if rule.patterns:
@@ -123,6 +122,13 @@ def check_formats(recipe: Recipe) -> None:
     """Raise UnknownNameError where a recipe names a format that does not exist, or an algorithm for one."""
     for name in (*recipe.formats, *recipe.algorithms):
         FORMATS.get(name)
+
+
+def check_layers(profile: Profile, recipe: Recipe) -> None:
+    """Raise UnknownNameError where a recipe names a layer that the profile does not have."""
+    names = [name for layer in profile.layers for name in (layer.path, *layer.aliases)]
+    for patterns in (recipe.keep, tuple(recipe.budget_of), rule_of(recipe.rule).patterns):
+        check_patterns(patterns, names)
 
 
 def changeable(model: nn.Module, profile: Profile, wanted: Recipe | Plan) -> dict[str, LayerSpec]:

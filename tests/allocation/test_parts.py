@@ -58,7 +58,7 @@ def test_a_part_meets_its_budget_closely_and_the_rest_stays(net: nn.Module, cost
     rest = [layer for layer in found.layers if not layer.path.startswith("backbone")]
     assert all(layer.action == "keep" and layer.after == layer.before for layer in rest)
     assert {layer.reason for layer in rest} >= {OUTSIDE}
-    assert all("gap" in layer.reason for layer in found.factorized)
+    assert all("proven" in layer.reason for layer in found.factorized)
     assert found.before - found.after == sum(
         (layer.before - layer.after for layer in found.layers), type(found.before)()
     )
