@@ -31,7 +31,8 @@ class TuneConfig(Record):
         channels_last: True, False, or "auto": if the model has 2-d convolutions and runs with such inputs.
         train_as: "dense" multiplies the factors of a layer out once per forward and trains through the dense layer that
             they make, "factors" through the factors as they are: the same function and the same gradients. "auto" is
-            what takes less time, by a few steps of each before the first epoch.
+            the first where it saves a tenth of the time, by a few steps of each before the first epoch: the clock
+            then decides the last bits. The config of the result says which it was; give that to repeat a run exactly.
         batch_size: samples per batch, for the caller who makes the batches; the loop itself does not use it.
         accumulate: batches per step, their gradients averaged: a larger batch than fits into memory.
         ema: decay of the exponential moving average of the weights, such as 0.999; the average is then scored after
@@ -100,7 +101,7 @@ class TuneResult(Record):
     """History of fine-tuning; the model itself was trained in place.
 
     Attributes:
-        config: of the run.
+        config: of the run, with what ``train_as: auto`` came to.
         history: one record per epoch, including those of earlier, interrupted calls.
         resumed: how many of them were restored from the folder.
     """

@@ -119,7 +119,7 @@ def _train(
     if done >= config.epochs:
         if snapshot and stored:
             snapshot.restore(stored.tensors, model)
-        return TuneResult(config=config, history=tuple(history), resumed=done)
+        return TuneResult(config=_settled(config, dense=chosen), history=tuple(history), resumed=done)
 
     device = processes.place(leave_inference_(model))
     with same_random_numbers(device), kept_modes(model):
@@ -167,7 +167,14 @@ def _train(
         if average is not None:
             average.write_to_(model)
             processes.sync_buffers_(model)
-    return TuneResult(config=config, history=tuple(history), resumed=done)
+    return TuneResult(config=_settled(config, dense=dense), history=tuple(history), resumed=done)
+
+
+def _settled(config: TuneConfig, *, dense: bool | None) -> TuneConfig:
+    """Return the settings with what was measured in place of "auto": with these a run repeats to the last bit."""
+    if config.train_as != "auto" or dense is None:
+        return config
+    return config.replace(train_as="dense" if dense else "factors")
 
 
 def _log(epoch: EpochRecord, config: TuneConfig, processes: SingleProcess) -> None:

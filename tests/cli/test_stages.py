@@ -18,7 +18,7 @@ from tenfold.records import Recipe, RunRecord
 
 Run = Callable[..., Any]
 RULE = ("--path", "rule", "--rule", "ratio", "--set", "share=0.7", "--formats", "low_rank", "--no-keep-ends")
-QUICK = (*RULE, "--rounds", "2", "--epochs", "2", "--threads", "1")
+QUICK = (*RULE, "--rounds", "2", "--epochs", "2", "--threads", "1", "--train-as", "factors")
 
 
 def test_stages_from_end_to_end(tenfold: Run, tiny: str) -> None:

@@ -25,7 +25,7 @@ HOW = both(
     epochs=2,
     final_epochs=1,
 )
-CONFIG = TuneConfig(lr=0.02)
+CONFIG = TuneConfig(lr=0.02, train_as="factors")
 
 
 class Deadly:

@@ -23,7 +23,7 @@ X = images()[0]
 ONE = X[:1]
 SHALLOW = both(rounds=3, budget={"macs": 0.4}, epochs=1, formats=["low_rank", "tucker2"])
 RECIPE, SCHEDULE = SHALLOW
-CONFIG = TuneConfig(lr=0.02)
+CONFIG = TuneConfig(lr=0.02, train_as="factors")
 
 
 def low_rank_net() -> nn.Sequential:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tenfold.training import TuneConfig
 
-CONFIG = TuneConfig(epochs=20, lr=0.02, optimizer="adamw", autocast="off", channels_last=False)
+CONFIG = TuneConfig(epochs=20, lr=0.02, optimizer="adamw", autocast="off", channels_last=False, train_as="factors")
 
 
 def data() -> tuple[Tensor, Tensor]:

@@ -106,7 +106,11 @@ def test_a_resumed_run_goes_on_as_it_began_whatever_is_faster_now(
         whole, parts = small(), small()
         folder = tmp_path / str(faster)
         monkeypatch.setattr(module, "faster_as_dense", lambda *_, faster=faster: faster)
-        finetune(whole, batches, config)
+        said = finetune(whole, batches, config).config
+        assert said == config.replace(train_as="dense" if faster else "factors")
+        again = small()
+        finetune(again, batches, said)
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
         with pytest.raises(KeyboardInterrupt):
             finetune(parts, batches, config, folder=folder, progress=TuneProgress(stop))
         stored = Snapshot(TrainingFolder(folder), config).read()

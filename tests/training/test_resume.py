@@ -22,7 +22,7 @@ from tenfold.records.tuning import EpochRecord
 from tenfold.training import TrainingFolder, TuneConfig, TuneProgress, finetune
 from tenfold.training.snapshot import FILE_NAME
 
-CONFIG = TuneConfig(epochs=3, lr=0.05, seed=5, channels_last=True)
+CONFIG = TuneConfig(epochs=3, lr=0.05, seed=5, channels_last=True, train_as="factors")
 
 
 def cnn(width: int = 4) -> nn.Sequential:
