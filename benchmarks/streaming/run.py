@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from benchmarks.zoo import supply_torchvision_ops
+from tenfold import Runtime
 from tenfold.errors import require
 from tenfold.profiling import environment
 from tenfold.streaming import compress_streamed
@@ -92,7 +93,9 @@ def run(config: dict[str, Any], name: str, source: Path) -> dict[str, Any]:
         require("transformers", "hf").LlamaForCausalLM  # noqa: B018 - imported when it is asked for
         before, start = _peak(), time.perf_counter()
         with _watched(Path(there) / ".small.streaming") as largest:
-            found = compress_streamed(dense, Path(there) / "small", config["budget"], data=data)
+            recipe = {"budget": config["budget"], **config.get("recipe", {})}
+            runtime = Runtime(max_memory=config.get("max_memory"))
+            found = compress_streamed(dense, Path(there) / "small", recipe, data=data, runtime=runtime)
         seconds = time.perf_counter() - start
         spent = resource.getrusage(resource.RUSAGE_SELF)
     return {
