@@ -33,7 +33,6 @@ from tenfold.records import (
     Profile,
     Recipe,
     RunRecord,
-    parse_size,
 )
 from tenfold.records.metric import FRACTION
 from tenfold.reporting import render_outcome
@@ -247,7 +246,7 @@ def apply_decision(
             positions=calibration.positions,
             seed=decision.recipe.seed,
             max_width=calibration.max_width,
-            max_cache=parse_size(runtime.max_cache),
+            max_cache=runtime.cache_bytes(),
         )
         with same_random_numbers(device_of(source, decision.inputs)):
             small = apply_sequentially(
@@ -272,7 +271,7 @@ def _refine(
     small: nn.Module, original: nn.Module, decision: Decision, runtime: Runtime, folder: str | Path | None
 ) -> None:
     """Refine the blocks of a compressed model, and log what came of it."""
-    steps, room = decision.recipe.calibration.refine, parse_size(runtime.max_cache)
+    steps, room = decision.recipe.calibration.refine, runtime.cache_bytes()
     config = Refinement(steps=steps, seed=decision.recipe.seed, max_cache=room)
     counted = runtime.counter("refine blocks")
     blocks = refine_blocks_(small, original, decision.batches, config, folder=folder, progress=counted)

@@ -43,7 +43,7 @@ class Runtime:
         identity: whatever else the outcome of such a run depends on, such as the loss, in any words; a folder of
             another one is refused.
         max_cache: bytes of activations that sequential fits hold of each of the two models, as a number or such as
-            ``"512MiB"``; beyond that they are computed again.
+            ``"512MiB"``; beyond that they are computed again. 4 GiB if None, and 16 MiB in ``compress_streamed``.
         max_memory: bytes that this process may take at most in ``compress_streamed``, such as ``"8GB"``; others leave
             it aside. ``max_cache`` is lowered for it, and where that is not enough wide inputs are sketched, which
             changes the result.
@@ -67,7 +67,7 @@ class Runtime:
     cache: str | Path | None = None
     folder: str | Path | None = None
     identity: str = ""
-    max_cache: int | str = "4GiB"
+    max_cache: int | str | None = None
     max_memory: int | str | None = None
     progress: bool = False
     on_event: OnEvent | None = None
@@ -76,9 +76,13 @@ class Runtime:
 
     def __post_init__(self) -> None:
         """Raise RecipeError for a size that cannot be read."""
-        parse_size(self.max_cache)
-        if self.max_memory is not None:
-            parse_size(self.max_memory)
+        for size in (self.max_cache, self.max_memory):
+            if size is not None:
+                parse_size(size)
+
+    def cache_bytes(self, usual: str = "4GiB") -> int:
+        """Return ``max_cache`` in bytes, or what is usual where none was given."""
+        return parse_size(usual if self.max_cache is None else self.max_cache)
 
     def replace(self, **changes: Any) -> Runtime:
         """Return the same runtime with some fields changed."""

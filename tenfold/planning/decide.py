@@ -28,7 +28,7 @@ from tenfold.planning.target import Target
 from tenfold.planning.unit_kinds import kinds_of, wants_projections, wants_units
 from tenfold.planning.unroll import refuse_unused, unroll_for_plan
 from tenfold.profiling import profile
-from tenfold.records import OptionTable, Plan, Profile, Recipe, parse_size
+from tenfold.records import OptionTable, Plan, Profile, Recipe
 from tenfold.runtime import Runtime
 from tenfold.surgery import fuse_batchnorm_, fused_pairs, recognise_units, separate, separated
 from tenfold.tensors import normal_tensors
@@ -210,7 +210,7 @@ def _calibrated(decision: Decision, data: Iterable[Any], wanted: Recipe | Plan, 
         return decision
     rest, judged = parted(source, batches, recipe.calibration.judged_of(count_samples(batches)))
     specs = changeable(source, decision.profile, wanted)
-    cache = parse_size(runtime.max_cache) if recipe.calibration.method == "sequential" else 0
+    cache = runtime.cache_bytes() if recipe.calibration.method == "sequential" else 0
 
     def say(needs: Needs) -> None:
         runtime.report("calibrate", note=needs.in_words(cache))

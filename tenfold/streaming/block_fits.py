@@ -14,7 +14,7 @@ from tenfold.decompositions.covariance import Covariance
 from tenfold.files import atomic_write, link, write_text
 from tenfold.parallel import Workers
 from tenfold.profiling import agreement
-from tenfold.records import Agreement, Plan, parse_size
+from tenfold.records import Agreement, Plan
 from tenfold.runtime import Runtime
 from tenfold.streaming.activations import Activations, ByBatch
 from tenfold.streaming.network import Network
@@ -149,7 +149,7 @@ class Fitting:
             positions=calibration.positions,
             seed=net.recipe.seed,
             max_width=calibration.max_width,
-            max_cache=parse_size(self.runtime.max_cache),
+            max_cache=self.runtime.cache_bytes(),
             before=self._before(part),
         )
         new = apply_sequentially(

@@ -113,7 +113,7 @@ def compress_streamed(
         skeleton: the model with its parameters on the meta device, where the folder has no config.
         blocks: paths or patterns of the blocks; rows of modules of one class if None.
         runtime: workers and progress. ``max_cache`` are bytes of activations of all samples that are held within one
-            block, of the original and of the new one; 16 MiB if no runtime is given. ``max_memory`` bounds what this
+            block, of the original and of the new one; 16 MiB if None. ``max_memory`` bounds what this
             process takes. ``folder`` is for files of the run, a hidden one beside ``out`` if None, which is removed in
             the end. It holds what lies between blocks: for each token and block as many numbers as the model is wide.
 
@@ -127,7 +127,7 @@ def compress_streamed(
     """
     wanted = Recipe.of(recipe)
     network = looked_at(weights, out, wanted, skeleton=skeleton, data=data, example=example_inputs, blocks=blocks)
-    return carried_out(network, Path(out), blocks, runtime or Runtime(max_cache=MAX_CACHE))
+    return carried_out(network, Path(out), blocks, runtime or Runtime())
 
 
 @normal_tensors()
@@ -167,7 +167,7 @@ def _carried_out(
     ranks = ranks.dealt(network.fitting, network.judging, len(network.batches))
     seconds: dict[str, float] = {}
     work = Path(runtime.folder) if runtime.folder is not None else out.with_name(f".{out.name}.streaming")
-    identity, cache = _identity(network, blocks, runtime, ranks.count), parse_size(runtime.max_cache)
+    identity, cache = _identity(network, blocks, runtime, ranks.count), runtime.cache_bytes(MAX_CACHE)
     needs = ranks.from_main(within(network, cache, _limit(runtime)))
     runtime = runtime.replace(max_cache=needs.max_cache)
     if ranks.main:

@@ -15,7 +15,7 @@ from tenfold.runtime import Runtime
 )
 def test_sizes_are_read(text: int | str, wanted: int) -> None:
     assert parse_size(text) == wanted
-    assert Runtime(max_cache=text).max_cache == text
+    assert Runtime(max_cache=text).cache_bytes() == wanted
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "12 potatoes", "-1", "1e3", "1,5GB", "nan", True])

@@ -131,6 +131,7 @@ def test_killed_anywhere_and_given_again(tmp_path: Path) -> None:
         )
 
     wanted = run(tmp_path / "at_once", Runtime())
+    assert wanted.needs.max_cache == 16 << 20  # a runtime that says nothing of it takes what is usual here
     left = [1]
 
     def end(event: Any) -> None:
