@@ -146,18 +146,24 @@ class Sketch:
         seen: Tensor = rows.mT @ rows + square
         return seen
 
-    def regression(self, weight: Tensor, rest: Tensor) -> Tensor:
+    def regression(self, weight: Tensor, rest: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return the minimiser T of ‖targets − R Tᵀ‖² + Σᵢ restᵢ ‖Tᵢ − weightᵢ‖² (groups, out/groups, n).
 
-        By the identity of Woodbury, that is in a system of k equations. ``rest`` (groups, n) is above 0.
+        By the identity of Woodbury, that is in a system of k equations, some outputs at a time. ``rest`` (groups, n) is
+        above 0. It may be written to ``out``, such as the weight itself.
         """
         if self.targets is None:
             return weight
         scaled = self.rows / rest.unsqueeze(-2)
         inner = scaled @ self.rows.mT
         inner.diagonal(dim1=-2, dim2=-1).add_(1)
-        solved: Tensor = torch.linalg.solve(symmetrize_(inner), self.targets - self.rows @ weight.mT)
-        return weight + solved.mT @ scaled
+        factors, pivots = torch.linalg.lu_factor(symmetrize_(inner))
+        found = torch.empty_like(weight) if out is None else out
+        for part in blocks(weight):
+            own = weight[:, part].double()
+            missed = self.targets[:, :, part] - self.rows @ own.mT
+            found[:, part] = own.baddbmm(torch.linalg.lu_solve(factors, pivots, missed).mT, scaled)
+        return found
 
     def missed(self, weight: Tensor, approximation: Tensor) -> Tensor:
         """Return E‖y − T x‖² per output (groups, out/groups); what the rows do not hold is as if y were W x there."""

@@ -186,7 +186,7 @@ class Moments:
             return weight
         plain = self.covariance()
         if isinstance(plain, Sketch):
-            return plain.regression(weight.double(), add_ridge(plain, max(ridge, NEGLIGIBLE)).rest)
+            return plain.regression(weight, add_ridge(plain, max(ridge, NEGLIGIBLE)).rest, out=out)
         found = torch.empty_like(weight) if out is None else out
         solve = spd_solver(add_ridge(plain, ridge))
         if self.before is not None:

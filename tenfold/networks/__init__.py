@@ -16,6 +16,7 @@ from tenfold.networks.mps_sweeps import SweepConfig, SweepRecord, train_by_sweep
 from tenfold.networks.multi_domain import DomainConvStack, MultiDomainNet
 from tenfold.networks.polynomial_fusion import PolynomialFusion
 from tenfold.networks.train_bank import TrainBank
+from tenfold.networks.transduction import TemporalFactor, VideoNet, inflated
 from tenfold.networks.tucker_bank import TuckerBank
 
 __all__ = [
@@ -46,12 +47,15 @@ __all__ = [
     "SharedConv",
     "SweepConfig",
     "SweepRecord",
+    "TemporalFactor",
     "TrainBank",
     "TuckerBank",
+    "VideoNet",
     "WholeConv2d",
     "choose_ranks",
     "feature_map",
     "fit_bank_",
+    "inflated",
     "load_domains",
     "pack",
     "save_domains",
