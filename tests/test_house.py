@@ -8,9 +8,9 @@ from benchmarks.house.__main__ import lines
 # they are, and files that can be relied on; 1,700 into runtimes, times under load, int8 and recurrent kernels; 3,600
 # into units of transformers, language models, folders that open anywhere, and objects that introduce themselves; 130
 # into blocks whose refinement goes on after a kill, and bytes; 100 into labels drawn behind a vocabulary, and spectra;
-# 2,600 into networks whose weights are tensors, 2,000 into models larger than the memory, on one machine and several.
+# 2,700 into networks whose weights are tensors, 2,000 into models larger than the memory, on one machine and several.
 # The file that such folders carry cannot import the one place where a private name of torch is used.
-REACHED = {"lines of code": 34_571, "files": 485, "noqa: SLF001": 6}
+REACHED = {"lines of code": 34_701, "files": 486, "noqa: SLF001": 6}
 
 
 def test_every_line_is_as_good_as_it_was() -> None:

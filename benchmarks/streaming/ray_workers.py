@@ -105,7 +105,7 @@ def compared(one: Streamed, other: Streamed, data: list[dict[str, Tensor]]) -> d
     same = weights[0].keys() == weights[1].keys()
     apart = {name: far(value, weights[1][name]) for name, value in weights[0].items()} if same else {}
     with torch.no_grad():
-        outputs = [torch.cat([load_pretrained(own.path).float()(**x).logits for x in data[:8]]) for own in (one, other)]
+        outputs = [torch.cat([load_pretrained(own.path)(**x).logits.float() for x in data[:8]]) for own in (one, other)]
     return {
         "same_plan": plans[0] == plans[1],
         "largest_difference_of_weights": max(apart.values(), default=None),
