@@ -42,9 +42,9 @@ def main() -> None:
     for seed in config["seeds"]:
         rows.append(one(config, digits, seed))
         print(json.dumps(rows[-1]), flush=True)
-    result = {"benchmark": "transduction", "config": config, "runs": rows}
-    result["environment"] = json.loads(environment().to_json())
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"benchmark": "transduction", "config": config, "runs": rows}
+        result["environment"] = json.loads(environment().to_json())
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read(data: Path | None, split: Any) -> tuple[Tensor, Tensor]:
