@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.streaming.prepared import supply_torchvision_ops
 from benchmarks.streaming.run import written
+from benchmarks.zoo import supply_torchvision_ops
 from tenfold import Runtime, Workers
 from tenfold.checkpoint import load_pretrained
 from tenfold.errors import require
@@ -90,9 +91,13 @@ def killer(killed: list[int], done: int) -> Callable[[Any], None]:
 
 
 def actors() -> list[int]:
-    """Return the processes of this machine that are actors of a run, by their titles."""
-    titles = Path("/proc").glob("[0-9]*/cmdline")
-    return [int(title.parent.name) for title in titles if title.read_bytes().startswith(b"ray::_Actor")]
+    """Return the processes of this machine that are actors of a run, by their titles, the youngest first."""
+    found = []
+    for title in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if title.read_bytes().startswith(b"ray::_Actor"):
+                found.append(int(title.parent.name))
+    return sorted(found, reverse=True)
 
 
 def compared(one: Streamed, other: Streamed, data: list[dict[str, Tensor]]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.transduction.run [--data FOLDER] [--config FILE] [--out FILE]
 
-Data: MNIST's Parquet files, see tenfold/tasks/mnist14.py. Each frame of a clip shows the same digit through another
-mask, with noise. A convolutional network is trained on single frames and compressed (cp3); then it looks at clips:
-frame by frame, with the answers averaged; with factors along time trained alone; with all trained. For comparison the
-average of answers is trained as long, on the same clips. Digits of the test set are looked at when that is done.
+Data: MNIST's Parquet files, see tenfold/tasks/mnist14.py. Each frame of a clip shows the same digit with other noise,
+and other pixels hidden where the config hides some. A convolutional network is trained on single frames and compressed
+(cp3); then it looks at clips: frame by frame, with the answers averaged; with factors along time trained alone; with
+all trained. For comparison the average of answers is trained as long, on the same clips. Digits of the test set are
+looked at when that is done.
 """
 
 from __future__ import annotations

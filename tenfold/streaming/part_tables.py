@@ -11,8 +11,8 @@ from torch import nn
 from tenfold import __version__
 from tenfold.allocation import rule_of
 from tenfold.allocation.parts import OUTSIDE
-from tenfold.patterns import check_patterns, first_match
-from tenfold.planning.eligible import cheap_ends
+from tenfold.patterns import first_match
+from tenfold.planning.eligible import cheap_ends, check_layers
 from tenfold.records import LayerOptions, OptionTable, Profile, Recipe, Unit
 from tenfold.streaming.chain import Chain
 from tenfold.streaming.network_parts import OUTER
@@ -52,9 +52,7 @@ def kept_of_whole(profile: Profile, recipe: Recipe) -> dict[str, str]:
         UnknownNameError: a pattern that names nothing.
     """
     rule = rule_of(recipe.rule)
-    names = [name for layer in profile.layers for name in (layer.path, *layer.aliases)]
-    check_patterns(recipe.keep, names)
-    check_patterns(tuple(recipe.budget_of), names)
+    check_layers(profile, recipe)
     ends = not rule.by_name if recipe.keep_ends is None else recipe.keep_ends
     kept = dict(cheap_ends(profile)) if ends else {}
     for layer in profile.layers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tenfold
+from benchmarks.streaming.ray_workers import killer
 from tenfold import Runtime, Workers
 from tenfold.calibration.collect import collect_moments
 from tenfold.calibration.gradients import GradientSums
@@ -233,32 +233,14 @@ def test_an_actor_that_dies_changes_nothing(tmp_path: Path, ray_instance: Any) -
     _, weights, data, empty = given(tmp_path)
     killed: list[int] = []
 
-    def kill(event: Any) -> None:
-        """Kill one of the actors when half of the blocks are weighed."""
-        if event.step == "weigh blocks" and event.done == 2 and not killed:
-            killed.append(next(pid for pid in actors() if pid not in killed))
-            os.kill(killed[0], signal.SIGKILL)
-
     def run(out: Path, runtime: Runtime) -> Streamed:
         return compress_streamed(weights, out, "params=0.6", data=data, skeleton=empty, runtime=runtime)
 
     alone = run(tmp_path / "alone", Runtime())
-    found = run(tmp_path / "ray", Runtime(workers=Workers(2, "ray"), on_event=kill))
+    found = run(tmp_path / "ray", Runtime(workers=Workers(2, "ray"), on_event=killer(killed, done=2)))
     assert killed
     assert [(layer.path, layer.format, layer.rank) for layer in found.plan.layers] == [
         (layer.path, layer.format, layer.rank) for layer in alone.plan.layers
     ]
     (first, _), (second, _) = (tenfold.load(Net(), own.path) for own in (alone, found))
     torch.testing.assert_close(second(data[0]), first(data[0]), rtol=1e-4, atol=1e-4)
-
-
-def actors() -> list[int]:
-    """Return the processes of this machine that are actors of a run, by their titles."""
-    found = []
-    for title in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if title.read_bytes().startswith(b"ray::_Actor"):
-                found.append(int(title.parent.name))
-        except OSError:
-            continue
-    return sorted(found, reverse=True)
